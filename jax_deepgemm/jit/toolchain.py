@@ -1,0 +1,218 @@
+"""Which compiler, which settings: the only place that reads the environment.
+
+| variable                      | default                  | effect                                                        |
+|-------------------------------|--------------------------|---------------------------------------------------------------|
+| JAX_DEEPGEMM_CACHE_DIR        | ~/.cache/jax_deepgemm    | where compiled kernels live                                   |
+| JAX_DEEPGEMM_COMPILER         | nvrtc                    | nvrtc (library, no toolkit needed) or nvcc                    |
+| JAX_DEEPGEMM_NVCC             | CUDA_HOME/bin, then PATH | the nvcc to run                                               |
+| JAX_DEEPGEMM_LOG              | unset                    | debug, info, warning, error: log to stderr from this level on |
+| JAX_DEEPGEMM_PRINT_CONFIGS    | 0                        | print each new problem with the configuration chosen for it   |
+| JAX_DEEPGEMM_PRINT_COMMAND    | 0                        | print each compiler command                                   |
+| JAX_DEEPGEMM_PTXAS_VERBOSE    | 0                        | print what ptxas -v says of each kernel                       |
+| JAX_DEEPGEMM_PTXAS_CHECK      | 0                        | error on spills, local memory or a C75xx performance note     |
+| JAX_DEEPGEMM_DUMP             | unset                    | ptx, sass or both (comma): text files in CACHE_DIR/dump       |
+| JAX_DEEPGEMM_LINEINFO         | 0                        | line numbers in the cubin, for profilers and sanitizers       |
+| JAX_DEEPGEMM_PRINT_LOAD_TIME  | 0                        | print the time each kernel took to come from disk             |
+
+Switches take 0 or 1. Variables are read at each compilation, so a change holds from the next kernel on.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INCLUDE_DIR = Path(__file__).resolve().parent.parent / "include"
+PREFIX = "JAX_DEEPGEMM_"
+COMPILERS = ("nvrtc", "nvcc")
+DUMPS = ("ptx", "sass")
+LEVELS = ("debug", "info", "warning", "error")
+STANDARD = "c++20"
+
+logger = logging.getLogger("jax_deepgemm")
+
+
+class CompilerNotFoundError(RuntimeError):
+    """No CUDA compiler where one was looked for; the message says how to get one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The environment, read once per compilation; fields are the variables of the module's table."""
+
+    cache_dir: Path
+    compiler: str = "nvrtc"
+    nvcc: str | None = None
+    log: str | None = None
+    print_configs: bool = False
+    print_command: bool = False
+    ptxas_verbose: bool = False
+    ptxas_check: bool = False
+    dump: tuple[str, ...] = ()
+    lineinfo: bool = False
+    print_load_time: bool = False
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A compiler that was found: "nvrtc" or "nvcc", its version, and where it is."""
+
+    kind: str
+    version: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.version} ({self.path})"
+
+
+def read_settings() -> Settings:
+    """The settings of this moment; a value outside its rule is a ValueError that names the variable."""
+    settings = Settings(
+        cache_dir=Path(os.environ.get(PREFIX + "CACHE_DIR") or "~/.cache/jax_deepgemm").expanduser(),
+        compiler=_choice("COMPILER", COMPILERS) or "nvrtc",
+        nvcc=os.environ.get(PREFIX + "NVCC") or None,
+        log=_choice("LOG", LEVELS),
+        print_configs=_switch("PRINT_CONFIGS"),
+        print_command=_switch("PRINT_COMMAND"),
+        ptxas_verbose=_switch("PTXAS_VERBOSE"),
+        ptxas_check=_switch("PTXAS_CHECK"),
+        dump=_choices("DUMP", DUMPS),
+        lineinfo=_switch("LINEINFO"),
+        print_load_time=_switch("PRINT_LOAD_TIME"),
+    )
+    if settings.log:
+        _log_to_stderr(settings.log)
+    return settings
+
+
+def say(text: str) -> None:
+    """Prints a diagnostic that the user switched on."""
+    print(f"jax_deepgemm: {text}", file=sys.stderr, flush=True)
+
+
+def import_cuda_core() -> Any:
+    """cuda.core, imported at the first compilation and not before."""
+    try:
+        import cuda.core
+        import cuda.core.utils
+    except ImportError as error:
+        raise CompilerNotFoundError(
+            f"jax_deepgemm compiles its kernels through cuda-core, which cannot be imported ({error}). "
+            'Install it with NVRTC:  pip install "cuda-core[cu12]"  or  pip install "cuda-core[cu13]", '
+            "the one of your jax (jax[cuda12] or jax[cuda13])."
+        ) from error
+    return cuda.core
+
+
+def find_toolchain(settings: Settings) -> Toolchain:
+    """The compiler that the settings ask for, or CompilerNotFoundError."""
+    if settings.compiler == "nvrtc":
+        return _find_nvrtc()
+    path = find_nvcc(settings)
+    return Toolchain("nvcc", _nvcc_version(path), path)
+
+
+@functools.lru_cache(maxsize=1)
+def _find_nvrtc() -> Toolchain:
+    import_cuda_core()
+    try:
+        from cuda.bindings import nvrtc
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        path = load_nvidia_dynamic_lib("nvrtc").abs_path
+        status, major, minor = nvrtc.nvrtcVersion()
+    except Exception as error:  # pathfinder and bindings each have their own family of errors
+        raise CompilerNotFoundError(
+            f"NVRTC cannot be loaded ({error}). Install it:  pip install nvidia-cuda-nvrtc-cu12  (CUDA 12) or "
+            " pip install nvidia-cuda-nvrtc  (CUDA 13), or set JAX_DEEPGEMM_COMPILER=nvcc to use a CUDA toolkit."
+        ) from error
+    if int(status):
+        raise CompilerNotFoundError(f"NVRTC at {path} does not tell its version: {status!r}. Reinstall it.")
+    return Toolchain("nvrtc", f"{major}.{minor}", str(path))
+
+
+def find_nvcc(settings: Settings) -> str:
+    """nvcc by JAX_DEEPGEMM_NVCC, then CUDA_HOME or CUDA_PATH, then PATH, then /usr/local/cuda."""
+    if settings.nvcc:
+        candidates = [settings.nvcc]
+    else:
+        homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+        candidates = [f"{home}/bin/nvcc" for home in homes if home] + ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
+        if path := shutil.which(candidate):
+            return path
+    raise CompilerNotFoundError(
+        f"JAX_DEEPGEMM_COMPILER=nvcc, but no nvcc was found; looked for {', '.join(candidates)}. "
+        "Set JAX_DEEPGEMM_NVCC to its path, or JAX_DEEPGEMM_COMPILER=nvrtc, which needs no toolkit."
+    )
+
+
+def find_disassembler(settings: Settings) -> list[str] | None:
+    """The command that turns a cubin into SASS text, or None."""
+    beside: list[str] = []
+    try:
+        beside = [os.path.dirname(os.path.realpath(find_nvcc(settings))), "/usr/local/cuda/bin"]
+    except CompilerNotFoundError:
+        pass
+    path = os.pathsep.join([os.environ.get("PATH", ""), *beside])
+    for tool, flags in (("nvdisasm", ["-c"]), ("cuobjdump", ["-sass"])):
+        if found := shutil.which(tool, path=path):
+            return [found, *flags]
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _nvcc_version(path: str) -> str:
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompilerNotFoundError(
+            f"{path} --version fails ({error}). Set JAX_DEEPGEMM_NVCC to a working nvcc."
+        ) from error
+    found = re.search(r"V(\d+\.\d+\.\d+)", text)
+    return found.group(1) if found else text.strip()
+
+
+def _switch(name: str) -> bool:
+    value = os.environ.get(PREFIX + name, "") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{PREFIX}{name} is {value!r}, need 0 or 1.")
+    return value == "1"
+
+
+def _choices(name: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    values = tuple(
+        part.strip().lower() for part in os.environ.get(PREFIX + name, "").split(",") if part.strip()
+    )
+    for value in values:
+        if value not in allowed:
+            raise ValueError(f"{PREFIX}{name} is {value!r}, need one of {', '.join(allowed)}.")
+    return values
+
+
+def _choice(name: str, allowed: tuple[str, ...]) -> str | None:
+    values = _choices(name, allowed)
+    if len(values) > 1:
+        raise ValueError(f"{PREFIX}{name} is {','.join(values)!r}, need one of {', '.join(allowed)}.")
+    return values[0] if values else None
+
+
+@functools.lru_cache(maxsize=1)
+def _stderr_handler() -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
+    logger.addHandler(handler)
+    return handler
+
+
+def _log_to_stderr(level: str) -> None:
+    _stderr_handler()
+    logger.setLevel(level.upper())
