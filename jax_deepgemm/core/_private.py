@@ -1,0 +1,89 @@
+"""Everything this package takes from inside JAX, in one place.
+
+Each use has a plain behaviour for a JAX that no longer has the name; what is then lost is logged once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import types
+from typing import Any
+
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+
+logger = logging.getLogger("jax_deepgemm")
+
+try:
+    from jax._src import dispatch as _dispatch
+
+    _needs_devices: set[Primitive] | None = _dispatch.prim_requires_devices_during_lowering
+except (ImportError, AttributeError):
+    _needs_devices = None
+
+try:
+    from jax._src.custom_partitioning import _sharding_callbacks
+except ImportError:
+    _sharding_callbacks = None  # type: ignore[assignment]
+
+PARTITIONING_TARGET = "CustomSPMDPartitioning"
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    """Logs a warning the first time it is given."""
+    logger.warning("%s", message)
+
+
+def require_devices(primitive: Primitive) -> None:
+    """Makes JAX pass the device assignment to a primitive whose lowering contains custom_partitioning."""
+    if _needs_devices is None:
+        log_once(
+            "This JAX hides prim_requires_devices_during_lowering: ops on Auto mesh axes will fail to lower; use Explicit axes."
+        )
+        return
+    _needs_devices.add(primitive)
+
+
+def is_for_export(ctx: Any) -> bool:
+    """Whether a lowering is made for `jax.export`."""
+    parameters = getattr(ctx.module_context, "lowering_parameters", None)
+    return bool(getattr(parameters, "for_export", False))
+
+
+def partitioning_call(values: Any) -> Any | None:
+    """The custom_partitioning call that produced these lowered values, if the program spans several devices."""
+    owner = getattr(values[0], "owner", None)
+    op = getattr(owner, "opview", owner)
+    if op is None or "call_target_name" not in op.attributes or "backend_config" not in op.attributes:
+        return None
+    return op if ir.StringAttr(op.attributes["call_target_name"]).value == PARTITIONING_TARGET else None
+
+
+_callbacks_by_content: dict[str, Any] = {}
+
+
+def name_callback_by_content(call: Any, content: str) -> None:
+    """Renames the partition callback of `call` so that equal programs get equal text in every process.
+
+    JAX names the callback by its address, which keeps multi-device programs out of the persistent compilation cache.
+    The callback is kept alive under its new name, without the MLIR context it was made in; one entry per (op, static
+    parameters, mesh).
+    """
+    if _sharding_callbacks is None:
+        log_once(
+            "This JAX hides its partition callbacks: programs on Auto mesh axes are compiled anew in each process."
+        )
+        return
+    info = _sharding_callbacks[ir.StringAttr(call.attributes["backend_config"]).value.encode()]
+    platforms, mesh = info.module_context.platforms, info.mesh
+    devices = [] if mesh.empty else [device.id for device in mesh.devices.flat]
+    where = repr((tuple(platforms), mesh.axis_names, tuple(mesh.shape.items()), devices))
+    key = f"{content}:{hashlib.sha256(where.encode()).hexdigest()[:16]}"
+    if key not in _callbacks_by_content:
+        info.module_context = types.SimpleNamespace(platforms=platforms, backend=info.module_context.backend)
+        _callbacks_by_content[key] = info
+    _sharding_callbacks[key.encode()] = _callbacks_by_content[key]
+    call.attributes["backend_config"] = ir.StringAttr.get(key)

@@ -1,0 +1,145 @@
+"""From an op's jvp and transpose rules, written for plain arrays, to those of its primitive under vmap and sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.interpreters import ad
+from jax.sharding import PartitionSpec
+
+from jax_deepgemm.core.sharding import Axes, Batch, as_spec, entries
+
+if TYPE_CHECKING:
+    from jax_deepgemm.core.op import Op
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An operand whose cotangent a transpose rule computes.
+
+    Attributes:
+      shape: its shape, without vmap's dimensions.
+      dtype: its dtype, which the cotangent has too.
+      out_sharding: the cotangent's sharding on Explicit axes, else None; pass it to the op that computes the cotangent.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    out_sharding: PartitionSpec | None
+
+
+def same_varying_axes(arrays: Sequence[Any]) -> list[jax.Array]:
+    """Inside shard_map: makes all operands vary over the union of their axes.
+
+    Every public function with a custom_vjp does this before it, so that the gradient of a replicated weight is summed.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    union = frozenset().union(*varying)
+    return [
+        lax.pcast(x, tuple(sorted(union - own)), to="varying") if union - own else x
+        for x, own in zip(arrays, varying, strict=True)
+    ]
+
+
+def jvp_rule(op: Op, primals: Sequence[Any], tangents: Sequence[Any], *, batch: Batch, **params: Any) -> Any:
+    """The primitive's jvp: the op's rule under the recorded vmap levels."""
+    if op.jvp is None:
+        raise NotImplementedError(f"{op.name} has no derivative. {op.grad_hint}".rstrip())
+    results = op.outer.bind(*primals, batch=batch, **params)
+    live = [i for i, tangent in enumerate(tangents) if not _is_zero(tangent)]
+    count = len(primals)
+    rule = op.jvp
+
+    def apply(*arrays: jax.Array) -> list[jax.Array]:
+        given = dict(zip(live, arrays[count:], strict=True))
+        return list(rule(list(arrays[:count]), [given.get(i) for i in range(count)], **params))
+
+    carried = [tuple(level[i] for level in batch) for i in [*range(count), *live]]
+    arrays = [*primals, *(tangents[i] for i in live)]
+    return results, _over_levels(apply, arrays, carried, results[0])
+
+
+def transpose_rule(
+    op: Op, cotangents: Sequence[Any], *operands: Any, batch: Batch, **params: Any
+) -> list[Any]:
+    """The primitive's transpose: the op's rule for each unknown operand, summed over vmap levels it does not carry."""
+    params.pop("out_sharding", None)
+    given = [ad.instantiate_zeros(ct) if isinstance(ct, ad.Zero) else ct for ct in cotangents]
+    return [
+        _cotangent(op, i, given, operands, batch, params) if ad.is_undefined_primal(operand) else None
+        for i, operand in enumerate(operands)
+    ]
+
+
+def _cotangent(
+    op: Op,
+    index: int,
+    cotangents: Sequence[jax.Array],
+    operands: Sequence[Any],
+    batch: Batch,
+    params: dict[str, Any],
+) -> jax.Array:
+    known = [i for i, operand in enumerate(operands) if not ad.is_undefined_primal(operand)]
+    unknown = {
+        i: _wanted(operand.aval, sum(level[i] for level in batch))
+        for i, operand in enumerate(operands)
+        if ad.is_undefined_primal(operand)
+    }
+    rule = op.transpose
+    assert rule is not None
+
+    def apply(*arrays: jax.Array) -> jax.Array:
+        inputs = {**unknown, **dict(zip(known, arrays[len(cotangents) :], strict=True))}
+        return rule(
+            index, list(arrays[: len(cotangents)]), [inputs[i] for i in range(len(operands))], **params
+        )
+
+    every = (True,) * len(batch)
+    carried = [every] * len(cotangents) + [tuple(level[i] for level in batch) for i in known]
+    each = _over_levels(apply, [*cotangents, *(operands[i] for i in known)], carried, cotangents[0])
+    shared = [level for level, on in enumerate(batch) if not on[index]]
+    aval = operands[index].aval
+    if shared:
+        each = jnp.sum(each, axis=shared, dtype=jnp.promote_types(each.dtype, jnp.float32)).astype(aval.dtype)
+    return jax.sharding.reshard(each, aval.sharding) if aval.sharding.mesh.explicit_axes else each
+
+
+def _wanted(aval: Any, levels: int) -> Wanted:
+    explicit = bool(aval.sharding.mesh.explicit_axes)
+    spec = as_spec(entries(aval.sharding.spec, aval.ndim)[levels:]) if explicit else None
+    return Wanted(tuple(aval.shape[levels:]), np.dtype(aval.dtype), spec)
+
+
+def _over_levels(function: Any, arrays: list[Any], carried: list[tuple[bool, ...]], result: Any) -> Any:
+    """vmap over recorded levels; on Explicit axes the levels of all arrays are first cut as the result's are."""
+    levels = len(carried[0]) if carried else 0
+    if not levels:
+        return function(*arrays)
+    aval = jax.typeof(result)
+    if aval.sharding.mesh.explicit_axes:
+        cuts = entries(aval.sharding.spec, aval.ndim)[:levels]
+        arrays = [_recut(array, on, cuts) for array, on in zip(arrays, carried, strict=True)]
+    for level in reversed(range(levels)):
+        function = jax.vmap(function, tuple(0 if on[level] else None for on in carried))
+    return function(*arrays)
+
+
+def _recut(array: Any, carried: tuple[bool, ...], cuts: Sequence[Axes]) -> Any:
+    aval = jax.typeof(array)
+    lead = [cut for cut, on in zip(cuts, carried, strict=True) if on]
+    taken = {axis for cut in lead for axis in cut}
+    rest = [
+        tuple(a for a in axes if a not in taken)
+        for axes in entries(aval.sharding.spec, aval.ndim)[len(lead) :]
+    ]
+    return jax.sharding.reshard(array, as_spec([*lead, *rest]))
+
+
+def _is_zero(tangent: Any) -> bool:
+    return tangent is None or isinstance(tangent, ad.Zero)

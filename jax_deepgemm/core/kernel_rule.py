@@ -1,0 +1,138 @@
+"""The cuda lowering of an op's inner primitive: vmap levels folded, operands prepared, a kernel planned and emitted."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from jax_deepgemm.core import _private
+from jax_deepgemm.core.sharding import Batch
+from jax_deepgemm.sm90.chip import H200, Chip
+
+if TYPE_CHECKING:
+    from jax_deepgemm.core.op import Op
+
+COMPUTE_CAPABILITY = "9.0"
+
+
+def make(op: Op) -> Callable[..., Any]:
+    """The lowering rule for cuda."""
+    primitive = _kernel_primitive(op)
+
+    def rule(ctx: Any, *args: Any, batch: Batch, fallback: str = "error", **params: Any) -> Any:
+        device = device_of(ctx)
+        capability = getattr(device, "compute_capability", None)
+        if capability is not None and capability != COMPUTE_CAPABILITY:
+            message = _unsupported(op, device, capability)
+            if fallback != "reference":
+                raise ValueError(message)
+            _private.log_once(f"{message} Running the reference.")
+            reference = functools.partial(op.run_reference, batch=batch, **params)
+            return mlir.lower_fun(reference, multiple_results=True)(ctx, *args)
+        body = functools.partial(_body, op, primitive, chip_of(device), batch, params)
+        return mlir.lower_fun(body, multiple_results=True)(ctx, *args)
+
+    return rule
+
+
+def device_of(ctx: Any) -> Any | None:
+    """A CUDA device of the lowering, or None where it is made without one (`lowering_platforms=("cuda",)`, export)."""
+    backend = ctx.module_context.backend
+    if backend is None or not ctx.module_context.backend.devices():
+        return None
+    device = backend.devices()[0]
+    return device if getattr(device, "compute_capability", None) is not None else None
+
+
+def chip_of(device: Any | None) -> Chip:
+    """What a plan must know about the device; an H200 where there is none."""
+    if device is None:
+        return H200
+    return Chip(
+        name=device.device_kind, arch=H200.arch, num_sms=device.core_count, smem_per_block=H200.smem_per_block
+    )
+
+
+def fold(arrays: Sequence[jax.Array], batch: Batch) -> tuple[list[jax.Array], tuple[bool, ...] | None]:
+    """Merges vmap levels into one leading dimension.
+
+    An operand without any level stays as it is (one copy serves the whole batch); one with some levels is repeated
+    along the others.
+
+    Returns:
+      The arrays, and for each whether it has the leading dimension (None if there are no levels).
+    """
+    if not batch:
+        return list(arrays), None
+    levels = [
+        next(x.shape[sum(on[i] for on in batch[:level])] for i, x in enumerate(arrays) if carried[i])
+        for level, carried in enumerate(batch)
+    ]
+    folded = []
+    for i, x in enumerate(arrays):
+        carried_levels = [on[i] for on in batch]
+        if any(carried_levels):
+            own = x.shape[sum(carried_levels) :]
+            x = jnp.expand_dims(x, [level for level, on in enumerate(carried_levels) if not on])
+            x = jnp.broadcast_to(x, (*levels, *own)).reshape((math.prod(levels), *own))
+        folded.append(x)
+    return folded, tuple(any(on[i] for on in batch) for i in range(len(arrays)))
+
+
+def _body(
+    op: Op, primitive: Primitive, chip: Chip, batch: Batch, params: dict[str, Any], *arrays: jax.Array
+) -> list[jax.Array]:
+    types = op._result_types(arrays, batch, params)
+    folded, carried = fold(arrays, batch)
+    if op.kernel_prepare is not None:
+        folded = list(op.kernel_prepare(*folded, **params))
+    count = len(batch)
+    kernel_types = tuple(
+        ((math.prod(shape[:count]), *shape[count:]) if count else shape, dtype) for shape, dtype in types
+    )
+    results = primitive.bind(
+        *folded, results=kernel_types, batch=carried, chip=chip, params=tuple(sorted(params.items()))
+    )
+    return [result.reshape(shape) for result, (shape, _) in zip(results, types, strict=True)]
+
+
+def _kernel_primitive(op: Op) -> Primitive:
+    """The kernel on folded, prepared operands: the one thing that becomes a custom call."""
+    primitive = Primitive(f"{op.name}_kernel")
+    primitive.multiple_results = True
+
+    @primitive.def_abstract_eval
+    def _(*avals: Any, results: Any, **_: Any) -> list[Any]:
+        return [jax.core.ShapedArray(shape, dtype) for shape, dtype in results]
+
+    def lower(ctx: Any, *args: Any, results: Any, batch: Any, chip: Chip, params: Any) -> Any:
+        from jax_deepgemm.core import launch
+
+        assert op.kernel is not None
+        ins = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in ctx.avals_in]
+        outs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in ctx.avals_out]
+        plan = op.kernel(ins, outs, batch=batch, chip=chip, **dict(params))
+        aliases = {
+            i: o
+            for i, o in op.aliases.items()
+            if (ins[i].shape, ins[i].dtype) == (outs[o].shape, outs[o].dtype)
+        }
+        return launch.emit(ctx, plan, args, aliases=aliases)
+
+    mlir.register_lowering(primitive, lower, platform="cuda")
+    return primitive
+
+
+def _unsupported(op: Op, device: Any, capability: str) -> str:
+    return (
+        f"{op.name}: {device.device_kind} has compute capability {capability}; the kernels are for "
+        f"{COMPUTE_CAPABILITY} (Hopper). Run there, or let this GPU run the plain jnp form, which is slow: "
+        f"jax_deepgemm.config.use(fallback='reference')."
+    )
