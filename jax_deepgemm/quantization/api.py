@@ -1,0 +1,107 @@
+"""quantize and dequantize."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_deepgemm.quantization import reference
+from jax_deepgemm.quantization.array import FP8_MAX, Block, QuantizedArray, check_block
+
+SCALE_FORMATS = ("f32", "ue8m0")
+FLOATS = tuple(np.dtype(t) for t in (jnp.bfloat16, jnp.float16, jnp.float32))
+
+
+def quantize(
+    x: Any, block: Block = (1, 128), dtype: Any = jnp.float8_e4m3fn, scale_format: str = "f32"
+) -> QuantizedArray:
+    """FP8 values of x with one scale per block.
+
+    For each block: amax = max |x| in float32, at least 1e-4; scale = amax / 448 (57344 for float8_e5m2), with
+    "ue8m0" rounded up to a power of two; value = x * (1 / scale), saturated, rounded to nearest even. Each
+    operation is correctly rounded, so eager, jit, every device and every sharding give the same bits.
+
+    NaN and infinities do not count in amax and touch no other element: NaN stays NaN, infinities stay what they are
+    in float8_e5m2 and become NaN in float8_e4m3fn, which has none.
+
+    Args:
+      x: [.., rows, cols] bfloat16, float16 or float32; any rank >= 2, any dimension may be 0.
+      block: rows and cols that share a scale: (1, 128) for activations, (128, 128) for weights, (128, 1) for the
+        operands of weight gradients, (1, 32) as in MX formats; or any other pair. The last blocks may be ragged.
+      dtype: float8_e4m3fn or float8_e5m2.
+      scale_format: "f32", or "ue8m0" for powers of two. Both are held in float32.
+
+    Returns:
+      QuantizedArray with values of x's shape and scales [.., ceil(rows / block[0]), ceil(cols / block[1])].
+
+    Raises:
+      TypeError, ValueError: types, ranks, blocks or formats outside the above.
+
+    Has no derivative: differentiate through fp8_linear, which quantises in its own forward and backward pass.
+
+    >>> x = jnp.arange(512, dtype=jnp.float32).reshape(2, 256)
+    >>> q = quantize(x)
+    >>> q.scales.shape
+    (2, 2)
+    >>> float(q.scales[0, 0]) == np.float32(127) / np.float32(448)
+    True
+    >>> quantize(x, (128, 128), jnp.float8_e5m2, "ue8m0").scales.tolist()
+    [[0.0078125, 0.015625]]
+    """
+    x, block, dtype = _checked_input(x, block, dtype, scale_format)
+    values, scales = reference.quantize(x, block=block, dtype=dtype, scale_format=scale_format)
+    return QuantizedArray(values, scales, block)
+
+
+def dequantize(q: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
+    """values * scales: one float32 product per element, then one rounding to dtype.
+
+    Args:
+      q: QuantizedArray.
+      dtype: float32, bfloat16 or float16.
+
+    Returns:
+      Array of q's shape.
+
+    Raises:
+      TypeError, ValueError: if q is no QuantizedArray, or its parts do not fit each other, or the dtype is another.
+
+    Has no derivative: differentiate through fp8_linear.
+
+    >>> x = jnp.linspace(-1, 1, 256).reshape(2, 128)
+    >>> bool(jnp.max(jnp.abs(dequantize(quantize(x)) - x)) < 2**-4)
+    True
+    """
+    if not isinstance(q, QuantizedArray):
+        raise TypeError(
+            f"dequantize: got a {type(q).__name__}, need a QuantizedArray. From a (values, scales) tuple: "
+            "from_tuple((values, scales), block=...)."
+        )
+    q.check("dequantize", "q")
+    if np.dtype(dtype) not in FLOATS:
+        raise TypeError(f"dequantize: dtype is {np.dtype(dtype).name}, need {_names(FLOATS)}.")
+    return reference.dequantize(q.values, q.scales, block=q.block, dtype=np.dtype(dtype))[0]
+
+
+def _checked_input(x: Any, block: Any, dtype: Any, scale_format: str) -> tuple[jax.Array, Block, np.dtype]:
+    if isinstance(x, QuantizedArray):
+        raise TypeError("quantize: x is a QuantizedArray already. For another block or type: quantize(dequantize(x), ...).")
+    x = jnp.asarray(x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"quantize: x is {x.dtype.name}, need {_names(FLOATS)}. Convert it: x.astype(jnp.float32).")
+    if x.ndim < 2:
+        raise ValueError(f"quantize: x has shape {list(x.shape)}, need rank >= 2. For a vector: quantize(x[None], ...).")
+    if np.dtype(dtype) not in FP8_MAX:
+        raise TypeError(f"quantize: dtype is {np.dtype(dtype).name}, need {_names(FP8_MAX)}.")
+    if scale_format not in SCALE_FORMATS:
+        raise ValueError(
+            f"quantize: scale_format is {scale_format!r}, need 'f32' (any float32) or 'ue8m0' (powers of two)."
+        )
+    return x, check_block(block, "quantize"), np.dtype(dtype)
+
+
+def _names(dtypes: Any) -> str:
+    return " or ".join(dtype.name for dtype in dtypes)

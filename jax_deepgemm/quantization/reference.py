@@ -1,0 +1,118 @@
+"""Block quantisation in jax.numpy: the exact arithmetic, on every platform.
+
+    amax  = max |x| over the finite elements of the block, at least 1e-4
+    scale = amax / largest finite FP8 value, rounded to nearest even; "ue8m0": then up to a power of two
+    value = round_to_nearest_even(x * (1 / scale))
+
+Both quotients are correctly rounded by integer arithmetic on their bits. Compilers may turn a / (b / c) into
+a * c / b, a division by a constant into a product, and GPU divisions may be 2 ulp off; none of that can happen
+here, so that eager, jit, every device and every sharding give the same bits.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_deepgemm.quantization.array import FP8_MAX, Block
+
+SMALLEST_AMAX = 1e-4
+"""Lower bound of a block's amax: blocks of zeros get a scale that is not zero."""
+
+
+def quantize(x: jax.Array, *, block: Block, dtype: np.dtype, scale_format: str) -> list[jax.Array]:
+    """[values, scales] of x [.., rows, cols]."""
+    x = exact_float32(x)
+    scales = scales_from_amax(block_amax(x, block), dtype, scale_format)
+    return [cast_scaled(x, expand(reciprocal(scales), x.shape, block), dtype), scales]
+
+
+def dequantize(values: jax.Array, scales: jax.Array, *, block: Block, dtype: np.dtype) -> list[jax.Array]:
+    """[values * scales], one float32 product per element, rounded once to dtype."""
+    return [(values.astype(jnp.float32) * expand(scales, values.shape, block)).astype(dtype)]
+
+
+def exact_float32(x: jax.Array) -> jax.Array:
+    """x in float32. A bfloat16 x keeps its rounding even where XLA would elide a float32 -> bfloat16 -> float32 pair."""
+    wide = x.astype(jnp.float32)
+    return lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7) if x.dtype == jnp.bfloat16 else wide
+
+
+def finite_magnitude(x: jax.Array) -> jax.Array:
+    """|x|, and 0 for NaN and infinities: they do not count in a block's amax."""
+    return jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.float32(0))
+
+
+def block_amax(x: jax.Array, block: Block) -> jax.Array:
+    """Largest finite |x| of each block of x [.., rows, cols]; the last blocks may be ragged."""
+    (r, c), (*lead, rows, cols) = block, x.shape
+    magnitude = jnp.pad(finite_magnitude(x), [(0, 0)] * len(lead) + [(0, -rows % r), (0, -cols % c)])
+    tiles = magnitude.reshape(*lead, -(-rows // r), r, -(-cols // c), c)
+    return jnp.max(tiles, axis=(-3, -1), initial=0.0)
+
+
+def expand(grid: jax.Array, shape: tuple[int, ...], block: Block) -> jax.Array:
+    """The grid's entry of each element of an array of this shape, [.., rows, cols]."""
+    (r, c), (*lead, nr, nc) = block, grid.shape
+    wide = jnp.broadcast_to(grid[..., :, None, :, None], (*lead, nr, r, nc, c)).reshape(*lead, nr * r, nc * c)
+    return wide[..., : shape[-2], : shape[-1]]
+
+
+def scales_from_amax(amax: jax.Array, dtype: np.dtype, scale_format: str) -> jax.Array:
+    """Scales of blocks with this amax."""
+    scales = divide_by_fp8_max(jnp.maximum(amax, jnp.float32(SMALLEST_AMAX)), dtype)
+    return ceil_to_power_of_two(scales) if scale_format == "ue8m0" else scales
+
+
+def cast_scaled(x: jax.Array, inverse: jax.Array, dtype: np.dtype) -> jax.Array:
+    """x * inverse in FP8: finite elements saturate, NaN stays NaN, infinities stay (e5m2) or become NaN (e4m3fn)."""
+    top = jnp.float32(FP8_MAX[np.dtype(dtype)])
+    infinite = x if np.dtype(dtype) == np.dtype(jnp.float8_e5m2) else jnp.full_like(x, jnp.nan)
+    special = jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), infinite)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x * inverse, -top, top), special).astype(dtype)
+
+
+def divide_by_fp8_max(amax: jax.Array, dtype: np.dtype) -> jax.Array:
+    """amax / 448 or amax / 57344, correctly rounded. amax is a normal number: both divisors are 7 * 2**n."""
+    shift = {448.0: 6, 57344.0: 13}[FP8_MAX[np.dtype(dtype)]]
+    exponent, mantissa = _split(amax)
+    up = jnp.where(mantissa * 4 < 7 << 23, jnp.uint32(3), jnp.uint32(2))  # so that the quotient has 24 bits
+    dividend = mantissa << up
+    quotient = dividend // jnp.uint32(7)
+    quotient += dividend - quotient * 7 > 3
+    return _join(exponent - up.astype(jnp.int32) - shift, quotient)
+
+
+def reciprocal(scales: jax.Array) -> jax.Array:
+    """1 / scales, correctly rounded, of normal numbers below 2**126."""
+    exponent, mantissa = _split(scales)
+    guess = jnp.float32(2.0**47) / mantissa.astype(jnp.float32)  # within a few units, whatever the division
+    quotient = guess.astype(jnp.uint32)
+    rest = lax.bitcast_convert_type(jnp.uint32(0) - quotient * mantissa, jnp.int32)  # 2**47 - quotient * mantissa
+    signed = mantissa.astype(jnp.int32)
+    step = jnp.floor_divide(rest, signed)
+    quotient = lax.bitcast_convert_type(quotient, jnp.int32) + step
+    quotient += 2 * (rest - step * signed) > signed
+    return _join(jnp.int32(254 - 1) - exponent, lax.bitcast_convert_type(quotient, jnp.uint32))
+
+
+def ceil_to_power_of_two(scales: jax.Array) -> jax.Array:
+    """The smallest power of two >= |scales|, its biased exponent held to [1, 254] (UE8M0)."""
+    bits = lax.bitcast_convert_type(scales.astype(jnp.float32), jnp.uint32) & jnp.uint32(0x7FFFFFFF)
+    exponent = (bits >> 23) + ((bits & jnp.uint32(0x7FFFFF)) != 0)
+    return lax.bitcast_convert_type(jnp.clip(exponent, 1, 254).astype(jnp.uint32) << 23, jnp.float32)
+
+
+def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Biased exponent (int32) and 24-bit mantissa (uint32) of positive normal numbers."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    mantissa = (bits & jnp.uint32(0x7FFFFF)) | jnp.uint32(0x800000)
+    return (bits >> 23).astype(jnp.int32), mantissa
+
+
+def _join(exponent: jax.Array, mantissa: jax.Array) -> jax.Array:
+    """The float32 with this biased exponent and 24-bit mantissa; a mantissa of 2**24 carries into the exponent."""
+    bits = (exponent.astype(jnp.uint32) << 23) + (mantissa - jnp.uint32(0x800000))
+    return lax.bitcast_convert_type(bits, jnp.float32)
