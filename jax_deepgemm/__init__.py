@@ -1,0 +1,82 @@
+"""Tensor-core kernels of modern language models as JAX functions.
+
+Names are imported on first use, so that `import jax_deepgemm` costs next to nothing and touches no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jax_deepgemm import config
+from jax_deepgemm._version import __version__
+
+if TYPE_CHECKING:
+    from jax_deepgemm.cli.explain import explain
+    from jax_deepgemm.core.export import export_checks
+    from jax_deepgemm.core.launch import embed_kernels
+    from jax_deepgemm.gemm.api import (
+        bf16_gemm_nn,
+        bf16_gemm_nt,
+        bf16_gemm_tn,
+        bf16_gemm_tt,
+        fp8_gemm_nn,
+        fp8_gemm_nt,
+        fp8_gemm_tn,
+        fp8_gemm_tt,
+    )
+    from jax_deepgemm.gemm.linear import fp8_linear
+    from jax_deepgemm.jit.precompile import precompile
+    from jax_deepgemm.quantization import QuantizedArray, dequantize, quantize
+
+_HOME = {
+    "bf16_gemm_nn": "gemm.api",
+    "bf16_gemm_nt": "gemm.api",
+    "bf16_gemm_tn": "gemm.api",
+    "bf16_gemm_tt": "gemm.api",
+    "fp8_gemm_nn": "gemm.api",
+    "fp8_gemm_nt": "gemm.api",
+    "fp8_gemm_tn": "gemm.api",
+    "fp8_gemm_tt": "gemm.api",
+    "fp8_linear": "gemm.linear",
+    "QuantizedArray": "quantization",
+    "quantize": "quantization",
+    "dequantize": "quantization",
+    "explain": "cli.explain",
+    "precompile": "jit.precompile",
+    "embed_kernels": "core.launch",
+    "export_checks": "core.export",
+}
+
+__all__ = [
+    "QuantizedArray",
+    "__version__",
+    "bf16_gemm_nn",
+    "bf16_gemm_nt",
+    "bf16_gemm_tn",
+    "bf16_gemm_tt",
+    "config",
+    "dequantize",
+    "embed_kernels",
+    "explain",
+    "export_checks",
+    "fp8_gemm_nn",
+    "fp8_gemm_nt",
+    "fp8_gemm_tn",
+    "fp8_gemm_tt",
+    "fp8_linear",
+    "precompile",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jax_deepgemm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"jax_deepgemm.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))

@@ -1,0 +1,194 @@
+"""The dense problems: FP8 and BF16 GEMMs of DeepSeek-V3's shapes, and the baselines measured beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_deepgemm.bench.machine import ClockLog
+from jax_deepgemm.bench.timing import Job, Timing, named, time_jobs
+
+KERNEL_PREFIX = "jdg_"
+ROWS_OF_A = (1, 16, 64, 128, 256, 1024, 4096, 8192)
+WEIGHTS = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
+SQUARES = (4096, 8192)
+COMPILE_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of a table: `kind` is "fp8", "fp8_wgrad" or "bf16"."""
+
+    kind: str
+    m: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} m={self.m} n={self.n} k={self.k}"
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+    @property
+    def bytes(self) -> int:
+        """Of A, B and D, and of C where there is one; scales not counted."""
+        operand = 2 if self.kind == "bf16" else 1
+        result = 8 if self.kind == "fp8_wgrad" else 2
+        return operand * (self.m + self.n) * self.k + result * self.m * self.n
+
+
+def tables() -> dict[str, list[Problem]]:
+    """Returns the problems of each table, those with the same B side by side.
+
+    >>> {name: len(rows) for name, rows in tables().items()}
+    {'fp8': 58, 'fp8_wgrad': 7, 'bf16': 21}
+    """
+    fp8 = [Problem("fp8", m, n, k) for n, k in WEIGHTS for m in ROWS_OF_A]
+    fp8 += [Problem("fp8", size, size, size) for size in SQUARES]
+    wgrad = [Problem("fp8_wgrad", n, k, 4096) for n, k in WEIGHTS]
+    bf16 = [Problem("bf16", m, n, k) for n, k in WEIGHTS for m in (1, 128, 4096)]
+    return {"fp8": fp8, "fp8_wgrad": wgrad, "bf16": bf16}
+
+
+def small_tables() -> dict[str, list[Problem]]:
+    """Returns a few small problems, to try the machinery where there is no GPU."""
+    return {kind: [Problem(kind, m, 256, 512) for m in (1, 64)] for kind in ("fp8", "fp8_wgrad", "bf16")}
+
+
+def operands(problem: Problem) -> tuple[Any, ...]:
+    """Draws A and B (standard normal) and C, quantised as the problem's kind asks."""
+    import jax_deepgemm
+
+    key_a, key_b = jax.random.split(jax.random.key(0))
+    a = jax.random.normal(key_a, (problem.m, problem.k), jnp.bfloat16)
+    b = jax.random.normal(key_b, (problem.n, problem.k), jnp.bfloat16)
+    if problem.kind == "bf16":
+        return a, b
+    block = (1, 128) if problem.kind == "fp8_wgrad" else (128, 128)
+    quantised = jax_deepgemm.quantize(a, block=(1, 128)), jax_deepgemm.quantize(b, block=block)
+    if problem.kind == "fp8":
+        return quantised
+    return (*quantised, jnp.ones((problem.m, problem.n), jnp.float32))
+
+
+def _first_rows(arguments: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
+    """The operands with the first rows of A: one draw serves every m."""
+    return (jax.tree.map(lambda leaf: leaf[:rows], arguments[0]), *arguments[1:])
+
+
+def product(problem: Problem) -> Callable[..., jax.Array]:
+    """Returns this package's function for the problem."""
+    import jax_deepgemm
+
+    if problem.kind == "bf16":
+        return jax_deepgemm.bf16_gemm_nt
+    if problem.kind == "fp8_wgrad":
+        return lambda a, b, c: jax_deepgemm.fp8_gemm_nt(a, b, c, out_dtype=jnp.float32)
+    return jax_deepgemm.fp8_gemm_nt
+
+
+def baseline(problem: Problem) -> Callable[..., jax.Array]:
+    """Returns what XLA does with the same values: cuBLASLt on a GPU. FP8 values are multiplied without scales."""
+    out = jnp.float32 if problem.kind == "fp8_wgrad" else jnp.bfloat16
+
+    def dot(a: Any, b: Any, *_: Any) -> jax.Array:
+        left, right = getattr(a, "values", a), getattr(b, "values", b)
+        return lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=out)
+
+    return dot
+
+
+@dataclass
+class _Compiled:
+    run: Callable[[], Any] | None
+    milliseconds: float
+    error: str = ""
+
+
+def _compile(function: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> _Compiled:
+    begin = time.perf_counter()
+    try:
+        compiled = jax.jit(named(function, name)).lower(*arguments).compile()
+    except Exception as error:  # noqa: BLE001 - a row must not end the run
+        text = str(error).strip() or repr(error)
+        return _Compiled(None, (time.perf_counter() - begin) * 1e3, f"{type(error).__name__}: {text[:300]}")
+    return _Compiled(lambda: compiled(*arguments), (time.perf_counter() - begin) * 1e3)
+
+
+def measure(
+    problems: Sequence[Problem], *, calls: int, flush: Callable[[], None], clocks: ClockLog | None
+) -> Iterator[dict[str, Any]]:
+    """Measures problems, those with the same B in one profiler session, and yields a row of results for each."""
+    for _, same_weights in groupby(problems, key=lambda problem: (problem.kind, problem.n, problem.k)):
+        group = list(same_weights)
+        try:
+            drawn = operands(max(group, key=lambda problem: problem.m))
+        except Exception as error:  # noqa: BLE001
+            for problem in group:
+                yield _row(problem) | {"status": "failed", "error": f"operands: {type(error).__name__}: {error}"[:400]}
+            continue
+        yield from _measure_group(group, drawn, calls=calls, flush=flush, clocks=clocks)
+
+
+def _measure_group(
+    group: Sequence[Problem],
+    drawn: tuple[Any, ...],
+    *,
+    calls: int,
+    flush: Callable[[], None],
+    clocks: ClockLog | None,
+) -> Iterator[dict[str, Any]]:
+    wanted = []
+    for index, problem in enumerate(group):
+        arguments = drawn if problem.kind == "fp8_wgrad" else _first_rows(drawn, problem.m)
+        wanted.append((product(problem), f"jdg_row_{index}", arguments))
+        wanted.append((baseline(problem), f"baseline_row_{index}", arguments))
+    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
+        compiled = list(pool.map(lambda item: _compile(*item), wanted))
+    on_gpu = jax.default_backend() == "gpu"
+    jobs = [
+        Job(name, result.run, KERNEL_PREFIX if on_gpu and name.startswith("jdg_") else "")
+        for (_, name, _), result in zip(wanted, compiled, strict=True)
+        if result.run is not None
+    ]
+    timings = time_jobs(jobs, calls=calls, flush=flush, clocks=clocks)
+    for index, problem in enumerate(group):
+        ours, theirs = compiled[2 * index], compiled[2 * index + 1]
+        row = _row(problem) | {"compile_ms": round(ours.milliseconds, 1)}
+        row |= _figures(problem, timings.get(f"jdg_row_{index}"), ours.error)
+        row["baseline"] = {"what": "cuBLASLt through jnp" if on_gpu else "XLA dot"}
+        row["baseline"] |= _figures(problem, timings.get(f"baseline_row_{index}"), theirs.error)
+        yield row
+
+
+def _row(problem: Problem) -> dict[str, Any]:
+    return {"table": problem.kind, "m": problem.m, "n": problem.n, "k": problem.k}
+
+
+def _figures(problem: Problem, timing: Timing | None, compile_error: str) -> dict[str, Any]:
+    if timing is None or timing.measured is None:
+        return {"status": "failed", "error": compile_error or (timing.error if timing else "not measured")}
+    measured = timing.measured
+    median = measured.median
+    return {
+        "status": "ok",
+        "us": round(median, 3),
+        "us_min": round(min(measured.microseconds), 3),
+        "us_max": round(max(measured.microseconds), 3),
+        "calls": len(measured.microseconds),
+        "tflops": round(problem.flops / median / 1e6, 1),
+        "gbytes_per_s": round(problem.bytes / median / 1e3, 1),
+        "kernels": {name: round(duration, 3) for name, duration in measured.by_kernel.items()},
+        "clock": timing.clock,
+        "timed_by": timing.method,
+    }

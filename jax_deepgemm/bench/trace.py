@@ -1,0 +1,152 @@
+"""Device time of kernels, read from a JAX profiler trace.
+
+XLA's GPU profiler records every kernel with its start and duration (CUPTI activity records) on the plane `/device:GPU:0`,
+one line per stream. Each record carries the name of the XLA module that launched it, which is how kernels find their call:
+every measured function is jitted under a name of its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FLUSH = "jdg_flush"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One piece of work on the device.
+
+    Attributes:
+      name: the kernel's name.
+      start: nanoseconds since the trace began.
+      duration: nanoseconds.
+      module: the XLA module that launched it, or "" where the trace does not say.
+    """
+
+    name: str
+    start: float
+    duration: float
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Device time of one function, per call.
+
+    Attributes:
+      microseconds: of each call: the sum over its kernels.
+      kernels: their names, in order of first launch.
+      by_kernel: median microseconds per call of each of them.
+    """
+
+    microseconds: tuple[float, ...]
+    kernels: tuple[str, ...]
+    by_kernel: dict[str, float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.microseconds)
+
+
+def device_events(profile: Any) -> list[Event]:
+    """Returns the kernels, copies and memsets of the first GPU of a `jax.profiler.ProfileData`, in order of start."""
+    events = []
+    for plane in profile.planes:
+        if not plane.name.startswith("/device:GPU:0"):
+            continue
+        lines = list(plane.lines)
+        streams = [line for line in lines if line.name.startswith("Stream")]
+        for line in streams or lines:
+            events += [_event(event) for event in line.events]
+    return sorted(events, key=lambda event: event.start)
+
+
+def _event(event: Any) -> Event:
+    stats = {name: value for name, value in event.stats if name is not None}
+    return Event(event.name, event.start_ns, event.duration_ns, str(stats.get("hlo_module", "")))
+
+
+def read(folder: str | Path) -> list[Event]:
+    """Returns the device events of the newest trace under `folder`; none if there is no GPU in it."""
+    from jax.profiler import ProfileData
+
+    files = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    return device_events(ProfileData.from_file(str(files[-1]))) if files else []
+
+
+def split_calls(events: Sequence[Event], order: Sequence[str]) -> dict[str, list[list[Event]]]:
+    """Finds the events of each call.
+
+    The calls ran one after the other on one stream, a flush of the L2 cache before each, so a flush begins a call.
+    Where the events of a call name their module, that says whose call it is; where they do not, the order does.
+
+    Args:
+      events: of the whole trace, by start; the first is a flush.
+      order: names of the functions, one entry per call.
+
+    Returns:
+      for each name its calls, each a list of events.
+
+    Raises:
+      ValueError: events that do not say their module, and another number of calls than were made.
+    """
+    groups = [group for group in _between_flushes(events) if group]
+    owners = [next((name for name in map(_function, group) if name in order), "") for group in groups]
+    if not all(owners):
+        if len(groups) != len(order):
+            raise ValueError(f"the trace shows {len(groups)} calls between flushes, but {len(order)} were made")
+        owners = list(order)
+    calls: dict[str, list[list[Event]]] = {}
+    for owner, group in zip(owners, groups, strict=True):
+        own = [event for event in group if not event.module or _function(event) == owner]
+        calls.setdefault(owner, []).append(own)
+    return calls
+
+
+def _function(event: Event) -> str:
+    """The jitted function's name: that of `jit_case_3(17)` and of `jit_case_3` is `case_3`."""
+    return event.module.split("(")[0].removeprefix("jit_")
+
+
+def _between_flushes(events: Sequence[Event]) -> list[list[Event]]:
+    named = {event.name for event in events if _function(event) == FLUSH}
+    flushes = named or {event.name for event in events[:1]}
+    groups: list[list[Event]] = []
+    for event in events:
+        if event.name in flushes and _function(event) in (FLUSH, ""):
+            groups.append([])
+        elif groups:
+            groups[-1].append(event)
+    return groups
+
+
+def measured(calls: Iterable[Sequence[Event]], prefix: str = "") -> Measured:
+    """Sums up the calls of one function.
+
+    Args:
+      calls: the events of each call.
+      prefix: only kernels whose names start so; "" for everything.
+
+    Raises:
+      ValueError: no call, or a call without such a kernel.
+    """
+    times: list[float] = []
+    by_kernel: dict[str, list[float]] = {}
+    for call in calls:
+        chosen = [event for event in call if event.name.startswith(prefix)]
+        if not chosen:
+            raise ValueError(f"no kernel named {prefix}* among {sorted({event.name for event in call})}")
+        times.append(sum(event.duration for event in chosen) / 1e3)
+        per_call: dict[str, float] = {}
+        for event in chosen:
+            per_call[event.name] = per_call.get(event.name, 0.0) + event.duration / 1e3
+        for name, duration in per_call.items():
+            by_kernel.setdefault(name, []).append(duration)
+    if not times:
+        raise ValueError("the trace shows no call of this function")
+    medians = {name: statistics.median(durations) for name, durations in by_kernel.items()}
+    return Measured(tuple(times), tuple(by_kernel), medians)

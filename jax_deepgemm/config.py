@@ -1,0 +1,89 @@
+"""Trace-time configuration: what an op does when its call says nothing.
+
+Every setting here is read while a function is traced and lowered, and becomes part of the program. A function that
+`jax.jit` has already traced keeps the settings of that moment; `jax.clear_caches()` makes it look again. Where a call
+takes the same name as an argument (`num_sms=`), the argument wins.
+
+>>> import jax_deepgemm
+>>> jax_deepgemm.config.get().pdl
+True
+>>> with jax_deepgemm.config.use(num_sms=100):
+...     jax_deepgemm.config.get().num_sms
+100
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+FALLBACKS = ("error", "reference")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one trace.
+
+    Attributes:
+      num_sms: streaming multiprocessors a persistent kernel may occupy; None for all of the device. Fewer leaves room
+        for collectives that run at the same time.
+      pdl: launch kernels with programmatic dependent launch, so that one starts its prologue while the last one ends.
+      fallback: what a GPU without a kernel for the op does: "error", or "reference" for the float32 jnp form, which
+        is correct and slow.
+    """
+
+    num_sms: int | None = None
+    pdl: bool = True
+    fallback: str = "error"
+
+    def __post_init__(self) -> None:
+        if self.num_sms is not None and self.num_sms < 1:
+            raise ValueError(f"config: num_sms is {self.num_sms}, need a positive number, or None for all.")
+        if self.fallback not in FALLBACKS:
+            raise ValueError(f"config: fallback is {self.fallback!r}, need one of {', '.join(FALLBACKS)}.")
+
+
+def _replaced(base: Config, changes: dict[str, Any]) -> Config:
+    known = {field.name for field in dataclasses.fields(Config)}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise ValueError(f"config: no setting named {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
+    return dataclasses.replace(base, **changes)
+
+
+_default = Config()
+_scoped: contextvars.ContextVar[Config | None] = contextvars.ContextVar("jax_deepgemm_config", default=None)
+
+
+def get() -> Config:
+    """Returns the settings in force here."""
+    return _scoped.get() or _default
+
+
+def update(**changes: Any) -> None:
+    """Changes the settings of the whole process, e.g. `update(num_sms=120)`.
+
+    Raises:
+      ValueError: an unknown setting, or a value it cannot take.
+    """
+    global _default
+    _default = _replaced(_default, changes)
+
+
+@contextlib.contextmanager
+def use(**changes: Any) -> Iterator[Config]:
+    """Changes settings inside a `with` block of this thread (or task), and puts them back after it.
+
+    Raises:
+      ValueError: an unknown setting, or a value it cannot take.
+    """
+    settings = _replaced(get(), changes)
+    token = _scoped.set(settings)
+    try:
+        yield settings
+    finally:
+        _scoped.reset(token)
