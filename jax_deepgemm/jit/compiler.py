@@ -196,10 +196,20 @@ def _build_nvrtc(job: _Job, target: str) -> tuple[bytes, str]:
     log = io.StringIO()
     try:
         program = cuda_core.Program(job.source.text, "c++", job.nvrtc_options())
-        code = program.compile(target, logs=log).code
+        cubin = program.compile("cubin", logs=log).code
     except Exception as error:  # noqa: BLE001 - cuda.core raises several private classes
         raise CompileError(job.message("does not compile", str(error))) from None
-    return bytes(code), log.getvalue()
+    return (_ptx(program) if target == "ptx" else bytes(cubin)), log.getvalue()
+
+
+def _ptx(program: Any) -> bytes:
+    """The PTX that a cubin was made from (asking cuda.core for it instead would need a driver)."""
+    from cuda.bindings import nvrtc
+
+    _, size = nvrtc.nvrtcGetPTXSize(program.handle)
+    text = b" " * size
+    nvrtc.nvrtcGetPTX(program.handle, text)
+    return text.rstrip(b"\0 ")
 
 
 def _build_nvcc(job: _Job, target: str) -> tuple[bytes, str]:
@@ -221,7 +231,7 @@ def _diagnose(cache: KernelCache, job: _Job, kernel: CompiledKernel) -> None:
         if path.exists():
             continue
         try:
-            text = build(job, "ptx")[0].rstrip(b"\0") if kind == "ptx" else _disassemble(job, kernel)
+            text = build(job, "ptx")[0] if kind == "ptx" else _disassemble(job, kernel)
             write_atomically(path, text)
             toolchain.say(f"wrote {path}")
         except OSError as error:
@@ -229,11 +239,9 @@ def _diagnose(cache: KernelCache, job: _Job, kernel: CompiledKernel) -> None:
 
 
 def _disassemble(job: _Job, kernel: CompiledKernel) -> bytes:
-    command = toolchain.find_disassembler(job.settings)
+    command = toolchain.find_disassembler()
     if command is None:
-        raise FileNotFoundError(
-            "no nvdisasm or cuobjdump on PATH or beside nvcc; they come with the CUDA toolkit"
-        )
+        raise FileNotFoundError("no nvdisasm found; get one with: pip install nvidia-cuda-nvdisasm")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.cubin)
         file.flush()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
+import math
 import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from jax_deepgemm.cli.text import Progress
 
 from .compiler import compile_kernel, record_kernels
 from .report import CompiledKernel, KernelSource
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _QUIET_SECONDS = 2.0
-_MANY = 16
 
 
 class Problem(Protocol):
@@ -36,7 +37,7 @@ def compile_many(
       sources: the kernels; equal ones are compiled once.
       arch: see `compile_kernel`.
       jobs: threads, by default one per core (the compiler runs outside the interpreter lock).
-      progress: show a bar on a terminal's stderr when there are many or they take more than two seconds.
+      progress: show a bar on stderr if it takes more than two seconds.
 
     Raises:
       CompileError: of the first kernel that fails, after the others have been stopped.
@@ -63,7 +64,8 @@ def precompile(
       items: each a problem (an object with `kernel_sources(chip)`), or a tuple (function, *arguments) with a jitted or
         plain function and arrays or `jax.ShapeDtypeStruct`s; functions are lowered for platform "cuda", not run.
       chip: the GPU model to choose configurations for, by default an H200.
-      jobs: threads, by default one per core.
+      jobs: threads, by default one per core. Functions are traced in the calling thread and lowered in the others, which
+        know nothing of contexts such as `jax.enable_x64`; jobs=1 stays in the calling thread.
       progress: see `compile_many`.
 
     Returns:
@@ -89,7 +91,7 @@ def precompile_records(
 
 def _task(item: Any, chip: Chip) -> Callable[[], list[tuple[KernelSource, CompiledKernel]]]:
     if isinstance(item, tuple) and item and callable(item[0]):
-        return lambda: _lower(item[0], item[1:])
+        return functools.partial(_lower, _trace(item[0], item[1:]))
     if isinstance(item, KernelSource):
         return lambda: [(item, compile_kernel(item, arch=chip.arch))]
     if hasattr(item, "kernel_sources"):
@@ -102,48 +104,37 @@ def _task(item: Any, chip: Chip) -> Callable[[], list[tuple[KernelSource, Compil
     )
 
 
-def _lower(function: Callable[..., Any], args: tuple[Any, ...]) -> list[tuple[KernelSource, CompiledKernel]]:
+def _trace(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     import jax
 
     jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
+    return jitted.trace(*args)
+
+
+def _lower(traced: Any) -> list[tuple[KernelSource, CompiledKernel]]:
     with record_kernels() as records:
-        jitted.trace(*args).lower(lowering_platforms=("cuda",))
+        traced.lower(lowering_platforms=("cuda",))
     return records
 
 
 def _parallel(tasks: Sequence[Callable[[], _T]], jobs: int | None, progress: bool) -> list[_T]:
-    bar = _Progress(len(tasks)) if progress else None
-    with ThreadPoolExecutor(max_workers=jobs or os.cpu_count() or 1) as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            for done, future in enumerate(as_completed(futures), 1):
-                future.result()
-                if bar:
-                    bar.show(done)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if bar:
-                bar.close()
+    jobs = min(jobs or os.cpu_count() or 1, len(tasks))
+    quiet = _QUIET_SECONDS if progress else math.inf
+    with Progress(len(tasks), "compiling", quiet=quiet) as bar:
+        if jobs <= 1:
+            return [_step(task, bar) for task in tasks]
+        with ThreadPoolExecutor(max_workers=jobs) as pool:
+            futures = [pool.submit(contextvars.copy_context().run, task) for task in tasks]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.step()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
     return [future.result() for future in futures]
 
 
-class _Progress:
-    """A bar on a terminal's stderr, for work that is long enough to wonder about."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.start, self.shown = total, time.monotonic(), False
-
-    def show(self, done: int) -> None:
-        elapsed = time.monotonic() - self.start
-        if sys.stderr.isatty() and (elapsed > _QUIET_SECONDS or self.total >= _MANY):
-            self.shown = True
-            sys.stderr.write(f"\r{self.line(done, elapsed)}")
-            sys.stderr.flush()
-
-    def line(self, done: int, elapsed: float) -> str:
-        filled = 30 * done // max(self.total, 1)
-        return f"compiling [{'#' * filled}{'.' * (30 - filled)}] {done}/{self.total}  {elapsed:.0f} s"
-
-    def close(self) -> None:
-        if self.shown:
-            sys.stderr.write("\n")
+def _step(task: Callable[[], _T], bar: Progress) -> _T:
+    result = task()
+    bar.step()
+    return result

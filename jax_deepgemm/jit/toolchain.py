@@ -1,11 +1,11 @@
-"""Which compiler, which settings: the only place that reads the environment.
+"""Which compiler, which settings: the environment of compilation and cache.
 
 | variable                      | default                  | effect                                                        |
 |-------------------------------|--------------------------|---------------------------------------------------------------|
 | JAX_DEEPGEMM_CACHE_DIR        | ~/.cache/jax_deepgemm    | where compiled kernels live                                   |
 | JAX_DEEPGEMM_COMPILER         | nvrtc                    | nvrtc (library, no toolkit needed) or nvcc                    |
 | JAX_DEEPGEMM_NVCC             | CUDA_HOME/bin, then PATH | the nvcc to run                                               |
-| JAX_DEEPGEMM_LOG              | unset                    | debug, info, warning, error: log to stderr from this level on |
+| JAX_DEEPGEMM_LOG              | warning                  | debug, info, warning, error, off: see `jax_deepgemm.config`   |
 | JAX_DEEPGEMM_PRINT_CONFIGS    | 0                        | print each new problem with the configuration chosen for it   |
 | JAX_DEEPGEMM_PRINT_COMMAND    | 0                        | print each compiler command                                   |
 | JAX_DEEPGEMM_PTXAS_VERBOSE    | 0                        | print what ptxas -v says of each kernel                       |
@@ -34,7 +34,6 @@ INCLUDE_DIR = Path(__file__).resolve().parent.parent / "include"
 PREFIX = "JAX_DEEPGEMM_"
 COMPILERS = ("nvrtc", "nvcc")
 DUMPS = ("ptx", "sass")
-LEVELS = ("debug", "info", "warning", "error")
 STANDARD = "c++20"
 
 logger = logging.getLogger("jax_deepgemm")
@@ -51,7 +50,6 @@ class Settings:
     cache_dir: Path
     compiler: str = "nvrtc"
     nvcc: str | None = None
-    log: str | None = None
     print_configs: bool = False
     print_command: bool = False
     ptxas_verbose: bool = False
@@ -75,11 +73,10 @@ class Toolchain:
 
 def read_settings() -> Settings:
     """The settings of this moment; a value outside its rule is a ValueError that names the variable."""
-    settings = Settings(
+    return Settings(
         cache_dir=Path(os.environ.get(PREFIX + "CACHE_DIR") or "~/.cache/jax_deepgemm").expanduser(),
         compiler=_choice("COMPILER", COMPILERS) or "nvrtc",
         nvcc=os.environ.get(PREFIX + "NVCC") or None,
-        log=_choice("LOG", LEVELS),
         print_configs=_switch("PRINT_CONFIGS"),
         print_command=_switch("PRINT_COMMAND"),
         ptxas_verbose=_switch("PTXAS_VERBOSE"),
@@ -88,9 +85,6 @@ def read_settings() -> Settings:
         lineinfo=_switch("LINEINFO"),
         print_load_time=_switch("PRINT_LOAD_TIME"),
     )
-    if settings.log:
-        _log_to_stderr(settings.log)
-    return settings
 
 
 def say(text: str) -> None:
@@ -155,16 +149,12 @@ def find_nvcc(settings: Settings) -> str:
     )
 
 
-def find_disassembler(settings: Settings) -> list[str] | None:
-    """The command that turns a cubin into SASS text, or None."""
-    beside: list[str] = []
-    try:
-        beside = [os.path.dirname(os.path.realpath(find_nvcc(settings))), "/usr/local/cuda/bin"]
-    except CompilerNotFoundError:
-        pass
-    path = os.pathsep.join([os.environ.get("PATH", ""), *beside])
+def find_disassembler() -> list[str] | None:
+    """The command that turns a cubin into SASS text: of the wheels, the toolkit or PATH; None without one."""
+    from cuda.pathfinder import find_nvidia_binary_utility
+
     for tool, flags in (("nvdisasm", ["-c"]), ("cuobjdump", ["-sass"])):
-        if found := shutil.which(tool, path=path):
+        if found := shutil.which(tool) or find_nvidia_binary_utility(tool):
             return [found, *flags]
     return None
 
@@ -203,16 +193,3 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str | None:
     if len(values) > 1:
         raise ValueError(f"{PREFIX}{name} is {','.join(values)!r}, need one of {', '.join(allowed)}.")
     return values[0] if values else None
-
-
-@functools.lru_cache(maxsize=1)
-def _stderr_handler() -> logging.Handler:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
-    logger.addHandler(handler)
-    return handler
-
-
-def _log_to_stderr(level: str) -> None:
-    _stderr_handler()
-    logger.setLevel(level.upper())
