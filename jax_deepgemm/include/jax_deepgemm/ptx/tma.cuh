@@ -1,0 +1,21 @@
+// Bulk tensor copies, global to shared memory (PTX ISA 9.7.9.25).
+#pragma once
+
+#include <jax_deepgemm/ptx/types.cuh>
+
+namespace jdg::ptx {
+
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Coordinates innermost first. Bytes outside the tensor arrive as zeros and count like the others on `bar`.
+__device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+          smem),
+      "l"(&map), "r"(bar), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+}  // namespace jdg::ptx

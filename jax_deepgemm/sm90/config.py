@@ -1,0 +1,244 @@
+"""Problems and configurations of the SM90 GEMM kernels: pure data, and the rules a configuration must obey.
+
+    GemmProblem -> candidates() -> cost() (sm90/cost.py) -> GemmConfig -> kernel_source() (sm90/source.py) -> LaunchPlan
+
+Two kernels share one main loop (include/jax_deepgemm/mainloop.cuh):
+
+- `gemm.cuh`: A's rows on wgmma's 64-row side, a persistent grid; block_m = 64 or 128, block_n any multiple of 8.
+- `gemm_small_m.cuh` (`swap_ab`): B's rows (weights) on the 64-row side, tokens on the narrow side, k split over a
+  cluster; block_n = 64 or 128, block_m = 8 .. 128 tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from jax_deepgemm.sm90.chip import Chip
+
+_SLOT_ROW_BYTES = 128  # bytes of k in one slot of the ring: 128 FP8 or 64 BF16 elements
+_QUAD = 4  # blocks of k whose 1x128 scales one TMA box brings
+_STAGING_BYTES_PER_WARPGROUP = 4 * 2048
+_RESERVED_BYTES = 1024  # what the system takes of an SM's shared memory for each resident block
+_MAX_STAGES = 16
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def align_up(a: int, b: int) -> int:
+    return ceil_div(a, b) * b
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """D[m, n] = A[m, k] B[n, k]^T (+ C), `batches` times.
+
+    Attributes:
+      a, b: element types, "e4m3", "e5m2" or "bf16".
+      layout: DeepGEMM's letters; FP8 is always "nt". "nn": B is stored [k, n]; "tn": A is stored [k, m]; "tt": both.
+      out: "bfloat16" or "float32".
+      add_c: whether C is added.
+      b_scales: "block" (128x128), "vector" (1x128) or "none" (BF16). A's scales are always 1x128.
+      batched: for each operand in the op's order, whether it has a batch dimension.
+    """
+
+    m: int
+    n: int
+    k: int
+    a: str = "e4m3"
+    b: str = "e4m3"
+    layout: str = "nt"
+    out: str = "bfloat16"
+    add_c: bool = False
+    b_scales: str = "block"
+    batches: int = 1
+    batched: tuple[bool, ...] = ()
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.a != "bf16"
+
+    @property
+    def block_k(self) -> int:
+        """Elements of k in one slot of the ring."""
+        return _SLOT_ROW_BYTES // (1 if self.is_fp8 else 2)
+
+    @property
+    def k_blocks(self) -> int:
+        return ceil_div(self.k, self.block_k)
+
+    @property
+    def a_k_major(self) -> bool:
+        return self.layout[0] == "n"
+
+    @property
+    def b_k_major(self) -> bool:
+        return self.layout[1] == "t"
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batches * self.m * self.n * self.k
+
+    @property
+    def bytes_moved(self) -> int:
+        """Every operand once."""
+        element, out = (1 if self.is_fp8 else 2), (2 if self.out == "bfloat16" else 4)
+        once = (self.m + self.n) * self.k * element + self.m * self.n * out * (2 if self.add_c else 1)
+        return self.batches * once
+
+    def __str__(self) -> str:
+        parts = [f"{self.a}x{self.b} {self.layout} m={self.m} n={self.n} k={self.k} -> {self.out}"]
+        parts += ["+C"] if self.add_c else []
+        parts += [f"B scales {'128x128' if self.b_scales == 'block' else '1x128'}"] if self.is_fp8 else []
+        parts += [f"batches={self.batches}"] if self.batches > 1 else []
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """How a GEMM is cut.
+
+    Attributes:
+      block_m, block_n: tile of D that one block of threads computes at a time.
+      stages: slots of the shared-memory ring; one slot holds 128 bytes of k of both operands.
+      swap_ab: whether B's rows lie on wgmma's 64-row side (for few tokens).
+      split_k: blocks of a cluster that share the k range of a tile (swap_ab only).
+      blocks_per_sm: blocks of threads resident on one SM (swap_ab only).
+      scale_slots: quads of 1x128 scales in flight; 0 for BF16.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    swap_ab: bool = False
+    split_k: int = 1
+    blocks_per_sm: int = 1
+    scale_slots: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Extent on wgmma's 64-row side."""
+        return self.block_n if self.swap_ab else self.block_m
+
+    @property
+    def cols(self) -> int:
+        """Extent on wgmma's other side."""
+        return self.block_m if self.swap_ab else self.block_n
+
+    @property
+    def warpgroups(self) -> int:
+        """Consumer warpgroups."""
+        return self.rows // 64
+
+    @property
+    def threads(self) -> int:
+        """The persistent kernel gives registers away by warpgroup, so that its producer is a whole one."""
+        return 128 * self.warpgroups + (32 if self.swap_ab else 128)
+
+    @property
+    def registers(self) -> int:
+        """What a consumer thread may use: the register file is cut for each of an SM's four sub-partitions."""
+        if not self.swap_ab and self.warpgroups == 2:
+            return 232  # setmaxnreg in gemm.cuh
+        warps = self.blocks_per_sm * ceil_div(self.threads, 32)
+        return min(248, 16384 // (32 * ceil_div(warps, 4)) // 8 * 8)
+
+    def __str__(self) -> str:
+        kind = "swap-AB " if self.swap_ab else ""
+        split = f" split_k={self.split_k}" if self.split_k > 1 else ""
+        return f"{kind}{self.block_m}x{self.block_n} stages={self.stages}{split} blocks/SM={self.blocks_per_sm}"
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """Bytes of shared memory of a configuration; mirrors `Layout` in mainloop.cuh, which asserts it."""
+
+    slot: int
+    scale_slot: int
+    staging: int
+    stages: int
+    scale_slots: int
+
+    @cached_property
+    def total(self) -> int:
+        ring = self.stages * (self.slot + 2 * 8)
+        return align_up(ring + self.scale_slots * self.scale_slot + self.staging, 128)
+
+
+def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
+    rows_k_major, cols_k_major = (p.b_k_major, p.a_k_major) if c.swap_ab else (p.a_k_major, p.b_k_major)
+    row_vector, col_vector = (p.b_scales == "vector", p.is_fp8) if c.swap_ab else (p.is_fp8, p.b_scales == "vector")
+    height = c.rows if rows_k_major else align_up(c.rows, 64)
+    width = c.cols if cols_k_major else align_up(c.cols, 64)
+    scale_slot = (c.rows if row_vector else 0) * 4 * _QUAD
+    scale_slot += align_up(c.cols * 4 * _QUAD, 128) if col_vector else 0
+    staging = _STAGING_BYTES_PER_WARPGROUP * c.warpgroups if not c.swap_ab and p.out == "bfloat16" else 0
+    return SharedMemory((height + width) * _SLOT_ROW_BYTES, scale_slot, staging, c.stages, c.scale_slots)
+
+
+def _k_ranges(k_blocks: int, split_k: int) -> list[tuple[int, int]]:
+    return [(r * k_blocks // split_k, (r + 1) * k_blocks // split_k) for r in range(split_k)]
+
+
+@lru_cache(maxsize=4096)
+def needed_scale_slots(k_blocks: int, split_k: int, stages: int, persistent: bool) -> int:
+    """Fewest quads in flight such that the producer never overwrites one that a consumer may still read.
+
+    The producer is at most `stages` blocks ahead: when it starts a quad, every quad but the SLOTS - 1 before it must
+    end `stages` blocks earlier. So any SLOTS - 1 consecutive quads must hold at least stages - 1 blocks of k; the first
+    and the last quad of a range may hold fewer than four.
+    """
+    worst = 1
+    for begin, end in _k_ranges(k_blocks, split_k):
+        edges = [begin, *range(align_up(begin + 1, _QUAD), end, _QUAD), end]
+        sizes = [b - a for a, b in zip(edges, edges[1:], strict=False) if b > a]
+        sizes = sizes * (2 + stages // max(1, len(sizes))) if persistent else sizes
+        slots = 1
+        while slots - 1 < len(sizes) and any(
+            sum(sizes[i : i + slots - 1]) < stages - 1 for i in range(len(sizes) - slots + 1)
+        ):
+            slots += 1
+        worst = max(worst, slots)
+    return worst
+
+
+def fit_stages(p: GemmProblem, c: GemmConfig, chip: Chip, limit: int = _MAX_STAGES) -> GemmConfig | None:
+    """The configuration with as many stages as shared memory holds, or None if that is fewer than three."""
+    capacity = chip.smem_per_block
+    if c.blocks_per_sm > 1:
+        capacity = (chip.smem_per_block + _RESERVED_BYTES) // c.blocks_per_sm - _RESERVED_BYTES
+    for stages in range(limit, 2, -1):
+        slots = needed_scale_slots(p.k_blocks, c.split_k, stages, not c.swap_ab) if p.is_fp8 else 0
+        fitted = replace(c, stages=stages, scale_slots=slots)
+        if shared_memory(p, fitted).total <= capacity and not problems_with(p, fitted):
+            return fitted
+    return None
+
+
+def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
+    """Why a configuration cannot run a problem: one line for each rule that it breaks."""
+    rules = [
+        (c.rows in (64, 128), f"the 64-row side is {c.rows}, must be 64 or 128 (one or two warpgroups)"),
+        (c.cols % 8 == 0 and 8 <= c.cols <= 256, f"the other side is {c.cols}, must be 8 to 256 in steps of 8 (wgmma)"),
+        (c.swap_ab or c.split_k == 1, "split_k needs swap_ab"),
+        (c.split_k in (1, 2, 4, 8), f"split_k is {c.split_k}, must be 1, 2, 4 or 8 (portable cluster size)"),
+        (not p.is_fp8 or c.cols <= _widest(p, c), f"{c.cols} columns leave no registers for two accumulators"),
+        (p.is_fp8 == (c.scale_slots > 0), "scale_slots must be positive for FP8 and 0 for BF16"),
+        (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),
+    ]
+    if p.is_fp8:
+        needed = needed_scale_slots(p.k_blocks, c.split_k, c.stages, not c.swap_ab)
+        rules.append((c.scale_slots >= needed, f"scale_slots is {c.scale_slots}, this k needs {needed}"))
+    if c.swap_ab:
+        ring = c.stages * (c.rows + c.cols) * _SLOT_ROW_BYTES
+        rules.append((c.cols * (c.rows + 4) * 4 <= ring, "the float32 partial tile does not fit over the ring"))
+    return [message for holds, message in rules if not holds]
+
+
+def _widest(p: GemmProblem, c: GemmConfig) -> int:
+    """Widest tile whose accumulator, temporary and scales fit in registers without a spill (measured with ptxas)."""
+    if c.swap_ab:
+        return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
+    return 192 if p.b_scales == "vector" else 208

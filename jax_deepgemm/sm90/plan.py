@@ -1,0 +1,96 @@
+"""GemmProblem + GemmConfig -> LaunchPlan: tensor maps, grid and scalars of one launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Result, Scalar, TensorMap
+from jax_deepgemm.jit import compile_kernel
+from jax_deepgemm.sm90.chip import Chip
+from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, ceil_div, problems_with, shared_memory
+from jax_deepgemm.sm90.source import INTEGERS, kernel_source
+
+
+@dataclass(frozen=True)
+class MatrixOperand:
+    """An operand of the call as it lies in memory: row-major, [batch,] rows, cols."""
+
+    index: int
+    shape: tuple[int, ...]
+
+    @property
+    def batched(self) -> int:
+        return int(len(self.shape) == 3)
+
+
+@dataclass(frozen=True)
+class GemmOperands:
+    """Which operands of the custom call play which part; scales are None for BF16, c without accumulation."""
+
+    a: MatrixOperand
+    b: MatrixOperand
+    a_scales: MatrixOperand | None = None
+    b_scales: MatrixOperand | None = None
+    c: MatrixOperand | None = None
+
+
+def _map(x: MatrixOperand, dtype: str, size: int, box: tuple[int, int], swizzle: int) -> TensorMap:
+    """A three-dimensional map (columns, rows, batch); boxes that reach outside are filled with zeros."""
+    *batch, rows, cols = x.shape
+    strides = (cols * size, rows * cols * size)
+    return TensorMap(Operand(x.index), dtype, (cols, rows, *(batch or (1,))), strides, (*box, 1), swizzle)
+
+
+def _matrix_map(p: GemmProblem, x: MatrixOperand, k_major: bool, tile: int) -> TensorMap:
+    box = (p.block_k, tile) if k_major else (64, 64)
+    return _map(x, "uint8" if p.is_fp8 else "bfloat16", 1 if p.is_fp8 else 2, box, 128)
+
+
+def stripe_height(p: GemmProblem, c: GemmConfig, chip: Chip) -> int:
+    """Row tiles walked together, so that one wave reads the fewest bytes of A and B."""
+    best = (chip.num_sms * c.block_n / c.block_m) ** 0.5
+    return max(1, min(ceil_div(p.m, c.block_m), round(best)))
+
+
+def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> LaunchPlan:
+    """One launch that computes `p` with `c`.
+
+    Raises:
+      ValueError: the configuration breaks a rule for this problem.
+    """
+    broken = problems_with(p, c)
+    if broken:
+        raise ValueError(f"config {c} cannot run {p}: {'; '.join(broken)}. Leave config=None to have one chosen.")
+    maps = [_matrix_map(p, x.a, p.a_k_major, c.block_m), _matrix_map(p, x.b, p.b_k_major, c.block_n)]
+    for scales, vector, tile in (
+        (x.a_scales, True, c.block_m),
+        (x.b_scales, p.b_scales == "vector", c.block_n),
+    ):
+        if scales is not None and vector:
+            maps.append(_map(scales, "float32", 4, (4, tile), 0))
+    block_scales = x.b_scales if p.b_scales == "block" else None
+    pointers = [Operand(block_scales.index)] if block_scales else []
+    pointers = [*pointers, Result(0), *([Operand(x.c.index)] if x.c else [])]
+    integers = {
+        "m": p.m,
+        "n": p.n,
+        "batches": p.batches,
+        "k_blocks": p.k_blocks,
+        "block_scale_rows": block_scales.shape[-2] if block_scales else 0,
+        "block_scale_pitch": block_scales.shape[-1] if block_scales else 0,
+        "stripe": stripe_height(p, c, chip),
+        "batched_a": x.a.batched,
+        "batched_b": x.b.batched,
+        "batched_a_scales": x.a_scales.batched if x.a_scales else 0,
+        "batched_b_scales": x.b_scales.batched if x.b_scales else 0,
+    }
+    tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
+    launch = Launch(
+        kernel=compile_kernel(kernel_source(p, c), arch=chip.arch),
+        grid=(tiles * c.split_k if c.swap_ab else min(tiles, chip.num_sms), 1, 1),
+        block=c.threads,
+        params=(*maps, *pointers, *(Scalar(integers[name], "int32") for name in INTEGERS)),
+        cluster=c.split_k,
+        shared_memory=shared_memory(p, c).total,
+    )
+    return LaunchPlan((launch,), label=str(p))
