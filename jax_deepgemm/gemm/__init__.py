@@ -12,6 +12,7 @@ from jax_deepgemm.gemm.api import (
     fp8_gemm_tn,
     fp8_gemm_tt,
 )
+from jax_deepgemm.gemm.linear import fp8_linear
 
 __all__ = [
     "bf16_gemm_nn",
@@ -22,4 +23,5 @@ __all__ = [
     "fp8_gemm_nt",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
+    "fp8_linear",
 ]

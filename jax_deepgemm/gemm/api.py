@@ -64,7 +64,7 @@ def fp8_gemm_nt(
       out_sharding: the result's sharding on a mesh with Explicit axes; needed there if k is cut.
       reduce_dtype: what partial results are summed in across devices that cut k: float32, or bfloat16 for half the
         bytes and one more rounding per device.
-      num_sms: at most so many SMs of the GPU; the rest stays free for other work, such as collectives.
+      num_sms: at most so many SMs of the GPU, so that others stay free, for collectives say; None: `config.num_sms`.
 
     Returns:
       [m, n] in out_dtype. Any m, n, k >= 0: an empty k gives C, or zeros.
@@ -209,7 +209,7 @@ def bf16_gemm_nt(
       out_sharding: the result's sharding on a mesh with Explicit axes; needed there if k is cut.
       reduce_dtype: what partial results are summed in across devices that cut k: float32, or bfloat16 for half the
         bytes and one more rounding per device.
-      num_sms: at most so many SMs of the GPU; the rest stays free for other work, such as collectives.
+      num_sms: at most so many SMs of the GPU, so that others stay free, for collectives say; None: `config.num_sms`.
 
     Returns:
       [m, n] in out_dtype. Any m, n, k >= 0: an empty k gives C, or zeros.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_deepgemm import config as settings
 from jax_deepgemm.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.quantization import QuantizedArray
 
@@ -288,5 +289,5 @@ def check_options(
         reduce_dtype=reduce,
         out_sharding=out_sharding,
         config=config,
-        num_sms=num_sms,
+        num_sms=settings.get().num_sms if num_sms is None else num_sms,
     )

@@ -1,0 +1,260 @@
+"""A linear layer whose forward and backward GEMMs run in FP8: the training recipe of DeepSeek-V3.
+
+    y  = x @ w.T      x 1x128 along k,        w 128x128
+    dx = dy @ w       dy 1x128 along n,       w 128x128, transposed bytes of the same copy
+    dw = dy.T @ x     dy, x 1x128 along tokens, accumulated in float32
+
+Kept for the backward pass: x in FP8, quantised along tokens and transposed, as dw wants it (1 byte per element instead
+of bfloat16's 2), and w in FP8. x itself is not kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.sharding import entries
+from jax_deepgemm.gemm.api import fp8_gemm_nt
+from jax_deepgemm.gemm.operands import BFLOAT16, BLOCKED, FLOAT32, FP8_DTYPES, OUT_DTYPES, PER_ROW, check_options
+from jax_deepgemm.gemm.tokens import Tokens
+from jax_deepgemm.quantization import QuantizedArray, quantize
+
+LINEAR_OUT = "jdg_linear_out"
+"""checkpoint_name of the layer's result."""
+ACT_FP8 = "jdg_act_fp8"
+"""checkpoint_name of the FP8 activations kept for the weight gradient."""
+WEIGHT_FP8 = "jdg_weight_fp8"
+"""checkpoint_name of the FP8 weight kept for the input gradient."""
+
+E4M3 = np.dtype(jnp.float8_e4m3fn)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What of one call is static."""
+
+    out_dtype: np.dtype[Any]
+    grad_dtype: np.dtype[Any]
+    scale_format: str
+    reduce_dtype: np.dtype[Any]
+    num_sms: int | None
+    config: Any
+    out_sharding: PartitionSpec | None
+    x: tuple[np.dtype[Any], PartitionSpec | None]
+    """dtype and, on Explicit axes, spec of x, for its gradient; likewise w."""
+    w: tuple[np.dtype[Any], PartitionSpec | None]
+
+    def quantize(self, x: jax.Array, block: tuple[int, int], dtype: Any = E4M3) -> QuantizedArray:
+        return quantize(x, block, dtype, self.scale_format)
+
+    def gradient(
+        self, a: QuantizedArray, b: QuantizedArray, like: tuple[np.dtype[Any], PartitionSpec | None]
+    ) -> jax.Array:
+        """A @ B.T as the gradient of an argument of this dtype and spec."""
+        dtype, spec = like
+        reduce = self.reduce_dtype if self.reduce_dtype == dtype else FLOAT32
+        return fp8_gemm_nt(
+            a, b, out_dtype=dtype, out_sharding=spec, reduce_dtype=reduce, num_sms=self.num_sms
+        )
+
+
+def fp8_linear(
+    x: jax.Array,
+    w: jax.Array | QuantizedArray,
+    *,
+    out_dtype: Any = jnp.bfloat16,
+    grad_dtype: Any = jnp.float8_e4m3fn,
+    scale_format: str = "f32",
+    config: Any = None,
+    out_sharding: PartitionSpec | NamedSharding | None = None,
+    reduce_dtype: Any = jnp.float32,
+    num_sms: int | None = None,
+) -> jax.Array:
+    """y = x @ w.T with FP8 GEMMs in the forward and the backward pass.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax_deepgemm import fp8_linear
+    >>> x = jax.random.normal(jax.random.key(0), (2, 8, 256), jnp.bfloat16)
+    >>> w = jax.random.normal(jax.random.key(1), (512, 256), jnp.float32) / 16
+    >>> y = fp8_linear(x, w)
+    >>> y.shape, y.dtype.name
+    ((2, 8, 512), 'bfloat16')
+    >>> dx, dw = jax.grad(lambda x, w: fp8_linear(x, w).astype(jnp.float32).sum(), (0, 1))(x, w)
+    >>> dx.dtype.name, dw.dtype.name
+    ('bfloat16', 'float32')
+
+    x is quantised with one scale per token and 128 features, w with one per 128x128 block; both from the master values
+    at each call. The gradients follow the recipe of the DeepSeek-V3 report, section 3.3: dx takes dy per token, dw takes
+    dy and x with one scale per 128 tokens, all sums in float32.
+
+    A QuantizedArray as w is a frozen weight: it is used as it is, and only x has a gradient (its own is zero). Keep it
+    out of the differentiated arguments: FP8 leaves count as floating point in `jax.grad`.
+
+    Args:
+      x: [.., k] bfloat16 or float32. The leading dimensions are tokens; any of them may be 0.
+      w: [n, k] bfloat16 or float32 master weight, or QuantizedArray [n, k] of block (128, 128). Block (1, 128) works
+        in the forward pass only.
+      out_dtype: dtype of y, bfloat16 or float32. dx and dw have the dtypes of x and w.
+      grad_dtype: dtype of the quantised dy, float8_e4m3fn or float8_e5m2.
+      scale_format: "f32", or "ue8m0" for scales that are powers of two.
+      config: a GemmConfig for the forward GEMM.
+      out_sharding: y's sharding on a mesh with Explicit axes; needed there if k is cut.
+      reduce_dtype: what devices exchange partial results in: float32, or out_dtype.
+      num_sms: as in `fp8_gemm_nt`.
+
+    Returns:
+      [.., n] in out_dtype.
+
+    Raises:
+      ValueError, TypeError: operands that do not fit; the message names both sides.
+      TypeError: on forward-mode differentiation (and so on Hessian products): reverse mode only.
+
+    For `jax.checkpoint` policies y is named "jdg_linear_out", the kept FP8 activations "jdg_act_fp8" and the kept FP8
+    weight "jdg_weight_fp8"; with the first two in `save_only_these_names` no GEMM runs twice.
+
+    On a mesh with Auto axes, cut the first of x's leading dimensions or use `jax.shard_map`: the leading dimensions are
+    merged, and XLA moves data if an inner one of them is cut. Explicit axes have no such limit.
+    """
+    _check_shapes(x, w)
+    frozen = isinstance(w, QuantizedArray)
+    options = check_options("fp8_linear", out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    if np.dtype(grad_dtype) not in FP8_DTYPES:
+        raise ValueError(
+            f"fp8_linear: grad_dtype is {np.dtype(grad_dtype).name}, need float8_e4m3fn or float8_e5m2. "
+            "float8_e4m3fn is the recipe's choice."
+        )
+    x, *weights = same_varying_axes([x, *jax.tree.leaves(w)])
+    tokens = Tokens.of(x if x.ndim > 1 else x[None])
+    flat = tokens.flatten(x if x.ndim > 1 else x[None])
+    recipe = _Recipe(
+        out_dtype=options.out_dtype,
+        grad_dtype=np.dtype(grad_dtype),
+        scale_format=scale_format,
+        reduce_dtype=options.reduce_dtype,
+        num_sms=options.num_sms,
+        config=config,
+        out_sharding=_flat_out_sharding(tokens, options.out_sharding, x.ndim),
+        x=_like(flat),
+        w=_like(weights[0]),
+    )
+    y = _frozen_linear(recipe, flat, QuantizedArray(*weights, w.block)) if frozen else _linear(recipe, flat, *weights)
+    y = tokens.unflatten(y)
+    if options.out_sharding is not None and x.ndim > 1 and jax.typeof(y).sharding.mesh.explicit_axes:
+        y = jax.sharding.reshard(y, options.out_sharding)
+    return checkpoint_name(y if x.ndim > 1 else y[0], LINEAR_OUT)
+
+
+def _check_shapes(x: Any, w: Any) -> None:
+    if not hasattr(x, "dtype") or isinstance(x, QuantizedArray) or np.dtype(x.dtype) not in OUT_DTYPES:
+        given = np.dtype(x.dtype).name if hasattr(x, "dtype") else type(x).__name__
+        raise TypeError(
+            f"fp8_linear: x is {given}, need a bfloat16 or float32 array: the layer quantises it. "
+            "For operands that are quantised already use fp8_gemm_nt."
+        )
+    if not isinstance(w, QuantizedArray) and (not hasattr(w, "dtype") or np.dtype(w.dtype) not in OUT_DTYPES):
+        given = np.dtype(w.dtype).name if hasattr(w, "dtype") else type(w).__name__
+        raise TypeError(
+            f"fp8_linear: w is {given}, need a bfloat16 or float32 master weight, or a QuantizedArray for a frozen one. "
+            "A (values, scales) tuple becomes one by QuantizedArray(values, scales, (128, 128))."
+        )
+    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[-1]:
+        raise ValueError(
+            f"fp8_linear: x is {list(x.shape)} and w is {list(w.shape)}, need x [.., k] and w [n, k] with the same k. "
+            "A weight stored [k, n] is passed as w.T; stacked weights go through jax.vmap."
+        )
+    if isinstance(w, QuantizedArray):
+        w.check("fp8_linear", "w")
+        if tuple(w.block) not in (BLOCKED, PER_ROW):
+            raise ValueError(
+                f"fp8_linear: w has one scale per block {w.block}, need (128, 128), or (1, 128) without gradients. "
+                "Quantise it so: jax_deepgemm.quantize(w, (128, 128))."
+            )
+
+
+def _like(x: jax.Array) -> tuple[np.dtype[Any], PartitionSpec | None]:
+    sharding = jax.typeof(x).sharding
+    return np.dtype(x.dtype), sharding.spec if sharding.mesh.explicit_axes else None
+
+
+def _flat_out_sharding(tokens: Tokens, spec: PartitionSpec | None, rank: int) -> PartitionSpec | None:
+    """The tokens stay as they are; the features as asked. The rest is a reshard of the result."""
+    if spec is None:
+        return None
+    features = tuple(axis for axis in entries(spec, rank)[-1] if axis not in tokens.axes)
+    return spec if rank == 2 else tokens.flat_spec(features)
+
+
+def _keep(q: QuantizedArray, name: str) -> QuantizedArray:
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), q)
+
+
+def _swapped(q: QuantizedArray) -> QuantizedArray:
+    return QuantizedArray(q.values.T, q.scales.T, (q.block[1], q.block[0]))
+
+
+def _forward(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> jax.Array:
+    return fp8_gemm_nt(
+        recipe.quantize(x, PER_ROW),
+        w,
+        out_dtype=recipe.out_dtype,
+        config=recipe.config,
+        out_sharding=recipe.out_sharding,
+        reduce_dtype=recipe.reduce_dtype,
+        num_sms=recipe.num_sms,
+    )
+
+
+def _input_gradient(recipe: _Recipe, dy: jax.Array, w: QuantizedArray) -> jax.Array:
+    return recipe.gradient(recipe.quantize(dy, PER_ROW, recipe.grad_dtype), _swapped(w), recipe.x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(recipe: _Recipe, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _forward(recipe, x, recipe.quantize(w, BLOCKED))
+
+
+def _linear_fwd(recipe: _Recipe, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[QuantizedArray, QuantizedArray]]:
+    quantized = _keep(recipe.quantize(w, BLOCKED), WEIGHT_FP8)
+    along_tokens = _keep(recipe.quantize(x.T, PER_ROW), ACT_FP8)
+    return _forward(recipe, x, quantized), (along_tokens, quantized)
+
+
+def _linear_bwd(
+    recipe: _Recipe, kept: tuple[QuantizedArray, QuantizedArray], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_along_tokens, w = kept
+    dy_along_tokens = recipe.quantize(dy.T, PER_ROW, recipe.grad_dtype)
+    return _input_gradient(recipe, dy, w), recipe.gradient(dy_along_tokens, x_along_tokens, recipe.w)
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _frozen_linear(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> jax.Array:
+    return _forward(recipe, x, w)
+
+
+def _frozen_fwd(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> tuple[jax.Array, QuantizedArray]:
+    if tuple(w.block) != BLOCKED:
+        raise ValueError(
+            f"fp8_linear: the gradient of x needs w with one scale per block (128, 128), and this frozen weight has block "
+            f"{w.block}: its scales run along k, and dx = dy @ w sums over n. Quantise it so: "
+            "jax_deepgemm.quantize(w, (128, 128))."
+        )
+    return _forward(recipe, x, w), w
+
+
+def _frozen_bwd(recipe: _Recipe, w: QuantizedArray, dy: jax.Array) -> tuple[jax.Array, None]:
+    return _input_gradient(recipe, dy, w), None
+
+
+_frozen_linear.defvjp(_frozen_fwd, _frozen_bwd)
