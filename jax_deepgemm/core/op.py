@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jax_deepgemm import config
 from jax_deepgemm.core import _private, derivatives, kernel_rule
-from jax_deepgemm.core.export import export_checks as export_checks
+from jax_deepgemm.core.export import export_checks
 from jax_deepgemm.core.sharding import (
     Axes,
     Batch,
@@ -38,6 +38,8 @@ from jax_deepgemm.core.sharding import (
     plan_sharding,
 )
 from jax_deepgemm.core.version import fingerprint
+
+__all__ = ["Op", "export_checks", "mesh_of"]
 
 Params = dict[str, Any]
 Arrays = list[jax.Array]

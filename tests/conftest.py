@@ -1,0 +1,56 @@
+"""Where tests run: 8 host CPU devices by default; `pytest -m gpu` runs tests/gpu on a CUDA device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+hypothesis.settings.register_profile("ci", max_examples=25, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def _asks_for_gpu(config: pytest.Config) -> bool:
+    expression = config.option.markexpr or ""
+    return "gpu" in expression and "not gpu" not in expression
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: runs on a CUDA device, and only when asked for by -m gpu")
+    if _asks_for_gpu(config):
+        return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if GPU_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    if not _asks_for_gpu(config):
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if item not in on_gpu]
+        return
+    reason = _why_no_gpu()
+    if reason:
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_gpu() -> str:
+    import jax
+
+    try:
+        jax.devices("cuda")
+    except RuntimeError as error:
+        return f"no CUDA device: {error}"
+    return ""
