@@ -215,6 +215,13 @@ def test_settings_are_checked(name: str, value: str, rule: str, monkeypatch: pyt
         toolchain.read_settings()
 
 
+def test_describe_the_toolchain(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert toolchain.describe()["compiler"].startswith("nvrtc ")
+    monkeypatch.setenv("JAX_DEEPGEMM_COMPILER", "nvcc")
+    monkeypatch.setenv("JAX_DEEPGEMM_NVCC", "/nowhere/nvcc")
+    assert toolchain.describe()["compiler"].startswith("none: ")
+
+
 def test_every_variable_is_in_the_table() -> None:
     documented = {
         line.split()[1] for line in (toolchain.__doc__ or "").splitlines() if line.startswith("| JAX")
@@ -228,7 +235,8 @@ def test_every_variable_is_in_the_table() -> None:
 
 def test_second_process_reads_from_disk(cache_dir: Path) -> None:
     kernel = jit.compile_kernel(fill())
-    assert (cache_dir / "cubins" / f"{kernel.digest}.cubin").read_bytes() == kernel.cubin
+    assert cache.cache_dir() == cache_dir
+    assert (cache.cubin_directory() / f"{kernel.digest}.cubin").read_bytes() == kernel.cubin
     script = f"""
 import time
 from jax_deepgemm import jit

@@ -29,6 +29,7 @@ from .report import CompiledKernel, KernelReport
 
 LOCK_TIMEOUT_S = 60.0
 _POLL_S = 0.01
+_CUBINS = "cubins"
 
 
 class KernelCache:
@@ -40,7 +41,7 @@ class KernelCache:
         self._writable = True
         try:
             self._entries = toolchain.import_cuda_core().utils.FileStreamProgramCache(root)
-            (root / "cubins").mkdir(exist_ok=True)
+            (root / _CUBINS).mkdir(exist_ok=True)
         except OSError as error:
             self._give_up(error)
 
@@ -93,7 +94,7 @@ class KernelCache:
 
     def cubin_path(self, digest: str) -> Path:
         """Where the cubin of this content lies."""
-        return self.root / "cubins" / f"{digest}.cubin"
+        return self.root / _CUBINS / f"{digest}.cubin"
 
     @contextlib.contextmanager
     def _locked(self, key: bytes) -> Iterator[None]:
@@ -131,6 +132,16 @@ class KernelCache:
                 self.root,
                 error,
             )
+
+
+def cache_dir() -> Path:
+    """The directory of the environment's choice."""
+    return toolchain.read_settings().cache_dir
+
+
+def cubin_directory() -> Path:
+    """Where cubins lie by content, as <digest>.cubin."""
+    return cache_dir() / _CUBINS
 
 
 @functools.lru_cache(maxsize=8)

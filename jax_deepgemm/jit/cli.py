@@ -64,7 +64,7 @@ FIELDS = tuple(field.name for field in fields(Shape))
 def parse_shapes(text: str) -> list[Shape]:
     """Reads a shapes file; an error names the line, the rule and the way out.
 
-    >>> parse_shapes("fp8_gemm_nt,64,128,256\\\\n")
+    >>> parse_shapes("fp8_gemm_nt,64,128,256")
     [Shape(op='fp8_gemm_nt', m=64, n=128, k=256, out_dtype='bfloat16', accumulate=False, b_block='128x128')]
     >>> parse_shapes('{"op": "bf16_gemm_nn", "m": 1, "n": 8, "k": 8}')[0].op
     'bf16_gemm_nn'

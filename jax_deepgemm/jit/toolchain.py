@@ -133,6 +133,23 @@ def _find_nvrtc() -> Toolchain:
     return Toolchain("nvrtc", f"{major}.{minor}", str(path))
 
 
+def describe() -> dict[str, str]:
+    """What `python -m jax_deepgemm info` says: the compiler in use, or why there is none, and its helpers."""
+    try:
+        settings = read_settings()
+        compiler = str(find_toolchain(settings))
+    except (CompilerNotFoundError, ValueError) as error:
+        return {"compiler": f"none: {error}"}
+    cuda_core = import_cuda_core()
+    disassembler = find_disassembler()
+    return {
+        "compiler": compiler,
+        "cuda-core": cuda_core.__version__,
+        "headers": str(INCLUDE_DIR),
+        "disassembler": disassembler[0] if disassembler else "none (pip install nvidia-cuda-nvdisasm)",
+    }
+
+
 def find_nvcc(settings: Settings) -> str:
     """nvcc by JAX_DEEPGEMM_NVCC, then CUDA_HOME or CUDA_PATH, then PATH, then /usr/local/cuda."""
     if settings.nvcc:
