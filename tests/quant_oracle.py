@@ -42,5 +42,7 @@ def quantize_block(x, f8, scale_format):
 
 
 def dequantize(values, scales, block, dtype=np.float32):
-    wide = np.repeat(np.repeat(scales, block[0], -2), block[1], -1)[..., : values.shape[-2], : values.shape[-1]]
+    wide = np.repeat(np.repeat(scales, block[0], -2), block[1], -1)[
+        ..., : values.shape[-2], : values.shape[-1]
+    ]
     return (values.astype(np.float32) * wide).astype(dtype)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_deepgemm.quantization import reference
 from jax_deepgemm.quantization.array import FP8_MAX, Block, QuantizedArray, check_block
+from jax_deepgemm.quantization.ops import dequantize_op, quantize_op
 
 SCALE_FORMATS = ("f32", "ue8m0")
 FLOATS = tuple(np.dtype(t) for t in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -52,7 +54,7 @@ def quantize(
     [[0.0078125, 0.015625]]
     """
     x, block, dtype = _checked_input(x, block, dtype, scale_format)
-    values, scales = reference.quantize(x, block=block, dtype=dtype, scale_format=scale_format)
+    values, scales = _over_leading(quantize_op(block, dtype, scale_format), x.ndim - 2)(x)
     return QuantizedArray(values, scales, block)
 
 
@@ -83,17 +85,31 @@ def dequantize(q: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
     q.check("dequantize", "q")
     if np.dtype(dtype) not in FLOATS:
         raise TypeError(f"dequantize: dtype is {np.dtype(dtype).name}, need {_names(FLOATS)}.")
-    return reference.dequantize(q.values, q.scales, block=q.block, dtype=np.dtype(dtype))[0]
+    op = functools.partial(dequantize_op(q.block), block=q.block, dtype=np.dtype(dtype))
+    return _over_leading(op, q.ndim - 2)(q.values, q.scales)[0]
+
+
+def _over_leading(op: Callable[..., list[jax.Array]], count: int) -> Callable[..., list[jax.Array]]:
+    """The op over leading dimensions, as levels of vmap: cut ones stay cut."""
+    for _ in range(count):
+        op = jax.vmap(op)
+    return op
 
 
 def _checked_input(x: Any, block: Any, dtype: Any, scale_format: str) -> tuple[jax.Array, Block, np.dtype]:
     if isinstance(x, QuantizedArray):
-        raise TypeError("quantize: x is a QuantizedArray already. For another block or type: quantize(dequantize(x), ...).")
+        raise TypeError(
+            "quantize: x is a QuantizedArray already. For another block or type: quantize(dequantize(x), ...)."
+        )
     x = jnp.asarray(x)
     if x.dtype not in FLOATS:
-        raise TypeError(f"quantize: x is {x.dtype.name}, need {_names(FLOATS)}. Convert it: x.astype(jnp.float32).")
+        raise TypeError(
+            f"quantize: x is {x.dtype.name}, need {_names(FLOATS)}. Convert it: x.astype(jnp.float32)."
+        )
     if x.ndim < 2:
-        raise ValueError(f"quantize: x has shape {list(x.shape)}, need rank >= 2. For a vector: quantize(x[None], ...).")
+        raise ValueError(
+            f"quantize: x has shape {list(x.shape)}, need rank >= 2. For a vector: quantize(x[None], ...)."
+        )
     if np.dtype(dtype) not in FP8_MAX:
         raise TypeError(f"quantize: dtype is {np.dtype(dtype).name}, need {_names(FP8_MAX)}.")
     if scale_format not in SCALE_FORMATS:

@@ -114,7 +114,10 @@ class QuantizedArray:
         """
         parts = index if isinstance(index, tuple) else (index,)
         used = sum(part is not None for part in parts)
-        whole = any(part is Ellipsis or getattr(part, "dtype", None) == bool or isinstance(part, bool) for part in parts)
+        whole = any(
+            part is Ellipsis or getattr(part, "dtype", None) == bool or isinstance(part, bool)
+            for part in parts
+        )
         if whole or used > self.ndim - 2:
             raise IndexError(
                 f"QuantizedArray: index {index!r} of a {_show(self.values)} with block {self.block}: only the "
@@ -157,7 +160,9 @@ class QuantizedArray:
         )
 
     def __iter__(self) -> NoReturn:
-        raise TypeError("QuantizedArray is not iterable: use to_tuple(q) for (values, scales), or index it: q[i].")
+        raise TypeError(
+            "QuantizedArray is not iterable: use to_tuple(q) for (values, scales), or index it: q[i]."
+        )
 
 
 def scales_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
@@ -212,14 +217,18 @@ def _check(q: QuantizedArray, where: str, name: str) -> None:
     check_block(q.block, where)
     for part, leaf in (("values", q.values), ("scales", q.scales)):
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise TypeError(f"{where}: {part} of {name} are a {type(leaf).__name__}, need a JAX or NumPy array.")
+            raise TypeError(
+                f"{where}: {part} of {name} are a {type(leaf).__name__}, need a JAX or NumPy array."
+            )
     if np.dtype(q.values.dtype) not in FP8_MAX:
         known = " or ".join(dtype.name for dtype in FP8_MAX)
         raise TypeError(
             f"{where}: values of {name} are {np.dtype(q.values.dtype).name}, need {known}. Make them with quantize(x)."
         )
     if np.dtype(q.scales.dtype) != np.float32:
-        raise TypeError(f"{where}: scales of {name} are {np.dtype(q.scales.dtype).name}, need float32. {_way_out(q)}")
+        raise TypeError(
+            f"{where}: scales of {name} are {np.dtype(q.scales.dtype).name}, need float32. {_way_out(q)}"
+        )
     if len(q.values.shape) < 2:
         raise ValueError(
             f"{where}: values of {name} are {_show(q.values)}, need rank >= 2. For a vector use values[None], "

@@ -90,7 +90,9 @@ def reciprocal(scales: jax.Array) -> jax.Array:
     exponent, mantissa = _split(scales)
     guess = jnp.float32(2.0**47) / mantissa.astype(jnp.float32)  # within a few units, whatever the division
     quotient = guess.astype(jnp.uint32)
-    rest = lax.bitcast_convert_type(jnp.uint32(0) - quotient * mantissa, jnp.int32)  # 2**47 - quotient * mantissa
+    rest = lax.bitcast_convert_type(
+        jnp.uint32(0) - quotient * mantissa, jnp.int32
+    )  # 2**47 - quotient * mantissa
     signed = mantissa.astype(jnp.int32)
     step = jnp.floor_divide(rest, signed)
     quotient = lax.bitcast_convert_type(quotient, jnp.int32) + step

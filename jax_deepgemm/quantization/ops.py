@@ -1,0 +1,177 @@
+"""quantize and dequantize as ops: one pair per block size, since the block is part of the sharding rule.
+
+Blocks are global. Where a device's piece begins or ends inside a block, the scales of that dimension are whole on every
+device: quantize reduces its part of the grid of amax and all-reduces that small grid (max), dequantize takes its window
+of the scales. Nothing is gathered.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_deepgemm.core.op import Op
+from jax_deepgemm.core.sharding import ShardingPlan
+from jax_deepgemm.quantization import reference
+from jax_deepgemm.quantization.array import Block, scales_shape
+
+Shape = tuple[int, ...]
+
+_HINT = "FP8 training goes through fp8_linear, which quantises in its forward and backward pass."
+
+
+class _BlockOp(Op):
+    """An Op whose block grids follow their data in XLA's propagation over Auto axes as well."""
+
+    def _shardy_rule(self, static: tuple[tuple[str, Any], ...], mesh: Any, ins: Any, outs: Any) -> Any:
+        """Writes data as (blocks, elements of a block) where every cut that the mesh allows is at the edge of a block.
+
+        Elsewhere the grid keeps a name of its own, as Shardy would cut the elements of a block and not the blocks.
+        """
+        text, sizes = self.rule.batched(dict(static)["batch"]).text(), {}
+        data_shape = dict(zip("rc", tuple(ins[1].shape)[-2:], strict=True))
+        for grid, (data, step) in self.rule.blocks.items():
+            if not mesh.empty and data_shape[data] % (step * mesh.size) == 0:
+                text = re.sub(rf"\b{data}\b", f"({grid} {data}_in)", text)
+                sizes[f"{data}_in"] = step
+        return f", {text}", sizes
+
+
+@functools.cache
+def quantize_op(block: Block, dtype: np.dtype, scale_format: str) -> Op:
+    """x -> [values, scales]."""
+
+    def result(x: Shape) -> list[tuple[Shape, Any]]:
+        return [(x, dtype), (scales_shape(x, block), np.dtype(np.float32))]
+
+    return _BlockOp(
+        f"quantize_{block[0]}x{block[1]}_{dtype.name}_{scale_format}",
+        f"r c -> r c, {_grid(block)}",
+        result,
+        functools.partial(reference.quantize, block=block, dtype=dtype, scale_format=scale_format),
+        blocks=_blocks(block),
+        spmd=functools.partial(_quantize_shard, block, dtype, scale_format),
+        grad_hint=_HINT,
+    )
+
+
+@functools.cache
+def dequantize_op(block: Block) -> Op:
+    """(values, scales; block, dtype) -> [array]. The static block is that of the scales on one device."""
+
+    def result(values: Shape, scales: Shape, *, block: Block, dtype: np.dtype) -> list[tuple[Shape, Any]]:
+        return [(values, dtype)]
+
+    return _BlockOp(
+        f"dequantize_{block[0]}x{block[1]}",
+        f"r c, {_grid(block)} -> r c",
+        result,
+        reference.dequantize,
+        blocks=_blocks(block),
+        spmd=functools.partial(_dequantize_shard, block),
+        grad_hint=_HINT,
+    )
+
+
+def _grid(block: Block) -> str:
+    """Names of the scales' dimensions: with one element per block they are the values' own."""
+    return " ".join(name if step == 1 else f"{name}_blocks" for name, step in zip("rc", block, strict=True))
+
+
+def _blocks(block: Block) -> dict[str, tuple[str, int]]:
+    return {f"{name}_blocks": (name, step) for name, step in zip("rc", block, strict=True) if step > 1}
+
+
+class _Window:
+    """This device's piece of one dimension, where its edges fall inside global blocks.
+
+    blocks:   |----|----|----|----|----|          `total` blocks of `step` elements in the whole array
+    piece:           [........]                   `size` elements from element `first * step + skip`
+    window:        |----|----|----|               `count` blocks from block `first`: any piece of this size fits
+    """
+
+    def __init__(self, plan: ShardingPlan, name: str, axis: int, step: int) -> None:
+        offset = plan.offset(name)
+        self.axis, self.step, self.axes = axis, step, plan.axes[name]
+        self.first, self.skip = offset // step, offset % step
+        self.size = plan.local_size(name)
+        self.total = -(-plan.size[name] // step)
+        self.count = -(-(self.size + step - 1) // step)
+
+    def align(self, x: jax.Array) -> jax.Array:
+        """The piece in its place in the window, zeros around it."""
+        padded = self._pad(x, self.step, self.count * self.step)
+        return lax.dynamic_slice_in_dim(padded, self.step - self.skip, self.count * self.step, self.axis)
+
+    def place(self, grid: jax.Array) -> jax.Array:
+        """The window's grid in its place in the whole grid, zeros around it."""
+        shape = list(grid.shape)
+        shape[self.axis] = self.total + self.count
+        whole = lax.dynamic_update_slice_in_dim(
+            jnp.zeros_like(grid, shape=shape), grid, self.first, self.axis
+        )
+        return lax.slice_in_dim(whole, 0, self.total, axis=self.axis)
+
+    def per_element(self, grid: jax.Array) -> jax.Array:
+        """The whole grid's entry of each element of the piece, along this dimension."""
+        window = lax.dynamic_slice_in_dim(self._pad(grid, 0, self.count), self.first, self.count, self.axis)
+        wide = jnp.repeat(window, self.step, self.axis, total_repeat_length=self.count * self.step)
+        return lax.dynamic_slice_in_dim(wide, self.skip, self.size, self.axis)
+
+    def _pad(self, x: jax.Array, before: int, after: int) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[self.axis] = (before, after)
+        return jnp.pad(x, widths)
+
+
+def _windows(plan: ShardingPlan, block: Block) -> list[_Window]:
+    """The dimensions in which devices share blocks."""
+    return [
+        _Window(plan, name, axis, step)
+        for axis, name, step in zip((-2, -1), "rc", block, strict=True)
+        if step > 1 and plan.cut(name) and not plan.cut(f"{name}_blocks")
+    ]
+
+
+def _without(block: Block, windows: Sequence[_Window]) -> Block:
+    """The block on one device after the windows are laid out per element."""
+    shared = {window.axis for window in windows}
+    return (1 if -2 in shared else block[0], 1 if -1 in shared else block[1])
+
+
+def _quantize_shard(
+    block: Block,
+    dtype: np.dtype,
+    scale_format: str,
+    plan: ShardingPlan,
+    local: Callable[..., Any],
+    x: jax.Array,
+) -> tuple[Sequence[jax.Array] | None, list[jax.Array] | None]:
+    windows = _windows(plan, block)
+    if not windows:
+        return (x,), None
+    x = reference.exact_float32(x)
+    grid = reference.block_amax(functools.reduce(lambda y, window: window.align(y), windows, x), block)
+    grid = functools.reduce(lambda g, window: window.place(g), windows, grid)
+    amax = lax.pmax(grid, tuple(axis for window in windows for axis in window.axes))
+    scales = reference.scales_from_amax(amax, dtype, scale_format)
+    inverse = functools.reduce(lambda g, window: window.per_element(g), windows, reference.reciprocal(scales))
+    inverse = reference.expand(inverse, x.shape, _without(block, windows))
+    return None, [reference.cast_scaled(x, inverse, dtype), scales]
+
+
+def _dequantize_shard(
+    block: Block, plan: ShardingPlan, local: Callable[..., Any], values: jax.Array, scales: jax.Array
+) -> tuple[Sequence[jax.Array] | None, list[jax.Array] | None]:
+    windows = _windows(plan, block)
+    if not windows:
+        return (values, scales), None
+    mine = functools.reduce(lambda grid, window: window.per_element(grid), windows, scales)
+    return None, local(values, mine, block=_without(block, windows))
