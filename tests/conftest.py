@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # helpers of several tests
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None)

@@ -6,12 +6,13 @@
     def test_op(check):
         check()
 
-jit = eager, vmap = loop, sharded = unsharded with exactly the expected collectives (Auto axes, Explicit axes, and
-shard_map), gradients and Hessian-vector products = those of plain jnp, remat and scan = neither.
+jit = eager, vmap = loop, sharded = unsharded with exactly the expected collectives (Auto axes, Explicit axes,
+and shard_map), gradients and Hessian-vector products = those of plain jnp, remat and scan = neither.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import re
@@ -38,8 +39,10 @@ class Shard:
       specs: spec of each operand.
       out: spec of the result, or a tuple of specs for several results.
       collectives: names in `COLLECTIVES`, as often as the compiled program has them.
-      modes: "auto", "explicit" (axis types), and "shard_map" where the op on local pieces is the piece of the result.
-      out_sharding: what the call is given in "explicit", if not `out` (under vmap: without vmap's dimensions).
+      modes: "auto", "explicit" (axis types), and "shard_map" where the op on local pieces is the piece of the
+        result.
+      out_sharding: what the call is given in "explicit", if not `out` (under vmap: without vmap's
+        dimensions).
       explicit_collectives: if the explicit program needs others.
     """
 
@@ -184,7 +187,7 @@ def check_sharded_grad(case: OpCase, shard: Shard, mode: str) -> None:
     expected = jax.jit(jax.grad(_loss(case.fn), case.wrt))(*operands)
     mesh = make_mesh(mode)
     placed = _place(operands, shard, mesh)
-    with jax.set_mesh(mesh) if mode == "explicit" else _nothing():
+    with jax.set_mesh(mesh) if mode == "explicit" else contextlib.nullcontext():
         got = jax.jit(jax.grad(_loss(_in_mode(case, shard, mode, mesh)), case.wrt))(*placed)
     assert_same(got, expected, case.grad_tolerance)
     if mode == "explicit":
@@ -199,7 +202,7 @@ def compile_sharded(case: OpCase, shard: Shard, mode: str, **jit_options: Any) -
     if mode == "auto":
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), shard.out, is_leaf=_is_spec)
         jit_options["out_shardings"] = shardings
-    with jax.set_mesh(mesh) if mode == "explicit" else _nothing():
+    with jax.set_mesh(mesh) if mode == "explicit" else contextlib.nullcontext():
         return jax.jit(_in_mode(case, shard, mode, mesh), **jit_options).lower(*placed).compile(), placed
 
 
@@ -217,12 +220,7 @@ def assert_same(got: Any, expected: Any, tolerance: float) -> None:
     got, expected = jax.tree.leaves(got), jax.tree.leaves(expected)
     assert len(got) == len(expected)
     for one, other in zip(got, expected, strict=True):
-        assert one.shape == other.shape and one.dtype == other.dtype, (
-            one.shape,
-            one.dtype,
-            other.shape,
-            other.dtype,
-        )
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
         mine, theirs = (np.asarray(jax.device_get(x)).astype(np.float64) for x in (one, other))
         if mine.size:
             scale = max(np.abs(theirs).max(), 1e-30)
@@ -285,9 +283,3 @@ def _short(spec: Any) -> str:
     if not isinstance(spec, PartitionSpec):
         return "(" + ",".join(map(_short, spec)) + ")"
     return "[" + " ".join("." if e is None else e if isinstance(e, str) else "".join(e) for e in spec) + "]"
-
-
-class _nothing:  # noqa: N801
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...

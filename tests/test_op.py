@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import op_checks
 import pytest
 import toy_ops
@@ -39,22 +38,22 @@ def normal(*shapes: tuple[int, ...], dtype: Any = F32) -> Any:
 def gemm_shards(add: bool) -> tuple[Shard, ...]:
     """Operand specs: A, scales of A, B, scales of B (and C, as the result)."""
 
-    def shard(a: P, b: P, out: P, *sums: str, sa: P = P(), sb: P = P(), c: P | None = None) -> Shard:
-        return Shard((a, sa, b, sb, *((out if c is None else c,) if add else ())), out, sums)
+    def shard(a: P, b: P, out: P, *sums: str) -> Shard:
+        rows_of_a = P(a[0]) if len(a) else P()
+        return Shard((a, rows_of_a, b, P(), *((out,) if add else ())), out, sums)
 
-    both = "all-reduce", "reduce-scatter"
     return (
         shard(P(), P(), P()),
-        shard(P("x"), P(), P("x"), sa=P("x")),
+        shard(P("x"), P(), P("x")),
         shard(P(), P("y"), P(None, "y")),
         shard(P(), P(("x", "y")), P(None, ("x", "y"))),
-        shard(P("x"), P("y"), P("x", "y"), sa=P("x")),
-        shard(P(None, "y"), P(None, "y"), P(), both[0]),
-        shard(P(None, ("x", "y")), P(None, ("x", "y")), P(), both[0]),
-        shard(P("x", "y"), P(None, "y"), P("x"), both[0], sa=P("x")),
-        shard(P(None, "y"), P(None, "y"), P("y"), both[1]),
-        shard(P(None, "y"), P(None, "y"), P(None, "y"), both[1]),
-        shard(P("x", "y"), P(None, "y"), P("x", "y"), both[1], sa=P("x")),
+        shard(P("x"), P("y"), P("x", "y")),
+        shard(P(None, "y"), P(None, "y"), P(), "all-reduce"),
+        shard(P(None, ("x", "y")), P(None, ("x", "y")), P(), "all-reduce"),
+        shard(P("x", "y"), P(None, "y"), P("x"), "all-reduce"),
+        shard(P(None, "y"), P(None, "y"), P("y"), "reduce-scatter"),
+        shard(P(None, "y"), P(None, "y"), P(None, "y"), "reduce-scatter"),
+        shard(P("x", "y"), P(None, "y"), P("x", "y"), "reduce-scatter"),
     )
 
 

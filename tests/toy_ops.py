@@ -1,7 +1,8 @@
 """Small ops of the same make as the real ones, with which core/op.py is tested on its own.
 
-`block_gemm` has block scales whose blocks straddle shards, `block_gemm_add` accumulates, `quantize` exchanges the amax
-of a block that straddles shards, `linear` is a custom_vjp layer on them, `matmul` has jvp and transpose rules.
+`block_gemm` has block scales whose blocks straddle shards, `block_gemm_add` accumulates, `quantize` exchanges
+the amax of a block that straddles shards, `linear` is a custom_vjp layer on them, `matmul` has jvp and
+transpose rules.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _dense(a: Any, sa: Any, b: Any, sb: Any) -> jax.Array:
 
 
 def _recut(plan: ShardingPlan, *operands: jax.Array) -> tuple[list[jax.Array], None]:
-    """Blocks that straddle devices: scales per row of my rows of B, and my columns moved to the global grid."""
+    """Blocks that straddle devices: scales per row of B, and columns moved to the global grid."""
     a, sa, b, sb, *rest = operands
     scale_factors = plan.rule.operands[3]
     if plan.cut("n") and "nb" in scale_factors and not plan.cut("nb"):
@@ -198,7 +199,7 @@ def linear(x: jax.Array, w: jax.Array, out_sharding: Any = None) -> jax.Array:
     return _linear(*same_varying_axes((x, w)), out_sharding)
 
 
-# matmul: bilinear, with derivatives of every order -------------------------------------------------------------------
+# matmul: bilinear, with derivatives of every order ---------------------------------------------------------
 
 _SUBSCRIPTS = {"nt": "mk,nk->mn", "nn": "mk,kn->mn", "tn": "km,kn->mn"}
 _DIMS = {"nt": "m k, n k", "nn": "m k, k n", "tn": "k m, k n"}

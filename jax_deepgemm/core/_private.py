@@ -41,7 +41,8 @@ def require_devices(primitive: Primitive) -> None:
     """Makes JAX pass the device assignment to a primitive whose lowering contains custom_partitioning."""
     if _needs_devices is None:
         log_once(
-            "This JAX hides prim_requires_devices_during_lowering: ops on Auto mesh axes will fail to lower; use Explicit axes."
+            "This JAX hides prim_requires_devices_during_lowering: ops on Auto mesh axes fail to lower; "
+            "use Explicit axes."
         )
         return
     _needs_devices.add(primitive)
@@ -54,7 +55,7 @@ def is_for_export(ctx: Any) -> bool:
 
 
 def partitioning_call(values: Any) -> Any | None:
-    """The custom_partitioning call that produced these lowered values, if the program spans several devices."""
+    """The custom_partitioning call behind these lowered values; None if nothing was to be partitioned."""
     owner = getattr(values[0], "owner", None)
     op = getattr(owner, "opview", owner)
     if op is None or "call_target_name" not in op.attributes or "backend_config" not in op.attributes:
@@ -68,13 +69,14 @@ _callbacks_by_content: dict[str, Any] = {}
 def name_callback_by_content(call: Any, content: str) -> None:
     """Renames the partition callback of `call` so that equal programs get equal text in every process.
 
-    JAX names the callback by its address, which keeps multi-device programs out of the persistent compilation cache.
-    The callback is kept alive under its new name, without the MLIR context it was made in; one entry per (op, static
-    parameters, mesh).
+    JAX names the callback by its address, which keeps multi-device programs out of the persistent compilation
+    cache. The callback is kept alive under its new name, without the MLIR context it was made in; one entry
+    per (op, static parameters, mesh).
     """
     if _sharding_callbacks is None:
         log_once(
-            "This JAX hides its partition callbacks: programs on Auto mesh axes are compiled anew in each process."
+            "This JAX hides its partition callbacks: programs on Auto mesh axes are compiled anew in each "
+            "process."
         )
         return
     info = _sharding_callbacks[ir.StringAttr(call.attributes["backend_config"]).value.encode()]

@@ -1,4 +1,4 @@
-"""From an op's jvp and transpose rules, written for plain arrays, to those of its primitive under vmap and sharding."""
+"""From an op's jvp and transpose rules, written for plain arrays, to those of its primitive."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Wanted:
     Attributes:
       shape: its shape, without vmap's dimensions.
       dtype: its dtype, which the cotangent has too.
-      out_sharding: the cotangent's sharding on Explicit axes, else None; pass it to the op that computes the cotangent.
+      out_sharding: the cotangent's sharding on Explicit axes, else None; pass it to the op that computes the
+        cotangent.
     """
 
     shape: tuple[int, ...]
@@ -37,7 +38,8 @@ class Wanted:
 def same_varying_axes(arrays: Sequence[Any]) -> list[jax.Array]:
     """Inside shard_map: makes all operands vary over the union of their axes.
 
-    Every public function with a custom_vjp does this before it, so that the gradient of a replicated weight is summed.
+    Every public function with a custom_vjp does this before it, so that the gradient of a replicated weight
+    is summed.
     """
     varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     union = frozenset().union(*varying)
@@ -68,7 +70,7 @@ def jvp_rule(op: Op, primals: Sequence[Any], tangents: Sequence[Any], *, batch: 
 def transpose_rule(
     op: Op, cotangents: Sequence[Any], *operands: Any, batch: Batch, **params: Any
 ) -> list[Any]:
-    """The primitive's transpose: the op's rule for each unknown operand, summed over vmap levels it does not carry."""
+    """The primitive's transpose: the op's rule for each unknown operand, summed over levels it lacks."""
     params.pop("out_sharding", None)
     given = [ad.instantiate_zeros(ct) if isinstance(ct, ad.Zero) else ct for ct in cotangents]
     return [
@@ -117,7 +119,7 @@ def _wanted(aval: Any, levels: int) -> Wanted:
 
 
 def _over_levels(function: Any, arrays: list[Any], carried: list[tuple[bool, ...]], result: Any) -> Any:
-    """vmap over recorded levels; on Explicit axes the levels of all arrays are first cut as the result's are."""
+    """vmap over recorded levels; on Explicit axes all arrays are first cut along them as the result is."""
     levels = len(carried[0]) if carried else 0
     if not levels:
         return function(*arrays)

@@ -1,4 +1,4 @@
-"""The cuda lowering of an op's inner primitive: vmap levels folded, operands prepared, a kernel planned and emitted."""
+"""The cuda lowering of an op on one device: vmap folded, operands prepared, a kernel planned and emitted."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make(op: Op) -> Callable[..., Any]:
 
 
 def device_of(ctx: Any) -> Any | None:
-    """A CUDA device of the lowering, or None where it is made without one (`lowering_platforms=("cuda",)`, export)."""
+    """A CUDA device of the lowering, or None where it is made without one (export, `lowering_platforms=`)."""
     backend = ctx.module_context.backend
     if backend is None or not ctx.module_context.backend.devices():
         return None
@@ -63,8 +63,8 @@ def chip_of(device: Any | None) -> Chip:
 def fold(arrays: Sequence[jax.Array], batch: Batch) -> tuple[list[jax.Array], tuple[bool, ...] | None]:
     """Merges vmap levels into one leading dimension.
 
-    An operand without any level stays as it is (one copy serves the whole batch); one with some levels is repeated
-    along the others.
+    An operand without any level stays as it is (one copy serves the whole batch); one with some levels is
+    repeated along the others.
 
     Returns:
       The arrays, and for each whether it has the leading dimension (None if there are no levels).

@@ -1,12 +1,15 @@
-"""One way to make an op: JAX primitives with types, vmap, sharding, derivatives and a kernel, from one declaration.
+"""One way to make an op: JAX primitives with types, vmap, sharding, derivatives and a kernel, from one
+declaration.
 
     Op.__call__
       outer primitive    result types (sharding, varying manual axes); vmap records a level; jvp and transpose
         Auto axes          custom_partitioning: XLA asks for a ShardingPlan and gets the body of one device
         Explicit axes      shard_map over the same plan's specs
-      inner primitive    one device's shapes: the reference on every platform, the kernel on cuda (kernel_rule.py)
+      inner primitive    one device's shapes: the reference on every platform, the kernel on cuda
+      (kernel_rule.py)
 
-Blocks, edges of shards and collectives are the plan's matter (sharding.py); what is private in JAX is in _private.py.
+Blocks, edges of shards and collectives are the plan's matter (sharding.py); what is private in JAX is in
+_private.py.
 """
 
 from __future__ import annotations
@@ -64,22 +67,22 @@ class Op:
       rule: names of the dimensions, as in an einsum: "m k, n k -> m n".
       result: (*shapes, **params) -> [(shape, dtype), ...].
       reference: (*arrays, **params) -> [array, ...], the op in jnp, without vmap's dimensions.
-      reduces: dimensions that are summed over. The op then has one result and a static `out_dtype`, and float32 or
-        `out_dtype` can be asked for partial sums.
+      reduces: dimensions that are summed over. The op then has one result and a static `out_dtype`, and
+        float32 or `out_dtype` can be asked for partial sums.
       blocks: dimension of a grid of blocks -> (dimension of the data, elements per block).
-      spmd: (plan, local, *arrays) -> (arrays, None) or (None, results), on one device's pieces, before `local` runs:
-        recuts operands whose blocks straddle devices, or computes the results itself. `local(*arrays)` is the op on one
-        device.
+      spmd: (plan, local, *arrays) -> (arrays, None) or (None, results), on one device's pieces, before
+        `local` runs: recuts operands whose blocks straddle devices, or computes the results itself.
+        `local(*arrays)` is the op on one device.
       kernel: (avals_in, avals_out, *, batch, chip, **params) -> LaunchPlan, for cuda. None: the reference.
-      kernel_prepare: (*arrays, **params) -> arrays, traced before the kernel on one device's shapes: padding, layouts.
-        Arrays may have one leading dimension of vmap, so it addresses dimensions from the end.
+      kernel_prepare: (*arrays, **params) -> arrays, traced before the kernel on one device's shapes: padding,
+        layouts. Arrays may have one leading dimension of vmap, so it addresses dimensions from the end.
       aliases: operand -> result that may use its buffer.
       addend: index of an operand that is added to the result, in the result's dtype.
-      base: the op without the addend (the addend is its last operand); runs where partial results are summed, so that
-        the addend is added once, in float32.
+      base: the op without the addend (the addend is its last operand); runs where partial results are summed,
+        so that the addend is added once, in float32.
       jvp: (primals, tangents, **params) -> [tangent, ...]; a tangent is None where it is zero.
-      transpose: (index, cotangents, operands, **params) -> cotangent of operands[index], in which the op is linear;
-        operands[index] is a `derivatives.Wanted`.
+      transpose: (index, cotangents, operands, **params) -> cotangent of operands[index], in which the op is
+        linear; operands[index] is a `derivatives.Wanted`.
       grad_hint: what to use instead, for the error of an op without derivative.
     """
 
@@ -129,9 +132,10 @@ class Op:
 
         Args:
           *arrays: the operands.
-          **params: static and hashable. Besides the op's own: `out_sharding`, the PartitionSpec of the result (a tuple
-            of them for several results), needed on Explicit axes where a summed dimension is cut; `reduce_dtype`,
-            float32 (default) or `out_dtype`, the dtype in which devices exchange partial sums.
+          **params: static and hashable. Besides the op's own: `out_sharding`, the PartitionSpec of the result
+            (a tuple of them for several results), needed on Explicit axes where a summed dimension is cut;
+            `reduce_dtype`, float32 (default) or `out_dtype`, the dtype in which devices exchange partial
+            sums.
 
         Returns:
           A list of results.
@@ -144,7 +148,7 @@ class Op:
     def __repr__(self) -> str:
         return f"Op({self.name!r}, {self.rule.text()!r})"
 
-    # Declaration ---------------------------------------------------------------------------------------------------
+    # Declaration -------------------------------------------------------------------------------------------
 
     def _make_primitives(self) -> None:
         self.outer, self.inner = Primitive(self.name), Primitive(f"{self.name}_local")
@@ -165,7 +169,7 @@ class Op:
         self._partitioned.def_partition(self._partition, sharding_rule=self._shardy_rule)
 
     def _canonical(self, params: Params) -> Params:
-        """Static parameters in the one form that keys caches: np.dtypes, a tuple of specs, defaults left out."""
+        """Static parameters in one form, as they key caches: np.dtypes, tuples of specs, no defaults."""
         static = {
             name: value
             for name, value in params.items()
@@ -195,8 +199,8 @@ class Op:
         specs = tuple(getattr(one, "spec", one) for one in (out_sharding if several else (out_sharding,)))
         if len(specs) != len(self.rule.results) or not all(isinstance(one, PartitionSpec) for one in specs):
             raise ValueError(
-                f"{self.name}: out_sharding is {out_sharding!r}, need a PartitionSpec or NamedSharding for each of the "
-                f"{len(self.rule.results)} results."
+                f"{self.name}: out_sharding is {out_sharding!r}, need a PartitionSpec or NamedSharding for "
+                f"each of the {len(self.rule.results)} results."
             )
         return specs
 
@@ -210,7 +214,7 @@ class Op:
         if static["reduce_dtype"] == np.dtype("float32"):
             del static["reduce_dtype"]
 
-    # Types ---------------------------------------------------------------------------------------------------------
+    # Types -------------------------------------------------------------------------------------------------
 
     def _result_types(
         self, avals: Sequence[Any], batch: Batch, params: Params
@@ -290,15 +294,15 @@ class Op:
         for spec, want, shape in zip(plan.out_specs, asked, shapes, strict=True):
             if spec != as_spec(want):
                 raise ValueError(
-                    f"{self.name}: out_sharding asks for {as_spec(want)} (vmap's dimensions included) of a result "
-                    f"{list(shape)} on the mesh {dict(plan.mesh)}; the op can give {spec}. Cuts must divide their "
-                    f"dimension and use an axis once. Ask for that, and jax.sharding.reshard the result."
+                    f"{self.name}: out_sharding asks for {as_spec(want)} (vmap's dimensions included) of a "
+                    f"result {list(shape)} on the mesh {dict(plan.mesh)}; the op can give {spec}: cuts must "
+                    f"divide their dimension and use an axis once. Ask for that, and reshard the result."
                 )
 
-    # vmap ----------------------------------------------------------------------------------------------------------
+    # vmap --------------------------------------------------------------------------------------------------
 
     def _vmap(self, args: Sequence[Any], dims: Sequence[int | None], *, batch: Batch, **params: Any) -> Any:
-        """Records a level. Merging it with another dimension here would gather a cut one; kernels take a batch."""
+        """Records a level. Merging it with another dimension here would gather one that is cut."""
         moved = [
             arg if dim is None else jnp.moveaxis(arg, dim, 0) for arg, dim in zip(args, dims, strict=True)
         ]
@@ -310,7 +314,7 @@ class Op:
         """The reference, under the recorded levels."""
         return over_levels(functools.partial(self.reference, **_own(params)), batch)(*arrays)
 
-    # Lowering ------------------------------------------------------------------------------------------------------
+    # Lowering ----------------------------------------------------------------------------------------------
 
     def _lower(self, ctx: Any, *args: Any, batch: Batch, **params: Any) -> Any:
         mesh = ctx.avals_out[0].sharding.mesh
@@ -330,9 +334,9 @@ class Op:
         if call is not None:
             if _private.is_for_export(ctx):
                 raise NotImplementedError(
-                    f"{self.name}: jax.export cannot store a program that cuts this op over Auto mesh axes of several "
-                    f"devices. Use Explicit axes (jax.make_mesh(..., axis_types=(AxisType.Explicit,) * n)), or "
-                    f"jax.shard_map over all mesh axes; both export."
+                    f"{self.name}: jax.export cannot store a program that cuts this op over Auto mesh axes of "
+                    f"several devices. Use Explicit axes (jax.make_mesh(..., axis_types=(AxisType.Explicit,) * "
+                    f"n)), or jax.shard_map over all mesh axes; both export."
                 )
             _private.name_callback_by_content(call, f"{self.name}:{content}")
         return results
@@ -367,8 +371,8 @@ class Op:
         params, args = dict(static), args[1:]
         if mesh.empty:
             _private.log_once(
-                f"{self.name}: runs inside a shard_map that leaves some mesh axes Auto, or on a mesh that mixes Auto and "
-                f"Explicit axes; operands are gathered over the Auto ones. Use Explicit axes, or map all axes."
+                f"{self.name}: runs inside a shard_map that leaves some mesh axes Auto, or on a mesh that mixes Auto "
+                f"and Explicit axes; operands are gathered over the Auto ones. Use Explicit axes, or map all axes."
             )
 
         def specs(values: Any) -> list[list[Axes]]:
@@ -418,7 +422,7 @@ class Op:
     def _summed(
         self, plan: ShardingPlan, bind: Callable[..., Arrays], params: Params, arrays: Sequence[jax.Array]
     ) -> jax.Array:
-        """Partial sums of each device, exchanged; the addend joins after that, so it counts once and rounds once."""
+        """Partial sums, exchanged; the addend joins after that, so that it counts once and rounds once."""
         out_dtype = np.dtype(params["out_dtype"])
         exchanged = params.get("reduce_dtype", jnp.promote_types(out_dtype, jnp.float32))
         batch, op, addend = params["batch"], self, None
@@ -469,7 +473,7 @@ def over_levels(function: Callable[..., Any], batch: Batch) -> Callable[..., Any
 
 
 def mesh_of(avals: Sequence[Any]) -> AbstractMesh:
-    """The mesh in force: of the context, else of the operands' types (Explicit arrays without jax.set_mesh)."""
+    """The mesh of the context, else of the operands' types (Explicit arrays without jax.set_mesh)."""
     mesh = jax.sharding.get_abstract_mesh()
     for aval in avals:
         if mesh.empty:

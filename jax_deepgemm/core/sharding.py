@@ -1,8 +1,9 @@
 """How one call of an op is cut over a device mesh: a pure plan, made from shapes and specs, without devices.
 
-A `ShardingRule` names every dimension of an op's operands and results, as in an einsum: "m k, n k -> m n". Dimensions
-of the same name are cut together. `plan_sharding` takes the shapes and specs of one call and decides, for each name,
-the mesh axes that cut it; the same plan serves Auto axes (the partition callback of XLA) and Explicit axes (shard_map).
+A `ShardingRule` names every dimension of an op's operands and results, as in an einsum: "m k, n k -> m n".
+Dimensions of the same name are cut together. `plan_sharding` takes the shapes and specs of one call and
+decides, for each name, the mesh axes that cut it; the same plan serves Auto axes (the partition callback of
+XLA) and Explicit axes (shard_map).
 
 >>> rule = ShardingRule.parse("m k, n k -> m n", reduces=("k",))
 >>> plan = plan_sharding(rule, shapes=[(8, 16), (4, 16)], specs=[[(), ("x",)], [(), ("x",)]],
@@ -37,9 +38,11 @@ class ShardingRule:
       operands: factors of each operand's dimensions.
       results: factors of each result's dimensions.
       reduces: factors that are summed over; partial results are summed across the mesh axes that cut them.
-      blocks: factor of a grid of blocks -> (factor of the data, elements of the data per block). Blocks are global: the
-        grid is cut where its data is, if every cut is at the edge of a block, and is whole otherwise.
-      addend: index of an operand that is added to the first result (once, also when partial results are summed).
+      blocks: factor of a grid of blocks -> (factor of the data, elements of the data per block). Blocks are
+        global: the grid is cut where its data is, if every cut is at the edge of a block, and is whole
+        otherwise.
+      addend: index of an operand that is added to the first result (once, also when partial results are
+        summed).
     """
 
     operands: tuple[Factors, ...]
@@ -99,7 +102,8 @@ class ShardingPlan:
       in_specs: spec that each operand is brought to.
       out_specs: spec of each result.
       reduce_axes: mesh axes over which partial results are summed; empty if none.
-      scatter_dim: dimension of the result that the sum is scattered over (reduce-scatter), or None (all-reduce).
+      scatter_dim: dimension of the result that the sum is scattered over (reduce-scatter), or None
+        (all-reduce).
     """
 
     rule: ShardingRule
@@ -134,7 +138,7 @@ class ShardingPlan:
 
 
 def entries(spec: PartitionSpec | None, rank: int) -> list[Axes]:
-    """A spec as one tuple of axis names per dimension; no spec (GSPMD inside a partial shard_map) means replicated."""
+    """A spec as one tuple of axis names per dimension; no spec (inside a partial shard_map): replicated."""
     given = tuple(spec) if spec is not None else ()
     full = given + (None,) * (rank - len(given))
     return [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in full]
@@ -155,9 +159,9 @@ def plan_sharding(
 ) -> ShardingPlan:
     """Decides the cut of one call.
 
-    Results decide for their own dimensions, operands for the summed ones. If the result asks for the very axes that cut
-    the summed dimension, the sum is scattered. An axis is used once; a cut that does not divide its dimension is dropped
-    (XLA would pad the shards with undefined data).
+    Results decide for their own dimensions, operands for the summed ones. If the result asks for the very
+    axes that cut the summed dimension, the sum is scattered. An axis is used once; a cut that does not divide
+    its dimension is dropped (XLA would pad the shards with undefined data).
 
     Args:
       rule: factors, with those of vmap.
@@ -215,7 +219,7 @@ def plan_sharding(
 
 
 def _merge(rule: ShardingRule, dims: Sequence[Factors], specs: Sequence[Sequence[Axes]]) -> dict[str, Axes]:
-    """Factor -> axes; of several dimensions of one name the first that is cut wins; block grids follow their data."""
+    """Factor -> axes. The first cut dimension of a name wins; grids follow their data."""
     merged: dict[str, Axes] = {}
     for factors, spec in zip(dims, specs, strict=True):
         for name, axes in zip(factors, spec, strict=True):

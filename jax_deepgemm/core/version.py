@@ -13,7 +13,7 @@ _SUFFIXES = (".py", ".cuh", ".h", ".cu")
 
 @functools.cache
 def fingerprint() -> str:
-    """Package version and a hash of every host and device source file, so that an edit never meets a stale program."""
+    """Package version and a hash of every source file, so that an edit never meets a stale program."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES):
