@@ -1,12 +1,12 @@
 """Compiled kernels on disk.
 
-    <cache dir>/entries/..         cuda.core's FileStreamProgramCache: key -> JSON manifest (cubin digest, report)
-    <cache dir>/cubins/<digest>.cubin   the cubins by content, where the launcher of another process finds them
-    <cache dir>/locks/             one file per kernel that is being compiled now
-    <cache dir>/dump/              PTX and SASS, if asked for
+    <cache dir>/entries/                cuda.core's FileStreamProgramCache: key -> JSON (cubin digest, report)
+    <cache dir>/cubins/<digest>.cubin   cubins by content, where the launcher of another process finds them
+    <cache dir>/locks/                  one file per kernel that is being compiled now
+    <cache dir>/dump/                   PTX and SASS, if asked for
 
-Every write is atomic, so any number of processes may share the directory. A directory that cannot be used costs one
-warning and the speed of the next start, nothing else. A damaged entry counts as absent.
+Every write is atomic, so any number of processes may share the directory. A directory that cannot be used
+costs one warning and the speed of the next start, nothing else. A damaged entry counts as absent.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ from .report import CompiledKernel, KernelReport
 LOCK_TIMEOUT_S = 60.0
 _POLL_S = 0.01
 _CUBINS = "cubins"
+_LOCKED = "kernel cache: %s is still locked after %.0f s, compiling anyway"
+_UNUSABLE = (
+    "kernel cache %s cannot be written (%s); compiled kernels stay in memory and every process compiles its "
+    "own. Free space there, or set JAX_DEEPGEMM_CACHE_DIR to a writable directory."
+)
 
 
 class KernelCache:
@@ -98,23 +103,17 @@ class KernelCache:
 
     @contextlib.contextmanager
     def _locked(self, key: bytes) -> Iterator[None]:
-        """Holds the kernel's lock file, if that is possible and in time."""
+        """Holds the kernel's lock file, if the file system has locks and it comes free in time."""
         path = self.root / "locks" / f"{key.hex()}.lock"
-        start = time.monotonic()
         handle: int | None = None
         if self._writable:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                handle = _acquire(path, start + LOCK_TIMEOUT_S)
-            except OSError as error:
-                self._give_up(error)
-            else:
+                handle = _acquire(path, time.monotonic() + LOCK_TIMEOUT_S)
                 if handle is None:
-                    toolchain.logger.warning(
-                        "kernel cache: %s is still locked after %.0f s, compiling anyway",
-                        path,
-                        LOCK_TIMEOUT_S,
-                    )
+                    toolchain.logger.warning(_LOCKED, path, LOCK_TIMEOUT_S)
+            except OSError as error:  # costs a compilation; a full disk shows itself in `put`
+                toolchain.logger.info("kernel cache: no lock on %s (%s), compiling without", path, error)
         try:
             yield
         finally:
@@ -126,12 +125,7 @@ class KernelCache:
     def _give_up(self, error: OSError) -> None:
         if self._writable:
             self._writable = False
-            toolchain.logger.warning(
-                "kernel cache %s cannot be written (%s); compiled kernels stay in memory and every process compiles "
-                "its own. Free space there, or set JAX_DEEPGEMM_CACHE_DIR to a writable directory.",
-                self.root,
-                error,
-            )
+            toolchain.logger.warning(_UNUSABLE, self.root, error)
 
 
 def cache_dir() -> Path:

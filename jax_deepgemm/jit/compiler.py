@@ -149,9 +149,10 @@ class _Job:
         return f"nvrtc {options} {self.source.name}.cu"
 
     def message(self, verdict: str, log: str) -> str:
+        parameters = ", ".join(f"{key}={value}" for key, value in self.source.parameters)
         return (
             f"kernel {self.source.name} {verdict}.\n"
-            f"  parameters: {', '.join(f'{key}={value}' for key, value in self.source.parameters) or 'none'}\n"
+            f"  parameters: {parameters or 'none'}\n"
             f"  compiler:   {self.compiler}\n"
             f"  command:    {self.command()}\n"
             f"{log.strip()}"
@@ -197,7 +198,7 @@ def _build_nvrtc(job: _Job, target: str) -> tuple[bytes, str]:
     try:
         program = cuda_core.Program(job.source.text, "c++", job.nvrtc_options())
         cubin = program.compile("cubin", logs=log).code
-    except Exception as error:  # noqa: BLE001 - cuda.core raises several private classes
+    except Exception as error:  # cuda.core raises several private classes
         raise CompileError(job.message("does not compile", str(error))) from None
     return (_ptx(program) if target == "ptx" else bytes(cubin)), log.getvalue()
 

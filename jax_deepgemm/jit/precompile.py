@@ -61,11 +61,12 @@ def precompile(
     Needs no GPU: a build machine can fill a cache directory that training jobs mount.
 
     Args:
-      items: each a problem (an object with `kernel_sources(chip)`), or a tuple (function, *arguments) with a jitted or
-        plain function and arrays or `jax.ShapeDtypeStruct`s; functions are lowered for platform "cuda", not run.
+      items: each a problem (an object with `kernel_sources(chip)`), or a tuple (function, *arguments) with a
+        jitted or plain function and arrays or `jax.ShapeDtypeStruct`s; functions are lowered for platform
+        "cuda", not run.
       chip: the GPU model to choose configurations for, by default an H200.
-      jobs: threads, by default one per core. Functions are traced in the calling thread and lowered in the others, which
-        know nothing of contexts such as `jax.enable_x64`; jobs=1 stays in the calling thread.
+      jobs: threads, by default one per core. Functions are traced in the calling thread and lowered in the
+        others, which know nothing of contexts such as `jax.enable_x64`; jobs=1 stays in the calling thread.
       progress: see `compile_many`.
 
     Returns:

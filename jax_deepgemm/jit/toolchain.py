@@ -1,18 +1,18 @@
 """Which compiler, which settings: the environment of compilation and cache.
 
-| variable                      | default                  | effect                                                        |
-|-------------------------------|--------------------------|---------------------------------------------------------------|
-| JAX_DEEPGEMM_CACHE_DIR        | ~/.cache/jax_deepgemm    | where compiled kernels live                                   |
-| JAX_DEEPGEMM_COMPILER         | nvrtc                    | nvrtc (library, no toolkit needed) or nvcc                    |
-| JAX_DEEPGEMM_NVCC             | CUDA_HOME/bin, then PATH | the nvcc to run                                               |
-| JAX_DEEPGEMM_LOG              | warning                  | debug, info, warning, error, off: see `jax_deepgemm.config`   |
-| JAX_DEEPGEMM_PRINT_CONFIGS    | 0                        | print each new problem with the configuration chosen for it   |
-| JAX_DEEPGEMM_PRINT_COMMAND    | 0                        | print each compiler command                                   |
-| JAX_DEEPGEMM_PTXAS_VERBOSE    | 0                        | print what ptxas -v says of each kernel                       |
-| JAX_DEEPGEMM_PTXAS_CHECK      | 0                        | error on spills, local memory or a C75xx performance note     |
-| JAX_DEEPGEMM_DUMP             | unset                    | ptx, sass or both (comma): text files in CACHE_DIR/dump       |
-| JAX_DEEPGEMM_LINEINFO         | 0                        | line numbers in the cubin, for profilers and sanitizers       |
-| JAX_DEEPGEMM_PRINT_LOAD_TIME  | 0                        | print the time each kernel took to come from disk             |
+| variable                     | default                  | effect                                       |
+|------------------------------|--------------------------|----------------------------------------------|
+| JAX_DEEPGEMM_CACHE_DIR       | ~/.cache/jax_deepgemm    | where compiled kernels live                  |
+| JAX_DEEPGEMM_COMPILER        | nvrtc                    | nvrtc (library, no toolkit needed) or nvcc   |
+| JAX_DEEPGEMM_NVCC            | CUDA_HOME/bin, then PATH | the nvcc to run                              |
+| JAX_DEEPGEMM_LOG             | warning                  | least severe message: see `config`           |
+| JAX_DEEPGEMM_PRINT_CONFIGS   | 0                        | print each problem with its configuration    |
+| JAX_DEEPGEMM_PRINT_COMMAND   | 0                        | print each compiler command                  |
+| JAX_DEEPGEMM_PTXAS_VERBOSE   | 0                        | print what ptxas -v says of each kernel      |
+| JAX_DEEPGEMM_PTXAS_CHECK     | 0                        | error on spills, local memory or C75xx notes |
+| JAX_DEEPGEMM_DUMP            | unset                    | ptx, sass or ptx,sass: to CACHE_DIR/dump     |
+| JAX_DEEPGEMM_LINEINFO        | 0                        | line numbers in the cubin, for profilers     |
+| JAX_DEEPGEMM_PRINT_LOAD_TIME | 0                        | print how long each kernel took from disk    |
 
 Switches take 0 or 1. Variables are read at each compilation, so a change holds from the next kernel on.
 """
@@ -125,8 +125,8 @@ def _find_nvrtc() -> Toolchain:
         status, major, minor = nvrtc.nvrtcVersion()
     except Exception as error:  # pathfinder and bindings each have their own family of errors
         raise CompilerNotFoundError(
-            f"NVRTC cannot be loaded ({error}). Install it:  pip install nvidia-cuda-nvrtc-cu12  (CUDA 12) or "
-            " pip install nvidia-cuda-nvrtc  (CUDA 13), or set JAX_DEEPGEMM_COMPILER=nvcc to use a CUDA toolkit."
+            f"NVRTC cannot be loaded ({error}). Install it:  pip install nvidia-cuda-nvrtc-cu12  for CUDA 12, "
+            "pip install nvidia-cuda-nvrtc  for CUDA 13; or set JAX_DEEPGEMM_COMPILER=nvcc to use a toolkit."
         ) from error
     if int(status):
         raise CompilerNotFoundError(f"NVRTC at {path} does not tell its version: {status!r}. Reinstall it.")
