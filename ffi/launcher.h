@@ -1,0 +1,86 @@
+// One custom call at run time.
+//
+//   instantiate   attributes -> LaunchState: decodes the plan, keeps carried cubins. No driver call: it also
+//   runs where
+//                 XLA compiles for a GPU that is not there.
+//   prepare,      loads the kernels into the current context and sets their attributes: before any capture,
+//   and in initialize    prepare before collectives may start (loading can wait for a kernel that waits for
+//   this device). execute       checks addresses, encodes tensor maps, launches. The same launches every
+//   time, so XLA may capture
+//                 them in a command buffer. No allocation, no synchronisation, no Python.
+
+#ifndef JAX_DEEPGEMM_FFI_LAUNCHER_H_
+#define JAX_DEEPGEMM_FFI_LAUNCHER_H_
+
+#include <cuda.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "library.h"
+#include "plan.h"
+#include "tensor_map.h"
+
+namespace jdg {
+
+struct BufferView {
+  void* data = nullptr;
+  uint64_t size = 0;
+};
+
+// The call's buffers; `results` are the op's own, then the plan's scratch.
+struct BufferViews {
+  std::array<BufferView, kMaxBuffers> operands;
+  std::array<BufferView, kMaxBuffers> results;
+  size_t num_operands = 0;
+  size_t num_results = 0;
+};
+
+class LaunchState {
+ public:
+  explicit LaunchState(Plan plan);
+
+  const Plan& plan() const { return plan_; }
+
+  // Loads every kernel in the current context. False: no context is current.
+  bool Load();
+
+  void Execute(CUstream stream, const BufferViews& buffers);
+
+ private:
+  struct Loaded {
+    unsigned long long context_id;
+    std::vector<CUfunction> functions;  // per step, null for memsets
+  };
+
+  const Loaded* LoadIn(const Driver& driver);
+  void Run(const Driver& driver, const Launch& launch, CUfunction function, CUstream stream,
+           const BufferViews& buffers, size_t first_cache);
+  uintptr_t Address(const BufferViews& buffers, const BufferRef& buffer) const;
+  uintptr_t TensorMapAddress(const BufferViews& buffers, const Launch& launch, size_t param) const;
+
+  Plan plan_;
+  std::vector<size_t> first_cache_;  // per step: its first entry of caches_
+  std::deque<TensorMapCache> caches_;
+  std::mutex mutex_;  // guards loaded_, whose elements stay where they are
+  std::deque<Loaded> loaded_;
+};
+
+// Executions of the handler in this process (captures count, replays of a captured graph do not reach it).
+struct ExecuteCounters {
+  uint64_t count;
+  uint64_t nanoseconds;  // host time spent in it
+};
+ExecuteCounters GetExecuteCounters();
+void ResetExecuteCounters();
+void CountExecute(uint64_t nanoseconds);
+
+}  // namespace jdg
+
+#endif  // JAX_DEEPGEMM_FFI_LAUNCHER_H_

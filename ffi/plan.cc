@@ -1,0 +1,234 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string_view>
+
+#include "failure.h"
+
+namespace jdg {
+namespace {
+
+constexpr uint64_t kMaxBytes = uint64_t{1} << 48;
+
+class Reader {
+ public:
+  Reader(const uint8_t* data, size_t size) : data_(data), size_(size) {}
+
+  size_t position() const { return position_; }
+  size_t left() const { return size_ - position_; }
+
+  const uint8_t* Bytes(size_t n, const char* what) {
+    if (n > left()) Fail(what, " needs ", n, " bytes and ", left(), " are left");
+    const uint8_t* start = data_ + position_;
+    position_ += n;
+    return start;
+  }
+
+  template <typename T>
+  T Get(const char* what) {
+    static_assert(std::is_unsigned_v<T>);
+    const uint8_t* bytes = Bytes(sizeof(T), what);
+    T value = 0;
+    for (size_t i = 0; i < sizeof(T); ++i) value |= static_cast<T>(static_cast<T>(bytes[i]) << (8 * i));
+    return value;
+  }
+
+  template <typename T>
+  T Get(const char* what, uint64_t low, uint64_t high) {
+    T value = Get<T>(what);
+    if (value < low || value > high) Fail(what, " is ", uint64_t{value}, ", need ", low, " to ", high);
+    return value;
+  }
+
+  template <typename Length>
+  std::string Text(const char* what, size_t limit) {
+    size_t n = Get<Length>(what, 0, limit);
+    const uint8_t* bytes = Bytes(n, what);
+    return std::string(reinterpret_cast<const char*>(bytes), n);
+  }
+
+  template <typename... Parts>
+  [[noreturn]] void Fail(const Parts&... parts) const {
+    FailInvalid("malformed launch plan (", size_, " bytes) at byte ", position_, ": ", parts...,
+                ". Was it written by another version of the package, or damaged? Trace and compile again.");
+  }
+
+ private:
+  const uint8_t* data_;
+  size_t size_;
+  size_t position_ = 0;
+};
+
+bool IsIdentifier(std::string_view text) {
+  auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'; };
+  auto digit = [](char c) { return c >= '0' && c <= '9'; };
+  return !text.empty() && letter(text[0]) &&
+         std::all_of(text.begin(), text.end(), [&](char c) { return letter(c) || digit(c); });
+}
+
+bool IsArch(std::string_view text) {
+  if (!text.empty() && (text.back() == 'a' || text.back() == 'f')) text.remove_suffix(1);
+  return (text.size() == 2 || text.size() == 3) &&
+         std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
+}
+
+std::string Hex(const uint8_t* bytes, size_t n) {
+  constexpr char kDigits[] = "0123456789abcdef";
+  std::string out;
+  for (size_t i = 0; i < n; ++i) {
+    out += kDigits[bytes[i] >> 4];
+    out += kDigits[bytes[i] & 15];
+  }
+  return out;
+}
+
+KernelRef ReadKernel(Reader& in) {
+  KernelRef kernel;
+  kernel.digest = Hex(in.Bytes(32, "kernel digest"), 32);
+  kernel.arch = in.Text<uint8_t>("kernel arch", 4);
+  if (!IsArch(kernel.arch)) in.Fail("kernel arch is not a compute capability");
+  kernel.name = in.Text<uint16_t>("kernel name", 512);
+  if (!IsIdentifier(kernel.name)) in.Fail("kernel name is not an identifier");
+  return kernel;
+}
+
+BufferRef ReadBuffer(Reader& in, const Plan& plan) {
+  BufferRef buffer;
+  buffer.kind = static_cast<BufferKind>(in.Get<uint8_t>("buffer kind", 0, 2));
+  buffer.index = in.Get<uint16_t>("buffer index", 0, kMaxBuffers - 1);
+  buffer.byte_offset = in.Get<uint64_t>("buffer offset", 0, kMaxBytes);
+  buffer.needed_bytes = buffer.byte_offset;
+  if (buffer.kind == BufferKind::kScratch && buffer.index >= plan.scratch_bytes.size()) {
+    in.Fail("scratch ", buffer.index, " of ", plan.scratch_bytes.size());
+  }
+  return buffer;
+}
+
+// Extents are sums of products below 2^32 * 2^40; saturate instead of wrapping.
+uint64_t ExtentBytes(const TensorMap& map) {
+  constexpr uint64_t kHuge = uint64_t{1} << 62;
+  uint64_t extent = map.dims[0] * TensorTypeBytes(map.type);
+  for (size_t i = 1; i < map.rank; ++i) {
+    uint64_t steps = map.dims[i] - 1;
+    uint64_t stride = map.strides[i - 1];
+    if (stride != 0 && steps > kHuge / stride) return kHuge;
+    extent = std::min(kHuge, extent + steps * stride);
+  }
+  return extent;
+}
+
+TensorMap ReadTensorMap(Reader& in, const Plan& plan) {
+  TensorMap map;
+  map.buffer = ReadBuffer(in, plan);
+  if (map.buffer.byte_offset % 16 != 0) in.Fail("tensor map offset is not a multiple of 16");
+  map.type = in.Get<uint8_t>("tensor map type");
+  uint32_t item_bytes = TensorTypeBytes(map.type);
+  if (item_bytes == 0) in.Fail("unknown tensor map type ", int{map.type});
+  map.rank = in.Get<uint8_t>("tensor map rank", 1, kMaxRank);
+  map.swizzle = in.Get<uint8_t>("tensor map swizzle", 0, 3);
+  map.l2_promotion = in.Get<uint8_t>("tensor map L2 promotion", 0, 3);
+  map.fill = in.Get<uint8_t>("tensor map fill", 0, 1);
+  if (map.fill == 1 && map.type < 6) in.Fail("NaN fill of an integer tensor map");
+  for (size_t i = 0; i < map.rank; ++i)
+    map.dims[i] = in.Get<uint64_t>("tensor map dim", 1, uint64_t{1} << 32);
+  for (size_t i = 0; i + 1 < map.rank; ++i) {
+    map.strides[i] = in.Get<uint64_t>("tensor map stride", 0, (uint64_t{1} << 40) - 16);
+    if (map.strides[i] % 16 != 0) in.Fail("tensor map stride ", map.strides[i], " is not a multiple of 16");
+  }
+  for (size_t i = 0; i < map.rank; ++i) map.box[i] = in.Get<uint32_t>("tensor map box", 1, 256);
+  uint32_t inner = map.box[0] * item_bytes;
+  if (inner % 16 != 0) in.Fail("tensor map box row of ", inner, " bytes is not a multiple of 16");
+  if (map.swizzle != 0 && inner > (16u << map.swizzle))
+    in.Fail("tensor map box row is wider than its swizzle");
+  map.buffer.needed_bytes += ExtentBytes(map);
+  return map;
+}
+
+Scalar ReadScalar(Reader& in) {
+  Scalar scalar;
+  scalar.type = static_cast<ScalarType>(in.Get<uint8_t>("scalar type", 1, 5));
+  scalar.bits = in.Get<uint64_t>("scalar");
+  return scalar;
+}
+
+Param ReadParam(Reader& in, const Plan& plan) {
+  switch (in.Get<uint8_t>("parameter tag", 1, 3)) {
+    case 1:
+      return ReadBuffer(in, plan);
+    case 2:
+      return ReadScalar(in);
+    default:
+      return ReadTensorMap(in, plan);
+  }
+}
+
+Launch ReadLaunch(Reader& in, const Plan& plan) {
+  Launch launch;
+  launch.kernel = in.Get<uint16_t>("kernel index");
+  if (launch.kernel >= plan.kernels.size()) in.Fail("kernel ", launch.kernel, " of ", plan.kernels.size());
+  launch.grid[0] = in.Get<uint32_t>("grid x", 1, 0x7fffffff);
+  launch.grid[1] = in.Get<uint32_t>("grid y", 1, 65535);
+  launch.grid[2] = in.Get<uint32_t>("grid z", 1, 65535);
+  launch.block = in.Get<uint32_t>("block", 1, 1024);
+  launch.cluster = in.Get<uint32_t>("cluster", 1, 16);
+  if (launch.grid[0] % launch.cluster != 0) in.Fail("grid x is not a multiple of the cluster");
+  launch.shared_memory = in.Get<uint32_t>("shared memory", 0, 1 << 20);
+  launch.pdl = in.Get<uint8_t>("launch flags", 0, 1) != 0;
+  size_t count = in.Get<uint16_t>("parameter count", 0, kMaxParams);
+  size_t tensor_maps = 0;
+  for (size_t i = 0; i < count; ++i) {
+    launch.params.push_back(ReadParam(in, plan));
+    tensor_maps += std::holds_alternative<TensorMap>(launch.params.back());
+  }
+  if (tensor_maps > kMaxTensorMaps) in.Fail(tensor_maps, " tensor maps, at most ", kMaxTensorMaps);
+  return launch;
+}
+
+Memset ReadMemset(Reader& in, const Plan& plan) {
+  Memset memset;
+  memset.buffer = ReadBuffer(in, plan);
+  if (memset.buffer.kind == BufferKind::kOperand) in.Fail("memset of an operand");
+  memset.num_bytes = in.Get<uint64_t>("memset size", 1, kMaxBytes);
+  memset.value = in.Get<uint8_t>("memset value");
+  memset.buffer.needed_bytes += memset.num_bytes;
+  return memset;
+}
+
+Step ReadStep(Reader& in, const Plan& plan) {
+  if (in.Get<uint8_t>("step tag", 1, 2) == 1) return ReadLaunch(in, plan);
+  return ReadMemset(in, plan);
+}
+
+}  // namespace
+
+Plan DecodePlan(const uint8_t* data, size_t size) {
+  Reader in(data, size);
+  if (std::memcmp(in.Bytes(4, "magic"), "JDGP", 4) != 0) in.Fail("it does not begin with JDGP");
+  Plan plan;
+  plan.version = in.Get<uint16_t>("version", kOldestPlanVersion, kPlanVersion);
+  in.Get<uint16_t>("reserved field", 0, 0);
+  if (in.Get<uint32_t>("size") != size) in.Fail("its header gives another size");
+  plan.label = in.Text<uint16_t>("label", 1024);
+  size_t kernels = in.Get<uint16_t>("kernel count", 0, kMaxSteps);
+  for (size_t i = 0; i < kernels; ++i) plan.kernels.push_back(ReadKernel(in));
+  size_t scratch = in.Get<uint16_t>("scratch count", 0, kMaxScratch);
+  for (size_t i = 0; i < scratch; ++i)
+    plan.scratch_bytes.push_back(in.Get<uint64_t>("scratch size", 1, kMaxBytes));
+  size_t steps = in.Get<uint16_t>("step count", 1, kMaxSteps);
+  for (size_t i = 0; i < steps; ++i) plan.steps.push_back(ReadStep(in, plan));
+  if (in.left() != 0) in.Fail(in.left(), " bytes follow the last step");
+  return plan;
+}
+
+uint32_t TensorTypeBytes(uint8_t type) {
+  constexpr uint32_t kBytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2};
+  return type < std::size(kBytes) ? kBytes[type] : 0;
+}
+
+std::string BufferName(const BufferRef& buffer) {
+  constexpr const char* kNames[] = {"operand ", "result ", "scratch "};
+  return Concat(kNames[static_cast<int>(buffer.kind)], buffer.index);
+}
+
+}  // namespace jdg
