@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from jax_deepgemm.cli.text import Progress
-
 from .compiler import compile_kernel, record_kernels
 from .report import CompiledKernel, KernelSource
 
 if TYPE_CHECKING:
+    from jax_deepgemm.cli.text import Progress
     from jax_deepgemm.sm90.chip import Chip
 
 _T = TypeVar("_T")
@@ -119,6 +118,8 @@ def _lower(traced: Any) -> list[tuple[KernelSource, CompiledKernel]]:
 
 
 def _parallel(tasks: Sequence[Callable[[], _T]], jobs: int | None, progress: bool) -> list[_T]:
+    from jax_deepgemm.cli.text import Progress
+
     jobs = min(jobs or os.cpu_count() or 1, len(tasks))
     quiet = _QUIET_SECONDS if progress else math.inf
     with Progress(len(tasks), "compiling", quiet=quiet) as bar:

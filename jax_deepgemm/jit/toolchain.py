@@ -125,7 +125,7 @@ def _find_nvrtc() -> Toolchain:
         status, major, minor = nvrtc.nvrtcVersion()
     except Exception as error:  # pathfinder and bindings each have their own family of errors
         raise CompilerNotFoundError(
-            f"NVRTC cannot be loaded ({error}). Install it:  pip install nvidia-cuda-nvrtc-cu12  for CUDA 12, "
+            f"NVRTC cannot be loaded ({error}). Install it: pip install nvidia-cuda-nvrtc-cu12  for CUDA 12, "
             "pip install nvidia-cuda-nvrtc  for CUDA 13; or set JAX_DEEPGEMM_COMPILER=nvcc to use a toolkit."
         ) from error
     if int(status):
