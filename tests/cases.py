@@ -1,7 +1,7 @@
 """The shapes that dense GEMM tests run over, as data: CPU and GPU tests share them.
 
-The (n, k) pairs are the linear layers of DeepSeek-V3 (with its tensor-parallel cuts); the edge cases are the sizes that
-tiles, TMA rows of 16 bytes and scale blocks of 128 do not divide.
+The (n, k) pairs are the linear layers of DeepSeek-V3 (with its tensor-parallel cuts); the edge cases are the
+sizes that tiles, TMA rows of 16 bytes and scale blocks of 128 do not divide.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Case:
         parts = [f"{self.m}x{self.n}x{self.k}", self.layout, {"bfloat16": "bf16", "float32": "f32"}[self.out]]
         parts += ["c"] if self.accumulate else []
         parts += ["rowscales"] if self.b_block == ROW else []
-        parts += [f"{d[7:11]}" for d in (self.a_dtype, self.b_dtype) if "e5m2" in d or self.a_dtype != self.b_dtype]
+        parts += [
+            f"{d[7:11]}" for d in (self.a_dtype, self.b_dtype) if "e5m2" in d or self.a_dtype != self.b_dtype
+        ]
         return "-".join(parts)
 
 
@@ -103,7 +105,9 @@ EDGE_SHAPES = (
 ZERO_SHAPES = ((0, 8, 128), (8, 0, 128), (8, 16, 0), (0, 0, 0), (0, 8, 0))
 
 
-def edges(out: str = "bfloat16", accumulate: bool = False, b_block: tuple[int, int] = BLOCK) -> Iterator[Case]:
+def edges(
+    out: str = "bfloat16", accumulate: bool = False, b_block: tuple[int, int] = BLOCK
+) -> Iterator[Case]:
     yield from (Case(*shape, out=out, accumulate=accumulate, b_block=b_block) for shape in EDGE_SHAPES)
 
 

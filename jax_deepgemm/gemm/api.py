@@ -1,7 +1,7 @@
 """Dense GEMMs: D = C + A @ B, with FP8 or BF16 operands, in four layouts.
 
-The two letters say how A and B are stored: A is [m, k] ("n") or [k, m] ("t"), B is [k, n] ("n") or [n, k] ("t").
-"nt" is the native form of the FP8 tensor cores: both operands have k as their last dimension.
+The two letters say how A and B are stored: A is [m, k] ("n") or [k, m] ("t"), B is [k, n] ("n") or [n, k]
+("t"). "nt" is the native form of the FP8 tensor cores: both operands have k as their last dimension.
 """
 
 from __future__ import annotations
@@ -54,17 +54,19 @@ def fp8_gemm_nt(
     (3, 4, 576)
 
     Args:
-      a: QuantizedArray of block (1, 128), or (values, scales): values [m, k] float8_e4m3fn or float8_e5m2, scales
-        [m, ceil(k / 128)] float32; the number meant is stored * scale.
-      b: values [n, k] float8_e4m3fn or float8_e5m2 (A and B may differ), and scales [ceil(n / 128), ceil(k / 128)]
-        (block (128, 128)) or [n, ceil(k / 128)] (block (1, 128)). Of a bare tuple, the scales' shape tells which.
+      a: QuantizedArray of block (1, 128), or (values, scales): values [m, k] float8_e4m3fn or float8_e5m2,
+        scales [m, ceil(k / 128)] float32; the number meant is stored * scale.
+      b: values [n, k] float8_e4m3fn or float8_e5m2 (A and B may differ), and scales [ceil(n / 128), ceil(k /
+        128)] (block (128, 128)) or [n, ceil(k / 128)] (block (1, 128)). Of a bare tuple, the scales' shape
+        tells which.
       c: optional [m, n] in out_dtype; its buffer becomes the result's if it is donated or not used again.
       out_dtype: bfloat16 or float32; one rounding, to nearest even, after float32 accumulation.
       config: a GemmConfig to use instead of the cost model's choice.
       out_sharding: the result's sharding on a mesh with Explicit axes; needed there if k is cut.
-      reduce_dtype: what partial results are summed in across devices that cut k: float32, or bfloat16 for half the
-        bytes and one more rounding per device.
-      num_sms: at most so many SMs of the GPU, so that others stay free, for collectives say; None: `config.num_sms`.
+      reduce_dtype: what partial results are summed in across devices that cut k: float32, or bfloat16 for
+        half the bytes and one more rounding per device.
+      num_sms: at most so many SMs of the GPU, so that others stay free, for collectives say; None:
+        `config.num_sms`.
 
     Returns:
       [m, n] in out_dtype. Any m, n, k >= 0: an empty k gives C, or zeros.
@@ -74,11 +76,11 @@ def fp8_gemm_nt(
       TypeError: an operand that is not quantised, an option of the wrong kind.
       NotImplementedError: on differentiation; `fp8_linear` is the layer that has gradients.
 
-    Every row and column of the result is defined. Deterministic: equal inputs give equal bits on one device kind.
-    On CUDA, k is padded with zeros to rows of whole 16 bytes where needed, which copies the operand and logs a note.
-    Source: DeepSeek-V3 technical report, section 3.3.
+    Every row and column of the result is defined. Deterministic: equal inputs give equal bits on one device
+    kind. On CUDA, k is padded with zeros to rows of whole 16 bytes where needed, which copies the operand and
+    logs a note. Source: DeepSeek-V3 technical report, section 3.3.
     """
-    return _fp8_gemm("nt", a, b, c, out_dtype, config, out_sharding, reduce_dtype, num_sms)
+    return _fp8_gemm("nt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def fp8_gemm_nn(
@@ -101,17 +103,19 @@ def fp8_gemm_nn(
     >>> fp8_gemm_nn(quantize(dy, (1, 128)), quantize(w, (128, 128))).shape
     (4, 256)
 
-    The tensor cores read FP8 operands along k only, so B's bytes are transposed in front of the kernel at each call (a
-    note is logged once per shape). For a weight that is used often, store it [n, k] and call `fp8_gemm_nt`.
+    The tensor cores read FP8 operands along k only, so B's bytes are transposed in front of the kernel at
+    each call (a note is logged once per shape). For a weight that is used often, store it [n, k] and call
+    `fp8_gemm_nt`.
 
     Args:
       a: values [m, k], scales [m, ceil(k / 128)]: block (1, 128).
-      b: values [k, n], scales [ceil(k / 128), ceil(n / 128)] (block (128, 128)) or [ceil(k / 128), n] (block (128, 1)).
+      b: values [k, n], scales [ceil(k / 128), ceil(n / 128)] (block (128, 128)) or [ceil(k / 128), n] (block
+        (128, 1)).
       c, out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
 
     Returns, raises, determinism: as `fp8_gemm_nt`.
     """
-    return _fp8_gemm("nn", a, b, c, out_dtype, config, out_sharding, reduce_dtype, num_sms)
+    return _fp8_gemm("nn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def fp8_gemm_tn(
@@ -134,17 +138,18 @@ def fp8_gemm_tn(
     >>> fp8_gemm_tn(quantize(dy, (128, 1)), quantize(x, (128, 1)), out_dtype=jnp.float32).shape
     (8, 16)
 
-    Both operands are transposed in front of the kernel (1 byte per element; a note is logged once per shape): quantise
-    the transposed matrices and call `fp8_gemm_nt` where that pass matters.
+    Both operands are transposed in front of the kernel (1 byte per element; a note is logged once per shape):
+    quantise the transposed matrices and call `fp8_gemm_nt` where that pass matters.
 
     Args:
       a: values [k, m], scales [ceil(k / 128), m]: block (128, 1).
-      b: values [k, n], scales [ceil(k / 128), ceil(n / 128)] (block (128, 128)) or [ceil(k / 128), n] (block (128, 1)).
+      b: values [k, n], scales [ceil(k / 128), ceil(n / 128)] (block (128, 128)) or [ceil(k / 128), n] (block
+        (128, 1)).
       c, out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
 
     Returns, raises, determinism: as `fp8_gemm_nt`.
     """
-    return _fp8_gemm("tn", a, b, c, out_dtype, config, out_sharding, reduce_dtype, num_sms)
+    return _fp8_gemm("tn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def fp8_gemm_tt(
@@ -176,7 +181,7 @@ def fp8_gemm_tt(
 
     Returns, raises, determinism: as `fp8_gemm_nt`.
     """
-    return _fp8_gemm("tt", a, b, c, out_dtype, config, out_sharding, reduce_dtype, num_sms)
+    return _fp8_gemm("tt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def bf16_gemm_nt(
@@ -207,9 +212,10 @@ def bf16_gemm_nt(
       out_dtype: bfloat16 or float32; one rounding, to nearest even, after C was added in float32.
       config: a GemmConfig to use instead of the cost model's choice.
       out_sharding: the result's sharding on a mesh with Explicit axes; needed there if k is cut.
-      reduce_dtype: what partial results are summed in across devices that cut k: float32, or bfloat16 for half the
-        bytes and one more rounding per device.
-      num_sms: at most so many SMs of the GPU, so that others stay free, for collectives say; None: `config.num_sms`.
+      reduce_dtype: what partial results are summed in across devices that cut k: float32, or bfloat16 for
+        half the bytes and one more rounding per device.
+      num_sms: at most so many SMs of the GPU, so that others stay free, for collectives say; None:
+        `config.num_sms`.
 
     Returns:
       [m, n] in out_dtype. Any m, n, k >= 0: an empty k gives C, or zeros.
@@ -218,12 +224,12 @@ def bf16_gemm_nt(
       ValueError: shapes or dtypes that do not fit; nothing is promoted.
       TypeError: an operand that is not an array, an option of the wrong kind.
 
-    Differentiable by jax.grad, jax.jvp, jax.linearize and their compositions; the derivatives are GEMMs of the other
-    layouts, so nothing is transposed. The cotangent of a float32 result is rounded to bfloat16 before it is multiplied.
-    Deterministic: equal inputs give equal bits on one device kind. On CUDA, an operand whose rows are not whole 16 bytes
-    is copied into padded rows, and a note is logged.
+    Differentiable by jax.grad, jax.jvp, jax.linearize and their compositions; the derivatives are GEMMs of
+    the other layouts, so nothing is transposed. The cotangent of a float32 result is rounded to bfloat16
+    before it is multiplied. Deterministic: equal inputs give equal bits on one device kind. On CUDA, an
+    operand whose rows are not whole 16 bytes is copied into padded rows, and a note is logged.
     """
-    return _bf16_gemm("nt", a, b, c, out_dtype, config, out_sharding, reduce_dtype, num_sms)
+    return _bf16_gemm("nt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def bf16_gemm_nn(
@@ -248,7 +254,7 @@ def bf16_gemm_nn(
     Array([[17., 17., 17.],
            [17., 17., 17.]], dtype=float32)
     """
-    return _bf16_gemm("nn", a, b, c, out_dtype, config, out_sharding, reduce_dtype, num_sms)
+    return _bf16_gemm("nn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def bf16_gemm_tn(
@@ -264,7 +270,8 @@ def bf16_gemm_tn(
 ) -> jax.Array:
     """D = C + A.T @ B with bfloat16 operands: a [k, m], b [k, n]. Everything else as `bf16_gemm_nt`.
 
-    The form of a weight gradient, dw = dy.T @ x. The kernel reads both as they are stored; nothing is transposed.
+    The form of a weight gradient, dw = dy.T @ x. The kernel reads both as they are stored; nothing is
+    transposed.
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_tn
@@ -272,7 +279,7 @@ def bf16_gemm_tn(
     >>> bf16_gemm_tn(a, b, out_dtype=jnp.float32).shape
     (2, 3)
     """
-    return _bf16_gemm("tn", a, b, c, out_dtype, config, out_sharding, reduce_dtype, num_sms)
+    return _bf16_gemm("tn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def bf16_gemm_tt(
@@ -296,14 +303,14 @@ def bf16_gemm_tt(
     >>> bf16_gemm_tt(a, b, out_dtype=jnp.float32).shape
     (2, 3)
     """
-    return _bf16_gemm("tt", a, b, c, out_dtype, config, out_sharding, reduce_dtype, num_sms)
+    return _bf16_gemm("tt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 @functools.cache
 def _note_transpose(op: str, name: str, shape: tuple[int, ...]) -> None:
     logger.info(
-        "%s: %s %s is stored with k first; FP8 tensor cores read along k, so its bytes are transposed at each call. "
-        "Store it with k last and use fp8_gemm_nt to avoid the pass.",
+        "%s: %s %s is stored with k first; FP8 tensor cores read along k, so its bytes are transposed at "
+        "each call. Store it with k last and use fp8_gemm_nt to avoid the pass.",
         op,
         name,
         list(shape),
@@ -318,35 +325,34 @@ def _k_last(op: str, name: str, x: operands.Quantized, k_first: bool) -> operand
     return operands.Quantized(jnp.swapaxes(x.values, 0, 1), jnp.swapaxes(x.scales, 0, 1), x.block)
 
 
-def _empty(values: tuple[jax.Array, jax.Array], c: jax.Array | None, options: operands.Options) -> jax.Array:
+def _empty(a: jax.Array, b: jax.Array, c: jax.Array | None, options: operands.Options) -> jax.Array:
     """The result if m, n or k is 0: C, or zeros of the type that a product would have. No kernel runs."""
     if c is not None:
         return c
-    a, b = (x.astype(jnp.float32) for x in values)
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum("mk,nk->mn", a, b, out_sharding=options.out_sharding).astype(options.out_dtype)
 
 
-def _fp8_gemm(layout: str, a: Any, b: Any, c: Any, out_dtype: Any, config: Any, out_sharding: Any, reduce_dtype: Any,
-              num_sms: Any) -> jax.Array:
+def _fp8_gemm(layout: str, a: Any, b: Any, c: Any, *options: Any) -> jax.Array:
     op = f"fp8_gemm_{layout}"
-    options = operands.check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    checked = operands.check_options(op, *options)
     left, right, (m, n, k) = operands.check_fp8(op, layout, a, b)
-    addend = operands.check_c(op, c, m, n, options.out_dtype)
+    addend = operands.check_c(op, c, m, n, checked.out_dtype)
     side_a, side_b = operands.sides(layout)
     if 0 in (m, n, k):
-        stored = zip((left.values, right.values), (side_a, side_b), strict=True)
-        return _empty(tuple(x.T if s.k_first else x for x, s in stored), addend, options)  # type: ignore[arg-type]
+        a, b = (x.values.T if side.k_first else x.values for x, side in ((left, side_a), (right, side_b)))
+        return _empty(a, b, addend, checked)
     left, right = _k_last(op, "a", left, side_a.k_first), _k_last(op, "b", right, side_b.k_first)
-    return ops.fp8_gemm(left, right, addend, options)
+    return ops.fp8_gemm(left, right, addend, checked)
 
 
-def _bf16_gemm(layout: str, a: Any, b: Any, c: Any, out_dtype: Any, config: Any, out_sharding: Any, reduce_dtype: Any,
-               num_sms: Any) -> jax.Array:
+def _bf16_gemm(layout: str, a: Any, b: Any, c: Any, *options: Any) -> jax.Array:
     op = f"bf16_gemm_{layout}"
-    options = operands.check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    checked = operands.check_options(op, *options)
     left, right, (m, n, k) = operands.check_bf16(op, layout, a, b)
-    addend = operands.check_c(op, c, m, n, options.out_dtype)
+    addend = operands.check_c(op, c, m, n, checked.out_dtype)
     if 0 in (m, n, k):
         side_a, side_b = operands.sides(layout)
-        return _empty((left.T if side_a.k_first else left, right.T if side_b.k_first else right), addend, options)
-    return ops.bf16_gemm(layout, left, right, addend, options)
+        left, right = (x.T if side.k_first else x for x, side in ((left, side_a), (right, side_b)))
+        return _empty(left, right, addend, checked)
+    return ops.bf16_gemm(layout, left, right, addend, checked)

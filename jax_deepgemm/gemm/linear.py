@@ -4,8 +4,8 @@
     dx = dy @ w       dy 1x128 along n,       w 128x128, transposed bytes of the same copy
     dw = dy.T @ x     dy, x 1x128 along tokens, accumulated in float32
 
-Kept for the backward pass: x in FP8, quantised along tokens and transposed, as dw wants it (1 byte per element instead
-of bfloat16's 2), and w in FP8. x itself is not kept.
+Kept for the backward pass: x in FP8, quantised along tokens and transposed, as dw wants it (1 byte per
+element instead of bfloat16's 2), and w in FP8. x itself is not kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.sharding import entries
 from jax_deepgemm.gemm.api import fp8_gemm_nt
-from jax_deepgemm.gemm.operands import BFLOAT16, BLOCKED, FLOAT32, FP8_DTYPES, OUT_DTYPES, PER_ROW, check_options
+from jax_deepgemm.gemm.operands import BLOCKED, FLOAT32, FP8_DTYPES, OUT_DTYPES, PER_ROW, check_options
 from jax_deepgemm.gemm.tokens import Tokens
 from jax_deepgemm.quantization import QuantizedArray, quantize
 
@@ -91,17 +91,17 @@ def fp8_linear(
     >>> dx.dtype.name, dw.dtype.name
     ('bfloat16', 'float32')
 
-    x is quantised with one scale per token and 128 features, w with one per 128x128 block; both from the master values
-    at each call. The gradients follow the recipe of the DeepSeek-V3 report, section 3.3: dx takes dy per token, dw takes
-    dy and x with one scale per 128 tokens, all sums in float32.
+    x is quantised with one scale per token and 128 features, w with one per 128x128 block; both from the
+    master values at each call. The gradients follow the recipe of the DeepSeek-V3 report, section 3.3: dx
+    takes dy per token, dw takes dy and x with one scale per 128 tokens, all sums in float32.
 
-    A QuantizedArray as w is a frozen weight: it is used as it is, and only x has a gradient (its own is zero). Keep it
-    out of the differentiated arguments: FP8 leaves count as floating point in `jax.grad`.
+    A QuantizedArray as w is a frozen weight: it is used as it is, and only x has a gradient (its own is
+    zero). Keep it out of the differentiated arguments: FP8 leaves count as floating point in `jax.grad`.
 
     Args:
       x: [.., k] bfloat16 or float32. The leading dimensions are tokens; any of them may be 0.
-      w: [n, k] bfloat16 or float32 master weight, or QuantizedArray [n, k] of block (128, 128). Block (1, 128) works
-        in the forward pass only.
+      w: [n, k] bfloat16 or float32 master weight, or QuantizedArray [n, k] of block (128, 128). Block (1,
+        128) works in the forward pass only.
       out_dtype: dtype of y, bfloat16 or float32. dx and dw have the dtypes of x and w.
       grad_dtype: dtype of the quantised dy, float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for scales that are powers of two.
@@ -117,14 +117,14 @@ def fp8_linear(
       ValueError, TypeError: operands that do not fit; the message names both sides.
       TypeError: on forward-mode differentiation (and so on Hessian products): reverse mode only.
 
-    For `jax.checkpoint` policies y is named "jdg_linear_out", the kept FP8 activations "jdg_act_fp8" and the kept FP8
-    weight "jdg_weight_fp8"; with the first two in `save_only_these_names` no GEMM runs twice.
+    For `jax.checkpoint` policies y is named "jdg_linear_out", the kept FP8 activations "jdg_act_fp8" and the
+    kept FP8 weight "jdg_weight_fp8"; with the first two in `save_only_these_names` no GEMM runs twice.
 
-    On a mesh with Auto axes, cut the first of x's leading dimensions or use `jax.shard_map`: the leading dimensions are
-    merged, and XLA moves data if an inner one of them is cut. Explicit axes have no such limit.
+    On a mesh with Auto axes, cut the first of x's leading dimensions or use `jax.shard_map`: the leading
+    dimensions are merged, and XLA moves data if an inner one of them is cut. Explicit axes have no such
+    limit.
     """
     _check_shapes(x, w)
-    frozen = isinstance(w, QuantizedArray)
     options = check_options("fp8_linear", out_dtype, reduce_dtype, out_sharding, config, num_sms)
     if np.dtype(grad_dtype) not in FP8_DTYPES:
         raise ValueError(
@@ -145,7 +145,10 @@ def fp8_linear(
         x=_like(flat),
         w=_like(weights[0]),
     )
-    y = _frozen_linear(recipe, flat, QuantizedArray(*weights, w.block)) if frozen else _linear(recipe, flat, *weights)
+    if isinstance(w, QuantizedArray):
+        y = _frozen_linear(recipe, flat, QuantizedArray(weights[0], weights[1], w.block))
+    else:
+        y = _linear(recipe, flat, weights[0])
     y = tokens.unflatten(y)
     if options.out_sharding is not None and x.ndim > 1 and jax.typeof(y).sharding.mesh.explicit_axes:
         y = jax.sharding.reshard(y, options.out_sharding)
@@ -162,20 +165,22 @@ def _check_shapes(x: Any, w: Any) -> None:
     if not isinstance(w, QuantizedArray) and (not hasattr(w, "dtype") or np.dtype(w.dtype) not in OUT_DTYPES):
         given = np.dtype(w.dtype).name if hasattr(w, "dtype") else type(w).__name__
         raise TypeError(
-            f"fp8_linear: w is {given}, need a bfloat16 or float32 master weight, or a QuantizedArray for a frozen one. "
+            f"fp8_linear: w is {given}, need a bfloat16 or float32 master weight, "
+            "or a QuantizedArray for a frozen one. "
             "A (values, scales) tuple becomes one by QuantizedArray(values, scales, (128, 128))."
         )
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[-1]:
         raise ValueError(
-            f"fp8_linear: x is {list(x.shape)} and w is {list(w.shape)}, need x [.., k] and w [n, k] with the same k. "
+            f"fp8_linear: x is {list(x.shape)} and w is {list(w.shape)}, "
+            "need x [.., k] and w [n, k] with the same k. "
             "A weight stored [k, n] is passed as w.T; stacked weights go through jax.vmap."
         )
     if isinstance(w, QuantizedArray):
         w.check("fp8_linear", "w")
         if tuple(w.block) not in (BLOCKED, PER_ROW):
             raise ValueError(
-                f"fp8_linear: w has one scale per block {w.block}, need (128, 128), or (1, 128) without gradients. "
-                "Quantise it so: jax_deepgemm.quantize(w, (128, 128))."
+                f"fp8_linear: w has one scale per block {w.block}, need (128, 128), "
+                "or (1, 128) without gradients. Quantise it so: jax_deepgemm.quantize(w, (128, 128))."
             )
 
 
@@ -221,7 +226,9 @@ def _linear(recipe: _Recipe, x: jax.Array, w: jax.Array) -> jax.Array:
     return _forward(recipe, x, recipe.quantize(w, BLOCKED))
 
 
-def _linear_fwd(recipe: _Recipe, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[QuantizedArray, QuantizedArray]]:
+def _linear_fwd(
+    recipe: _Recipe, x: jax.Array, w: jax.Array
+) -> tuple[jax.Array, tuple[QuantizedArray, QuantizedArray]]:
     quantized = _keep(recipe.quantize(w, BLOCKED), WEIGHT_FP8)
     along_tokens = _keep(recipe.quantize(x.T, PER_ROW), ACT_FP8)
     return _forward(recipe, x, quantized), (along_tokens, quantized)
@@ -246,9 +253,9 @@ def _frozen_linear(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> jax.Arra
 def _frozen_fwd(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> tuple[jax.Array, QuantizedArray]:
     if tuple(w.block) != BLOCKED:
         raise ValueError(
-            f"fp8_linear: the gradient of x needs w with one scale per block (128, 128), and this frozen weight has block "
-            f"{w.block}: its scales run along k, and dx = dy @ w sums over n. Quantise it so: "
-            "jax_deepgemm.quantize(w, (128, 128))."
+            f"fp8_linear: the gradient of x needs w with one scale per block (128, 128), and this frozen "
+            f"weight has block {w.block}: its scales run along k, and dx = dy @ w sums over n. "
+            "Quantise it so: jax_deepgemm.quantize(w, (128, 128))."
         )
     return _forward(recipe, x, w), w
 

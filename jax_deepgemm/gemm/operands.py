@@ -120,7 +120,8 @@ def _pieces(op: str, side: Side, x: Any) -> tuple[Any, Any, tuple[int, int] | No
 def _check_rank(op: str, name: str, x: Any, dims: str) -> None:
     if len(x.shape) != 2:
         raise ValueError(
-            f"{op}: {name} is {_text(x)}, need 2 dimensions {dims}. Use jax.vmap for leading batch dimensions."
+            f"{op}: {name} is {_text(x)}, need 2 dimensions {dims}. "
+            "Use jax.vmap for leading batch dimensions."
         )
 
 
@@ -142,7 +143,9 @@ def _check_scale_dtype(op: str, side: Side, scales: Any) -> None:
     raise ValueError(f"{op}: scales of {name} are {dtype.name}, need float32. {way_out}")
 
 
-def _resolve_block(op: str, side: Side, values: Any, scales: Any, block: tuple[int, int] | None) -> tuple[int, int]:
+def _resolve_block(
+    op: str, side: Side, values: Any, scales: Any, block: tuple[int, int] | None
+) -> tuple[int, int]:
     """(rows, k) under one scale; a bare tuple's block follows from the shape of its scales."""
     rows, k = side.sizes(values.shape)
     given = list(scales.shape)
@@ -151,7 +154,8 @@ def _resolve_block(op: str, side: Side, values: Any, scales: Any, block: tuple[i
         if block not in allowed:
             raise ValueError(
                 f"{op}: {side.name} has one scale per block {block}, need {' or '.join(map(str, allowed))} "
-                f"for {side.name} stored {side.dims}. Quantise it so: jax_deepgemm.quantize({side.name}, {allowed[0]})."
+                f"for {side.name} stored {side.dims}. "
+                f"Quantise it so: jax_deepgemm.quantize({side.name}, {allowed[0]})."
             )
         candidates: tuple[tuple[int, int], ...] = (side.stored(block),)
     else:
@@ -169,7 +173,8 @@ def _resolve_block(op: str, side: Side, values: Any, scales: Any, block: tuple[i
 def _check_fp8_dtype(op: str, side: Side, values: Any) -> None:
     if np.dtype(values.dtype) not in FP8_DTYPES:
         raise ValueError(
-            f"{op}: values of {side.name} are {np.dtype(values.dtype).name}, need float8_e4m3fn or float8_e5m2. "
+            f"{op}: values of {side.name} are {np.dtype(values.dtype).name}, "
+            "need float8_e4m3fn or float8_e5m2. "
             f"Quantise the operand: jax_deepgemm.quantize({side.name}, {side.stored(side.blocks[0])})."
         )
 
@@ -181,9 +186,7 @@ def _check_k(op: str, layout: str, a: Any, b: Any) -> tuple[int, int, int]:
     if k == k_b:
         return m, n, k
     fits = [
-        other
-        for other in LAYOUTS
-        if (s := sides(other)) and s[0].sizes(a.shape)[1] == s[1].sizes(b.shape)[1]
+        other for other in LAYOUTS if (s := sides(other)) and s[0].sizes(a.shape)[1] == s[1].sizes(b.shape)[1]
     ]
     prefix = op.removesuffix(layout)
     way_out = " or ".join(f"{prefix}{f} (a {sides(f)[0].dims}, b {sides(f)[1].dims})" for f in fits)
@@ -236,8 +239,8 @@ def check_c(op: str, c: Any, m: int, n: int, out_dtype: np.dtype[Any]) -> jax.Ar
         _type_error(op, "c", c, need, "Pass an array or None.")
     if tuple(c.shape) != (m, n):
         raise ValueError(
-            f"{op}: c is {_text(c)}, need {need}: the result's shape. To add a row or column vector, broadcast it first: "
-            f"jnp.broadcast_to(c, ({m}, {n}))."
+            f"{op}: c is {_text(c)}, need {need}: the result's shape. "
+            f"To add a row or column vector, broadcast it first: jnp.broadcast_to(c, ({m}, {n}))."
         )
     if np.dtype(c.dtype) != out_dtype:
         other = np.dtype(c.dtype)
@@ -278,11 +281,15 @@ def check_options(
         )
     if num_sms is not None and (isinstance(num_sms, bool) or not isinstance(num_sms, int) or num_sms < 1):
         raise ValueError(f"{op}: num_sms is {num_sms!r}, need a positive int, or None for all of the chip's.")
-    out, reduce = _check_dtype_option(op, "out_dtype", out_dtype), _check_dtype_option(op, "reduce_dtype", reduce_dtype)
+    out, reduce = (
+        _check_dtype_option(op, "out_dtype", out_dtype),
+        _check_dtype_option(op, "reduce_dtype", reduce_dtype),
+    )
     if reduce not in (FLOAT32, out):
         raise ValueError(
-            f"{op}: reduce_dtype is {reduce.name} and out_dtype is {out.name}, need reduce_dtype float32 or the result's "
-            "dtype. Leave reduce_dtype out, or ask for out_dtype=jnp.bfloat16."
+            f"{op}: reduce_dtype is {reduce.name} and out_dtype is {out.name}, "
+            "need reduce_dtype float32 or the result's dtype. "
+            "Leave reduce_dtype out, or ask for out_dtype=jnp.bfloat16."
         )
     return Options(
         out_dtype=out,

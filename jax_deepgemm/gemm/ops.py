@@ -1,7 +1,7 @@
 """The dense GEMMs as ops: shapes, sharding, derivatives, and what runs where.
 
-Blocks of scales are global: a device whose rows or columns start inside a 128-block keeps the numbers of the unsharded
-call (`recut_blocks`).
+Blocks of scales are global: a device whose rows or columns start inside a 128-block keeps the numbers of the
+unsharded call (`recut_blocks`).
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from jax_deepgemm.gemm.operands import BLOCKED, LAYOUTS, Options, Quantized
 from jax_deepgemm.gemm.reference import SCALE_BLOCK
 
 FP8_GRADIENT_HINT = (
-    "Quantised operands have no useful derivative. Use jax_deepgemm.fp8_linear, which quantises inside and has FP8 "
-    "gradients, or jax.lax.stop_gradient."
+    "Quantised operands have no useful derivative. Use jax_deepgemm.fp8_linear, which quantises inside "
+    "and has FP8 gradients, or jax.lax.stop_gradient."
 )
 
 
 def recut_blocks(plan: ShardingPlan, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Operands of one device whose cut falls inside a scale block, so that the op's block grid fits them again.
+    """Operands of one device whose cut falls inside a scale block, so that the op's block grid fits them
+    again.
 
-    n: one scale per row of B, of my rows. k: my columns are shifted onto the block grid, with zeros in front and behind.
-    Both leave every product as it is.
+    n: one scale per row of B, of my rows. k: my columns are shifted onto the block grid, with zeros in front
+    and behind. Both leave every product as it is.
     """
     a, sa, b, sb, *rest = arrays
     scales_of_b = plan.rule.operands[3]
@@ -103,7 +104,7 @@ FP8_GEMM_BLOCK, FP8_GEMM_BLOCK_ADD = _fp8_pair(
 FP8_GEMM_ROW, FP8_GEMM_ROW_ADD = _fp8_pair("fp8_gemm_row", "m k, m kb, n k, n kb", reference.fp8_gemm_row)
 
 
-# bfloat16: the derivatives are GEMMs of the other layouts -------------------------------------------------------------
+# bfloat16: the derivatives are GEMMs of the other layouts
 
 
 def cotangent_gemm(layout: str, index: int) -> tuple[str, bool]:
@@ -114,7 +115,7 @@ def cotangent_gemm(layout: str, index: int) -> tuple[str, bool]:
     >>> cotangent_gemm("nt", 0), cotangent_gemm("nt", 1)  # da = dd @ b, db = dd.T @ a
     (('nn', True), ('tn', True))
     """
-    first, second = layout
+    first, second = layout[0], layout[1]
     flip = {"n": "t", "t": "n"}
     if index == 0:
         return ("n" + flip[second], True) if first == "n" else (second + "t", False)
@@ -167,7 +168,7 @@ BF16_GEMM = {layout: _bf16_op(layout) for layout in LAYOUTS}
 BF16_GEMM_ADD = {layout: _bf16_op(layout, BF16_GEMM[layout]) for layout in LAYOUTS}
 
 
-# What the API calls, with checked operands ------------------------------------------------------------------------------
+# What the API calls, with checked operands
 
 
 def fp8_gemm(a: Quantized, b: Quantized, c: jax.Array | None, options: Options) -> jax.Array:

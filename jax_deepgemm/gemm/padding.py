@@ -1,7 +1,7 @@
 """Row strides the kernels can read: TMA moves rows of whole 16 bytes.
 
-Traced on local shapes in front of the kernel, on CUDA only. Zeros are padded, so no product changes; an operand that
-already fits passes through untouched. A padded operand is copied at each call, hence the note.
+Traced on local shapes in front of the kernel, on CUDA only. Zeros are padded, so no product changes; an
+operand that already fits passes through untouched. A padded operand is copied at each call, hence the note.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ ROW_BYTES = 16
 @functools.cache
 def _note(name: str, given: tuple[int, ...], padded: tuple[int, ...], dtype: str) -> None:
     logger.info(
-        "%s %s%s is copied to %s at each call, so that its rows are whole %d bytes; store it so to avoid the copy.",
+        "%s %s%s is copied to %s at each call, so that its rows are whole %d bytes; "
+        "store it so to avoid the copy.",
         name,
         dtype,
         list(given),
@@ -56,7 +57,8 @@ def fp8_rows(
 
 
 def bf16_rows(a: jax.Array, b: jax.Array, *rest: jax.Array, layout: str, **_: Any) -> tuple[jax.Array, ...]:
-    """The contiguous dimension of A and of B to a multiple of 8; the other operand's k follows, C stays as it is.
+    """The contiguous dimension of A and of B to a multiple of 8; the other operand's k follows, C stays as it
+    is.
 
     m or n of a padded operand may then exceed the result's: the result's shape tells the true sizes.
     """

@@ -1,11 +1,12 @@
-"""Dense GEMMs in plain jnp with float32 accumulation: what runs off the GPU, and what the kernels are compared with.
+"""Dense GEMMs in plain jnp with float32 accumulation: what runs off the GPU, and what the kernels are
+compared with.
 
 FP8, with b over the 128-wide blocks of k (the last one may be shorter):
 
     D = C + sum_b (A_b @ B_b.T) * (sa[:, b, None] * sb[None, rows, b])
 
-The scales are multiplied into the operands instead of into the partial products. In float32 both agree to a few
-units in the last place, and the product stays one matrix multiplication.
+The scales are multiplied into the operands instead of into the partial products. In float32 both agree to a
+few units in the last place, and the product stays one matrix multiplication.
 """
 
 from __future__ import annotations

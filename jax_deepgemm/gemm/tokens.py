@@ -1,4 +1,5 @@
-"""Leading dimensions of activations as one dimension of tokens, and back, without moving data between devices."""
+"""Leading dimensions of activations as one dimension of tokens, and back, without moving data between
+devices."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ from jax_deepgemm.core.sharding import Axes, as_spec, entries
 class Tokens:
     """How [.., features] becomes [tokens, features].
 
-    On Explicit axes each device flattens its own piece, whatever leading dimensions are cut, so the tokens of the global
-    view come in another order than a reshape would give; a linear layer does not mind, and `unflatten` undoes it.
-    On Auto axes it is a reshape: no data moves if of the leading dimensions only the first is cut.
+    On Explicit axes each device flattens its own piece, whatever leading dimensions are cut, so the tokens of
+    the global view come in another order than a reshape would give; a linear layer does not mind, and
+    `unflatten` undoes it. On Auto axes it is a reshape: no data moves if of the leading dimensions only the
+    first is cut.
 
     Attributes:
       lead: sizes of the leading dimensions.
@@ -81,9 +83,7 @@ class Tokens:
 
 
 def _local_shape(shape: Sequence[int], cuts: Sequence[Axes], mesh: dict[str, int]) -> tuple[int, ...]:
-    return tuple(
-        size // math.prod(mesh[axis] for axis in cut) for size, cut in zip(shape, cuts, strict=True)
-    )
+    return tuple(size // math.prod(mesh[axis] for axis in cut) for size, cut in zip(shape, cuts, strict=True))
 
 
 def _on_each_device(
