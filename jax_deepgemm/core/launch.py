@@ -152,12 +152,10 @@ def _num_bytes(aval: Any) -> int:
 
 def check(plan: LaunchPlan, avals_in: Sequence[Any], avals_out: Sequence[Any]) -> None:
     """Raises ValueError where a step reaches beyond the operands and results it is given."""
-    operands, results = tuple(map(_num_bytes, avals_in)), tuple(map(_num_bytes, avals_out))
+    sizes = {Operand: tuple(map(_num_bytes, avals_in)), Result: tuple(map(_num_bytes, avals_out))}
     for where, buffer, needed in plan.buffers():
-        if isinstance(buffer, Operand):
-            check_buffer(f"{plan.label}: {where}", buffer, needed, operands)
-        elif isinstance(buffer, Result):
-            check_buffer(f"{plan.label}: {where}", buffer, needed, results)
+        if type(buffer) in sizes:
+            check_buffer(f"{plan.label or 'launch plan'}: {where}", buffer, needed, sizes[type(buffer)])
 
 
 def emit(

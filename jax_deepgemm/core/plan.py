@@ -204,7 +204,7 @@ class TensorMap:
             )
         if self.fill == "nan" and TENSOR_TYPES[self.dtype][0] < 6:
             raise _fail(
-                f"{where}: fill", "'nan'", f"needs a floating type, and {self.dtype} moves as an integer."
+                f"{where}: fill", "'nan'", f"needs a floating type; {self.dtype} moves as an integer."
             )
 
     def _check_shape(self, where: str) -> None:
@@ -301,9 +301,7 @@ class Launch:
         _check_int(f"{where}: block", self.block, 1, 1024)
         _check_int(f"{where}: cluster", self.cluster, 1, 16)
         if self.grid[0] % self.cluster:
-            raise _fail(
-                f"{where}: grid x", self.grid[0], f"it must be a multiple of the cluster, {self.cluster}."
-            )
+            raise _fail(f"{where}: grid x", self.grid[0], f"need a multiple of the cluster, {self.cluster}.")
         _check_int(f"{where}: shared_memory", self.shared_memory, 0, MAX_SHARED_MEMORY, "; use fewer stages")
         self._check_params(where)
 
@@ -311,7 +309,9 @@ class Launch:
         for i, param in enumerate(self.params):
             if not isinstance(param, (_Buffer, Scalar, TensorMap)):
                 raise _fail(
-                    f"{where}: params[{i}]", repr(param), "need Operand, Result, Scratch, Scalar, TensorMap."
+                    f"{where}: params[{i}]",
+                    repr(param),
+                    "need an Operand, Result, Scratch, Scalar or TensorMap.",
                 )
         maps = sum(isinstance(param, TensorMap) for param in self.params)
         if len(self.params) > MAX_PARAMS or maps > MAX_TENSOR_MAPS:
@@ -406,9 +406,7 @@ def check_buffer(where: str, buffer: Buffer, needed: int, sizes: tuple[int, ...]
     if buffer.index >= len(sizes):
         raise _fail(where, str(buffer), f"there are {len(sizes)} {type(buffer).__name__.lower()} buffers.")
     if needed > sizes[buffer.index]:
-        raise _fail(
-            where, str(buffer), f"{needed} bytes are needed and the buffer has {sizes[buffer.index]}."
-        )
+        raise _fail(where, str(buffer), f"{needed} bytes are needed, it has {sizes[buffer.index]}.")
 
 
 def _kernel_name(kernel: CompiledKernel) -> str:
