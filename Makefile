@@ -8,6 +8,7 @@ VENV ?= .venv
 CUDA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
 EXTRAS ?= test$(CUDA)
 PYTEST_FLAGS ?=
+LINTERS := ruff==0.17.5 mypy==2.4.1 clang-format==23.1.5
 SOURCES := jax_deepgemm tests benchmarks
 DEVICE_CODE := $(shell find ffi include jax_deepgemm -name '*.cc' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu' 2>/dev/null)
 
@@ -27,7 +28,7 @@ $(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard ffi/*)
 	touch $@
 
 ext:
-	cmake -S . -B build/ext -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(PYTHON)
+	cmake -S . -B build/ext -DPython_EXECUTABLE=$$(command -v $(PYTHON)) -DJDG_IN_TREE=ON
 	cmake --build build/ext --parallel 2
 
 lint: $(VENV)/.lint
@@ -42,7 +43,7 @@ format: $(VENV)/.lint
 	$(VENV)/bin/clang-format -i $(DEVICE_CODE)
 
 $(VENV)/.lint: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install --quiet '.[lint]'
+	$(VENV)/bin/python -m pip install --quiet $(LINTERS)
 	touch $@
 
 docs: $(VENV)/.installed

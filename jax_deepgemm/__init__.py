@@ -12,7 +12,6 @@ from jax_deepgemm import config
 from jax_deepgemm._version import __version__
 
 if TYPE_CHECKING:
-    from jax_deepgemm.cli.explain import explain
     from jax_deepgemm.core.export import export_checks
     from jax_deepgemm.core.launch import embed_kernels
     from jax_deepgemm.gemm.api import (
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
         fp8_gemm_tt,
     )
     from jax_deepgemm.gemm.linear import fp8_linear
+    from jax_deepgemm.introspect import explain
     from jax_deepgemm.jit.precompile import precompile
     from jax_deepgemm.quantization import QuantizedArray, dequantize, quantize
 
@@ -42,7 +42,7 @@ _HOME = {
     "QuantizedArray": "quantization",
     "quantize": "quantization",
     "dequantize": "quantization",
-    "explain": "cli.explain",
+    "explain": "introspect",
     "precompile": "jit.precompile",
     "embed_kernels": "core.launch",
     "export_checks": "core.export",

@@ -1,12 +1,12 @@
 """Trace-time configuration: what an op does when its call says nothing.
 
-Every setting here is read while a function is traced and lowered, and becomes part of the program. A function that
-`jax.jit` has already traced keeps the settings of that moment; `jax.clear_caches()` makes it look again. Where a call
-takes the same name as an argument (`num_sms=`), the argument wins.
+Every setting here is read while a function is traced and lowered, and becomes part of the program. A
+function that `jax.jit` has already traced keeps the settings of that moment; `jax.clear_caches()` makes it
+look again. Where a call takes the same name as an argument (`num_sms=`), the argument wins.
 
 >>> import jax_deepgemm
->>> jax_deepgemm.config.get().pdl
-True
+>>> jax_deepgemm.config.get().fallback
+'error'
 >>> with jax_deepgemm.config.use(num_sms=100):
 ...     jax_deepgemm.config.get().num_sms
 100
@@ -29,15 +29,13 @@ class Config:
     """Settings of one trace.
 
     Attributes:
-      num_sms: streaming multiprocessors a persistent kernel may occupy; None for all of the device. Fewer leaves room
-        for collectives that run at the same time.
-      pdl: launch kernels with programmatic dependent launch, so that one starts its prologue while the last one ends.
-      fallback: what a GPU without a kernel for the op does: "error", or "reference" for the float32 jnp form, which
-        is correct and slow.
+      num_sms: streaming multiprocessors a persistent kernel may occupy; None for all of the device. Fewer
+        leaves room for collectives that run at the same time.
+      fallback: what a GPU without a kernel for the op does: "error", or "reference" for the float32 jnp
+        form, which is correct and slow.
     """
 
     num_sms: int | None = None
-    pdl: bool = True
     fallback: str = "error"
 
     def __post_init__(self) -> None:
@@ -51,7 +49,9 @@ def _replaced(base: Config, changes: dict[str, Any]) -> Config:
     known = {field.name for field in dataclasses.fields(Config)}
     unknown = sorted(set(changes) - known)
     if unknown:
-        raise ValueError(f"config: no setting named {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
+        raise ValueError(
+            f"config: no setting named {', '.join(unknown)}; there are {', '.join(sorted(known))}."
+        )
     return dataclasses.replace(base, **changes)
 
 

@@ -1,4 +1,5 @@
-"""Measuring the kernels: `timing` (device time from the profiler), `dense` (problems), `report` (tables and plots).
+"""Measuring the kernels: `timing` (device time from the profiler), `dense` (problems), `report` (tables and
+plots).
 
 `python -m jax_deepgemm bench` is the way in.
 """

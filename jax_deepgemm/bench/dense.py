@@ -98,7 +98,7 @@ def product(problem: Problem) -> Callable[..., jax.Array]:
 
 
 def baseline(problem: Problem) -> Callable[..., jax.Array]:
-    """Returns what XLA does with the same values: cuBLASLt on a GPU. FP8 values are multiplied without scales."""
+    """Returns what XLA does with the same values (cuBLASLt on a GPU); FP8 is multiplied without scales."""
     out = jnp.float32 if problem.kind == "fp8_wgrad" else jnp.bfloat16
 
     def dot(a: Any, b: Any, *_: Any) -> jax.Array:
@@ -119,7 +119,7 @@ def _compile(function: Callable[..., Any], name: str, arguments: tuple[Any, ...]
     begin = time.perf_counter()
     try:
         compiled = jax.jit(named(function, name)).lower(*arguments).compile()
-    except Exception as error:  # noqa: BLE001 - a row must not end the run
+    except Exception as error:
         text = str(error).strip() or repr(error)
         return _Compiled(None, (time.perf_counter() - begin) * 1e3, f"{type(error).__name__}: {text[:300]}")
     return _Compiled(lambda: compiled(*arguments), (time.perf_counter() - begin) * 1e3)
@@ -128,14 +128,17 @@ def _compile(function: Callable[..., Any], name: str, arguments: tuple[Any, ...]
 def measure(
     problems: Sequence[Problem], *, calls: int, flush: Callable[[], None], clocks: ClockLog | None
 ) -> Iterator[dict[str, Any]]:
-    """Measures problems, those with the same B in one profiler session, and yields a row of results for each."""
+    """Measures problems, those with the same B in one profiler session; yields a row of results for each."""
     for _, same_weights in groupby(problems, key=lambda problem: (problem.kind, problem.n, problem.k)):
         group = list(same_weights)
         try:
             drawn = operands(max(group, key=lambda problem: problem.m))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             for problem in group:
-                yield _row(problem) | {"status": "failed", "error": f"operands: {type(error).__name__}: {error}"[:400]}
+                yield _row(problem) | {
+                    "status": "failed",
+                    "error": f"operands: {type(error).__name__}: {error}"[:400],
+                }
             continue
         yield from _measure_group(group, drawn, calls=calls, flush=flush, clocks=clocks)
 

@@ -13,7 +13,15 @@ from importlib import metadata
 from typing import Any
 
 _QUERY = ["--format=csv,noheader,nounits", "--id=0"]
-_PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "cuda-core", "nvidia-cuda-nvrtc", "nvidia-cublas")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "cuda-core",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cublas",
+)
 
 
 def versions() -> dict[str, str]:
@@ -51,8 +59,8 @@ def _nvidia_smi(arguments: list[str]) -> str:
 class ClockLog:
     """SM clock and power of the first GPU, sampled beside a measurement.
 
-    Use as a context manager; `between(t0, t1)` then sums up the samples taken between two `time.monotonic()` values.
-    Without nvidia-smi the log stays empty.
+    Use as a context manager; `between(t0, t1)` then sums up the samples taken between two `time.monotonic()`
+    values. Without nvidia-smi the log stays empty.
     """
 
     period_ms: int = 50
@@ -63,7 +71,9 @@ class ClockLog:
         tool = shutil.which("nvidia-smi")
         if tool is not None:
             query = [tool, "--query-gpu=clocks.sm,power.draw", *_QUERY, f"--loop-ms={self.period_ms}"]
-            self._process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self._process = subprocess.Popen(
+                query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
             threading.Thread(target=self._read, daemon=True).start()
         return self
 

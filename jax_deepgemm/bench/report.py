@@ -21,7 +21,8 @@ TITLES = {
     "fp8_wgrad": "FP8 weight gradient: D = C + A Bᵀ, both scaled 1x128, float32 C and D",
     "bf16": "Dense BF16: D = A Bᵀ, bfloat16 result",
 }
-HEADER = ("m", "n", "k", "us", "TFLOP/s", "GB/s", "cuBLASLt us", "DeepGEMM us", "vs cuBLASLt", "vs DeepGEMM", "SM MHz")
+COLUMNS = ("m", "n", "k", "us", "TFLOP/s", "GB/s", "{} us", "DeepGEMM us", "vs {}", "vs DeepGEMM", "SM MHz")
+SUMMARY = ("table", "rows of A", "rows", "vs {}", "worst", "vs DeepGEMM", "worst")
 README_ROWS = (
     ("fp8", 1, 7168, 16384),
     ("fp8", 64, 4096, 7168),
@@ -46,12 +47,14 @@ def load(path: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"bench: {path} is not a result file: {error}") from error
     if not isinstance(result, dict) or result.get("schema") != 1 or "rows" not in result:
-        raise ValueError(f"bench: {path} is not a result file of schema 1; measure again with python -m jax_deepgemm bench")
+        raise ValueError(
+            f"bench: {path} is not a result file of schema 1; measure again with python -m jax_deepgemm bench"
+        )
     return result
 
 
 def recorded(device: str) -> dict[tuple[str, int, int, int], dict[str, float]]:
-    """Returns the figures recorded of DeepGEMM on this kind of device, by (table, m, n, k); empty for other devices."""
+    """Returns DeepGEMM's recorded figures by (table, m, n, k), if the device is of the kind they are from."""
     if "H200" not in device or not RECORDED.is_file():
         return {}
     data = json.loads(RECORDED.read_text())["tables"]
@@ -67,7 +70,7 @@ def recorded(device: str) -> dict[tuple[str, int, int, int], dict[str, float]]:
 def _cells(row: dict[str, Any], peer: dict[str, float]) -> list[str]:
     shape = [str(row[key]) for key in "mnk"]
     if row["status"] != "ok":
-        return [*shape, "failed", *[""] * (len(HEADER) - 4)]
+        return [*shape, "failed", *[""] * (len(COLUMNS) - 4)]
     base = row["baseline"].get("us")
     theirs = peer.get("us")
     clock = row["clock"].get("sm_mhz_median")
@@ -93,15 +96,21 @@ def _tables(result: dict[str, Any]) -> Iterable[tuple[str, list[list[str]]]]:
 
 
 def summary(result: dict[str, Any]) -> list[list[str]]:
-    """Returns, per table and range of m, the geometric means of the speed-ups (above 1: this package is faster)."""
+    """Returns, per table and range of m, geometric mean and worst of the speed-ups (above 1: faster)."""
     peers = recorded(result["device"])
     lines = []
     for name in TITLES:
         for label, low, high in (("m <= 256", 0, 256), ("m >= 1024", 1024, math.inf)):
-            rows = [row for row in result["rows"] if row["table"] == name and low <= row["m"] <= high and row["status"] == "ok"]
+            rows = [
+                row
+                for row in result["rows"]
+                if row["table"] == name and low <= row["m"] <= high and row["status"] == "ok"
+            ]
             against = [row["baseline"]["us"] / row["us"] for row in rows if row["baseline"].get("us")]
             keys = [(name, row["m"], row["n"], row["k"]) for row in rows]
-            versus = [peers[key]["us"] / row["us"] for key, row in zip(keys, rows, strict=True) if key in peers]
+            versus = [
+                peers[key]["us"] / row["us"] for key, row in zip(keys, rows, strict=True) if key in peers
+            ]
             if rows:
                 lines.append([name, label, str(len(rows)), *_ratios(against), *_ratios(versus)])
     return lines
@@ -111,25 +120,35 @@ def _ratios(values: Sequence[float]) -> list[str]:
     return [f"{statistics.geometric_mean(values):.2f}x", f"{min(values):.2f}x"] if values else ["–", "–"]
 
 
-SUMMARY_HEADER = ("table", "rows of A", "rows", "vs cuBLASLt", "worst", "vs DeepGEMM", "worst")
+def header(result: dict[str, Any], columns: Sequence[str] = COLUMNS) -> list[str]:
+    """Returns the columns' titles, with the baseline of this result named."""
+    return [column.format("cuBLASLt" if result["gpu"] else "XLA") for column in columns]
 
 
 def text(result: dict[str, Any]) -> str:
     """Returns the tables of a result for a terminal."""
-    parts = [f"{TITLES[name]}\n{table(HEADER, rows)}" for name, rows in _tables(result)]
-    return "\n\n".join([*parts, table(SUMMARY_HEADER, summary(result))])
+    parts = [f"{TITLES[name]}\n{table(header(result), rows)}" for name, rows in _tables(result)]
+    return "\n\n".join([*parts, table(header(result, SUMMARY), summary(result))])
 
 
 def markdown(path: Path, result: dict[str, Any]) -> str:
     """Returns the tables of a result for docs/benchmarks.md."""
     gpu = result["gpu"]
-    about = [f"## {result['device']}", "", f"From `{_relative(path)}`, measured {result['started'][:10]}. {result['method']}", ""]
+    about = [
+        f"## {result['device']}",
+        "",
+        f"From `{_relative(path)}`, measured {result['started'][:10]}. {result['method']}",
+        "",
+    ]
     if gpu:
-        about += [f"Driver {gpu.get('driver_version', '?')}, power limit {gpu.get('power.limit', '?')} W.", ""]
+        about += [
+            f"Driver {gpu.get('driver_version', '?')}, power limit {gpu.get('power.limit', '?')} W.",
+            "",
+        ]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    about += [f"Software: {versions}.", "", markdown_table(SUMMARY_HEADER, summary(result)), ""]
+    about += [f"Software: {versions}.", "", markdown_table(header(result, SUMMARY), summary(result)), ""]
     for name, rows in _tables(result):
-        about += [f"### {TITLES[name]}", "", markdown_table(HEADER, rows), ""]
+        about += [f"### {TITLES[name]}", "", markdown_table(header(result), rows), ""]
     return "\n".join(about)
 
 
@@ -139,11 +158,12 @@ def readme(path: Path, result: dict[str, Any]) -> str:
     found = {(row["table"], row["m"], row["n"], row["k"]): row for row in result["rows"]}
     rows = [[key[0], *_cells(found[key], peers.get(key, {}))[:10]] for key in README_ROWS if key in found]
     lines = [
-        f"{result['device']}, from [`{_relative(path)}`]({_relative(path)}), all rows in [docs/benchmarks.md](docs/benchmarks.md).",
-        "cuBLASLt is measured in the same process (its FP8 product applies no block scales); DeepGEMM's are recorded figures of",
-        "the same kind of machine, taken by the same method ([data](benchmarks/data/deepgemm_h200.json)). Above 1x: faster.",
+        f"{result['device']}, from [`{_relative(path)}`]({_relative(path)}); all rows are in",
+        "[docs/benchmarks.md](docs/benchmarks.md). cuBLASLt is measured in the same process (its FP8 product",
+        "applies no block scales). DeepGEMM's figures were recorded on the same kind of machine by the same method",
+        "([data](benchmarks/data/deepgemm_h200.json)). Above 1x: this package is faster.",
         "",
-        markdown_table(("table", *HEADER[:10]), rows),
+        markdown_table(["table", *header(result)[:10]], rows),
     ]
     return "\n".join(lines)
 
@@ -188,7 +208,7 @@ def _page_section(path: Path, result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], target: Path) -> bool:
-    """Draws TFLOP/s over m for every B, ours and the baseline's. Returns False where matplotlib is missing."""
+    """Draws TFLOP/s over m for every B, ours and the baseline's. Returns False without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -209,7 +229,9 @@ def plot(result: dict[str, Any], target: Path) -> bool:
             axis.plot(sizes, [row["tflops"] for row in chosen], "o-", color=color, ms=3, label=f"n={n} k={k}")
             base = [row["baseline"].get("tflops", math.nan) for row in chosen]
             axis.plot(sizes, base, ":", color=color, lw=1)
-        axis.set(xscale="log", xlabel="m", ylabel="TFLOP/s", title=f"{name}: solid this package, dotted cuBLASLt")
+        axis.set(
+            xscale="log", xlabel="m", ylabel="TFLOP/s", title=f"{name}: solid this package, dotted cuBLASLt"
+        )
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)

@@ -58,7 +58,8 @@ def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 def flusher(size: int = FLUSH_BYTES) -> Callable[[], None]:
     """Returns a function that writes a buffer of `size` bytes on the device, which empties the L2 cache.
 
-    It also gives the GPU the pause under which isolated calls are measured: about 2.4 ms on an H200 for 8 GiB.
+    It also gives the GPU the pause under which isolated calls are measured: about 2.4 ms on an H200 for 8
+    GiB.
     """
 
     def jdg_flush(buffer: jax.Array, value: jax.Array) -> jax.Array:
@@ -79,15 +80,15 @@ def time_jobs(
 ) -> dict[str, Timing]:
     """Times every job: warm-up calls, then `calls` calls in one profiler session.
 
-    A job that raises is reported as failed, and the others go on. Where the trace holds no GPU the time is the
-    wall clock's, per call, and says so in `method`.
+    A job that raises is reported as failed, and the others go on. Where the trace holds no GPU the time is
+    the wall clock's, per call, and says so in `method`.
     """
     failed: dict[str, str] = {}
     for job in jobs:
         try:
             for _ in range(WARM_UP):
                 jax.block_until_ready(job.run())
-        except Exception as error:  # noqa: BLE001 - a row must not end the run
+        except Exception as error:
             failed[job.name] = _short(error)
     ready = [job for job in jobs if job.name not in failed]
     order: list[str] = []
@@ -101,7 +102,7 @@ def time_jobs(
                 try:
                     walls[job.name] = _run(job, calls, flush)
                     order += [job.name] * calls
-                except Exception as error:  # noqa: BLE001
+                except Exception as error:
                     failed[job.name] = _short(error)
                 spans[job.name] = (begin, time.monotonic())
         events = trace.read(folder)
@@ -134,14 +135,18 @@ def _run(job: Job, calls: int, flush: Callable[[], None]) -> list[float]:
     return walls
 
 
-def _find(events: Sequence[trace.Event], order: Sequence[str]) -> tuple[dict[str, list[list[trace.Event]]], str]:
+def _find(
+    events: Sequence[trace.Event], order: Sequence[str]
+) -> tuple[dict[str, list[list[trace.Event]]], str]:
     try:
         return trace.split_calls(events, order), ""
     except ValueError as error:
         return {}, str(error)
 
 
-def _timing(job: Job, found: list[list[trace.Event]], calls: int, clock: dict[str, float], reason: str) -> Timing:
+def _timing(
+    job: Job, found: list[list[trace.Event]], calls: int, clock: dict[str, float], reason: str
+) -> Timing:
     try:
         if reason:
             raise ValueError(reason)

@@ -1,8 +1,8 @@
 """Device time of kernels, read from a JAX profiler trace.
 
-XLA's GPU profiler records every kernel with its start and duration (CUPTI activity records) on the plane `/device:GPU:0`,
-one line per stream. Each record carries the name of the XLA module that launched it, which is how kernels find their call:
-every measured function is jitted under a name of its own.
+XLA's GPU profiler records every kernel with its start and duration (CUPTI activity records) on the plane
+`/device:GPU:0`, one line per stream. Each record carries the name of the XLA module that launched it, which
+is how kernels find their call: every measured function is jitted under a name of its own.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Measured:
 
 
 def device_events(profile: Any) -> list[Event]:
-    """Returns the kernels, copies and memsets of the first GPU of a `jax.profiler.ProfileData`, in order of start."""
+    """Returns what ran on the first GPU of a `jax.profiler.ProfileData`, by start."""
     events = []
     for plane in profile.planes:
         if not plane.name.startswith("/device:GPU:0"):
@@ -81,8 +81,9 @@ def read(folder: str | Path) -> list[Event]:
 def split_calls(events: Sequence[Event], order: Sequence[str]) -> dict[str, list[list[Event]]]:
     """Finds the events of each call.
 
-    The calls ran one after the other on one stream, a flush of the L2 cache before each, so a flush begins a call.
-    Where the events of a call name their module, that says whose call it is; where they do not, the order does.
+    The calls ran one after the other on one stream, a flush of the L2 cache before each, so a flush begins a
+    call. Where the events of a call name their module, that says whose call it is; where they do not, the
+    order does.
 
     Args:
       events: of the whole trace, by start; the first is a flush.
@@ -98,7 +99,9 @@ def split_calls(events: Sequence[Event], order: Sequence[str]) -> dict[str, list
     owners = [next((name for name in map(_function, group) if name in order), "") for group in groups]
     if not all(owners):
         if len(groups) != len(order):
-            raise ValueError(f"the trace shows {len(groups)} calls between flushes, but {len(order)} were made")
+            raise ValueError(
+                f"the trace shows {len(groups)} calls between flushes, but {len(order)} were made"
+            )
         owners = list(order)
     calls: dict[str, list[list[Event]]] = {}
     for owner, group in zip(owners, groups, strict=True):

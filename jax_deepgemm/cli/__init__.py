@@ -1,4 +1,4 @@
-"""The command line: one module per command, each with `add_arguments(parser)` and `run(args) -> exit code`."""
+"""The command line: a module per command, each with `add_arguments(parser)` and `run(args) -> exit code`."""
 
 from __future__ import annotations
 

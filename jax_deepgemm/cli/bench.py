@@ -14,20 +14,29 @@ from jax_deepgemm.cli.text import Progress
 
 SCHEMA = 1
 METHOD = (
-    "Device time of the kernels alone, from the CUPTI activity records of the JAX profiler; median of the calls; L2 flushed "
-    "before each call by writing 8 GiB; standard normal inputs; SM clock from nvidia-smi during the calls."
+    "Device time of the kernels alone, from the CUPTI activity records of the JAX profiler; median of the "
+    "calls; L2 flushed before each call by writing 8 GiB; standard normal inputs; SM clock from nvidia-smi "
+    "meanwhile."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, help="result file to write (default: benchmarks/results/<device>.json, or here)")
+    parser.add_argument(
+        "--out", type=Path, help="result file to write (default: benchmarks/results/<device>.json, or here)"
+    )
     parser.add_argument("--tables", default="", help="comma-separated: fp8, fp8_wgrad, bf16 (default: all)")
     parser.add_argument("--rows", default="", help="regular expression on rows, e.g. 'm=(1|128) n=4096 '")
     parser.add_argument("--calls", type=int, default=12, help="timed calls of each function (default 12)")
     parser.add_argument("--time-limit", type=float, default=900, help="seconds after which no new row starts")
     parser.add_argument("--small", action="store_true", help="a few small problems, as without a GPU")
-    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="print tables of result files; measure nothing")
-    parser.add_argument("--write", action="store_true", help="with --report: rewrite docs/benchmarks.md, its plot, and README.md")
+    parser.add_argument(
+        "--report", type=Path, nargs="+", metavar="FILE", help="print tables of result files; measure nothing"
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="with --report: rewrite docs/benchmarks.md, its plot, and README.md",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +58,10 @@ def measure(args: argparse.Namespace) -> int:
         print(f"bench: --calls is {args.calls}, need at least 1", file=sys.stderr)
         return 2
     if not on_gpu:
-        print("No GPU here: a few small problems in their float32 reference form, timed by the wall clock.", file=sys.stderr)
+        print(
+            "No GPU here: a few small problems in their float32 reference form, timed by the wall clock.",
+            file=sys.stderr,
+        )
     tables = dense.tables() if on_gpu and not args.small else dense.small_tables()
     wanted = [name for name in args.tables.split(",") if name] or list(tables)
     unknown = sorted(set(wanted) - set(tables))
@@ -68,7 +80,9 @@ def measure(args: argparse.Namespace) -> int:
         "device": device.device_kind,
         "gpu": machine.gpu() if on_gpu else {},
         "versions": machine.versions(),
-        "method": METHOD if on_gpu else "Wall clock of small problems without a GPU: a trial of the machinery, no measurement.",
+        "method": METHOD
+        if on_gpu
+        else "Wall clock of small problems without a GPU: a trial of the machinery, no measurement.",
         "calls": args.calls,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "rows": [],
@@ -92,7 +106,9 @@ def measure(args: argparse.Namespace) -> int:
     print(report.text(result))
     failed = [row for row in result["rows"] if row["status"] != "ok"]
     for row in failed:
-        print(f"FAILED {row['table']} m={row['m']} n={row['n']} k={row['k']}: {row['error']}", file=sys.stderr)
+        print(
+            f"FAILED {row['table']} m={row['m']} n={row['n']} k={row['k']}: {row['error']}", file=sys.stderr
+        )
     print(f"{len(result['rows'])} rows, {len(failed)} failed, {result['seconds']} s, written to {out}")
     return 1 if failed else 0
 

@@ -1,4 +1,4 @@
-"""python -m jax_deepgemm demo: a two-layer MLP block in BF16 and FP8, forward and backward, checked and timed."""
+"""python -m jax_deepgemm demo: an MLP block in BF16 and FP8, forward and backward, checked and timed."""
 
 from __future__ import annotations
 
@@ -46,8 +46,12 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, help="rows of the activations (default 4096 on a GPU, 64 on a CPU)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time to spend on measuring each row (default 0.3)")
+    parser.add_argument(
+        "--tokens", type=int, help="rows of the activations (default 4096 on a GPU, 64 on a CPU)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.3, help="time to spend on measuring each row (default 0.3)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,10 +68,14 @@ def run(args: argparse.Namespace) -> int:
     platform = "gpu" if supported else "cpu"
     tokens = args.tokens or TOKENS[platform]
     print(
-        f"MLP block: hidden {HIDDEN}, intermediate {INTERMEDIATE}, {tokens} tokens, bfloat16 weights, on {device.device_kind}."
+        f"MLP block: hidden {HIDDEN}, intermediate {INTERMEDIATE}, {tokens} tokens, bfloat16 weights, "
+        f"on {device.device_kind}."
     )
     if platform == "cpu":
-        print("No GPU kernels here: the ops run in their float32 reference form, on few tokens. Times say nothing of a GPU's.")
+        print(
+            "No GPU kernels here: the ops run in their float32 reference form, on few tokens. "
+            "Times say nothing of a GPU's."
+        )
     with jax.default_device(device):
         rows = problems(tokens)
         cells, passed = [], True
@@ -80,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
                 progress.step()
     print()
     print(table(HEADER, cells))
-    print(f"\n{'PASS' if passed else 'FAIL'}: relative error against float32, Frobenius norm, largest over the results")
+    print(
+        f"\n{'PASS' if passed else 'FAIL'}: relative error against float32 (Frobenius norm; the largest, "
+        "where a function has several results)"
+    )
     return 0 if passed else 1
 
 
@@ -100,17 +111,27 @@ def problems(tokens: int) -> list[Row]:
         shape = f"{left.shape[0]}x{weight.shape[0]}x{weight.shape[1]}"
         quantised = jdg.quantize(left, block=(1, 128)), jdg.quantize(weight, block=(128, 128))
         exact = (left, weight)
-        rows.append(Row(f"bf16_gemm_nt ({name})", shape, jdg.bf16_gemm_nt, float32_linear, exact, exact, flops, 0.01))
-        rows.append(Row(f"fp8_gemm_nt ({name})", shape, jdg.fp8_gemm_nt, float32_linear, quantised, exact, flops, 0.05))
+        rows.append(
+            Row(f"bf16_gemm_nt ({name})", shape, jdg.bf16_gemm_nt, float32_linear, exact, exact, flops, 0.01)
+        )
+        rows.append(
+            Row(
+                f"fp8_gemm_nt ({name})", shape, jdg.fp8_gemm_nt, float32_linear, quantised, exact, flops, 0.05
+            )
+        )
     shape = f"{tokens}x{HIDDEN}x{INTERMEDIATE}"
     operands = (x, up, down)
     forms = (("bf16", bf16_linear, 0.01, 0.02), ("fp8", jdg.fp8_linear, 0.10, 0.15))
     for name, linear, limit, grad_limit in forms:
         forward, exact_forward = mlp(linear), mlp(float32_linear)
-        rows.append(Row(f"MLP forward, {name}", shape, forward, exact_forward, operands, operands, 2 * flops, limit))
+        rows.append(
+            Row(f"MLP forward, {name}", shape, forward, exact_forward, operands, operands, 2 * flops, limit)
+        )
         backward, exact_backward = gradient(forward), gradient(exact_forward)
         both = (*operands, cotangent)
-        rows.append(Row(f"MLP fwd + bwd, {name}", shape, backward, exact_backward, both, both, 6 * flops, grad_limit))
+        rows.append(
+            Row(f"MLP fwd + bwd, {name}", shape, backward, exact_backward, both, both, 6 * flops, grad_limit)
+        )
     return rows
 
 
@@ -155,7 +176,7 @@ def measure(row: Row, device: Any, seconds: float) -> tuple[list[str], bool]:
         error = max(map(relative_error, jax.tree.leaves(result), jax.tree.leaves(exact)))
         duration = time_of(lambda: compiled(*row.arguments), seconds)
         kernel = chosen_kernel(row.function, row.arguments, device)
-    except Exception as problem:  # noqa: BLE001 - a row must not end the demo
+    except Exception as problem:
         print(f"{row.op}: {type(problem).__name__}: {problem}", file=sys.stderr)
         return [device.device_kind, row.op, row.shape, "-", "-", "-", "-", "failed", f"{row.limit:g}"], False
     passed = error <= row.limit
@@ -197,6 +218,6 @@ def chosen_kernel(function: Callable[..., Any], arguments: tuple[Any, ...], devi
     """Returns the names of the kernels the function launches on the device."""
     if device.platform == "cpu":
         return "reference (float32)"
-    from jax_deepgemm.cli.explain import kernel_names
+    from jax_deepgemm.introspect import kernel_names
 
     return ", ".join(kernel_names(function, *arguments)) or "XLA"

@@ -22,7 +22,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for section, entries in found.items():
         print(section)
-        lines = entries if isinstance(entries, list) else [f"{key}: {value}" for key, value in entries.items()]
+        lines = (
+            entries if isinstance(entries, list) else [f"{key}: {value}" for key, value in entries.items()]
+        )
         for line in lines or ["none"]:
             print(f"  {line}")
         print()
@@ -50,7 +52,7 @@ def toolchain() -> dict[str, str]:
         from jax_deepgemm.jit import toolchain as jit_toolchain
 
         return {str(key): str(value) for key, value in jit_toolchain.describe().items()}
-    except Exception as error:  # noqa: BLE001 - info must say what is wrong, not stop at it
+    except Exception as error:
         return {"compiler": f"none: {error}"}
 
 
@@ -72,7 +74,9 @@ def configuration() -> dict[str, str]:
     from jax_deepgemm import config
 
     settings = {name: str(value) for name, value in dataclasses.asdict(config.get()).items()}
-    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith("JAX_DEEPGEMM_")}
+    variables = {
+        name: value for name, value in sorted(os.environ.items()) if name.startswith("JAX_DEEPGEMM_")
+    }
     return settings | variables
 
 
@@ -81,7 +85,9 @@ def extension() -> dict[str, str]:
     try:
         import jax_deepgemm._ffi as native
     except ImportError as error:
-        return {"native launcher": f"missing ({error}); install the package, or run make ext in a source tree"}
+        return {
+            "native launcher": f"missing ({error}); install the package, or run make ext in a source tree"
+        }
     return {"native launcher": Path(str(native.__file__)).name}
 
 
@@ -92,7 +98,9 @@ def devices() -> list[str]:
     lines = []
     for device in jax.devices():
         supported, reason = support(device)
-        lines.append(f"{device.device_kind} ({device}): {'kernels' if supported else 'reference only'}. {reason}".rstrip())
+        lines.append(
+            f"{device.device_kind} ({device}): {'kernels' if supported else 'reference only'}. {reason}"
+        )
     return lines
 
 
@@ -104,10 +112,17 @@ def support(device: Any) -> tuple[bool, str]:
     (False, 'Ops run in their float32 reference form: kernels need an NVIDIA GPU of compute capability 9.0.')
     """
     if device.platform != "gpu":
-        return False, "Ops run in their float32 reference form: kernels need an NVIDIA GPU of compute capability 9.0."
+        return (
+            False,
+            "Ops run in their float32 reference form: kernels need an NVIDIA GPU of compute capability 9.0.",
+        )
     capability = getattr(device, "compute_capability", None)
     if capability is None or "rocm" in str(getattr(device.client, "platform_version", "")).lower():
         return False, "Kernels need an NVIDIA GPU; config fallback='reference' allows the float32 form."
     if str(capability) != "9.0":
-        return False, f"Compute capability {capability} has no kernels, 9.0 has; config fallback='reference' allows the float32 form."
+        return (
+            False,
+            f"Compute capability {capability} has no kernels, 9.0 has; "
+            "config fallback='reference' allows the float32 form.",
+        )
     return True, "FP8 and BF16 dense GEMMs for compute capability 9.0."

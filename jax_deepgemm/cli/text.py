@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
 from typing import TextIO
+
+_NUMBER = re.compile(r"[\d.,e+-]*\d[\d.,e+-]*( ?[a-zA-Z%/]+)?$")
+_BLANK = ("", "-", "–", "failed")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -20,7 +24,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     right = [_numeric([row[column] for row in cells[1:]]) for column in range(len(header))]
-    lines = ["  ".join(_padded(*item) for item in zip(row, widths, right, strict=True)).rstrip() for row in cells]
+    lines = [
+        "  ".join(_padded(*item) for item in zip(row, widths, right, strict=True)).rstrip() for row in cells
+    ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
@@ -39,7 +45,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 def _numeric(cells: Sequence[str]) -> bool:
-    return any(cells) and all(cell in ("", "-", "–") or cell[:1].isdigit() or cell[:2] in ("~0", "<0") for cell in cells)
+    return any(map(_NUMBER.match, cells)) and all(cell in _BLANK or _NUMBER.match(cell) for cell in cells)
 
 
 def _padded(cell: str, width: int, right: bool) -> str:
@@ -96,7 +102,8 @@ class Progress:
             return
         self._next = now + (0.1 if self._terminal else 10.0)
         filled = 24 * self.done // max(self.total, 1)
-        line = f"{self.label} [{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} {now - self._start:.0f}s {note}"
+        bar = "#" * filled + "." * (24 - filled)
+        line = f"{self.label} [{bar}] {self.done}/{self.total} {now - self._start:.0f}s {note}".rstrip()
         if self._terminal:
             line = line[:110]
             self._stream.write("\r" + line.ljust(self._width))

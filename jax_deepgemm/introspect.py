@@ -1,0 +1,256 @@
+"""What a function will launch on a GPU, and why: found by tracing, with no GPU needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_deepgemm.cli.text import bytes_text, table
+from jax_deepgemm.core import kernel_rule
+from jax_deepgemm.core.op import Op
+from jax_deepgemm.gemm import kernel as gemm_kernel
+from jax_deepgemm.gemm import ops as gemm_ops
+from jax_deepgemm.sm90.chip import H200, Chip
+from jax_deepgemm.sm90.config import shared_memory
+from jax_deepgemm.sm90.cost import candidates, cost
+
+SHOWN_CANDIDATES = 6
+
+
+@dataclass(frozen=True)
+class KernelFacts:
+    """One launch of a call, as compiled.
+
+    Attributes:
+      name: of the kernel.
+      digest: sha256 of its cubin.
+      grid, block, cluster: of the launch.
+      shared_memory: dynamic, in bytes.
+      registers: per thread.
+      spill_bytes, local_bytes: what did not fit in them; 0 in a good kernel.
+      compile_seconds: what it cost to compile it, now or when it entered the cache.
+      from_cache: whether it came from the cache.
+    """
+
+    name: str
+    digest: str
+    grid: tuple[int, int, int]
+    block: int
+    cluster: int
+    shared_memory: int
+    registers: int
+    spill_bytes: int
+    local_bytes: int
+    compile_seconds: float
+    from_cache: bool
+
+
+@dataclass(frozen=True)
+class ExplainedCall:
+    """One custom call of a traced function.
+
+    Attributes:
+      op: the primitive's name.
+      problem: what is to be computed, in words.
+      config: the configuration chosen, in words.
+      candidates: (configuration, cost) of every candidate, cheapest first.
+      stages: slots of the shared-memory ring.
+      scratch_bytes: memory that XLA gives to the call besides its result.
+      kernels: what is launched; empty where no compiler is installed.
+      note: why there are no kernels, or "".
+    """
+
+    op: str
+    problem: str
+    config: str
+    candidates: tuple[tuple[str, str], ...]
+    stages: int
+    scratch_bytes: int
+    kernels: tuple[KernelFacts, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.problem}", f"  config   {self.config}", f"  stages   {self.stages}"]
+        lines.append(f"  scratch  {bytes_text(self.scratch_bytes)}")
+        for one in self.kernels:
+            origin = "from the cache" if one.from_cache else "compiled now"
+            lines += [
+                f"  kernel   {one.name}",
+                f"           grid {'x'.join(map(str, one.grid))}, block {one.block}, cluster {one.cluster}, "
+                f"shared memory {bytes_text(one.shared_memory)}",
+                f"           {one.registers} registers, {one.spill_bytes} bytes spilled, "
+                f"{one.local_bytes} bytes local",
+                f"           cubin {one.digest[:16]}, {one.compile_seconds * 1e3:.0f} ms to compile, "
+                f"{origin}",
+            ]
+        if self.note:
+            lines.append(f"  note     {self.note}")
+        shown = self.candidates[:SHOWN_CANDIDATES]
+        if shown:
+            lines.append(f"  {len(self.candidates)} candidates, the cheapest:")
+            lines += ["    " + line for line in table(("config", "cost"), shown).splitlines()]
+        return "\n".join(lines)
+
+
+def explain(
+    function: Callable[..., Any], *args: Any, chip: Chip | None = None, show: bool = True
+) -> list[ExplainedCall]:
+    """Says what a function will launch on a GPU: for each call its problem, configuration, candidates and
+    kernels.
+
+    The function is traced, not run, and needs no GPU. On a mesh the shapes are those of the whole arrays,
+    not of a device's share.
+
+    Args:
+      function: plain or jitted; traced with `args`.
+      args: arrays, or `jax.ShapeDtypeStruct`s.
+      chip: the GPU to choose for: by default the one here, or an H200 where there is none.
+      show: whether to print the explanation.
+
+    Returns:
+      one `ExplainedCall` for each call of an op of this package, in order of appearance.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax_deepgemm import bf16_gemm_nt, explain
+    >>> a = jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16)
+    >>> [call] = explain(bf16_gemm_nt, a, a, show=False)
+    >>> call.problem
+    'bf16xbf16 nt m=4096 n=4096 k=2048 -> bfloat16'
+    """
+    traced = jax.make_jaxpr(function)(*args)
+    here = chip or _chip_here()
+    calls = [_explained(op, avals, params, here) for op, avals, params in _op_calls(traced.jaxpr)]
+    if show:
+        print("\n\n".join(map(str, calls)) or "No op of jax_deepgemm in this function.")
+    return calls
+
+
+def kernel_names(function: Callable[..., Any], *args: Any) -> list[str]:
+    """Returns the names of the kernels a function launches, without repetition."""
+    calls = explain(function, *args, show=False)
+    return list(dict.fromkeys(one.name for call in calls for one in call.kernels))
+
+
+def _chip_here() -> Chip:
+    for device in jax.devices():
+        if getattr(device, "compute_capability", None) == kernel_rule.COMPUTE_CAPABILITY:
+            return kernel_rule.chip_of(device)
+    return H200
+
+
+def _known_ops() -> dict[Any, Op]:
+    found: dict[Any, Op] = {}
+    for value in vars(gemm_ops).values():
+        for op in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(op, Op) and op.kernel is not None:
+                found[op.outer] = op
+    return found
+
+
+def _op_calls(jaxpr: Any) -> Iterator[tuple[Op, list[Any], dict[str, Any]]]:
+    """The calls of ops in a jaxpr and in those inside it: loops, branches, checkpoints, derivatives."""
+    known = _known_ops()
+
+    def walk(one: Any) -> Iterator[tuple[Op, list[Any], dict[str, Any]]]:
+        for equation in one.eqns:
+            op = known.get(equation.primitive)
+            if op is not None:
+                yield op, [variable.aval for variable in equation.invars], dict(equation.params)
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+                if _is_jaxpr(inner):
+                    yield from walk(getattr(inner, "jaxpr", inner))
+
+    yield from walk(jaxpr)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
+def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> ExplainedCall:
+    batch = params.pop("batch")
+    for machinery in ("out_sharding", "fallback", "reduce_dtype"):
+        params.pop(machinery, None)
+    ins, outs, carried = _kernel_types(op, avals, batch, params)
+    if "layout" in params:
+        problem = gemm_kernel.bf16_problem(ins, outs, carried, params["layout"])
+    else:
+        problem = gemm_kernel.fp8_problem(ins, outs, carried)
+    if params.get("num_sms"):
+        chip = dataclasses.replace(chip, num_sms=min(params["num_sms"], chip.num_sms))
+    ranked = sorted(
+        ((cost(problem, one, chip), one) for one in candidates(problem, chip)), key=lambda pair: pair[0].total
+    )
+    chosen = params.get("config") or ranked[0][1]
+    kernels, scratch, note = _compiled(op, ins, outs, carried, chip, params)
+    if not kernels:
+        note = f"{note} Shared memory would be {bytes_text(shared_memory(problem, chosen).total)}."
+    return ExplainedCall(
+        op=op.name,
+        problem=str(problem),
+        config=str(chosen),
+        candidates=tuple((str(one), str(price)) for price, one in ranked),
+        stages=chosen.stages,
+        scratch_bytes=scratch,
+        kernels=kernels,
+        note=note,
+    )
+
+
+def _kernel_types(
+    op: Op, avals: list[Any], batch: Any, params: dict[str, Any]
+) -> tuple[list[Any], list[Any], Any]:
+    """Types as the kernel sees them: vmap's levels in one dimension, rows padded."""
+
+    def prepared(*arrays: jax.Array) -> list[jax.Array]:
+        folded, _ = kernel_rule.fold(arrays, batch)
+        return list(op.kernel_prepare(*folded, **params)) if op.kernel_prepare is not None else list(folded)
+
+    arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    ins = jax.eval_shape(prepared, *arguments)
+    carried = tuple(any(on[i] for on in batch) for i in range(len(avals))) if batch else None
+    size = next(ins[i].shape[0] for i in range(len(ins)) if carried[i]) if carried else None
+    own = [one.shape[sum(level[i] for level in batch) :] for i, one in enumerate(arguments)]
+    outs = [
+        jax.ShapeDtypeStruct(((size, *shape) if size is not None else tuple(shape)), np.dtype(dtype))
+        for shape, dtype in op.result(*own, **params)
+    ]
+    return ins, outs, carried
+
+
+def _compiled(
+    op: Op, ins: list[Any], outs: list[Any], carried: Any, chip: Chip, params: dict[str, Any]
+) -> tuple[tuple[KernelFacts, ...], int, str]:
+    from jax_deepgemm.jit.toolchain import CompilerNotFoundError
+
+    assert op.kernel is not None
+    try:
+        plan = op.kernel(ins, outs, batch=carried, chip=chip, **params)
+    except CompilerNotFoundError as error:
+        return (), 0, f"Not compiled: {error}"
+    facts = []
+    for step in plan.steps:
+        if not hasattr(step, "kernel"):
+            continue
+        report = step.kernel.report
+        facts.append(
+            KernelFacts(
+                name=step.kernel.name,
+                digest=step.kernel.digest,
+                grid=step.grid,
+                block=step.block,
+                cluster=step.cluster,
+                shared_memory=step.shared_memory,
+                registers=report.registers,
+                spill_bytes=report.spill_store_bytes + report.spill_load_bytes,
+                local_bytes=report.local_bytes,
+                compile_seconds=report.compile_seconds,
+                from_cache=report.from_cache,
+            )
+        )
+    return tuple(facts), sum(plan.scratch_bytes), ""

@@ -1,0 +1,216 @@
+"""Benchmarks: reading a trace, timing on a CPU, reports from result files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jax_deepgemm.bench import dense, report, timing, trace
+from jax_deepgemm.bench.machine import ClockLog
+from jax_deepgemm.cli import main
+from jax_deepgemm.cli.bench import default_path, write
+
+FLUSH_NAME = "loop_broadcast_fusion"
+
+
+def profile(events: list[tuple[str, str, float]], plane: str = "/device:GPU:0") -> Any:
+    """A profile whose one stream ran (kernel, module, microseconds), one after the other."""
+    from jax.profiler import ProfileData
+
+    names = {name: number for number, name in enumerate(dict.fromkeys(name for name, *_ in events), 1)}
+    modules = {module: number for number, module in enumerate(dict.fromkeys(m for _, m, _ in events), 10)}
+    lines, start = [], 0
+    for name, module, microseconds in events:
+        stat = f"stats {{ metadata_id: 1 ref_value: {modules[module]} }}" if module else ""
+        picoseconds = int(microseconds * 1e6)
+        lines.append(
+            f"events {{ metadata_id: {names[name]} offset_ps: {start} duration_ps: {picoseconds} {stat} }}"
+        )
+        start += picoseconds + 1000
+    kinds = [f'event_metadata {{ key: {n} value {{ id: {n} name: "{name}" }} }}' for name, n in names.items()]
+    stats = ['stat_metadata { key: 1 value { id: 1 name: "hlo_module" } }']
+    stats += [f'stat_metadata {{ key: {n} value {{ id: {n} name: "{m}" }} }}' for m, n in modules.items() if m]
+    body = "\n".join(lines)
+    derived = f'lines {{ id: 2 name: "XLA Modules" events {{ metadata_id: 1 offset_ps: 0 duration_ps: {start} }} }}'
+    planes = f'planes {{ name: "{plane}" lines {{ id: 1 name: "Stream #13(Compute)" {body} }} {derived} '
+    planes += " ".join([*kinds, *stats]) + ' } planes { name: "/host:CPU" }'
+    return ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(planes))
+
+
+def two_jobs(named: bool) -> list[tuple[str, str, float]]:
+    """Twice each: one of our kernels behind a copy, and a baseline of two kernels; a flush before every call."""
+    events = []
+    for factor in (1.0, 1.2):
+        events += [(FLUSH_NAME, "jit_jdg_flush", 2400.0), ("copy", "jit_ours", 3.0)]
+        events += [("jdg_sm90_fp8", "jit_ours", 10.0 * factor)]
+        events += [(FLUSH_NAME, "jit_jdg_flush", 2400.0)]
+        events += [("nvjet_gemm", "jit_base", 20.0 * factor), ("splitk_reduce", "jit_base", 2.0)]
+    return events if named else [(name, "", duration) for name, _, duration in events]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_kernels_find_their_call(named: bool) -> None:
+    events = trace.device_events(profile(two_jobs(named)))
+    calls = trace.split_calls(events, ["ours", "base"] * 2)
+    ours = trace.measured(calls["ours"], prefix="jdg_")
+    base = trace.measured(calls["base"])
+    assert ours.microseconds == pytest.approx((10.0, 12.0))
+    assert ours.kernels == ("jdg_sm90_fp8",)
+    assert base.microseconds == pytest.approx((22.0, 26.0))
+    assert base.by_kernel == pytest.approx({"nvjet_gemm": 22.0, "splitk_reduce": 2.0})
+
+
+def test_other_planes_are_ignored() -> None:
+    assert trace.device_events(profile(two_jobs(True), plane="/device:GPU:1")) == []
+    assert trace.device_events(profile(two_jobs(True), plane="/host:threads")) == []
+
+
+def test_lost_call_is_an_error_that_counts() -> None:
+    events = trace.device_events(profile(two_jobs(False)[:-3]))
+    with pytest.raises(ValueError, match="shows 3 calls between flushes, but 4 were made"):
+        trace.split_calls(events, ["ours", "base"] * 2)
+
+
+def test_missing_kernel_is_an_error_that_lists() -> None:
+    events = trace.device_events(profile(two_jobs(True)))
+    calls = trace.split_calls(events, ["ours", "base"] * 2)
+    with pytest.raises(ValueError, match=r"no kernel named jdg_\* among \['nvjet_gemm', 'splitk_reduce'\]"):
+        trace.measured(calls["base"], prefix="jdg_")
+
+
+def test_jobs_are_timed_by_the_wall_clock_without_a_gpu() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((64, 64))
+    square = jax.jit(timing.named(lambda a: a @ a, "square"))
+
+    def fails() -> None:
+        raise RuntimeError("out of luck\nand more")
+
+    jobs = [timing.Job("square", lambda: square(x)), timing.Job("fails", fails)]
+    results = timing.time_jobs(jobs, calls=3, flush=timing.flusher(1 << 16))
+    measured = results["square"].measured
+    assert measured is not None
+    assert len(measured.microseconds) == 3
+    assert results["square"].method.startswith("wall clock")
+    assert results["fails"].measured is None
+    assert results["fails"].error == "RuntimeError: out of luck"
+
+
+def test_clock_log_takes_the_samples_of_an_interval() -> None:
+    log = ClockLog(period_ms=100, samples=[(0.0, 1980, 100), (1.0, 1500, 600), (1.1, 1400, 700), (5.0, 1980, 90)])
+    assert log.between(0.95, 1.15) == {
+        "sm_mhz_median": 1450,
+        "sm_mhz_min": 1400,
+        "power_w_median": 650,
+        "samples": 2,
+    }
+    assert log.between(3.0, 3.1) == {}
+
+
+def result(failed: bool = False) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for table, m in (("fp8", 64), ("fp8", 4096), ("bf16", 4096)):
+        problem = dense.Problem(table, m, 4096, 7168)
+        row = {"table": table, "m": m, "n": 4096, "k": 7168, "compile_ms": 700.0, "status": "ok"}
+        row |= {"us": 100.0, "tflops": problem.flops / 1e8, "gbytes_per_s": 9.0, "clock": {"sm_mhz_median": 1600.0}}
+        rows.append(row | {"baseline": {"what": "cuBLASLt", "status": "ok", "us": 110.0, "tflops": 1.0}})
+    if failed:
+        rows[0] = {key: rows[0][key] for key in ("table", "m", "n", "k")} | {
+            "status": "failed",
+            "error": "broken",
+            "baseline": {"status": "failed", "error": "broken"},
+        }
+    return {
+        "schema": 1,
+        "device": "NVIDIA H200",
+        "gpu": {"name": "NVIDIA H200", "driver_version": "1.2", "power.limit": "700"},
+        "versions": {"jax": "0.0"},
+        "method": "As invented.",
+        "calls": 12,
+        "started": "2026-01-01T00:00:00Z",
+        "rows": rows,
+    }
+
+
+def test_report_compares_with_recorded_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "h200.json"
+    write(path, result())
+    assert json.loads(path.read_text()) == result()
+    assert main(["bench", "--report", str(path)]) == 0
+    shown = capsys.readouterr().out
+    [row] = [line.split() for line in shown.splitlines() if line.split()[:3] == ["4096", "4096", "7168"]][:1]
+    assert row[6:] == ["110.0", "167.4", "1.10x", "1.67x", "1600"]
+
+
+def test_failed_rows_are_shown_as_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "h200.json"
+    write(path, result(failed=True))
+    assert main(["bench", "--report", str(path)]) == 0
+    assert "failed" in capsys.readouterr().out
+
+
+def test_documents_are_made_from_results(tmp_path: Path) -> None:
+    path = tmp_path / "h200.json"
+    write(path, result())
+    pages = {target.name: content for target, content in report.documents([path]).items()}
+    assert "| fp8 | 4096 | 4096 | 7168 | 100.0 |" in pages["README.md"]
+    assert "## NVIDIA H200" in pages["benchmarks.md"]
+    assert "img/h200.svg" in pages["benchmarks.md"]
+
+
+def test_results_without_a_gpu_claim_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    write(path, result() | {"device": "cpu", "gpu": {}})
+    assert all(report.NOTHING in content for content in report.documents([path]).values())
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "plot.svg"
+    assert report.plot(result(), target)
+    assert target.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"schema": 2, "rows": []}'])
+def test_other_files_are_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    assert main(["bench", "--report", str(path)]) == 2
+    assert "is not a result file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tables", "fp9"], "no table fp9; there are fp8, fp8_wgrad, bf16"),
+        (["--rows", "m=12345"], "no row matches 'm=12345'"),
+        (["--calls", "0"], "--calls is 0, need at least 1"),
+    ],
+)
+def test_wrong_choices(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_small_run_writes_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trial.json"
+    assert main(["bench", "--out", str(path), "--calls", "2", "--rows", "m=1 "]) == 0
+    found = report.load(path)
+    assert [row["table"] for row in found["rows"]] == ["fp8", "fp8_wgrad", "bf16"]
+    assert all(row["status"] == "ok" and row["calls"] == 2 for row in found["rows"])
+    assert "3 rows, 0 failed" in capsys.readouterr().out
+
+
+def test_tables_are_those_of_the_recorded_figures() -> None:
+    ours = {(p.kind, p.m, p.n, p.k) for rows in dense.tables().values() for p in rows}
+    assert set(report.recorded("NVIDIA H200")) == ours
+    assert report.recorded("NVIDIA A100") == {}
+
+
+def test_default_path_names_the_device() -> None:
+    assert default_path("NVIDIA H200 NVL").name == "nvidia-h200-nvl.json"

@@ -1,0 +1,80 @@
+"""`explain`: what a traced function will launch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_deepgemm as jdg
+from jax_deepgemm.introspect import kernel_names
+from jax_deepgemm.sm90.chip import H200, Chip
+
+pytest.importorskip("cuda.core")
+
+
+def shape(*dims: int, dtype: jnp.dtype = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def test_linear_forward_and_backward_are_three_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jdg.fp8_linear(x, w).astype(jnp.float32).sum()
+
+    calls = jdg.explain(jax.jit(jax.grad(loss, argnums=(0, 1))), shape(256, 512), shape(384, 512))
+    assert len(calls) == 3
+    assert {call.problem.split(" ->")[0].split(" nt ")[1] for call in calls} == {
+        "m=256 n=384 k=512",
+        "m=256 n=512 k=384",
+        "m=384 n=512 k=256",
+    }
+    printed = capsys.readouterr().out
+    assert all(str(call) in printed for call in calls)
+
+
+def test_calls_inside_loops_and_checkpoints_are_found() -> None:
+    @jax.checkpoint
+    def layer(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jdg.bf16_gemm_nt(x, w)
+
+    def stack(x: jax.Array, weights: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda h, w: (layer(h, w), None), x, weights)[0]
+
+    [call] = jdg.explain(stack, shape(128, 256), shape(3, 256, 256), show=False)
+    assert call.op == "bf16_gemm_nt"
+    assert "m=128 n=256 k=256" in call.problem
+
+
+def test_facts_of_a_kernel() -> None:
+    [call] = jdg.explain(jdg.bf16_gemm_nt, shape(256, 512), shape(384, 512), show=False)
+    [kernel] = call.kernels
+    assert kernel.name.startswith("jdg_")
+    assert 0 < kernel.registers <= 255
+    assert kernel.spill_bytes == kernel.local_bytes == 0
+    assert len(kernel.digest) == 64
+    assert kernel.shared_memory <= H200.smem_per_block
+    assert call.candidates[0][0] == call.config
+    assert kernel_names(jdg.bf16_gemm_nt, shape(256, 512), shape(384, 512)) == [kernel.name]
+
+
+def test_vmap_shows_its_batch() -> None:
+    [call] = jdg.explain(
+        jax.vmap(jdg.bf16_gemm_nt, in_axes=(0, None)), shape(5, 64, 256), shape(128, 256), show=False
+    )
+    assert "batches=5" in call.problem
+
+
+def test_chip_and_num_sms_bound_the_grid() -> None:
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jdg.bf16_gemm_nt(a, b, num_sms=16)
+
+    large = shape(4096, 512), shape(4096, 512)
+    [few] = jdg.explain(product, *large, show=False)
+    [small_chip] = jdg.explain(jdg.bf16_gemm_nt, *large, chip=Chip(num_sms=20), show=False)
+    assert few.kernels[0].grid[0] == 16
+    assert small_chip.kernels[0].grid[0] == 20
+
+
+def test_function_without_ops(capsys: pytest.CaptureFixture[str]) -> None:
+    assert jdg.explain(jnp.sin, shape(4)) == []
+    assert "No op of jax_deepgemm" in capsys.readouterr().out
