@@ -4,9 +4,11 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The extras to install: "cuda12" or "cuda13" adds the matching jax for GPUs. A machine with an NVIDIA driver gets cuda13.
-CUDA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda13)
-EXTRAS ?= test$(CUDA)
+# "cuda12" or "cuda13" installs jax for GPUs, which a machine with an NVIDIA driver gets; "nvrtc" the kernel compiler alone.
+CUDA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda13 || echo nvrtc)
+EXTRAS ?= test,$(CUDA)
+# Further requirements, e.g. make test PINS='jax==0.10.2'.
+PINS ?=
 PYTEST_FLAGS ?=
 LINTERS := ruff==0.17.5 mypy==2.4.1 clang-format==23.1.5
 SOURCES := jax_deepgemm tests benchmarks
@@ -24,7 +26,7 @@ $(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard ffi/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; name another with make PYTHON=...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[$(EXTRAS)]' $(PINS)
 	touch $@
 
 ext:
