@@ -4,5 +4,44 @@ from __future__ import annotations
 
 from jax_deepgemm.quantization.api import dequantize, quantize
 from jax_deepgemm.quantization.array import QuantizedArray, scales_shape, scales_spec
+from jax_deepgemm.quantization.casts import (
+    per_block_cast_to_fp8,
+    per_channel_cast_to_fp8,
+    per_custom_dims_cast_to_fp8,
+    per_token_cast_to_fp8,
+)
+from jax_deepgemm.quantization.interop import from_qwix, from_tuple, to_qwix, to_tuple
+from jax_deepgemm.quantization.scale_layout import (
+    ceil_to_ue8m0,
+    get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor,
+    get_mn_major_tma_aligned_packed_ue8m0_tensor,
+    get_mn_major_tma_aligned_tensor,
+    get_tma_aligned_size,
+    pack_ue8m0_to_int,
+    transform_sf_into_required_layout,
+    unpack_ue8m0_from_int,
+)
 
-__all__ = ["QuantizedArray", "dequantize", "quantize", "scales_shape", "scales_spec"]
+__all__ = [
+    "QuantizedArray",
+    "ceil_to_ue8m0",
+    "dequantize",
+    "from_qwix",
+    "from_tuple",
+    "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor",
+    "get_mn_major_tma_aligned_packed_ue8m0_tensor",
+    "get_mn_major_tma_aligned_tensor",
+    "get_tma_aligned_size",
+    "pack_ue8m0_to_int",
+    "per_block_cast_to_fp8",
+    "per_channel_cast_to_fp8",
+    "per_custom_dims_cast_to_fp8",
+    "per_token_cast_to_fp8",
+    "quantize",
+    "scales_shape",
+    "scales_spec",
+    "to_qwix",
+    "to_tuple",
+    "transform_sf_into_required_layout",
+    "unpack_ue8m0_from_int",
+]

@@ -26,13 +26,14 @@ def quantize(
     "ue8m0" rounded up to a power of two; value = x * (1 / scale), saturated, rounded to nearest even. Each
     operation is correctly rounded, so eager, jit, every device and every sharding give the same bits.
 
-    NaN and infinities do not count in amax and touch no other element: NaN stays NaN, infinities stay what they are
-    in float8_e5m2 and become NaN in float8_e4m3fn, which has none.
+    NaN and infinities do not count in amax and touch no other element: NaN stays NaN, infinities stay what
+    they are in float8_e5m2 and become NaN in float8_e4m3fn, which has none.
 
     Args:
       x: [.., rows, cols] bfloat16, float16 or float32; any rank >= 2, any dimension may be 0.
-      block: rows and cols that share a scale: (1, 128) for activations, (128, 128) for weights, (128, 1) for the
-        operands of weight gradients, (1, 32) as in MX formats; or any other pair. The last blocks may be ragged.
+      block: rows and cols that share a scale: (1, 128) for activations, (128, 128) for weights, (128, 1) for
+        the operands of weight gradients, (1, 32) as in MX formats; or any other pair. The last blocks may be
+        ragged.
       dtype: float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for powers of two. Both are held in float32.
 
@@ -48,7 +49,7 @@ def quantize(
     >>> q = quantize(x)
     >>> q.scales.shape
     (2, 2)
-    >>> float(q.scales[0, 0]) == np.float32(127) / np.float32(448)
+    >>> bool(q.scales[0, 0] == np.float32(127) / np.float32(448))
     True
     >>> quantize(x, (128, 128), jnp.float8_e5m2, "ue8m0").scales.tolist()
     [[0.0078125, 0.015625]]
@@ -69,7 +70,8 @@ def dequantize(q: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
       Array of q's shape.
 
     Raises:
-      TypeError, ValueError: if q is no QuantizedArray, or its parts do not fit each other, or the dtype is another.
+      TypeError, ValueError: if q is no QuantizedArray, or its parts do not fit each other, or the dtype is
+      another.
 
     Has no derivative: differentiate through fp8_linear.
 
@@ -99,7 +101,8 @@ def _over_leading(op: Callable[..., list[jax.Array]], count: int) -> Callable[..
 def _checked_input(x: Any, block: Any, dtype: Any, scale_format: str) -> tuple[jax.Array, Block, np.dtype]:
     if isinstance(x, QuantizedArray):
         raise TypeError(
-            "quantize: x is a QuantizedArray already. For another block or type: quantize(dequantize(x), ...)."
+            "quantize: x is a QuantizedArray already. For another block or type: quantize(dequantize(x), "
+            "...)."
         )
     x = jnp.asarray(x)
     if x.dtype not in FLOATS:
@@ -114,7 +117,8 @@ def _checked_input(x: Any, block: Any, dtype: Any, scale_format: str) -> tuple[j
         raise TypeError(f"quantize: dtype is {np.dtype(dtype).name}, need {_names(FP8_MAX)}.")
     if scale_format not in SCALE_FORMATS:
         raise ValueError(
-            f"quantize: scale_format is {scale_format!r}, need 'f32' (any float32) or 'ue8m0' (powers of two)."
+            f"quantize: scale_format is {scale_format!r}, need 'f32' (any float32) or 'ue8m0' (powers of "
+            "two)."
         )
     return x, check_block(block, "quantize"), np.dtype(dtype)
 

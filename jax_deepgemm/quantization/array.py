@@ -19,6 +19,13 @@ FP8_MAX: dict[np.dtype, float] = {np.dtype(jnp.float8_e4m3fn): 448.0, np.dtype(j
 """The FP8 types an operand may have, with their largest finite value."""
 
 
+_NO_TRANSPOSE = (
+    "QuantizedArray.T: a transposed FP8 operand is a copy, so nothing does it silently. Use the GEMM whose "
+    "letters name the stored layout (for b stored [k, n]: fp8_gemm_nn), or make the copy: "
+    "QuantizedArray(q.values.mT, q.scales.mT, q.block[::-1])."
+)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedArray:
@@ -26,7 +33,8 @@ class QuantizedArray:
 
     Args:
       values: [.., rows, cols] float8_e4m3fn or float8_e5m2.
-      scales: [.., ceil(rows / block[0]), ceil(cols / block[1])] float32, row-major. The last block may be ragged.
+      scales: [.., ceil(rows / block[0]), ceil(cols / block[1])] float32, row-major. The last block may be
+      ragged.
       block: (rows, cols) of a block, static: it is part of the pytree's structure.
 
     It goes through ``jit``, ``vmap``, ``scan``, ``shard_map``, ``jax.tree.map`` (also with leaves that are no
@@ -49,6 +57,10 @@ class QuantizedArray:
     values: Any
     scales: Any
     block: Block = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.block, list):  # static fields are hashed
+            object.__setattr__(self, "block", tuple(self.block))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,7 +101,7 @@ class QuantizedArray:
         return self
 
     def shardings(self, values: NamedSharding) -> QuantizedArray:
-        """Shardings of values and scales, as a pytree of this structure, for ``in_shardings`` or ``device_put``.
+        """Shardings of values and scales, a pytree of this structure for ``in_shardings`` or ``device_put``.
 
         Scales are cut along with the values where every cut is at the edge of a block, else replicated.
 
@@ -98,14 +110,14 @@ class QuantizedArray:
         >>> mesh = Mesh(jax.devices()[:1], ("x",))
         >>> q = quantize(jnp.ones((256, 128)), (128, 128))
         >>> placed = jax.device_put(q, q.shardings(NamedSharding(mesh, P("x", None))))
-        >>> placed.scales.sharding.spec
-        PartitionSpec('x', None)
+        >>> placed.scales.sharding.spec == P("x", None)
+        True
         """
         spec = scales_spec(values.spec, self.shape, self.block, values.mesh)
         return QuantizedArray(values, NamedSharding(values.mesh, spec), self.block)
 
     def __getitem__(self, index: Any) -> QuantizedArray:
-        """Indexes the leading (batch, expert) dimensions; rows and columns cannot be indexed, blocks span them.
+        """Indexes the leading (batch, expert) dimensions; blocks span the rows and columns.
 
         >>> from jax_deepgemm.quantization import quantize
         >>> q = quantize(jnp.ones((3, 4, 256)))
@@ -114,15 +126,13 @@ class QuantizedArray:
         """
         parts = index if isinstance(index, tuple) else (index,)
         used = sum(part is not None for part in parts)
-        whole = any(
-            part is Ellipsis or getattr(part, "dtype", None) == bool or isinstance(part, bool)
-            for part in parts
-        )
+        whole = any(part is Ellipsis or isinstance(part, bool) or _is_mask(part) for part in parts)
         if whole or used > self.ndim - 2:
             raise IndexError(
-                f"QuantizedArray: index {index!r} of a {_show(self.values)} with block {self.block}: only the "
-                f"{max(self.ndim - 2, 0)} leading dimensions can be indexed (no Ellipsis, no masks). For rows or "
-                "columns slice before quantize, or index .values and .scales and build a new QuantizedArray."
+                f"QuantizedArray: index {index!r} of a {_show(self.values)} with block {self.block}: only "
+                f"the {max(self.ndim - 2, 0)} leading dimensions can be indexed (no Ellipsis, no masks). For "
+                "rows or columns slice before quantize, or index .values and .scales and build a new "
+                "QuantizedArray."
             )
         return QuantizedArray(self.values[index], self.scales[index], self.block)
 
@@ -132,23 +142,19 @@ class QuantizedArray:
     @property
     def T(self) -> NoReturn:
         """Refused: FP8 layouts are not transposed for free."""
-        raise AttributeError(
-            "QuantizedArray.T: a transposed FP8 operand is a copy, so nothing does it silently. Use the GEMM whose "
-            "letters name the stored layout (for b stored [k, n]: fp8_gemm_nn), or make the copy: "
-            "QuantizedArray(q.values.mT, q.scales.mT, q.block[::-1])."
-        )
+        raise AttributeError(_NO_TRANSPOSE)
 
     @property
     def mT(self) -> NoReturn:
         """Refused, as `T`."""
-        return self.T
+        raise AttributeError(_NO_TRANSPOSE)
 
     def astype(self, dtype: Any) -> NoReturn:
         """Refused: changing the type drops the scales. Use `dequantize`."""
         raise TypeError(
-            f"QuantizedArray.astype({np.dtype(dtype).name}): the values mean nothing without their scales. Use "
-            f"dequantize(q, dtype) for numbers, quantize(dequantize(q), dtype=...) for another FP8 type, or "
-            "q.scales.astype and q.with_scales for the scales."
+            f"QuantizedArray.astype({np.dtype(dtype).name}): the values mean nothing without their scales. "
+            "Use dequantize(q, dtype) for numbers, quantize(dequantize(q), dtype=...) for another FP8 type, "
+            "or q.scales.astype and q.with_scales for the scales."
         )
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
@@ -156,7 +162,8 @@ class QuantizedArray:
 
     def __jax_array__(self) -> NoReturn:
         raise TypeError(
-            "QuantizedArray is not an array: use dequantize(q), q.values or q.scales; for products fp8_gemm_nt(a, b)."
+            "QuantizedArray is not an array: use dequantize(q), q.values or q.scales; for products "
+            "fp8_gemm_nt(a, b)."
         )
 
     def __iter__(self) -> NoReturn:
@@ -177,7 +184,8 @@ def scales_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 def scales_spec(spec: P, shape: tuple[int, ...], block: Block, mesh: Any) -> P:
     """PartitionSpec of the scales for values of this shape cut by `spec` on `mesh`.
 
-    A dimension of the scales follows the values where every cut is at the edge of a block, and is whole elsewhere.
+    A dimension of the scales follows the values where every cut is at the edge of a block, and is whole
+    elsewhere.
 
     Args:
       spec: PartitionSpec of the values.
@@ -185,10 +193,10 @@ def scales_spec(spec: P, shape: tuple[int, ...], block: Block, mesh: Any) -> P:
       block: (rows, cols) of a block.
       mesh: a Mesh, an AbstractMesh or a mapping from axis name to size.
 
-    >>> scales_spec(P("x", "y"), (576, 1024), (128, 128), {"x": 4, "y": 2})
-    PartitionSpec(None, 'y')
-    >>> scales_spec(P("x", "y"), (576, 1024), (1, 128), {"x": 4, "y": 2})
-    PartitionSpec('x', 'y')
+    >>> scales_spec(P("x", "y"), (576, 1024), (128, 128), {"x": 4, "y": 2}) == P(None, "y")
+    True
+    >>> scales_spec(P("x", "y"), (576, 1024), (1, 128), {"x": 4, "y": 2}) == P("x", "y")
+    True
     """
     sizes: Mapping[str, int] = mesh if isinstance(mesh, Mapping) else mesh.shape
     entries = (*spec, *(None,) * (len(shape) - len(spec)))
@@ -207,8 +215,8 @@ def check_block(block: Any, where: str) -> Block:
     pair = tuple(block) if isinstance(block, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(b, (int, np.integer)) and b >= 1 for b in pair):
         raise ValueError(
-            f"{where}: block is {block!r}, need two positive integers (rows, cols), as (1, 128) for activations or "
-            "(128, 128) for weights."
+            f"{where}: block is {block!r}, need two positive integers (rows, cols), as (1, 128) for "
+            "activations or (128, 128) for weights."
         )
     return int(pair[0]), int(pair[1])
 
@@ -223,7 +231,8 @@ def _check(q: QuantizedArray, where: str, name: str) -> None:
     if np.dtype(q.values.dtype) not in FP8_MAX:
         known = " or ".join(dtype.name for dtype in FP8_MAX)
         raise TypeError(
-            f"{where}: values of {name} are {np.dtype(q.values.dtype).name}, need {known}. Make them with quantize(x)."
+            f"{where}: values of {name} are {np.dtype(q.values.dtype).name}, need {known}. Make them with "
+            "quantize(x)."
         )
     if np.dtype(q.scales.dtype) != np.float32:
         raise TypeError(
@@ -231,15 +240,16 @@ def _check(q: QuantizedArray, where: str, name: str) -> None:
         )
     if len(q.values.shape) < 2:
         raise ValueError(
-            f"{where}: values of {name} are {_show(q.values)}, need rank >= 2. For a vector use values[None], "
-            "scales[None]."
+            f"{where}: values of {name} are {_show(q.values)}, need rank >= 2. For a vector use "
+            "values[None], scales[None]."
         )
     want = scales_shape(q.shape, q.block)
     if tuple(q.scales.shape) != want:
         raise ValueError(
-            f"{where}: scales of {name} are {list(q.scales.shape)} for values {list(q.shape)} with block {q.block}, "
-            f"need {list(want)}: one scale per block, ceil(rows / {q.block[0]}) x ceil(cols / {q.block[1]}). Pass the "
-            "block that the scales were made with, or make both with quantize(x, block)."
+            f"{where}: scales of {name} are {list(q.scales.shape)} for values {list(q.shape)} with block "
+            f"{q.block}, need {list(want)}: one scale per block, ceil(rows / {q.block[0]}) x ceil(cols / "
+            f"{q.block[1]}). Pass the block that the scales were made with, or make both with quantize(x, "
+            "block)."
         )
 
 
@@ -249,6 +259,10 @@ def _way_out(q: QuantizedArray) -> str:
     if np.dtype(q.scales.dtype).name == "float8_e8m0fnu" or jnp.issubdtype(q.scales.dtype, jnp.floating):
         return "Convert them: q.with_scales(q.scales.astype(jnp.float32))."
     return "Scales are factors, value = stored * scale."
+
+
+def _is_mask(part: Any) -> bool:
+    return getattr(part, "dtype", None) is not None and np.dtype(part.dtype) == np.dtype(bool)
 
 
 def _show(leaf: Any) -> str:

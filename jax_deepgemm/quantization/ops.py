@@ -1,8 +1,9 @@
 """quantize and dequantize as ops: one pair per block size, since the block is part of the sharding rule.
 
-Blocks are global. Where a device's piece begins or ends inside a block, the scales of that dimension are whole on every
-device: quantize reduces its part of the grid of amax and all-reduces that small grid (max), dequantize takes its window
-of the scales. Nothing is gathered.
+Blocks are global. Where a device's piece begins or ends inside a block, the scales of that dimension are
+whole on every
+device: quantize reduces its part of the grid of amax and all-reduces that small grid (max), dequantize takes
+its window of the scales. Nothing is gathered.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ class _BlockOp(Op):
     """An Op whose block grids follow their data in XLA's propagation over Auto axes as well."""
 
     def _shardy_rule(self, static: tuple[tuple[str, Any], ...], mesh: Any, ins: Any, outs: Any) -> Any:
-        """Writes data as (blocks, elements of a block) where every cut that the mesh allows is at the edge of a block.
+        """Writes data as (blocks, their elements) where all cuts that the mesh allows are at block edges.
 
-        Elsewhere the grid keeps a name of its own, as Shardy would cut the elements of a block and not the blocks.
+        Elsewhere the grid keeps a name of its own, as Shardy would cut the elements of a block and not the
+        blocks.
         """
         text, sizes = self.rule.batched(dict(static)["batch"]).text(), {}
         data_shape = dict(zip("rc", tuple(ins[1].shape)[-2:], strict=True))
@@ -94,7 +96,7 @@ class _Window:
 
     blocks:   |----|----|----|----|----|          `total` blocks of `step` elements in the whole array
     piece:           [........]                   `size` elements from element `first * step + skip`
-    window:        |----|----|----|               `count` blocks from block `first`: any piece of this size fits
+    window:        |----|----|----|               `count` blocks from block `first`: any such piece fits
     """
 
     def __init__(self, plan: ShardingPlan, name: str, axis: int, step: int) -> None:

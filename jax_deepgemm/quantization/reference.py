@@ -5,8 +5,8 @@
     value = round_to_nearest_even(x * (1 / scale))
 
 Both quotients are correctly rounded by integer arithmetic on their bits. Compilers may turn a / (b / c) into
-a * c / b, a division by a constant into a product, and GPU divisions may be 2 ulp off; none of that can happen
-here, so that eager, jit, every device and every sharding give the same bits.
+a * c / b, a division by a constant into a product, and GPU divisions may be 2 ulp off; none of that can
+happen here, so that eager, jit, every device and every sharding give the same bits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def dequantize(values: jax.Array, scales: jax.Array, *, block: Block, dtype: np.
 
 
 def exact_float32(x: jax.Array) -> jax.Array:
-    """x in float32. A bfloat16 x keeps its rounding even where XLA would elide a float32 -> bfloat16 -> float32 pair."""
+    """x in float32; bfloat16 keeps its rounding even if XLA elides a float32 -> bfloat16 -> float32 pair."""
     wide = x.astype(jnp.float32)
     return lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7) if x.dtype == jnp.bfloat16 else wide
 
@@ -67,7 +67,7 @@ def scales_from_amax(amax: jax.Array, dtype: np.dtype, scale_format: str) -> jax
 
 
 def cast_scaled(x: jax.Array, inverse: jax.Array, dtype: np.dtype) -> jax.Array:
-    """x * inverse in FP8: finite elements saturate, NaN stays NaN, infinities stay (e5m2) or become NaN (e4m3fn)."""
+    """x * inverse in FP8: finite elements saturate, infinities stay (e5m2) or become NaN (e4m3fn)."""
     top = jnp.float32(FP8_MAX[np.dtype(dtype)])
     infinite = x if np.dtype(dtype) == np.dtype(jnp.float8_e5m2) else jnp.full_like(x, jnp.nan)
     special = jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), infinite)
@@ -115,6 +115,6 @@ def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _join(exponent: jax.Array, mantissa: jax.Array) -> jax.Array:
-    """The float32 with this biased exponent and 24-bit mantissa; a mantissa of 2**24 carries into the exponent."""
+    """The float32 with this biased exponent and 24-bit mantissa; 2**24 carries into the exponent."""
     bits = (exponent.astype(jnp.uint32) << 23) + (mantissa - jnp.uint32(0x800000))
     return lax.bitcast_convert_type(bits, jnp.float32)

@@ -1,0 +1,141 @@
+"""QuantizedArray from and to what others use: (values, scales) tuples and qwix's QArray."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_deepgemm.quantization.array import Block, QuantizedArray, check_block, scales_shape
+
+KNOWN_BLOCKS: tuple[Block, ...] = ((1, 128), (128, 128), (128, 1), (1, 32))
+
+
+def from_tuple(pair: Any, block: Block | None = None) -> QuantizedArray:
+    """A QuantizedArray of (values, scales).
+
+    Args:
+      pair: values [.., rows, cols] FP8, scales [.., ceil(rows / block[0]), ceil(cols / block[1])] float32.
+      block: what the scales were made with. None: the one of (1, 128), (128, 128), (128, 1) and (1, 32) that
+        fits the shapes; if several do (small arrays, as one row with (1, 128) or (128, 128)), a ValueError
+        asks for it.
+
+    >>> from jax_deepgemm.quantization import quantize
+    >>> q = quantize(jnp.ones((576, 256)), (128, 128))
+    >>> from_tuple((q.values, q.scales)).block
+    (128, 128)
+    """
+    if isinstance(pair, QuantizedArray):
+        if block is not None and tuple(block) != tuple(pair.block):
+            raise ValueError(
+                f"from_tuple: got a QuantizedArray with block {pair.block}, and block={tuple(block)}."
+            )
+        return pair.check("from_tuple")
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"from_tuple: got {type(pair).__name__}, need a tuple (values, scales).")
+    values, scales = pair
+    if block is None:
+        block = _only_block(values, scales)
+    return QuantizedArray(values, scales, check_block(block, "from_tuple")).check("from_tuple")
+
+
+def to_tuple(q: QuantizedArray) -> tuple[jax.Array, jax.Array]:
+    """(values, scales).
+
+    >>> from jax_deepgemm.quantization import quantize
+    >>> [part.shape for part in to_tuple(quantize(jnp.ones((2, 256))))]
+    [(2, 256), (2, 2)]
+    """
+    q.check("to_tuple", "q")
+    return q.values, q.scales
+
+
+def from_qwix(array: Any, block: Block | None = None) -> QuantizedArray:
+    """A QuantizedArray of a qwix QArray with FP8 values, float32 scales and no zero point.
+
+    Tiles become blocks; a scale for a whole dimension becomes a block as large as the dimension. Scales
+    shared by leading dimensions are repeated.
+
+    Args:
+      array: qwix.QArray; its values and scales are used as they are.
+      block: the block to state where several fit, as (128, 128) for a weight of one row or of one block of
+      columns.
+    """
+    if not is_qwix(array):
+        raise TypeError(
+            f"from_qwix: got {type(array).__module__}.{type(array).__name__}, need a qwix.QArray."
+        )
+    values, scales = array.qvalue, array.scale
+    if array.zero_point is not None:
+        raise ValueError(
+            "from_qwix: the array has a zero point; FP8 scales are symmetric. Quantise without one."
+        )
+    if array.qtype is not None and np.dtype(array.qtype) != np.dtype(values.dtype):
+        raise TypeError(
+            f"from_qwix: qtype {np.dtype(array.qtype).name} is stored as {np.dtype(values.dtype).name}. "
+            "Quantise with qtype=jnp.float8_e4m3fn."
+        )
+    if len(values.shape) < 2 or len(scales.shape) != len(values.shape):
+        raise ValueError(
+            f"from_qwix: values {list(values.shape)} and scales {list(scales.shape)}; need equal ranks >= 2."
+        )
+    tile = tuple(1 if n == s else n // max(s, 1) for n, s in zip(values.shape, scales.shape))
+    lead = values.shape[:-2]
+    if any(t != 1 and s != 1 for t, s in zip(tile[:-2], scales.shape)):
+        raise ValueError(
+            f"from_qwix: leading dimensions {list(lead)} are tiled by {list(tile[:-2])}; need none."
+        )
+    if scales.shape[:-2] != lead:
+        scales = jnp.broadcast_to(scales, lead + scales.shape[-2:])
+    chosen = (max(tile[-2], 1), max(tile[-1], 1)) if block is None else check_block(block, "from_qwix")
+    return QuantizedArray(values, scales, chosen).check("from_qwix", "array")
+
+
+def to_qwix(q: QuantizedArray) -> Any:
+    """A qwix.QArray. qwix has no ragged tiles: each block must divide its dimension, or hold all of it.
+
+    Raises:
+      ImportError: qwix is not installed.
+      ValueError: ragged blocks.
+    """
+    q.check("to_qwix", "q")
+    for n, step, count in zip(q.shape[-2:], q.block, q.scales.shape[-2:]):
+        if n % step and count != 1:
+            raise ValueError(
+                f"to_qwix: block {q.block} leaves a ragged block in {list(q.shape)}, which qwix does not "
+                "have. Pad the array to a multiple of the block before quantize."
+            )
+    try:
+        QArray = importlib.import_module("qwix").QArray
+    except ImportError as error:
+        raise ImportError(
+            "to_qwix: needs qwix, which does not import here. Install it: pip install qwix."
+        ) from error
+    return QArray(qvalue=q.values, scale=q.scales, qtype=q.dtype)
+
+
+def is_qwix(array: Any) -> bool:
+    """Whether this is a qwix QArray; never imports qwix.
+
+    >>> is_qwix(jnp.ones(3))
+    False
+    """
+    kind = type(array)
+    return "qwix" in sys.modules and kind.__name__ == "QArray" and kind.__module__.split(".")[0] == "qwix"
+
+
+def _only_block(values: Any, scales: Any) -> Block:
+    if not hasattr(values, "shape") or not hasattr(scales, "shape") or len(values.shape) < 2:
+        raise TypeError("from_tuple: need arrays (values, scales) of rank >= 2.")
+    fitting = [b for b in KNOWN_BLOCKS if scales_shape(tuple(values.shape), b) == tuple(scales.shape)]
+    if len(fitting) == 1:
+        return fitting[0]
+    problem = f"fit the blocks {', '.join(map(str, fitting))}" if fitting else f"fit none of {KNOWN_BLOCKS}"
+    raise ValueError(
+        f"from_tuple: values {list(values.shape)} and scales {list(scales.shape)} {problem}. Say which: "
+        "from_tuple((values, scales), block=(rows, cols))."
+    )
