@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import op_checks
 import pytest
-import toy_ops
 from jax.sharding import PartitionSpec as P
+
+import op_checks
+import toy_ops
 from op_checks import OpCase, Shard
 from toy_ops import BF16, BLOCK, F32
 

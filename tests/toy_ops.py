@@ -8,6 +8,7 @@ transpose rules.
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import Any
 
 import jax
@@ -69,12 +70,47 @@ def _mn(a: Any, sa: Any, b: Any, *_: Any, out_dtype: Any, **__: Any) -> list[Any
     return [((a[0], b[0]), out_dtype)]
 
 
+kernel_calls: list[dict[str, Any]] = []
+"""What the toy kernel was asked to plan, newest last."""
+
+
+def _kernel(avals_in: Any, avals_out: Any, *, batch: Any, chip: Any, **params: Any) -> Any:
+    """A plan that can be lowered and compiled, but not run: its cubin is no code."""
+    from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Result
+    from jax_deepgemm.jit import CompiledKernel
+
+    kernel_calls.append(
+        {
+            "shapes": [aval.shape for aval in avals_in],
+            "results": [aval.shape for aval in avals_out],
+            "batch": batch,
+            "chip": chip,
+            **params,
+        }
+    )
+    cubin = b"no code"
+    kernel = CompiledKernel("toy_kernel", cubin, hashlib.sha256(cubin).hexdigest(), chip.arch)
+    pointers = (*map(Operand, range(len(avals_in))), Result(0))
+    return LaunchPlan((Launch(kernel, (chip.num_sms, 1, 1), 128, pointers),), label="toy")
+
+
+def _pad_columns(a: jax.Array, sa: Any, b: jax.Array, sb: Any, *rest: Any, **_: Any) -> list[jax.Array]:
+    """Rows of 32 elements, as a kernel might need; from the last dimension, whatever stands before it."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 32)])
+
+    return [pad(a), sa, pad(b), sb, *rest]
+
+
 def _block_options(scales_of_b: str) -> dict[str, Any]:
     blocks = {"kb": ("k", BLOCK), "nb": ("n", BLOCK)} if scales_of_b == "nb" else {"kb": ("k", BLOCK)}
     return {
         "reduces": ("k",),
         "blocks": blocks,
         "spmd": lambda plan, local, *operands: _recut(plan, *operands),
+        "kernel": _kernel,
+        "kernel_prepare": _pad_columns,
         "grad_hint": "Use linear(x, w).",
     }
 

@@ -320,26 +320,33 @@ class Op:
         mesh = ctx.avals_out[0].sharding.mesh
         if mesh.explicit_axes:
             body = functools.partial(self._explicit_body, mesh, batch, params)
-            return mlir.lower_fun(body, multiple_results=True)(ctx, *args)
+            return self._lower_named(body)(ctx, *args)
         params.pop("out_sharding", None)
         static = tuple(sorted({"batch": batch, **params}.items()))
         content = hashlib.sha256(repr((self.name, fingerprint(), static)).encode()).hexdigest()
         salt = np.uint32(
             int(content[:8], 16)
         )  # distinguishes programs whose callback names are left out of cache keys
-        results = mlir.lower_fun(lambda *a: self._partitioned(static, salt, *a), multiple_results=True)(
-            ctx, *args
-        )
+        results = self._lower_named(functools.partial(self._partitioned, static, salt))(ctx, *args)
         call = _private.partitioning_call(results)
         if call is not None:
             if _private.is_for_export(ctx):
                 raise NotImplementedError(
-                    f"{self.name}: jax.export cannot store a program that cuts this op over Auto mesh axes of "
-                    f"several devices. Use Explicit axes (jax.make_mesh(..., axis_types=(AxisType.Explicit,) * "
-                    f"n)), or jax.shard_map over all mesh axes; both export."
+                    f"{self.name}: jax.export cannot store a program that cuts this op over Auto mesh axes "
+                    "of several devices. Use Explicit axes, jax.make_mesh(..., "
+                    "axis_types=(AxisType.Explicit,) * n), or jax.shard_map over all mesh axes; both export."
                 )
             _private.name_callback_by_content(call, f"{self.name}:{content}")
         return results
+
+    def _lower_named(self, function: Callable[..., Arrays]) -> Callable[..., Any]:
+        """A lowering of a jnp function under the op's name, which profiles and HLO then show."""
+
+        def named(*arrays: jax.Array) -> Arrays:
+            with jax.named_scope(self.name):
+                return function(*arrays)
+
+        return mlir.lower_fun(named, multiple_results=True)
 
     def _explicit_body(self, mesh: AbstractMesh, batch: Batch, params: Params, *arrays: jax.Array) -> Arrays:
         def bind(op: Op, *args: jax.Array, **static: Any) -> Arrays:
@@ -371,8 +378,9 @@ class Op:
         params, args = dict(static), args[1:]
         if mesh.empty:
             _private.log_once(
-                f"{self.name}: runs inside a shard_map that leaves some mesh axes Auto, or on a mesh that mixes Auto "
-                f"and Explicit axes; operands are gathered over the Auto ones. Use Explicit axes, or map all axes."
+                f"{self.name}: runs inside a shard_map that leaves some mesh axes Auto, or on a mesh that "
+                "mixes Auto and Explicit axes; operands are gathered over the Auto ones. Use Explicit axes, "
+                "or map all axes."
             )
 
         def specs(values: Any) -> list[list[Axes]]:
@@ -406,18 +414,17 @@ class Op:
         self, plan: ShardingPlan, bind: Callable[..., Arrays], params: Params, *arrays: jax.Array
     ) -> Arrays:
         """The op on one device's pieces, with the collectives of the plan."""
-        with jax.named_scope(self.name):
-            inner = _for_inner(params)
-            pieces: Sequence[jax.Array] = arrays
-            if self.spmd is not None:
-                recut, results = self.spmd(plan, functools.partial(bind, self, **inner), *arrays)
-                if results is not None:
-                    return list(results)
-                assert recut is not None
-                pieces = recut
-            if not plan.reduce_axes:
-                return bind(self, *pieces, **inner)
-            return [self._summed(plan, bind, params, pieces)]
+        inner = _for_inner(params)
+        pieces: Sequence[jax.Array] = arrays
+        if self.spmd is not None:
+            recut, results = self.spmd(plan, functools.partial(bind, self, **inner), *arrays)
+            if results is not None:
+                return list(results)
+            assert recut is not None
+            pieces = recut
+        if not plan.reduce_axes:
+            return bind(self, *pieces, **inner)
+        return [self._summed(plan, bind, params, pieces)]
 
     def _summed(
         self, plan: ShardingPlan, bind: Callable[..., Arrays], params: Params, arrays: Sequence[jax.Array]
@@ -456,8 +463,7 @@ def _for_inner(params: Params) -> Params:
 
 
 def _bind_inner(op: Op, *arrays: jax.Array, **params: Any) -> Arrays:
-    with jax.named_scope(op.name):
-        return op.inner.bind(*arrays, **params)
+    return op.inner.bind(*arrays, **params)
 
 
 def _with_levels(x: jax.Array, carried: tuple[bool, ...]) -> jax.Array:

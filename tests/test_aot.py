@@ -1,0 +1,167 @@
+"""Compiled for eight H200s on a machine without any: what XLA's GPU compiler makes of an op.
+
+Needs the CUDA plugin of jax (`jax-cuda12-plugin`, `jax-cuda12-pjrt`) and ptxas (`nvidia-cuda-nvcc-cu12`); no driver.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import op_checks
+import toy_ops
+from toy_ops import BF16, BLOCK, F32
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None
+    or importlib.util.find_spec("jax_deepgemm._ffi") is None,
+    reason="needs jax-cuda12-plugin and the built extension",
+)
+
+TARGET = Path(__file__).parent / "data" / "h200_target_config.txtpb"
+M, N, K = 128, 552, 680  # cut in 4 or 8, they end inside blocks of 16
+
+
+@functools.cache
+def devices() -> list[Any]:
+    from jax.experimental import topologies
+
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    jax.devices()
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET.read_text(), topology="1x1x8"
+    ).devices
+
+
+def h200_mesh(mode: str) -> Mesh:
+    axis_type = AxisType.Explicit if mode == "explicit" else AxisType.Auto
+    return Mesh(np.array(devices()).reshape(2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
+
+
+def compile_on_h200s(
+    fn: Callable[..., Any],
+    types: list[tuple[Any, Any]],
+    specs: tuple[P, ...],
+    out: P,
+    mode: str,
+    **options: Any,
+) -> str:
+    """Optimised HLO of one device's program."""
+    mesh = h200_mesh(mode)
+    structs = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for (shape, dtype), spec in zip(types, specs, strict=True)
+    ]
+    if mode == "shard_map":
+        fn = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out)
+    elif mode == "explicit":
+        fn = functools.partial(fn, out_sharding=NamedSharding(mesh.abstract_mesh, out))
+    else:
+        options["out_shardings"] = NamedSharding(mesh, out)
+    return jax.jit(fn, **options).lower(*structs).compile().as_text()
+
+
+def gemm_types(add: Any = None) -> list[tuple[Any, Any]]:
+    blocks = [-(-size // BLOCK) for size in (K, N)]
+    types = [((M, K), toy_ops.F8), ((M, blocks[0]), F32), ((N, K), toy_ops.F8), ((blocks[1], blocks[0]), F32)]
+    return types if add is None else [*types, ((M, N), add)]
+
+
+GEMM_CASES: list[tuple[P, P, P, tuple[str, ...]]] = [
+    (P("x"), P("y"), P("x", "y"), ()),
+    (P(), P(("x", "y")), P(None, ("x", "y")), ()),
+    (P(None, "y"), P(None, "y"), P(), ("all-reduce",)),
+    (P("x", "y"), P(None, "y"), P("x"), ("all-reduce",)),
+    (P("x", "y"), P(None, "y"), P("x", "y"), ("reduce-scatter",)),
+]
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@pytest.mark.parametrize(("a", "b", "out", "expected"), GEMM_CASES, ids=str)
+def test_collectives(a: P, b: P, out: P, expected: tuple[str, ...], mode: str) -> None:
+    hlo = compile_on_h200s(toy_ops.block_gemm, gemm_types(), (a, P(), b, P()), out, mode)
+    assert hlo.count('custom_call_target="jax_deepgemm_launch"') == 1
+    assert op_checks.collectives(hlo) == Counter(expected)
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_reduce_dtype_is_what_the_devices_exchange(mode: str) -> None:
+    for reduce_dtype, exchanged in (("float32", "f32"), ("bfloat16", "bf16")):
+        fn = functools.partial(toy_ops.block_gemm, out_dtype=BF16, reduce_dtype=reduce_dtype)
+        hlo = compile_on_h200s(fn, gemm_types(), (P(None, "y"), P(), P(None, "y"), P()), P(), mode)
+        (line,) = [line for line in hlo.splitlines() if re.search(r"\ball-reduce(-start)?\(", line)]
+        assert re.search(rf"= {exchanged}\[", line), line
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit", "shard_map"])
+def test_names_are_readable(mode: str) -> None:
+    specs = (P("x"), P("x"), P(), P())
+    hlo = compile_on_h200s(toy_ops.block_gemm, gemm_types(), specs, P("x"), mode)
+    (call,) = [line for line in hlo.splitlines() if "jax_deepgemm_launch" in line]
+    (name,) = re.findall(r'op_name="([^"]*)"', call)
+    assert "toy_block_gemm" in name, name
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit", "shard_map"])
+def test_donated_addend_is_used_in_place(mode: str) -> None:
+    specs = (P("x"), P("x"), P(), P(), P("x"))
+    for options, copies in (({"donate_argnums": 4}, 0), ({}, 1)):
+        hlo = compile_on_h200s(toy_ops.block_gemm, gemm_types(F32), specs, P("x"), mode, **options)
+        (call,) = [line for line in hlo.splitlines() if "jax_deepgemm_launch" in line]
+        assert "output_to_operand_aliasing={{}: (4, {})}" in call
+        assert ("input_output_alias={ {}: (4, {}, may-alias) }" in hlo) == (not copies)
+        assert len(re.findall(r"= f32\[64,552\]\S* copy\(", hlo)) == copies
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_layer_gathers_nothing(mode: str) -> None:
+    """Quantise and multiply with blocks that straddle devices: one exchange of the small grid of scales."""
+    types = [((M, K), BF16), ((N, K), BF16)]
+    hlo = compile_on_h200s(toy_ops.linear, types, (P("x"), P("y")), P("x", "y"), mode)
+    assert op_checks.collectives(hlo) == Counter({"all-reduce": 1})
+
+
+_CAPTURED = """
+import sys, functools
+sys.path[:0] = {paths}
+import jax, jax.numpy as jnp
+import test_aot, toy_ops
+from jax.sharding import PartitionSpec as P
+def chain(*operands):
+    a, sa, b, sb = operands
+    for i in range(6):
+        y = toy_ops.block_gemm(a, sa, b, sb)
+        a = jnp.sin(y).astype(a.dtype)
+    return y
+types = [((64, 64), toy_ops.F8), ((64, 4), toy_ops.F32), ((64, 64), toy_ops.F8), ((4, 4), toy_ops.F32)]
+hlo = test_aot.compile_on_h200s(chain, types, (P("x"), P("x"), P(), P()), P("x"), {mode!r})
+"""
+
+
+@pytest.mark.parametrize("mode", ["auto", "shard_map"])
+def test_calls_are_captured_in_a_command_buffer(mode: str, tmp_path: Path) -> None:
+    tests = Path(__file__).parent
+    code = _CAPTURED.format(paths=[str(tests), str(tests.parent)], mode=mode)
+    env = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (dump,) = tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")
+    lines = dump.read_text().splitlines()
+    top = [line for line in lines if re.match(r"\d+: ", line)]
+    captured = [line for line in lines if re.match(r" +\d+: kCustomCall", line)]
+    assert [line.split()[1] for line in top] == ["kCommandBuffer"], lines
+    assert len(captured) == 6
