@@ -91,12 +91,30 @@ uintptr_t LaunchState::TensorMapAddress(const BufferViews& buffers, const Launch
   return address;
 }
 
+void LaunchState::CheckBuffers(const BufferViews& buffers) const {
+  CheckScratch(buffers);
+  for (const Step& step : plan_.steps) {
+    if (const Memset* memset = std::get_if<Memset>(&step)) {
+      Address(buffers, memset->buffer);
+      continue;
+    }
+    const Launch& launch = std::get<Launch>(step);
+    for (size_t i = 0; i < launch.params.size(); ++i) {
+      if (const BufferRef* buffer = std::get_if<BufferRef>(&launch.params[i])) Address(buffers, *buffer);
+      if (std::holds_alternative<TensorMap>(launch.params[i])) TensorMapAddress(buffers, launch, i);
+    }
+  }
+}
+
+void LaunchState::CheckScratch(const BufferViews& buffers) const {
+  if (buffers.num_results >= plan_.scratch_bytes.size()) return;
+  FailInvalid("the call of ", plan_.label, " has ", buffers.num_results, " results and its plan needs ",
+              plan_.scratch_bytes.size(), " scratch buffers among them.");
+}
+
 void LaunchState::Execute(CUstream stream, const BufferViews& buffers) {
   const Driver& driver = Driver::Get();
-  if (buffers.num_results < plan_.scratch_bytes.size()) {
-    FailInvalid("the call of ", plan_.label, " has ", buffers.num_results, " results and its plan needs ",
-                plan_.scratch_bytes.size(), " scratch buffers besides.");
-  }
+  CheckScratch(buffers);
   const Loaded* loaded = LoadIn(driver);
   if (loaded == nullptr) FailInternal("no CUDA context is current at execution of ", plan_.label, ".");
   for (size_t i = 0; i < plan_.steps.size(); ++i) {

@@ -53,6 +53,9 @@ class LaunchState {
 
   void Execute(CUstream stream, const BufferViews& buffers);
 
+  // Throws what Execute would of these buffers: missing, too small, or at an address TMA cannot use.
+  void CheckBuffers(const BufferViews& buffers) const;
+
  private:
   struct Loaded {
     unsigned long long context_id;
@@ -62,6 +65,7 @@ class LaunchState {
   const Loaded* LoadIn(const Driver& driver);
   void Run(const Driver& driver, const Launch& launch, CUfunction function, CUstream stream,
            const BufferViews& buffers, size_t first_cache);
+  void CheckScratch(const BufferViews& buffers) const;
   uintptr_t Address(const BufferViews& buffers, const BufferRef& buffer) const;
   uintptr_t TensorMapAddress(const BufferViews& buffers, const Launch& launch, size_t param) const;
 

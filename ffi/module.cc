@@ -2,15 +2,18 @@
 // and the tests need of the native side.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
 #include <variant>
+#include <vector>
 
 #include "driver.h"
 #include "failure.h"
@@ -262,6 +265,22 @@ nb::dict Decode(nb::bytes bytes) {
   return out;
 }
 
+using AddressAndSize = std::pair<uintptr_t, uint64_t>;
+
+void CheckBuffers(nb::bytes bytes, const std::vector<AddressAndSize>& operands,
+                  const std::vector<AddressAndSize>& results) {
+  LaunchState state(DecodePlan(static_cast<const uint8_t*>(bytes.data()), bytes.size()));
+  BufferViews buffers;
+  auto fill = [](const std::vector<AddressAndSize>& from, std::array<BufferView, kMaxBuffers>& to,
+                 size_t& count) {
+    if (from.size() > to.size()) FailInvalid(from.size(), " buffers, at most ", to.size(), ".");
+    for (auto [address, size] : from) to[count++] = {reinterpret_cast<void*>(address), size};
+  };
+  fill(operands, buffers.operands, buffers.num_operands);
+  fill(results, buffers.results, buffers.num_results);
+  state.CheckBuffers(buffers);
+}
+
 nb::dict DriverInfoDict() {
   DriverInfo info = GetDriverInfo();
   nb::dict out;
@@ -309,6 +328,8 @@ NB_MODULE(_ffi, m) {
   m.def("runs_on", &jdg::RunsOn, nb::arg("arch"), nb::arg("major"), nb::arg("minor"),
         "Whether code for `arch` runs on a compute capability.");
   m.def("decode", &jdg::Decode, nb::arg("plan"), "A launch plan's bytes as a dict; ValueError if malformed.");
+  m.def("check_buffers", &jdg::CheckBuffers, nb::arg("plan"), nb::arg("operands"), nb::arg("results"),
+        "Checks (address, size) pairs against a plan as its execution would; ValueError.");
   m.def("driver_info", &jdg::DriverInfoDict, "Is libcuda there and which version; creates no context.");
   m.def("execute_count", [] { return jdg::GetExecuteCounters().count; }, "Executions of the handler so far.");
   m.def(

@@ -18,8 +18,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_deepgemm.core import launch
-from jax_deepgemm.core.launch import LaunchPlan, Operand, Result
-from launch_plans import FakeKernel, fake_launch
+from jax_deepgemm.core.launch import LaunchPlan, Memset, Operand, Result, Scratch
+from launch_plans import FakeKernel, fake_launch, matrix_map
 
 ROOT = Path(__file__).parent.parent
 ffi = launch.native()
@@ -146,6 +146,44 @@ def test_another_process_finds_cubins_through_the_cache_directory(tmp_path):
 )
 def test_which_device_runs_which_code(arch, capability, runs):
     assert ffi.runs_on(arch, *capability) == runs
+
+
+# What execution checks of its buffers, as (address, size).
+
+CHECKED = LaunchPlan(
+    (fake_launch(matrix_map(Operand(1, 32)), Result(0), Scratch(0)), Memset(Result(0), 256)), (64,), "checked"
+)
+GOOD = {"operands": [(16, 0), (4096, 102_432)], "results": [(8, 256), (24, 64)]}
+
+
+def check_buffers(**changes):
+    ffi.check_buffers(launch.encode(CHECKED).tobytes(), **(GOOD | changes))
+
+
+def test_fitting_buffers_pass():
+    check_buffers()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"operands": [(16, 0)]},
+            "plan of checked uses operand 1, and the call has 1 operands and 1 results",
+        ),
+        ({"operands": [(16, 0), (4096, 102_431)]}, "operand 1 of checked has 102431 bytes .* to byte 102432"),
+        (
+            {"operands": [(16, 0), (4104, 200_000)]},
+            r"operand 1 .* 0x1028, and parameter 0 .* a multiple of 16",
+        ),
+        ({"results": [(8, 255), (24, 64)]}, "result 0 of checked has 255 bytes"),
+        ({"results": [(24, 64)]}, "uses result 0, and the call has 2 operands and 0 results"),
+        ({"results": []}, "has 0 results and its plan needs 1 scratch buffers"),
+    ],
+)
+def test_other_buffers_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_buffers(**changes)
 
 
 # Lowering.
