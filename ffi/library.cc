@@ -1,6 +1,6 @@
 #include "library.h"
 
-#include <algorithm>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <map>
@@ -44,6 +44,28 @@ std::shared_ptr<const Bytes> ReadFile(const std::string& path) {
   return file.bad() ? nullptr : bytes;
 }
 
+template <typename T>
+T ReadAt(const Bytes& bytes, size_t offset) {
+  T value;
+  std::memcpy(&value, bytes.data() + offset, sizeof(T));
+  return value;
+}
+
+// A whole 64-bit ELF file for CUDA. The driver is given no size, so it must not see less or anything else.
+bool IsCubin(const Bytes& bytes) {
+  constexpr uint16_t kCudaMachine = 190;
+  constexpr size_t kHeader = 64;
+  if (bytes.size() < kHeader || std::memcmp(bytes.data(), "\177ELF\2", 5) != 0) return false;
+  if (ReadAt<uint16_t>(bytes, 18) != kCudaMachine) return false;
+  uint64_t program = ReadAt<uint64_t>(bytes, 32);
+  uint64_t sections = ReadAt<uint64_t>(bytes, 40);
+  uint64_t program_bytes = uint64_t{ReadAt<uint16_t>(bytes, 54)} * ReadAt<uint16_t>(bytes, 56);
+  uint64_t section_bytes = uint64_t{ReadAt<uint16_t>(bytes, 58)} * ReadAt<uint16_t>(bytes, 60);
+  uint64_t size = bytes.size();
+  return program <= size && program_bytes <= size - program && sections <= size &&
+         section_bytes <= size - sections;
+}
+
 [[noreturn]] void FailMissing(const KernelRef& kernel, const std::string& label) {
   std::string places = "this process";
   for (const std::string& directory : CubinDirectories()) places += ", " + directory;
@@ -81,6 +103,10 @@ CUlibrary LoadLibrary(const Driver& driver, Store& store, const KernelRef& kerne
   if (library != nullptr) return library;
   FoundCubin found = FindCubin(kernel.digest);
   if (found.bytes == nullptr) FailMissing(kernel, label);
+  if (!IsCubin(*found.bytes)) {
+    FailInvalid("the code of kernel ", kernel.name, " (", found.bytes->size(), " bytes, from ", found.where,
+                ") is not a cubin.");
+  }
   driver.Check(
       driver.cuLibraryLoadData(&library, found.bytes->data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
       "loading the code of kernel ", kernel.name, " (sm_", kernel.arch, ", ", found.bytes->size(),
