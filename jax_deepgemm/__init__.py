@@ -1,6 +1,7 @@
 """Tensor-core kernels of modern language models as JAX functions.
 
-Names are imported on first use, so that `import jax_deepgemm` costs next to nothing and touches no GPU.
+Names are imported on first use, so that `import jax_deepgemm` costs little and touches no GPU. What it does
+do is register the custom call, so that programs from a file or a cache find it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax_deepgemm import config
 from jax_deepgemm._version import __version__
+from jax_deepgemm.core import launch as _launch  # registers the custom call
 
 if TYPE_CHECKING:
     from jax_deepgemm.core.export import export_checks

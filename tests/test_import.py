@@ -65,6 +65,11 @@ def test_eight_children_compute_after_a_fork() -> None:
     assert json.loads(run(FORK)) == [0] * 8
 
 
+def test_import_registers_the_custom_call_for_programs_from_a_file() -> None:
+    pytest.importorskip("jax_deepgemm._ffi")
+    run("import jax_deepgemm, sys; sys.exit('jax_deepgemm.core.launch' not in sys.modules)")
+
+
 def test_every_public_name_exists_and_is_documented() -> None:
     for name in jax_deepgemm.__all__:
         value = getattr(jax_deepgemm, name)
