@@ -1,6 +1,6 @@
 """Compiled for eight H200s on a machine without any: what XLA's GPU compiler makes of an op.
 
-Needs the CUDA plugin of jax (`jax-cuda12-plugin`, `jax-cuda12-pjrt`) and ptxas (`nvidia-cuda-nvcc-cu12`); no driver.
+Needs jax's CUDA plugin (`jax-cuda12-plugin`, `jax-cuda12-pjrt`), ptxas (`nvidia-cuda-nvcc-cu12`), no driver.
 """
 
 from __future__ import annotations

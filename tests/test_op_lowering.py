@@ -1,4 +1,4 @@
-"""What an op becomes: its cuda lowering, donated buffers, names, exchanged dtypes, messages, caches, export."""
+"""What an op becomes: its cuda lowering, donated buffers, names, messages, caches, export."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
 from collections import Counter
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -350,6 +352,66 @@ def _explicit_call(a: P, b: P, out: Any) -> None:
         toy_ops.block_gemm(*placed, out_sharding=out)
 
 
+def test_partial_shard_map_leaves_explicit_axes_cut() -> None:
+    mesh = op_checks.make_mesh("explicit")
+    specs = (P("x", None), P("x", None), P("y", None), P())
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, s) for x, s in zip(operands(), specs, strict=True)]
+        fn = jax.shard_map(
+            toy_ops.block_gemm, in_specs=(P("x"), P("x"), P(), P()), out_specs=P("x"), axis_names={"x"}
+        )
+        compiled = jax.jit(fn).lower(*placed).compile()
+    got = compiled(*placed)
+    assert got.sharding.spec == P("x", "y")
+    op_checks.assert_same(got, toy_ops.block_gemm(*operands()), 1e-5)
+    if jax.__version_info__ >= (0, 11):
+        assert not op_checks.collectives(compiled.as_text())
+
+
+def test_cut_that_does_not_divide_is_gathered() -> None:
+    """XLA would pad 4 shards of 90 columns with undefined data, and the sum would take it in."""
+    mesh = op_checks.make_mesh("auto")
+    a, b = jax.random.normal(jax.random.key(0), (2, 8, 90))
+
+    def fn(a: jax.Array, b: jax.Array) -> jax.Array:
+        cut = NamedSharding(mesh, P(None, "y"))
+        a, b = (jnp.exp(jax.lax.with_sharding_constraint(x, cut)) for x in (a, b))
+        return toy_ops.matmul(a, b)
+
+    got = jax.jit(fn)(a, jax.device_put(b, NamedSharding(mesh, P())))
+    op_checks.assert_same(got, jnp.exp(a) @ jnp.exp(b).T, 1e-5)
+
+
+def test_vmap_with_spmd_axis_name() -> None:
+    mesh = op_checks.make_mesh("auto")
+    a, b = jnp.ones((4, 8, 24)), jnp.ones((16, 24))
+
+    def one(a: jax.Array) -> jax.Array:
+        out = toy_ops.matmul(a, b)
+        return jax.lax.with_sharding_constraint(out, NamedSharding(mesh, P(None, "y")))
+
+    compiled = jax.jit(jax.vmap(one, spmd_axis_name="x")).lower(a).compile()
+    assert not op_checks.collectives(compiled.as_text())
+    assert (compiled(a) == 24).all()
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_64_bit_mode(mode: str) -> None:
+    case = op_checks.OpCase("gemm", toy_ops.block_gemm, lambda key: operands())
+    with jax.enable_x64(True):
+        assert toy_ops.block_gemm(*operands()).dtype == F32
+        for spec, out in ((P("y"), P(None, "y")), (P(None, "y"), P())):
+            sums = () if len(spec) == 1 else ("all-reduce",)
+            op_checks.check_sharded(case, op_checks.Shard((P(), P(), spec, P()), out, sums), mode)
+
+
+def test_shapes_without_computing() -> None:
+    (aval,) = jax.tree.leaves(
+        jax.eval_shape(functools.partial(toy_ops.block_gemm, out_dtype=BF16), *operands())
+    )
+    assert (aval.shape, aval.dtype) == ((M, N), BF16)
+
+
 def test_cut_sum_needs_out_sharding() -> None:
     with pytest.raises(
         ValueError, match=r"toy_block_gemm: a summed dimension is cut \(k over \('y',\)\).*out_sharding"
@@ -508,6 +570,38 @@ def test_second_process_hits_the_persistent_cache(flag: str, tmp_path: Path) -> 
     hits, misses = run("this")
     assert (hits > 0, misses) == (True, 0)
     assert run("another version")[0] == 0
+
+
+_TWO_HOSTS = """
+    import sys, jax, numpy as np
+    port, rank = sys.argv[1], int(sys.argv[2])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    import toy_ops
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((8, 24), np.float32), rng.standard_normal((16, 24), np.float32)
+    for axis_type in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
+        def place(x, spec):
+            return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
+        options = {"out_sharding": P()} if axis_type == AxisType.Explicit else {}
+        with jax.set_mesh(mesh):
+            f = jax.jit(lambda a, b: toy_ops.matmul(a, b, **options), out_shardings=NamedSharding(mesh, P()))
+            got = f(place(a, P(None, ("x", "y"))), place(b, P(None, ("x", "y"))))
+        print(float(np.abs(np.asarray(got.addressable_data(0)) - a @ b.T).max()))
+"""
+
+
+def test_one_program_over_two_processes() -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    with futures.ThreadPoolExecutor() as pool:
+        outs = list(pool.map(lambda rank: run_python(_TWO_HOSTS, port, rank, **flags), ("0", "1")))
+    for out in outs:
+        assert max(map(float, out.splitlines()[-2:])) < 1e-4
 
 
 def test_collective_counter_reads_hlo() -> None:

@@ -26,7 +26,7 @@ except (ImportError, AttributeError):
 try:
     from jax._src.custom_partitioning import _sharding_callbacks
 except ImportError:
-    _sharding_callbacks = None  # type: ignore[assignment]
+    _sharding_callbacks = None
 
 PARTITIONING_TARGET = "CustomSPMDPartitioning"
 
@@ -66,6 +66,10 @@ def partitioning_call(values: Any) -> Any | None:
 _callbacks_by_content: dict[str, Any] = {}
 
 
+def _kind(device: Any) -> str:
+    return f"{device.platform} {device.device_kind} {getattr(device, 'core_count', '')}"
+
+
 def name_callback_by_content(call: Any, content: str) -> None:
     """Renames the partition callback of `call` so that equal programs get equal text in every process.
 
@@ -82,7 +86,8 @@ def name_callback_by_content(call: Any, content: str) -> None:
     info = _sharding_callbacks[ir.StringAttr(call.attributes["backend_config"]).value.encode()]
     platforms, mesh = info.module_context.platforms, info.mesh
     devices = [] if mesh.empty else [device.id for device in mesh.devices.flat]
-    where = repr((tuple(platforms), mesh.axis_names, tuple(mesh.shape.items()), devices))
+    kinds = {} if mesh.empty else {_kind(device) for device in mesh.devices.flat}
+    where = repr((tuple(platforms), mesh.axis_names, tuple(mesh.shape.items()), devices, sorted(kinds)))
     key = f"{content}:{hashlib.sha256(where.encode()).hexdigest()[:16]}"
     if key not in _callbacks_by_content:
         info.module_context = types.SimpleNamespace(platforms=platforms, backend=info.module_context.backend)
