@@ -61,8 +61,7 @@ ffi::ErrorOr<std::unique_ptr<CudaLaunchState>> Instantiate(ffi::Dictionary attri
   }
 }
 
-// No context is current: initialize or execute will load.
-ffi::Error Prepare(CudaLaunchState* state) {
+ffi::Error Initialize(CudaLaunchState* state) {
   try {
     state->Load();
     return ffi::Error::Success();
@@ -71,7 +70,11 @@ ffi::Error Prepare(CudaLaunchState* state) {
   }
 }
 
-ffi::Error Initialize(CudaLaunchState* state) { return Prepare(state); }
+// Only to be early. XLA does not promise which context is current here, so errors are left to initialize.
+ffi::Error Prepare(CudaLaunchState* state) {
+  Initialize(state);
+  return ffi::Error::Success();
+}
 
 // XLA gives one byte per element for packed types.
 uint64_t SizeBytes(const ffi::AnyBuffer& buffer) {
@@ -258,7 +261,7 @@ nb::dict Decode(nb::bytes bytes) {
   }
   nb::dict out;
   out["version"] = plan.version;
-  out["label"] = nb::steal(PyUnicode_DecodeUTF8(plan.label.data(), plan.label.size(), "replace"));
+  out["label"] = plan.label;
   out["kernels"] = kernels;
   out["scratch_bytes"] = Head(plan.scratch_bytes, plan.scratch_bytes.size());
   out["steps"] = steps;

@@ -73,6 +73,24 @@ bool IsArch(std::string_view text) {
          std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
 }
 
+// Labels end up in error messages, which Python decodes.
+bool IsUtf8(std::string_view text) {
+  for (size_t i = 0; i < text.size();) {
+    uint8_t lead = text[i++];
+    if (lead < 0x80) continue;
+    size_t more = lead >= 0xf0 ? 3 : lead >= 0xe0 ? 2 : 1;
+    if (lead < 0xc2 || lead > 0xf4 || more > text.size() - i) return false;
+    uint32_t code = lead & (0x3f >> more);
+    for (size_t end = i + more; i < end; ++i) {
+      if ((text[i] & 0xc0) != 0x80) return false;
+      code = code << 6 | (text[i] & 0x3f);
+    }
+    constexpr uint32_t kSmallest[] = {0, 0x80, 0x800, 0x10000};
+    if (code < kSmallest[more] || code > 0x10ffff || (code >= 0xd800 && code < 0xe000)) return false;
+  }
+  return true;
+}
+
 std::string Hex(const uint8_t* bytes, size_t n) {
   constexpr char kDigits[] = "0123456789abcdef";
   std::string out;
@@ -210,6 +228,7 @@ Plan DecodePlan(const uint8_t* data, size_t size) {
   in.Get<uint16_t>("reserved field", 0, 0);
   if (in.Get<uint32_t>("size") != size) in.Fail("its header gives another size");
   plan.label = in.Text<uint16_t>("label", 1024);
+  if (!IsUtf8(plan.label)) in.Fail("the label is not UTF-8");
   size_t kernels = in.Get<uint16_t>("kernel count", 0, kMaxSteps);
   for (size_t i = 0; i < kernels; ++i) plan.kernels.push_back(ReadKernel(in));
   size_t scratch = in.Get<uint16_t>("scratch count", 0, kMaxScratch);

@@ -161,6 +161,20 @@ def test_random_bodies_never_crash(body, prefix):
     assert "malformed launch plan" in answer or answer["steps"]
 
 
+@settings(max_examples=300)
+@given(st.binary(max_size=8))
+def test_labels_are_utf8(label):
+    step = struct.pack("<HHHBBHQQB", 0, 0, 1, 2, 1, 0, 0, 1, 0)  # no kernels, no scratch, one memset
+    data = struct.pack("<H", len(label)) + label + step
+    answer = decode_or_message(b"JDGP" + struct.pack("<HHI", VERSION, 0, 12 + len(data)) + data)
+    try:
+        text = label.decode()
+    except UnicodeDecodeError:
+        assert "the label is not UTF-8" in answer
+    else:
+        assert answer["label"] == text
+
+
 def test_a_huge_count_allocates_nothing():
     body = struct.pack("<HHHH", 0, 0, 0, 0xFFFF)
     with pytest.raises(ValueError, match="step count is 65535, need 1 to 256"):
