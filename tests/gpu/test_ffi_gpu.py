@@ -411,7 +411,7 @@ sys.path.insert(0, {root!r})
 import jax, jax.numpy as jnp
 from jax import export
 from pathlib import Path
-import jax_deepgemm.core.launch
+import jax_deepgemm
 print(jax.jit(export.deserialize(bytearray(Path(sys.argv[1]).read_bytes())).call)(jnp.ones(8)).tolist())
 """
 
