@@ -350,6 +350,15 @@ def test_damaged_plan():
     fails_with("malformed launch plan .* at byte", call, jnp.ones(8))
 
 
+def test_an_operand_that_tma_cannot_address():
+    cupy = pytest.importorskip("cupy")  # XLA's own buffers are aligned; those of others need not be
+    x = jax.dlpack.from_dlpack(cupy.zeros(64 * 32 + 1, cupy.float32)[1:].reshape(64, 32))
+    if x.unsafe_buffer_pointer() % 16 == 0:
+        pytest.skip("the import made an aligned copy")
+    message = r"operand 0 of copy is at address 0x\w+4, and parameter 0 of kernel tma_copy .* multiple of 16"
+    fails_with(message, caller(tma_copy_plan(64, 32)), x)
+
+
 def bounded_plan(*params, block=128, shared_memory=0):
     step = Launch(kernel("bounded"), (1, 1, 1), block, params, shared_memory=shared_memory)
     return LaunchPlan((step,), label="bounded")
