@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jax_deepgemm
 import op_checks
 import toy_ops
 from toy_ops import BF16, BLOCK, F32
@@ -133,6 +135,49 @@ def test_layer_gathers_nothing(mode: str) -> None:
     types = [((M, K), BF16), ((N, K), BF16)]
     hlo = compile_on_h200s(toy_ops.linear, types, (P("x"), P("y")), P("x", "y"), mode)
     assert op_checks.collectives(hlo) == Counter({"all-reduce": 1})
+
+
+def _fp8_gemm(*operands: Any, out_sharding: Any = None) -> Any:
+    a, sa, b, sb = operands
+    return jax_deepgemm.fp8_gemm_nt((a, sa), (b, sb), out_sharding=out_sharding)
+
+
+def _fp8_linear(x: Any, w: Any, out_sharding: Any = None) -> Any:
+    del out_sharding
+    return jax_deepgemm.fp8_linear(x, w)
+
+
+def _fp8_wgrad(x: Any, w: Any, out_sharding: Any = None) -> Any:
+    return jax.grad(lambda w: jnp.sum(_fp8_linear(x, w).astype(F32) ** 2))(w)
+
+
+_FP8 = [((256, 7168), toy_ops.F8), ((256, 56), F32), ((576, 7168), toy_ops.F8), ((5, 56), F32)]
+_BF16 = [((256, 7168), BF16), ((576, 7168), BF16)]
+_TENSOR_PARALLEL = (P("x"), P("y"), P("x", "y"))
+_SPLIT_SUM = (P(None, "y"), P(None, "y"), P())
+_SCATTERED_SUM = (P("x", "y"), P(None, "y"), P("x", "y"))
+FAMILIES: list[tuple[str, Any, Any, tuple[P, P, P], int, tuple[str, ...]]] = [
+    ("fp8", _fp8_gemm, _FP8, _TENSOR_PARALLEL, 1, ()),
+    ("fp8-sum", _fp8_gemm, _FP8, _SPLIT_SUM, 1, ("all-reduce",)),
+    ("fp8-scatter", _fp8_gemm, _FP8, _SCATTERED_SUM, 1, ("reduce-scatter",)),
+    ("bf16", jax_deepgemm.bf16_gemm_nt, _BF16, _TENSOR_PARALLEL, 1, ()),
+    ("bf16-sum", jax_deepgemm.bf16_gemm_nt, _BF16, _SPLIT_SUM, 1, ("all-reduce",)),
+    ("bf16-scatter", jax_deepgemm.bf16_gemm_nt, _BF16, _SCATTERED_SUM, 1, ("reduce-scatter",)),
+    ("linear", _fp8_linear, _BF16, _TENSOR_PARALLEL, 1, ("all-reduce",)),
+    ("wgrad", _fp8_wgrad, _BF16, (P("x"), P("y"), P("y")), 2, ("all-reduce", "all-reduce")),
+]
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row[0])
+def test_families(row: Any, mode: str) -> None:
+    """The real ops with their real kernels: one launch each, and no collective that is not needed."""
+    pytest.importorskip("cuda.core")
+    _, fn, types, (a, b, out), launches, expected = row
+    specs = (a, b) if len(types) == 2 else (a, P(), b, P())
+    hlo = compile_on_h200s(fn, types, specs, out, mode)
+    assert hlo.count('custom_call_target="jax_deepgemm_launch"') == launches
+    assert op_checks.collectives(hlo) == Counter(expected)
 
 
 _CAPTURED = """

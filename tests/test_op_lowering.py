@@ -466,6 +466,42 @@ def test_bad_declarations(options: Any) -> None:
         Op("bad", "m k, n k -> m n, m", lambda *_: [], lambda *_: [], reduces=("k",))
 
 
+# A JAX without the private names ----------------------------------------------------------------------------
+
+
+def test_without_partition_callbacks_programs_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _private.log_once.cache_clear()
+    jax.clear_caches()
+    monkeypatch.setattr(_private, "_sharding_callbacks", None)
+    mesh = op_checks.make_mesh("auto")
+    a, b = jnp.ones((8, 24)), jnp.ones((16, 24))
+    cut = NamedSharding(mesh, P(None, "y"))
+    with caplog.at_level(logging.WARNING, "jax_deepgemm"):
+        for _ in range(2):
+            assert (jax.jit(toy_ops.matmul)(jax.device_put(a, cut), jax.device_put(b, cut)) == 24).all()
+            jax.clear_caches()
+    (record,) = caplog.records
+    assert "compiled anew in each process" in record.message
+
+
+def test_without_the_device_set_operands_are_gathered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _private.log_once.cache_clear()
+    monkeypatch.setattr(_private, "_needs_devices", None)
+    op = toy_ops.make_block_gemm("toy_gathered")
+    case = op_checks.OpCase("", lambda *a: op(*a, out_dtype=F32)[0], lambda key: operands())
+    with caplog.at_level(logging.WARNING, "jax_deepgemm"):
+        op_checks.assert_same(case.fn(*operands()), toy_ops.block_gemm(*operands()), 1e-6)
+        shard = op_checks.Shard((P("x"), P("x"), P(), P()), P("x"))
+        compiled, placed = op_checks.compile_sharded(case, shard, "auto")
+    op_checks.assert_same(compiled(*placed), toy_ops.block_gemm(*operands()), 1e-5)
+    (record,) = caplog.records
+    assert "use Explicit axes" in record.message
+
+
 # Other processes -------------------------------------------------------------------------------------------
 
 

@@ -39,13 +39,18 @@ def log_once(message: str) -> None:
 
 def require_devices(primitive: Primitive) -> None:
     """Makes JAX pass the device assignment to a primitive whose lowering contains custom_partitioning."""
+    if _needs_devices is not None:
+        _needs_devices.add(primitive)
+
+
+def can_partition() -> bool:
+    """Whether a primitive's lowering may contain custom_partitioning."""
     if _needs_devices is None:
         log_once(
-            "This JAX hides prim_requires_devices_during_lowering: ops on Auto mesh axes fail to lower; "
-            "use Explicit axes."
+            "This JAX hides prim_requires_devices_during_lowering: operands cut over Auto mesh axes are "
+            "gathered; use Explicit axes."
         )
-        return
-    _needs_devices.add(primitive)
+    return _needs_devices is not None
 
 
 def is_for_export(ctx: Any) -> bool:

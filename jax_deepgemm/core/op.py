@@ -327,7 +327,8 @@ class Op:
         salt = np.uint32(
             int(content[:8], 16)
         )  # distinguishes programs whose callback names are left out of cache keys
-        results = self._lower_named(functools.partial(self._partitioned, static, salt))(ctx, *args)
+        partitioned = self._partitioned if _private.can_partition() else self._whole
+        results = self._lower_named(functools.partial(partitioned, static, salt))(ctx, *args)
         call = _private.partitioning_call(results)
         if call is not None:
             if _private.is_for_export(ctx):
