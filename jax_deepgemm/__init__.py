@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax_deepgemm import config
 from jax_deepgemm._version import __version__
-from jax_deepgemm.core import launch as _launch  # registers the custom call
+from jax_deepgemm.core import launch as _launch  # noqa: F401 - registers the custom call
 
 if TYPE_CHECKING:
     from jax_deepgemm.core.export import export_checks

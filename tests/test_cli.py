@@ -54,7 +54,9 @@ def test_demo_fails_when_a_result_is_wrong(
 
     def rows(tokens: int) -> list[demo.Row]:
         exact = demo.float32_linear
-        return [demo.Row(f.__name__, "2x4x3", f, exact, operands, operands, 48.0, 0.01) for f in (wrong, broken)]
+        return [
+            demo.Row(f.__name__, "2x4x3", f, exact, operands, operands, 48.0, 0.01) for f in (wrong, broken)
+        ]
 
     monkeypatch.setattr(demo, "problems", rows)
     assert main(["demo", "--seconds", "0.001"]) == 1
@@ -109,7 +111,14 @@ def test_explain_prints_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["explain", "--op", "fp8_gemm_nt", "--m", "256", "--n", "576", "--k", "512"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    for word in ("m=256 n=576 k=512", "config", "candidates, the cheapest", "registers", "0 bytes spilled", "cubin"):
+    for word in (
+        "m=256 n=576 k=512",
+        "config",
+        "candidates, the cheapest",
+        "registers",
+        "0 bytes spilled",
+        "cubin",
+    ):
         assert word in shown
 
 

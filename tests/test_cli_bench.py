@@ -32,16 +32,20 @@ def profile(events: list[tuple[str, str, float]], plane: str = "/device:GPU:0") 
         start += picoseconds + 1000
     kinds = [f'event_metadata {{ key: {n} value {{ id: {n} name: "{name}" }} }}' for name, n in names.items()]
     stats = ['stat_metadata { key: 1 value { id: 1 name: "hlo_module" } }']
-    stats += [f'stat_metadata {{ key: {n} value {{ id: {n} name: "{m}" }} }}' for m, n in modules.items() if m]
+    stats += [
+        f'stat_metadata {{ key: {n} value {{ id: {n} name: "{m}" }} }}' for m, n in modules.items() if m
+    ]
     body = "\n".join(lines)
-    derived = f'lines {{ id: 2 name: "XLA Modules" events {{ metadata_id: 1 offset_ps: 0 duration_ps: {start} }} }}'
+    derived = (
+        f'lines {{ id: 2 name: "XLA Modules" events {{ metadata_id: 1 offset_ps: 0 duration_ps: {start} }} }}'
+    )
     planes = f'planes {{ name: "{plane}" lines {{ id: 1 name: "Stream #13(Compute)" {body} }} {derived} '
     planes += " ".join([*kinds, *stats]) + ' } planes { name: "/host:CPU" }'
     return ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(planes))
 
 
 def two_jobs(named: bool) -> list[tuple[str, str, float]]:
-    """Twice each: one of our kernels behind a copy, and a baseline of two kernels; a flush before every call."""
+    """Twice each: a kernel of ours behind a copy, and a baseline of two kernels; each behind a flush."""
     events = []
     for factor in (1.0, 1.2):
         events += [(FLUSH_NAME, "jit_jdg_flush", 2400.0), ("copy", "jit_ours", 3.0)]
@@ -58,6 +62,7 @@ def test_kernels_find_their_call(named: bool) -> None:
     ours = trace.measured(calls["ours"], prefix="jdg_")
     base = trace.measured(calls["base"])
     assert ours.microseconds == pytest.approx((10.0, 12.0))
+    assert ours.everything == pytest.approx((13.0, 15.0))
     assert ours.kernels == ("jdg_sm90_fp8",)
     assert base.microseconds == pytest.approx((22.0, 26.0))
     assert base.by_kernel == pytest.approx({"nvjet_gemm": 22.0, "splitk_reduce": 2.0})
@@ -102,7 +107,9 @@ def test_jobs_are_timed_by_the_wall_clock_without_a_gpu() -> None:
 
 
 def test_clock_log_takes_the_samples_of_an_interval() -> None:
-    log = ClockLog(period_ms=100, samples=[(0.0, 1980, 100), (1.0, 1500, 600), (1.1, 1400, 700), (5.0, 1980, 90)])
+    log = ClockLog(
+        period_ms=100, samples=[(0.0, 1980, 100), (1.0, 1500, 600), (1.1, 1400, 700), (5.0, 1980, 90)]
+    )
     assert log.between(0.95, 1.15) == {
         "sm_mhz_median": 1450,
         "sm_mhz_min": 1400,
@@ -117,7 +124,12 @@ def result(failed: bool = False) -> dict[str, Any]:
     for table, m in (("fp8", 64), ("fp8", 4096), ("bf16", 4096)):
         problem = dense.Problem(table, m, 4096, 7168)
         row = {"table": table, "m": m, "n": 4096, "k": 7168, "compile_ms": 700.0, "status": "ok"}
-        row |= {"us": 100.0, "tflops": problem.flops / 1e8, "gbytes_per_s": 9.0, "clock": {"sm_mhz_median": 1600.0}}
+        row |= {
+            "us": 100.0,
+            "tflops": problem.flops / 1e8,
+            "gbytes_per_s": 9.0,
+            "clock": {"sm_mhz_median": 1600.0},
+        }
         rows.append(row | {"baseline": {"what": "cuBLASLt", "status": "ok", "us": 110.0, "tflops": 1.0}})
     if failed:
         rows[0] = {key: rows[0][key] for key in ("table", "m", "n", "k")} | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,9 +82,10 @@ def operands(problem: Problem) -> tuple[Any, ...]:
     return (*quantised, jnp.ones((problem.m, problem.n), jnp.float32))
 
 
-def _first_rows(arguments: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
-    """The operands with the first rows of A: one draw serves every m."""
-    return (jax.tree.map(lambda leaf: leaf[:rows], arguments[0]), *arguments[1:])
+@functools.partial(jax.jit, static_argnums=1)
+def _first_rows(operand: Any, rows: int) -> Any:
+    """The first rows of A: one draw serves every m."""
+    return jax.tree.map(lambda leaf: leaf[:rows], operand)
 
 
 def product(problem: Problem) -> Callable[..., jax.Array]:
@@ -151,27 +153,34 @@ def _measure_group(
     flush: Callable[[], None],
     clocks: ClockLog | None,
 ) -> Iterator[dict[str, Any]]:
-    wanted = []
-    for index, problem in enumerate(group):
-        arguments = drawn if problem.kind == "fp8_wgrad" else _first_rows(drawn, problem.m)
-        wanted.append((product(problem), f"jdg_row_{index}", arguments))
-        wanted.append((baseline(problem), f"baseline_row_{index}", arguments))
-    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-        compiled = list(pool.map(lambda item: _compile(*item), wanted))
     on_gpu = jax.default_backend() == "gpu"
+    arguments = [
+        (drawn if problem.kind == "fp8_wgrad" else (_first_rows(drawn[0], problem.m), *drawn[1:]))
+        for problem in group
+    ]
+    ours, theirs = _names("jdg_row", group), _names("baseline_row", group)
+    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
+        waiting = list(pool.map(_compile, map(product, group), ours, arguments))
+        # One at a time, as XLA picks cuBLASLt's algorithm by timing it on the GPU.
+        compiled = dict(zip(theirs, map(_compile, map(baseline, group), theirs, arguments), strict=True))
+    compiled |= dict(zip(ours, waiting, strict=True))
     jobs = [
-        Job(name, result.run, KERNEL_PREFIX if on_gpu and name.startswith("jdg_") else "")
-        for (_, name, _), result in zip(wanted, compiled, strict=True)
-        if result.run is not None
+        Job(name, run, KERNEL_PREFIX if on_gpu and name in ours else "")
+        for pair in zip(ours, theirs, strict=True)
+        for name in pair
+        if (run := compiled[name].run) is not None
     ]
     timings = time_jobs(jobs, calls=calls, flush=flush, clocks=clocks)
-    for index, problem in enumerate(group):
-        ours, theirs = compiled[2 * index], compiled[2 * index + 1]
-        row = _row(problem) | {"compile_ms": round(ours.milliseconds, 1)}
-        row |= _figures(problem, timings.get(f"jdg_row_{index}"), ours.error)
+    for problem, mine, base in zip(group, ours, theirs, strict=True):
+        row = _row(problem) | {"compile_ms": round(compiled[mine].milliseconds, 1)}
+        row |= _figures(problem, timings.get(mine), compiled[mine].error)
         row["baseline"] = {"what": "cuBLASLt through jnp" if on_gpu else "XLA dot"}
-        row["baseline"] |= _figures(problem, timings.get(f"baseline_row_{index}"), theirs.error)
+        row["baseline"] |= _figures(problem, timings.get(base), compiled[base].error)
         yield row
+
+
+def _names(stem: str, group: Sequence[Problem]) -> list[str]:
+    return [f"{stem}_{index}" for index in range(len(group))]
 
 
 def _row(problem: Problem) -> dict[str, Any]:
@@ -188,6 +197,7 @@ def _figures(problem: Problem, timing: Timing | None, compile_error: str) -> dic
         "us": round(median, 3),
         "us_min": round(min(measured.microseconds), 3),
         "us_max": round(max(measured.microseconds), 3),
+        "all_us": round(measured.median_of_everything, 3),
         "calls": len(measured.microseconds),
         "tflops": round(problem.flops / median / 1e6, 1),
         "gbytes_per_s": round(problem.bytes / median / 1e3, 1),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
 import shutil
 import statistics
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
 
+_NVML_CLOCK_SM = 1
 _QUERY = ["--format=csv,noheader,nounits", "--id=0"]
 _PACKAGES = (
     "jax",
@@ -60,35 +63,25 @@ class ClockLog:
     """SM clock and power of the first GPU, sampled beside a measurement.
 
     Use as a context manager; `between(t0, t1)` then sums up the samples taken between two `time.monotonic()`
-    values. Without nvidia-smi the log stays empty.
+    values. Without the driver's management library (NVML) the log stays empty.
     """
 
-    period_ms: int = 50
+    period_ms: int = 10
     samples: list[tuple[float, float, float]] = field(default_factory=list)
-    _process: Any = None
+    _stop: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> ClockLog:
-        tool = shutil.which("nvidia-smi")
-        if tool is not None:
-            query = [tool, "--query-gpu=clocks.sm,power.draw", *_QUERY, f"--loop-ms={self.period_ms}"]
-            self._process = subprocess.Popen(
-                query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-            threading.Thread(target=self._read, daemon=True).start()
+        read = _nvml_reader()
+        if read is not None:
+            threading.Thread(target=self._sample, args=(read,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
+        self._stop.set()
 
-    def _read(self) -> None:
-        for line in self._process.stdout:
-            try:
-                clock, power = (float(cell) for cell in line.split(","))
-            except ValueError:
-                continue
-            self.samples.append((time.monotonic(), clock, power))
+    def _sample(self, read: Callable[[], tuple[float, float]]) -> None:
+        while not self._stop.wait(self.period_ms / 1e3):
+            self.samples.append((time.monotonic(), *read()))
 
     def between(self, start: float, end: float) -> dict[str, float]:
         """Returns median and smallest clock (MHz) and median power (W) of an interval; empty without samples.
@@ -103,6 +96,27 @@ class ClockLog:
         return {
             "sm_mhz_median": statistics.median(clocks),
             "sm_mhz_min": min(clocks),
-            "power_w_median": statistics.median(power for *_, power in chosen),
+            "power_w_median": round(statistics.median(power for *_, power in chosen), 1),
             "samples": len(chosen),
         }
+
+
+def _nvml_reader() -> Callable[[], tuple[float, float]] | None:
+    """Returns a function that reads (SM clock in MHz, power in W) of the first visible GPU."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    device = ctypes.c_void_p()
+    index = int(visible) if visible.isdigit() else 0
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)):
+        return None
+    clock, power = ctypes.c_uint(), ctypes.c_uint()
+
+    def read() -> tuple[float, float]:
+        nvml.nvmlDeviceGetClockInfo(device, _NVML_CLOCK_SM, ctypes.byref(clock))
+        nvml.nvmlDeviceGetPowerUsage(device, ctypes.byref(power))
+        return float(clock.value), power.value / 1e3
+
+    return read

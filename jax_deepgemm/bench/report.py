@@ -160,8 +160,8 @@ def readme(path: Path, result: dict[str, Any]) -> str:
     lines = [
         f"{result['device']}, from [`{_relative(path)}`]({_relative(path)}); all rows are in",
         "[docs/benchmarks.md](docs/benchmarks.md). cuBLASLt is measured in the same process (its FP8 product",
-        "applies no block scales). DeepGEMM's figures were recorded on the same kind of machine by the same method",
-        "([data](benchmarks/data/deepgemm_h200.json)). Above 1x: this package is faster.",
+        "applies no block scales). DeepGEMM's figures were recorded on the same kind of machine by the same",
+        "method ([data](benchmarks/data/deepgemm_h200.json)). Above 1x: this package is faster.",
         "",
         markdown_table(["table", *header(result)[:10]], rows),
     ]

@@ -84,55 +84,69 @@ def time_jobs(
     the wall clock's, per call, and says so in `method`.
     """
     failed: dict[str, str] = {}
-    for job in jobs:
-        try:
-            for _ in range(WARM_UP):
-                jax.block_until_ready(job.run())
-        except Exception as error:
-            failed[job.name] = _short(error)
-    ready = [job for job in jobs if job.name not in failed]
-    order: list[str] = []
     spans: dict[str, tuple[float, float]] = {}
-    walls: dict[str, list[float]] = {}
+    order: list[str] = []
+    _each(jobs, failed, lambda job: [jax.block_until_ready(job.run()) for _ in range(WARM_UP)])
+
+    def queue(job: Job) -> None:
+        begin = time.monotonic()
+        try:
+            _queue_calls(job, calls, flush)
+            order.extend([job.name] * calls)
+        finally:
+            spans[job.name] = (begin, time.monotonic())
+
     with tempfile.TemporaryDirectory(prefix="jdg_trace_") as folder:
         with _profiler(folder):
             flush()
-            for job in ready:
-                begin = time.monotonic()
-                try:
-                    walls[job.name] = _run(job, calls, flush)
-                    order += [job.name] * calls
-                except Exception as error:
-                    failed[job.name] = _short(error)
-                spans[job.name] = (begin, time.monotonic())
+            _each(jobs, failed, queue)
         events = trace.read(folder)
-    results: dict[str, Timing] = {}
     found, reason = _find(events, order)
-    for job in jobs:
-        clock = clocks.between(*spans[job.name]) if clocks and job.name in spans else {}
-        if job.name in failed:
-            results[job.name] = Timing(None, clock, "", failed[job.name])
-        elif not events:
-            wall = Measured(tuple(walls[job.name]), (), {})
-            results[job.name] = Timing(wall, clock, "wall clock: the trace shows no GPU")
-        else:
+    results: dict[str, Timing] = {}
+
+    def collect(job: Job) -> None:
+        clock = clocks.between(*spans[job.name]) if clocks else {}
+        if events:
             results[job.name] = _timing(job, found.get(job.name, []), calls, clock, reason)
+        else:
+            wall = Measured(tuple(_wall_clock(job, calls, flush)), (), {})
+            results[job.name] = Timing(wall, clock, "wall clock: the trace shows no GPU")
+
+    _each(jobs, failed, collect)
+    for name, error in failed.items():
+        results[name] = Timing(None, {}, "", error)
     return results
 
 
-def _run(job: Job, calls: int, flush: Callable[[], None]) -> list[float]:
-    """Queues the calls and waits once: on a GPU the flushes keep the queue ahead of the device."""
-    gpu = jax.default_backend() == "gpu"
-    walls, result = [], None
+def _each(jobs: Sequence[Job], failed: dict[str, str], action: Callable[[Job], Any]) -> None:
+    """Runs an action for every job that has not failed yet, and records those that fail."""
+    for job in jobs:
+        if job.name in failed:
+            continue
+        try:
+            action(job)
+        except Exception as error:  # a row must not end the run
+            text = str(error).strip().splitlines() or [""]
+            failed[job.name] = f"{type(error).__name__}: {text[0][:300]}"
+
+
+def _queue_calls(job: Job, calls: int, flush: Callable[[], None]) -> None:
+    """Waits once for all: the flushes keep the queue ahead of the device, which never waits for the host."""
+    result = None
+    for _ in range(calls):
+        flush()
+        result = job.run()
+    jax.block_until_ready(result)
+
+
+def _wall_clock(job: Job, calls: int, flush: Callable[[], None]) -> list[float]:
+    times = []
     for _ in range(calls):
         flush()
         begin = time.perf_counter()
-        result = job.run()
-        if not gpu:
-            jax.block_until_ready(result)
-        walls.append((time.perf_counter() - begin) * 1e6)
-    jax.block_until_ready(result)
-    return walls
+        jax.block_until_ready(job.run())
+        times.append((time.perf_counter() - begin) * 1e6)
+    return times
 
 
 def _find(
@@ -162,10 +176,6 @@ def _profiler(folder: str) -> Any:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     options.host_tracer_level = 1
+    options.enable_hlo_proto = False
     with jax.profiler.trace(folder, profiler_options=options):
         yield
-
-
-def _short(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else ''}"

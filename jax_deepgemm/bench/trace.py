@@ -38,18 +38,24 @@ class Measured:
     """Device time of one function, per call.
 
     Attributes:
-      microseconds: of each call: the sum over its kernels.
+      microseconds: of each call: the sum over the kernels that count.
       kernels: their names, in order of first launch.
       by_kernel: median microseconds per call of each of them.
+      everything: microseconds of each call with all that ran, such as copies and padding before the kernel.
     """
 
     microseconds: tuple[float, ...]
     kernels: tuple[str, ...]
     by_kernel: dict[str, float]
+    everything: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
         return statistics.median(self.microseconds)
+
+    @property
+    def median_of_everything(self) -> float:
+        return statistics.median(self.everything or self.microseconds)
 
 
 def device_events(profile: Any) -> list[Event]:
@@ -138,12 +144,14 @@ def measured(calls: Iterable[Sequence[Event]], prefix: str = "") -> Measured:
       ValueError: no call, or a call without such a kernel.
     """
     times: list[float] = []
+    everything: list[float] = []
     by_kernel: dict[str, list[float]] = {}
     for call in calls:
         chosen = [event for event in call if event.name.startswith(prefix)]
         if not chosen:
             raise ValueError(f"no kernel named {prefix}* among {sorted({event.name for event in call})}")
         times.append(sum(event.duration for event in chosen) / 1e3)
+        everything.append(sum(event.duration for event in call) / 1e3)
         per_call: dict[str, float] = {}
         for event in chosen:
             per_call[event.name] = per_call.get(event.name, 0.0) + event.duration / 1e3
@@ -152,4 +160,4 @@ def measured(calls: Iterable[Sequence[Event]], prefix: str = "") -> Measured:
     if not times:
         raise ValueError("the trace shows no call of this function")
     medians = {name: statistics.median(durations) for name, durations in by_kernel.items()}
-    return Measured(tuple(times), tuple(by_kernel), medians)
+    return Measured(tuple(times), tuple(by_kernel), medians, tuple(everything))

@@ -15,7 +15,7 @@ from jax_deepgemm.cli.text import Progress
 SCHEMA = 1
 METHOD = (
     "Device time of the kernels alone, from the CUPTI activity records of the JAX profiler; median of the "
-    "calls; L2 flushed before each call by writing 8 GiB; standard normal inputs; SM clock from nvidia-smi "
+    "calls; L2 flushed before each call by writing 8 GiB; standard normal inputs; SM clock sampled "
     "meanwhile."
 )
 
@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "device": device.device_kind,
-        "gpu": machine.gpu() if on_gpu else {},
+        "gpu": {"name": device.device_kind} | machine.gpu() if on_gpu else {},
         "versions": machine.versions(),
         "method": METHOD
         if on_gpu
