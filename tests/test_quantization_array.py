@@ -9,11 +9,11 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import op_checks
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import op_checks
 from jax_deepgemm.quantization import (
     QuantizedArray,
     dequantize,
