@@ -245,8 +245,12 @@ nb::dict ToPython(const Memset& memset) {
   return out;
 }
 
+Plan PlanFrom(const nb::bytes& bytes) {
+  return DecodePlan(static_cast<const uint8_t*>(bytes.data()), bytes.size());
+}
+
 nb::dict Decode(nb::bytes bytes) {
-  Plan plan = DecodePlan(static_cast<const uint8_t*>(bytes.data()), bytes.size());
+  Plan plan = PlanFrom(bytes);
   nb::list kernels;
   for (const KernelRef& kernel : plan.kernels) {
     nb::dict entry;
@@ -270,9 +274,7 @@ nb::dict Decode(nb::bytes bytes) {
 
 using AddressAndSize = std::pair<uintptr_t, uint64_t>;
 
-void CheckBuffers(nb::bytes bytes, const std::vector<AddressAndSize>& operands,
-                  const std::vector<AddressAndSize>& results) {
-  LaunchState state(DecodePlan(static_cast<const uint8_t*>(bytes.data()), bytes.size()));
+BufferViews Views(const std::vector<AddressAndSize>& operands, const std::vector<AddressAndSize>& results) {
   BufferViews buffers;
   auto fill = [](const std::vector<AddressAndSize>& from, std::array<BufferView, kMaxBuffers>& to,
                  size_t& count) {
@@ -281,7 +283,20 @@ void CheckBuffers(nb::bytes bytes, const std::vector<AddressAndSize>& operands,
   };
   fill(operands, buffers.operands, buffers.num_operands);
   fill(results, buffers.results, buffers.num_results);
-  state.CheckBuffers(buffers);
+  return buffers;
+}
+
+void CheckBuffers(nb::bytes plan, const std::vector<AddressAndSize>& operands,
+                  const std::vector<AddressAndSize>& results) {
+  LaunchState(PlanFrom(plan)).CheckBuffers(Views(operands, results));
+}
+
+// As XLA runs a call, on the null stream of the current context.
+void RunPlan(nb::bytes plan, const std::vector<AddressAndSize>& operands,
+             const std::vector<AddressAndSize>& results, int repeat) {
+  LaunchState state(PlanFrom(plan));
+  state.Load();
+  for (int i = 0; i < repeat; ++i) state.Execute(nullptr, Views(operands, results));
 }
 
 nb::dict DriverInfoDict() {
@@ -333,6 +348,8 @@ NB_MODULE(_ffi, m) {
   m.def("decode", &jdg::Decode, nb::arg("plan"), "A launch plan's bytes as a dict; ValueError if malformed.");
   m.def("check_buffers", &jdg::CheckBuffers, nb::arg("plan"), nb::arg("operands"), nb::arg("results"),
         "Checks (address, size) pairs against a plan as its execution would; ValueError.");
+  m.def("run", &jdg::RunPlan, nb::arg("plan"), nb::arg("operands"), nb::arg("results"), nb::arg("repeat") = 1,
+        "Runs a plan on (address, size) pairs outside XLA, for tests.");
   m.def("driver_info", &jdg::DriverInfoDict, "Is libcuda there and which version; creates no context.");
   m.def("execute_count", [] { return jdg::GetExecuteCounters().count; }, "Executions of the handler so far.");
   m.def(
