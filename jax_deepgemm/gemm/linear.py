@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -34,6 +35,7 @@ ACT_FP8 = "jdg_act_fp8"
 WEIGHT_FP8 = "jdg_weight_fp8"
 """checkpoint_name of the FP8 weight kept for the input gradient."""
 
+_Bytes: TypeAlias = tuple[jax.Array, jax.Array]
 E4M3 = np.dtype(jnp.float8_e4m3fn)
 
 
@@ -197,8 +199,18 @@ def _flat_out_sharding(tokens: Tokens, spec: PartitionSpec | None, rank: int) ->
     return spec if rank == 2 else tokens.flat_spec(features)
 
 
-def _keep(q: QuantizedArray, name: str) -> QuantizedArray:
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), q)
+def _keep(q: QuantizedArray, name: str) -> _Bytes:
+    """What waits for the backward pass: the bytes of the values, and the scales, under a checkpoint_name.
+
+    Bytes, because jax.checkpoint passes what it saves through reduce_precision, which knows no largest exponent with
+    numbers in it: float8_e4m3fn values from 256 on would come back as infinities.
+    """
+    values = lax.bitcast_convert_type(q.values, jnp.uint8)
+    return checkpoint_name(values, name), checkpoint_name(q.scales, name)
+
+
+def _kept(kept: _Bytes, block: tuple[int, int], dtype: Any = E4M3) -> QuantizedArray:
+    return QuantizedArray(lax.bitcast_convert_type(kept[0], dtype), kept[1], block)
 
 
 def _swapped(q: QuantizedArray) -> QuantizedArray:
@@ -226,18 +238,14 @@ def _linear(recipe: _Recipe, x: jax.Array, w: jax.Array) -> jax.Array:
     return _forward(recipe, x, recipe.quantize(w, BLOCKED))
 
 
-def _linear_fwd(
-    recipe: _Recipe, x: jax.Array, w: jax.Array
-) -> tuple[jax.Array, tuple[QuantizedArray, QuantizedArray]]:
-    quantized = _keep(recipe.quantize(w, BLOCKED), WEIGHT_FP8)
+def _linear_fwd(recipe: _Recipe, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[_Bytes, _Bytes]]:
+    quantized = recipe.quantize(w, BLOCKED)
     along_tokens = _keep(recipe.quantize(x.T, PER_ROW), ACT_FP8)
-    return _forward(recipe, x, quantized), (along_tokens, quantized)
+    return _forward(recipe, x, quantized), (along_tokens, _keep(quantized, WEIGHT_FP8))
 
 
-def _linear_bwd(
-    recipe: _Recipe, kept: tuple[QuantizedArray, QuantizedArray], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x_along_tokens, w = kept
+def _linear_bwd(recipe: _Recipe, kept: tuple[_Bytes, _Bytes], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_along_tokens, w = _kept(kept[0], PER_ROW), _kept(kept[1], BLOCKED)
     dy_along_tokens = recipe.quantize(dy.T, PER_ROW, recipe.grad_dtype)
     return _input_gradient(recipe, dy, w), recipe.gradient(dy_along_tokens, x_along_tokens, recipe.w)
 
@@ -250,18 +258,18 @@ def _frozen_linear(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> jax.Arra
     return _forward(recipe, x, w)
 
 
-def _frozen_fwd(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> tuple[jax.Array, QuantizedArray]:
+def _frozen_fwd(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> tuple[jax.Array, _Bytes]:
     if tuple(w.block) != BLOCKED:
         raise ValueError(
             f"fp8_linear: the gradient of x needs w with one scale per block (128, 128), and this frozen "
             f"weight has block {w.block}: its scales run along k, and dx = dy @ w sums over n. "
             "Quantise it so: jax_deepgemm.quantize(w, (128, 128))."
         )
-    return _forward(recipe, x, w), w
+    return _forward(recipe, x, w), _keep(w, WEIGHT_FP8)
 
 
-def _frozen_bwd(recipe: _Recipe, w: QuantizedArray, dy: jax.Array) -> tuple[jax.Array, None]:
-    return _input_gradient(recipe, dy, w), None
+def _frozen_bwd(recipe: _Recipe, w: _Bytes, dy: jax.Array) -> tuple[jax.Array, None]:
+    return _input_gradient(recipe, dy, _kept(w, BLOCKED, recipe.w[0])), None
 
 
 _frozen_linear.defvjp(_frozen_fwd, _frozen_bwd)

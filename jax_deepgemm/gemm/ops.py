@@ -29,7 +29,7 @@ def recut_blocks(plan: ShardingPlan, *arrays: jax.Array) -> tuple[jax.Array, ...
     """Operands of one device whose cut falls inside a scale block, so that the op's block grid fits them
     again.
 
-    n: one scale per row of B, of my rows. k: my columns are shifted onto the block grid, with zeros in front
+    n: one scale per row of B, of my rows (reference and kernel tell by the shape). k: my columns are shifted onto the block grid, with zeros in front
     and behind. Both leave every product as it is.
     """
     a, sa, b, sb, *rest = arrays
@@ -74,13 +74,13 @@ def _bf16_kernel(*args: Any, **params: Any) -> Any:
     return kernel.bf16_gemm(*args, **params)
 
 
-def _fp8_op(name: str, rule: str, run: Any, base: Op | None = None) -> Op:
+def _fp8_op(name: str, rule: str, base: Op | None = None) -> Op:
     blocks = {"kb": ("k", SCALE_BLOCK), "nb": ("n", SCALE_BLOCK)}
     return Op(
         name if base is None else f"{name}_add",
         rule + (" -> m n" if base is None else ", m n -> m n"),
         _fp8_result,
-        run,
+        reference.fp8_gemm,
         reduces=("k",),
         blocks={grid: data for grid, data in blocks.items() if grid in rule.split()},
         spmd=lambda plan, local, *arrays: (recut_blocks(plan, *arrays), None),
@@ -93,15 +93,13 @@ def _fp8_op(name: str, rule: str, run: Any, base: Op | None = None) -> Op:
     )
 
 
-def _fp8_pair(name: str, rule: str, run: Any) -> tuple[Op, Op]:
-    plain = _fp8_op(name, rule, run)
-    return plain, _fp8_op(name, rule, run, base=plain)
+def _fp8_pair(name: str, rule: str) -> tuple[Op, Op]:
+    plain = _fp8_op(name, rule)
+    return plain, _fp8_op(name, rule, base=plain)
 
 
-FP8_GEMM_BLOCK, FP8_GEMM_BLOCK_ADD = _fp8_pair(
-    "fp8_gemm_block", "m k, m kb, n k, nb kb", reference.fp8_gemm_block
-)
-FP8_GEMM_ROW, FP8_GEMM_ROW_ADD = _fp8_pair("fp8_gemm_row", "m k, m kb, n k, n kb", reference.fp8_gemm_row)
+FP8_GEMM_BLOCK, FP8_GEMM_BLOCK_ADD = _fp8_pair("fp8_gemm_block", "m k, m kb, n k, nb kb")
+FP8_GEMM_ROW, FP8_GEMM_ROW_ADD = _fp8_pair("fp8_gemm_row", "m k, m kb, n k, n kb")
 
 
 # bfloat16: the derivatives are GEMMs of the other layouts

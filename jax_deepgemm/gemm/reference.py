@@ -50,7 +50,7 @@ def _dot(a: jax.Array, b: jax.Array, a_contracts: int, b_contracts: int) -> jax.
     )
 
 
-def fp8_gemm_block(
+def fp8_gemm(
     a: jax.Array,
     sa: jax.Array,
     b: jax.Array,
@@ -60,22 +60,12 @@ def fp8_gemm_block(
     out_dtype: Any,
     **_: Any,
 ) -> list[jax.Array]:
-    """[C + A @ B.T] for a [m, k], b [n, k]; B has one scale per 128x128 block."""
-    return [_finish(_dot(dequantize_rows(a, sa), dequantize_blocks(b, sb), 1, 1), c, out_dtype)]
+    """[C + A @ B.T] for a [m, k], b [n, k].
 
-
-def fp8_gemm_row(
-    a: jax.Array,
-    sa: jax.Array,
-    b: jax.Array,
-    sb: jax.Array,
-    c: jax.Array | None = None,
-    *,
-    out_dtype: Any,
-    **_: Any,
-) -> list[jax.Array]:
-    """[C + A @ B.T] for a [m, k], b [n, k]; B has one scale per row and 128 of k."""
-    return [_finish(_dot(dequantize_rows(a, sa), dequantize_rows(b, sb), 1, 1), c, out_dtype)]
+    sb has one row per 128 rows of B or one per row; where both are of one shape (n = 1), both mean the same.
+    """
+    dequantize_b = dequantize_rows if sb.shape[0] == b.shape[0] else dequantize_blocks
+    return [_finish(_dot(dequantize_rows(a, sa), dequantize_b(b, sb), 1, 1), c, out_dtype)]
 
 
 def bf16_gemm(
