@@ -4,7 +4,8 @@
 
 Two kernels share one main loop (include/jax_deepgemm/mainloop.cuh):
 
-- `gemm.cuh`: A's rows on wgmma's 64-row side, a persistent grid; block_m = 64 or 128, block_n any multiple of 8.
+- `gemm.cuh`: A's rows on wgmma's 64-row side, a persistent grid; block_m = 64, 128 or 192, block_n any multiple
+  of 8.
 - `gemm_small_m.cuh` (`swap_ab`): B's rows (weights) on the 64-row side, tokens on the narrow side, k split over a
   cluster; block_n = 64 or 128, block_m = 8 .. 128 tokens.
 """
@@ -12,13 +13,13 @@ Two kernels share one main loop (include/jax_deepgemm/mainloop.cuh):
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from jax_deepgemm.sm90.chip import Chip
 
 _SLOT_ROW_BYTES = 128  # bytes of k in one slot of the ring: 128 FP8 or 64 BF16 elements
 _QUAD = 4  # blocks of k whose 1x128 scales one TMA box brings
-_STAGING_BYTES_PER_WARPGROUP = 4 * 2048
+_SLAB_BYTES = 2048  # 16 rows of 64 bf16 columns of D on their way to TMA
 _RESERVED_BYTES = 1024  # what the system takes of an SM's shared memory for each resident block
 _MAX_STAGES = 16
 
@@ -106,7 +107,7 @@ class GemmConfig:
       swap_ab: whether B's rows lie on wgmma's 64-row side (for few tokens).
       split_k: blocks of a cluster that share the k range of a tile (swap_ab only).
       blocks_per_sm: blocks of threads resident on one SM (swap_ab only).
-      scale_slots: quads of 1x128 scales in flight; 0 for BF16.
+      slabs: buffers of 64 columns of D, for each consumer warp, that may drain to memory at once; 0 without TMA stores.
     """
 
     block_m: int
@@ -115,7 +116,7 @@ class GemmConfig:
     swap_ab: bool = False
     split_k: int = 1
     blocks_per_sm: int = 1
-    scale_slots: int = 0
+    slabs: int = 0
 
     @property
     def rows(self) -> int:
@@ -140,10 +141,15 @@ class GemmConfig:
     @property
     def registers(self) -> int:
         """What a consumer thread may use: the register file is cut for each of an SM's four sub-partitions."""
-        if not self.swap_ab and self.warpgroups == 2:
-            return 232  # setmaxnreg in gemm.cuh
+        if not self.swap_ab and self.warpgroups > 1:
+            return {2: 232, 3: 160}[self.warpgroups]  # by setmaxnreg
         warps = self.blocks_per_sm * ceil_div(self.threads, 32)
         return min(248, 16384 // (32 * ceil_div(warps, 4)) // 8 * 8)
+
+    @property
+    def producer_registers(self) -> int:
+        """What is left for the producer's warpgroup: setmaxnreg shares out 512 a lane over all warpgroups."""
+        return {1: 0, 2: 40, 3: 32}[self.warpgroups]
 
     def __str__(self) -> str:
         kind = "swap-AB " if self.swap_ab else ""
@@ -159,12 +165,16 @@ class SharedMemory:
     scale_slot: int
     staging: int
     stages: int
-    scale_slots: int
 
     @cached_property
     def total(self) -> int:
         ring = self.stages * (self.slot + 2 * 8)
-        return align_up(ring + self.scale_slots * self.scale_slot + self.staging, 128)
+        return align_up(ring + (self.stages // _QUAD + 1) * self.scale_slot + self.staging, 128)
+
+
+def tma_store(p: GemmProblem, c: GemmConfig) -> bool:
+    """Whether D leaves through TMA: rows of bf16 whose pitch is a multiple of 16 bytes, from the persistent kernel."""
+    return not c.swap_ab and p.out == "bfloat16" and p.n % 8 == 0 and c.cols >= 64
 
 
 def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
@@ -174,34 +184,8 @@ def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     width = c.cols if cols_k_major else align_up(c.cols, 64)
     scale_slot = (c.rows if row_vector else 0) * 4 * _QUAD
     scale_slot += align_up(c.cols * 4 * _QUAD, 128) if col_vector else 0
-    staging = _STAGING_BYTES_PER_WARPGROUP * c.warpgroups if not c.swap_ab and p.out == "bfloat16" else 0
-    return SharedMemory((height + width) * _SLOT_ROW_BYTES, scale_slot, staging, c.stages, c.scale_slots)
-
-
-def _k_ranges(k_blocks: int, split_k: int) -> list[tuple[int, int]]:
-    return [(r * k_blocks // split_k, (r + 1) * k_blocks // split_k) for r in range(split_k)]
-
-
-@lru_cache(maxsize=4096)
-def needed_scale_slots(k_blocks: int, split_k: int, stages: int, persistent: bool) -> int:
-    """Fewest quads in flight such that the producer never overwrites one that a consumer may still read.
-
-    The producer is at most `stages` blocks ahead: when it starts a quad, every quad but the SLOTS - 1 before it must
-    end `stages` blocks earlier. So any SLOTS - 1 consecutive quads must hold at least stages - 1 blocks of k; the first
-    and the last quad of a range may hold fewer than four.
-    """
-    worst = 1
-    for begin, end in _k_ranges(k_blocks, split_k):
-        edges = [begin, *range(align_up(begin + 1, _QUAD), end, _QUAD), end]
-        sizes = [b - a for a, b in zip(edges, edges[1:], strict=False) if b > a]
-        sizes = sizes * (2 + stages // max(1, len(sizes))) if persistent else sizes
-        slots = 1
-        while slots - 1 < len(sizes) and any(
-            sum(sizes[i : i + slots - 1]) < stages - 1 for i in range(len(sizes) - slots + 1)
-        ):
-            slots += 1
-        worst = max(worst, slots)
-    return worst
+    staging = 4 * c.warpgroups * c.slabs * _SLAB_BYTES
+    return SharedMemory((height + width) * _SLOT_ROW_BYTES, scale_slot, staging, c.stages)
 
 
 def fit_stages(p: GemmProblem, c: GemmConfig, chip: Chip, limit: int = _MAX_STAGES) -> GemmConfig | None:
@@ -209,28 +193,36 @@ def fit_stages(p: GemmProblem, c: GemmConfig, chip: Chip, limit: int = _MAX_STAG
     capacity = chip.smem_per_block
     if c.blocks_per_sm > 1:
         capacity = (chip.smem_per_block + _RESERVED_BYTES) // c.blocks_per_sm - _RESERVED_BYTES
-    for stages in range(limit, 2, -1):
-        slots = needed_scale_slots(p.k_blocks, c.split_k, stages, not c.swap_ab) if p.is_fp8 else 0
-        fitted = replace(c, stages=stages, scale_slots=slots)
-        if shared_memory(p, fitted).total <= capacity and not problems_with(p, fitted):
-            return fitted
+    for enough in (4, 3):  # draining D at leisure is worth a slot of the ring, but not the fourth
+        for slabs in _slab_choices(p, c):
+            for stages in range(limit, enough - 1, -1):
+                fitted = replace(c, stages=stages, slabs=slabs)
+                if shared_memory(p, fitted).total <= capacity and not problems_with(p, fitted):
+                    return fitted
     return None
+
+
+def _slab_choices(p: GemmProblem, c: GemmConfig) -> list[int]:
+    if not tma_store(p, c):
+        return [0]
+    whole = c.cols // 64
+    return [n for n in range(whole, 0, -1) if whole % n == 0]
 
 
 def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
     """Why a configuration cannot run a problem: one line for each rule that it breaks."""
     rules = [
-        (c.rows in (64, 128), f"the 64-row side is {c.rows}, must be 64 or 128 (one or two warpgroups)"),
+        (c.rows in (64, 128, 192), f"the 64-row side is {c.rows}, must be 64, 128 or 192 (1 to 3 warpgroups)"),
+        (not c.swap_ab or c.rows < 192, f"block_n is {c.rows}, must be 64 or 128 with swap_ab"),
         (c.cols % 8 == 0 and 8 <= c.cols <= 256, f"the other side is {c.cols}, must be 8 to 256 in steps of 8 (wgmma)"),
         (c.swap_ab or c.split_k == 1, "split_k needs swap_ab"),
         (c.split_k in (1, 2, 4, 8), f"split_k is {c.split_k}, must be 1, 2, 4 or 8 (portable cluster size)"),
         (not p.is_fp8 or c.cols <= _widest(p, c), f"{c.cols} columns leave no registers for two accumulators"),
-        (p.is_fp8 == (c.scale_slots > 0), "scale_slots must be positive for FP8 and 0 for BF16"),
+        (not p.is_fp8 or c.stages % _QUAD == 0, f"stages is {c.stages}, must be a multiple of {_QUAD} for FP8"),
+        (c.split_k <= ceil_div(p.k_blocks, _QUAD), f"split_k is {c.split_k}, more than the quads of k"),
+        (c.slabs in _slab_choices(p, c), f"slabs is {c.slabs}, must be one of {_slab_choices(p, c)}"),
         (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),
     ]
-    if p.is_fp8:
-        needed = needed_scale_slots(p.k_blocks, c.split_k, c.stages, not c.swap_ab)
-        rules.append((c.scale_slots >= needed, f"scale_slots is {c.scale_slots}, this k needs {needed}"))
     if c.swap_ab:
         ring = c.stages * (c.rows + c.cols) * _SLOT_ROW_BYTES
         rules.append((c.cols * (c.rows + 4) * 4 <= ring, "the float32 partial tile does not fit over the ring"))

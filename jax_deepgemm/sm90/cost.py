@@ -73,9 +73,9 @@ def candidates(p: GemmProblem, chip: Chip) -> Iterator[GemmConfig]:
     """Every configuration worth comparing; each obeys `problems_with`."""
     if p.m > 32 or p.n <= 64:
         widths = range(64, 257, 16) if not p.is_fp8 else range(64, 193, 8 if p.b_scales == "block" else 32)
-        for rows in (128, 64):
+        for rows in (128, 64, 192):
             for cols in widths:
-                if rows == 128 or cols in (64, 128):
+                if rows == 128 or cols in (64, 96, 112, 120, 128) and not (rows == 64 and cols % 64):
                     yield from _fitted(p, GemmConfig(rows, cols, 0), chip)
     if p.m <= 512:
         for tokens in (8, 16, 32, 64, 128):
@@ -84,7 +84,7 @@ def candidates(p: GemmProblem, chip: Chip) -> Iterator[GemmConfig]:
                     for split in (1, 2, 4, 8):
                         for resident in (1, 2):
                             config = GemmConfig(tokens, weights, 0, True, split, resident)
-                            if split <= p.k_blocks and tokens < 2 * max(8, p.m):
+                            if tokens < 2 * max(8, p.m):
                                 yield from _fitted(p, config, chip)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Result, Scalar, TensorMap
 from jax_deepgemm.jit import compile_kernel
 from jax_deepgemm.sm90.chip import Chip
-from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, ceil_div, problems_with, shared_memory
+from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, ceil_div, problems_with, shared_memory, tma_store
 from jax_deepgemm.sm90.source import INTEGERS, kernel_source
 
 
@@ -34,16 +34,19 @@ class GemmOperands:
     c: MatrixOperand | None = None
 
 
-def _map(x: MatrixOperand, dtype: str, size: int, box: tuple[int, int], swizzle: int) -> TensorMap:
+def _map(
+    buffer: Operand | Result, shape: tuple[int, ...], dtype: str, size: int, box: tuple[int, int], swizzle: int
+) -> TensorMap:
     """A three-dimensional map (columns, rows, batch); boxes that reach outside are filled with zeros."""
-    *batch, rows, cols = x.shape
+    *batch, rows, cols = shape
     strides = (cols * size, rows * cols * size)
-    return TensorMap(Operand(x.index), dtype, (cols, rows, *(batch or (1,))), strides, (*box, 1), swizzle)
+    return TensorMap(buffer, dtype, (cols, rows, *(batch or (1,))), strides, (*box, 1), swizzle)
 
 
 def _matrix_map(p: GemmProblem, x: MatrixOperand, k_major: bool, tile: int) -> TensorMap:
     box = (p.block_k, tile) if k_major else (64, 64)
-    return _map(x, "uint8" if p.is_fp8 else "bfloat16", 1 if p.is_fp8 else 2, box, 128)
+    dtype, size = ("uint8", 1) if p.is_fp8 else ("bfloat16", 2)
+    return _map(Operand(x.index), x.shape, dtype, size, box, 128)
 
 
 def stripe_height(p: GemmProblem, c: GemmConfig, chip: Chip) -> int:
@@ -67,7 +70,10 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
         (x.b_scales, p.b_scales == "vector", c.block_n),
     ):
         if scales is not None and vector:
-            maps.append(_map(scales, "float32", 4, (4, tile), 0))
+            maps.append(_map(Operand(scales.index), scales.shape, "float32", 4, (4, tile), 0))
+    if tma_store(p, c):
+        batch = (p.batches,) if p.batches > 1 else ()
+        maps.append(_map(Result(0), (*batch, p.m, p.n), "bfloat16", 2, (64, 16), 128))
     block_scales = x.b_scales if p.b_scales == "block" else None
     pointers = [Operand(block_scales.index)] if block_scales else []
     pointers = [*pointers, Result(0), *([Operand(x.c.index)] if x.c else [])]

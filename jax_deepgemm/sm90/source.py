@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jax_deepgemm.jit import KernelSource
-from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, shared_memory
+from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, shared_memory, tma_store
 from jax_deepgemm.sm90.wgmma import wgmma_wrapper
 
 _TEXT = """\
@@ -14,16 +14,16 @@ struct Config {{
   using Mma = ::Mma;
   using Out = {out};
   static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages}, WARPGROUPS = {warpgroups};
-  static constexpr int SPLITS = {splits}, SCALE_SLOTS = {scale_slots}, STAGING_BYTES = {staging}, SHARED_BYTES = {shared};
-  static constexpr int REGISTERS = {registers};
-  static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, ADD = {add};
+  static constexpr int SPLITS = {splits}, SCALE_SLOTS = STAGES / 4 + 1, SLABS = {slabs}, STAGING_BYTES = {staging}, SHARED_BYTES = {shared};
+  static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
+  static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, ADD = {add}, TMA_STORE = {tma_store};
   static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
 }};
 
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
   const jdg::Operands operands = {{{operands}}};
   const jdg::Problem problem = {{m, n, batches, stripe}};
-  jdg::{header}<Config>(operands, problem, d, {c});
+  jdg::{header}<Config>(operands, problem, {d_map}, d, {c});
 }}
 """
 
@@ -34,22 +34,24 @@ def kernel_name(p: GemmProblem, c: GemmConfig) -> str:
     """A stable name that profilers show: operand types, layout, tile, stages; shapes are run-time parameters."""
     types = p.a if p.a == p.b else f"{p.a}_{p.b}"
     parts = ["jdg_sm90", types, p.layout, f"{c.block_m}x{c.block_n}", f"s{c.stages}"]
-    parts += [f"q{c.scale_slots}"] if p.is_fp8 else []
+    parts += [f"d{c.slabs}"] if c.slabs else []
     parts += ["swap", f"k{c.split_k}"] if c.swap_ab else []
     parts += [f"x{c.blocks_per_sm}"] if c.blocks_per_sm > 1 else []
     parts += ["sb1"] if p.b_scales == "vector" else []
     parts += ["f32"] if p.out == "float32" else []
     parts += ["add"] if p.add_c else []
+    parts += ["unaligned"] if p.out == "bfloat16" and not c.swap_ab and not tma_store(p, c) else []
     return "_".join(parts)
 
 
 def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
-    """The source of the kernel that runs `c` on `p`; equal for all m, n, batches, and for all k with equal scale_slots."""
+    """The source of the kernel that runs `c` on `p`; equal for all shapes."""
     memory = shared_memory(p, c)
     sides = [("a", p.a, p.a_k_major, "vector" if p.is_fp8 else "none"), ("b", p.b, p.b_k_major, p.b_scales)]
     rows, cols = reversed(sides) if c.swap_ab else sides
     maps = [f"const __grid_constant__ jdg::TensorMap {name}_map" for name in ("a", "b")]
     maps += [f"const __grid_constant__ jdg::TensorMap {s[0]}_scale_map" for s in sides if s[3] == "vector"]
+    maps += ["const __grid_constant__ jdg::TensorMap d_map"] if tma_store(p, c) else []
     out = "float" if p.out == "float32" else "jdg::bf16"
     parameters = [*maps, *(["const float* block_scales"] if p.b_scales == "block" else []), f"{out}* d"]
     parameters += [f"const {out}* c"] if p.add_c else []
@@ -70,10 +72,13 @@ def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
         stages=c.stages,
         warpgroups=c.warpgroups,
         splits=c.split_k,
-        scale_slots=c.scale_slots,
+        slabs=c.slabs,
         staging=memory.staging,
         shared=memory.total,
         registers=c.registers,
+        producer_registers=c.producer_registers,
+        tma_store=str(tma_store(p, c)).lower(),
+        d_map="&d_map" if tma_store(p, c) else "nullptr",
         rows_k_major=str(rows[2]).lower(),
         cols_k_major=str(cols[2]).lower(),
         add=str(p.add_c).lower(),
@@ -86,7 +91,7 @@ def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
         operands=", ".join(operands),
         c="c" if p.add_c else "nullptr",
     )
-    shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "scale_slots")
+    shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs")
     return KernelSource(name, text, (("problem", str(p)), *((f, getattr(c, f)) for f in shown)))
 
 

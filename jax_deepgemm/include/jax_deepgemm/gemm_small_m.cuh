@@ -4,7 +4,7 @@
 //   warpgroups 0 .. W-1   consumers: 64 weight rows each
 //   last warp             one thread of it is the TMA producer
 //
-//   rank r of the cluster multiplies blocks of k [r K / SPLITS, (r + 1) K / SPLITS)
+//   rank r of the cluster multiplies quads of k [r Q / SPLITS, (r + 1) Q / SPLITS)
 //   -> float32 partial [token][ROWS + 4] over the ring (every slot has been read)      cluster barrier
 //   -> rank r adds slice r of all partials, in rank order, + C, rounds once, stores    cluster barrier: nobody leaves
 //                                                                                      while peers read its memory
@@ -12,14 +12,14 @@
 // every time.
 #pragma once
 
-#include <jax_deepgemm/gemm.cuh>
+#include <jax_deepgemm/epilogue.cuh>
 
 namespace jdg {
 
 template <class C>
 struct Partial {
   static constexpr int kPitch = C::ROWS + 4;  // floats; 4 of padding make the fragment's stores free of bank conflicts
-  static_assert(C::COLS * kPitch * 4 <= Layout<C>::kRowScales, "the partial tile lies over the ring");
+  static_assert(C::COLS * kPitch * 4 <= Layout<C>::kStaging, "the partial tile lies over the ring");
 };
 
 template <class C>
@@ -60,13 +60,19 @@ __device__ __forceinline__ void store_four(float4 v, typename C::Out* d, const t
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (col + i < p.n) store_as(d + at + i, values[i]);
+      if (col + i < p.n) store_one(d + at + i, values[i]);
   }
 }
 
+// Where a rank's share of k begins: at a multiple of four blocks.
 template <class C>
-__device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& p, typename C::Out* d,
-                                             const typename C::Out* c) {
+__device__ __forceinline__ int first_block(int rank, int k_blocks) {
+  return min(rank * ceil_div(k_blocks, kQuad) / C::SPLITS * kQuad, k_blocks);
+}
+
+template <class C>
+__device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& p, const TensorMap*,
+                                             typename C::Out* d, const typename C::Out* c) {
   extern __shared__ __align__(1024) char shared[];
   const u32 smem = smem_address(shared);
   constexpr int kConsumers = 128 * C::WARPGROUPS;
@@ -74,8 +80,8 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
   const int row_tiles = ceil_div(p.n, C::ROWS), token_tiles = ceil_div(p.m, C::COLS);
   const int index = blockIdx.x / C::SPLITS;
   const Tile tile = {index / token_tiles % row_tiles * C::ROWS, index % token_tiles * C::COLS,
-                     index / (token_tiles * row_tiles), rank * in.k_blocks / C::SPLITS,
-                     (rank + 1) * in.k_blocks / C::SPLITS};
+                     index / (token_tiles * row_tiles), first_block<C>(rank, in.k_blocks),
+                     first_block<C>(rank + 1, in.k_blocks)};
 
   init_barriers<C>(smem);
   ptx::wait_for_previous_kernel();
@@ -85,8 +91,9 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
     if (threadIdx.x == kConsumers) load_blocks<C>(at, in, tile);
     __syncwarp();
   } else {
-    const int warpgroup = threadIdx.x / 128;
+    const int warpgroup = warpgroup_index();
     float acc[C::COLS / 2];
+    clear(acc);
     multiply_blocks<C>(acc, at, in, tile, warpgroup);
     ptx::named_barrier<1, kConsumers>();  // the other warpgroup may still read the slots that the partial overwrites
     store_partial<C>(acc, smem, warpgroup);

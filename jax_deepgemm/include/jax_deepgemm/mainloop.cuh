@@ -9,11 +9,14 @@
 //   TMA rows tile, cols tile -> slot s       4 wgmma over the 128 bytes of k in the slot
 //   every 4th block: TMA scale quads         wait for them, arrive empty[s], promote: acc += scale * product
 //
-// Vector scales (1x128) are read from the caller's row-major [rows, k/128] array: one TMA box {4 blocks of k, rows}
-// serves four blocks of k. Its slots form a ring of their own, SCALE_SLOTS long, without barriers: a quad's last reader
-// is done before it releases the data slot of the last block of that quad, and the host sizes the ring so that the
-// producer, at most STAGES blocks ahead, has seen that release before it overwrites the quad (sm90/config.py).
+// FP8 walks k in quads of four blocks, because one TMA box {4 blocks of k, rows} of the caller's row-major scales
+// [rows, k/128] serves four of them: STAGES is a multiple of four, block j of a quad sits in slot j of its lap, and the
+// loop over a quad is unrolled. Slots that the last quad of a tile does not need are passed on without data. The quads
+// of scales form a ring of STAGES / 4 + 1 slots without barriers of their own: a quad is read before its warpgroup
+// releases the first block of the next one, and the producer is at most STAGES blocks ahead.
 //
+// Hazard: a load from shared memory may still be under way when its warp arrives at an mbarrier behind it; only an
+// instruction that uses the value proves it done. Hence the one slot more: with it, the promotion stands in between.
 // Hazard: the FP8 tensor core accumulates with about 14 bits, hence the promotion to float32 after every 128 of k.
 #pragma once
 
@@ -44,10 +47,10 @@ struct Layout {
 
   static constexpr u32 kRows = 0;
   static constexpr u32 kCols = kRows + C::STAGES * kRowsBytes;
-  static constexpr u32 kRowScales = kCols + C::STAGES * kColsBytes;
+  static constexpr u32 kStaging = kCols + C::STAGES * kColsBytes;  // 1024-byte aligned
+  static constexpr u32 kRowScales = kStaging + C::STAGING_BYTES;
   static constexpr u32 kColScales = kRowScales + C::SCALE_SLOTS * kRowScaleBytes;
-  static constexpr u32 kStaging = kColScales + C::SCALE_SLOTS * kColScaleBytes;
-  static constexpr u32 kBarriers = kStaging + C::STAGING_BYTES;
+  static constexpr u32 kBarriers = kColScales + C::SCALE_SLOTS * kColScaleBytes;
   static constexpr u32 kBytes = kBarriers + 2 * C::STAGES * 8;
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
 
@@ -55,7 +58,7 @@ struct Layout {
   static constexpr u32 kQuadBytes = kRowScaleBytes + (C::COL_SCALES == Scale::kVector ? C::COLS * kQuad * 4 : 0);
 };
 
-// A block of k in the ring, as seen from one side of it.
+// A slot of the ring, as seen from one side of it.
 template <class C>
 struct Position {
   u32 smem;
@@ -74,15 +77,28 @@ struct Position {
   __device__ __forceinline__ u32 col_scales() const {
     return smem + Layout<C>::kColScales + quad_slot * Layout<C>::kColScaleBytes;
   }
-  // `kb` is the block just finished, the next one is kb + 1 or the first of another range.
-  __device__ __forceinline__ void advance(int kb, bool last) {
-    if (++stage == C::STAGES) {
+  template <int SLOTS = 1>
+  __device__ __forceinline__ void advance() {
+    stage += SLOTS;
+    if (stage == C::STAGES) {
       stage = 0;
       phase ^= 1;
     }
-    if (C::SCALE_SLOTS > 0 && (last || kb % kQuad == kQuad - 1) && ++quad_slot == C::SCALE_SLOTS) quad_slot = 0;
+  }
+  __device__ __forceinline__ void advance_scales() {
+    if (++quad_slot == C::SCALE_SLOTS) quad_slot = 0;
   }
 };
+
+// Which consumer warpgroup this thread is in; the shuffle tells the compiler that it is the same for a whole warp, so
+// that descriptors are computed in uniform registers.
+__device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0); }
+
+template <int COUNT>
+__device__ __forceinline__ void clear(float (&acc)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) acc[i] = 0.0f;
+}
 
 template <class C>
 __device__ __forceinline__ void init_barriers(u32 smem) {
@@ -112,7 +128,7 @@ struct Operands {
 // The part of the product that a block of threads computes at a time.
 struct Tile {
   int row, col, batch;
-  int k_begin, k_end;  // blocks of k
+  int k_begin, k_end;  // blocks of k; FP8 begins at a multiple of four
 };
 
 template <class C, bool K_MAJOR, int EXTENT>
@@ -130,22 +146,29 @@ __device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32
 template <class C>
 __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in, const Tile& tile) {
   using L = Layout<C>;
+  constexpr bool kFp8 = C::ROW_SCALES != Scale::kNone;
   for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
-    const bool quad = C::SCALE_SLOTS > 0 && (kb == tile.k_begin || kb % kQuad == 0);
+    const bool quad = kFp8 && kb % kQuad == 0;
     ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
     ptx::mbarrier_expect_bytes(at.full(), L::kSlotBytes + (quad ? L::kQuadBytes : 0));
     load_operand<C, C::ROWS_K_MAJOR, C::ROWS>(at.rows(), *in.rows, at.full(), tile.row, kb,
                                               tile.batch * in.batched_rows);
     load_operand<C, C::COLS_K_MAJOR, C::COLS>(at.cols(), *in.cols, at.full(), tile.col, kb,
                                               tile.batch * in.batched_cols);
-    // The innermost coordinate of a TMA box must be a multiple of 16 bytes: quads start at multiples of 4.
-    if (C::ROW_SCALES == Scale::kVector && quad)
-      ptx::tma_load(at.row_scales(), *in.row_scales, at.full(), kb / kQuad * kQuad, tile.row,
-                    tile.batch * in.batched_row_scales);
-    if (C::COL_SCALES == Scale::kVector && quad)
-      ptx::tma_load(at.col_scales(), *in.col_scales, at.full(), kb / kQuad * kQuad, tile.col,
-                    tile.batch * in.batched_col_scales);
-    at.advance(kb, kb + 1 == tile.k_end);
+    if (quad) {
+      if constexpr (C::ROW_SCALES == Scale::kVector)
+        ptx::tma_load(at.row_scales(), *in.row_scales, at.full(), kb, tile.row, tile.batch * in.batched_row_scales);
+      if constexpr (C::COL_SCALES == Scale::kVector)
+        ptx::tma_load(at.col_scales(), *in.col_scales, at.full(), kb, tile.col, tile.batch * in.batched_col_scales);
+      at.advance_scales();
+    }
+    at.advance();
+  }
+  if constexpr (kFp8) {
+    for (; at.stage % kQuad != 0; at.advance()) {
+      ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
+      ptx::mbarrier_arrive(at.full());
+    }
   }
 }
 
@@ -157,34 +180,28 @@ struct Fragment {
       : row(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4), col(threadIdx.x % 4 * 2) {}
 };
 
-// 128x128 scales of one tile, read through L1 one block of k ahead of their use. A tile whose edges are not multiples
-// of 128 touches up to COUNT of them.
+// 128x128 scales of one tile, which touches up to COUNT rows of them: a quad at a time, one quad ahead of their use, so
+// that no load latency stands in the loop over k. Rows are block_scale_pitch, a multiple of four, apart.
 template <int COUNT>
 struct BlockScales {
-  const float* next;   // of the first row of blocks
+  const float* next;    // the quad to fetch next, in the first row
   int row_step[COUNT];  // from there to the others; the last row of blocks stands for those beyond it
-  float ahead[COUNT];
+  float4 ahead[COUNT];
 
   __device__ __forceinline__ BlockScales(const Operands& in, int first, int batch, int kb) {
     const int row = min(first / 128, in.block_scale_rows - 1);
     next = in.block_scales + (static_cast<i64>(batch) * in.block_scale_rows + row) * in.block_scale_pitch + kb;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) row_step[i] = min(i, in.block_scale_rows - 1 - row) * in.block_scale_pitch;
-    fetch(kb < in.k_blocks);
   }
-  __device__ __forceinline__ void fetch(bool there) {
+  __device__ __forceinline__ void fetch() {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) ahead[i] = there ? __ldg(next + row_step[i]) : 0.0f;
-  }
-  __device__ __forceinline__ void take(float (&now)[COUNT], bool more) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) now[i] = ahead[i];
-    ++next;
-    fetch(more);
+    for (int i = 0; i < COUNT; ++i) ahead[i] = __ldg(reinterpret_cast<const float4*>(next + row_step[i]));
+    next += kQuad;
   }
 };
 
-// The descriptors of one k-step within a slot.
+// The multiplication of one slot, one committed group.
 template <class C>
 __device__ __forceinline__ void multiply_slot(float (&d)[C::COLS / 2], u32 rows, u32 cols, bool overwrite) {
   const u64 a = C::ROWS_K_MAJOR ? ptx::k_major_descriptor(rows) : ptx::mn_major_descriptor(rows, 64 * kSlotRowBytes);
@@ -222,87 +239,140 @@ struct Constant {
   __device__ constexpr operator int() const { return VALUE; }
 };
 
+__device__ __forceinline__ float element(const float4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
 // Consumer side, FP8: one temporary accumulator per block of k, promoted with its scales.
+//
+// Whatever the next block needs before its multiplication can be issued (its barrier, its scales) is done while the
+// tensor core is busy with this one: between two multiplications of a warpgroup stand only promotion and issue.
 template <class C>
 __device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position<C>& at, const Operands& in,
                                              const Tile& tile, int warpgroup) {
+  using L = Layout<C>;
   constexpr int kGroups = C::COLS / 8;
   constexpr bool kColVector = C::COL_SCALES == Scale::kVector;
   constexpr bool kRowVector = C::ROW_SCALES == Scale::kVector;
   constexpr int kBlocks = C::COL_SCALES == Scale::kBlock ? touched_blocks(C::COLS) : 1;
   constexpr bool kHasBlocks = C::COL_SCALES == Scale::kBlock || C::ROW_SCALES == Scale::kBlock;
   // Per-column scales are a factor for every element or column. Where registers allow, they are formed under the
-  // multiplication; otherwise promotion reads them from the slot, which is then released behind it.
+  // multiplication; otherwise promotion reads and forms them.
   constexpr int kFactors = kRowVector ? C::COLS / 2 : 2 * kGroups;
   constexpr bool kFactorsEarly = kColVector && C::COLS + kFactors <= C::REGISTERS - 40;
+  static_assert(C::STAGES % kQuad == 0 && C::SCALE_SLOTS == C::STAGES / kQuad + 1, "see the head of this file");
 
   const Fragment mine;
   const int scaled = C::ROW_SCALES == Scale::kBlock ? tile.row + 64 * warpgroup : tile.col;
   const int batch = tile.batch * (C::ROW_SCALES == Scale::kBlock ? in.batched_row_scales : in.batched_col_scales);
-  BlockScales<kBlocks> blocks(in, scaled, batch, kHasBlocks ? tile.k_begin : in.k_blocks);
+  BlockScales<kBlocks> blocks(in, scaled, batch, tile.k_begin);
 
-  for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
-    const bool last = kb + 1 == tile.k_end;
-    float upper = 1.0f, lower = 1.0f, block[kBlocks] = {1.0f}, col[kFactorsEarly ? 2 * kGroups : 1];
-    float temp[C::COLS / 2];
-
-    // Scales before the multiplication is issued: behind it they cost 3 to 9 % of the rate (docs/performance.md).
-    if constexpr (kHasBlocks) blocks.take(block, !last);
-    ptx::mbarrier_wait(at.full(), at.phase);
+  // Scales of a quad: of this thread's two rows, and of the 128x128 blocks; of one block: of this thread's columns.
+  float4 upper, lower, block[kBlocks];
+  float col[kFactorsEarly ? 2 * kGroups : 1];
+  const auto load_quad = [&](bool more) {
     if constexpr (kRowVector) {
-      const u32 address = at.row_scales() + ((64 * warpgroup + mine.row) * kQuad + kb % kQuad) * 4;
-      upper = ptx::load_shared(address);
-      lower = ptx::load_shared(address + 8 * kQuad * 4);
+      const u32 address = at.row_scales() + (64 * warpgroup + mine.row) * kQuad * 4;
+      upper = ptx::load_shared_4(address);
+      lower = ptx::load_shared_4(address + 8 * kQuad * 4);
     }
-    const u32 col_scales = at.col_scales() + (mine.col * kQuad + kb % kQuad) * 4;
-    const auto col_scale = [&](int i) { return ptx::load_shared(col_scales + (i / 2 * 8 + i % 2) * kQuad * 4); };
+    if constexpr (kHasBlocks) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) block[i] = blocks.ahead[i];
+      if (more) blocks.fetch();
+    }
+  };
+  const auto col_scale = [&](int j, int i) {
+    return ptx::load_shared(at.col_scales() + mine.col * kQuad * 4 + ((i / 2 * 8 + i % 2) * kQuad + j) * 4);
+  };
+  const auto load_cols = [&](int j) {
     if constexpr (kFactorsEarly) {
 #pragma unroll
-      for (int i = 0; i < 2 * kGroups; ++i) col[i] = col_scale(i);
+      for (int i = 0; i < 2 * kGroups; ++i) col[i] = col_scale(j, i);
     }
+  };
 
-    ptx::pin(temp);
-    ptx::wgmma_fence();
-    multiply_slot<C>(temp, at.rows() + warpgroup * 64 * kSlotRowBytes, at.cols(), true);
-
-    // Under the multiplication: the factors that promotion needs.
-    float factor[kFactorsEarly ? kFactors : 1], uppers[kBlocks], lowers[kBlocks];
-    if constexpr (kFactorsEarly) {
+  if (tile.k_begin >= tile.k_end) return;
+  if constexpr (kHasBlocks) blocks.fetch();
+  ptx::mbarrier_wait(at.full(), at.phase);
+  load_quad(tile.k_begin + kQuad < tile.k_end);
+  load_cols(0);
+  for (int kb = tile.k_begin; kb < tile.k_end; kb += kQuad) {
+    const int live = tile.k_end - kb;  // blocks from here on
+    const u32 rows = at.rows() + warpgroup * 64 * kSlotRowBytes, cols = at.cols();
+    const u32 full = at.full(), empty = at.empty(), phase = at.phase;
 #pragma unroll
-      for (int i = 0; i < kFactors; ++i)
-        factor[i] = kRowVector ? (i % 4 < 2 ? upper : lower) * col[i / 4 * 2 + i % 2] : block[0] * col[i];
-    }
-#pragma unroll
-    for (int j = 0; j < kBlocks; ++j) uppers[j] = upper * block[j], lowers[j] = lower * block[j];
-
-    ptx::wgmma_wait<0>();
-    ptx::pin(temp);
-    const auto release = [&] {
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(at.empty());
-    };
-    if constexpr (!kColVector || kFactorsEarly) release();
-
-    if constexpr (kFactorsEarly) {
-#pragma unroll
-      for (int i = 0; i < C::COLS / 2; ++i) acc[i] += factor[kRowVector ? i : i / 4 * 2 + i % 2] * temp[i];
-    } else if constexpr (kColVector) {
-#pragma unroll
-      for (int i = 0; i < 2 * kGroups; ++i) {
-        const float scale = col_scale(i);
-        const int at_upper = i / 2 * 4 + i % 2;
-        acc[at_upper] += uppers[0] * scale * temp[at_upper];
-        acc[at_upper + 2] += (kRowVector ? lowers[0] * scale : uppers[0] * scale) * temp[at_upper + 2];
+    for (int j = 0; j < kQuad; ++j) {
+      const auto release = [&] {
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + j * 8);
+      };
+      if (j >= live) {
+        ptx::mbarrier_wait(full + j * 8, phase);
+        release();
+        continue;
       }
+      float temp[C::COLS / 2];
+      ptx::pin(temp);
+      ptx::wgmma_fence();
+      multiply_slot<C>(temp, rows + j * L::kRowsBytes, cols + j * L::kColsBytes, true);
+
+      // Under the multiplication: the factors of its promotion, then what the next block needs.
+      const float u = kRowVector ? element(upper, j) : 1.0f, l = kRowVector ? element(lower, j) : 1.0f;
+      float factor[kFactorsEarly ? kFactors : 1], uppers[kBlocks], lowers[kBlocks];
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        const float b = kHasBlocks ? element(block[i], j) : 1.0f;
+        uppers[i] = u * b, lowers[i] = l * b;
+      }
+      if constexpr (kFactorsEarly) {
+#pragma unroll
+        for (int i = 0; i < kFactors; ++i)
+          factor[i] = kRowVector ? (i % 4 < 2 ? u : l) * col[i / 4 * 2 + i % 2] : uppers[0] * col[i];
+      }
+      if (j + 1 < kQuad) {
+        if (j + 1 < live) ptx::mbarrier_wait(full + (j + 1) * 8, phase);
+      } else {
+        at.template advance<kQuad>();
+        if (live > kQuad) ptx::mbarrier_wait(at.full(), at.phase);
+      }
+
+      ptx::wgmma_wait<0>();
+      ptx::pin(temp);
       release();
-    } else if constexpr (128 % C::COLS == 0) {
-      promote_by_block<C>(acc, temp, uppers, lowers, Constant<0>());
-    } else if constexpr (C::COLS % 64 == 0) {  // two possible offsets: two straight copies beat run-time selects
-      if (tile.col % 128 == 0) promote_by_block<C>(acc, temp, uppers, lowers, Constant<0>());
-      else promote_by_block<C>(acc, temp, uppers, lowers, Constant<64>());
-    } else {
-      promote_by_block<C>(acc, temp, uppers, lowers, tile.col % 128);
+
+      if constexpr (kFactorsEarly) {
+#pragma unroll
+        for (int i = 0; i < C::COLS / 2; ++i) acc[i] += factor[kRowVector ? i : i / 4 * 2 + i % 2] * temp[i];
+      } else if constexpr (kColVector) {
+#pragma unroll
+        for (int i = 0; i < 2 * kGroups; ++i) {
+          const float scale = col_scale(j, i);
+          const int at_upper = i / 2 * 4 + i % 2;
+          acc[at_upper] += uppers[0] * scale * temp[at_upper];
+          acc[at_upper + 2] += (kRowVector ? lowers[0] * scale : uppers[0] * scale) * temp[at_upper + 2];
+        }
+      } else if constexpr (128 % C::COLS == 0) {
+        promote_by_block<C>(acc, temp, uppers, lowers, Constant<0>());
+      } else if constexpr (C::COLS % 64 == 0) {  // two possible offsets: two straight copies beat run-time selects
+        if (tile.col % 128 == 0) promote_by_block<C>(acc, temp, uppers, lowers, Constant<0>());
+        else promote_by_block<C>(acc, temp, uppers, lowers, Constant<64>());
+      } else {
+        promote_by_block<C>(acc, temp, uppers, lowers, tile.col % 128);
+      }
+      if (j + 1 < kQuad) {
+        if (j + 1 < live) load_cols(j + 1);
+      } else {
+        at.advance_scales();
+        if (live > kQuad) {
+          load_quad(live > 2 * kQuad);
+          load_cols(0);
+        }
+      }
     }
-    at.advance(kb, last);
+    if (live < kQuad) {
+      at.template advance<kQuad>();
+      at.advance_scales();
+    }
   }
 }
 
@@ -320,19 +390,17 @@ __device__ __forceinline__ void multiply_bf16(float (&acc)[C::COLS / 2], Positio
     ptx::wgmma_wait<1>();
     if (kb > tile.k_begin && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);
     previous = at.empty();
-    at.advance(kb, kb + 1 == tile.k_end);
+    at.advance();
   }
   ptx::wgmma_wait<0>();
   ptx::pin(acc);
   if (tile.k_begin < tile.k_end && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);
 }
 
-// acc = rows tile * cols tile over the tile's range of k, all scales applied.
+// acc += rows tile * cols tile over the tile's range of k, all scales applied.
 template <class C>
 __device__ __forceinline__ void multiply_blocks(float (&acc)[C::COLS / 2], Position<C>& at, const Operands& in,
                                                 const Tile& tile, int warpgroup) {
-#pragma unroll
-  for (int i = 0; i < C::COLS / 2; ++i) acc[i] = 0.0f;
   if constexpr (C::ROW_SCALES == Scale::kNone) multiply_bf16<C>(acc, at, tile, warpgroup);
   else multiply_fp8<C>(acc, at, in, tile, warpgroup);
 }

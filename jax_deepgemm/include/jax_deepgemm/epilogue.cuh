@@ -1,0 +1,123 @@
+// From the accumulator of a consumer warpgroup to D.
+//
+// bf16 D whose rows are 16-byte aligned: a warp owns 16 rows. It writes 64 columns at a time into a slab of 16 rows of
+// 128 bytes (stmatrix; 16-byte chunks exchanged by row, which is TMA's 128-byte swizzle, against bank conflicts) and one
+// of its lanes hands the slab to TMA, which clips tails in m and n. No barrier between warps; the warp goes on to the
+// next tile while its SLABS slabs drain, and waits for one only when it writes that one again.
+//
+// Hazard: slabs are written by ordinary stores and read by TMA: fence.proxy.async in between (PTX ISA 9.7.9.25).
+#pragma once
+
+#include <jax_deepgemm/mainloop.cuh>
+
+namespace jdg {
+
+struct Problem {
+  int m, n, batches;
+  int stripe;  // row tiles walked together before the next column, for reuse in L2
+};
+
+constexpr int kSlabCols = 64, kSlabBytes = 16 * kSlabCols * 2;
+
+template <class T>
+__device__ __forceinline__ T* matrix_of(T* base, const Problem& p, int batch) {
+  return base + static_cast<i64>(batch) * p.m * p.n;
+}
+
+__device__ __forceinline__ float2 load_pair(const float* c) { return *reinterpret_cast<const float2*>(c); }
+__device__ __forceinline__ float2 load_pair(const bf16* c) {
+  const u32 packed = *reinterpret_cast<const u32*>(c);
+  return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000u)};
+}
+__device__ __forceinline__ void store_pair(float* d, float a, float b) { *reinterpret_cast<float2*>(d) = {a, b}; }
+__device__ __forceinline__ void store_pair(bf16* d, float a, float b) {
+  *reinterpret_cast<u32*>(d) = ptx::pack_bf16(a, b);
+}
+__device__ __forceinline__ void store_one(float* d, float v) { *d = v; }
+__device__ __forceinline__ void store_one(bf16* d, float v) { *d = ptx::to_bf16(v); }
+
+// Puts C into the accumulator (START) or adds it there, in float32 and before the one rounding. As the starting value
+// of an FP8 accumulator its loads hide behind the first block of k; the tensor core itself, which BF16 accumulates in,
+// truncates, and is kept away from large values of C.
+template <class C, bool START>
+__device__ __forceinline__ void add_c(float (&acc)[C::COLS / 2], const typename C::Out* c, const Problem& p,
+                                      const Tile& tile, int first_row) {
+  constexpr int kInFlight = 64;  // registers that loads may take beside the accumulator
+  const Fragment mine;
+#pragma unroll
+  for (int i = 0; i < C::COLS / 2; i += 2) {
+    if (!START && i % kInFlight == 0) asm volatile("" ::: "memory");
+    const int row = first_row + mine.row + i / 2 % 2 * 8, col = tile.col + i / 4 * 8 + mine.col;
+    const typename C::Out* at = c + static_cast<i64>(row) * p.n + col;
+    float2 pair = {0.0f, 0.0f};
+    if (p.n % 2 == 0) {
+      if (row < p.m && col < p.n) pair = load_pair(at);
+    } else {
+      if (row < p.m && col < p.n) pair.x = ptx::to_float(at[0]);
+      if (row < p.m && col + 1 < p.n) pair.y = ptx::to_float(at[1]);
+    }
+    acc[i] = START ? pair.x : acc[i] + pair.x;
+    acc[i + 1] = START ? pair.y : acc[i + 1] + pair.y;
+  }
+}
+
+// Columns from FIRST on, straight from the accumulator: float32, where four lanes fill a 32-byte sector, bf16 rows that
+// are not 16-byte aligned, and the columns of a tile beyond its last whole slab.
+template <class C, int FIRST = 0>
+__device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], typename C::Out* d, const Problem& p,
+                                             const Tile& tile, int first_row) {
+  const Fragment mine;
+#pragma unroll
+  for (int i = FIRST / 2; i < C::COLS / 2; i += 2) {
+    const int row = first_row + mine.row + i / 2 % 2 * 8, col = tile.col + i / 4 * 8 + mine.col;
+    typename C::Out* at = d + static_cast<i64>(row) * p.n + col;
+    if (p.n % 2 == 0) {
+      if (row < p.m && col < p.n) store_pair(at, acc[i], acc[i + 1]);
+    } else {
+      if (row < p.m && col < p.n) store_one(at, acc[i]);
+      if (row < p.m && col + 1 < p.n) store_one(at + 1, acc[i + 1]);
+    }
+  }
+}
+
+// `slabs` is this warp's part of the staging memory, 1024-byte aligned.
+template <class C>
+__device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], const TensorMap& d_map, u32 slabs,
+                                            const Tile& tile, int first_row) {
+  static_assert(C::COLS / kSlabCols % C::SLABS == 0, "a slab's turn must come at the same column of every tile");
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int slab = 0; slab < C::COLS / kSlabCols; ++slab) {
+    const u32 memory = slabs + slab % C::SLABS * kSlabBytes, row_address = memory + lane % 16 * 128;
+    if (lane == 0) ptx::tma_store_wait_read<C::SLABS - 1>();
+    __syncwarp();
+#pragma unroll
+    for (int chunk = 0; chunk < 8; chunk += 2) {
+      const float* a = acc + (slab * 8 + chunk) * 4;
+      ptx::store_matrix_x4(row_address + (((chunk + lane / 16) ^ (lane % 8)) * 16), ptx::pack_bf16(a[0], a[1]),
+                           ptx::pack_bf16(a[2], a[3]), ptx::pack_bf16(a[4], a[5]), ptx::pack_bf16(a[6], a[7]));
+    }
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) {
+      ptx::tma_store(d_map, memory, tile.col + slab * kSlabCols,
+                     first_row + threadIdx.x / 32 % 4 * 16, tile.batch);
+      ptx::tma_store_commit();
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void store_tile(const float (&acc)[C::COLS / 2], const TensorMap* d_map,
+                                           typename C::Out* d, u32 slabs, const Problem& p, const Tile& tile,
+                                           int first_row) {
+  if constexpr (C::TMA_STORE) {
+    constexpr int kWhole = C::COLS / kSlabCols * kSlabCols;
+    store_slabs<C>(acc, *d_map, slabs, tile, first_row);
+    if constexpr (kWhole < C::COLS) store_direct<C, kWhole>(acc, d, p, tile, first_row);
+  } else {
+    store_direct<C>(acc, d, p, tile, first_row);
+  }
+}
+
+}  // namespace jdg
