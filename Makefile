@@ -49,6 +49,7 @@ $(VENV)/.lint: $(VENV)/.installed
 	touch $@
 
 docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet 'matplotlib>=3.8'
 	$(VENV)/bin/python -m jax_deepgemm bench --report benchmarks/results/*.json --write
 
 gpu:

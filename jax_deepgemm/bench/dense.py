@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +22,8 @@ ROWS_OF_A = (1, 16, 64, 128, 256, 1024, 4096, 8192)
 WEIGHTS = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 SQUARES = (4096, 8192)
 COMPILE_THREADS = 8
+FP8_BASELINE_ROWS = 16  # of A at least: below, XLA converts FP8 operands to BF16 instead of calling cuBLASLt
+CUBLASLT_ONLY = {"xla_gpu_enable_triton_gemm": False}
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def product(problem: Problem) -> Callable[..., jax.Array]:
 
 
 def baseline(problem: Problem) -> Callable[..., jax.Array]:
-    """Returns what XLA does with the same values (cuBLASLt on a GPU); FP8 is multiplied without scales."""
+    """Returns the same product as XLA has it (on a GPU by cuBLASLt); FP8 is multiplied without scales."""
     out = jnp.float32 if problem.kind == "fp8_wgrad" else jnp.bfloat16
 
     def dot(a: Any, b: Any, *_: Any) -> jax.Array:
@@ -117,10 +119,15 @@ class _Compiled:
     error: str = ""
 
 
-def _compile(function: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> _Compiled:
+def _compile(
+    function: Callable[..., Any],
+    name: str,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any] | None = None,
+) -> _Compiled:
     begin = time.perf_counter()
     try:
-        compiled = jax.jit(named(function, name)).lower(*arguments).compile()
+        compiled = jax.jit(named(function, name)).lower(*arguments).compile(compiler_options=options)
     except Exception as error:
         text = str(error).strip() or repr(error)
         return _Compiled(None, (time.perf_counter() - begin) * 1e3, f"{type(error).__name__}: {text[:300]}")
@@ -131,10 +138,13 @@ def measure(
     problems: Sequence[Problem], *, calls: int, flush: Callable[[], None], clocks: ClockLog | None
 ) -> Iterator[dict[str, Any]]:
     """Measures problems, those with the same B in one profiler session; yields a row of results for each."""
-    for _, same_weights in groupby(problems, key=lambda problem: (problem.kind, problem.n, problem.k)):
+    for (kind, *_), same_weights in groupby(
+        problems, key=lambda problem: (problem.kind, problem.n, problem.k)
+    ):
         group = list(same_weights)
         try:
-            drawn = operands(max(group, key=lambda problem: problem.m))
+            rows = max(FP8_BASELINE_ROWS, *(problem.m for problem in group))
+            drawn = operands(replace(group[0], m=rows) if kind != "fp8_wgrad" else group[0])
         except Exception as error:
             for problem in group:
                 yield _row(problem) | {
@@ -154,15 +164,20 @@ def _measure_group(
     clocks: ClockLog | None,
 ) -> Iterator[dict[str, Any]]:
     on_gpu = jax.default_backend() == "gpu"
-    arguments = [
-        (drawn if problem.kind == "fp8_wgrad" else (_first_rows(drawn[0], problem.m), *drawn[1:]))
+    arguments = [_with_rows(drawn, problem, problem.m) for problem in group]
+    padded = [
+        _with_rows(drawn, problem, max(problem.m, FP8_BASELINE_ROWS if problem.kind == "fp8" else 1))
         for problem in group
     ]
     ours, theirs = _names("jdg_row", group), _names("baseline_row", group)
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
         waiting = list(pool.map(_compile, map(product, group), ours, arguments))
-        # One at a time, as XLA picks cuBLASLt's algorithm by timing it on the GPU.
-        compiled = dict(zip(theirs, map(_compile, map(baseline, group), theirs, arguments), strict=True))
+    # One at a time, as XLA picks cuBLASLt's algorithm by timing it on the GPU.
+    options = CUBLASLT_ONLY if on_gpu else None
+    compiled = {
+        name: _compile(baseline(problem), name, given, options)
+        for name, problem, given in zip(theirs, group, padded, strict=True)
+    }
     compiled |= dict(zip(ours, waiting, strict=True))
     jobs = [
         Job(name, run, KERNEL_PREFIX if on_gpu and name in ours else "")
@@ -177,6 +192,10 @@ def _measure_group(
         row["baseline"] = {"what": "cuBLASLt through jnp" if on_gpu else "XLA dot"}
         row["baseline"] |= _figures(problem, timings.get(base), compiled[base].error)
         yield row
+
+
+def _with_rows(drawn: tuple[Any, ...], problem: Problem, rows: int) -> tuple[Any, ...]:
+    return drawn if problem.kind == "fp8_wgrad" else (_first_rows(drawn[0], rows), *drawn[1:])
 
 
 def _names(stem: str, group: Sequence[Problem]) -> list[str]:
