@@ -1,12 +1,13 @@
-"""Runs every kind of kernel once, on small shapes with tails, for compute-sanitizer.
+"""Runs every kind of kernel once, on shapes with tails, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 
-Operands are drawn and checked on the CPU, so that only kernels of this package run on the GPU.
+Operands are drawn, and results checked, on the CPU, so that only kernels of this package run on the GPU.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,33 +17,58 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_deepgemm as jdg
+from jax_deepgemm.sm90.chip import H200
+from jax_deepgemm.sm90.config import GemmConfig, GemmProblem
+from jax_deepgemm.sm90.cost import candidates, cost
 
-SHAPES = {"large m": (200, 272, 448), "small m": (5, 272, 1152)}
+M, N, K = 520, 272, 1088  # tails in every dimension
+FEW_SMS = 3  # so that persistent blocks compute several tiles
 
 
 def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...]]]:
-    """Yields (name, function, operands on the CPU)."""
-    for size, (m, n, k) in SHAPES.items():
-        rng = np.random.default_rng(0)
+    """Yields (name, function, operands): every kind of configuration, then every kind of operand."""
+    rng = np.random.default_rng(0)
 
-        def normal(*shape: int, rng: np.random.Generator = rng) -> jax.Array:
-            return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
 
-        a, b, c = normal(m, k), normal(n, k), jnp.ones((m, n), jnp.float32)
-        qa = jdg.quantize(a, block=(1, 128))
-        for block in ((128, 128), (1, 128)):
-            qb = jdg.quantize(b, block=block)
-            yield f"fp8_gemm_nt {size} B {block}", jdg.fp8_gemm_nt, (qa, qb)
-            yield f"fp8_gemm_nt {size} B {block} + C", _with_float32_c(jdg.fp8_gemm_nt), (qa, qb, c)
-        for layout in ("nt", "nn", "tn", "tt"):
-            left = a if layout[0] == "n" else normal(k, -(-m // 8) * 8)
-            right = b if layout[1] == "t" else normal(k, n)
-            yield f"bf16_gemm_{layout} {size}", getattr(jdg, f"bf16_gemm_{layout}"), (left, right)
-        yield f"bf16_gemm_nt {size} + C", _with_float32_c(jdg.bf16_gemm_nt), (a, b, c)
+    a, b, c = normal(M, K), normal(N, K), jnp.ones((M, N), jnp.float32)
+    few = normal(5, K)
+    qa, qfew = (jdg.quantize(rows, block=(1, 128)) for rows in (a, few))
+    qb, qb_rows = jdg.quantize(b, block=(128, 128)), jdg.quantize(b, block=(1, 128))
+    for left, quantised, sms in ((a, qa, FEW_SMS), (few, qfew, None)):
+        rows = len(left)
+        for config in kinds_of_config(GemmProblem(rows, N, K)):
+            yield f"fp8 m={rows} {config}", call(jdg.fp8_gemm_nt, sms, config=config), (quantised, qb)
+        for config in kinds_of_config(GemmProblem(rows, N, K, "bf16", "bf16", b_scales="none")):
+            yield f"bf16 m={rows} {config}", call(jdg.bf16_gemm_nt, sms, config=config), (left, b)
+    float32 = call(jdg.fp8_gemm_nt, out_dtype=jnp.float32)
+    yield "fp8 + C", float32, (qa, qb, c)
+    yield "fp8 B 1x128", call(jdg.fp8_gemm_nt), (qa, qb_rows)
+    yield "fp8 B 1x128 + C", float32, (qa, qb_rows, c)
+    yield "fp8 few rows + C", call(jdg.fp8_gemm_nt, None, out_dtype=jnp.float32), (qfew, qb, c[:5])
+    yield "bf16 + C", call(jdg.bf16_gemm_nt, out_dtype=jnp.float32), (a, b, c)
+    for layout in ("nn", "tn", "tt"):
+        left = a if layout[0] == "n" else normal(K, M)
+        right = b if layout[1] == "t" else normal(K, N)
+        yield f"bf16 {layout}", call(getattr(jdg, f"bf16_gemm_{layout}")), (left, right)
+    batched = jax.vmap(jdg.bf16_gemm_nt, in_axes=(0, None))
+    yield "bf16 batch", batched, (normal(3, 40, K), b)
 
 
-def _with_float32_c(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    return lambda a, b, c: product(a, b, c, out_dtype=jnp.float32)
+def call(
+    function: Callable[..., jax.Array], num_sms: int | None = FEW_SMS, **options: Any
+) -> Callable[..., jax.Array]:
+    return functools.partial(function, num_sms=num_sms, **options)
+
+
+def kinds_of_config(problem: GemmProblem) -> list[GemmConfig]:
+    """The cheapest configuration of each kind: kernel, warpgroups, cluster, blocks per SM."""
+    cheapest: dict[tuple[Any, ...], GemmConfig] = {}
+    for config in sorted(candidates(problem, H200), key=lambda one: cost(problem, one, H200).total):
+        kind = (config.swap_ab, config.warpgroups, config.split_k > 1, config.blocks_per_sm)
+        cheapest.setdefault(kind, config)
+    return list(cheapest.values())
 
 
 def main() -> int:
