@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import gemm_oracle as oracle
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BLOCK, EDGE_SHAPES, FP8_PAIRS, LAYOUTS, OUT_DTYPES, ROW, ZERO_SHAPES, Case, edges
 from hypothesis import given, settings
 
+import gemm_oracle as oracle
 import jax_deepgemm as jdg
+from cases import BLOCK, EDGE_SHAPES, FP8_PAIRS, LAYOUTS, OUT_DTYPES, ROW, ZERO_SHAPES, Case, edges
 from jax_deepgemm import QuantizedArray
 from jax_deepgemm.gemm import api, ops, padding, reference
 
@@ -88,7 +88,7 @@ def test_edges(case):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", ZERO_SHAPES, ids=str)
-@pytest.mark.parametrize("accumulate", (False, True), ids=("", "c"))
+@pytest.mark.parametrize("accumulate", [False, True], ids=("", "c"))
 def test_empty(shape, layout, accumulate):
     """An empty sum is C, or zeros; an empty result is empty."""
     for out in OUT_DTYPES:
@@ -101,7 +101,9 @@ def test_empty_has_zero_gradients():
     x, w = jnp.zeros((4, 0), jnp.bfloat16), jnp.zeros((8, 0), jnp.bfloat16)
     loss = lambda x, w, c: bf16_gemm(Case(4, 8, 0), [x, w, c]).astype(jnp.float32).sum()  # noqa: E731
     dx, dw, dc = jax.grad(loss, (0, 1, 2))(x, w, jnp.ones((4, 8), jnp.bfloat16))
-    assert dx.shape == (4, 0) and dw.shape == (8, 0) and np.all(np.asarray(dc) == 1)
+    assert dx.shape == (4, 0)
+    assert dw.shape == (8, 0)
+    assert np.all(np.asarray(dc) == 1)
 
 
 def test_quantized_array_says_its_block():
@@ -163,7 +165,8 @@ def test_padding_keeps_products(shape, layout):
     case = Case(*shape, out="float32", layout=layout, accumulate=True)
     a, b, c = oracle.bf16_operands(case)
     padded = padding.bf16_rows(a, b, c, layout=layout, out_dtype=jnp.float32)
-    assert padded[2] is c and all(x.shape[-1] % 8 == 0 for x in padded[:2])
+    assert padded[2] is c
+    assert all(x.shape[-1] % 8 == 0 for x in padded[:2])
     (got,) = reference.bf16_gemm(*padded[:2], layout=layout, out_dtype=jnp.float32)
     (want,) = reference.bf16_gemm(a, b, layout=layout, out_dtype=jnp.float32)
     np.testing.assert_allclose(got[: case.m, : case.n], want, rtol=1e-5, atol=1e-2)
@@ -183,7 +186,8 @@ def test_padding_keeps_products(shape, layout):
 def test_padding_works_under_a_leading_dimension_and_passes_what_fits():
     x = jnp.ones((3, 5, 100), jnp.bfloat16)
     a, b = padding.bf16_rows(x, x, layout="nt")
-    assert a.shape == b.shape == (3, 5, 104) and float(a[0, 0, 100:].sum()) == 0
+    assert a.shape == b.shape == (3, 5, 104)
+    assert float(a[0, 0, 100:].sum()) == 0
     whole = jnp.ones((5, 104), jnp.bfloat16)
     assert padding.bf16_rows(whole, whole, layout="nt")[0] is whole
 
@@ -198,8 +202,11 @@ def test_notes_are_logged_once_per_shape(caplog):
             padding.fp8_rows(*oracle.fp8_operands(case))
     transposed = [r.getMessage() for r in caplog.records if "transposed" in r.getMessage()]
     copied = [r.getMessage() for r in caplog.records if "is copied to" in r.getMessage()]
-    assert len(transposed) == 1 and "b [40, 6]" in transposed[0] and "fp8_gemm_nt" in transposed[0]
-    assert len(copied) == 4 and any("float8_e4m3fn[4, 40]" in text and "[4, 48]" in text for text in copied)
+    assert len(transposed) == 1
+    assert "b [40, 6]" in transposed[0]
+    assert "fp8_gemm_nt" in transposed[0]
+    assert len(copied) == 4
+    assert any("float8_e4m3fn[4, 40]" in text and "[4, 48]" in text for text in copied)
 
 
 def test_num_sms_comes_from_the_configuration():
@@ -208,13 +215,16 @@ def test_num_sms_comes_from_the_configuration():
         jaxpr = jax.make_jaxpr(lambda x: jdg.bf16_gemm_nt(x, x, **options))(x)
         return next(e.params["num_sms"] for e in jaxpr.eqns if e.primitive.name.startswith("bf16_gemm"))
 
-    assert num_sms() is None and num_sms(num_sms=7) == 7
+    assert num_sms() is None
+    assert num_sms(num_sms=7) == 7
     with jdg.config.use(num_sms=100):
-        assert num_sms() == 100 and num_sms(num_sms=7) == 7
+        assert num_sms() == 100
+        assert num_sms(num_sms=7) == 7
 
 
 def test_ops_have_the_documented_names():
     x = QuantizedArray(jnp.ones((2, 128), jnp.float8_e4m3fn), jnp.ones((2, 1)), (1, 128))
     text = str(jax.make_jaxpr(lambda: jdg.fp8_gemm_nt(x, x, jnp.ones((2, 2), jnp.bfloat16)))())
     assert "fp8_gemm_row_add" in text
-    assert ops.FP8_GEMM_BLOCK.name == "fp8_gemm_block" and ops.BF16_GEMM["tn"].name == "bf16_gemm_tn"
+    assert ops.FP8_GEMM_BLOCK.name == "fp8_gemm_block"
+    assert ops.BF16_GEMM["tn"].name == "bf16_gemm_tn"

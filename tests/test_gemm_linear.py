@@ -9,20 +9,20 @@ import re
 from collections import Counter
 from typing import Any
 
-import gemm_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
-import op_checks
 import pytest
-from cases import BLOCK
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from op_checks import OpCase, Shard
 
+import gemm_oracle as oracle
 import jax_deepgemm as jdg
+import op_checks
+from cases import BLOCK
 from jax_deepgemm import fp8_linear
 from jax_deepgemm.gemm.linear import ACT_FP8, LINEAR_OUT, WEIGHT_FP8
+from op_checks import OpCase, Shard
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 TOLERANCE = 1e-3
@@ -39,9 +39,9 @@ def exact(x: Any, w: Any, dy: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     return einsum("...k,nk->...n", x, w), einsum("...n,nk->...k", dy, w), einsum("...n,...k->nk", dy, x)
 
 
-@pytest.mark.parametrize("lead", ((64,), (3, 50), (2, 3, 7), (1,), ()), ids=str)
+@pytest.mark.parametrize("lead", [(64,), (3, 50), (2, 3, 7), (1,), ()], ids=str)
 @pytest.mark.parametrize(
-    "dtypes", ((BF16, F32), (F32, BF16), (BF16, BF16)), ids=("bf16-f32", "f32-bf16", "bf16")
+    "dtypes", [(BF16, F32), (F32, BF16), (BF16, BF16)], ids=("bf16-f32", "f32-bf16", "bf16")
 )
 def test_near_float32(lead, dtypes):
     x, w, dy = (
@@ -57,10 +57,17 @@ def test_near_float32(lead, dtypes):
     assert [z.dtype for z in got] == [BF16, *dtypes]
 
 
-@pytest.mark.parametrize("options", (
-    {"out_dtype": F32}, {"scale_format": "ue8m0"}, {"grad_dtype": jnp.float8_e5m2}, {"num_sms": 100},
-    {"reduce_dtype": BF16},
-), ids=lambda o: next(iter(o)))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"out_dtype": F32},
+        {"scale_format": "ue8m0"},
+        {"grad_dtype": jnp.float8_e5m2},
+        {"num_sms": 100},
+        {"reduce_dtype": BF16},
+    ],
+    ids=lambda o: next(iter(o)),
+)
 def test_options(options):
     x, w = normal(0, 64, 256), normal(1, 128, 256)
     dy = normal(2, 64, 128, dtype=options.get("out_dtype", BF16))
@@ -92,13 +99,15 @@ def test_what_is_kept_is_fp8():
     assert all(leaf.dtype == jnp.uint8 for leaf in big)
 
 
-@pytest.mark.parametrize("lead", ((0,), (0, 4), (4, 0)), ids=str)
+@pytest.mark.parametrize("lead", [(0,), (0, 4), (4, 0)], ids=str)
 def test_no_tokens(lead):
     x, w = jnp.zeros((*lead, 256), BF16), normal(1, 128, 256, dtype=F32)
     y, vjp = jax.vjp(fp8_linear, x, w)
     dx, dw = vjp(y)
-    assert y.shape == (*lead, 128) and dx.shape == x.shape
-    assert dw.dtype == F32 and not np.any(np.asarray(dw))
+    assert y.shape == (*lead, 128)
+    assert dx.shape == x.shape
+    assert dw.dtype == F32
+    assert not np.any(np.asarray(dw))
 
 
 def test_frozen_weight():
@@ -142,9 +151,17 @@ def gemms(function: Any, *args: Any) -> int:
     return sum(n for name, n in primitives(function, *args).items() if name.startswith("fp8_gemm"))
 
 
-@pytest.mark.parametrize(("names", "count"), (
-    (None, 4), ((), 4), ((LINEAR_OUT,), 3), ((LINEAR_OUT, ACT_FP8), 3), ((LINEAR_OUT, ACT_FP8, WEIGHT_FP8), 3),
-), ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (None, 4),
+        ((), 4),
+        ((LINEAR_OUT,), 3),
+        ((LINEAR_OUT, ACT_FP8), 3),
+        ((LINEAR_OUT, ACT_FP8, WEIGHT_FP8), 3),
+    ],
+    ids=str,
+)
 def test_remat_policies_count_gemms(names, count):
     x, w = normal(0, 32, 256), normal(1, 128, 256)
     policy = None if names is None else jax.checkpoint_policies.save_only_these_names(*names)
@@ -156,8 +173,8 @@ def test_remat_policies_count_gemms(names, count):
         assert oracle.calc_diff(one, other) < 1e-4
 
 
-@pytest.mark.parametrize("policy", ("everything_saveable", "dots_saveable", "nothing_saveable"))
-@pytest.mark.parametrize("frozen", (False, True), ids=("", "frozen"))
+@pytest.mark.parametrize("policy", ["everything_saveable", "dots_saveable", "nothing_saveable"])
+@pytest.mark.parametrize("frozen", [False, True], ids=("", "frozen"))
 def test_saved_values_from_256_on_survive(policy, frozen):
     """jax.checkpoint rounds what it saves with reduce_precision, which turns 256..448 of e4m3 into infinities."""
     x, w = normal(0, 32, 256), normal(1, 128, 256)
@@ -203,11 +220,19 @@ def args(*lead: int, n: int = 512, k: int = 512) -> Any:
 
 CASES = [
     OpCase(
-        "linear", layer, args(16, k=256, n=256), nests=(((0, None),), ((0, 0),), ((0, None), (1, 0))),
-        plain=plain, wrt=(0, 1), tolerance=1e-4, grad_tolerance=0.15,
+        "linear",
+        layer,
+        args(16, k=256, n=256),
+        nests=(((0, None),), ((0, 0),), ((0, None), (1, 0))),
+        plain=plain,
+        wrt=(0, 1),
+        tolerance=1e-4,
+        grad_tolerance=0.15,
     ),
     OpCase(
-        "linear-2d", layer, args(16),
+        "linear-2d",
+        layer,
+        args(16),
         shards=(
             Shard((P("x"), P()), P("x")),
             Shard((P("x"), P("y")), P("x", "y"), modes=("explicit", "shard_map")),
@@ -217,7 +242,9 @@ CASES = [
         tolerance=1e-4,
     ),
     OpCase(
-        "linear-3d", layer, args(4, 8, n=512, k=512),
+        "linear-3d",
+        layer,
+        args(4, 8, n=512, k=512),
         shards=(
             Shard((P("x"), P("y")), P("x", None, "y"), modes=("explicit", "shard_map")),
             Shard((P("x", "y"), P()), P("x", "y"), modes=("explicit", "shard_map")),
@@ -226,7 +253,7 @@ CASES = [
         ),
         tolerance=1e-4,
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("check", op_checks.checks(CASES))
@@ -265,7 +292,7 @@ def moves_operands(hlo: str) -> bool:
     return any(math.prod(map(int, shape.split(","))) > 256 for shape in moved)
 
 
-@pytest.mark.parametrize("w_spec", (P("y"), P(None, "y")), ids=str)
+@pytest.mark.parametrize("w_spec", [P("y"), P(None, "y")], ids=str)
 def test_auto_axes_move_no_operands(w_spec):
     x, w = args(16)(jax.random.key(0))
     mesh = op_checks.make_mesh("auto")
@@ -276,26 +303,27 @@ def test_auto_axes_move_no_operands(w_spec):
     assert not moves_operands(program.as_text())
 
 
-@pytest.mark.parametrize("mode", ("auto", "explicit", "shard_map"))
+@pytest.mark.parametrize("mode", ["auto", "explicit", "shard_map"])
 def test_gradients_data_parallel(mode):
     """Tokens cut: the weight's gradient is summed; the activations' one needs nothing."""
     hlo = sharded_gradients(mode, P("y"), P(), P("y", None))
-    assert not moves_operands(hlo) and "all-reduce" in hlo
+    assert not moves_operands(hlo)
+    assert "all-reduce" in hlo
 
 
-@pytest.mark.parametrize("mode", ("auto", "explicit"))
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
 def test_gradients_column_parallel(mode):
     hlo = sharded_gradients(mode, P("x"), P("y"), P("x", "y"))
     assert not moves_operands(hlo)
 
 
-@pytest.mark.parametrize("mode", ("auto", "explicit"))
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
 def test_gradients_row_parallel(mode):
     hlo = sharded_gradients(mode, P("x", "y"), P(None, "y"), P("x", None))
     assert not moves_operands(hlo)
 
 
-@pytest.mark.parametrize("mode", ("explicit", "shard_map"))
+@pytest.mark.parametrize("mode", ["explicit", "shard_map"])
 def test_gradients_with_batch_and_sequence_cut(mode):
     hlo = sharded_gradients(mode, P("x", "y"), P(), P("x", "y", None), lead=(4, 16))
     assert not moves_operands(hlo)

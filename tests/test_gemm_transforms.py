@@ -10,19 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gemm_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
-import op_checks
 import pytest
-from cases import BLOCK, LAYOUTS, ROW, Case
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from op_checks import OpCase, Shard
 
+import gemm_oracle as oracle
 import jax_deepgemm as jdg
+import op_checks
+from cases import BLOCK, LAYOUTS, ROW, Case
 from jax_deepgemm.gemm import ops
+from op_checks import OpCase, Shard
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 M, N, K = 16, 576, 704  # n / 4 = 144 and k / 4 = 176: shards end inside blocks of 128
@@ -128,9 +128,17 @@ def bf16_op(layout: str, add: bool, out: str, sharded: bool = False) -> OpCase:
 
 
 CASES = [
-    fp8_op("fp8-block", fp8_case(out="float32"), shards=fp8_shards(False), nests=(
-        ((0, 0, 0, 0),), ((0, 0, None, None),), ((1, 1, None, None), (0, 0, 0, 0)), ((0, 0, None, None), (None, None, 0, 0)),
-    )),
+    fp8_op(
+        "fp8-block",
+        fp8_case(out="float32"),
+        shards=fp8_shards(False),
+        nests=(
+            ((0, 0, 0, 0),),
+            ((0, 0, None, None),),
+            ((1, 1, None, None), (0, 0, 0, 0)),
+            ((0, 0, None, None), (None, None, 0, 0)),
+        ),
+    ),
     fp8_op("fp8-block-bf16", fp8_case(), shards=fp8_shards(False)[2:5]),
     fp8_op("fp8-block-add", fp8_case(out="float32", accumulate=True), shards=fp8_shards(True)),
     fp8_op("fp8-row", fp8_case(b_block=ROW, out="float32"), shards=fp8_shards(False)[3:]),
@@ -139,7 +147,7 @@ CASES = [
     *(bf16_op(layout, False, "float32", sharded=layout == "nn") for layout in LAYOUTS),
     bf16_op("nt", True, "float32"),
     bf16_op("tn", True, "bfloat16", sharded=True),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("check", op_checks.checks(CASES))
@@ -153,7 +161,8 @@ def test_derivatives_are_gemms_of_other_layouts():
         a, b = oracle.bf16_operands(Case(16, 24, 40, layout=layout))
         loss = lambda a, b: run_bf16(a, b, layout=layout, out="float32").sum()  # noqa: B023, E731
         text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(a, b))
-        assert "transpose[" not in text and "dot_general" not in text
+        assert "transpose[" not in text
+        assert "dot_general" not in text
         for index in (0, 1):
             assert f"bf16_gemm_{ops.cotangent_gemm(layout, index)[0]}[" in text
 
@@ -167,9 +176,12 @@ def test_gradient_is_the_limit_of_differences():
     da, db = jax.grad(loss, (0, 1))(a, b)
     predicted = float((da.astype(F32) * u).sum() + (db.astype(F32) * v).sum())
     h = 2.0**-6
-    at = lambda s: float(
-        (oracle.bf16_float64(case, _wide(a) + s * h * _wide(u), _wide(b) + s * h * _wide(v)) ** 2).sum()
-    )  # noqa: E731
+
+    def at(s):
+        return float(
+            (oracle.bf16_float64(case, _wide(a) + s * h * _wide(u), _wide(b) + s * h * _wide(v)) ** 2).sum()
+        )
+
     measured = (at(1) - at(-1)) / (2 * h)
     assert abs(predicted - measured) < 0.02 * abs(measured) + 1
 
@@ -194,7 +206,7 @@ def test_jacobians_of_both_modes_agree():
     np.testing.assert_allclose(forward.astype(F32), reverse.astype(F32), rtol=1e-2)
 
 
-@pytest.mark.parametrize("family", ("fp8", "bf16"))
+@pytest.mark.parametrize("family", ["fp8", "bf16"])
 def test_scan_over_stacked_weights(family):
     layers = 3
     if family == "fp8":
@@ -215,7 +227,7 @@ def test_scan_over_stacked_weights(family):
     assert oracle.calc_diff(scanned, x) < 1e-5
 
 
-@pytest.mark.parametrize("mode", ("plain", "auto", "explicit", "shard_map"))
+@pytest.mark.parametrize("mode", ["plain", "auto", "explicit", "shard_map"])
 def test_c_is_donated(mode):
     """The result takes C's buffer: the compiled program says so, and C is gone afterwards."""
     case = Case(16, 512, 256, out="float32", accumulate=True)
@@ -235,7 +247,7 @@ def test_c_is_donated(mode):
     oracle.assert_rounded(got, want, case.k)
 
 
-@pytest.mark.parametrize(("reduce_dtype", "name", "bound"), ((F32, "f32", 1e-5), (BF16, "bf16", 1e-4)))
+@pytest.mark.parametrize(("reduce_dtype", "name", "bound"), [(F32, "f32", 1e-5), (BF16, "bf16", 1e-4)])
 def test_reduce_dtype_decides_what_devices_exchange(reduce_dtype, name, bound):
     case = Case(16, 128, 1024)
     mesh = op_checks.make_mesh("explicit")

@@ -65,7 +65,7 @@ def bf16_rows(a: jax.Array, b: jax.Array, *rest: jax.Array, layout: str, **_: An
     step = ROW_BYTES // 2
     a = pad_axis("bf16_gemm: a", a, -1, step)
     b = pad_axis("bf16_gemm: b", b, -1, step)
-    if "n" == layout[0] or "t" == layout[1]:
+    if layout[0] == "n" or layout[1] == "t":
         a = pad_axis("bf16_gemm: a", a, -1 if layout[0] == "n" else -2, step)
         b = pad_axis("bf16_gemm: b", b, -1 if layout[1] == "t" else -2, step)
     return a, b, *rest
