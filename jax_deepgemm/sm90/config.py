@@ -169,7 +169,7 @@ class SharedMemory:
     @cached_property
     def total(self) -> int:
         ring = self.stages * (self.slot + 2 * 8)
-        return align_up(ring + (self.stages // _QUAD + 1) * self.scale_slot + self.staging, 128)
+        return align_up(ring + (ceil_div(self.stages, _QUAD) + 1) * self.scale_slot + self.staging, 128)
 
 
 def tma_store(p: GemmProblem, c: GemmConfig) -> bool:
@@ -218,7 +218,6 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
         (c.swap_ab or c.split_k == 1, "split_k needs swap_ab"),
         (c.split_k in (1, 2, 4, 8), f"split_k is {c.split_k}, must be 1, 2, 4 or 8 (portable cluster size)"),
         (not p.is_fp8 or c.cols <= _widest(p, c), f"{c.cols} columns leave no registers for two accumulators"),
-        (not p.is_fp8 or c.stages % _QUAD == 0, f"stages is {c.stages}, must be a multiple of {_QUAD} for FP8"),
         (c.split_k <= ceil_div(p.k_blocks, _QUAD), f"split_k is {c.split_k}, more than the quads of k"),
         (c.slabs in _slab_choices(p, c), f"slabs is {c.slabs}, must be one of {_slab_choices(p, c)}"),
         (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),

@@ -14,7 +14,7 @@ struct Config {{
   using Mma = ::Mma;
   using Out = {out};
   static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages}, WARPGROUPS = {warpgroups};
-  static constexpr int SPLITS = {splits}, SCALE_SLOTS = STAGES / 4 + 1, SLABS = {slabs}, STAGING_BYTES = {staging}, SHARED_BYTES = {shared};
+  static constexpr int SPLITS = {splits}, SCALE_SLOTS = (STAGES + 3) / 4 + 1, SLABS = {slabs}, STAGING_BYTES = {staging}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
   static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, ADD = {add}, TMA_STORE = {tma_store};
   static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};

@@ -61,6 +61,17 @@ __device__ __forceinline__ void add_c(float (&acc)[C::COLS / 2], const typename 
   }
 }
 
+// Brings a warpgroup's rows of the next tile of C into L2 while this tile is multiplied.
+template <class C>
+__device__ __forceinline__ void prefetch_c(const typename C::Out* c, const Problem& p, const Tile& tile,
+                                           int first_row) {
+  constexpr int kLine = 128 / sizeof(typename C::Out), kLines = ceil_div(C::COLS, kLine);
+  for (int i = threadIdx.x % 128; i < 64 * kLines; i += 128) {
+    const int row = first_row + i / kLines, col = tile.col + i % kLines * kLine;
+    if (row < p.m && col < p.n) ptx::prefetch_l2(c + static_cast<i64>(row) * p.n + col);
+  }
+}
+
 // Columns from FIRST on, straight from the accumulator: float32, where four lanes fill a 32-byte sector, bf16 rows that
 // are not 16-byte aligned, and the columns of a tile beyond its last whole slab.
 template <class C, int FIRST = 0>

@@ -44,15 +44,22 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
   } else {
     if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
     const u32 slabs = smem + Layout<C>::kStaging + threadIdx.x / 32 * C::SLABS * kSlabBytes;
-    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-      const Tile tile = tile_at<C>(index, p, in.k_blocks);
+    int index = blockIdx.x;
+    Tile tile = tile_at<C>(index, p, in.k_blocks);
+    BlockScales<C> blocks(in, tile, warpgroup);
+    while (index < tiles) {
+      index += gridDim.x;
+      const Tile next = tile_at<C>(index, p, in.k_blocks);
       const int first_row = tile.row + warpgroup * 64;
       float acc[C::COLS / 2];
       if constexpr (C::ADD && kFp8) add_c<C, true>(acc, matrix_of(c, p, tile.batch), p, tile, first_row);
       else clear(acc);
-      multiply_blocks<C>(acc, at, in, tile, warpgroup);
+      if (C::ADD && index < tiles) prefetch_c<C>(matrix_of(c, p, next.batch), p, next, next.row + warpgroup * 64);
+      multiply_blocks<C>(acc, at, blocks, tile, warpgroup);
+      if (index < tiles) blocks = BlockScales<C>(in, next, warpgroup);  // arrives during the epilogue
       if constexpr (C::ADD && !kFp8) add_c<C, false>(acc, matrix_of(c, p, tile.batch), p, tile, first_row);
       store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), slabs, p, tile, first_row);
+      tile = next;
     }
     if (C::TMA_STORE && threadIdx.x % 32 == 0) ptx::tma_store_wait_read<0>();  // the block's memory outlives its readers
   }

@@ -10,10 +10,9 @@
 //   every 4th block: TMA scale quads         wait for them, arrive empty[s], promote: acc += scale * product
 //
 // FP8 walks k in quads of four blocks, because one TMA box {4 blocks of k, rows} of the caller's row-major scales
-// [rows, k/128] serves four of them: STAGES is a multiple of four, block j of a quad sits in slot j of its lap, and the
-// loop over a quad is unrolled. Slots that the last quad of a tile does not need are passed on without data. The quads
-// of scales form a ring of STAGES / 4 + 1 slots without barriers of their own: a quad is read before its warpgroup
-// releases the first block of the next one, and the producer is at most STAGES blocks ahead.
+// [rows, k/128] serves four of them. Slots that the last quad of a tile does not need are passed on without data. The
+// quads of scales form a ring of ceil(STAGES / 4) + 1 slots without barriers of their own: a quad is read before its
+// warpgroup releases the first block of the next one, and the producer is at most STAGES blocks ahead.
 //
 // Hazard: a load from shared memory may still be under way when its warp arrives at an mbarrier behind it; only an
 // instruction that uses the value proves it done. Hence the one slot more: with it, the promotion stands in between.
@@ -77,7 +76,7 @@ struct Position {
   __device__ __forceinline__ u32 col_scales() const {
     return smem + Layout<C>::kColScales + quad_slot * Layout<C>::kColScaleBytes;
   }
-  template <int SLOTS = 1>
+  template <int SLOTS = 1>  // a divisor of STAGES
   __device__ __forceinline__ void advance() {
     stage += SLOTS;
     if (stage == C::STAGES) {
@@ -165,9 +164,10 @@ __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in,
     at.advance();
   }
   if constexpr (kFp8) {
-    for (; at.stage % kQuad != 0; at.advance()) {
+    for (int kb = tile.k_end; kb % kQuad != 0; ++kb) {
       ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
       ptx::mbarrier_arrive(at.full());
+      at.advance();
     }
   }
 }
@@ -180,23 +180,36 @@ struct Fragment {
       : row(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4), col(threadIdx.x % 4 * 2) {}
 };
 
-// 128x128 scales of one tile, which touches up to COUNT rows of them: a quad at a time, one quad ahead of their use, so
-// that no load latency stands in the loop over k. Rows are block_scale_pitch, a multiple of four, apart.
-template <int COUNT>
-struct BlockScales {
-  const float* next;    // the quad to fetch next, in the first row
-  int row_step[COUNT];  // from there to the others; the last row of blocks stands for those beyond it
-  float4 ahead[COUNT];
+// How many 128-blocks a tile of `width` columns can touch when tiles start at multiples of `width`.
+__host__ __device__ constexpr int touched_blocks(int width) { return ceil_div(128 - gcd(width, 128) + width, 128); }
 
-  __device__ __forceinline__ BlockScales(const Operands& in, int first, int batch, int kb) {
-    const int row = min(first / 128, in.block_scale_rows - 1);
-    next = in.block_scales + (static_cast<i64>(batch) * in.block_scale_rows + row) * in.block_scale_pitch + kb;
+// The 128x128 scales of one tile: a quad of k at a time, one quad ahead of their use, and the first one ahead of the
+// tile, so that their latency stands nowhere. Rows of scales are block_scale_pitch, a multiple of four, apart.
+template <class C>
+struct BlockScales {
+  static constexpr bool kOfRows = C::ROW_SCALES == Scale::kBlock, kThere = kOfRows || C::COL_SCALES == Scale::kBlock;
+  static constexpr int kCount = C::COL_SCALES == Scale::kBlock ? touched_blocks(C::COLS) : 1;
+  const float* next;     // the quad to fetch next, in the first row
+  int row_step[kCount];  // from there to the others; the last row of blocks stands for those beyond it
+  float4 ahead[kCount];
+
+  __device__ __forceinline__ BlockScales(const Operands& in, const Tile& tile, int warpgroup) {
+    if constexpr (kThere) {
+      const int first = kOfRows ? tile.row + 64 * warpgroup : tile.col;
+      const int batch = tile.batch * (kOfRows ? in.batched_row_scales : in.batched_col_scales);
+      const int row = min(first / 128, in.block_scale_rows - 1);
+      next = in.block_scales + (static_cast<i64>(batch) * in.block_scale_rows + row) * in.block_scale_pitch +
+             tile.k_begin;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) row_step[i] = min(i, in.block_scale_rows - 1 - row) * in.block_scale_pitch;
+      for (int i = 0; i < kCount; ++i)
+        row_step[i] = i == 0 ? 0 : min(i, in.block_scale_rows - 1 - row) * in.block_scale_pitch;
+      fetch(tile.k_begin < tile.k_end);
+    }
   }
-  __device__ __forceinline__ void fetch() {
+  __device__ __forceinline__ void fetch(bool there) {
+    if (!there) return;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) ahead[i] = __ldg(reinterpret_cast<const float4*>(next + row_step[i]));
+    for (int i = 0; i < kCount; ++i) ahead[i] = __ldg(reinterpret_cast<const float4*>(next + row_step[i]));
     next += kQuad;
   }
 };
@@ -213,60 +226,36 @@ __device__ __forceinline__ void multiply_slot(float (&d)[C::COLS / 2], u32 rows,
   ptx::wgmma_commit();
 }
 
-// How many 128-blocks a tile of `width` columns can touch when tiles start at multiples of `width`.
-__host__ __device__ constexpr int touched_blocks(int width) { return ceil_div(128 - gcd(width, 128) + width, 128); }
-
-// acc += row scale * block scale * temp; `offset` is the tile's first column modulo 128.
-template <class C, int COUNT, class OffsetOrConstant>
-__device__ __forceinline__ void promote_by_block(float (&acc)[C::COLS / 2], const float (&temp)[C::COLS / 2],
-                                                 const float (&upper)[COUNT], const float (&lower)[COUNT],
-                                                 OffsetOrConstant offset) {
-#pragma unroll
-  for (int i = 0; i < C::COLS / 8; ++i) {
-    float u = upper[0], l = lower[0];
-#pragma unroll
-    for (int j = 1; j < COUNT; ++j)
-      if (offset + 8 * i >= 128 * j) u = upper[j], l = lower[j];
-    acc[4 * i + 0] += u * temp[4 * i + 0];
-    acc[4 * i + 1] += u * temp[4 * i + 1];
-    acc[4 * i + 2] += l * temp[4 * i + 2];
-    acc[4 * i + 3] += l * temp[4 * i + 3];
-  }
-}
-
 template <int VALUE>
 struct Constant {
   __device__ constexpr operator int() const { return VALUE; }
 };
-
 __device__ __forceinline__ float element(const float4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Consumer side, FP8: one temporary accumulator per block of k, promoted with its scales.
+// Consumer side, FP8: one temporary accumulator per block of k, promoted with its scales. `offset` is the tile's first
+// column modulo 128, a Constant where the possible values are few enough for a copy of the loop each.
 //
 // Whatever the next block needs before its multiplication can be issued (its barrier, its scales) is done while the
 // tensor core is busy with this one: between two multiplications of a warpgroup stand only promotion and issue.
-template <class C>
-__device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position<C>& at, const Operands& in,
-                                             const Tile& tile, int warpgroup) {
+template <class C, class Offset>
+__device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position<C>& at, BlockScales<C>& blocks,
+                                             const Tile& tile, int warpgroup, Offset offset) {
   using L = Layout<C>;
+  constexpr int kUnit = gcd(C::STAGES, kQuad);  // blocks whose slots are neighbours: one address serves them
   constexpr int kGroups = C::COLS / 8;
   constexpr bool kColVector = C::COL_SCALES == Scale::kVector;
   constexpr bool kRowVector = C::ROW_SCALES == Scale::kVector;
-  constexpr int kBlocks = C::COL_SCALES == Scale::kBlock ? touched_blocks(C::COLS) : 1;
-  constexpr bool kHasBlocks = C::COL_SCALES == Scale::kBlock || C::ROW_SCALES == Scale::kBlock;
+  constexpr int kBlocks = BlockScales<C>::kCount;
+  constexpr bool kHasBlocks = BlockScales<C>::kThere;
   // Per-column scales are a factor for every element or column. Where registers allow, they are formed under the
   // multiplication; otherwise promotion reads and forms them.
   constexpr int kFactors = kRowVector ? C::COLS / 2 : 2 * kGroups;
   constexpr bool kFactorsEarly = kColVector && C::COLS + kFactors <= C::REGISTERS - 40;
-  static_assert(C::STAGES % kQuad == 0 && C::SCALE_SLOTS == C::STAGES / kQuad + 1, "see the head of this file");
+  static_assert(C::SCALE_SLOTS == ceil_div(C::STAGES, kQuad) + 1, "see the head of this file");
 
   const Fragment mine;
-  const int scaled = C::ROW_SCALES == Scale::kBlock ? tile.row + 64 * warpgroup : tile.col;
-  const int batch = tile.batch * (C::ROW_SCALES == Scale::kBlock ? in.batched_row_scales : in.batched_col_scales);
-  BlockScales<kBlocks> blocks(in, scaled, batch, tile.k_begin);
-
   // Scales of a quad: of this thread's two rows, and of the 128x128 blocks; of one block: of this thread's columns.
   float4 upper, lower, block[kBlocks];
   float col[kFactorsEarly ? 2 * kGroups : 1];
@@ -279,7 +268,7 @@ __device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position
     if constexpr (kHasBlocks) {
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) block[i] = blocks.ahead[i];
-      if (more) blocks.fetch();
+      blocks.fetch(more);
     }
   };
   const auto col_scale = [&](int j, int i) {
@@ -291,30 +280,32 @@ __device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position
       for (int i = 0; i < 2 * kGroups; ++i) col[i] = col_scale(j, i);
     }
   };
+  const auto release = [](u32 empty) {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+  };
 
   if (tile.k_begin >= tile.k_end) return;
-  if constexpr (kHasBlocks) blocks.fetch();
   ptx::mbarrier_wait(at.full(), at.phase);
   load_quad(tile.k_begin + kQuad < tile.k_end);
   load_cols(0);
   for (int kb = tile.k_begin; kb < tile.k_end; kb += kQuad) {
     const int live = tile.k_end - kb;  // blocks from here on
-    const u32 rows = at.rows() + warpgroup * 64 * kSlotRowBytes, cols = at.cols();
-    const u32 full = at.full(), empty = at.empty(), phase = at.phase;
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
-      const auto release = [&] {
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + j * 8);
-      };
+      const int slot = j % kUnit, next = (j + 1) % kUnit;  // counted from `at`, before and after it moves on
+      const bool more = j + 1 < kQuad ? j + 1 < live : live > kQuad;
+      const u32 full = at.full() + slot * 8, empty = at.empty() + slot * 8;
       if (j >= live) {
-        ptx::mbarrier_wait(full + j * 8, phase);
-        release();
+        ptx::mbarrier_wait(full, at.phase);
+        release(empty);
+        if (next == 0) at.template advance<kUnit>();
         continue;
       }
       float temp[C::COLS / 2];
       ptx::pin(temp);
       ptx::wgmma_fence();
-      multiply_slot<C>(temp, rows + j * L::kRowsBytes, cols + j * L::kColsBytes, true);
+      multiply_slot<C>(temp, at.rows() + slot * L::kRowsBytes + warpgroup * 64 * kSlotRowBytes,
+                       at.cols() + slot * L::kColsBytes, true);
 
       // Under the multiplication: the factors of its promotion, then what the next block needs.
       const float u = kRowVector ? element(upper, j) : 1.0f, l = kRowVector ? element(lower, j) : 1.0f;
@@ -329,16 +320,12 @@ __device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position
         for (int i = 0; i < kFactors; ++i)
           factor[i] = kRowVector ? (i % 4 < 2 ? u : l) * col[i / 4 * 2 + i % 2] : uppers[0] * col[i];
       }
-      if (j + 1 < kQuad) {
-        if (j + 1 < live) ptx::mbarrier_wait(full + (j + 1) * 8, phase);
-      } else {
-        at.template advance<kQuad>();
-        if (live > kQuad) ptx::mbarrier_wait(at.full(), at.phase);
-      }
+      if (next == 0) at.template advance<kUnit>();
+      if (more) ptx::mbarrier_wait(at.full() + next * 8, at.phase);
 
       ptx::wgmma_wait<0>();
       ptx::pin(temp);
-      release();
+      release(empty);
 
       if constexpr (kFactorsEarly) {
 #pragma unroll
@@ -351,28 +338,26 @@ __device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position
           acc[at_upper] += uppers[0] * scale * temp[at_upper];
           acc[at_upper + 2] += (kRowVector ? lowers[0] * scale : uppers[0] * scale) * temp[at_upper + 2];
         }
-      } else if constexpr (128 % C::COLS == 0) {
-        promote_by_block<C>(acc, temp, uppers, lowers, Constant<0>());
-      } else if constexpr (C::COLS % 64 == 0) {  // two possible offsets: two straight copies beat run-time selects
-        if (tile.col % 128 == 0) promote_by_block<C>(acc, temp, uppers, lowers, Constant<0>());
-        else promote_by_block<C>(acc, temp, uppers, lowers, Constant<64>());
       } else {
-        promote_by_block<C>(acc, temp, uppers, lowers, tile.col % 128);
-      }
-      if (j + 1 < kQuad) {
-        if (j + 1 < live) load_cols(j + 1);
-      } else {
-        at.advance_scales();
-        if (live > kQuad) {
-          load_quad(live > 2 * kQuad);
-          load_cols(0);
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          float u8 = uppers[0], l8 = lowers[0];
+#pragma unroll
+          for (int b = 1; b < kBlocks; ++b)
+            if (offset + 8 * i >= 128 * b) u8 = uppers[b], l8 = lowers[b];
+          acc[4 * i + 0] += u8 * temp[4 * i + 0];
+          acc[4 * i + 1] += u8 * temp[4 * i + 1];
+          acc[4 * i + 2] += l8 * temp[4 * i + 2];
+          acc[4 * i + 3] += l8 * temp[4 * i + 3];
         }
       }
+      if (j + 1 == kQuad) {
+        at.advance_scales();
+        if (more) load_quad(live > 2 * kQuad);
+      }
+      if (more) load_cols((j + 1) % kQuad);
     }
-    if (live < kQuad) {
-      at.template advance<kQuad>();
-      at.advance_scales();
-    }
+    if (live < kQuad) at.advance_scales();
   }
 }
 
@@ -399,10 +384,18 @@ __device__ __forceinline__ void multiply_bf16(float (&acc)[C::COLS / 2], Positio
 
 // acc += rows tile * cols tile over the tile's range of k, all scales applied.
 template <class C>
-__device__ __forceinline__ void multiply_blocks(float (&acc)[C::COLS / 2], Position<C>& at, const Operands& in,
+__device__ __forceinline__ void multiply_blocks(float (&acc)[C::COLS / 2], Position<C>& at, BlockScales<C>& blocks,
                                                 const Tile& tile, int warpgroup) {
-  if constexpr (C::ROW_SCALES == Scale::kNone) multiply_bf16<C>(acc, at, tile, warpgroup);
-  else multiply_fp8<C>(acc, at, in, tile, warpgroup);
+  if constexpr (C::ROW_SCALES == Scale::kNone) {
+    multiply_bf16<C>(acc, at, tile, warpgroup);
+  } else if constexpr (C::COL_SCALES != Scale::kBlock || 128 % C::COLS == 0) {
+    multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<0>());
+  } else if constexpr (C::COLS % 64 == 0) {
+    if (tile.col % 128 == 0) multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<0>());
+    else multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<64>());
+  } else {
+    multiply_fp8<C>(acc, at, blocks, tile, warpgroup, tile.col % 128);
+  }
 }
 
 }  // namespace jdg

@@ -51,6 +51,10 @@ __device__ __forceinline__ bf16 to_bf16(float v) { return {static_cast<u16>(pack
 __device__ __forceinline__ float to_float(bf16 v) { return __uint_as_float(static_cast<u32>(v.bits) << 16); }
 __device__ __forceinline__ float to_float(float v) { return v; }
 
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 template <int REGISTERS>
 __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
