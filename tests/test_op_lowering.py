@@ -52,7 +52,8 @@ def operands(add: Any = None, batch: tuple[int, ...] = ()) -> list[jax.Array]:
 def lower_for_cuda(fn: Any, *args: Any, platforms: tuple[str, ...] = ("cuda",), **jit_options: Any) -> str:
     pytest.importorskip("jax_deepgemm._ffi")
     toy_ops.kernel_calls.clear()
-    return jax.jit(fn, **jit_options).trace(*args).lower(lowering_platforms=platforms).as_text()
+    fresh = functools.wraps(fn)(lambda *operands: fn(*operands))  # jax caches what it lowered before
+    return jax.jit(fresh, **jit_options).trace(*args).lower(lowering_platforms=platforms).as_text()
 
 
 # cuda ------------------------------------------------------------------------------------------------------
