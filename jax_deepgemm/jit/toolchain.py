@@ -26,6 +26,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,18 @@ def say(text: str) -> None:
     print(f"jax_deepgemm: {text}", file=sys.stderr, flush=True)
 
 
+_IMPORTING = threading.Lock()
+
+
 def import_cuda_core() -> Any:
-    """cuda.core, imported at the first compilation and not before."""
+    """cuda.core, imported at the first compilation and not before.
+
+    One thread imports: others would see `cuda.core` half made (its modules import each other).
+    """
     try:
-        import cuda.core
-        import cuda.core.utils
+        with _IMPORTING:
+            import cuda.core
+            import cuda.core.utils
     except ImportError as error:
         raise CompilerNotFoundError(
             f"jax_deepgemm compiles its kernels through cuda-core, which cannot be imported ({error}). "

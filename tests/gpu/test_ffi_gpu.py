@@ -123,8 +123,8 @@ def caller(plan, name="gpu_test"):
 
 
 def raw_caller(plan, **attributes):
-    """The custom call itself: no emit, so no cubin is registered."""
-    attributes = {"plan": launch.encode(plan), **attributes}
+    """The custom call itself: no emit, so no cubin is registered. `plan` may be encoded already."""
+    attributes = {"plan": launch.encode(plan) if isinstance(plan, LaunchPlan) else plan, **attributes}
     launch.register_target()
     return lambda x: jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))(x, **attributes)
 
@@ -232,7 +232,8 @@ def test_a_chain_is_captured_with_default_flags(pdl):
     count = ffi.execute_count()
     print(f"\n200 chained calls, 20 runs: the handler ran {count} times (pdl={pdl})")
     np.testing.assert_array_equal(y, np.full(4096, 200))
-    assert count <= 200, "the calls run outside command buffers"  # one more capture at most, if buffers move
+    # A graph is captured again when its buffers have moved; 20 runs outside command buffers would be 4,000 calls.
+    assert count <= 400, "the calls run outside command buffers"
 
 
 @pytest.mark.parametrize(("name", "limit_ns"), [("axpy", 3000), ("copy", 3000)])
@@ -345,9 +346,8 @@ def test_a_name_that_is_not_in_the_cubin():
 
 
 def test_damaged_plan():
-    plan = launch.encode(axpy_plan(8))[:-1]
-    call = raw_caller(axpy_plan(8), plan=plan)
-    fails_with("malformed launch plan .* at byte", call, jnp.ones(8))
+    damaged = launch.encode(axpy_plan(8))[:-1]
+    fails_with("malformed launch plan .* at byte", raw_caller(damaged), jnp.ones(8))
 
 
 def test_an_operand_that_tma_cannot_address():
@@ -355,7 +355,10 @@ def test_an_operand_that_tma_cannot_address():
     x = jax.dlpack.from_dlpack(cupy.zeros(64 * 32 + 1, cupy.float32)[1:].reshape(64, 32))
     if x.unsafe_buffer_pointer() % 16 == 0:
         pytest.skip("the import made an aligned copy")
-    message = r"operand 0 of copy is at address 0x\w+4, and parameter 0 of kernel tma_copy .* multiple of 16"
+    message = (  # newer XLA looks for itself, and counts in hexadecimal
+        r"operand 0 of copy is at address 0x\w+4, and parameter 0 of kernel tma_copy .* multiple of 16"
+        r"|Address of buffer \d+ must be a multiple of 10, but was 0x\w+4"
+    )
     fails_with(message, caller(tma_copy_plan(64, 32)), x)
 
 
