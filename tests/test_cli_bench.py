@@ -106,6 +106,29 @@ def test_jobs_are_timed_by_the_wall_clock_without_a_gpu() -> None:
     assert results["fails"].error == "RuntimeError: out of luck"
 
 
+def test_jobs_are_timed_from_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    kernels = {trace.FLUSH: FLUSH_NAME, "ours": "jdg_gemm", "base": "nvjet", "odd": "something_else"}
+
+    def read(folder: str) -> list[trace.Event]:
+        seen = ran[ran.index(trace.FLUSH) :]
+        return [
+            trace.Event(kernels[name], i, 1000.0 * (i % 7 + 1), f"jit_{name}") for i, name in enumerate(seen)
+        ]
+
+    monkeypatch.setattr(trace, "read", read)
+    jobs = [timing.Job(name, lambda name=name: ran.append(name)) for name in ("ours", "base")]
+    jobs.append(timing.Job("odd", lambda: ran.append("odd"), prefix="jdg_"))
+    results = timing.time_jobs(jobs, calls=3, flush=lambda: ran.append(trace.FLUSH))
+    for name in ("ours", "base"):
+        measured = results[name].measured
+        assert measured is not None
+        assert measured.kernels == (kernels[name],)
+        assert len(measured.microseconds) == 3
+        assert results[name].method == "profiler"
+    assert results["odd"].error == "no kernel named jdg_* among ['something_else']"
+
+
 def test_clock_log_takes_the_samples_of_an_interval() -> None:
     log = ClockLog(
         period_ms=100, samples=[(0.0, 1980, 100), (1.0, 1500, 600), (1.1, 1400, 700), (5.0, 1980, 90)]
