@@ -7,7 +7,6 @@ import functools
 import logging
 import re
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +25,6 @@ from jax_deepgemm.core import _private, kernel_rule
 from jax_deepgemm.core.op import Op
 from toy_ops import BF16, BLOCK, F32
 
-REPOSITORY = Path(__file__).parent.parent
 M, N, K = 16, 72, 88
 
 

@@ -1,4 +1,4 @@
-"""What an op leaves for other processes: exported programs, the persistent compilation cache, several hosts."""
+"""What an op leaves for other processes: exported programs, the compilation cache, programs over hosts."""
 
 from __future__ import annotations
 
