@@ -34,7 +34,7 @@ ext:
 	cmake --build build/ext --parallel 2
 
 lint: $(VENV)/.lint
-	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff check --output-format concise $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES)
 	$(VENV)/bin/mypy jax_deepgemm
 	$(VENV)/bin/clang-format --dry-run --Werror $(DEVICE_CODE)
