@@ -1,4 +1,4 @@
-"""Numbers that dense GEMMs are compared with: NumPy in float64, written independently of the package's references."""
+"""Numbers that dense GEMMs are compared with: NumPy in float64, independent of the package's references."""
 
 from __future__ import annotations
 

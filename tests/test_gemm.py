@@ -1,4 +1,4 @@
-"""Dense GEMMs against NumPy float64: every layout, C, result dtype, scale blocks, FP8 types, odd and empty sizes."""
+"""Dense GEMMs against NumPy float64: layouts, C, result dtypes, scale blocks, FP8 types."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_reference_matches_blockwise_sums():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [s for s in SMALL_EDGES if s[0] < 200], ids=str)
 def test_padding_keeps_products(shape, layout):
-    """What runs in front of the kernels changes no result, gives rows of whole 16 bytes, and leaves C alone."""
+    """What runs in front of the kernels changes no result, gives rows of 16 bytes, and leaves C alone."""
     case = Case(*shape, out="float32", layout=layout, accumulate=True)
     a, b, c = oracle.bf16_operands(case)
     padded = padding.bf16_rows(a, b, c, layout=layout, out_dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""fp8_linear: values and gradients near float32, what it keeps, and how it goes through JAX's transformations."""
+"""fp8_linear: values and gradients near float32, what it keeps, how it goes through transformations."""
 
 from __future__ import annotations
 
@@ -39,9 +39,16 @@ def exact(x: Any, w: Any, dy: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     return einsum("...k,nk->...n", x, w), einsum("...n,nk->...k", dy, w), einsum("...n,...k->nk", dy, x)
 
 
-@pytest.mark.parametrize("lead", [(64,), (3, 50), (2, 3, 7), (1,), ()], ids=str)
 @pytest.mark.parametrize(
-    "dtypes", [(BF16, F32), (F32, BF16), (BF16, BF16)], ids=("bf16-f32", "f32-bf16", "bf16")
+    ("lead", "dtypes"),
+    [
+        ((64,), (BF16, BF16)),
+        ((3, 50), (BF16, F32)),
+        ((2, 3, 7), (F32, BF16)),
+        ((1,), (F32, F32)),
+        ((), (BF16, F32)),
+    ],
+    ids=str,
 )
 def test_near_float32(lead, dtypes):
     x, w, dy = (
@@ -176,7 +183,7 @@ def test_remat_policies_count_gemms(names, count):
 @pytest.mark.parametrize("policy", ["everything_saveable", "dots_saveable", "nothing_saveable"])
 @pytest.mark.parametrize("frozen", [False, True], ids=("", "frozen"))
 def test_saved_values_from_256_on_survive(policy, frozen):
-    """jax.checkpoint rounds what it saves with reduce_precision, which turns 256..448 of e4m3 into infinities."""
+    """jax.checkpoint rounds what it saves by reduce_precision: 256..448 of e4m3 would become infinities."""
     x, w = normal(0, 32, 256), normal(1, 128, 256)
     run = lambda x: fp8_linear(x, jdg.quantize(w, BLOCK) if frozen else w).astype(F32)  # noqa: E731
     layer = jax.checkpoint(run, policy=getattr(jax.checkpoint_policies, policy))

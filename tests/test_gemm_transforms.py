@@ -1,5 +1,4 @@
-"""Dense GEMMs under jit, vmap, derivatives, remat, scan, donation, export, and shardings with exactly the expected
-collectives."""
+"""Dense GEMMs under jit, vmap, derivatives, remat, scan, donation, export, and exact collectives."""
 
 from __future__ import annotations
 
@@ -59,8 +58,8 @@ def plain_bf16(*arrays: Any, layout: str, out: str) -> jax.Array:
 
 
 def fp8_shards(add: bool) -> tuple[Shard, ...]:
-    def shard(a: P, b: P, out: P, *sums: str, sa: P = P(), sb: P = P()) -> Shard:
-        return Shard((a, sa, b, sb, *((out,) if add else ())), out, sums)
+    def shard(a: P, b: P, out: P, *sums: str, sa: P | None = None) -> Shard:
+        return Shard((a, sa or P(), b, P(), *((out,) if add else ())), out, sums)
 
     return (
         shard(P("x"), P(), P("x"), sa=P("x")),
@@ -263,7 +262,7 @@ def test_reduce_dtype_decides_what_devices_exchange(reduce_dtype, name, bound):
 
 
 def test_summed_over_shards_rounds_once():
-    """Partial sums travel in float32 and C joins after the sum: equal to the unsharded result up to float32."""
+    """Partial sums travel in float32, C joins after the sum: the unsharded result up to float32."""
     case = Case(16, 128, 1024, out="float32", accumulate=True)
     mesh = op_checks.make_mesh("auto")
     specs = (P(None, "y"), P(), P(None, "y"), P(), P())
@@ -331,7 +330,8 @@ def test_export_runs_in_another_process(tmp_path: Path):
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-c", LOAD, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "same bits" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "same bits" in done.stdout
 
 
 def test_names_reach_the_program():

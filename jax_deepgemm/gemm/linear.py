@@ -202,8 +202,8 @@ def _flat_out_sharding(tokens: Tokens, spec: PartitionSpec | None, rank: int) ->
 def _keep(q: QuantizedArray, name: str) -> _Bytes:
     """What waits for the backward pass: the bytes of the values, and the scales, under a checkpoint_name.
 
-    Bytes, because jax.checkpoint passes what it saves through reduce_precision, which knows no largest exponent with
-    numbers in it: float8_e4m3fn values from 256 on would come back as infinities.
+    Bytes, because jax.checkpoint passes what it saves through reduce_precision, which knows no largest
+    exponent with numbers in it: float8_e4m3fn values from 256 on would come back as infinities.
     """
     values = lax.bitcast_convert_type(q.values, jnp.uint8)
     return checkpoint_name(values, name), checkpoint_name(q.scales, name)

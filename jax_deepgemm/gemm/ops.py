@@ -29,8 +29,8 @@ def recut_blocks(plan: ShardingPlan, *arrays: jax.Array) -> tuple[jax.Array, ...
     """Operands of one device whose cut falls inside a scale block, so that the op's block grid fits them
     again.
 
-    n: one scale per row of B, of my rows (reference and kernel tell by the shape). k: my columns are shifted onto the block grid, with zeros in front
-    and behind. Both leave every product as it is.
+    n: one scale per row of B, of my rows (reference and kernel tell by the shape). k: my columns are shifted
+    onto the block grid, with zeros in front and behind. Both leave every product as it is.
     """
     a, sa, b, sb, *rest = arrays
     scales_of_b = plan.rule.operands[3]
