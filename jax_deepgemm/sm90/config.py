@@ -168,7 +168,7 @@ class SharedMemory:
 
     @cached_property
     def total(self) -> int:
-        ring = self.stages * (self.slot + 2 * 8)
+        ring = self.stages * (self.slot + 2 * 8 + 16)
         return align_up(ring + (ceil_div(self.stages, _QUAD) + 1) * self.scale_slot + self.staging, 128)
 
 

@@ -89,6 +89,7 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
         "batched_b": x.b.batched,
         "batched_a_scales": x.a_scales.batched if x.a_scales else 0,
         "batched_b_scales": x.b_scales.batched if x.b_scales else 0,
+        "batched_c": x.c.batched if x.c else 0,
     }
     tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
     launch = Launch(

@@ -22,7 +22,7 @@ struct Config {{
 
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
   const jdg::Operands operands = {{{operands}}};
-  const jdg::Problem problem = {{m, n, batches, stripe}};
+  const jdg::Problem problem = {{m, n, batches, batched_c, stripe}};
   jdg::{header}<Config>(operands, problem, {d_map}, d, {c});
 }}
 """
@@ -92,7 +92,8 @@ def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
         c="c" if p.add_c else "nullptr",
     )
     shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs")
-    return KernelSource(name, text, (("problem", str(p)), *((f, getattr(c, f)) for f in shown)))
+    parameters = (("problem", str(p)), *((field, getattr(c, field)) for field in shown))
+    return KernelSource(name, text, parameters, shared_memory=memory.total)
 
 
 INTEGERS = (
@@ -107,4 +108,5 @@ INTEGERS = (
     "batched_b",
     "batched_a_scales",
     "batched_b_scales",
+    "batched_c",
 )

@@ -14,6 +14,7 @@ namespace jdg {
 
 struct Problem {
   int m, n, batches;
+  int batched_c;  // 0 where all batches share C, else 1
   int stripe;  // row tiles walked together before the next column, for reuse in L2
 };
 
@@ -58,17 +59,6 @@ __device__ __forceinline__ void add_c(float (&acc)[C::COLS / 2], const typename 
     }
     acc[i] = START ? pair.x : acc[i] + pair.x;
     acc[i + 1] = START ? pair.y : acc[i + 1] + pair.y;
-  }
-}
-
-// Brings a warpgroup's rows of the next tile of C into L2 while this tile is multiplied.
-template <class C>
-__device__ __forceinline__ void prefetch_c(const typename C::Out* c, const Problem& p, const Tile& tile,
-                                           int first_row) {
-  constexpr int kLine = 128 / sizeof(typename C::Out), kLines = ceil_div(C::COLS, kLine);
-  for (int i = threadIdx.x % 128; i < 64 * kLines; i += 128) {
-    const int row = first_row + i / kLines, col = tile.col + i % kLines * kLine;
-    if (row < p.m && col < p.n) ptx::prefetch_l2(c + static_cast<i64>(row) * p.n + col);
   }
 }
 

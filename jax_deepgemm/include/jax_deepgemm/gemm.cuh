@@ -3,7 +3,7 @@
 //   warpgroups 0 .. W-1   consumers: 64 rows of the tile each (wgmma, promotion), then the epilogue
 //   warpgroup W           one thread of it is the TMA producer; it runs ahead into the next tile during the epilogue
 //
-//   shared memory:  A[STAGES] | B[STAGES] | scale quads of A, B | D slabs of each consumer warp | barriers
+//   shared memory:  A[STAGES] | B[STAGES] | scale quads of A, B | D slabs of each consumer warp | barriers | tiles
 //
 // The consumer warpgroups are not ordered against each other: they drift apart by themselves until one promotes or
 // stores while others multiply. Forcing an order measured slower (docs/performance.md).
@@ -30,7 +30,6 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
   const u32 smem = smem_address(shared);
   constexpr bool kFp8 = C::ROW_SCALES != Scale::kNone;
   const int warpgroup = warpgroup_index();
-  const int tiles = ceil_div(p.m, C::ROWS) * ceil_div(p.n, C::COLS) * p.batches;
 
   init_barriers<C>(smem);
   ptx::wait_for_previous_kernel();
@@ -38,26 +37,28 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
 
   if (warpgroup == C::WARPGROUPS) {
     if constexpr (C::WARPGROUPS > 1) ptx::lower_registers<C::PRODUCER_REGISTERS>();
-    if (threadIdx.x % 128 == 0)
+    if (threadIdx.x % 128 == 0) {
+      const int tiles = ceil_div(p.m, C::ROWS) * ceil_div(p.n, C::COLS) * p.batches;
       for (int index = blockIdx.x; index < tiles; index += gridDim.x)
         load_blocks<C>(at, in, tile_at<C>(index, p, in.k_blocks));
+      publish_end<C>(at);
+    }
   } else {
     if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
     const u32 slabs = smem + Layout<C>::kStaging + threadIdx.x / 32 * C::SLABS * kSlabBytes;
-    int index = blockIdx.x;
-    Tile tile = tile_at<C>(index, p, in.k_blocks);
+    Tile tile = receive_tile<C>(at, in.k_blocks);
     BlockScales<C> blocks(in, tile, warpgroup);
-    while (index < tiles) {
-      index += gridDim.x;
-      const Tile next = tile_at<C>(index, p, in.k_blocks);
+    while (tile.row != kNoTile) {
       const int first_row = tile.row + warpgroup * 64;
       float acc[C::COLS / 2];
-      if constexpr (C::ADD && kFp8) add_c<C, true>(acc, matrix_of(c, p, tile.batch), p, tile, first_row);
+      if constexpr (C::ADD && kFp8) add_c<C, true>(acc, matrix_of(c, p, tile.batch * p.batched_c), p, tile, first_row);
       else clear(acc);
-      if (C::ADD && index < tiles) prefetch_c<C>(matrix_of(c, p, next.batch), p, next, next.row + warpgroup * 64);
       multiply_blocks<C>(acc, at, blocks, tile, warpgroup);
-      if (index < tiles) blocks = BlockScales<C>(in, next, warpgroup);  // arrives during the epilogue
-      if constexpr (C::ADD && !kFp8) add_c<C, false>(acc, matrix_of(c, p, tile.batch), p, tile, first_row);
+
+      const Tile next = receive_tile<C>(at, in.k_blocks);
+      if (next.row != kNoTile) blocks = BlockScales<C>(in, next, warpgroup);  // arrives during the epilogue
+      if constexpr (C::ADD && !kFp8)
+        add_c<C, false>(acc, matrix_of(c, p, tile.batch * p.batched_c), p, tile, first_row);
       store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), slabs, p, tile, first_row);
       tile = next;
     }

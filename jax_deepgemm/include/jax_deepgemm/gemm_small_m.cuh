@@ -107,7 +107,7 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
     const int unit = rank * kShare + i, token = unit / kQuads, row = unit % kQuads * 4;
     if (token < C::COLS && tile.col + token < p.m && tile.row + row < p.n)
       store_four<C>(sum_partials<C>(smem + (token * Partial<C>::kPitch + row) * 4), matrix_of(d, p, tile.batch),
-                    matrix_of(c, p, tile.batch), p, tile.col + token, tile.row + row);
+                    matrix_of(c, p, tile.batch * p.batched_c), p, tile.col + token, tile.row + row);
   }
   if constexpr (C::SPLITS > 1) ptx::cluster_barrier();
 }

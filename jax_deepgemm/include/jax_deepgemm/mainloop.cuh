@@ -50,7 +50,8 @@ struct Layout {
   static constexpr u32 kRowScales = kStaging + C::STAGING_BYTES;
   static constexpr u32 kColScales = kRowScales + C::SCALE_SLOTS * kRowScaleBytes;
   static constexpr u32 kBarriers = kColScales + C::SCALE_SLOTS * kColScaleBytes;
-  static constexpr u32 kBytes = kBarriers + 2 * C::STAGES * 8;
+  static constexpr u32 kTiles = kBarriers + 2 * C::STAGES * 8;  // 16-byte aligned
+  static constexpr u32 kBytes = kTiles + C::STAGES * 16;
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
 
   static constexpr u32 kSlotBytes = kRowsBytes + kColsBytes;
@@ -99,6 +100,28 @@ __device__ __forceinline__ void clear(float (&acc)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) acc[i] = 0.0f;
 }
 
+// The part of the product that a block of threads computes at a time.
+struct Tile {
+  int row, col, batch;
+  int k_begin, k_end;  // blocks of k; FP8 begins at a multiple of four
+};
+
+// The producer says with the first block of a tile which tile it is, so that consumers need no arithmetic for it, and
+// sends kNoTile when there are no more. A record may be overwritten when its slot may.
+constexpr int kNoTile = -1;
+
+template <class C>
+__device__ __forceinline__ void publish_tile(const Position<C>& at, int row, int col, int batch) {
+  ptx::store_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16, row, col, batch, 0);
+}
+
+template <class C>
+__device__ __forceinline__ Tile receive_tile(const Position<C>& at, int k_blocks) {
+  ptx::mbarrier_wait(at.full(), at.phase);
+  const float4 record = ptx::load_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16);
+  return {__float_as_int(record.x), __float_as_int(record.y), __float_as_int(record.z), 0, k_blocks};
+}
+
 template <class C>
 __device__ __forceinline__ void init_barriers(u32 smem) {
   Position<C> at(smem);
@@ -124,12 +147,6 @@ struct Operands {
   int batched_rows, batched_cols, batched_row_scales, batched_col_scales;  // 0 or 1
 };
 
-// The part of the product that a block of threads computes at a time.
-struct Tile {
-  int row, col, batch;
-  int k_begin, k_end;  // blocks of k; FP8 begins at a multiple of four
-};
-
 template <class C, bool K_MAJOR, int EXTENT>
 __device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32 bar, int first, int kb, int batch) {
   if constexpr (K_MAJOR) {
@@ -149,6 +166,7 @@ __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in,
   for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
     const bool quad = kFp8 && kb % kQuad == 0;
     ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
+    if (kb == tile.k_begin) publish_tile<C>(at, tile.row, tile.col, tile.batch);
     ptx::mbarrier_expect_bytes(at.full(), L::kSlotBytes + (quad ? L::kQuadBytes : 0));
     load_operand<C, C::ROWS_K_MAJOR, C::ROWS>(at.rows(), *in.rows, at.full(), tile.row, kb,
                                               tile.batch * in.batched_rows);
@@ -170,6 +188,14 @@ __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in,
       at.advance();
     }
   }
+}
+
+// Producer side, after the last tile.
+template <class C>
+__device__ __forceinline__ void publish_end(const Position<C>& at) {
+  ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
+  publish_tile<C>(at, kNoTile, 0, 0);
+  ptx::mbarrier_arrive(at.full());
 }
 
 // This thread's place in the accumulator of its warpgroup: rows row and row + 8, columns 8i + col and 8i + col + 1 for
