@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from jax_deepgemm.core.launch import LaunchPlan
+from jax_deepgemm.jit.toolchain import read_settings, say
 from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import GemmConfig, GemmProblem
-from jax_deepgemm.sm90.cost import choose
+from jax_deepgemm.sm90.cost import choose, cost
 from jax_deepgemm.sm90.plan import GemmOperands, MatrixOperand, gemm_plan
 
 _TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "bfloat16": "bf16"}
@@ -23,6 +24,14 @@ def _type(aval: Any) -> str:
 
 def _chip_for(chip: Chip, num_sms: int | None) -> Chip:
     return chip if num_sms is None else replace(chip, num_sms=min(num_sms, chip.num_sms))
+
+
+def _config(problem: GemmProblem, config: GemmConfig | None, chip: Chip) -> GemmConfig:
+    """The caller's configuration, or the cost model's."""
+    chosen = config or choose(problem, chip)
+    if read_settings().print_configs:
+        say(f"{problem}: {chosen}, {'given' if config else cost(problem, chosen, chip)}")
+    return chosen
 
 
 def fp8_problem(avals_in: Sequence[Any], avals_out: Sequence[Any], batch: tuple[bool, ...] | None) -> GemmProblem:
@@ -58,7 +67,7 @@ def fp8_gemm(
     chip = _chip_for(chip, num_sms)
     problem = fp8_problem(avals_in, avals_out, batch)
     a, sa, b, sb, *c = (MatrixOperand(i, tuple(x.shape)) for i, x in enumerate(avals_in))
-    return gemm_plan(problem, config or choose(problem, chip), chip, GemmOperands(a, b, sa, sb, c[0] if c else None))
+    return gemm_plan(problem, _config(problem, config, chip), chip, GemmOperands(a, b, sa, sb, c[0] if c else None))
 
 
 def bf16_problem(
@@ -97,4 +106,4 @@ def bf16_gemm(
     chip = _chip_for(chip, num_sms)
     problem = bf16_problem(avals_in, avals_out, batch, layout)
     a, b, *c = (MatrixOperand(i, tuple(x.shape)) for i, x in enumerate(avals_in))
-    return gemm_plan(problem, config or choose(problem, chip), chip, GemmOperands(a, b, c=c[0] if c else None))
+    return gemm_plan(problem, _config(problem, config, chip), chip, GemmOperands(a, b, c=c[0] if c else None))

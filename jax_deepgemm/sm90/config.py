@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from jax_deepgemm.jit.report import KernelSource
 from jax_deepgemm.sm90.chip import Chip
 
 _SLOT_ROW_BYTES = 128  # bytes of k in one slot of the ring: 128 FP8 or 64 BF16 elements
@@ -88,6 +89,13 @@ class GemmProblem:
         element, out = (1 if self.is_fp8 else 2), (2 if self.out == "bfloat16" else 4)
         once = (self.m + self.n) * self.k * element + self.m * self.n * out * (2 if self.add_c else 1)
         return self.batches * once
+
+    def kernel_sources(self, chip: Chip) -> list[KernelSource]:
+        """What `jax_deepgemm.precompile` compiles for this problem: the kernel that would be chosen."""
+        from jax_deepgemm.sm90.cost import choose  # both import this module
+        from jax_deepgemm.sm90.source import kernel_source
+
+        return [kernel_source(self, choose(self, chip))]
 
     def __str__(self) -> str:
         parts = [f"{self.a}x{self.b} {self.layout} m={self.m} n={self.n} k={self.k} -> {self.out}"]
@@ -193,6 +201,8 @@ def fit_stages(p: GemmProblem, c: GemmConfig, chip: Chip, limit: int = _MAX_STAG
     capacity = chip.smem_per_block
     if c.blocks_per_sm > 1:
         capacity = (chip.smem_per_block + _RESERVED_BYTES) // c.blocks_per_sm - _RESERVED_BYTES
+    if not c.swap_ab and p.is_fp8 and (c.rows == 192 or p.b_scales == "vector"):
+        limit = 4  # measured: further slots cost more in addresses than they hide
     for enough in (4, 3):  # draining D at leisure is worth a slot of the ring, but not the fourth
         for slabs in _slab_choices(p, c):
             for stages in range(limit, enough - 1, -1):

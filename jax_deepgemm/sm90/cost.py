@@ -1,6 +1,7 @@
-"""What a configuration costs on a problem, in microseconds, as a sum of terms that can be read.
+"""What a configuration costs on a problem, in microseconds, as terms that can be read.
 
-The constants are measured (docs/performance.md). The model ranks configurations; it does not promise a time.
+The constants were fitted to sweeps on an H200 (docs/performance.md says how well they choose). They rank
+configurations; they do not promise a time.
 """
 
 from __future__ import annotations
@@ -9,89 +10,160 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from jax_deepgemm.sm90.chip import Chip
-from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, ceil_div, fit_stages
+from jax_deepgemm.sm90.chip import H200, Chip
+from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, align_up, ceil_div, fit_stages
 
-_CLOCK_MHZ = 1650.0  # of an SM under tensor-core load
-_FEED_BYTES_PER_CYCLE = 45.0  # from L2 into one SM's shared memory
-_MEMORY_BYTES_PER_US = 3.3e6
-_LAUNCH_US = 2.6  # empty pipeline, first bytes, last stores
-_CLUSTERS = {1: {1: 132, 2: 66, 4: 30, 8: 15}, 2: {1: 264, 2: 132, 4: 62, 8: 30}}  # resident at once
+# The persistent kernel: microseconds that 128 bytes of k of one tile take on one SM, and that a tile takes beside them
+# (its epilogue, and waiting at its edges).
+_PER_BLOCK = {
+    "fp8 block": {
+        (64, 64): 0.195,
+        (64, 128): 0.291,
+        (128, 64): 0.288,
+        (128, 96): 0.430,
+        (128, 128): 0.393,
+        (128, 192): 0.548,
+        (192, 96): 0.545,
+        (192, 128): 0.532,
+    },
+    "fp8 vector": {
+        (64, 64): 0.27,
+        (64, 128): 0.44,
+        (128, 64): 0.37,
+        (128, 96): 0.50,
+        (128, 128): 0.64,
+        (128, 160): 0.79,
+        (192, 96): 0.72,
+        (192, 128): 0.91,
+    },
+    "bf16": {
+        (64, 64): 0.14,
+        (64, 128): 0.235,
+        (128, 64): 0.235,
+        (128, 96): 0.305,
+        (128, 128): 0.345,
+        (128, 144): 0.378,
+        (128, 160): 0.418,
+        (128, 176): 0.455,
+        (128, 192): 0.490,
+        (128, 224): 0.590,
+        (128, 256): 0.640,
+    },
+}
+_PER_TILE = (0.2, 4.7e-5)  # microseconds; for each element of a bf16 D
+_START = {"fp8": 4.2, "bf16": 4.6}
+
+
+@dataclass(frozen=True)
+class _SmallM:
+    """The small-m kernel, in microseconds and bytes; "token" is a column of the tile."""
+
+    start: float
+    alone: tuple[float, float]  # a block of k in one block of threads by itself: fixed, for each token
+    tensor: float  # a block of k on the tensor core, for each token and 64 weight rows
+    feed: float  # bytes per microsecond into one SM
+    epilogue: tuple[float, float]  # of a split tile; of any, for each token
+    next_wave: float  # until the blocks of another wave are under way
+    memory: float  # bytes per microsecond
+    latency: float  # that a byte is on its way
+
+
+_SMALL_M = {
+    "fp8": _SmallM(3.3, (0.127, 0.00187), 0.00195, 7.0e4, (1.2, 0.026), 2.4, 3.0e6, 1.1),
+    "bf16": _SmallM(4.3, (0.098, 0.00096), 0.0018, 9.6e4, (1.2, 0.018), 3.7, 3.4e6, 0.24),
+}
+_ENOUGH_STAGES = 6  # two blocks of threads on an SM with fewer slots each measured worse than the model says
+_MEMORY_BYTES_PER_US = 3.0e6
+_RESIDENT_CLUSTERS = {1: {1: 132, 2: 66, 4: 30, 8: 15}, 2: {1: 264, 2: 132, 4: 62, 8: 30}}  # by blocks per SM and size
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Microseconds; `total` is what configurations are compared by."""
+    """Microseconds; `total` is what configurations are compared by.
 
+    Attributes:
+      start: launch, first bytes, last stores.
+      compute: of all waves of tiles.
+      memory: moving every operand once.
+      waves: tiles that the busiest SM (or cluster of them) computes one after the other.
+    """
+
+    start: float
     compute: float
     memory: float
     waves: int
 
     @property
     def total(self) -> float:
-        return max(self.compute, self.memory) + 0.1 * min(self.compute, self.memory)
+        """Compute and memory overlap, but not well where they are equal."""
+        return self.start + (self.compute**4 + self.memory**4) ** 0.25
 
     def __str__(self) -> str:
-        return f"{self.total:.1f} us (compute {self.compute:.1f}, memory {self.memory:.1f}, waves {self.waves})"
+        terms = f"start {self.start:.1f}, compute {self.compute:.1f}, memory {self.memory:.1f}, waves {self.waves}"
+        return f"{self.total:.1f} us ({terms})"
 
 
-def _cycles_per_block(p: GemmProblem, c: GemmConfig) -> float:
-    """Cycles that one tile's 128 bytes of k take on one SM, all consumer warpgroups together."""
-    tensor = 2.0 * c.cols * c.warpgroups
-    if p.is_fp8:  # promotion is partly hidden behind the other warpgroup's multiplication
-        if p.b_scales == "vector":
-            tensor = 1.9 * tensor
-        elif c.swap_ab:
-            tensor = 1.2 * tensor + 140
-        elif c.warpgroups == 2:
-            tensor = 0.85 * tensor + 210 + (0.25 * c.cols if c.cols % 64 and 128 % c.cols else 0)
-        else:
-            tensor = 1.3 * tensor + 80
-    feed = (c.rows + c.cols) * 128 / _FEED_BYTES_PER_CYCLE
-    return max(tensor, feed)
+def _kind(p: GemmProblem) -> str:
+    return f"fp8 {p.b_scales}" if p.is_fp8 else "bf16"
+
+
+def _per_block(p: GemmProblem, c: GemmConfig) -> float:
+    measured = _PER_BLOCK[_kind(p)]
+    if (c.rows, c.cols) in measured:
+        return measured[c.rows, c.cols]
+    return 1.3 * measured[128, 128] * c.rows * c.cols / 128**2  # not a candidate: no better than the neighbours
+
+
+def _persistent(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
+    tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
+    waves = ceil_div(tiles, chip.num_sms)
+    traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
+    per_tile = _PER_TILE[0] + _PER_TILE[1] * c.block_m * c.block_n * traffic**0.5
+    compute = waves * (per_tile + p.k_blocks * _per_block(p, c))
+    return Cost(_START["fp8" if p.is_fp8 else "bf16"], compute, p.bytes_moved / _MEMORY_BYTES_PER_US, waves)
+
+
+def _small_m(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
+    k = _SMALL_M["fp8" if p.is_fp8 else "bf16"]
+    tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
+    clusters = max(1, _RESIDENT_CLUSTERS[c.blocks_per_sm][c.split_k] * chip.num_sms // H200.num_sms)
+    waves = ceil_div(tiles, clusters)
+    blocks = min(tiles, clusters) * c.split_k
+    crowd = min(c.blocks_per_sm, max(1.0, blocks / chip.num_sms))
+    slot = (c.rows + c.cols) * 128
+    share = align_up(ceil_div(p.k_blocks, c.split_k), 4 if p.is_fp8 else 1)
+    per_block = max(
+        k.alone[0] + k.alone[1] * c.cols,  # latencies of one block's chain
+        crowd * c.warpgroups * k.tensor * c.cols,
+        crowd * slot / k.feed,
+    )
+    epilogue = k.epilogue[1] * c.cols + (k.epilogue[0] if c.split_k > 1 else 0.0)
+    compute = waves * (share * per_block + epilogue) + (waves - 1) * k.next_wave
+    rate = min(k.memory, blocks * c.stages * slot / k.latency)
+    return Cost(k.start, compute, p.bytes_moved / rate, waves)
 
 
 def cost(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
-    tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
-    memory = p.bytes_moved / _MEMORY_BYTES_PER_US + _LAUNCH_US
-    if c.swap_ab:
-        slots = _CLUSTERS[c.blocks_per_sm][c.split_k] * chip.num_sms // 132
-        waves = ceil_div(tiles, slots)
-        resident = min(c.blocks_per_sm, ceil_div(tiles * c.split_k, chip.num_sms))
-        cycles = ceil_div(p.k_blocks, c.split_k) * _cycles_per_block(p, c) * resident
-        reduction = 0.8 + (0.9 + c.cols / 64 if c.split_k > 1 else 0)
-        compute = _LAUNCH_US + waves * (cycles / _CLOCK_MHZ + reduction)
-    else:
-        waves = ceil_div(tiles, chip.num_sms)
-        out_bytes = c.rows * c.cols * (2 if p.out == "bfloat16" else 4) * (2 if p.add_c else 1)
-        cycles = p.k_blocks * _cycles_per_block(p, c) + 500 + out_bytes / 32
-        compute = _LAUNCH_US + waves * cycles / _CLOCK_MHZ
-    return Cost(compute, memory, waves)
+    """The model's opinion of running `p` with `c`."""
+    return _small_m(p, c, chip) if c.swap_ab else _persistent(p, c, chip)
 
 
 def candidates(p: GemmProblem, chip: Chip) -> Iterator[GemmConfig]:
     """Every configuration worth comparing; each obeys `problems_with`."""
-    if p.m > 32 or p.n <= 64:
-        widths = range(64, 257, 16) if not p.is_fp8 else range(64, 193, 8 if p.b_scales == "block" else 32)
-        for rows in (128, 64, 192):
-            for cols in widths:
-                if rows == 128 or cols in (64, 96, 112, 120, 128) and not (rows == 64 and cols % 64):
-                    yield from _fitted(p, GemmConfig(rows, cols, 0), chip)
+    wanted = [GemmConfig(rows, cols, 0) for rows, cols in _PER_BLOCK[_kind(p)]]
     if p.m <= 512:
-        for tokens in (8, 16, 32, 64, 128):
-            if tokens <= 64 or p.m > 64:
-                for weights in (64, 128):
-                    for split in (1, 2, 4, 8):
-                        for resident in (1, 2):
-                            config = GemmConfig(tokens, weights, 0, True, split, resident)
-                            if tokens < 2 * max(8, p.m):
-                                yield from _fitted(p, config, chip)
-
-
-def _fitted(p: GemmProblem, c: GemmConfig, chip: Chip) -> Iterator[GemmConfig]:
-    fitted = fit_stages(p, c, chip)
-    if fitted is not None:
-        yield fitted
+        wanted += [
+            GemmConfig(tokens, weights, 0, True, split, resident)
+            for tokens in (8, 16, 32, 64, 128)
+            for weights in (64, 128)
+            for split in (1, 2, 4, 8)
+            for resident in (2, 1)
+            if tokens < 2 * max(8, p.m) and not (tokens == weights == 128 and resident == 2)
+        ]
+    for config in wanted:
+        fitted = fit_stages(p, config, chip)
+        if fitted is not None and (not fitted.swap_ab or fitted.blocks_per_sm == 1 or fitted.stages >= _ENOUGH_STAGES):
+            yield fitted
 
 
 @lru_cache(maxsize=4096)

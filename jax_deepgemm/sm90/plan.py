@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Result, Scalar, TensorMap
 from jax_deepgemm.jit import compile_kernel
 from jax_deepgemm.sm90.chip import Chip
-from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, ceil_div, problems_with, shared_memory, tma_store
+from jax_deepgemm.sm90.config import (
+    GemmConfig,
+    GemmProblem,
+    ceil_div,
+    problems_with,
+    shared_memory,
+    tma_store,
+)
 from jax_deepgemm.sm90.source import INTEGERS, kernel_source
 
 
@@ -75,7 +82,7 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
         batch = (p.batches,) if p.batches > 1 else ()
         maps.append(_map(Result(0), (*batch, p.m, p.n), "bfloat16", 2, (64, 16), 128))
     block_scales = x.b_scales if p.b_scales == "block" else None
-    pointers = [Operand(block_scales.index)] if block_scales else []
+    pointers: list[Operand | Result] = [Operand(block_scales.index)] if block_scales else []
     pointers = [*pointers, Result(0), *([Operand(x.c.index)] if x.c else [])]
     integers = {
         "m": p.m,

@@ -16,7 +16,7 @@ struct Config {{
   static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages}, WARPGROUPS = {warpgroups};
   static constexpr int SPLITS = {splits}, SCALE_SLOTS = (STAGES + 3) / 4 + 1, SLABS = {slabs}, STAGING_BYTES = {staging}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
-  static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, ADD = {add}, TMA_STORE = {tma_store};
+  static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, ADD = {add}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
   static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
 }};
 
@@ -40,12 +40,13 @@ def kernel_name(p: GemmProblem, c: GemmConfig) -> str:
     parts += ["sb1"] if p.b_scales == "vector" else []
     parts += ["f32"] if p.out == "float32" else []
     parts += ["add"] if p.add_c else []
-    parts += ["unaligned"] if p.out == "bfloat16" and not c.swap_ab and not tma_store(p, c) else []
+    if not c.swap_ab:
+        parts += ["odd"] if p.n % 2 else ["unaligned"] if p.out == "bfloat16" and not tma_store(p, c) else []
     return "_".join(parts)
 
 
 def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
-    """The source of the kernel that runs `c` on `p`; equal for all shapes."""
+    """The source of the kernel that runs `c` on `p`; equal for all shapes with the same alignment of D's rows."""
     memory = shared_memory(p, c)
     sides = [("a", p.a, p.a_k_major, "vector" if p.is_fp8 else "none"), ("b", p.b, p.b_k_major, p.b_scales)]
     rows, cols = reversed(sides) if c.swap_ab else sides
@@ -78,6 +79,7 @@ def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
         registers=c.registers,
         producer_registers=c.producer_registers,
         tma_store=str(tma_store(p, c)).lower(),
+        even_n=str(p.n % 2 == 0).lower(),
         d_map="&d_map" if tma_store(p, c) else "nullptr",
         rows_k_major=str(rows[2]).lower(),
         cols_k_major=str(cols[2]).lower(),
@@ -92,8 +94,8 @@ def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
         c="c" if p.add_c else "nullptr",
     )
     shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs")
-    parameters = (("problem", str(p)), *((field, getattr(c, field)) for field in shown))
-    return KernelSource(name, text, parameters, shared_memory=memory.total)
+    described = (("problem", str(p)), *((field, getattr(c, field)) for field in shown))
+    return KernelSource(name, text, described, shared_memory=memory.total)
 
 
 INTEGERS = (

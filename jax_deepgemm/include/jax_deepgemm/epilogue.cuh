@@ -3,7 +3,7 @@
 // bf16 D whose rows are 16-byte aligned: a warp owns 16 rows. It writes 64 columns at a time into a slab of 16 rows of
 // 128 bytes (stmatrix; 16-byte chunks exchanged by row, which is TMA's 128-byte swizzle, against bank conflicts) and one
 // of its lanes hands the slab to TMA, which clips tails in m and n. No barrier between warps; the warp goes on to the
-// next tile while its SLABS slabs drain, and waits for one only when it writes that one again.
+// next tile while its SLABS slabs drain, and waits for them only when it writes them again.
 //
 // Hazard: slabs are written by ordinary stores and read by TMA: fence.proxy.async in between (PTX ISA 9.7.9.25).
 #pragma once
@@ -43,7 +43,7 @@ __device__ __forceinline__ void store_one(bf16* d, float v) { *d = ptx::to_bf16(
 template <class C, bool START>
 __device__ __forceinline__ void add_c(float (&acc)[C::COLS / 2], const typename C::Out* c, const Problem& p,
                                       const Tile& tile, int first_row) {
-  constexpr int kInFlight = 64;  // registers that loads may take beside the accumulator
+  constexpr int kInFlight = 32;  // registers that loads may take beside the accumulator
   const Fragment mine;
 #pragma unroll
   for (int i = 0; i < C::COLS / 2; i += 2) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ void add_c(float (&acc)[C::COLS / 2], const typename 
     const int row = first_row + mine.row + i / 2 % 2 * 8, col = tile.col + i / 4 * 8 + mine.col;
     const typename C::Out* at = c + static_cast<i64>(row) * p.n + col;
     float2 pair = {0.0f, 0.0f};
-    if (p.n % 2 == 0) {
+    if constexpr (C::EVEN_N) {
       if (row < p.m && col < p.n) pair = load_pair(at);
     } else {
       if (row < p.m && col < p.n) pair.x = ptx::to_float(at[0]);
@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], ty
   for (int i = FIRST / 2; i < C::COLS / 2; i += 2) {
     const int row = first_row + mine.row + i / 2 % 2 * 8, col = tile.col + i / 4 * 8 + mine.col;
     typename C::Out* at = d + static_cast<i64>(row) * p.n + col;
-    if (p.n % 2 == 0) {
+    if constexpr (C::EVEN_N) {
       if (row < p.m && col < p.n) store_pair(at, acc[i], acc[i + 1]);
     } else {
       if (row < p.m && col < p.n) store_one(at, acc[i]);
@@ -81,28 +81,34 @@ __device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], ty
   }
 }
 
-// `slabs` is this warp's part of the staging memory, 1024-byte aligned.
+// Passes SLABS slabs at a time; `slabs` is this warp's part of the staging memory, 1024-byte aligned.
 template <class C>
 __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], const TensorMap& d_map, u32 slabs,
                                             const Tile& tile, int first_row) {
-  static_assert(C::COLS / kSlabCols % C::SLABS == 0, "a slab's turn must come at the same column of every tile");
+  constexpr int kSlabs = C::COLS / kSlabCols;
+  static_assert(kSlabs % C::SLABS == 0);
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int slab = 0; slab < C::COLS / kSlabCols; ++slab) {
-    const u32 memory = slabs + slab % C::SLABS * kSlabBytes, row_address = memory + lane % 16 * 128;
-    if (lane == 0) ptx::tma_store_wait_read<C::SLABS - 1>();
+  for (int first = 0; first < kSlabs; first += C::SLABS) {
+    if (lane == 0) ptx::tma_store_wait_read();
     __syncwarp();
 #pragma unroll
-    for (int chunk = 0; chunk < 8; chunk += 2) {
-      const float* a = acc + (slab * 8 + chunk) * 4;
-      ptx::store_matrix_x4(row_address + (((chunk + lane / 16) ^ (lane % 8)) * 16), ptx::pack_bf16(a[0], a[1]),
-                           ptx::pack_bf16(a[2], a[3]), ptx::pack_bf16(a[4], a[5]), ptx::pack_bf16(a[6], a[7]));
+    for (int slab = 0; slab < C::SLABS; ++slab) {
+      const u32 row_address = slabs + slab * kSlabBytes + lane % 16 * 128;
+#pragma unroll
+      for (int chunk = 0; chunk < 8; chunk += 2) {
+        const float* a = acc + ((first + slab) * 8 + chunk) * 4;
+        ptx::store_matrix_x4(row_address + (((chunk + lane / 16) ^ (lane % 8)) * 16), ptx::pack_bf16(a[0], a[1]),
+                             ptx::pack_bf16(a[2], a[3]), ptx::pack_bf16(a[4], a[5]), ptx::pack_bf16(a[6], a[7]));
+      }
     }
     ptx::fence_proxy_async();
     __syncwarp();
     if (lane == 0) {
-      ptx::tma_store(d_map, memory, tile.col + slab * kSlabCols,
-                     first_row + threadIdx.x / 32 % 4 * 16, tile.batch);
+#pragma unroll
+      for (int slab = 0; slab < C::SLABS; ++slab)
+        ptx::tma_store(d_map, slabs + slab * kSlabBytes, tile.col + (first + slab) * kSlabCols,
+                       first_row + threadIdx.x / 32 % 4 * 16, tile.batch);
       ptx::tma_store_commit();
     }
   }

@@ -62,7 +62,7 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
       store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), slabs, p, tile, first_row);
       tile = next;
     }
-    if (C::TMA_STORE && threadIdx.x % 32 == 0) ptx::tma_store_wait_read<0>();  // the block's memory outlives its readers
+    if (C::TMA_STORE && threadIdx.x % 32 == 0) ptx::tma_store_wait_read();  // the block's memory outlives its readers
   }
 }
 

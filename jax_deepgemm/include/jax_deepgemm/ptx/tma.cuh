@@ -26,10 +26,7 @@ __device__ __forceinline__ void tma_store(const TensorMap& map, u32 smem, int x,
 }
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until all but this thread's PENDING latest stores have read their shared memory.
-template <int PENDING>
-__device__ __forceinline__ void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
-}
+// Until this thread's stores have read their shared memory.
+__device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 }  // namespace jdg::ptx
