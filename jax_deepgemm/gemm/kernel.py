@@ -34,8 +34,10 @@ def _config(problem: GemmProblem, config: GemmConfig | None, chip: Chip) -> Gemm
     return chosen
 
 
-def fp8_problem(avals_in: Sequence[Any], avals_out: Sequence[Any], batch: tuple[bool, ...] | None) -> GemmProblem:
-    """The problem of operands (a, a scales, b, b scales[, c]); shapes as the kernel sees them, padded where TMA asks."""
+def fp8_problem(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], batch: tuple[bool, ...] | None
+) -> GemmProblem:
+    """The problem of operands (a, a scales, b, b scales[, c]) as the kernel sees them: padded for TMA."""
     a, _, b, sb = avals_in[:4]
     *batches, m, n = avals_out[0].shape
     per_row = sb.shape[-2] == n and n > 1
@@ -67,7 +69,8 @@ def fp8_gemm(
     chip = _chip_for(chip, num_sms)
     problem = fp8_problem(avals_in, avals_out, batch)
     a, sa, b, sb, *c = (MatrixOperand(i, tuple(x.shape)) for i, x in enumerate(avals_in))
-    return gemm_plan(problem, _config(problem, config, chip), chip, GemmOperands(a, b, sa, sb, c[0] if c else None))
+    operands = GemmOperands(a, b, sa, sb, c[0] if c else None)
+    return gemm_plan(problem, _config(problem, config, chip), chip, operands)
 
 
 def bf16_problem(
@@ -106,4 +109,5 @@ def bf16_gemm(
     chip = _chip_for(chip, num_sms)
     problem = bf16_problem(avals_in, avals_out, batch, layout)
     a, b, *c = (MatrixOperand(i, tuple(x.shape)) for i, x in enumerate(avals_in))
-    return gemm_plan(problem, _config(problem, config, chip), chip, GemmOperands(a, b, c=c[0] if c else None))
+    operands = GemmOperands(a, b, c=c[0] if c else None)
+    return gemm_plan(problem, _config(problem, config, chip), chip, operands)

@@ -72,7 +72,8 @@ def cast_scaled(x: jax.Array, inverse: jax.Array, dtype: np.dtype) -> jax.Array:
     infinite = x if np.dtype(dtype) == np.dtype(jnp.float8_e5m2) else jnp.full_like(x, jnp.nan)
     special = jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), infinite)
     rounded = jnp.where(jnp.isfinite(x), jnp.clip(x * inverse, -top, top), special).astype(dtype)
-    # XLA for GPUs allows excess precision: it would drop the rounding where a dequantisation follows in the same program.
+    # XLA for GPUs allows excess precision: it would drop the rounding where a dequantisation follows in the
+    # same program.
     return lax.optimization_barrier(rounded)
 
 

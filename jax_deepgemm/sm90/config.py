@@ -1,13 +1,13 @@
 """Problems and configurations of the SM90 GEMM kernels: pure data, and the rules a configuration must obey.
 
-    GemmProblem -> candidates() -> cost() (sm90/cost.py) -> GemmConfig -> kernel_source() (sm90/source.py) -> LaunchPlan
+    GemmProblem -> candidates(), cost() (cost.py) -> GemmConfig -> kernel_source() (source.py) -> LaunchPlan
 
 Two kernels share one main loop (include/jax_deepgemm/mainloop.cuh):
 
-- `gemm.cuh`: A's rows on wgmma's 64-row side, a persistent grid; block_m = 64, 128 or 192, block_n any multiple
-  of 8.
-- `gemm_small_m.cuh` (`swap_ab`): B's rows (weights) on the 64-row side, tokens on the narrow side, k split over a
-  cluster; block_n = 64 or 128, block_m = 8 .. 128 tokens.
+- `gemm.cuh`: A's rows on wgmma's 64-row side, a persistent grid; block_m = 64, 128 or 192, block_n any
+  multiple of 8.
+- `gemm_small_m.cuh` (`swap_ab`): B's rows (weights) on the 64-row side, tokens on the narrow side, k split
+  over a cluster; block_n = 64 or 128, block_m = 8 .. 128 tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class GemmProblem:
 
     Attributes:
       a, b: element types, "e4m3", "e5m2" or "bf16".
-      layout: DeepGEMM's letters; FP8 is always "nt". "nn": B is stored [k, n]; "tn": A is stored [k, m]; "tt": both.
+      layout: DeepGEMM's letters; FP8 is always "nt". "nn": B is stored [k, n]; "tn": A is stored [k, m];
+        "tt": both.
       out: "bfloat16" or "float32".
       add_c: whether C is added.
       b_scales: "block" (128x128), "vector" (1x128) or "none" (BF16). A's scales are always 1x128.
@@ -115,7 +116,8 @@ class GemmConfig:
       swap_ab: whether B's rows lie on wgmma's 64-row side (for few tokens).
       split_k: blocks of a cluster that share the k range of a tile (swap_ab only).
       blocks_per_sm: blocks of threads resident on one SM (swap_ab only).
-      slabs: buffers of 64 columns of D, for each consumer warp, that may drain to memory at once; 0 without TMA stores.
+      slabs: buffers of 64 columns of D, for each consumer warp, that may drain to memory at once; 0 without
+        TMA stores.
     """
 
     block_m: int
@@ -148,7 +150,7 @@ class GemmConfig:
 
     @property
     def registers(self) -> int:
-        """What a consumer thread may use: the register file is cut for each of an SM's four sub-partitions."""
+        """What a consumer thread may use: each of an SM's four sub-partitions has its own register file."""
         if not self.swap_ab and self.warpgroups > 1:
             return {2: 232, 3: 160}[self.warpgroups]  # by setmaxnreg
         warps = self.blocks_per_sm * ceil_div(self.threads, 32)
@@ -160,9 +162,9 @@ class GemmConfig:
         return {1: 0, 2: 40, 3: 32}[self.warpgroups]
 
     def __str__(self) -> str:
-        kind = "swap-AB " if self.swap_ab else ""
+        tile = f"{'swap-AB ' if self.swap_ab else ''}{self.block_m}x{self.block_n}"
         split = f" split_k={self.split_k}" if self.split_k > 1 else ""
-        return f"{kind}{self.block_m}x{self.block_n} stages={self.stages}{split} blocks/SM={self.blocks_per_sm}"
+        return f"{tile} stages={self.stages}{split} blocks/SM={self.blocks_per_sm}"
 
 
 @dataclass(frozen=True)
@@ -181,13 +183,14 @@ class SharedMemory:
 
 
 def tma_store(p: GemmProblem, c: GemmConfig) -> bool:
-    """Whether D leaves through TMA: rows of bf16 whose pitch is a multiple of 16 bytes, from the persistent kernel."""
+    """Whether D leaves through TMA: the persistent kernel's bf16 rows, if 16-byte aligned."""
     return not c.swap_ab and p.out == "bfloat16" and p.n % 8 == 0 and c.cols >= 64
 
 
 def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     rows_k_major, cols_k_major = (p.b_k_major, p.a_k_major) if c.swap_ab else (p.a_k_major, p.b_k_major)
-    row_vector, col_vector = (p.b_scales == "vector", p.is_fp8) if c.swap_ab else (p.is_fp8, p.b_scales == "vector")
+    vectors = (p.is_fp8, p.b_scales == "vector")
+    row_vector, col_vector = reversed(vectors) if c.swap_ab else vectors
     height = c.rows if rows_k_major else align_up(c.rows, 64)
     width = c.cols if cols_k_major else align_up(c.cols, 64)
     scale_slot = (c.rows if row_vector else 0) * 4 * _QUAD
@@ -221,25 +224,28 @@ def _slab_choices(p: GemmProblem, c: GemmConfig) -> list[int]:
 
 def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
     """Why a configuration cannot run a problem: one line for each rule that it breaks."""
+    rows, cols = c.rows, c.cols
+    width_is_legal = cols % 8 == 0 and 8 <= cols <= 256
     rules = [
-        (c.rows in (64, 128, 192), f"the 64-row side is {c.rows}, must be 64, 128 or 192 (1 to 3 warpgroups)"),
-        (not c.swap_ab or c.rows < 192, f"block_n is {c.rows}, must be 64 or 128 with swap_ab"),
-        (c.cols % 8 == 0 and 8 <= c.cols <= 256, f"the other side is {c.cols}, must be 8 to 256 in steps of 8 (wgmma)"),
+        (rows in (64, 128, 192), f"the 64-row side is {rows}, must be 64, 128 or 192 (1 to 3 warpgroups)"),
+        (not c.swap_ab or rows < 192, f"block_n is {rows}, must be 64 or 128 with swap_ab"),
+        (width_is_legal, f"the other side is {cols}, must be 8 to 256 in steps of 8 (wgmma)"),
         (c.swap_ab or c.split_k == 1, "split_k needs swap_ab"),
         (c.split_k in (1, 2, 4, 8), f"split_k is {c.split_k}, must be 1, 2, 4 or 8 (portable cluster size)"),
-        (not p.is_fp8 or c.cols <= _widest(p, c), f"{c.cols} columns leave no registers for two accumulators"),
+        (not p.is_fp8 or cols <= _widest(p, c), f"{cols} columns leave no registers for two accumulators"),
         (c.split_k <= ceil_div(p.k_blocks, _QUAD), f"split_k is {c.split_k}, more than the quads of k"),
         (c.slabs in _slab_choices(p, c), f"slabs is {c.slabs}, must be one of {_slab_choices(p, c)}"),
         (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),
     ]
     if c.swap_ab:
-        ring = c.stages * (c.rows + c.cols) * _SLOT_ROW_BYTES
-        rules.append((c.cols * (c.rows + 4) * 4 <= ring, "the float32 partial tile does not fit over the ring"))
+        ring = c.stages * (rows + cols) * _SLOT_ROW_BYTES
+        partial = cols * (rows + 4) * 4
+        rules.append((partial <= ring, "the float32 partial tile does not fit over the ring"))
     return [message for holds, message in rules if not holds]
 
 
 def _widest(p: GemmProblem, c: GemmConfig) -> int:
-    """Widest tile whose accumulator, temporary and scales fit in registers without a spill (measured with ptxas)."""
+    """Widest tile whose accumulator, product and scales fit in registers (no spill, as ptxas reports)."""
     if c.swap_ab:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
     return 192 if p.b_scales == "vector" else 208

@@ -13,8 +13,8 @@ from functools import lru_cache
 from jax_deepgemm.sm90.chip import H200, Chip
 from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, align_up, ceil_div, fit_stages
 
-# The persistent kernel: microseconds that 128 bytes of k of one tile take on one SM, and that a tile takes beside them
-# (its epilogue, and waiting at its edges).
+# The persistent kernel: microseconds that 128 bytes of k of one tile take on one SM, and that a tile takes
+# beside them (its epilogue, and waiting at its edges).
 _PER_BLOCK = {
     "fp8 block": {
         (64, 64): 0.195,
@@ -74,7 +74,8 @@ _SMALL_M = {
 }
 _ENOUGH_STAGES = 6  # two blocks of threads on an SM with fewer slots each measured worse than the model says
 _MEMORY_BYTES_PER_US = 3.0e6
-_RESIDENT_CLUSTERS = {1: {1: 132, 2: 66, 4: 30, 8: 15}, 2: {1: 264, 2: 132, 4: 62, 8: 30}}  # by blocks per SM and size
+# By blocks per SM and size.
+_RESIDENT_CLUSTERS = {1: {1: 132, 2: 66, 4: 30, 8: 15}, 2: {1: 264, 2: 132, 4: 62, 8: 30}}
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Cost:
         return self.start + (self.compute**4 + self.memory**4) ** 0.25
 
     def __str__(self) -> str:
-        terms = f"start {self.start:.1f}, compute {self.compute:.1f}, memory {self.memory:.1f}, waves {self.waves}"
-        return f"{self.total:.1f} us ({terms})"
+        terms = f"start {self.start:.1f}, compute {self.compute:.1f}, memory {self.memory:.1f}"
+        return f"{self.total:.1f} us ({terms}, waves {self.waves})"
 
 
 def _kind(p: GemmProblem) -> str:
@@ -111,7 +112,8 @@ def _per_block(p: GemmProblem, c: GemmConfig) -> float:
     measured = _PER_BLOCK[_kind(p)]
     if (c.rows, c.cols) in measured:
         return measured[c.rows, c.cols]
-    return 1.3 * measured[128, 128] * c.rows * c.cols / 128**2  # not a candidate: no better than the neighbours
+    # Not a candidate: no better than its neighbours.
+    return 1.3 * measured[128, 128] * c.rows * c.cols / 128**2
 
 
 def _persistent(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
@@ -162,7 +164,7 @@ def candidates(p: GemmProblem, chip: Chip) -> Iterator[GemmConfig]:
         ]
     for config in wanted:
         fitted = fit_stages(p, config, chip)
-        if fitted is not None and (not fitted.swap_ab or fitted.blocks_per_sm == 1 or fitted.stages >= _ENOUGH_STAGES):
+        if fitted is not None and (fitted.blocks_per_sm == 1 or fitted.stages >= _ENOUGH_STAGES):
             yield fitted
 
 

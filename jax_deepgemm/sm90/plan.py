@@ -42,12 +42,12 @@ class GemmOperands:
 
 
 def _map(
-    buffer: Operand | Result, shape: tuple[int, ...], dtype: str, size: int, box: tuple[int, int], swizzle: int
+    base: Operand | Result, shape: tuple[int, ...], dtype: str, size: int, box: tuple[int, int], swizzle: int
 ) -> TensorMap:
     """A three-dimensional map (columns, rows, batch); boxes that reach outside are filled with zeros."""
     *batch, rows, cols = shape
     strides = (cols * size, rows * cols * size)
-    return TensorMap(buffer, dtype, (cols, rows, *(batch or (1,))), strides, (*box, 1), swizzle)
+    return TensorMap(base, dtype, (cols, rows, *(batch or (1,))), strides, (*box, 1), swizzle)
 
 
 def _matrix_map(p: GemmProblem, x: MatrixOperand, k_major: bool, tile: int) -> TensorMap:
@@ -70,7 +70,8 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
     """
     broken = problems_with(p, c)
     if broken:
-        raise ValueError(f"config {c} cannot run {p}: {'; '.join(broken)}. Leave config=None to have one chosen.")
+        rules = "; ".join(broken)
+        raise ValueError(f"config {c} cannot run {p}: {rules}. Leave config=None to have one chosen.")
     maps = [_matrix_map(p, x.a, p.a_k_major, c.block_m), _matrix_map(p, x.b, p.b_k_major, c.block_n)]
     for scales, vector, tile in (
         (x.a_scales, True, c.block_m),

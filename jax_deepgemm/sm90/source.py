@@ -13,10 +13,12 @@ _TEXT = """\
 struct Config {{
   using Mma = ::Mma;
   using Out = {out};
-  static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages}, WARPGROUPS = {warpgroups};
-  static constexpr int SPLITS = {splits}, SCALE_SLOTS = (STAGES + 3) / 4 + 1, SLABS = {slabs}, STAGING_BYTES = {staging}, SHARED_BYTES = {shared};
+  static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
+  static constexpr int WARPGROUPS = {warpgroups}, SPLITS = {splits}, SCALE_SLOTS = (STAGES + 3) / 4 + 1;
+  static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
-  static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, ADD = {add}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
+  static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major};
+  static constexpr bool ADD = {add}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
   static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
 }};
 
@@ -31,7 +33,7 @@ _SCALES = {"vector": "kVector", "block": "kBlock", "none": "kNone"}
 
 
 def kernel_name(p: GemmProblem, c: GemmConfig) -> str:
-    """A stable name that profilers show: operand types, layout, tile, stages; shapes are run-time parameters."""
+    """The name that profilers show: operand types, layout, tile, stages; shapes are run-time parameters."""
     types = p.a if p.a == p.b else f"{p.a}_{p.b}"
     parts = ["jdg_sm90", types, p.layout, f"{c.block_m}x{c.block_n}", f"s{c.stages}"]
     parts += [f"d{c.slabs}"] if c.slabs else []
@@ -46,7 +48,7 @@ def kernel_name(p: GemmProblem, c: GemmConfig) -> str:
 
 
 def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
-    """The source of the kernel that runs `c` on `p`; equal for all shapes with the same alignment of D's rows."""
+    """The source of the kernel that runs `c` on `p`; equal for all shapes whose D is aligned alike."""
     memory = shared_memory(p, c)
     sides = [("a", p.a, p.a_k_major, "vector" if p.is_fp8 else "none"), ("b", p.b, p.b_k_major, p.b_scales)]
     rows, cols = reversed(sides) if c.swap_ab else sides
@@ -59,9 +61,9 @@ def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
     parameters += [f"int {x}" for x in INTEGERS]
     scale_maps = [f"&{s[0]}_scale_map" if s[3] == "vector" else "nullptr" for s in (rows, cols)]
     block_scales = "block_scales" if p.b_scales == "block" else "nullptr"
-    operands = [f"&{rows[0]}_map", f"&{cols[0]}_map", *scale_maps, block_scales, "k_blocks", "block_scale_rows"]
-    operands += ["block_scale_pitch"]
-    operands += [f"batched_{rows[0]}", f"batched_{cols[0]}", f"batched_{rows[0]}_scales", f"batched_{cols[0]}_scales"]
+    operands = [f"&{rows[0]}_map", f"&{cols[0]}_map", *scale_maps, block_scales]
+    operands += ["k_blocks", "block_scale_rows", "block_scale_pitch"]
+    operands += [f"batched_{side[0]}{of}" for of in ("", "_scales") for side in (rows, cols)]
     name = kernel_name(p, c)
     text = _TEXT.format(
         header="gemm_small_m" if c.swap_ab else "gemm",

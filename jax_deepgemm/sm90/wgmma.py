@@ -1,4 +1,4 @@
-"""The text of one wgmma wrapper: the instruction names every accumulator register, so it is generated for one width."""
+"""The text of one wgmma wrapper, for one width: the instruction names every accumulator register."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def test_a_chain_is_captured_with_default_flags(pdl):
     count = ffi.execute_count()
     print(f"\n200 chained calls, 20 runs: the handler ran {count} times (pdl={pdl})")
     np.testing.assert_array_equal(y, np.full(4096, 200))
-    # A graph is captured again when its buffers have moved; 20 runs outside command buffers would be 4,000 calls.
+    # A graph is captured again when its buffers have moved; 20 runs outside command buffers would be 4,000.
     assert count <= 400, "the calls run outside command buffers"
 
 

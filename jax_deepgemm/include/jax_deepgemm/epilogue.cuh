@@ -1,11 +1,12 @@
 // From the accumulator of a consumer warpgroup to D.
 //
-// bf16 D whose rows are 16-byte aligned: a warp owns 16 rows. It writes 64 columns at a time into a slab of 16 rows of
-// 128 bytes (stmatrix; 16-byte chunks exchanged by row, which is TMA's 128-byte swizzle, against bank conflicts) and one
-// of its lanes hands the slab to TMA, which clips tails in m and n. No barrier between warps; the warp goes on to the
-// next tile while its SLABS slabs drain, and waits for them only when it writes them again.
+// bf16 D whose rows are 16-byte aligned: a warp owns 16 rows. It writes 64 columns at a time into a slab of
+// 16 rows of 128 bytes (stmatrix; 16-byte chunks exchanged by row, which is TMA's 128-byte swizzle, against
+// bank conflicts) and one of its lanes hands the slab to TMA, which clips tails in m and n. No barrier
+// between warps; the warp goes on to the next tile while its SLABS slabs drain, and waits for them only when
+// it writes them again.
 //
-// Hazard: slabs are written by ordinary stores and read by TMA: fence.proxy.async in between (PTX ISA 9.7.9.25).
+// Hazard: slabs are written by ordinary stores and read by TMA: fence.proxy.async between (PTX ISA 9.7.9.25).
 #pragma once
 
 #include <jax_deepgemm/mainloop.cuh>
@@ -15,7 +16,7 @@ namespace jdg {
 struct Problem {
   int m, n, batches;
   int batched_c;  // 0 where all batches share C, else 1
-  int stripe;  // row tiles walked together before the next column, for reuse in L2
+  int stripe;     // row tiles walked together before the next column, for reuse in L2
 };
 
 constexpr int kSlabCols = 64, kSlabBytes = 16 * kSlabCols * 2;
@@ -30,16 +31,18 @@ __device__ __forceinline__ float2 load_pair(const bf16* c) {
   const u32 packed = *reinterpret_cast<const u32*>(c);
   return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000u)};
 }
-__device__ __forceinline__ void store_pair(float* d, float a, float b) { *reinterpret_cast<float2*>(d) = {a, b}; }
+__device__ __forceinline__ void store_pair(float* d, float a, float b) {
+  *reinterpret_cast<float2*>(d) = {a, b};
+}
 __device__ __forceinline__ void store_pair(bf16* d, float a, float b) {
   *reinterpret_cast<u32*>(d) = ptx::pack_bf16(a, b);
 }
 __device__ __forceinline__ void store_one(float* d, float v) { *d = v; }
 __device__ __forceinline__ void store_one(bf16* d, float v) { *d = ptx::to_bf16(v); }
 
-// Puts C into the accumulator (START) or adds it there, in float32 and before the one rounding. As the starting value
-// of an FP8 accumulator its loads hide behind the first block of k; the tensor core itself, which BF16 accumulates in,
-// truncates, and is kept away from large values of C.
+// Puts C into the accumulator (START) or adds it there, in float32 and before the one rounding. As the
+// starting value of an FP8 accumulator its loads hide behind the first block of k; the tensor core itself,
+// which BF16 accumulates in, truncates, and is kept away from large values of C.
 template <class C, bool START>
 __device__ __forceinline__ void add_c(float (&acc)[C::COLS / 2], const typename C::Out* c, const Problem& p,
                                       const Tile& tile, int first_row) {
@@ -62,11 +65,11 @@ __device__ __forceinline__ void add_c(float (&acc)[C::COLS / 2], const typename 
   }
 }
 
-// Columns from FIRST on, straight from the accumulator: float32, where four lanes fill a 32-byte sector, bf16 rows that
-// are not 16-byte aligned, and the columns of a tile beyond its last whole slab.
+// Columns from FIRST on, straight from the accumulator: float32, where four lanes fill a 32-byte sector, bf16
+// rows that are not 16-byte aligned, and the columns of a tile beyond its last whole slab.
 template <class C, int FIRST = 0>
-__device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], typename C::Out* d, const Problem& p,
-                                             const Tile& tile, int first_row) {
+__device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], typename C::Out* d,
+                                             const Problem& p, const Tile& tile, int first_row) {
   const Fragment mine;
 #pragma unroll
   for (int i = FIRST / 2; i < C::COLS / 2; i += 2) {
@@ -83,8 +86,8 @@ __device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], ty
 
 // Passes SLABS slabs at a time; `slabs` is this warp's part of the staging memory, 1024-byte aligned.
 template <class C>
-__device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], const TensorMap& d_map, u32 slabs,
-                                            const Tile& tile, int first_row) {
+__device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], const TensorMap& d_map,
+                                            u32 slabs, const Tile& tile, int first_row) {
   constexpr int kSlabs = C::COLS / kSlabCols;
   static_assert(kSlabs % C::SLABS == 0);
   const int lane = threadIdx.x % 32;
@@ -98,8 +101,9 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], con
 #pragma unroll
       for (int chunk = 0; chunk < 8; chunk += 2) {
         const float* a = acc + ((first + slab) * 8 + chunk) * 4;
-        ptx::store_matrix_x4(row_address + (((chunk + lane / 16) ^ (lane % 8)) * 16), ptx::pack_bf16(a[0], a[1]),
-                             ptx::pack_bf16(a[2], a[3]), ptx::pack_bf16(a[4], a[5]), ptx::pack_bf16(a[6], a[7]));
+        ptx::store_matrix_x4(row_address + (((chunk + lane / 16) ^ (lane % 8)) * 16),
+                             ptx::pack_bf16(a[0], a[1]), ptx::pack_bf16(a[2], a[3]),
+                             ptx::pack_bf16(a[4], a[5]), ptx::pack_bf16(a[6], a[7]));
       }
     }
     ptx::fence_proxy_async();

@@ -1,12 +1,12 @@
 // D = A B^T (+ C) for large m: a persistent grid of tiles of ROWS x COLS, one block of threads per SM.
 //
 //   warpgroups 0 .. W-1   consumers: 64 rows of the tile each (wgmma, promotion), then the epilogue
-//   warpgroup W           one thread of it is the TMA producer; it runs ahead into the next tile during the epilogue
+//   warpgroup W           one thread of it is the TMA producer, a tile ahead during the epilogue
 //
-//   shared memory:  A[STAGES] | B[STAGES] | scale quads of A, B | D slabs of each consumer warp | barriers | tiles
+//   shared memory:  A[STAGES] | B[STAGES] | D slabs of each warp | scale quads of A, B | barriers | tiles
 //
-// The consumer warpgroups are not ordered against each other: they drift apart by themselves until one promotes or
-// stores while others multiply. Forcing an order measured slower (docs/performance.md).
+// The consumer warpgroups are not ordered against each other: they drift apart by themselves until one
+// promotes or stores while others multiply. Forcing an order measured slower (docs/performance.md).
 #pragma once
 
 #include <jax_deepgemm/epilogue.cuh>
@@ -24,8 +24,8 @@ __device__ __forceinline__ Tile tile_at(int index, const Problem& p, int k_block
 }
 
 template <class C>
-__device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const TensorMap* d_map, typename C::Out* d,
-                                     const typename C::Out* c) {
+__device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const TensorMap* d_map,
+                                     typename C::Out* d, const typename C::Out* c) {
   extern __shared__ __align__(1024) char shared[];
   const u32 smem = smem_address(shared);
   constexpr bool kFp8 = C::ROW_SCALES != Scale::kNone;
@@ -51,8 +51,10 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
     while (tile.row != kNoTile) {
       const int first_row = tile.row + warpgroup * 64;
       float acc[C::COLS / 2];
-      if constexpr (C::ADD && kFp8) add_c<C, true>(acc, matrix_of(c, p, tile.batch * p.batched_c), p, tile, first_row);
-      else clear(acc);
+      if constexpr (C::ADD && kFp8)
+        add_c<C, true>(acc, matrix_of(c, p, tile.batch * p.batched_c), p, tile, first_row);
+      else
+        clear(acc);
       multiply_blocks<C>(acc, at, blocks, tile, warpgroup);
 
       const Tile next = receive_tile<C>(at, in.k_blocks);
@@ -62,7 +64,8 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
       store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), slabs, p, tile, first_row);
       tile = next;
     }
-    if (C::TMA_STORE && threadIdx.x % 32 == 0) ptx::tma_store_wait_read();  // the block's memory outlives its readers
+    // The block's memory outlives its readers.
+    if (C::TMA_STORE && threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
   }
 }
 

@@ -1,15 +1,18 @@
-// D = A B^T (+ C) for few tokens: the weights B lie on wgmma's 64-row side, the tokens A on its narrow side, and a
-// cluster of SPLITS blocks shares the k range of one tile. One tile per cluster, all its bytes requested at once.
+// D = A B^T (+ C) for few tokens: the weights B lie on wgmma's 64-row side, the tokens A on its narrow side,
+// and a cluster of SPLITS blocks shares the k range of one tile. One tile per cluster, all its bytes
+// requested at once.
 //
 //   warpgroups 0 .. W-1   consumers: 64 weight rows each
 //   last warp             one thread of it is the TMA producer
 //
 //   rank r of the cluster multiplies quads of k [r Q / SPLITS, (r + 1) Q / SPLITS)
-//   -> float32 partial [token][ROWS + 4] over the ring (every slot has been read)      cluster barrier
-//   -> rank r adds slice r of all partials, in rank order, + C, rounds once, stores    cluster barrier: nobody leaves
-//                                                                                      while peers read its memory
-// The partial is token-major, so that row-major D is written in whole lines and the sum needs no atomics: equal bits
-// every time.
+//   -> float32 partial [token][ROWS + 4] over the ring (every slot has been read)
+//   cluster barrier
+//   -> rank r adds slice r of all partials, in rank order, + C, rounds once, stores
+//   cluster barrier: nobody leaves while peers read its memory
+//
+// The partial is token-major, so that row-major D is written in whole lines and the sum needs no atomics:
+// equal bits every time.
 #pragma once
 
 #include <jax_deepgemm/epilogue.cuh>
@@ -18,7 +21,7 @@ namespace jdg {
 
 template <class C>
 struct Partial {
-  static constexpr int kPitch = C::ROWS + 4;  // floats; 4 of padding make the fragment's stores free of bank conflicts
+  static constexpr int kPitch = C::ROWS + 4;  // floats; the padding avoids bank conflicts
   static_assert(C::COLS * kPitch * 4 <= Layout<C>::kStaging, "the partial tile lies over the ring");
 };
 
@@ -45,8 +48,8 @@ __device__ __forceinline__ float4 sum_partials(u32 address) {
 
 // Four neighbouring columns of D.
 template <class C>
-__device__ __forceinline__ void store_four(float4 v, typename C::Out* d, const typename C::Out* c, const Problem& p,
-                                           int token, int col) {
+__device__ __forceinline__ void store_four(float4 v, typename C::Out* d, const typename C::Out* c,
+                                           const Problem& p, int token, int col) {
   const i64 at = static_cast<i64>(token) * p.n + col;
   float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -56,7 +59,8 @@ __device__ __forceinline__ void store_four(float4 v, typename C::Out* d, const t
     if constexpr (is_same<typename C::Out, float>)
       *reinterpret_cast<float4*>(d + at) = {values[0], values[1], values[2], values[3]};
     else
-      *reinterpret_cast<uint2*>(d + at) = {ptx::pack_bf16(values[0], values[1]), ptx::pack_bf16(values[2], values[3])};
+      *reinterpret_cast<uint2*>(d + at) = {ptx::pack_bf16(values[0], values[1]),
+                                           ptx::pack_bf16(values[2], values[3])};
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -96,18 +100,21 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
     clear(acc);
     BlockScales<C> blocks(in, tile, warpgroup);
     multiply_blocks<C>(acc, at, blocks, tile, warpgroup);
-    ptx::named_barrier<1, kConsumers>();  // the other warpgroup may still read the slots that the partial overwrites
+    ptx::named_barrier<1, kConsumers>();  // the other warpgroup may still read what the partial overwrites
     store_partial<C>(acc, smem, warpgroup);
   }
-  if constexpr (C::SPLITS > 1) ptx::cluster_barrier();
-  else __syncthreads();
+  if constexpr (C::SPLITS > 1)
+    ptx::cluster_barrier();
+  else
+    __syncthreads();
 
   constexpr int kQuads = C::ROWS / 4, kShare = ceil_div(C::COLS * kQuads, C::SPLITS);
   for (int i = threadIdx.x; i < kShare; i += kConsumers + 32) {
     const int unit = rank * kShare + i, token = unit / kQuads, row = unit % kQuads * 4;
     if (token < C::COLS && tile.col + token < p.m && tile.row + row < p.n)
-      store_four<C>(sum_partials<C>(smem + (token * Partial<C>::kPitch + row) * 4), matrix_of(d, p, tile.batch),
-                    matrix_of(c, p, tile.batch * p.batched_c), p, tile.col + token, tile.row + row);
+      store_four<C>(sum_partials<C>(smem + (token * Partial<C>::kPitch + row) * 4),
+                    matrix_of(d, p, tile.batch), matrix_of(c, p, tile.batch * p.batched_c), p,
+                    tile.col + token, tile.row + row);
   }
   if constexpr (C::SPLITS > 1) ptx::cluster_barrier();
 }

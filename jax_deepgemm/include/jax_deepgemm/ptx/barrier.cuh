@@ -36,7 +36,9 @@ __device__ __forceinline__ void mbarrier_wait(u32 bar, u32 parity) {
 }
 
 // Orders this thread's ordinary shared-memory writes before later async-proxy accesses (wgmma, TMA).
-__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 template <int ID, int THREADS>
 __device__ __forceinline__ void named_barrier() {
@@ -63,7 +65,9 @@ __device__ __forceinline__ u32 map_to_rank(u32 address, u32 rank) {
   return remote;
 }
 
-// Programmatic dependent launch: returns when the kernels this one depends on have finished. Free when not launched so.
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Programmatic dependent launch: returns when the kernels this one depends on have finished.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
 
 }  // namespace jdg::ptx

@@ -28,6 +28,8 @@ __host__ __device__ constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b,
 __host__ __device__ constexpr int min(int a, int b) { return a < b ? a : b; }
 
 // Address in the shared window, as PTX wants it.
-__device__ __forceinline__ u32 smem_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ u32 smem_address(const void* p) {
+  return static_cast<u32>(__cvta_generic_to_shared(p));
+}
 
 }  // namespace jdg

@@ -1,26 +1,30 @@
-// Warpgroup matrix multiply (PTX ISA 9.7.15): descriptors and ordering. The instruction itself, whose register list
-// depends on its width, is generated for the one width that a kernel uses (jax_deepgemm/sm90/wgmma.py).
+// Warpgroup matrix multiply (PTX ISA 9.7.15): descriptors and ordering. The instruction itself, whose
+// register list depends on its width, is generated for the one width that a kernel uses
+// (jax_deepgemm/sm90/wgmma.py).
 #pragma once
 
 #include <jax_deepgemm/ptx/types.cuh>
 
 namespace jdg::ptx {
 
-// K-major operand: rows of 128 bytes, 128-byte swizzle, 8-row atoms of 1024 bytes. A k-step of 32 bytes adds 2.
+// K-major operand: rows of 128 bytes, 128-byte swizzle, 8-row atoms of 1024 bytes. 32 bytes of k add 2.
 __device__ __forceinline__ u64 k_major_descriptor(u32 smem) {
   constexpr u64 kSwizzle128 = 1ull << 62, kStrideBytes = 1024;
   return kSwizzle128 | (kStrideBytes >> 4) << 32 | 1ull << 16 | ((smem & 0x3FFFF) >> 4);
 }
 
-// MN-major operand: slabs of 64 elements (128 bytes) by `slab_bytes / 128` values of k. A k-step of 16 adds 128.
+// MN-major operand: slabs of 64 elements (128 bytes) by `slab_bytes / 128` values of k. 16 of k add 128.
 __device__ __forceinline__ u64 mn_major_descriptor(u32 smem, u32 slab_bytes) {
   constexpr u64 kSwizzle128 = 1ull << 62, kStrideBytes = 1024;
-  return kSwizzle128 | (kStrideBytes >> 4) << 32 | static_cast<u64>(slab_bytes >> 4) << 16 | ((smem & 0x3FFFF) >> 4);
+  return kSwizzle128 | (kStrideBytes >> 4) << 32 | static_cast<u64>(slab_bytes >> 4) << 16 |
+         ((smem & 0x3FFFF) >> 4);
 }
 
 // Registers written by ordinary instructions may now be used by wgmma.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 
 // Waits until at most PENDING committed groups are unfinished.
 template <int PENDING>
@@ -28,7 +32,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Keeps the compiler from moving accumulator registers across this point; without it ptxas serialises (C7514).
+// Keeps the compiler from moving accumulator registers across this point, where ptxas would serialise
+// (C7514).
 template <int COUNT>
 __device__ __forceinline__ void pin(float (&registers)[COUNT]) {
 #pragma unroll
