@@ -180,6 +180,19 @@ def test_families(row: Any, mode: str) -> None:
     assert op_checks.collectives(hlo) == Counter(expected)
 
 
+def _round_trip(x: Any) -> Any:
+    return jax_deepgemm.dequantize(jax_deepgemm.quantize(x))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_rounding_to_fp8_is_not_elided(dtype: Any) -> None:
+    """XLA for GPUs allows excess precision: it drops f32 -> f8 -> f32 where nothing stands in between."""
+    one = jax.sharding.SingleDeviceSharding(devices()[0])
+    x = jax.ShapeDtypeStruct((256, 512), dtype, sharding=one)
+    hlo = jax.jit(_round_trip).lower(x).compile().as_text()
+    assert re.search(r"= f8e4m3fn\[256,512\]\S* convert\(", hlo), hlo
+
+
 _CAPTURED = """
 import sys, functools
 sys.path[:0] = {paths}
