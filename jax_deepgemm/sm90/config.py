@@ -232,7 +232,7 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
         (width_is_legal, f"the other side is {cols}, must be 8 to 256 in steps of 8 (wgmma)"),
         (c.swap_ab or c.split_k == 1, "split_k needs swap_ab"),
         (c.split_k in (1, 2, 4, 8), f"split_k is {c.split_k}, must be 1, 2, 4 or 8 (portable cluster size)"),
-        (not p.is_fp8 or cols <= _widest(p, c), f"{cols} columns leave no registers for two accumulators"),
+        (cols <= _widest(p, c), f"{cols} columns leave no registers for two accumulators"),
         (c.split_k <= ceil_div(p.k_blocks, _QUAD), f"split_k is {c.split_k}, more than the quads of k"),
         (c.slabs in _slab_choices(p, c), f"slabs is {c.slabs}, must be one of {_slab_choices(p, c)}"),
         (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),
@@ -248,4 +248,6 @@ def _widest(p: GemmProblem, c: GemmConfig) -> int:
     """Widest tile whose accumulator, product and scales fit in registers (no spill, as ptxas reports)."""
     if c.swap_ab:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
-    return 192 if p.b_scales == "vector" else 208
+    if not p.is_fp8:
+        return 176 if p.add_c and (p.out == "float32" or p.n % 2) else 256
+    return 192

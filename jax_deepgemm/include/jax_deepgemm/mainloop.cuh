@@ -1,7 +1,8 @@
-// What every Hopper GEMM kernel here shares: the ring of shared-memory slots between one TMA producer thread and the
-// consumer warpgroups, and the loops on both sides of it.
+// What every Hopper GEMM kernel here shares: the ring of shared-memory slots between one TMA producer thread
+// and the consumer warpgroups, and the loops on both sides of it.
 //
-// wgmma multiplies "rows" (its M side, 64 per warpgroup, A or the weights) by "cols" (its N side, the tile width).
+// wgmma multiplies "rows" (its M side, 64 per warpgroup, A or the weights) by "cols" (its N side, the tile
+// width).
 //
 //   producer thread                          consumer warpgroup w
 //   wait empty[s]                            wait full[s]
@@ -9,14 +10,18 @@
 //   TMA rows tile, cols tile -> slot s       4 wgmma over the 128 bytes of k in the slot
 //   every 4th block: TMA scale quads         wait for them, arrive empty[s], promote: acc += scale * product
 //
-// FP8 walks k in quads of four blocks, because one TMA box {4 blocks of k, rows} of the caller's row-major scales
-// [rows, k/128] serves four of them. Slots that the last quad of a tile does not need are passed on without data. The
-// quads of scales form a ring of ceil(STAGES / 4) + 1 slots without barriers of their own: a quad is read before its
-// warpgroup releases the first block of the next one, and the producer is at most STAGES blocks ahead.
+// FP8 walks k in quads of four blocks, because one TMA box {4 blocks of k, rows} of the caller's row-major
+// scales [rows, k/128] serves four of them. Slots that the last quad of a tile does not need are passed on
+// without data. The quads of scales form a ring of ceil(STAGES / 4) + 1 slots without barriers of their own:
+// a quad is read before its warpgroup releases the first block of the next one, and the producer is at most
+// STAGES blocks ahead.
 //
-// Hazard: a load from shared memory may still be under way when its warp arrives at an mbarrier behind it; only an
-// instruction that uses the value proves it done. Hence the one slot more: with it, the promotion stands in between.
-// Hazard: the FP8 tensor core accumulates with about 14 bits, hence the promotion to float32 after every 128 of k.
+// Hazard: a load from shared memory may still be under way when its warp arrives at an mbarrier behind it;
+// only an instruction that uses the value proves it done. Hence the one slot more: with it, the promotion
+// stands in between.
+//
+// Hazard: the FP8 tensor core accumulates with about 14 bits, hence the promotion to float32 after every
+// 128 of k.
 #pragma once
 
 #include <jax_deepgemm/ptx/barrier.cuh>
@@ -42,7 +47,8 @@ struct Layout {
   static constexpr u32 kRowsBytes = (C::ROWS_K_MAJOR ? C::ROWS : align_up(C::ROWS, 64)) * kSlotRowBytes;
   static constexpr u32 kColsBytes = (C::COLS_K_MAJOR ? C::COLS : align_up(C::COLS, 64)) * kSlotRowBytes;
   static constexpr u32 kRowScaleBytes = C::ROW_SCALES == Scale::kVector ? C::ROWS * kQuad * 4 : 0;
-  static constexpr u32 kColScaleBytes = C::COL_SCALES == Scale::kVector ? align_up(C::COLS * kQuad * 4, 128) : 0;
+  static constexpr u32 kColScaleBytes =
+      C::COL_SCALES == Scale::kVector ? align_up(C::COLS * kQuad * 4, 128) : 0;
 
   static constexpr u32 kRows = 0;
   static constexpr u32 kCols = kRows + C::STAGES * kRowsBytes;
@@ -55,7 +61,8 @@ struct Layout {
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
 
   static constexpr u32 kSlotBytes = kRowsBytes + kColsBytes;
-  static constexpr u32 kQuadBytes = kRowScaleBytes + (C::COL_SCALES == Scale::kVector ? C::COLS * kQuad * 4 : 0);
+  static constexpr u32 kQuadBytes =
+      kRowScaleBytes + (C::COL_SCALES == Scale::kVector ? C::COLS * kQuad * 4 : 0);
 };
 
 // A slot of the ring, as seen from one side of it.
@@ -69,8 +76,12 @@ struct Position {
   __device__ __forceinline__ explicit Position(u32 base) : smem(base) {}
   __device__ __forceinline__ u32 full() const { return smem + Layout<C>::kBarriers + stage * 8; }
   __device__ __forceinline__ u32 empty() const { return full() + C::STAGES * 8; }
-  __device__ __forceinline__ u32 rows() const { return smem + Layout<C>::kRows + stage * Layout<C>::kRowsBytes; }
-  __device__ __forceinline__ u32 cols() const { return smem + Layout<C>::kCols + stage * Layout<C>::kColsBytes; }
+  __device__ __forceinline__ u32 rows() const {
+    return smem + Layout<C>::kRows + stage * Layout<C>::kRowsBytes;
+  }
+  __device__ __forceinline__ u32 cols() const {
+    return smem + Layout<C>::kCols + stage * Layout<C>::kColsBytes;
+  }
   __device__ __forceinline__ u32 row_scales() const {
     return smem + Layout<C>::kRowScales + quad_slot * Layout<C>::kRowScaleBytes;
   }
@@ -90,8 +101,8 @@ struct Position {
   }
 };
 
-// Which consumer warpgroup this thread is in; the shuffle tells the compiler that it is the same for a whole warp, so
-// that descriptors are computed in uniform registers.
+// Which consumer warpgroup this thread is in; the shuffle tells the compiler that it is the same for a whole
+// warp, so that descriptors are computed in uniform registers.
 __device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0); }
 
 template <int COUNT>
@@ -106,8 +117,8 @@ struct Tile {
   int k_begin, k_end;  // blocks of k; FP8 begins at a multiple of four
 };
 
-// The producer says with the first block of a tile which tile it is, so that consumers need no arithmetic for it, and
-// sends kNoTile when there are no more. A record may be overwritten when its slot may.
+// The producer says with the first block of a tile which tile it is, so that consumers need no arithmetic for
+// it, and sends kNoTile when there are no more. A record may be overwritten when its slot may.
 constexpr int kNoTile = -1;
 
 template <class C>
@@ -115,11 +126,14 @@ __device__ __forceinline__ void publish_tile(const Position<C>& at, int row, int
   ptx::store_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16, row, col, batch, 0);
 }
 
+// Lane 0 reads, because lane 0 is the one that later releases the slot.
 template <class C>
 __device__ __forceinline__ Tile receive_tile(const Position<C>& at, int k_blocks) {
   ptx::mbarrier_wait(at.full(), at.phase);
-  const float4 record = ptx::load_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16);
-  return {__float_as_int(record.x), __float_as_int(record.y), __float_as_int(record.z), 0, k_blocks};
+  float4 record = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (threadIdx.x % 32 == 0) record = ptx::load_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16);
+  const auto shared = [](float v) { return __float_as_int(__shfl_sync(0xFFFFFFFF, v, 0)); };
+  return {shared(record.x), shared(record.y), shared(record.z), 0, k_blocks};
 }
 
 template <class C>
@@ -148,7 +162,8 @@ struct Operands {
 };
 
 template <class C, bool K_MAJOR, int EXTENT>
-__device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32 bar, int first, int kb, int batch) {
+__device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32 bar, int first, int kb,
+                                             int batch) {
   if constexpr (K_MAJOR) {
     ptx::tma_load(slot, map, bar, kb * C::BLOCK_K, first, batch);
   } else {
@@ -174,9 +189,11 @@ __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in,
                                               tile.batch * in.batched_cols);
     if (quad) {
       if constexpr (C::ROW_SCALES == Scale::kVector)
-        ptx::tma_load(at.row_scales(), *in.row_scales, at.full(), kb, tile.row, tile.batch * in.batched_row_scales);
+        ptx::tma_load(at.row_scales(), *in.row_scales, at.full(), kb, tile.row,
+                      tile.batch * in.batched_row_scales);
       if constexpr (C::COL_SCALES == Scale::kVector)
-        ptx::tma_load(at.col_scales(), *in.col_scales, at.full(), kb, tile.col, tile.batch * in.batched_col_scales);
+        ptx::tma_load(at.col_scales(), *in.col_scales, at.full(), kb, tile.col,
+                      tile.batch * in.batched_col_scales);
       at.advance_scales();
     }
     at.advance();
@@ -198,8 +215,9 @@ __device__ __forceinline__ void publish_end(const Position<C>& at) {
   ptx::mbarrier_arrive(at.full());
 }
 
-// This thread's place in the accumulator of its warpgroup: rows row and row + 8, columns 8i + col and 8i + col + 1 for
-// every i; acc[4i + {0, 1}] belong to the first row, acc[4i + {2, 3}] to the second (PTX ISA 9.7.15.5, m64nNk*).
+// This thread's place in the accumulator of its warpgroup: rows row and row + 8, columns 8i + col and 8i +
+// col + 1 for every i; acc[4i + {0, 1}] belong to the first row, acc[4i + {2, 3}] to the second (PTX
+// ISA 9.7.15.5, m64nNk*).
 struct Fragment {
   int row, col;
   __device__ __forceinline__ Fragment()
@@ -207,13 +225,17 @@ struct Fragment {
 };
 
 // How many 128-blocks a tile of `width` columns can touch when tiles start at multiples of `width`.
-__host__ __device__ constexpr int touched_blocks(int width) { return ceil_div(128 - gcd(width, 128) + width, 128); }
+__host__ __device__ constexpr int touched_blocks(int width) {
+  return ceil_div(128 - gcd(width, 128) + width, 128);
+}
 
-// The 128x128 scales of one tile: a quad of k at a time, one quad ahead of their use, and the first one ahead of the
-// tile, so that their latency stands nowhere. Rows of scales are block_scale_pitch, a multiple of four, apart.
+// The 128x128 scales of one tile: a quad of k at a time, one quad ahead of their use, and the first one ahead
+// of the tile, so that their latency stands nowhere. Rows of scales are block_scale_pitch, a multiple of
+// four, apart.
 template <class C>
 struct BlockScales {
-  static constexpr bool kOfRows = C::ROW_SCALES == Scale::kBlock, kThere = kOfRows || C::COL_SCALES == Scale::kBlock;
+  static constexpr bool kOfRows = C::ROW_SCALES == Scale::kBlock,
+                        kThere = kOfRows || C::COL_SCALES == Scale::kBlock;
   static constexpr int kCount = C::COL_SCALES == Scale::kBlock ? touched_blocks(C::COLS) : 1;
   const float* next;     // the quad to fetch next, in the first row
   int row_step[kCount];  // from there to the others; the last row of blocks stands for those beyond it
@@ -243,8 +265,10 @@ struct BlockScales {
 // The multiplication of one slot, one committed group.
 template <class C>
 __device__ __forceinline__ void multiply_slot(float (&d)[C::COLS / 2], u32 rows, u32 cols, bool overwrite) {
-  const u64 a = C::ROWS_K_MAJOR ? ptx::k_major_descriptor(rows) : ptx::mn_major_descriptor(rows, 64 * kSlotRowBytes);
-  const u64 b = C::COLS_K_MAJOR ? ptx::k_major_descriptor(cols) : ptx::mn_major_descriptor(cols, 64 * kSlotRowBytes);
+  const u64 a =
+      C::ROWS_K_MAJOR ? ptx::k_major_descriptor(rows) : ptx::mn_major_descriptor(rows, 64 * kSlotRowBytes);
+  const u64 b =
+      C::COLS_K_MAJOR ? ptx::k_major_descriptor(cols) : ptx::mn_major_descriptor(cols, 64 * kSlotRowBytes);
 #pragma unroll
   for (int step = 0; step < kStepsPerBlock; ++step)
     C::Mma::issue(d, a + step * (C::ROWS_K_MAJOR ? 2 : 128), b + step * (C::COLS_K_MAJOR ? 2 : 128),
@@ -260,14 +284,17 @@ __device__ __forceinline__ float element(const float4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Consumer side, FP8: one temporary accumulator per block of k, promoted with its scales. `offset` is the tile's first
-// column modulo 128, a Constant where the possible values are few enough for a copy of the loop each.
+// Consumer side, FP8: one temporary accumulator per block of k, promoted with its scales. `offset` is the
+// tile's first column modulo 128, a Constant where the possible values are few enough for a copy of the loop
+// each.
 //
-// Whatever the next block needs before its multiplication can be issued (its barrier, its scales) is done while the
-// tensor core is busy with this one: between two multiplications of a warpgroup stand only promotion and issue.
+// Whatever the next block needs before its multiplication can be issued (its barrier, its scales) is done
+// while the tensor core is busy with this one: between two multiplications of a warpgroup stand only
+// promotion and issue.
 template <class C, class Offset>
-__device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position<C>& at, BlockScales<C>& blocks,
-                                             const Tile& tile, int warpgroup, Offset offset) {
+__device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position<C>& at,
+                                             BlockScales<C>& blocks, const Tile& tile, int warpgroup,
+                                             Offset offset) {
   using L = Layout<C>;
   constexpr int kUnit = gcd(C::STAGES, kQuad);  // blocks whose slots are neighbours: one address serves them
   constexpr int kGroups = C::COLS / 8;
@@ -275,14 +302,15 @@ __device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position
   constexpr bool kRowVector = C::ROW_SCALES == Scale::kVector;
   constexpr int kBlocks = BlockScales<C>::kCount;
   constexpr bool kHasBlocks = BlockScales<C>::kThere;
-  // Per-column scales are a factor for every element or column. Where registers allow, they are formed under the
-  // multiplication; otherwise promotion reads and forms them.
+  // Per-column scales are a factor for every element or column. Where registers allow, they are read before
+  // the multiplication is issued, otherwise by promotion.
   constexpr int kFactors = kRowVector ? C::COLS / 2 : 2 * kGroups;
   constexpr bool kFactorsEarly = kColVector && C::COLS + kFactors <= C::REGISTERS - 40;
   static_assert(C::SCALE_SLOTS == ceil_div(C::STAGES, kQuad) + 1, "see the head of this file");
 
   const Fragment mine;
-  // Scales of a quad: of this thread's two rows, and of the 128x128 blocks; of one block: of this thread's columns.
+  // Scales of a quad: of this thread's two rows, and of the 128x128 blocks; of one block: of this thread's
+  // columns.
   float4 upper, lower, block[kBlocks];
   float col[kFactorsEarly ? 2 * kGroups : 1];
   const auto load_quad = [&](bool more) {
@@ -410,15 +438,17 @@ __device__ __forceinline__ void multiply_bf16(float (&acc)[C::COLS / 2], Positio
 
 // acc += rows tile * cols tile over the tile's range of k, all scales applied.
 template <class C>
-__device__ __forceinline__ void multiply_blocks(float (&acc)[C::COLS / 2], Position<C>& at, BlockScales<C>& blocks,
-                                                const Tile& tile, int warpgroup) {
+__device__ __forceinline__ void multiply_blocks(float (&acc)[C::COLS / 2], Position<C>& at,
+                                                BlockScales<C>& blocks, const Tile& tile, int warpgroup) {
   if constexpr (C::ROW_SCALES == Scale::kNone) {
     multiply_bf16<C>(acc, at, tile, warpgroup);
   } else if constexpr (C::COL_SCALES != Scale::kBlock || 128 % C::COLS == 0) {
     multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<0>());
   } else if constexpr (C::COLS % 64 == 0) {
-    if (tile.col % 128 == 0) multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<0>());
-    else multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<64>());
+    if (tile.col % 128 == 0)
+      multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<0>());
+    else
+      multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<64>());
   } else {
     multiply_fp8<C>(acc, at, blocks, tile, warpgroup, tile.col % 128);
   }
