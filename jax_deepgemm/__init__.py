@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jax_deepgemm.introspect import explain
     from jax_deepgemm.jit.precompile import precompile
     from jax_deepgemm.quantization import QuantizedArray, dequantize, quantize
+    from jax_deepgemm.sm90.config import GemmConfig, GemmProblem
 
 _HOME = {
     "bf16_gemm_nn": "gemm.api",
@@ -41,6 +42,8 @@ _HOME = {
     "fp8_gemm_tn": "gemm.api",
     "fp8_gemm_tt": "gemm.api",
     "fp8_linear": "gemm.linear",
+    "GemmConfig": "sm90.config",
+    "GemmProblem": "sm90.config",
     "QuantizedArray": "quantization",
     "quantize": "quantization",
     "dequantize": "quantization",
@@ -51,6 +54,8 @@ _HOME = {
 }
 
 __all__ = [
+    "GemmConfig",
+    "GemmProblem",
     "QuantizedArray",
     "__version__",
     "bf16_gemm_nn",

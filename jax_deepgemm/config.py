@@ -60,12 +60,23 @@ _scoped: contextvars.ContextVar[Config | None] = contextvars.ContextVar("jax_dee
 
 
 def get() -> Config:
-    """Returns the settings in force here."""
+    """Returns the settings in force here.
+
+    >>> from jax_deepgemm import config
+    >>> config.get()
+    Config(num_sms=None, fallback='error')
+    """
     return _scoped.get() or _default
 
 
 def update(**changes: Any) -> None:
-    """Changes the settings of the whole process, e.g. `update(num_sms=120)`.
+    """Changes the settings of the whole process.
+
+    >>> from jax_deepgemm import config
+    >>> config.update(num_sms=120)
+    >>> config.get().num_sms
+    120
+    >>> config.update(num_sms=None)
 
     Raises:
       ValueError: an unknown setting, or a value it cannot take.
@@ -77,6 +88,13 @@ def update(**changes: Any) -> None:
 @contextlib.contextmanager
 def use(**changes: Any) -> Iterator[Config]:
     """Changes settings inside a `with` block of this thread (or task), and puts them back after it.
+
+    >>> from jax_deepgemm import config
+    >>> with config.use(fallback="reference"):
+    ...     config.get().fallback
+    'reference'
+    >>> config.get().fallback
+    'error'
 
     Raises:
       ValueError: an unknown setting, or a value it cannot take.

@@ -16,8 +16,8 @@ from jax_deepgemm.core.op import Op
 from jax_deepgemm.gemm import kernel as gemm_kernel
 from jax_deepgemm.gemm import ops as gemm_ops
 from jax_deepgemm.sm90.chip import H200, Chip
-from jax_deepgemm.sm90.config import shared_memory
-from jax_deepgemm.sm90.cost import candidates, cost
+from jax_deepgemm.sm90.config import GemmConfig, shared_memory
+from jax_deepgemm.sm90.cost import Cost, candidates, cost
 
 SHOWN_CANDIDATES = 6
 
@@ -57,8 +57,8 @@ class ExplainedCall:
     Attributes:
       op: the primitive's name.
       problem: what is to be computed, in words.
-      config: the configuration chosen, in words.
-      candidates: (configuration, cost) of every candidate, cheapest first.
+      config: the configuration chosen.
+      candidates: (configuration, cost) of every candidate, cheapest first; an op takes any as `config=`.
       stages: slots of the shared-memory ring.
       scratch_bytes: memory that XLA gives to the call besides its result.
       kernels: what is launched; empty where no compiler is installed.
@@ -67,8 +67,8 @@ class ExplainedCall:
 
     op: str
     problem: str
-    config: str
-    candidates: tuple[tuple[str, str], ...]
+    config: GemmConfig
+    candidates: tuple[tuple[GemmConfig, Cost], ...]
     stages: int
     scratch_bytes: int
     kernels: tuple[KernelFacts, ...]
@@ -121,6 +121,13 @@ def explain(
     >>> [call] = explain(bf16_gemm_nt, a, a, show=False)
     >>> call.problem
     'bf16xbf16 nt m=4096 n=4096 k=2048 -> bfloat16'
+
+    Another of the candidates is an op's `config=`:
+
+    >>> second, _ = call.candidates[1]
+    >>> [call] = explain(lambda a, b: bf16_gemm_nt(a, b, config=second), a, a, show=False)
+    >>> call.config == second
+    True
     """
     traced = jax.make_jaxpr(function)(*args)
     here = chip or _chip_here()
@@ -193,8 +200,8 @@ def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> 
     return ExplainedCall(
         op=op.name,
         problem=str(problem),
-        config=str(chosen),
-        candidates=tuple((str(one), str(price)) for price, one in ranked),
+        config=chosen,
+        candidates=tuple((one, price) for price, one in ranked),
         stages=chosen.stages,
         scratch_bytes=scratch,
         kernels=kernels,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import doctest
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -338,12 +336,6 @@ X = np.ones((4, 256), np.float32)
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-@pytest.mark.parametrize("name", ["api", "array", "casts", "interop", "reference", "scale_layout"])
-def test_examples_in_docstrings(name):
-    module = importlib.import_module(f"jax_deepgemm.quantization.{name}")
-    assert doctest.testmod(module).failed == 0
 
 
 def test_names_at_the_top_of_the_package():

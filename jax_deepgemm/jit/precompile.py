@@ -72,8 +72,13 @@ def precompile(
       The kernels, without repetition.
 
     >>> import jax, jax.numpy as jnp
-    >>> precompile([(jnp.sin, jax.ShapeDtypeStruct((4,), jnp.float32))])    # no kernel of this package inside
-    []
+    >>> from jax_deepgemm import GemmProblem, bf16_gemm_nt
+    >>> a = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
+    >>> [kernel] = precompile([(bf16_gemm_nt, a, a)])
+    >>> kernel.arch, kernel.report.spill_store_bytes
+    ('90a', 0)
+    >>> precompile([GemmProblem(m=256, n=256, k=512, a="bf16", b="bf16", b_scales="none")]) == [kernel]
+    True
     """
     kernels = [kernel for _, kernel in precompile_records(items, chip=chip, jobs=jobs, progress=progress)]
     return list({kernel.digest: kernel for kernel in kernels}.values())

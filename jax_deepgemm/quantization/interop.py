@@ -64,6 +64,11 @@ def from_qwix(array: Any, block: Block | None = None) -> QuantizedArray:
       array: qwix.QArray; its values and scales are used as they are.
       block: the block to state where several fit, as (128, 128) for a weight of one row or of one block of
       columns.
+
+    >>> from jax_deepgemm.quantization import quantize
+    >>> q = quantize(jnp.ones((4, 256)), (1, 128))
+    >>> from_qwix(to_qwix(q)).block  # doctest: +SKIP
+    (1, 128)
     """
     if not is_qwix(array):
         raise TypeError(
@@ -101,6 +106,11 @@ def to_qwix(q: QuantizedArray) -> Any:
     Raises:
       ImportError: qwix is not installed.
       ValueError: ragged blocks.
+
+    >>> from jax_deepgemm.quantization import quantize
+    >>> q = quantize(jnp.ones((4, 256)), (1, 128))
+    >>> to_qwix(q).scale.shape  # doctest: +SKIP
+    (4, 2)
     """
     q.check("to_qwix", "q")
     for n, step, count in zip(q.shape[-2:], q.block, q.scales.shape[-2:]):

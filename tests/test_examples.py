@@ -1,0 +1,50 @@
+"""Every example in a docstring runs, and every public function has one."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+from types import ModuleType
+
+import pytest
+
+import jax_deepgemm
+from jax_deepgemm import config, quantization
+
+MODULES = sorted(
+    found.name
+    for found in pkgutil.walk_packages(jax_deepgemm.__path__, "jax_deepgemm.")
+    if not found.name.endswith("_ffi")
+)
+PUBLIC: dict[ModuleType, list[str]] = {
+    jax_deepgemm: jax_deepgemm.__all__,
+    quantization: quantization.__all__,
+    config: ["get", "update", "use"],
+}
+SEEN_WHOLE = {"GemmConfig", "GemmProblem"}
+"""Plain data, shown in the examples of `explain` and `precompile`."""
+
+
+def needs_a_compiler(module: str) -> bool:
+    return module in {"jax_deepgemm.introspect", "jax_deepgemm.core.launch"} or ".jit." in module
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name: str) -> None:
+    if needs_a_compiler(name):
+        pytest.importorskip("cuda.core")
+        pytest.importorskip("jax_deepgemm._ffi")
+    module = importlib.import_module(name)
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+def test_every_public_function_has_an_example(module: ModuleType) -> None:
+    documented = {name: getattr(module, name) for name in PUBLIC[module]}
+    missing = [
+        name
+        for name, value in documented.items()
+        if callable(value) and name not in SEEN_WHOLE and ">>>" not in (value.__doc__ or "")
+    ]
+    assert not missing
