@@ -28,6 +28,15 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
     assert "usage" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["info"], ["explain", "--m", "1", "--n", "1", "--k", "1"]])
+def test_wrong_variables_exit_with_2(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JAX_DEEPGEMM_COMPILER", "clang")
+    assert main(command) == 2
+    assert "JAX_DEEPGEMM_COMPILER is 'clang', need one of nvrtc, nvcc" in capsys.readouterr().err
+
+
 def test_demo_passes_in_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "jax_deepgemm", "demo", "--tokens", "16", "--seconds", "0.01"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

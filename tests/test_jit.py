@@ -84,7 +84,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def forget() -> None:
     """What a new process would not know."""
     compiler._memory.clear()
-    cache.open_cache.cache_clear()
+    cache._open.cache_clear()
 
 
 def python(script: str, **env: str) -> subprocess.Popen[str]:
@@ -383,6 +383,12 @@ def test_unusable_directory(cache_dir: Path, count: list[str], caplog: pytest.Lo
     assert jit.compile_kernel(fill()) is jit.compile_kernel(fill())
     jit.compile_kernel(fill(2))
     assert count == ["fill", "fill"]
+    check_one_warning(caplog, cache_dir)
+
+
+def test_threads_warn_once(cache_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache_dir.write_text("a file, not a directory")
+    jit.compile_many([fill(value) for value in range(4)], jobs=4)
     check_one_warning(caplog, cache_dir)
 
 
@@ -721,6 +727,17 @@ def test_compile_command_errors(
     monkeypatch.setattr(cli, "traceable", lambda shape: KernelSource("bad", "?"))
     assert run_command("--shapes", str(shapes)) == 1
     assert "kernel bad does not compile" in capsys.readouterr().err
+
+
+def test_compile_command_says_that_nothing_is_kept(
+    cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache_dir.write_text("a file, not a directory")
+    shapes = tmp_path / "shapes.csv"
+    shapes.write_text("fp8_gemm_nt,1,2,3\n")
+    monkeypatch.setattr(cli, "traceable", lambda shape: fill())
+    assert run_command("--shapes", str(shapes)) == 1
+    assert f"not all kernels are kept: {cache_dir} cannot be written" in capsys.readouterr().err
 
 
 def test_import_compiles_nothing() -> None:

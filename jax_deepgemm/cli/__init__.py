@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from jax_deepgemm.jit.toolchain import read_settings
+
 COMMANDS = {
     "demo": ("jax_deepgemm.cli.demo", "run an MLP block in BF16 and FP8, forward and backward, and check it"),
     "info": ("jax_deepgemm.cli.info", "versions, toolchain, cache, devices, and what is supported here"),
@@ -23,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the program's name; None for those of the process.
 
     Returns:
-      the exit code: 0 for success, 1 for a check that failed, 2 for wrong arguments.
+      the exit code: 0 for success, 1 for a check that failed, 2 for wrong arguments or environment
+      variables.
     """
     parser = argparse.ArgumentParser(
         prog="python -m jax_deepgemm", description="FP8 and BF16 tensor-core kernels for JAX."
@@ -38,4 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_arguments(sub)
             sub.set_defaults(run=command.run)
     args = parser.parse_args(given)
+    try:
+        read_settings()
+    except ValueError as error:
+        print(f"{args.command}: environment: {error}", file=sys.stderr)
+        return 2
     return int(args.run(args))

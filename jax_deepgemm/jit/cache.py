@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ class KernelCache:
         self.root = root
         self._entries: Any = None
         self._writable = True
+        self._giving_up = threading.Lock()
         try:
             self._entries = toolchain.import_cuda_core().utils.FileStreamProgramCache(root)
             (root / _CUBINS).mkdir(exist_ok=True)
@@ -97,6 +99,11 @@ class KernelCache:
         except OSError as error:
             self._give_up(error)
 
+    @property
+    def writable(self) -> bool:
+        """Whether what was compiled is there for the next process, as far as is known."""
+        return self._writable
+
     def cubin_path(self, digest: str) -> Path:
         """Where the cubin of this content lies."""
         return self.root / _CUBINS / f"{digest}.cubin"
@@ -123,9 +130,10 @@ class KernelCache:
                 os.close(handle)
 
     def _give_up(self, error: OSError) -> None:
-        if self._writable:
-            self._writable = False
-            toolchain.logger.warning(_UNUSABLE, self.root, error)
+        with self._giving_up:
+            if self._writable:
+                self._writable = False
+                toolchain.logger.warning(_UNUSABLE, self.root, error)
 
 
 def cache_dir() -> Path:
@@ -138,9 +146,17 @@ def cubin_directory() -> Path:
     return cache_dir() / _CUBINS
 
 
-@functools.lru_cache(maxsize=8)
 def open_cache(root: Path) -> KernelCache:
-    """This process's cache of a directory."""
+    """This process's cache of a directory: one object, so that it warns once."""
+    with _opening:
+        return _open(root)
+
+
+_opening = threading.Lock()
+
+
+@functools.lru_cache(maxsize=8)
+def _open(root: Path) -> KernelCache:
     return KernelCache(root)
 
 

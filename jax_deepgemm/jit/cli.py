@@ -35,6 +35,7 @@ from typing import Any
 
 from jax_deepgemm.cli.text import bytes_text, table
 
+from .cache import open_cache
 from .compiler import CompileError
 from .precompile import precompile_records
 from .report import describe
@@ -154,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compiles; exit code 0, 1 for a kernel that fails, 2 for a shapes file that is wrong."""
+    """Compiles; exit code 0, 1 for a kernel that fails or is not kept, 2 for a shapes file that is wrong."""
     from jax_deepgemm.sm90.chip import H200
 
     try:
@@ -170,6 +171,10 @@ def run(args: argparse.Namespace) -> int:
         return 1
     rows = list({kernel.digest: describe(source, kernel) for source, kernel in records}.values())
     print(json.dumps(rows, indent=1) if args.json else _text(rows, len(shapes)))
+    cache = open_cache(read_settings().cache_dir)
+    if not cache.writable:
+        print(f"compile: not all kernels are kept: {cache.root} cannot be written", file=sys.stderr)
+        return 1
     return 0
 
 
