@@ -39,8 +39,8 @@ class Config:
     fallback: str = "error"
 
     def __post_init__(self) -> None:
-        if self.num_sms is not None and self.num_sms < 1:
-            raise ValueError(f"config: num_sms is {self.num_sms}, need a positive number, or None for all.")
+        if self.num_sms is not None and (type(self.num_sms) is not int or self.num_sms < 1):
+            raise ValueError(f"config: num_sms is {self.num_sms!r}, need a positive int, or None for all.")
         if self.fallback not in FALLBACKS:
             raise ValueError(f"config: fallback is {self.fallback!r}, need one of {', '.join(FALLBACKS)}.")
 

@@ -44,7 +44,9 @@ def test_update_holds_until_updated_again() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_sms": 0}, "num_sms is 0, need a positive number, or None"),
+        ({"num_sms": 0}, "num_sms is 0, need a positive int, or None"),
+        ({"num_sms": 8.5}, "num_sms is 8.5, need a positive int, or None"),
+        ({"num_sms": "8"}, "num_sms is '8', need a positive int, or None"),
         ({"fallback": "slow"}, "fallback is 'slow', need one of error, reference"),
         ({"sms": 3}, "no setting named sms; there are"),
     ],

@@ -229,6 +229,7 @@ BAD = (
         config={"stages": 4},
         error=TypeError,
     ),
+    fp8("config-problem", "need a GemmConfig", config=jdg.GemmProblem(4, 300, 256), error=TypeError),
     fp8("num-sms", "num_sms is 0", "positive int", num_sms=0),
     fp8("out-sharding", "out_sharding is 'x'", "PartitionSpec", out_sharding="x", error=TypeError),
     # BF16
@@ -278,6 +279,7 @@ BAD = (
         w=quantized((300, 256), (3, 256), (128, 1)),
     ),
     linear("grad-dtype", "grad_dtype is bfloat16", "float8_e4m3fn or float8_e5m2", grad_dtype=BF16),
+    linear("grad-dtype-junk", "grad_dtype is 'fp8'", "float8_e4m3fn or", grad_dtype="fp8", error=TypeError),
     linear("out-dtype", "out_dtype is float16", out_dtype=jnp.float16),
     Bad(
         "linear-frozen-rows",
@@ -330,6 +332,23 @@ def test_constants_are_not_differentiated():
 def test_forward_mode_through_the_layer_raises():
     with pytest.raises(TypeError):
         jax.jvp(lambda x: jdg.fp8_linear(x, W), (X,), (X,))
+
+
+def test_second_derivative_through_the_layer_names_what_has_one():
+    gradient = jax.grad(lambda x: jdg.fp8_linear(x, W).astype(F32).sum())
+    with pytest.raises(NotImplementedError, match=r"first order.*BF16 GEMMs"):
+        jax.jvp(gradient, (X,), (X,))
+
+
+def test_config_that_breaks_a_rule_is_refused_while_lowering():
+    pytest.importorskip("cuda.core")
+    for config, rule in (
+        (jdg.GemmConfig(100, 64, 4), r"64-row side is 100, must be 64, 128 or 192"),
+        (jdg.GemmConfig(128, 128, 14), r"shared.memory.*fewer stages"),
+    ):
+        product = jax.jit(lambda a, b, c=config: jdg.bf16_gemm_nt(a, b, config=c))
+        with pytest.raises(ValueError, match=rule):
+            product.trace(X, W).lower(lowering_platforms=("cuda",))
 
 
 def test_nothing_is_promoted():

@@ -312,6 +312,10 @@ X = np.ones((4, 256), np.float32)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: quantize(X.tolist()), TypeError, r"x is a list, need a JAX or NumPy array.*jnp\.asarray"),
+        (lambda: quantize(X.astype(np.float64)), TypeError, r"x is float64, need bfloat16.*x\.astype"),
+        (lambda: quantize(X, dtype="fp8"), TypeError, r"dtype is 'fp8', which is no dtype; need float8_e4m3"),
+        (lambda: dequantize(quantize(X), "bf17"), TypeError, r"dtype is 'bf17', which is no dtype; need bf"),
         (lambda: quantize(X.astype(np.int32)), TypeError, r"x is int32, need bfloat16.*x\.astype"),
         (lambda: quantize(jnp.asarray(X, jnp.float8_e5m2)), TypeError, r"x is float8_e5m2, need"),
         (lambda: quantize(X[0]), ValueError, r"shape \[256\], need rank >= 2.*quantize\(x\[None\]"),

@@ -27,6 +27,7 @@ from jax_deepgemm.gemm.api import fp8_gemm_nt
 from jax_deepgemm.gemm.operands import BLOCKED, FLOAT32, FP8_DTYPES, OUT_DTYPES, PER_ROW, check_options
 from jax_deepgemm.gemm.tokens import Tokens
 from jax_deepgemm.quantization import QuantizedArray, quantize
+from jax_deepgemm.quantization.array import as_dtype
 
 LINEAR_OUT = "jdg_linear_out"
 """checkpoint_name of the layer's result."""
@@ -117,7 +118,8 @@ def fp8_linear(
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
-      TypeError: on forward-mode differentiation (and so on Hessian products): reverse mode only.
+      TypeError, NotImplementedError: on forward-mode differentiation, and on a second one (Hessian products):
+        reverse mode of first order only.
 
     For `jax.checkpoint` policies y is named "jdg_linear_out", the kept FP8 activations "jdg_act_fp8" and the
     kept FP8 weight "jdg_weight_fp8"; with the first two in `save_only_these_names` no GEMM runs twice.
@@ -128,9 +130,10 @@ def fp8_linear(
     """
     _check_shapes(x, w)
     options = check_options("fp8_linear", out_dtype, reduce_dtype, out_sharding, config, num_sms)
-    if np.dtype(grad_dtype) not in FP8_DTYPES:
+    grad_dtype = as_dtype("fp8_linear", "grad_dtype", grad_dtype, "float8_e4m3fn or float8_e5m2")
+    if grad_dtype not in FP8_DTYPES:
         raise ValueError(
-            f"fp8_linear: grad_dtype is {np.dtype(grad_dtype).name}, need float8_e4m3fn or float8_e5m2. "
+            f"fp8_linear: grad_dtype is {grad_dtype.name}, need float8_e4m3fn or float8_e5m2. "
             "float8_e4m3fn is the recipe's choice."
         )
     x, *weights = same_varying_axes([x, *jax.tree.leaves(w)])
@@ -138,7 +141,7 @@ def fp8_linear(
     flat = tokens.flatten(x if x.ndim > 1 else x[None])
     recipe = _Recipe(
         out_dtype=options.out_dtype,
-        grad_dtype=np.dtype(grad_dtype),
+        grad_dtype=grad_dtype,
         scale_format=scale_format,
         reduce_dtype=options.reduce_dtype,
         num_sms=options.num_sms,

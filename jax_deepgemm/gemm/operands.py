@@ -5,7 +5,6 @@ Each error says what was given, the rule, and the way out. Nothing here changes 
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,6 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_deepgemm import config as settings
 from jax_deepgemm.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.quantization import QuantizedArray
+from jax_deepgemm.quantization.array import as_dtype
+from jax_deepgemm.sm90.config import GemmConfig
 
 FP8_DTYPES = tuple(np.dtype(d) for d in (jnp.float8_e4m3fn, jnp.float8_e5m2))
 BFLOAT16, FLOAT32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
@@ -74,7 +75,7 @@ class Options:
     out_dtype: np.dtype[Any]
     reduce_dtype: np.dtype[Any]
     out_sharding: PartitionSpec | None
-    config: Any
+    config: GemmConfig | None
     num_sms: int | None
 
 
@@ -251,10 +252,7 @@ def check_c(op: str, c: Any, m: int, n: int, out_dtype: np.dtype[Any]) -> jax.Ar
 
 
 def _check_dtype_option(op: str, name: str, value: Any) -> np.dtype[Any]:
-    try:
-        dtype = np.dtype(value)
-    except TypeError:
-        raise TypeError(f"{op}: {name} is {value!r}, need a dtype: jnp.bfloat16 or jnp.float32.") from None
+    dtype = as_dtype(op, name, value, "jnp.bfloat16 or jnp.float32")
     if dtype not in OUT_DTYPES:
         raise ValueError(
             f"{op}: {name} is {dtype.name}, need bfloat16 or float32. "
@@ -274,10 +272,10 @@ def check_options(
             f"{op}: out_sharding is {out_sharding!r}, need a PartitionSpec, a NamedSharding or None. "
             "Write jax.P('x', None)."
         )
-    if config is not None and not (dataclasses.is_dataclass(config) and config.__hash__):
+    if config is not None and not isinstance(config, GemmConfig):
         raise TypeError(
             f"{op}: config is {config!r}, need a GemmConfig or None. None lets the cost model choose; "
-            "jax_deepgemm.explain lists the configurations that fit."
+            "jax_deepgemm.explain returns the candidates that fit."
         )
     if num_sms is not None and (isinstance(num_sms, bool) or not isinstance(num_sms, int) or num_sms < 1):
         raise ValueError(f"{op}: num_sms is {num_sms!r}, need a positive int, or None for all of the chip's.")

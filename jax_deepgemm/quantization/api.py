@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_deepgemm.quantization.array import FP8_MAX, Block, QuantizedArray, check_block
+from jax_deepgemm.quantization.array import FP8_MAX, Block, QuantizedArray, as_dtype, check_block
 from jax_deepgemm.quantization.ops import dequantize_op, quantize_op
 
 SCALE_FORMATS = ("f32", "ue8m0")
@@ -85,9 +85,8 @@ def dequantize(q: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
             "from_tuple((values, scales), block=...)."
         )
     q.check("dequantize", "q")
-    if np.dtype(dtype) not in FLOATS:
-        raise TypeError(f"dequantize: dtype is {np.dtype(dtype).name}, need {_names(FLOATS)}.")
-    op = functools.partial(dequantize_op(q.block), block=q.block, dtype=np.dtype(dtype))
+    dtype = _checked_dtype("dequantize", dtype, FLOATS)
+    op = functools.partial(dequantize_op(q.block), block=q.block, dtype=dtype)
     return _over_leading(op, q.ndim - 2)(q.values, q.scales)[0]
 
 
@@ -104,8 +103,11 @@ def _checked_input(x: Any, block: Any, dtype: Any, scale_format: str) -> tuple[j
             "quantize: x is a QuantizedArray already. For another block or type: quantize(dequantize(x), "
             "...)."
         )
-    x = jnp.asarray(x)
-    if x.dtype not in FLOATS:
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"quantize: x is a {type(x).__name__}, need a JAX or NumPy array. Make one: jnp.asarray(x)."
+        )
+    if x.dtype not in FLOATS:  # before JAX makes an array of its own of it, with fewer bits
         raise TypeError(
             f"quantize: x is {x.dtype.name}, need {_names(FLOATS)}. Convert it: x.astype(jnp.float32)."
         )
@@ -113,15 +115,21 @@ def _checked_input(x: Any, block: Any, dtype: Any, scale_format: str) -> tuple[j
         raise ValueError(
             f"quantize: x has shape {list(x.shape)}, need rank >= 2. For a vector: quantize(x[None], ...)."
         )
-    if np.dtype(dtype) not in FP8_MAX:
-        raise TypeError(f"quantize: dtype is {np.dtype(dtype).name}, need {_names(FP8_MAX)}.")
+    dtype = _checked_dtype("quantize", dtype, FP8_MAX)
     if scale_format not in SCALE_FORMATS:
         raise ValueError(
             f"quantize: scale_format is {scale_format!r}, need 'f32' (any float32) or 'ue8m0' (powers of "
             "two)."
         )
-    return x, check_block(block, "quantize"), np.dtype(dtype)
+    return jnp.asarray(x), check_block(block, "quantize"), dtype
 
 
-def _names(dtypes: Any) -> str:
+def _checked_dtype(where: str, value: Any, allowed: Collection[np.dtype]) -> np.dtype:
+    dtype = as_dtype(where, "dtype", value, _names(allowed))
+    if dtype not in allowed:
+        raise TypeError(f"{where}: dtype is {dtype.name}, need {_names(allowed)}.")
+    return dtype
+
+
+def _names(dtypes: Collection[np.dtype]) -> str:
     return " or ".join(dtype.name for dtype in dtypes)

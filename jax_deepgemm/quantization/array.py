@@ -221,6 +221,18 @@ def check_block(block: Any, where: str) -> Block:
     return int(pair[0]), int(pair[1])
 
 
+def as_dtype(where: str, name: str, value: Any, need: str) -> np.dtype:
+    """What names a dtype, as one; NumPy's own error says nothing of the argument.
+
+    >>> as_dtype("quantize", "dtype", jnp.float8_e5m2, "float8_e5m2").name
+    'float8_e5m2'
+    """
+    try:
+        return np.dtype(value)
+    except TypeError:
+        raise TypeError(f"{where}: {name} is {value!r}, which is no dtype; need {need}.") from None
+
+
 def _check(q: QuantizedArray, where: str, name: str) -> None:
     check_block(q.block, where)
     for part, leaf in (("values", q.values), ("scales", q.scales)):

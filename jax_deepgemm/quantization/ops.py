@@ -25,7 +25,10 @@ from jax_deepgemm.quantization.array import Block, scales_shape
 
 Shape = tuple[int, ...]
 
-_HINT = "FP8 training goes through fp8_linear, which quantises in its forward and backward pass."
+_HINT = (
+    "FP8 training goes through fp8_linear, which quantises in its forward and backward pass and has "
+    "gradients of first order, in reverse mode; the BF16 GEMMs have derivatives of any order."
+)
 
 
 class _BlockOp(Op):
