@@ -137,10 +137,8 @@ def _compile(
 def measure(
     problems: Sequence[Problem], *, calls: int, flush: Callable[[], None], clocks: ClockLog | None
 ) -> Iterator[dict[str, Any]]:
-    """Measures problems, those with the same B in one profiler session; yields a row of results for each."""
-    for (kind, *_), same_weights in groupby(
-        problems, key=lambda problem: (problem.kind, problem.n, problem.k)
-    ):
+    """Measures problems, those that can share operands in one profiler session; yields a row for each."""
+    for (kind, *_), same_weights in groupby(problems, key=_shared_operands):
         group = list(same_weights)
         try:
             rows = max(FP8_BASELINE_ROWS, *(problem.m for problem in group))
@@ -153,6 +151,11 @@ def measure(
                 }
             continue
         yield from _measure_group(group, drawn, calls=calls, flush=flush, clocks=clocks)
+
+
+def _shared_operands(problem: Problem) -> tuple[Any, ...]:
+    """Equal for problems that one draw serves: those with the same B, and with the same C where there is one."""
+    return problem.kind, problem.n, problem.k, problem.m if problem.kind == "fp8_wgrad" else None
 
 
 def _measure_group(
