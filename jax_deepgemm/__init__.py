@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_deepgemm import config
+from jax_deepgemm import log as _log
 from jax_deepgemm._version import __version__
 from jax_deepgemm.core import launch as _launch  # noqa: F401 - registers the custom call
 
@@ -52,6 +53,8 @@ _HOME = {
     "embed_kernels": "core.launch",
     "export_checks": "core.export",
 }
+
+_log.start()
 
 __all__ = [
     "GemmConfig",

@@ -213,6 +213,7 @@ def test_missing_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
         ("COMPILER", "clang", "nvrtc, nvcc"),
         ("PTXAS_CHECK", "yes", "0 or 1"),
         ("DUMP", "ptx,elf", "ptx, sass"),
+        ("LOG", "all", "debug, info, warning, error"),
     ],
 )
 def test_settings_are_checked(name: str, value: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +234,18 @@ def test_every_variable_is_in_the_table() -> None:
         line.split()[1] for line in (toolchain.__doc__ or "").splitlines() if line.startswith("| JAX")
     }
     fields = {toolchain.PREFIX + name.upper() for name in toolchain.Settings.__dataclass_fields__}
-    assert documented == fields | {"JAX_DEEPGEMM_LOG"}
+    assert documented == fields
+
+
+def test_log_goes_to_stderr_from_its_level_on() -> None:
+    script = (
+        "import logging, jax_deepgemm; log = logging.getLogger('jax_deepgemm'); log.info('a'); log.debug('b')"
+    )
+    environment = {**os.environ, "JAX_DEEPGEMM_LOG": "info"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, text=True, capture_output=True, check=True
+    )
+    assert [line for line in done.stderr.splitlines() if "jax_deepgemm" in line] == ["jax_deepgemm: INFO: a"]
 
 
 # --- cache ----------------------------------------------------------------------------------------

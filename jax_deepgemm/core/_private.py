@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import types
 from typing import Any
 
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 
-logger = logging.getLogger("jax_deepgemm")
+from jax_deepgemm.log import logger
 
 try:
     from jax._src import dispatch as _dispatch

@@ -7,7 +7,6 @@ The two letters say how A and B are stored: A is [m, k] ("n") or [k, m] ("t"), B
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any, TypeAlias
 
 import jax
@@ -15,9 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_deepgemm.gemm import operands, ops
+from jax_deepgemm.log import logger
 from jax_deepgemm.quantization import QuantizedArray
-
-logger = logging.getLogger("jax_deepgemm")
 
 Quantized: TypeAlias = QuantizedArray | tuple[jax.Array, jax.Array]
 Sharding: TypeAlias = PartitionSpec | NamedSharding | None

@@ -7,13 +7,12 @@ operand that already fits passes through untouched. A padded operand is copied a
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-logger = logging.getLogger("jax_deepgemm")
+from jax_deepgemm.log import logger
 
 ROW_BYTES = 16
 

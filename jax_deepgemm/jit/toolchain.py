@@ -5,7 +5,7 @@
 | JAX_DEEPGEMM_CACHE_DIR       | ~/.cache/jax_deepgemm    | where compiled kernels live                  |
 | JAX_DEEPGEMM_COMPILER        | nvrtc                    | nvrtc (library, no toolkit needed) or nvcc   |
 | JAX_DEEPGEMM_NVCC            | CUDA_HOME/bin, then PATH | the nvcc to run                              |
-| JAX_DEEPGEMM_LOG             | warning                  | least severe message: see `config`           |
+| JAX_DEEPGEMM_LOG             | unset                    | debug, info, warning or error, to stderr     |
 | JAX_DEEPGEMM_PRINT_CONFIGS   | 0                        | print each problem with its configuration    |
 | JAX_DEEPGEMM_PRINT_COMMAND   | 0                        | print each compiler command                  |
 | JAX_DEEPGEMM_PTXAS_VERBOSE   | 0                        | print what ptxas -v says of each kernel      |
@@ -14,13 +14,13 @@
 | JAX_DEEPGEMM_LINEINFO        | 0                        | line numbers in the cubin, for profilers     |
 | JAX_DEEPGEMM_PRINT_LOAD_TIME | 0                        | print how long each kernel took from disk    |
 
-Switches take 0 or 1. Variables are read at each compilation, so a change holds from the next kernel on.
+Switches take 0 or 1. Variables are read at each compilation, so a change holds from the next kernel on;
+JAX_DEEPGEMM_LOG is read at import.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import re
 import shutil
@@ -31,13 +31,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax_deepgemm.log import LEVELS
+from jax_deepgemm.log import logger as logger
+
 INCLUDE_DIR = Path(__file__).resolve().parent.parent / "include"
 PREFIX = "JAX_DEEPGEMM_"
 COMPILERS = ("nvrtc", "nvcc")
 DUMPS = ("ptx", "sass")
 STANDARD = "c++20"
-
-logger = logging.getLogger("jax_deepgemm")
 
 
 class CompilerNotFoundError(RuntimeError):
@@ -57,6 +58,7 @@ class Settings:
     ptxas_check: bool = False
     dump: tuple[str, ...] = ()
     lineinfo: bool = False
+    log: str | None = None
     print_load_time: bool = False
 
 
@@ -84,6 +86,7 @@ def read_settings() -> Settings:
         ptxas_check=_switch("PTXAS_CHECK"),
         dump=_choices("DUMP", DUMPS),
         lineinfo=_switch("LINEINFO"),
+        log=_choice("LOG", LEVELS),
         print_load_time=_switch("PRINT_LOAD_TIME"),
     )
 
