@@ -20,7 +20,10 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in shown for name in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [[], ["nothing"], ["demo", "--no-such-option"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nothing"], ["demo", "--no-such-option"], ["compile", "--shapes", "x", "--arch", "100a"]],
+)
 def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
         main(arguments)

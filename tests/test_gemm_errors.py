@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 
 import jax_deepgemm as jdg
 from jax_deepgemm import QuantizedArray
+from jax_deepgemm.core import kernel_rule
+from jax_deepgemm.jit import CompilerNotFoundError
 
 E4, BF16, F32 = jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32
 
@@ -349,6 +352,29 @@ def test_config_that_breaks_a_rule_is_refused_while_lowering():
         product = jax.jit(lambda a, b, c=config: jdg.bf16_gemm_nt(a, b, config=c))
         with pytest.raises(ValueError, match=rule):
             product.trace(X, W).lower(lowering_platforms=("cuda",))
+
+
+def fp8_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jdg.fp8_gemm_nt(jdg.quantize(a), jdg.quantize(b, (128, 128)))
+
+
+@pytest.mark.parametrize("product", [fp8_product, jdg.bf16_gemm_nt], ids=["fp8", "bf16"])
+def test_gpu_without_kernels_is_refused_while_lowering(product, monkeypatch):
+    other = types.SimpleNamespace(device_kind="Other GPU", compute_capability="10.0", core_count=148)
+    monkeypatch.setattr(kernel_rule, "device_of", lambda ctx: other)
+    with pytest.raises(ValueError, match=r"Other GPU has compute capability 10\.0.*9\.0.*'reference'"):
+        ValueError, match=r"Other GPU has compute capability 10\.0.*9\.0.*fallback='reference'"
+    ):
+        jax.jit(lambda *x: product(*x)).trace(X, W).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("product", [fp8_product, jdg.bf16_gemm_nt], ids=["fp8", "bf16"])
+def test_missing_compiler_is_told_while_lowering(product, monkeypatch):
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv("JAX_DEEPGEMM_COMPILER", "nvcc")
+    monkeypatch.setenv("JAX_DEEPGEMM_NVCC", "/nowhere/nvcc")
+    with pytest.raises(CompilerNotFoundError, match=r"/nowhere/nvcc\. Set JAX_DEEPGEMM_NVCC.*nvrtc"):
+        jax.jit(lambda *x: product(*x)).trace(X, W).lower(lowering_platforms=("cuda",))
 
 
 def test_nothing_is_promoted():

@@ -535,6 +535,16 @@ def test_ptxas_check(source: KernelSource, monkeypatch: pytest.MonkeyPatch) -> N
     jit.compile_kernel(fill())
 
 
+def test_line_numbers_are_in_the_ptx(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_DEEPGEMM_DUMP", "ptx")
+    texts = []
+    for switch in ("0", "1"):
+        monkeypatch.setenv("JAX_DEEPGEMM_LINEINFO", switch)
+        kernel = jit.compile_kernel(fill())
+        texts.append((cache_dir / "dump" / f"fill.{kernel.digest[:16]}.ptx").read_text())
+    assert [".loc" in text for text in texts] == [False, True]
+
+
 def test_prints(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("PRINT_COMMAND", "PTXAS_VERBOSE", "PRINT_LOAD_TIME"):
         monkeypatch.setenv(f"JAX_DEEPGEMM_{name}", "1")
