@@ -147,8 +147,14 @@ def test_in_memory_after_the_first_time(count: list[str]) -> None:
 def test_needs_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     toolchain._find_nvrtc.cache_clear()
-    with pytest.raises(jit.CompilerNotFoundError, match=r'pip install "cuda-core\[cu12\]"'):
+    with pytest.raises(jit.CompilerNotFoundError, match=r'pip install "cuda-core\[cu12\]>=1"'):
         jit.compile_kernel(fill())
+
+
+def test_needs_a_cuda_core_with_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("cuda.core.utils.FileStreamProgramCache")
+    with pytest.raises(jit.CompilerNotFoundError, match=r"cuda-core >= 1\.0.*FileStreamProgramCache"):
+        toolchain.import_cuda_core()
 
 
 def test_needs_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
