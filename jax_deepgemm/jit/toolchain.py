@@ -111,7 +111,7 @@ def import_cuda_core() -> Any:
             from cuda.core.utils import FileStreamProgramCache  # noqa: F401 - new in 1.0
     except ImportError as error:
         raise CompilerNotFoundError(
-            f"jax_deepgemm compiles its kernels through cuda-core >= 1.0, which cannot be imported ({error}). "
+            f"jax_deepgemm compiles kernels through cuda-core >= 1.0, which cannot be imported ({error}). "
             'Install it with NVRTC:  pip install "cuda-core[cu12]>=1"  or  pip install "cuda-core[cu13]>=1", '
             "the one of your jax (jax[cuda12] or jax[cuda13])."
         ) from error
