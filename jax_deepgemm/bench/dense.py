@@ -154,7 +154,7 @@ def measure(
 
 
 def _shared_operands(problem: Problem) -> tuple[Any, ...]:
-    """Equal for problems that one draw serves: those with the same B, and with the same C where there is one."""
+    """Equal for problems that one draw serves: with the same B, and the same C where there is one."""
     return problem.kind, problem.n, problem.k, problem.m if problem.kind == "fp8_wgrad" else None
 
 
