@@ -28,6 +28,19 @@ if TYPE_CHECKING:
         fp8_gemm_tt,
     )
     from jax_deepgemm.gemm.linear import fp8_linear
+    from jax_deepgemm.grouped.api import (
+        k_grouped_bf16_gemm_tn_contiguous,
+        k_grouped_fp8_gemm_nt_contiguous,
+        k_grouped_fp8_gemm_tn_contiguous,
+        m_grouped_bf16_gemm_nn_contiguous,
+        m_grouped_bf16_gemm_nt_contiguous,
+        m_grouped_bf16_gemm_nt_masked,
+        m_grouped_fp8_gemm_nn_contiguous,
+        m_grouped_fp8_gemm_nt_contiguous,
+        m_grouped_fp8_gemm_nt_masked,
+    )
+    from jax_deepgemm.grouped.linear import grouped_linear
+    from jax_deepgemm.grouped.ragged import ragged_dot, ragged_dot_general
     from jax_deepgemm.introspect import explain
     from jax_deepgemm.jit.precompile import precompile
     from jax_deepgemm.quantization import QuantizedArray, dequantize, quantize
@@ -48,6 +61,18 @@ _HOME = {
     "QuantizedArray": "quantization",
     "quantize": "quantization",
     "dequantize": "quantization",
+    "k_grouped_bf16_gemm_tn_contiguous": "grouped.api",
+    "k_grouped_fp8_gemm_nt_contiguous": "grouped.api",
+    "k_grouped_fp8_gemm_tn_contiguous": "grouped.api",
+    "m_grouped_bf16_gemm_nn_contiguous": "grouped.api",
+    "m_grouped_bf16_gemm_nt_contiguous": "grouped.api",
+    "m_grouped_bf16_gemm_nt_masked": "grouped.api",
+    "m_grouped_fp8_gemm_nn_contiguous": "grouped.api",
+    "m_grouped_fp8_gemm_nt_contiguous": "grouped.api",
+    "m_grouped_fp8_gemm_nt_masked": "grouped.api",
+    "grouped_linear": "grouped.linear",
+    "ragged_dot": "grouped.ragged",
+    "ragged_dot_general": "grouped.ragged",
     "explain": "introspect",
     "precompile": "jit.precompile",
     "embed_kernels": "core.launch",
@@ -75,8 +100,20 @@ __all__ = [
     "fp8_gemm_tn",
     "fp8_gemm_tt",
     "fp8_linear",
+    "grouped_linear",
+    "k_grouped_bf16_gemm_tn_contiguous",
+    "k_grouped_fp8_gemm_nt_contiguous",
+    "k_grouped_fp8_gemm_tn_contiguous",
+    "m_grouped_bf16_gemm_nn_contiguous",
+    "m_grouped_bf16_gemm_nt_contiguous",
+    "m_grouped_bf16_gemm_nt_masked",
+    "m_grouped_fp8_gemm_nn_contiguous",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
     "precompile",
     "quantize",
+    "ragged_dot",
+    "ragged_dot_general",
 ]
 
 
