@@ -1,0 +1,8 @@
+"""Mixture of experts: routing, dispatch, experts in FP8 or BF16, on one device and over a mesh."""
+
+from __future__ import annotations
+
+from jax_deepgemm.moe.dispatch import DispatchPlan, combine, dispatch, plan_dispatch, spread_weights
+from jax_deepgemm.moe.route import route
+
+__all__ = ["DispatchPlan", "combine", "dispatch", "plan_dispatch", "route", "spread_weights"]

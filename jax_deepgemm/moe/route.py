@@ -1,0 +1,140 @@
+"""Which experts a token goes to, and how much each of them counts."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+SCORES = ("softmax", "sigmoid", None)
+_LOWEST = np.finfo(np.float32).min
+
+
+def route(
+    logits: jax.Array,
+    top_k: int,
+    *,
+    score: str | None = "softmax",
+    num_groups: int | None = None,
+    top_groups: int | None = None,
+    bias: jax.Array | None = None,
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """The top_k experts of every token, and their weights.
+
+    Scores are the softmax or the sigmoid of the logits. Experts are chosen by score + bias; their weights are
+    the scores without it. With groups (DeepSeek-V3), the experts are num_groups equal runs of neighbours; a
+    group counts what its best two experts count together, and only the experts of the top_groups best groups
+    can be chosen, so that a token goes to few devices.
+
+    >>> import jax.numpy as jnp
+    >>> ids, weights = route(jnp.array([[0.1, 0.5, 0.25, 0.15]]), 2, score=None, renormalize=False)
+    >>> ids.tolist(), weights.tolist()
+    ([[1, 2]], [[0.5, 0.25]])
+
+    DeepSeek-V3's router: sigmoid, 8 groups of 32 experts, the 8 best experts of the 4 best groups.
+
+    >>> logits = jax.random.normal(jax.random.key(0), (5, 256))
+    >>> ids, weights = route(logits, 8, score="sigmoid", num_groups=8, top_groups=4,
+    ...                      bias=jnp.zeros(256), scale=2.5)
+    >>> ids.shape, bool(jnp.all(jnp.abs(weights.sum(-1) - 2.5) < 1e-5))
+    ((5, 8), True)
+
+    Args:
+      logits: [t, experts], any floating dtype; computed in float32.
+      top_k: experts per token.
+      score: "softmax" over all experts, "sigmoid", or None if `logits` are scores already.
+      num_groups, top_groups: group-limited choice; both or neither.
+      bias: [experts] float32, added to the scores in the choice only; it has no gradient.
+      renormalize: divide the chosen weights by their sum.
+      scale: factor of all weights, after that.
+
+    Returns:
+      (ids int32 [t, top_k], weights float32 [t, top_k]), best expert first. A token's ids are distinct. The
+      weights are differentiable with respect to the logits, through the scores of the chosen experts.
+
+    Raises:
+      ValueError, TypeError: shapes and counts that do not fit; the message names both sides.
+
+    Deterministic: of equal scores the lowest id comes first, of equal groups the first. NaN scores rank below
+    all numbers, so ids are in range and distinct whatever the logits are; the weights of a token with a NaN
+    are NaN where its scores are (with softmax or renormalize: all of them), so it does not go unseen.
+    """
+    experts = _check(logits, top_k, score, num_groups, top_groups, bias)
+    scores = _scores(logits.astype(jnp.float32), score)
+    ranking = lax.stop_gradient(scores if bias is None else scores + bias)
+    ranking = jnp.maximum(jnp.where(jnp.isnan(ranking), _LOWEST, ranking), _LOWEST)
+    ranking = jnp.where(ranking == 0, jnp.float32(0), ranking)  # top_k ranks -0 below 0
+    if num_groups is not None and top_groups is not None:
+        ranking = _limit_groups(ranking, num_groups, top_groups, experts // num_groups)
+    _, ids = lax.top_k(ranking, top_k)
+    weights = jnp.take_along_axis(scores, ids, axis=-1)
+    if renormalize:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.float32(1e-20))
+    return ids.astype(jnp.int32), weights * jnp.float32(scale)
+
+
+def _scores(logits: jax.Array, score: str | None) -> jax.Array:
+    if score == "softmax":
+        return jax.nn.softmax(logits, axis=-1)
+    return jax.nn.sigmoid(logits) if score == "sigmoid" else logits
+
+
+def _limit_groups(ranking: jax.Array, num_groups: int, top_groups: int, size: int) -> jax.Array:
+    """-inf for the experts of all but the best groups."""
+    grouped = ranking.reshape(-1, num_groups, size)
+    best, _ = lax.top_k(grouped, min(2, size))
+    _, chosen = lax.top_k(jnp.sum(best, axis=-1), top_groups)
+    open_ = jnp.any(chosen[:, :, None] == jnp.arange(num_groups), axis=1)
+    return jnp.where(open_[:, :, None], grouped, -jnp.inf).reshape(ranking.shape)
+
+
+def _check(
+    logits: Any, top_k: int, score: Any, num_groups: int | None, top_groups: int | None, bias: Any
+) -> int:
+    if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating):
+        given = np.dtype(logits.dtype).name if hasattr(logits, "dtype") else type(logits).__name__
+        raise TypeError(f"route: logits are {given}, need a floating point array [t, experts].")
+    if logits.ndim != 2:
+        raise ValueError(
+            f"route: logits are {list(logits.shape)}, need [t, experts]. "
+            "Merge leading dimensions: logits.reshape(-1, logits.shape[-1])."
+        )
+    if score not in SCORES:
+        raise ValueError(f"route: score is {score!r}, need 'softmax', 'sigmoid', or None for ready scores.")
+    experts = logits.shape[-1]
+    if not 1 <= top_k <= experts:
+        raise ValueError(
+            f"route: top_k is {top_k} and there are {experts} experts, need 1 <= top_k <= experts."
+        )
+    if bias is not None and tuple(bias.shape) != (experts,):
+        raise ValueError(
+            f"route: bias is {list(bias.shape)} and logits are {list(logits.shape)}, need [{experts}]."
+        )
+    if (num_groups is None) != (top_groups is None):
+        raise ValueError(
+            f"route: num_groups is {num_groups} and top_groups is {top_groups}, need both or neither."
+        )
+    if num_groups is not None and top_groups is not None:
+        _check_groups(experts, top_k, num_groups, top_groups)
+    return experts
+
+
+def _check_groups(experts: int, top_k: int, num_groups: int, top_groups: int) -> None:
+    if num_groups < 1 or experts % num_groups:
+        _group_error(f"num_groups is {num_groups} and there are {experts} experts", "groups of equal size")
+    if not 1 <= top_groups <= num_groups:
+        _group_error(f"top_groups is {top_groups} of {num_groups} groups", "1 <= top_groups <= num_groups")
+    if top_k > top_groups * (experts // num_groups):
+        _group_error(
+            f"top_k is {top_k}, and {top_groups} groups have {top_groups * (experts // num_groups)} experts",
+            "at least top_k experts in top_groups groups",
+        )
+
+
+def _group_error(given: str, rule: str) -> NoReturn:
+    raise ValueError(f"route: {given}, need {rule}. Leave num_groups and top_groups out for a free choice.")
