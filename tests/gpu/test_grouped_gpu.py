@@ -1,0 +1,500 @@
+"""Grouped GEMMs on an H200: the shape tables, edge cases, poison, repeatability, transformations.
+
+Every element of every result is compared with the oracle, group by group in float32 on the GPU: `oracle`
+limits are against the operands as the kernel reads them (dequantised), `exact` ones against the numbers that
+were quantised. What lies outside all groups is NaN in A and in its scales, always.
+
+The programs of the chosen tests are compiled ahead, in parallel.
+
+Run: pytest -m gpu tests/gpu/test_grouped_gpu.py        (under 150 s, kernels compiled anew)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import grouped_cases as cases
+import grouped_oracle as oracle
+import jax_deepgemm as jdg
+from grouped_cases import FP8, NN, NT, Contiguous, KGrouped, Masked
+from grouped_oracle import difference
+
+BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
+QUICK = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # the oracle's dots: no search
+
+EXACT_LIMIT = 1e-3
+EXACT_FROM = 2048  # columns of D: fewer elements do not average the errors of quantising
+FP8_LIMIT = {"float32": 1e-6, "bfloat16": 1e-5}
+BF16_LIMIT = {"float32": 1e-8, "bfloat16": 1e-5}
+POOL = 32 * 6144 * 7168 + (1 << 24)
+ROWS, COLS, BLOCK = (1, 128), (128, 1), (128, 128)
+
+
+@functools.cache
+def pool() -> jax.Array:
+    """Standard normal numbers that every case cuts its operands from."""
+    return jax.random.normal(jax.random.key(7), (POOL,), BF16)
+
+
+def cut(numbers: jax.Array, seed: int, *shape: int) -> jax.Array:
+    start, size = 1_048_576 * seed, math.prod(shape)
+    if start + size > POOL:
+        numbers = jnp.concatenate([numbers] * -(-(start + size) // POOL))
+    return lax.slice(numbers, (start,), (start + size,)).reshape(shape)
+
+
+def poisoned(x: jax.Array, good: jax.Array) -> jax.Array:
+    return jnp.where(good, x, jnp.nan)
+
+
+def quantised(x: jax.Array, block: tuple[int, int], good: jax.Array) -> jdg.QuantizedArray:
+    """x quantised, with NaN where not good; also the scales of blocks of which nothing is good."""
+    good = jnp.broadcast_to(good, x.shape)
+    q = jdg.quantize(poisoned(x, good), block)
+    pad = [(0, 0)] * (x.ndim - 2) + [(0, -size % b) for size, b in zip(x.shape[-2:], block, strict=True)]
+    rows, cols = q.scales.shape[-2:]
+    any_good = jnp.pad(good, pad).reshape(*x.shape[:-2], rows, block[0], cols, block[1]).any((-3, -1))
+    return jdg.QuantizedArray(q.values, poisoned(q.scales, any_good), block)
+
+
+# One program a case: what all its calls give, against the oracle --------------------------------------------
+
+M_FUNCTIONS = {
+    "fp8_block": jdg.m_grouped_fp8_gemm_nt_contiguous,
+    "fp8_row": jdg.m_grouped_fp8_gemm_nt_contiguous,
+    "bf16_nt": jdg.m_grouped_bf16_gemm_nt_contiguous,
+    "bf16_nn": jdg.m_grouped_bf16_gemm_nn_contiguous,
+}
+
+
+def weights(w: jax.Array, operands: str) -> Any:
+    """B [g, n, k] as the call wants it."""
+    if operands.startswith("fp8"):
+        return jdg.quantize(w, BLOCK if operands == "fp8_block" else ROWS)
+    return w.mT if operands == "bf16_nn" else w
+
+
+def plain(b: Any, operands: str) -> jax.Array:
+    """B [g, n, k] as the kernel's numbers are."""
+    if isinstance(b, jdg.QuantizedArray):
+        return oracle.dequantised(b)
+    return b.mT if operands == "bf16_nn" else b
+
+
+def contiguous(case: Contiguous, numbers: jax.Array, at: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    local = case.local or case.groups
+    x, w = cut(numbers, 0, case.rows, case.k), cut(numbers, 1, local, case.n, case.k)
+    mine = [lax.dynamic_slice_in_dim(at[name], at["offset"][0], local) for name in ("starts", "counts")]
+    good = oracle.inside(*mine, case.rows)[:, None]
+    found, wants = {}, {}
+    for operands, layout, out in case.calls:
+        a = quantised(x, ROWS, good) if operands.startswith("fp8") else poisoned(x, good)
+        b = weights(w, operands)
+        described = {
+            "sizes": {"group_sizes": at["sizes"]},
+            "index": {"m_indices": at["index"]},
+            "ends": {"ends": at["ends"], "alignment": case.alignment},
+        }[layout]
+        if case.local:
+            described["group_offset"] = at["offset"]
+        d = M_FUNCTIONS[operands](a, b, **described, out_dtype=out)
+        if operands not in wants:
+            read = oracle.dequantised(a) if operands.startswith("fp8") else a
+            wants[operands] = oracle.m_grouped(read, plain(b, operands), *mine, case.most)
+        found[f"oracle {operands} {layout} {out}"] = difference(d, wants[operands])
+        found[f"outside {operands} {layout} {out}"] = jnp.abs(jnp.where(good, 0, d)).max()
+    if case.calls[0][0] == FP8 and case.n >= EXACT_FROM:
+        exact = oracle.m_grouped(x, w, *mine, case.most)
+        found["exact"] = difference(wants[FP8], exact)
+    return found
+
+
+def masked(case: Masked, numbers: jax.Array, at: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    x = cut(numbers, 0, case.groups, case.rows, case.k)
+    w = cut(numbers, 1, case.groups, case.n, case.k)
+    good = (jnp.arange(case.rows) < at["sizes"][:, None])[..., None]
+    found, wants = {}, {}
+    for operands, zero, out in case.calls:
+        fp8 = operands.startswith("fp8")
+        a, b = quantised(x, ROWS, good) if fp8 else poisoned(x, good), weights(w, operands)
+        function = jdg.m_grouped_fp8_gemm_nt_masked if fp8 else jdg.m_grouped_bf16_gemm_nt_masked
+        d = function(a, b, at["sizes"], out_dtype=out, zero_rows=bool(zero))
+        if operands not in wants:
+            read = oracle.dequantised(a) if fp8 else a
+            wants[operands] = oracle.masked(read, plain(b, operands), at["sizes"], case.most)
+        found[f"oracle {operands} {zero} {out}"] = difference(jnp.where(good, d, 0), wants[operands])
+        if zero:
+            found[f"outside {operands} {out}"] = jnp.abs(jnp.where(good, 0, d)).max()
+    if case.calls[0][0] == FP8 and case.n >= EXACT_FROM:
+        found["exact"] = difference(wants[FP8], oracle.masked(x, w, at["sizes"], case.most))
+    return found
+
+
+def k_grouped(case: KGrouped, numbers: jax.Array, at: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    dy, x = cut(numbers, 0, case.k, case.m), cut(numbers, 1, case.k, case.n)
+    where = at["starts"], at["counts"], case.most
+    good = oracle.inside(*where[:2], case.k)[:, None]
+    found, wants = {}, {}
+    for operands, add, out in case.calls:
+        if operands == "fp8_nt":
+            a, b = (quantised(z.T, ROWS, good.T) for z in (dy, x))
+            read = [oracle.dequantised(z).T for z in (a, b)]
+            function = jdg.k_grouped_fp8_gemm_nt_contiguous
+        elif operands == "fp8_tn":
+            a, b = (quantised(z, COLS, good) for z in (dy, x))
+            read = [oracle.dequantised(z) for z in (a, b)]
+            function = jdg.k_grouped_fp8_gemm_tn_contiguous
+        else:
+            read = a, b = [poisoned(z, good) for z in (dy, x)]
+            function = jdg.k_grouped_bf16_gemm_tn_contiguous
+        c = (32 * cut(numbers, 2, case.groups, case.m, case.n)).astype(out) if add else None
+        d = function(a, b, at["sizes"], c, out_dtype=out)
+        if operands not in wants:
+            wants[operands] = oracle.k_grouped(*read, *where)
+        want = wants[operands]
+        if add and out == "float32":
+            d = d - c
+        elif add:
+            want = want + c.astype(F32)
+        found[f"oracle {operands} {add} {out}"] = difference(d, want)
+    if case.calls[0][0] == "fp8_nt" and case.n >= EXACT_FROM:
+        found["exact"] = difference(wants["fp8_nt"], oracle.k_grouped(dy, x, *where))
+    return found
+
+
+PROGRAMS = {Contiguous: contiguous, Masked: masked, KGrouped: k_grouped}
+
+
+def program(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return jax.jit(function, compiler_options=QUICK, **options)
+
+
+def where(case: Any, sizes: np.ndarray, offset: int = 0) -> dict[str, np.ndarray]:
+    """What a case's program is told about its groups."""
+    if isinstance(case, Masked):
+        return {"sizes": sizes}
+    rows = case.k if isinstance(case, KGrouped) else case.rows
+    at = oracle.place(sizes, rows, getattr(case, "alignment", 1))
+    return dataclasses.asdict(at) | {"offset": np.array([offset], np.int32)}
+
+
+@functools.cache
+def compiled(case: Any) -> Any:
+    numbers = jax.ShapeDtypeStruct((POOL,), BF16)
+    at = where(case, np.zeros(case.groups, np.int32))
+    return program(functools.partial(PROGRAMS[type(case)], case)).lower(numbers, at).compile()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_ahead(request: pytest.FixtureRequest) -> None:
+    """Compiles what the chosen tests need. A case that fails does so again in its own test."""
+    here = (item for item in request.session.items if item.path == request.path)
+    params = [item.callspec.params for item in here if hasattr(item, "callspec")]
+    chosen = {each["case"] for each in params if "case" in each}
+
+    def attempt(case: Any) -> None:
+        with contextlib.suppress(Exception):
+            compiled(case)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(attempt, chosen))
+
+
+def limit(what: str) -> float:
+    if not what.startswith("oracle"):
+        return EXACT_LIMIT if what == "exact" else 0.0
+    return (FP8_LIMIT if " fp8" in what else BF16_LIMIT)[what.split()[-1]]
+
+
+def check(case: Any, patterns: dict[str, np.ndarray], offset: int = 0) -> None:
+    """Runs a case with every pattern of sizes; nothing is beyond its limit, and nothing is NaN."""
+    wrong = {}
+    for name, sizes in patterns.items():
+        found = compiled(case)(pool(), where(case, sizes, offset))
+        for what, value in jax.device_get(found).items():
+            if not value <= limit(what):
+                wrong[f"{name}: {what}"] = float(value)
+    assert not wrong, wrong
+
+
+# The tables -------------------------------------------------------------------------------------------------
+
+
+def drawn(case: Any, expected: int) -> dict[str, np.ndarray]:
+    sizes = cases.draw(case.groups, expected)
+    return {"drawn": sizes, "one empty": cases.without(sizes, case.groups // 3)}
+
+
+def expected_rows(case: Contiguous) -> int:
+    return dict(cases.CONTIGUOUS_TABLE)[case.groups]
+
+
+@pytest.mark.parametrize("case", cases.contiguous_table(), ids=str)
+def test_table_contiguous(case):
+    check(case, drawn(case, expected_rows(case)))
+
+
+@pytest.mark.parametrize("case", cases.aligned_table(), ids=str)
+def test_table_contiguous_aligned(case):
+    """The layouts with gaps: an index per row, ends of groups."""
+    check(case, drawn(case, expected_rows(case)))
+
+
+MASKED_TABLE = [
+    (case, expected)
+    for case, expected in zip(
+        cases.masked_table(), np.repeat([e for _, e, _ in cases.MASKED_TABLE], len(cases.NK)), strict=True
+    )
+]
+
+
+@pytest.mark.parametrize(("case", "expected"), MASKED_TABLE, ids=str)
+def test_table_masked(case, expected):
+    check(case, drawn(case, expected))
+
+
+@pytest.mark.parametrize("case", cases.k_table(), ids=str)
+def test_table_k_grouped(case):
+    check(case, drawn(case, 32768 // case.groups))
+
+
+# Edge cases -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", cases.contiguous_edges(), ids=str)
+def test_edges_contiguous(case):
+    check(case, cases.patterns(case.groups, case.rows))
+
+
+@pytest.mark.parametrize("case", cases.masked_edges(), ids=str)
+def test_edges_masked(case):
+    check(case, cases.masks(case.groups, case.rows))
+
+
+@pytest.mark.parametrize("case", cases.k_edges(), ids=str)
+def test_edges_k_grouped(case):
+    check(case, cases.patterns(case.groups, case.k))
+
+
+OFFSETS = [
+    Contiguous(6, 700, 136, 256, ((FP8, "sizes", "float32"),), 700, local=2),
+    Contiguous(6, 700, 136, 256, ((NT, "sizes", "float32"), (NN, "index", "bfloat16")), 700, local=2),
+]
+
+
+@pytest.mark.parametrize("case", OFFSETS, ids=str)
+def test_group_offset(case):
+    """B holds two of six groups; the rows of the others are zero in D, and may be NaN in A."""
+    for offset in (0, 3, 4):
+        check(case, cases.patterns(case.groups, case.rows), offset)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Contiguous(6, 700, 136, 256, ((FP8, "ends", "bfloat16"), (NT, "ends", "float32")), 700, alignment=64)],
+    ids=str,
+)
+def test_ends_with_gaps(case):
+    check(case, cases.patterns(case.groups, case.rows // 2) | {"whole": cases.draw(6, 60)})
+
+
+@pytest.mark.parametrize("fp8", [True, False], ids=("fp8", "bf16"))
+def test_index_in_any_order(fp8):
+    """Groups in no order, gaps before, between and behind; and an index of nothing but -1."""
+    rows, n, k = 600, 136, 192
+    order = [(3, 100), (-1, 7), (0, 129), (5, 1), (-1, 63), (1, 200), (4, 50)]
+    index = np.full(rows, -1, np.int32)
+    index[20 : 20 + sum(count for _, count in order)] = np.concatenate(
+        [np.full(count, group) for group, count in order]
+    )
+    x, w = cut(pool(), 0, rows, k), cut(pool(), 1, 6, n, k)
+    function = M_FUNCTIONS[FP8 if fp8 else NT]
+
+    @program
+    def run(x: jax.Array, w: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        good = index[:, None] >= 0
+        a, b = quantised(x, ROWS, good) if fp8 else poisoned(x, good), weights(w, FP8 if fp8 else NT)
+        d = function(a, b, m_indices=index, out_dtype=F32)
+        read = (oracle.dequantised(a), oracle.dequantised(b)) if fp8 else (a, b)
+        every = jnp.stack([oracle.dot32(jnp.where(good, read[0], 0), each) for each in read[1]])
+        return d, jnp.where(good, every[jnp.maximum(index, 0), jnp.arange(rows)], 0)
+
+    d, want = run(x, w, index)
+    assert float(difference(d, want)) < FP8_LIMIT["float32"]
+    assert not np.asarray(d)[index < 0].any()
+    assert not np.asarray(run(x, w, np.full(rows, -1, np.int32))[0]).any()
+
+
+BIG = [
+    Contiguous(49, 40, 6144, 7168, ((FP8, "sizes", "bfloat16"),), 8),  # B: 2,157,969,408 elements
+    Contiguous(3, 300_000, 7168, 128, ((FP8, "sizes", "bfloat16"),), 128_000),  # D: 2,150,400,000
+]
+
+
+@pytest.mark.parametrize("case", BIG, ids=("b", "d"))
+def test_more_than_two_to_the_31_elements(case):
+    sizes = np.zeros(case.groups, np.int32)
+    sizes[[0, case.groups // 2, -1]] = case.most - 3, case.most // 3, case.most
+    check(case, {"three": sizes})
+
+
+# Calls of every op, small -----------------------------------------------------------------------------------
+
+SIZES = np.array([70, 0, 200, 31], np.int32)
+M, N, K, G = 320, 264, 448, len(SIZES)
+
+
+def small_calls() -> dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]:
+    """Name -> (function, operands): one call of each op, sizes last."""
+    numbers = pool()
+    x, w = cut(numbers, 0, M, K), cut(numbers, 1, G, N, K)
+    deep = cut(numbers, 2, G, 100, K)
+    dy, c = cut(numbers, 3, M, N), cut(numbers, 4, G, K, N).astype(F32)
+    q, rows = jdg.quantize(w, BLOCK), jdg.quantize(w, ROWS)
+    left, right = jdg.quantize(x.T), jdg.quantize(dy.T)
+    sizes, mask = jnp.asarray(SIZES), jnp.asarray(SIZES // 2)
+    add = lambda f: lambda a, b, c, s: f(a, b, s, c)  # noqa: E731
+    zero = lambda f: functools.partial(f, zero_rows=True)  # noqa: E731
+    return {
+        "m fp8": (jdg.m_grouped_fp8_gemm_nt_contiguous, (jdg.quantize(x), q, sizes)),
+        "m fp8 rows": (jdg.m_grouped_fp8_gemm_nt_contiguous, (jdg.quantize(x), rows, sizes)),
+        "m bf16 nt": (jdg.m_grouped_bf16_gemm_nt_contiguous, (x, w, sizes)),
+        "m bf16 nn": (jdg.m_grouped_bf16_gemm_nn_contiguous, (x, w.mT, sizes)),
+        "masked fp8": (zero(jdg.m_grouped_fp8_gemm_nt_masked), (jdg.quantize(deep), q, mask)),
+        "masked bf16": (zero(jdg.m_grouped_bf16_gemm_nt_masked), (deep, w, mask)),
+        "k fp8": (jdg.k_grouped_fp8_gemm_nt_contiguous, (left, right, sizes)),
+        "k fp8 + c": (add(jdg.k_grouped_fp8_gemm_nt_contiguous), (left, right, c, sizes)),
+        "k bf16": (jdg.k_grouped_bf16_gemm_tn_contiguous, (x, dy, sizes)),
+        "k bf16 + c": (add(jdg.k_grouped_bf16_gemm_tn_contiguous), (x, dy, c, sizes)),
+    }
+
+
+CALLS = (
+    *("m fp8", "m fp8 rows", "m bf16 nt", "m bf16 nn", "masked fp8", "masked bf16"),
+    *("k fp8", "k fp8 + c", "k bf16", "k bf16 + c"),
+)
+
+
+def same(x: jax.Array, y: jax.Array) -> bool:
+    return x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_twenty_runs_give_the_same_bits_also_eagerly_and_into_nan(name):
+    """The result takes the place of a donated buffer of NaN: every element of it is written."""
+    function, operands = small_calls()[name]
+    shape = jax.eval_shape(function, *operands)
+    first = function(*operands)
+    assert bool(jnp.isfinite(first).all())
+    step = program(lambda _, *x: function(*x), donate_argnums=0, keep_unused=True)
+    for _ in range(20):
+        buffer = jnp.full(shape.shape, jnp.nan, shape.dtype)
+        pointer = buffer.unsafe_buffer_pointer()
+        again = step(buffer, *operands)
+        assert again.unsafe_buffer_pointer() == pointer
+        assert same(again, first)
+
+
+@pytest.mark.parametrize("shared", ["nothing", "b", "sizes"])
+@pytest.mark.parametrize("name", ["m fp8", "m bf16 nn", "masked fp8", "masked bf16", "k fp8", "k bf16 + c"])
+def test_vmap_is_a_loop(name, shared):
+    function, operands = small_calls()[name]
+    last = len(operands) - 1
+    one = {"nothing": (), "b": (1,), "sizes": (last,)}[shared]
+
+    def other(i: int, x: Any) -> Any:
+        """Other numbers of the same kind."""
+        return jnp.flip(x, -1) if i == last else jax.tree.map(lambda leaf: jnp.flip(leaf, -2), x)
+
+    pairs = [(x, x if i in one else other(i, x)) for i, x in enumerate(operands)]
+    axes = tuple(None if i in one else 0 for i in range(len(operands)))
+    stacked = [
+        pair[0] if axis is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *pair)
+        for axis, pair in zip(axes, pairs, strict=True)
+    ]
+    got = program(jax.vmap(function, axes))(*stacked)
+    for z in range(2):
+        want = function(*(pair[z] for pair in pairs))
+        assert float(difference(got[z], want)) < 1e-6
+
+
+def test_hints_and_fewer_sms():
+    """`expected_m` and `num_sms` choose who computes what, never what."""
+    for name, options in (
+        ("m fp8", [{"expected_m": 1}, {"expected_m": 5000}, {"num_sms": 1}, {"num_sms": 77}]),
+        ("masked bf16", [{"expected_m": 1}, {"expected_m": 100}, {"num_sms": 3}]),
+        ("k bf16", [{"num_sms": 1}, {"num_sms": 131}]),
+    ):
+        function, operands = small_calls()[name]
+        want = function(*operands)
+        for option in options:
+            assert float(difference(program(functools.partial(function, **option))(*operands), want)) < 1e-5
+
+
+# Transformations --------------------------------------------------------------------------------------------
+
+
+def on_both(function: Callable[..., Any], *arrays: Any) -> list[tuple[Any, Any]]:
+    """Results on the GPU and on the CPU, leaf by leaf."""
+    there = jax.jit(function)(*jax.device_put(arrays, jax.devices("cpu")[0]))
+    here = jax.jit(function)(*arrays)
+    return list(zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True))
+
+
+@pytest.mark.parametrize("name", ["m bf16 nt", "m bf16 nn", "masked bf16", "k bf16 + c"])
+def test_bf16_gradients_are_those_of_the_reference(name):
+    function, (*arrays, sizes) = small_calls()[name]
+    constant = np.asarray(sizes)  # on no device
+
+    def loss(*live: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(function(*live, constant).astype(F32) / 16))
+
+    pairs = on_both(jax.grad(loss, tuple(range(len(arrays)))), *arrays)
+    assert len(pairs) == len(arrays)
+    for one, other in pairs:
+        assert one.dtype == other.dtype
+        assert float(difference(np.asarray(one), np.asarray(other))) < 1e-4
+
+
+def chain(x: jax.Array, w: Any, sizes: jax.Array, steps: int, scanned: bool) -> jax.Array:
+    def one(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        y = jdg.m_grouped_fp8_gemm_nt_contiguous(jdg.quantize(x), w, sizes, out_dtype=F32)
+        gram = jdg.k_grouped_bf16_gemm_tn_contiguous(x, x, sizes)
+        z = jdg.m_grouped_bf16_gemm_nn_contiguous(x, gram.astype(BF16), sizes, out_dtype=F32)
+        both = y + z / jnp.maximum(jnp.abs(z).max(), 1.0)
+        return (both / jnp.maximum(jnp.abs(both).max(), 1.0)).astype(BF16), None
+
+    if scanned:
+        return lax.scan(one, x, length=steps)[0]
+    for _ in range(steps):
+        x, _ = one(x, None)
+    return x
+
+
+@pytest.mark.parametrize("scanned", [False, True], ids=("unrolled", "scan"))
+def test_many_calls_in_one_program(scanned):
+    """Captured by command buffers or not, with other buffers and other group sizes: always as one by one."""
+    w = jdg.quantize(jax.random.normal(jax.random.key(1), (G, 256, 256)), BLOCK)
+    many = jax.jit(functools.partial(chain, steps=6, scanned=scanned))
+    once = jax.jit(functools.partial(chain, steps=1, scanned=False))
+    for seed in range(4):
+        sizes = jnp.roll(jnp.asarray(SIZES), seed)
+        x = jax.random.normal(jax.random.key(seed), (M, 256), BF16)
+        got = [many(x + 0, w, sizes) for _ in range(3)]
+        assert all(same(got[0], other) for other in got[1:])
+        for _ in range(6):
+            x = once(x, w, sizes)
+        assert float(difference(got[0], x)) < 1e-3
