@@ -67,7 +67,7 @@ def plan_dispatch(ids: jax.Array, num_experts: int) -> DispatchPlan:
     copies = ids.size
     flat = ids.reshape(copies)
     expert = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.uint32)
-    expert, source = _sort(expert, num_experts)
+    expert, source = sort_copies(expert, num_experts)
     edges = jnp.arange(num_experts + 1, dtype=jnp.uint32)
     starts = jnp.searchsorted(expert, edges, method="scan_unrolled").astype(jnp.int32)
     row = jnp.arange(copies, dtype=jnp.int32)
@@ -80,7 +80,7 @@ def plan_dispatch(ids: jax.Array, num_experts: int) -> DispatchPlan:
     )
 
 
-def _sort(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+def sort_copies(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
     """(sorted experts, where each was), stable. One 32-bit key, where it fits: the fast sort of GPUs."""
     copies = expert.shape[0]
     index = lax.iota(jnp.uint32, copies)
