@@ -55,7 +55,7 @@ sanitize() {
     for tool in ${SANITIZE_TOOLS:-memcheck racecheck}; do
         echo "--- $tool"
         compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 --kernel-name kns=jdg_ --print-limit 20 \
-            "$PYTHON" tests/gpu/sanitize.py || code=$?
+            "$PYTHON" tests/gpu/sanitize.py ${SANITIZE_ARGS:-} || code=$?
     done
     return $code
 }

@@ -1,6 +1,6 @@
 """Runs every kind of kernel once, on shapes with tails, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+    compute-sanitizer --tool memcheck python tests/gpu/sanitize.py [PART OF A NAME]
 
 Operands are drawn, and results checked, on the CPU, so that only kernels of this package run on the GPU.
 """
@@ -56,6 +56,63 @@ def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...]]]:
     yield "bf16 batch", batched, (normal(3, 40, K), b)
 
 
+def grouped_cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...]]]:
+    """Every kind of grouped kernel: groups that start anywhere, an empty one, NaN outside all of them."""
+    rng = np.random.default_rng(1)
+    rows, n, k, groups = 300, 136, 320, 4
+
+    def normal(*shape: int, good: int | None = None) -> jax.Array:
+        drawn = rng.standard_normal(shape)
+        drawn[good:] = drawn[good:] if good is None else np.nan
+        return jnp.asarray(drawn, jnp.bfloat16)
+
+    sizes = jnp.asarray([150, 0, 33, 70], jnp.int32)
+    bad = {"negative": jnp.asarray([-7, 200, -1, 53], jnp.int32), "too many": 3 * sizes}
+    used = int(sizes.sum())
+    a, w = normal(rows, k, good=used), normal(groups, n, k)
+    qa, qw, qw_rows = jdg.quantize(a), jdg.quantize(w, (128, 128)), jdg.quantize(w, (1, 128))
+    fp8, bf16 = jdg.m_grouped_fp8_gemm_nt_contiguous, jdg.m_grouped_bf16_gemm_nt_contiguous
+    yield "grouped fp8", call(fp8), (qa, qw, sizes)
+    yield "grouped fp8 B 1x128, few rows", call(fp8, expected_m=4), (qa, qw_rows, sizes // 16)
+    yield "grouped fp8 to float32", call(fp8, out_dtype=jnp.float32), (qa, qw, sizes)
+    yield "grouped bf16 nt", call(bf16), (a, w, sizes)
+    yield "grouped bf16 nt, few rows", call(bf16, expected_m=4), (a, w, sizes // 16)
+    yield "grouped bf16 nn", call(jdg.m_grouped_bf16_gemm_nn_contiguous), (a, w.mT, sizes)
+    whole = normal(rows, k)
+    for name, wrong in bad.items():
+        yield f"grouped fp8, {name}", call(fp8), (jdg.quantize(whole), qw, wrong)
+        yield f"grouped bf16, {name}", call(bf16), (whole, w, wrong)
+    index = jnp.asarray(np.repeat([2, -1, 0, 3, -1], [100, 28, 50, 77, 45]), jnp.int32)
+    yield "grouped fp8, index", (lambda a, w, i: fp8(a, w, m_indices=i)), (jdg.quantize(whole), qw, index)
+    ends = jnp.asarray([90, 128, 200, 300], jnp.int32)
+    yield "grouped bf16, ends", (lambda a, w, e: bf16(a, w, ends=e, alignment=64)), (whole, w, ends)
+
+    deep, mask = normal(groups, 100, k), jnp.asarray([100, 0, 3, 70], jnp.int32)
+    valid = lambda d, mask: jnp.where(jnp.arange(100)[:, None] < mask[:, None, None], d, 0)  # noqa: E731
+    for zero in (False, True):
+        for kind, function, operands in (
+            ("fp8", jdg.m_grouped_fp8_gemm_nt_masked, (jdg.quantize(deep), qw)),
+            ("bf16", jdg.m_grouped_bf16_gemm_nt_masked, (deep, w)),
+        ):
+            run = call(function, zero_rows=zero)
+            checked = lambda a, b, m, run=run, zero=zero: run(a, b, m) if zero else valid(run(a, b, m), m)  # noqa: E731
+            yield f"masked {kind}{' zero_rows' * zero}", checked, (*operands, mask)
+    weight_gradient = lambda w, a, m: valid(jdg.m_grouped_bf16_gemm_nt_masked(a, w, m), m).sum()  # noqa: E731
+    yield "masked bf16, gradient of B", jax.grad(weight_gradient), (w, deep, mask)
+
+    dy, c = normal(rows, n, good=used), jnp.ones((groups, k, n), jnp.float32)
+    left, right = jdg.quantize(a.T), jdg.quantize(dy.T)
+    for kind, function, operands in (
+        ("fp8", jdg.k_grouped_fp8_gemm_nt_contiguous, (left, right)),
+        ("bf16", jdg.k_grouped_bf16_gemm_tn_contiguous, (a, dy)),
+    ):
+        yield f"k-grouped {kind}", call(function, out_dtype=jnp.bfloat16), (*operands, sizes)
+        yield f"k-grouped {kind} + C", call(function, out_dtype=jnp.float32), (*operands, sizes, c)
+    whole_dy = normal(rows, n)
+    for name, wrong in bad.items():
+        yield f"k-grouped bf16, {name}", call(function), (whole, whole_dy, wrong)
+
+
 def call(
     function: Callable[..., jax.Array], num_sms: int | None = FEW_SMS, **options: Any
 ) -> Callable[..., jax.Array]:
@@ -76,9 +133,10 @@ def main() -> int:
     if gpu.platform != "gpu":
         print("sanitize: no GPU here", file=sys.stderr)
         return 2
+    wanted = " ".join(sys.argv[1:])
     wrong = 0
     with jax.default_device(cpu):
-        prepared = list(cases())
+        prepared = [case for case in (*cases(), *grouped_cases()) if wanted in case[0]]
     for name, function, operands in prepared:
         got = jax.jit(function)(*jax.device_put(operands, gpu))
         with jax.default_device(cpu):

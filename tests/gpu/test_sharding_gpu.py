@@ -19,12 +19,16 @@ CUTS = {  # dimension cut -> specs of A, B and D
 }
 
 
+def gpus(count):
+    found = jax.devices("cuda")
+    if len(found) < count:
+        pytest.skip(f"{len(found)} GPUs, need {count}")
+    return found[:count]
+
+
 @pytest.fixture(scope="module")
 def devices():
-    found = jax.devices("cuda")
-    if len(found) < 2:
-        pytest.skip("one GPU")
-    return found[:2]
+    return gpus(2)
 
 
 def operands():
@@ -76,3 +80,98 @@ def test_fp8_linear_gradients(devices, layer_input):
     for g, reference in zip(got, want, strict=True):
         g, reference = np.asarray(g, np.float32), np.asarray(reference, np.float32)
         assert np.linalg.norm(g - reference) <= 1e-2 * np.linalg.norm(reference)
+
+
+# Grouped -------------------------------------------------------------------------------------------------
+
+ROWS, GROUPS = 600, 4  # of 4 devices each has 150 rows, so that cuts fall inside groups
+SIZES = np.array([100, 0, 331, 99], np.int32)
+F32 = jnp.float32
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def m_operands():
+    return normal(0, ROWS, K), normal(1, GROUPS, N, K), jnp.asarray(SIZES)
+
+
+def masked_operands():
+    return normal(0, GROUPS, 152, K), normal(1, GROUPS, N, K), jnp.asarray(SIZES // 3)
+
+
+def k_operands():
+    return normal(0, ROWS, N), normal(1, ROWS, K), jnp.asarray(SIZES)
+
+
+def m_fp8(a, b, sizes, **options):
+    a, b = jdg.quantize(a), jdg.quantize(b, (128, 128))
+    return jdg.m_grouped_fp8_gemm_nt_contiguous(a, b, sizes, out_dtype=F32, **options)
+
+
+def m_bf16(a, b, sizes, **options):
+    return jdg.m_grouped_bf16_gemm_nt_contiguous(a, b, sizes, out_dtype=F32, **options)
+
+
+def masked_fp8(a, b, sizes, **options):
+    a, b = jdg.quantize(a), jdg.quantize(b, (128, 128))
+    return jdg.m_grouped_fp8_gemm_nt_masked(a, b, sizes, zero_rows=True, out_dtype=F32, **options)
+
+
+def k_fp8(a, b, sizes, **options):
+    a, b = jdg.quantize(a, (128, 1)), jdg.quantize(b, (128, 1))
+    return jdg.k_grouped_fp8_gemm_tn_contiguous(a, b, sizes, **options)
+
+
+def k_bf16(a, b, sizes, **options):
+    return jdg.k_grouped_bf16_gemm_tn_contiguous(a, b, sizes, **options)
+
+
+M_CUTS = {  # dimension cut -> specs of A, B, sizes and D
+    "m": (P("x", None), P(), P(), P("x", None)),
+    "n": (P(), P(None, "x", None), P(), P(None, "x")),
+    "k": (P(None, "x"), P(None, None, "x"), P(), P()),
+    "g": (P(), P("x", None, None), P(), P()),
+}
+MASKED_CUTS = {
+    "g": (P("x", None, None), P("x", None, None), P("x"), P("x", None, None)),
+    "m": (P(None, "x", None), P(), P(), P(None, "x", None)),
+    "n": (P(), P(None, "x", None), P(), P(None, None, "x")),
+}
+K_CUTS = {
+    "k": (P("x", None), P("x", None), P(), P()),
+    "m": (P(None, "x"), P(), P(), P(None, "x", None)),
+    "n": (P(), P(None, "x"), P(), P(None, None, "x")),
+}
+GROUPED = [
+    (function, operands, cut, specs)
+    for functions, operands, cuts in (
+        ((m_fp8, m_bf16), m_operands, M_CUTS),
+        ((masked_fp8,), masked_operands, MASKED_CUTS),
+        ((k_fp8, k_bf16), k_operands, K_CUTS),
+    )
+    for function in functions
+    for cut, specs in cuts.items()
+]
+
+
+@pytest.mark.parametrize(("count", "kind"), [(2, AxisType.Auto), (2, AxisType.Explicit), (4, AxisType.Auto)])
+@pytest.mark.parametrize("case", GROUPED, ids=lambda case: f"{case[0].__name__}-{case[2]}")
+def test_grouped_sharded_is_unsharded(case, count, kind):
+    function, operands, cut, (*specs, spec_d) = case
+    mesh = jax.make_mesh((count,), ("x",), axis_types=(kind,), devices=gpus(count))
+    arrays = operands()
+    want = np.asarray(jax.jit(function)(*arrays))
+    shards = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+    summed = cut == "k" or (cut == "g" and function in (m_fp8, m_bf16))
+    options = {"out_sharding": spec_d} if kind == AxisType.Explicit and summed else {}
+    with jax.set_mesh(mesh):
+        program = (
+            jax.jit(lambda *x: function(*x, **options), out_shardings=NamedSharding(mesh, spec_d))
+            .lower(*shards)
+            .compile()
+        )
+        got = np.asarray(program(*shards))
+    assert "jax_deepgemm_launch" in program.as_text()
+    assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
