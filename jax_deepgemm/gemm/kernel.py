@@ -18,7 +18,8 @@ from jax_deepgemm.sm90.plan import GemmOperands, MatrixOperand, gemm_plan
 _TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "bfloat16": "bf16"}
 
 
-def _type(aval: Any) -> str:
+def type_name(aval: Any) -> str:
+    """The element type as problems name it."""
     return _TYPES[np.dtype(aval.dtype).name]
 
 
@@ -45,8 +46,8 @@ def fp8_problem(
         m=m,
         n=n,
         k=a.shape[-1],
-        a=_type(a),
-        b=_type(b),
+        a=type_name(a),
+        b=type_name(b),
         out=np.dtype(avals_out[0].dtype).name,
         add_c=len(avals_in) > 4,
         b_scales="vector" if per_row else "block",

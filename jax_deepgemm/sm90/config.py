@@ -43,7 +43,8 @@ class GemmProblem:
         "tt": both.
       out: "bfloat16" or "float32".
       add_c: whether C is added.
-      b_scales: "block" (128x128), "vector" (1x128) or "none" (BF16). A's scales are always 1x128.
+      b_scales: "block" (128x128), "vector" (1x128) or "none" (BF16). A's scales are always 1x128. "slices":
+        1x128 too, and the scales of both operands are stored by block of k, [k / 128, m] and [k / 128, n].
       batched: for each operand in the op's order, whether it has a batch dimension.
     """
 
@@ -58,6 +59,8 @@ class GemmProblem:
     b_scales: str = "block"
     batches: int = 1
     batched: tuple[bool, ...] = ()
+    table_bytes: int = 0
+    """Shared memory that a grouped kernel's table of groups takes (sm90/grouped.py)."""
 
     @property
     def is_fp8(self) -> bool:
@@ -175,11 +178,17 @@ class SharedMemory:
     scale_slot: int
     staging: int
     stages: int
+    scale_step: int = _QUAD
+    table: int = 0
+
+    @property
+    def scale_slots(self) -> int:
+        return ceil_div(self.stages, self.scale_step) + 1
 
     @cached_property
     def total(self) -> int:
         ring = self.stages * (self.slot + 2 * 8 + 16)
-        return align_up(ring + (ceil_div(self.stages, _QUAD) + 1) * self.scale_slot + self.staging, 128)
+        return align_up(ring + self.scale_slots * self.scale_slot + self.staging + self.table, 128)
 
 
 def tma_store(p: GemmProblem, c: GemmConfig) -> bool:
@@ -189,14 +198,17 @@ def tma_store(p: GemmProblem, c: GemmConfig) -> bool:
 
 def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     rows_k_major, cols_k_major = (p.b_k_major, p.a_k_major) if c.swap_ab else (p.a_k_major, p.b_k_major)
-    vectors = (p.is_fp8, p.b_scales == "vector")
+    vectors = (p.is_fp8, p.b_scales in ("vector", "slices"))
     row_vector, col_vector = reversed(vectors) if c.swap_ab else vectors
+    step = 1 if p.b_scales == "slices" else _QUAD
     height = c.rows if rows_k_major else align_up(c.rows, 64)
     width = c.cols if cols_k_major else align_up(c.cols, 64)
-    scale_slot = (c.rows if row_vector else 0) * 4 * _QUAD
-    scale_slot += align_up(c.cols * 4 * _QUAD, 128) if col_vector else 0
+    scale_slot = (c.rows if row_vector else 0) * 4 * step
+    scale_slot += align_up(c.cols * 4 * step, 128) if col_vector else 0
     staging = 4 * c.warpgroups * c.slabs * _SLAB_BYTES
-    return SharedMemory((height + width) * _SLOT_ROW_BYTES, scale_slot, staging, c.stages)
+    return SharedMemory(
+        (height + width) * _SLOT_ROW_BYTES, scale_slot, staging, c.stages, step, p.table_bytes
+    )
 
 
 def fit_stages(p: GemmProblem, c: GemmConfig, chip: Chip, limit: int = _MAX_STAGES) -> GemmConfig | None:

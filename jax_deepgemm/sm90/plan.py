@@ -41,7 +41,7 @@ class GemmOperands:
     c: MatrixOperand | None = None
 
 
-def _map(
+def tensor_map(
     base: Operand | Result, shape: tuple[int, ...], dtype: str, size: int, box: tuple[int, int], swizzle: int
 ) -> TensorMap:
     """A three-dimensional map (columns, rows, batch); boxes that reach outside are filled with zeros."""
@@ -50,10 +50,10 @@ def _map(
     return TensorMap(base, dtype, (cols, rows, *(batch or (1,))), strides, (*box, 1), swizzle)
 
 
-def _matrix_map(p: GemmProblem, x: MatrixOperand, k_major: bool, tile: int) -> TensorMap:
+def matrix_map(p: GemmProblem, x: MatrixOperand, k_major: bool, tile: int) -> TensorMap:
     box = (p.block_k, tile) if k_major else (64, 64)
     dtype, size = ("uint8", 1) if p.is_fp8 else ("bfloat16", 2)
-    return _map(Operand(x.index), x.shape, dtype, size, box, 128)
+    return tensor_map(Operand(x.index), x.shape, dtype, size, box, 128)
 
 
 def stripe_height(p: GemmProblem, c: GemmConfig, chip: Chip) -> int:
@@ -72,16 +72,16 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
     if broken:
         rules = "; ".join(broken)
         raise ValueError(f"config {c} cannot run {p}: {rules}. Leave config=None to have one chosen.")
-    maps = [_matrix_map(p, x.a, p.a_k_major, c.block_m), _matrix_map(p, x.b, p.b_k_major, c.block_n)]
+    maps = [matrix_map(p, x.a, p.a_k_major, c.block_m), matrix_map(p, x.b, p.b_k_major, c.block_n)]
     for scales, vector, tile in (
         (x.a_scales, True, c.block_m),
         (x.b_scales, p.b_scales == "vector", c.block_n),
     ):
         if scales is not None and vector:
-            maps.append(_map(Operand(scales.index), scales.shape, "float32", 4, (4, tile), 0))
+            maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, (4, tile), 0))
     if tma_store(p, c):
         batch = (p.batches,) if p.batches > 1 else ()
-        maps.append(_map(Result(0), (*batch, p.m, p.n), "bfloat16", 2, (64, 16), 128))
+        maps.append(tensor_map(Result(0), (*batch, p.m, p.n), "bfloat16", 2, (64, 16), 128))
     block_scales = x.b_scales if p.b_scales == "block" else None
     pointers: list[Operand | Result] = [Operand(block_scales.index)] if block_scales else []
     pointers = [*pointers, Result(0), *([Operand(x.c.index)] if x.c else [])]

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from jax_deepgemm.jit import KernelSource
 from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, shared_memory, tma_store
 from jax_deepgemm.sm90.wgmma import wgmma_wrapper
+
+_CONFIG = """\
+struct Config {{
+  using Mma = ::Mma;
+  using Out = {out};
+  static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
+  static constexpr int WARPGROUPS = {warpgroups}, SPLITS = {splits}, SCALE_SLOTS = {scale_slots};
+  static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging};
+  static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
+  static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
+  static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, MASK_K = {mask_k};
+  static constexpr bool ADD = {add}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
+  static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
+}};
+"""
 
 _TEXT = """\
 #include <jax_deepgemm/{header}.cuh>
 
 {mma}
-struct Config {{
-  using Mma = ::Mma;
-  using Out = {out};
-  static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
-  static constexpr int WARPGROUPS = {warpgroups}, SPLITS = {splits}, SCALE_SLOTS = (STAGES + 3) / 4 + 1;
-  static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging}, SHARED_BYTES = {shared};
-  static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
-  static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major};
-  static constexpr bool ADD = {add}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
-  static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
-}};
-
+{config}
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
   const jdg::Operands operands = {{{operands}}};
   const jdg::Problem problem = {{m, n, batches, batched_c, stripe}};
@@ -29,7 +35,7 @@ extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}(
 }}
 """
 
-_SCALES = {"vector": "kVector", "block": "kBlock", "none": "kNone"}
+_SCALES = {"vector": "kVector", "slices": "kSlices", "block": "kBlock", "none": "kNone"}
 
 
 def kernel_name(p: GemmProblem, c: GemmConfig) -> str:
@@ -47,57 +53,108 @@ def kernel_name(p: GemmProblem, c: GemmConfig) -> str:
     return "_".join(parts)
 
 
-def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
-    """The source of the kernel that runs `c` on `p`; equal for all shapes whose D is aligned alike."""
+@dataclass(frozen=True)
+class Side:
+    """One operand as a kernel sees it."""
+
+    name: str
+    dtype: str
+    k_major: bool
+    scales: str
+
+    @property
+    def has_scale_map(self) -> bool:
+        return self.scales in ("vector", "slices")
+
+    @property
+    def scale_map(self) -> str:
+        return f"&{self.name}_scale_map" if self.has_scale_map else "nullptr"
+
+
+def sides(p: GemmProblem) -> tuple[Side, Side]:
+    """A and B."""
+    a_scales = {"none": "none", "slices": "slices"}.get(p.b_scales, "vector")
+    return Side("a", p.a, p.a_k_major, a_scales), Side("b", p.b, p.b_k_major, p.b_scales)
+
+
+def config_text(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k: bool = False) -> str:
+    """The kernel's configuration as a C++ struct."""
     memory = shared_memory(p, c)
-    sides = [("a", p.a, p.a_k_major, "vector" if p.is_fp8 else "none"), ("b", p.b, p.b_k_major, p.b_scales)]
-    rows, cols = reversed(sides) if c.swap_ab else sides
-    maps = [f"const __grid_constant__ jdg::TensorMap {name}_map" for name in ("a", "b")]
-    maps += [f"const __grid_constant__ jdg::TensorMap {s[0]}_scale_map" for s in sides if s[3] == "vector"]
-    maps += ["const __grid_constant__ jdg::TensorMap d_map"] if tma_store(p, c) else []
-    out = "float" if p.out == "float32" else "jdg::bf16"
-    parameters = [*maps, *(["const float* block_scales"] if p.b_scales == "block" else []), f"{out}* d"]
-    parameters += [f"const {out}* c"] if p.add_c else []
-    parameters += [f"int {x}" for x in INTEGERS]
-    scale_maps = [f"&{s[0]}_scale_map" if s[3] == "vector" else "nullptr" for s in (rows, cols)]
-    block_scales = "block_scales" if p.b_scales == "block" else "nullptr"
-    operands = [f"&{rows[0]}_map", f"&{cols[0]}_map", *scale_maps, block_scales]
-    operands += ["k_blocks", "block_scale_rows", "block_scale_pitch"]
-    operands += [f"batched_{side[0]}{of}" for of in ("", "_scales") for side in (rows, cols)]
-    name = kernel_name(p, c)
-    text = _TEXT.format(
-        header="gemm_small_m" if c.swap_ab else "gemm",
-        mma=wgmma_wrapper(c.cols, rows[1], cols[1], a_k_major=rows[2], b_k_major=cols[2]),
-        out=out,
+    return _CONFIG.format(
+        out=out_type(p),
         rows=c.rows,
         cols=c.cols,
         block_k=p.block_k,
         stages=c.stages,
         warpgroups=c.warpgroups,
         splits=c.split_k,
+        scale_slots=memory.scale_slots,
         slabs=c.slabs,
         staging=memory.staging,
+        table=memory.table,
         shared=memory.total,
         registers=c.registers,
         producer_registers=c.producer_registers,
-        tma_store=str(tma_store(p, c)).lower(),
-        even_n=str(p.n % 2 == 0).lower(),
+        rows_k_major=as_cpp(rows.k_major),
+        cols_k_major=as_cpp(cols.k_major),
+        mask_k=as_cpp(mask_k),
+        add=as_cpp(p.add_c),
+        tma_store=as_cpp(tma_store(p, c)),
+        even_n=as_cpp(p.n % 2 == 0),
+        row_scales=_SCALES[rows.scales],
+        col_scales=_SCALES[cols.scales],
+    )
+
+
+def as_cpp(value: bool) -> str:
+    return str(value).lower()
+
+
+def out_type(p: GemmProblem) -> str:
+    return "float" if p.out == "float32" else "jdg::bf16"
+
+
+def leading_parameters(p: GemmProblem, c: GemmConfig) -> list[str]:
+    """Tensor maps and pointers, in the order in which a plan passes them."""
+    map_type = "const __grid_constant__ jdg::TensorMap"
+    a, b = sides(p)
+    maps = [f"{map_type} {side.name}_map" for side in (a, b)]
+    maps += [f"{map_type} {side.name}_scale_map" for side in (a, b) if side.has_scale_map]
+    maps += [f"{map_type} d_map"] if tma_store(p, c) else []
+    pointers = ["const float* block_scales"] if p.b_scales == "block" else []
+    pointers += [f"{out_type(p)}* d"]
+    pointers += [f"const {out_type(p)}* c"] if p.add_c else []
+    return maps + pointers
+
+
+def described(p: object, c: GemmConfig) -> tuple[tuple[str, object], ...]:
+    """What `explain` says of a kernel."""
+    shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs")
+    return (("problem", str(p)), *((field, getattr(c, field)) for field in shown))
+
+
+def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
+    """The source of the kernel that runs `c` on `p`; equal for all shapes whose D is aligned alike."""
+    a, b = sides(p)
+    rows, cols = (b, a) if c.swap_ab else (a, b)
+    block_scales = "block_scales" if p.b_scales == "block" else "nullptr"
+    operands = [f"&{rows.name}_map", f"&{cols.name}_map", rows.scale_map, cols.scale_map, block_scales]
+    operands += ["k_blocks", "block_scale_rows", "block_scale_pitch"]
+    operands += [f"batched_{side.name}{of}" for of in ("", "_scales") for side in (rows, cols)]
+    name = kernel_name(p, c)
+    text = _TEXT.format(
+        header="gemm_small_m" if c.swap_ab else "gemm",
+        mma=wgmma_wrapper(c.cols, rows.dtype, cols.dtype, a_k_major=rows.k_major, b_k_major=cols.k_major),
+        config=config_text(p, c, rows, cols),
         d_map="&d_map" if tma_store(p, c) else "nullptr",
-        rows_k_major=str(rows[2]).lower(),
-        cols_k_major=str(cols[2]).lower(),
-        add=str(p.add_c).lower(),
-        row_scales=_SCALES[rows[3]],
-        col_scales=_SCALES[cols[3]],
         threads=c.threads,
         blocks_per_sm=c.blocks_per_sm,
         name=name,
-        parameters=", ".join(parameters),
+        parameters=", ".join([*leading_parameters(p, c), *(f"int {x}" for x in INTEGERS)]),
         operands=", ".join(operands),
         c="c" if p.add_c else "nullptr",
     )
-    shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs")
-    described = (("problem", str(p)), *((field, getattr(c, field)) for field in shown))
-    return KernelSource(name, text, described, shared_memory=memory.total)
+    return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p, c).total)
 
 
 INTEGERS = (

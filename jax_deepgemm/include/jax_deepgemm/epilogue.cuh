@@ -118,6 +118,7 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], con
   }
 }
 
+// Rows from p.m on are not written; TMA clips them where they are the last of the matrix too.
 template <class C>
 __device__ __forceinline__ void store_tile(const float (&acc)[C::COLS / 2], const TensorMap* d_map,
                                            typename C::Out* d, u32 slabs, const Problem& p, const Tile& tile,

@@ -39,8 +39,10 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
     if constexpr (C::WARPGROUPS > 1) ptx::lower_registers<C::PRODUCER_REGISTERS>();
     if (threadIdx.x % 128 == 0) {
       const int tiles = ceil_div(p.m, C::ROWS) * ceil_div(p.n, C::COLS) * p.batches;
-      for (int index = blockIdx.x; index < tiles; index += gridDim.x)
-        load_blocks<C>(at, in, tile_at<C>(index, p, in.k_blocks));
+      for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+        const Tile tile = tile_at<C>(index, p, in.k_blocks);
+        load_blocks<C>(at, in, tile, tile.row, tile.col, tile.batch);
+      }
       publish_end<C>(at);
     }
   } else {

@@ -14,7 +14,7 @@
 // scales [rows, k/128] serves four of them. Slots that the last quad of a tile does not need are passed on
 // without data. The quads of scales form a ring of ceil(STAGES / 4) + 1 slots without barriers of their own:
 // a quad is read before its warpgroup releases the first block of the next one, and the producer is at most
-// STAGES blocks ahead.
+// STAGES blocks ahead. Scales stored by block of k, [k/128, rows], come one block at a time, by the same rule.
 //
 // Hazard: a load from shared memory may still be under way when its warp arrives at an mbarrier behind it;
 // only an instruction that uses the value proves it done. Hence the one slot more: with it, the promotion
@@ -33,7 +33,8 @@ namespace jdg {
 
 enum class Scale {
   kNone,    // BF16
-  kVector,  // one factor for each row (column) and 128 of k
+  kVector,  // one factor for each row (column) and 128 of k, stored [rows, k/128]
+  kSlices,  // the same, stored [k/128, rows]
   kBlock,   // one factor for each 128 rows (columns) and 128 of k
 };
 
@@ -46,9 +47,14 @@ template <class C>
 struct Layout {
   static constexpr u32 kRowsBytes = (C::ROWS_K_MAJOR ? C::ROWS : align_up(C::ROWS, 64)) * kSlotRowBytes;
   static constexpr u32 kColsBytes = (C::COLS_K_MAJOR ? C::COLS : align_up(C::COLS, 64)) * kSlotRowBytes;
-  static constexpr u32 kRowScaleBytes = C::ROW_SCALES == Scale::kVector ? C::ROWS * kQuad * 4 : 0;
-  static constexpr u32 kColScaleBytes =
-      C::COL_SCALES == Scale::kVector ? align_up(C::COLS * kQuad * 4, 128) : 0;
+  static constexpr bool kFp8 = C::ROW_SCALES != Scale::kNone, kSliced = C::ROW_SCALES == Scale::kSlices;
+  static constexpr bool kRowVector = kSliced || C::ROW_SCALES == Scale::kVector;
+  static constexpr bool kColVector = kSliced || C::COL_SCALES == Scale::kVector;
+  static constexpr int kScaleStep = kSliced ? 1 : kQuad;  // blocks of k whose scales travel together
+  static constexpr u32 kRowScaleBytes = kRowVector ? C::ROWS * kScaleStep * 4 : 0;
+  static constexpr u32 kColScaleBytes = kColVector ? align_up(C::COLS * kScaleStep * 4, 128) : 0;
+  static_assert(kSliced == (C::COL_SCALES == Scale::kSlices), "both operands store their scales alike");
+  static_assert(!kFp8 || C::SCALE_SLOTS == ceil_div(C::STAGES, kScaleStep) + 1, "see the head of this file");
 
   static constexpr u32 kRows = 0;
   static constexpr u32 kCols = kRows + C::STAGES * kRowsBytes;
@@ -57,12 +63,12 @@ struct Layout {
   static constexpr u32 kColScales = kRowScales + C::SCALE_SLOTS * kRowScaleBytes;
   static constexpr u32 kBarriers = kColScales + C::SCALE_SLOTS * kColScaleBytes;
   static constexpr u32 kTiles = kBarriers + 2 * C::STAGES * 8;  // 16-byte aligned
-  static constexpr u32 kBytes = kTiles + C::STAGES * 16;
+  static constexpr u32 kTable = kTiles + C::STAGES * 16;  // of groups; dense kernels have none
+  static constexpr u32 kBytes = kTable + C::TABLE_BYTES;
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
 
   static constexpr u32 kSlotBytes = kRowsBytes + kColsBytes;
-  static constexpr u32 kQuadBytes =
-      kRowScaleBytes + (C::COL_SCALES == Scale::kVector ? C::COLS * kQuad * 4 : 0);
+  static constexpr u32 kScaleBytes = kRowScaleBytes + (kColVector ? C::COLS * kScaleStep * 4 : 0);
 };
 
 // A slot of the ring, as seen from one side of it.
@@ -114,7 +120,11 @@ __device__ __forceinline__ void clear(float (&acc)[COUNT]) {
 // The part of the product that a block of threads computes at a time.
 struct Tile {
   int row, col, batch;
-  int k_begin, k_end;  // blocks of k; FP8 begins at a multiple of four
+  int k_begin, k_end;       // blocks of k; FP8 begins at a multiple of four
+  int col_batch = batch;    // of the cols operand
+  int k_first = 0;          // where block 0 begins; a multiple of 128 for FP8
+  int k_skip = 0;           // elements of the first block that do not count, and ...
+  int k_stop = 0x7FFFFFFF;  // ... elements of the last block up to which they count
 };
 
 // The producer says with the first block of a tile which tile it is, so that consumers need no arithmetic for
@@ -126,7 +136,7 @@ __device__ __forceinline__ void publish_tile(const Position<C>& at, int row, int
   ptx::store_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16, row, col, batch, 0);
 }
 
-// Lane 0 reads, because lane 0 is the one that later releases the slot.
+// Lane 0 reads, because lane 0 is the one that later releases the slot. All of the tile's k, from block 0 on.
 template <class C>
 __device__ __forceinline__ Tile receive_tile(const Position<C>& at, int k_blocks) {
   ptx::mbarrier_wait(at.full(), at.phase);
@@ -134,6 +144,20 @@ __device__ __forceinline__ Tile receive_tile(const Position<C>& at, int k_blocks
   if (threadIdx.x % 32 == 0) record = ptx::load_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16);
   const auto shared = [](float v) { return __float_as_int(__shfl_sync(0xFFFFFFFF, v, 0)); };
   return {shared(record.x), shared(record.y), shared(record.z), 0, k_blocks};
+}
+
+// A tile without any k (a group's zeros) takes slots without data, as many as keep quads where they belong.
+template <class C>
+constexpr int kEmptySlots = Layout<C>::kFp8 ? Layout<C>::kScaleStep : 1;
+
+template <class C>
+__device__ __forceinline__ void skip_empty_tile(Position<C>& at) {
+#pragma unroll 1
+  for (int i = 0; i < kEmptySlots<C>; ++i) {
+    ptx::mbarrier_wait(at.full(), at.phase);
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(at.empty());
+    at.advance();
+  }
 }
 
 template <class C>
@@ -153,8 +177,8 @@ __device__ __forceinline__ void init_barriers(u32 smem) {
 struct Operands {
   const TensorMap* rows;
   const TensorMap* cols;
-  const TensorMap* row_scales;  // kVector only
-  const TensorMap* col_scales;  // kVector only
+  const TensorMap* row_scales;  // kVector and kSlices only
+  const TensorMap* col_scales;  // kVector and kSlices only
   const float* block_scales;    // kBlock only: [batch, block_scale_rows, block_scale_pitch]
   int k_blocks;
   int block_scale_rows, block_scale_pitch;
@@ -162,48 +186,69 @@ struct Operands {
 };
 
 template <class C, bool K_MAJOR, int EXTENT>
-__device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32 bar, int first, int kb,
+__device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32 bar, int first, int k,
                                              int batch) {
   if constexpr (K_MAJOR) {
-    ptx::tma_load(slot, map, bar, kb * C::BLOCK_K, first, batch);
+    ptx::tma_load(slot, map, bar, k, first, batch);
   } else {
 #pragma unroll
     for (int slab = 0; slab < ceil_div(EXTENT, 64); ++slab)
-      ptx::tma_load(slot + slab * 64 * kSlotRowBytes, map, bar, first + slab * 64, kb * C::BLOCK_K, batch);
+      ptx::tma_load(slot + slab * 64 * kSlotRowBytes, map, bar, first + slab * 64, k, batch);
   }
 }
 
-// Producer side, one thread.
+// The scales of one step of blocks, for one operand.
 template <class C>
-__device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in, const Tile& tile) {
+__device__ __forceinline__ void load_scales(u32 slot, const TensorMap& map, u32 bar, int first, int kb,
+                                            int batch) {
+  if constexpr (Layout<C>::kSliced)
+    ptx::tma_load(slot, map, bar, first, kb, batch);
+  else
+    ptx::tma_load(slot, map, bar, kb, first, batch);
+}
+
+// Producer side, one thread. `record` is published with the first block.
+template <class C, class... Record>
+__device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in, const Tile& tile,
+                                            Record... record) {
   using L = Layout<C>;
-  constexpr bool kFp8 = C::ROW_SCALES != Scale::kNone;
+  const int row_batch = tile.batch * in.batched_rows, col_batch = tile.col_batch * in.batched_cols;
   for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
-    const bool quad = kFp8 && kb % kQuad == 0;
+    const bool scales = L::kFp8 && kb % L::kScaleStep == 0;
+    const int k = tile.k_first + kb * C::BLOCK_K;
     ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
-    if (kb == tile.k_begin) publish_tile<C>(at, tile.row, tile.col, tile.batch);
-    ptx::mbarrier_expect_bytes(at.full(), L::kSlotBytes + (quad ? L::kQuadBytes : 0));
-    load_operand<C, C::ROWS_K_MAJOR, C::ROWS>(at.rows(), *in.rows, at.full(), tile.row, kb,
-                                              tile.batch * in.batched_rows);
-    load_operand<C, C::COLS_K_MAJOR, C::COLS>(at.cols(), *in.cols, at.full(), tile.col, kb,
-                                              tile.batch * in.batched_cols);
-    if (quad) {
-      if constexpr (C::ROW_SCALES == Scale::kVector)
-        ptx::tma_load(at.row_scales(), *in.row_scales, at.full(), kb, tile.row,
-                      tile.batch * in.batched_row_scales);
-      if constexpr (C::COL_SCALES == Scale::kVector)
-        ptx::tma_load(at.col_scales(), *in.col_scales, at.full(), kb, tile.col,
-                      tile.batch * in.batched_col_scales);
+    if (kb == tile.k_begin) publish_tile<C>(at, record...);
+    ptx::mbarrier_expect_bytes(at.full(), L::kSlotBytes + (scales ? L::kScaleBytes : 0));
+    load_operand<C, C::ROWS_K_MAJOR, C::ROWS>(at.rows(), *in.rows, at.full(), tile.row, k, row_batch);
+    load_operand<C, C::COLS_K_MAJOR, C::COLS>(at.cols(), *in.cols, at.full(), tile.col, k, col_batch);
+    if (scales) {
+      if constexpr (L::kRowVector)
+        load_scales<C>(at.row_scales(), *in.row_scales, at.full(), tile.row, k / C::BLOCK_K,
+                       tile.batch * in.batched_row_scales);
+      if constexpr (L::kColVector)
+        load_scales<C>(at.col_scales(), *in.col_scales, at.full(), tile.col, k / C::BLOCK_K,
+                       tile.col_batch * in.batched_col_scales);
       at.advance_scales();
     }
     at.advance();
   }
-  if constexpr (kFp8) {
-    for (int kb = tile.k_end; kb % kQuad != 0; ++kb) {
+  if constexpr (L::kFp8) {
+    for (int kb = tile.k_end; kb % L::kScaleStep != 0; ++kb) {
       ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
       ptx::mbarrier_arrive(at.full());
       at.advance();
     }
+  }
+}
+
+// Producer side, for a tile without any k.
+template <class C>
+__device__ __forceinline__ void publish_empty_tile(Position<C>& at, int row, int packed) {
+  for (int i = 0; i < kEmptySlots<C>; ++i) {
+    ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
+    if (i == 0) publish_tile<C>(at, row, packed, 0);
+    ptx::mbarrier_arrive(at.full());
+    at.advance();
   }
 }
 
@@ -237,17 +282,19 @@ struct BlockScales {
   static constexpr bool kOfRows = C::ROW_SCALES == Scale::kBlock,
                         kThere = kOfRows || C::COL_SCALES == Scale::kBlock;
   static constexpr int kCount = C::COL_SCALES == Scale::kBlock ? touched_blocks(C::COLS) : 1;
-  const float* next;     // the quad to fetch next, in the first row
+  const float* base;
+  int next;              // the quad to fetch next, in the first row
   int row_step[kCount];  // from there to the others; the last row of blocks stands for those beyond it
   float4 ahead[kCount];
 
-  __device__ __forceinline__ BlockScales(const Operands& in, const Tile& tile, int warpgroup) {
+  __device__ __forceinline__ BlockScales(const Operands& in, const Tile& tile, int warpgroup)
+      : base(in.block_scales) {
     if constexpr (kThere) {
       const int first = kOfRows ? tile.row + 64 * warpgroup : tile.col;
-      const int batch = tile.batch * (kOfRows ? in.batched_row_scales : in.batched_col_scales);
+      const int batch =
+          kOfRows ? tile.batch * in.batched_row_scales : tile.col_batch * in.batched_col_scales;
       const int row = min(first / 128, in.block_scale_rows - 1);
-      next = in.block_scales + (static_cast<i64>(batch) * in.block_scale_rows + row) * in.block_scale_pitch +
-             tile.k_begin;
+      next = (batch * in.block_scale_rows + row) * in.block_scale_pitch + tile.k_begin;
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
         row_step[i] = i == 0 ? 0 : min(i, in.block_scale_rows - 1 - row) * in.block_scale_pitch;
@@ -257,7 +304,8 @@ struct BlockScales {
   __device__ __forceinline__ void fetch(bool there) {
     if (!there) return;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) ahead[i] = __ldg(reinterpret_cast<const float4*>(next + row_step[i]));
+    for (int i = 0; i < kCount; ++i)
+      ahead[i] = __ldg(reinterpret_cast<const float4*>(base + (next + row_step[i])));
     next += kQuad;
   }
 };
@@ -274,6 +322,57 @@ __device__ __forceinline__ void multiply_slot(float (&d)[C::COLS / 2], u32 rows,
     C::Mma::issue(d, a + step * (C::ROWS_K_MAJOR ? 2 : 128), b + step * (C::COLS_K_MAJOR ? 2 : 128),
                   !overwrite || step > 0);
   ptx::wgmma_commit();
+}
+
+// Zeroes what a slot holds beside the tile's range of k, in both operands, since 0 times what lies there may
+// be NaN. Each warpgroup does it for all that it reads; where warpgroups share columns they write equal bytes.
+//
+// Hazard: written by ordinary stores, read by wgmma and later overwritten by TMA: fence.proxy.async.
+template <class C>
+__device__ __forceinline__ void mask_rows(u32 base, int count, int begin, int end) {
+  constexpr int kElement = kSlotRowBytes / C::BLOCK_K;
+  const int first = begin * kElement, stop = end * kElement;  // bytes of a row of the slot
+  for (int i = threadIdx.x % 128; i < count * 8; i += 128) {
+    const int row = i / 8, at = i % 8 * 16;
+    if (first <= at && at + 16 <= stop) continue;
+    const u32 address = base + row * kSlotRowBytes + (at ^ row % 8 * 16);
+    float4 bytes = ptx::load_shared_4(address);
+    u32 words[4] = {__float_as_uint(bytes.x), __float_as_uint(bytes.y), __float_as_uint(bytes.z),
+                    __float_as_uint(bytes.w)};
+#pragma unroll
+    for (int byte = 0; byte < 16; ++byte)
+      if (at + byte < first || at + byte >= stop) words[byte / 4] &= ~(0xFFu << byte % 4 * 8);
+    ptx::store_shared_4(address, words[0], words[1], words[2], words[3]);
+  }
+}
+
+// The same for an MN-major operand: rows of the slot are values of k, in slabs of 64.
+template <class C>
+__device__ __forceinline__ void mask_slabs(u32 base, int slabs, int begin, int end) {
+  for (int i = threadIdx.x % 128; i < slabs * C::BLOCK_K * 8; i += 128) {
+    const int k = i / 8 % C::BLOCK_K;
+    if (k < begin || k >= end) ptx::store_shared_4(base + i * 16, 0, 0, 0, 0);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void mask_slot(const Position<C>& at, const Tile& tile, int kb, int warpgroup) {
+  if constexpr (C::MASK_K) {
+    const int begin = kb == tile.k_begin ? tile.k_skip : 0;
+    const int end = kb + 1 == tile.k_end ? min(tile.k_stop, C::BLOCK_K) : C::BLOCK_K;
+    if (begin == 0 && end == C::BLOCK_K) return;
+    const u32 rows = at.rows() + warpgroup * 64 * kSlotRowBytes;
+    if constexpr (C::ROWS_K_MAJOR)
+      mask_rows<C>(rows, 64, begin, end);
+    else
+      mask_slabs<C>(rows, 1, begin, end);
+    if constexpr (C::COLS_K_MAJOR)
+      mask_rows<C>(at.cols(), C::COLS, begin, end);
+    else
+      mask_slabs<C>(at.cols(), ceil_div(C::COLS, 64), begin, end);
+    ptx::fence_proxy_async();
+    ptx::warpgroup_barrier(warpgroup);
+  }
 }
 
 template <int VALUE>
@@ -306,8 +405,6 @@ __device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position
   // the multiplication is issued, otherwise by promotion.
   constexpr int kFactors = kRowVector ? C::COLS / 2 : 2 * kGroups;
   constexpr bool kFactorsEarly = kColVector && C::COLS + kFactors <= C::REGISTERS - 40;
-  static_assert(C::SCALE_SLOTS == ceil_div(C::STAGES, kQuad) + 1, "see the head of this file");
-
   const Fragment mine;
   // Scales of a quad: of this thread's two rows, and of the 128x128 blocks; of one block: of this thread's
   // columns.
@@ -415,6 +512,40 @@ __device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position
   }
 }
 
+// Consumer side, FP8 with both operands' scales stored by block of k: a factor for every element.
+template <class C>
+__device__ __forceinline__ void multiply_sliced(float (&acc)[C::COLS / 2], Position<C>& at, const Tile& tile,
+                                                int warpgroup) {
+  constexpr int kGroups = C::COLS / 8;
+  const Fragment mine;
+  ptx::mbarrier_wait(at.full(), at.phase);
+  for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
+    const u32 empty = at.empty(), cols = at.col_scales() + mine.col * 4;
+    const u32 rows = at.row_scales() + (64 * warpgroup + mine.row) * 4;
+    mask_slot<C>(at, tile, kb, warpgroup);
+    float temp[C::COLS / 2];
+    ptx::pin(temp);
+    ptx::wgmma_fence();
+    multiply_slot<C>(temp, at.rows() + warpgroup * 64 * kSlotRowBytes, at.cols(), true);
+    const float upper = ptx::load_shared(rows), lower = ptx::load_shared(rows + 8 * 4);
+    at.advance();
+    at.advance_scales();
+    if (kb + 1 < tile.k_end) ptx::mbarrier_wait(at.full(), at.phase);
+
+    ptx::wgmma_wait<0>();
+    ptx::pin(temp);
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const float2 scale = ptx::load_shared_2(cols + i * 8 * 4);
+      acc[4 * i + 0] += upper * scale.x * temp[4 * i + 0];
+      acc[4 * i + 1] += upper * scale.y * temp[4 * i + 1];
+      acc[4 * i + 2] += lower * scale.x * temp[4 * i + 2];
+      acc[4 * i + 3] += lower * scale.y * temp[4 * i + 3];
+    }
+  }
+}
+
 // Consumer side, BF16: one accumulator over all of k, one block in flight behind the one being issued.
 template <class C>
 __device__ __forceinline__ void multiply_bf16(float (&acc)[C::COLS / 2], Position<C>& at, const Tile& tile,
@@ -424,6 +555,7 @@ __device__ __forceinline__ void multiply_bf16(float (&acc)[C::COLS / 2], Positio
   ptx::pin(acc);
   for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
     ptx::mbarrier_wait(at.full(), at.phase);
+    mask_slot<C>(at, tile, kb, warpgroup);
     ptx::wgmma_fence();
     multiply_slot<C>(acc, at.rows() + warpgroup * kWarpgroupBytes, at.cols(), false);
     ptx::wgmma_wait<1>();
@@ -442,6 +574,8 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[C::COLS / 2], Posit
                                                 BlockScales<C>& blocks, const Tile& tile, int warpgroup) {
   if constexpr (C::ROW_SCALES == Scale::kNone) {
     multiply_bf16<C>(acc, at, tile, warpgroup);
+  } else if constexpr (Layout<C>::kSliced) {
+    multiply_sliced<C>(acc, at, tile, warpgroup);
   } else if constexpr (C::COL_SCALES != Scale::kBlock || 128 % C::COLS == 0) {
     multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<0>());
   } else if constexpr (C::COLS % 64 == 0) {

@@ -45,6 +45,16 @@ __device__ __forceinline__ void named_barrier() {
   asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }
 
+// Of the 128 threads of one warpgroup; literal numbers, as a number in a register takes all sixteen barriers.
+__device__ __forceinline__ void warpgroup_barrier(int warpgroup) {
+  if (warpgroup == 0)
+    named_barrier<2, 128>();
+  else if (warpgroup == 1)
+    named_barrier<3, 128>();
+  else
+    named_barrier<4, 128>();
+}
+
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"

@@ -1,0 +1,168 @@
+// Grouped GEMMs: a persistent grid over the tiles of all groups, whose sizes are only known on the device.
+//
+//   warp 0                group_sizes -> table of segments in shared memory (group_table.cuh), then all wait
+//   warpgroups 0 .. W-1   consumers, as in gemm.cuh: multiply, promote, epilogue
+//   warpgroup W           one thread of it is the TMA producer: tile number -> segment -> rows, k range
+//
+//   rows in groups:  tiles begin at each group's first row, whatever it is. Rows of the last tile beyond the group
+//                    are multiplied and not stored; rows beyond all groups are stored as zeros.
+//   k in groups:     every D[i] has all its tiles. What a slot holds beside the group's range of k is zeroed in
+//                    shared memory, in both operands (mask_slot).
+//
+//   shared memory:   as gemm.cuh | table
+#pragma once
+
+#include <jax_deepgemm/gemm.cuh>
+#include <jax_deepgemm/group_table.cuh>
+
+namespace jdg {
+
+// Which tile: what the producer publishes and consumers keep. The rest is read from the table where it is
+// needed, since no registers are free beside an accumulator.
+struct Place {
+  static constexpr int kIndexBits = 12;  // sm90/grouped.py allows no more segments
+  int row, packed;
+
+  __device__ __forceinline__ int index() const { return packed & ((1 << kIndexBits) - 1); }
+  __device__ __forceinline__ int col() const { return (packed >> kIndexBits) * 8; }
+};
+
+struct GroupTile {
+  Tile tile;
+  int rows_end;   // rows up to here hold products, ...
+  int zeros_end;  // ... and up to here zeros; what is beyond belongs to others
+};
+
+template <class C>
+__device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, const Place& at, const Problem& p,
+                                                int k_blocks) {
+  const Segment s = table[at.index()];
+  GroupTile out{{at.row, at.col(), at.index(), 0, 0, s.group}, p.m, p.m};
+  Tile& tile = out.tile;
+  if constexpr (GroupTable<C>::kInner) {
+    tile.k_first = Layout<C>::kFp8 ? s.start / 128 * 128 : s.start;  // blocks of scales are those of the operand
+    tile.k_skip = s.start - tile.k_first;
+    tile.k_end = s.end > s.start ? ceil_div(s.end - tile.k_first, C::BLOCK_K) : 0;
+    tile.k_stop = s.end - tile.k_first - (tile.k_end - 1) * C::BLOCK_K;
+  } else {
+    out.rows_end = s.group >= 0 ? s.end : s.start;
+    // Rows of a masked group behind its last one may hold anything, so its last warp need not stop at it.
+    out.zeros_end = GroupTable<C>::kRowsInGroups ? table.word(at.index() + 1, 0)
+                    : C::ZERO_ROWS               ? p.m
+                                                 : min(align_up(s.end, 16), p.m);
+    tile.k_end = at.row < out.rows_end ? k_blocks : 0;
+  }
+  return out;
+}
+
+// Tile number -> where it lies, in the order of gemm.cuh within a segment.
+template <class C>
+__device__ __forceinline__ Place nth_tile(const GroupTable<C>& table, int number, const Problem& p) {
+  const int index = table.find(number);
+  Problem mine = p;
+  mine.m = covered_rows(table, index, p);
+  const Tile within = tile_at<C>(number - table.word(index, 2), mine, 0);
+  const int first = GroupTable<C>::kRowsInGroups ? table.word(index, 0) : 0;
+  return {first + within.row, within.col / 8 << Place::kIndexBits | index};
+}
+
+template <class C>
+__device__ __forceinline__ Place receive_place(const Position<C>& at) {
+  const Tile record = receive_tile<C>(at, 0);
+  return {record.row, record.col};
+}
+
+template <class C>
+__device__ __forceinline__ void clear_rows_from(float (&acc)[C::COLS / 2], int first_row, int rows_end) {
+  if (first_row + 64 <= rows_end) return;
+  const Fragment mine;
+  const bool upper = first_row + mine.row < rows_end, lower = first_row + mine.row + 8 < rows_end;
+#pragma unroll
+  for (int i = 0; i < C::COLS / 2; ++i) acc[i] = (i / 2 % 2 ? lower : upper) ? acc[i] : 0.0f;
+}
+
+// A warp's 16 rows go out whole through TMA where they all belong to this tile, else row by row.
+template <class C>
+__device__ __forceinline__ void store_group_tile(const float (&acc)[C::COLS / 2], const TensorMap* d_map,
+                                                 typename C::Out* d, u32 slabs, const Problem& p,
+                                                 const GroupTile& mine, int first_row) {
+  const int warp_row = first_row + threadIdx.x / 32 % 4 * 16;
+  if (warp_row >= mine.zeros_end) return;
+  Tile tile = mine.tile;
+  if constexpr (GroupTable<C>::kRowsInGroups) tile.batch = 0;
+  Problem bounded = p;
+  bounded.m = mine.zeros_end;
+  typename C::Out* out = matrix_of(d, p, tile.batch);
+  if (C::TMA_STORE && warp_row + 16 > mine.zeros_end && mine.zeros_end < p.m)
+    store_direct<C>(acc, out, bounded, tile, first_row);
+  else
+    store_tile<C>(acc, d_map, out, slabs, bounded, tile, first_row);
+}
+
+template <class C>
+__device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& groups, const Problem& p,
+                                             const TensorMap* d_map, typename C::Out* d,
+                                             const typename C::Out* c) {
+  extern __shared__ __align__(1024) char shared[];
+  const u32 smem = smem_address(shared);
+  const int warpgroup = warpgroup_index();
+
+  init_barriers<C>(smem);
+  ptx::wait_for_previous_kernel();
+  const GroupTable<C> table = make_table<C>(groups, p, smem);
+  Position<C> at(smem);
+
+  if (warpgroup == C::WARPGROUPS) {
+    if constexpr (C::WARPGROUPS > 1) ptx::lower_registers<C::PRODUCER_REGISTERS>();
+    if (threadIdx.x % 128 == 0) {
+      for (int number = blockIdx.x; number < table.tiles; number += gridDim.x) {
+        const Place place = nth_tile<C>(table, number, p);
+        const GroupTile next = group_tile<C>(table, place, p, in.k_blocks);
+        if (next.tile.k_end > 0)
+          load_blocks<C>(at, in, next.tile, place.row, place.packed, 0);
+        else
+          publish_empty_tile<C>(at, place.row, place.packed);
+      }
+      publish_end<C>(at);
+    }
+  } else {
+    if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
+    Place place = receive_place(at);
+    const auto scales_of = [&](const Place& of) {
+      const bool there = of.row != kNoTile;
+      return BlockScales<C>(in, there ? group_tile<C>(table, of, p, in.k_blocks).tile : Tile{}, warpgroup);
+    };
+    BlockScales<C> blocks = scales_of(place);
+    while (place.row != kNoTile) {
+      const int first_row = place.row + warpgroup * 64;
+      float acc[C::COLS / 2];
+      {
+        Tile tile = group_tile<C>(table, place, p, in.k_blocks).tile;
+        if constexpr (C::ADD && Layout<C>::kFp8)
+          add_c<C, true>(acc, matrix_of(c, p, tile.batch), p, tile, first_row);
+        else
+          clear(acc);
+        if (tile.k_end > 0) {
+          if constexpr (!GroupTable<C>::kInner) tile.k_end = in.k_blocks;  // needs no register
+          multiply_blocks<C>(acc, at, blocks, tile, warpgroup);
+        } else {
+          skip_empty_tile<C>(at);
+        }
+      }
+      const Place next = receive_place(at);
+      if (next.row != kNoTile) blocks = scales_of(next);  // arrives during the epilogue
+
+      const GroupTile mine = group_tile<C>(table, place, p, in.k_blocks);
+      if constexpr (C::ADD && !Layout<C>::kFp8)
+        add_c<C, false>(acc, matrix_of(c, p, mine.tile.batch), p, mine.tile, first_row);
+      if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(acc, first_row, mine.rows_end);
+      const u32 slabs = smem + Layout<C>::kStaging + threadIdx.x / 32 * C::SLABS * kSlabBytes;
+      store_group_tile<C>(acc, d_map, d, slabs, p, mine, first_row);
+      place = next;
+    }
+    // The block's memory outlives its readers.
+    if (C::TMA_STORE && threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
+  }
+}
+
+}  // namespace jdg

@@ -1,0 +1,392 @@
+// A block of threads turns 128 x 128 numbers, which it holds in registers, into FP8 with scales.
+//
+//   thread (warp w, lane l)   ROWS rows from (2 w + l / 16) * ROWS, 8 columns from l % 16 * 8
+//                             256 threads of 8 x 8 numbers, or 512 of 4 x 8
+//
+//   1x128 scales     amax of a row: 16 lanes exchange and halve their ROWS maxima until lane l knows that of
+//                    row l % ROWS, computes its scale, and hands the inverse round
+//   128x1 scales     amax of a column: of each warp through shared memory; 128 threads compute the scales
+//   128x128 scales   one maximum of everything
+//
+//   values           8 bytes per thread, 16 lanes fill a line of 128
+//   transposed       through shared memory [column][row], where 8-byte words of a column are exchanged by
+//                    w ^ column / 8, so that neither side has bank conflicts; then as above
+//
+// Arithmetic is that of quantization/reference.py, bit for bit: amax over the finite numbers and at least
+// 1e-4, scale = amax / FP8_MAX and its inverse correctly rounded, value = round(x * inverse).
+//
+// An infinity does not count in amax, and FP8 conversion would saturate it: a thread that finds one as its
+// maximum goes over its numbers once more (E4M3 has no infinity, so there it becomes NaN). NaN needs no care:
+// max.f32 passes it by.
+#pragma once
+
+#include <jax_deepgemm/ptx/fp8.cuh>
+
+namespace jdg {
+
+enum class Scales { kRow, kColumn, kBlock };
+
+constexpr int kTile = 128;  // rows and columns of a tile, and elements per scale
+constexpr int kWide = 8;    // columns of a thread
+constexpr float kInfinity = __builtin_huge_valf(), kSmallestAmax = 1e-4f;
+constexpr u32 kEveryLane = 0xFFFFFFFF;
+
+struct E4m3 {
+  static constexpr float kMax = 448.0f;
+  static constexpr bool kHasInfinity = false;
+  __device__ __forceinline__ static u16 pack(float low, float high) { return ptx::pack_e4m3(low, high); }
+};
+
+struct E5m2 {
+  static constexpr float kMax = 57344.0f;
+  static constexpr bool kHasInfinity = true;
+  __device__ __forceinline__ static u16 special(float v) {
+    return v != v ? 0x7E : (__float_as_uint(v) >> 24 & 0x80) | 0x7C;
+  }
+  __device__ __forceinline__ static u16 pack(float low, float high) {
+    u16 packed = ptx::pack_e5m2(low, high);
+    if (!(fabsf(low) < kInfinity)) packed = (packed & 0xFF00) | special(low);
+    if (!(fabsf(high) < kInfinity)) packed = (packed & 0x00FF) | special(high) << 8;
+    return packed;
+  }
+};
+
+template <class Fp8>
+__device__ __forceinline__ u32 pack_four(float a, float b, float c, float d) {
+  return Fp8::pack(a, b) | static_cast<u32>(Fp8::pack(c, d)) << 16;
+}
+
+struct f16 {
+  u16 bits;
+};
+
+// Eight neighbouring numbers of a row, as they lie in memory.
+template <class T>
+struct Chunk {
+  static constexpr u32 kInfinite = is_same<T, bf16> ? 0x7F80 : 0x7C00, kQuiet = is_same<T, bf16> ? 0x40 : 0x200;
+  u32 pairs[4];
+  __device__ __forceinline__ void clear() { pairs[0] = pairs[1] = pairs[2] = pairs[3] = 0; }
+  __device__ __forceinline__ void set(int i, T v) { pairs[i / 2] |= static_cast<u32>(v.bits) << i % 2 * 16; }
+  __device__ __forceinline__ void load(const T* at) { take(ptx::load_once(at)); }
+  __device__ __forceinline__ void take(uint4 v) {
+    pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
+  }
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (is_same<T, bf16>)
+      return __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000u : pairs[i / 2] << 16);
+    else
+      return ptx::half_to_float(static_cast<u16>(pairs[i / 2] >> i % 2 * 16));
+  }
+  __device__ __forceinline__ void infinities_to_nan() {
+#pragma unroll
+    for (u32& pair : pairs) {
+      if ((pair & 0x7FFF) == kInfinite) pair |= kQuiet;
+      if ((pair >> 16 & 0x7FFF) == kInfinite) pair |= kQuiet << 16;
+    }
+  }
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (u32& pair : pairs) ptx::forget(pair);
+  }
+};
+
+template <>
+struct Chunk<float> {
+  float v[kWide];
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (float& one : v) one = 0.0f;
+  }
+  __device__ __forceinline__ void set(int i, float one) { v[i] = one; }
+  __device__ __forceinline__ void load(const float* at) {
+#pragma unroll
+    for (int i = 0; i < kWide; i += 4) {
+      const uint4 four = ptx::load_once(at + i);
+      v[i] = __uint_as_float(four.x), v[i + 1] = __uint_as_float(four.y);
+      v[i + 2] = __uint_as_float(four.z), v[i + 3] = __uint_as_float(four.w);
+    }
+  }
+  __device__ __forceinline__ float operator[](int i) const { return v[i]; }
+  __device__ __forceinline__ void infinities_to_nan() {
+#pragma unroll
+    for (float& one : v)
+      if (fabsf(one) == kInfinity) one = __uint_as_float(0x7FC00000);
+  }
+  __device__ __forceinline__ void forget() {}
+};
+
+// Columns from `left` < 8 on and everything where !inside are zero. ALIGNED: left is at least 8 or at most 0.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void load_chunk(Chunk<T>& chunk, const T* at, bool inside, int left) {
+  chunk.clear();
+  if constexpr (ALIGNED) {
+    if (inside && left > 0) chunk.load(at);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWide; ++i)
+      if (inside && i < left) chunk.set(i, at[i]);
+  }
+}
+
+// Where a tile is, and the thread's first number in it.
+struct Place {
+  int batch, tile_row, tile_col, row, col;
+
+  template <int ROWS>
+  __device__ __forceinline__ static Place of(int index, int rows, int cols) {
+    const int across = max(ceil_div(cols, kTile), 1), down = max(ceil_div(rows, kTile), 1);
+    Place at;
+    at.batch = index / (across * down);
+    at.tile_row = index / across % down * kTile;
+    at.tile_col = index % across * kTile;
+    at.row = at.tile_row + static_cast<int>(threadIdx.x) / 16 * ROWS;
+    at.col = at.tile_col + static_cast<int>(threadIdx.x) % 16 * kWide;
+    return at;
+  }
+};
+
+// What is written of one matrix of `rows` by `cols`.
+struct Quantized {
+  u8* values;       // [rows, cols]
+  float* scales;    // its grid
+  u8* values_t;     // [cols, rows], or null
+  float* scales_t;  // [ceil(rows / 128), cols], or null
+  int rows, cols;
+
+  __device__ __forceinline__ Quantized of_batch(int batch, int scales_per_matrix) const {
+    const i64 size = static_cast<i64>(rows) * cols * batch;
+    const i64 grid_t = static_cast<i64>(ceil_div(rows, kTile)) * cols * batch;
+    return {values + size, scales + static_cast<i64>(scales_per_matrix) * batch, values_t + size,
+            scales_t + grid_t, rows, cols};
+  }
+};
+
+// C: Fp8, UE8M0, SCALES (of values), TRANSPOSED, ROWS (of a thread), ALIGNED (8-byte stores of values are),
+// ALIGNED_T (those of values_t).
+template <class C>
+struct TileShared {
+  static constexpr int kWarps = kTile / C::ROWS / 2;
+  alignas(16) u64 words[C::TRANSPOSED ? kTile * kTile / 8 : 1];
+  alignas(16) float maxima[C::SCALES == Scales::kBlock ? 1 : kWarps][kTile];
+  alignas(16) float inverses[kTile];
+};
+
+template <class C>
+__device__ __forceinline__ float scale_of(float amax) {
+  const float scale = ptx::div_rn(fmaxf(amax, kSmallestAmax), C::Fp8::kMax);
+  if constexpr (!C::UE8M0) return scale;
+  const u32 bits = __float_as_uint(scale);  // positive and normal
+  return __uint_as_float((bits + 0x7FFFFF) & 0x7F800000);
+}
+
+// ROWS values in each of 16 lanes -> lane l has the combination over them of value l % ROWS.
+template <int ROWS, class Combine>
+__device__ __forceinline__ float combine_rows(float (&v)[ROWS], Combine combine) {
+  const int lane = threadIdx.x;
+#pragma unroll
+  for (int half = ROWS / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float keep = lane & half ? v[i + half] : v[i], give = lane & half ? v[i] : v[i + half];
+      v[i] = combine(keep, __shfl_xor_sync(kEveryLane, give, half));
+    }
+  }
+#pragma unroll
+  for (int half = ROWS; half < 16; half *= 2) v[0] = combine(v[0], __shfl_xor_sync(kEveryLane, v[0], half));
+  return v[0];
+}
+
+// The other direction: lane l % ROWS holds the value of row l % ROWS.
+template <int ROWS>
+__device__ __forceinline__ void spread_rows(float (&v)[ROWS], float mine) {
+#pragma unroll
+  for (int j = 0; j < ROWS; ++j) v[j] = __shfl_sync(kEveryLane, mine, (threadIdx.x & 16) | j);
+}
+
+template <int ROWS>
+struct Maxima {
+  float row[ROWS], col[kWide];
+};
+
+template <bool FINITE, int ROWS, class T>
+__device__ __forceinline__ void find_maxima(Maxima<ROWS>& of, const Chunk<T> (&x)[ROWS]) {
+#pragma unroll
+  for (float& one : of.row) one = 0.0f;
+#pragma unroll
+  for (float& one : of.col) one = 0.0f;
+#pragma unroll
+  for (int j = 0; j < ROWS; ++j) {
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) {
+      float v = fabsf(x[j][i]);
+      if (FINITE && v == kInfinity) v = 0.0f;
+      of.row[j] = fmaxf(of.row[j], v);
+      of.col[i] = fmaxf(of.col[i], v);
+    }
+  }
+}
+
+template <class C, class T>
+__device__ __forceinline__ void find_finite_maxima(Maxima<C::ROWS>& of, Chunk<T> (&x)[C::ROWS]) {
+  find_maxima<false>(of, x);
+  float top = 0.0f;
+#pragma unroll
+  for (const float one : of.row) top = fmaxf(top, one);
+  if (top == kInfinity) {
+    if constexpr (!C::Fp8::kHasInfinity) {
+#pragma unroll
+      for (auto& chunk : x) chunk.infinities_to_nan();
+    }
+    find_maxima<true>(of, x);
+  }
+}
+
+template <int ROWS, class T>
+__device__ __forceinline__ void forget(Chunk<T> (&x)[ROWS]) {
+#pragma unroll
+  for (auto& chunk : x) chunk.forget();
+}
+
+// Eight bytes of a line, of which `left` are inside.
+template <bool ALIGNED>
+__device__ __forceinline__ void store_bytes(u8* at, uint2 v, int left) {
+  if constexpr (ALIGNED) {
+    if (left > 0) *reinterpret_cast<uint2*>(at) = v;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i < left) at[i] = static_cast<u8>((i < 4 ? v.x : v.y) >> i % 4 * 8);
+  }
+}
+
+template <class C, class T>
+__device__ __forceinline__ void store_values(const Chunk<T> (&x)[C::ROWS], const float (&row)[C::ROWS],
+                                             const float (&col)[kWide], const Quantized& to, const Place& at) {
+  u8* line = to.values + static_cast<i64>(at.row) * to.cols + at.col;
+#pragma unroll
+  for (int j = 0; j < C::ROWS; ++j, line += to.cols) {
+    float v[kWide];
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) v[i] = x[j][i] * (C::SCALES == Scales::kColumn ? col[i] : row[j]);
+    const uint2 bytes = {pack_four<typename C::Fp8>(v[0], v[1], v[2], v[3]),
+                         pack_four<typename C::Fp8>(v[4], v[5], v[6], v[7])};
+    if (at.row + j < to.rows) store_bytes<C::ALIGNED>(line, bytes, to.cols - at.col);
+  }
+}
+
+// The scales and inverses of the thread's rows.
+template <class C>
+__device__ __forceinline__ void row_scales(float (&inverse)[C::ROWS], float (&maxima)[C::ROWS],
+                                           const Quantized& to, const Place& at) {
+  const auto larger = [](float a, float b) { return fmaxf(a, b); };
+  const float scale = scale_of<C>(combine_rows<C::ROWS>(maxima, larger));
+  const int lane = threadIdx.x % 16, row = at.row + lane;
+  if (lane < C::ROWS && row < to.rows)
+    to.scales[static_cast<i64>(row) * ceil_div(to.cols, kTile) + at.tile_col / kTile] = scale;
+  spread_rows(inverse, ptx::rcp_rn(scale));
+}
+
+// The scales (written to `scales`, [row of tiles, cols]) and inverses of the thread's columns.
+template <class C>
+__device__ __forceinline__ void column_scales(float (&inverse)[kWide], const float (&maxima)[kWide],
+                                              float* scales, TileShared<C>& shared, const Quantized& to,
+                                              const Place& at) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = lane % 16 * kWide;
+  float half[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float keep = lane & 16 ? maxima[i + 4] : maxima[i], give = lane & 16 ? maxima[i] : maxima[i + 4];
+    half[i] = fmaxf(keep, __shfl_xor_sync(kEveryLane, give, 16));
+  }
+  *reinterpret_cast<float4*>(&shared.maxima[warp][first + lane / 16 * 4]) = {half[0], half[1], half[2],
+                                                                             half[3]};
+  __syncthreads();
+  if (threadIdx.x < kTile) {
+    float amax = 0.0f;
+#pragma unroll
+    for (int w = 0; w < TileShared<C>::kWarps; ++w) amax = fmaxf(amax, shared.maxima[w][threadIdx.x]);
+    const float scale = scale_of<C>(amax);
+    const int col = at.tile_col + static_cast<int>(threadIdx.x);
+    shared.inverses[threadIdx.x] = ptx::rcp_rn(scale);
+    if (col < to.cols && at.tile_row < to.rows)
+      scales[static_cast<i64>(at.tile_row / kTile) * to.cols + col] = scale;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kWide; ++i) inverse[i] = shared.inverses[first + i];
+}
+
+// The inverse of the tile's one scale.
+template <class C>
+__device__ __forceinline__ float block_scale(const float (&maxima)[C::ROWS], TileShared<C>& shared,
+                                             const Quantized& to, const Place& at) {
+  float amax = 0.0f;
+#pragma unroll
+  for (const float one : maxima) amax = fmaxf(amax, one);
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) amax = fmaxf(amax, __shfl_xor_sync(kEveryLane, amax, half));
+  if (threadIdx.x % 32 == 0) shared.maxima[0][threadIdx.x / 32] = amax;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < TileShared<C>::kWarps; ++w) amax = fmaxf(amax, shared.maxima[0][w]);
+  const float scale = scale_of<C>(amax);
+  if (threadIdx.x == 0 && at.tile_row < to.rows && at.tile_col < to.cols)
+    to.scales[at.tile_row / kTile * ceil_div(to.cols, kTile) + at.tile_col / kTile] = scale;
+  return ptx::rcp_rn(scale);
+}
+
+template <class C, class T>
+__device__ __forceinline__ void store_transposed(const Chunk<T> (&x)[C::ROWS], const float (&row)[C::ROWS],
+                                                 const float (&col)[kWide], TileShared<C>& shared,
+                                                 const Quantized& to, const Place& at) {
+  u8* const tile = reinterpret_cast<u8*>(shared.words);
+  const int first = at.col - at.tile_col, group = first / kWide, rows = at.row - at.tile_row;
+#pragma unroll
+  for (int i = 0; i < kWide; ++i) {
+    u8* const word = tile + (first + i) * kTile + ((rows / 8) ^ group) * 8 + rows % 8;
+    float v[C::ROWS];
+#pragma unroll
+    for (int j = 0; j < C::ROWS; ++j) v[j] = x[j][i] * (C::SCALES == Scales::kBlock ? row[j] : col[i]);
+    const u32 low = pack_four<typename C::Fp8>(v[0], v[1], v[2], v[3]);
+    if constexpr (C::ROWS == 8)
+      *reinterpret_cast<uint2*>(word) = {low, pack_four<typename C::Fp8>(v[4], v[5], v[6], v[7])};
+    else
+      *reinterpret_cast<u32*>(word) = low;
+  }
+  __syncthreads();
+  constexpr int kStep = kTile / C::ROWS;  // columns that the block stores at a time
+  const int part = threadIdx.x % 16, left = to.rows - at.tile_row - part * 8;
+#pragma unroll
+  for (int i = 0; i < kTile; i += kStep) {
+    const int line = i + static_cast<int>(threadIdx.x) / 16, col = at.tile_col + line;
+    const uint2 bytes = *reinterpret_cast<const uint2*>(tile + line * kTile + (part ^ (line / kWide)) * 8);
+    u8* const to_line = to.values_t + static_cast<i64>(col) * to.rows + at.tile_row + part * 8;
+    if (col < to.cols) store_bytes<C::ALIGNED_T>(to_line, bytes, left);
+  }
+}
+
+// Everything that is asked of one tile. All threads of the block call it; calls may follow each other.
+template <class C, class T>
+__device__ __forceinline__ void quantize_tile(Chunk<T> (&x)[C::ROWS], TileShared<C>& shared,
+                                              const Quantized& to, const Place& at) {
+  constexpr bool kColumns = C::SCALES == Scales::kColumn || (C::TRANSPOSED && C::SCALES == Scales::kRow);
+  Maxima<C::ROWS> maxima;
+  find_finite_maxima<C>(maxima, x);
+  float row[C::ROWS] = {}, col[kWide] = {};
+  if constexpr (C::SCALES == Scales::kRow) row_scales<C>(row, maxima.row, to, at);
+  if constexpr (C::SCALES == Scales::kBlock) {
+    const float inverse = block_scale<C>(maxima.row, shared, to, at);
+#pragma unroll
+    for (float& one : row) one = inverse;
+  }
+  if constexpr (kColumns)
+    column_scales<C>(col, maxima.col, C::SCALES == Scales::kColumn ? to.scales : to.scales_t, shared, to, at);
+  forget(x);
+  store_values<C>(x, row, col, to, at);
+  if constexpr (C::TRANSPOSED) {
+    forget(x);
+    store_transposed<C>(x, row, col, shared, to, at);
+  }
+}
+
+}  // namespace jdg

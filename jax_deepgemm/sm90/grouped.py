@@ -1,0 +1,327 @@
+"""Grouped GEMMs on SM90: problem -> candidates -> cost -> configuration -> launch plan.
+
+The kernel (include/jax_deepgemm/gemm_grouped.cuh) is the persistent GEMM with another way from a tile's number
+to its place: group sizes are read on the device. What is static, and what a configuration is chosen for, is
+the expected size of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Result, Scalar
+from jax_deepgemm.jit import KernelSource, compile_kernel
+from jax_deepgemm.sm90.chip import Chip
+from jax_deepgemm.sm90.config import (
+    GemmConfig,
+    GemmProblem,
+    ceil_div,
+    fit_stages,
+    problems_with,
+    shared_memory,
+    tma_store,
+)
+from jax_deepgemm.sm90.cost import MEMORY_BYTES_PER_US, PER_TILE, START, Cost, per_block
+from jax_deepgemm.sm90.plan import GemmOperands, matrix_map, tensor_map
+from jax_deepgemm.sm90.source import (
+    as_cpp,
+    config_text,
+    described,
+    kernel_name,
+    leading_parameters,
+    out_type,
+    sides,
+)
+from jax_deepgemm.sm90.wgmma import wgmma_wrapper
+
+ROWS, MASKED_ROWS, INNER, MASKED_INNER = "rows", "masked_rows", "inner", "masked_inner"
+_ENUM = {ROWS: "kRows", MASKED_ROWS: "kMaskedRows", INNER: "kInner", MASKED_INNER: "kMaskedInner"}
+_SHORT = {ROWS: "m_grouped", MASKED_ROWS: "m_masked", INNER: "k_grouped", MASKED_INNER: "k_masked"}
+_SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)  # of group sizes around the expected one, for the cost model
+_SEGMENT_BYTES = 16
+_MAX_SEGMENTS = 2048  # a tile's record has 12 bits for its segment
+
+
+@dataclass(frozen=True)
+class GroupedProblem:
+    """D = A B^T for each group.
+
+    Attributes:
+      grouping: "rows" (rows of A and D are grouped), "masked_rows" (one matrix A for each group, of which the
+        first rows count), "inner" (k is grouped, D is [groups, m, n]) or "masked_inner".
+      groups: groups of this device.
+      m: rows of A and D in all ("rows"), of one group (otherwise).
+      k: extent of A and B along k.
+      expected: rows ("rows", "masked_rows") or k of a group that the configuration is chosen for.
+      segments: entries of the device's description of groups.
+      segmented: whether that description is starts | ends | groups, or just sizes.
+      weights: groups of B ("masked_rows": used by group modulo this).
+      zero_rows: "masked_rows": whether rows beyond those that count are stored as zeros.
+      a, b, layout, out, add_c, b_scales: as in GemmProblem.
+    """
+
+    grouping: str
+    groups: int
+    m: int
+    n: int
+    k: int
+    expected: int
+    segments: int
+    segmented: bool = False
+    weights: int = 1
+    zero_rows: bool = False
+    a: str = "e4m3"
+    b: str = "e4m3"
+    layout: str = "nt"
+    out: str = "bfloat16"
+    add_c: bool = False
+    b_scales: str = "block"
+
+    @property
+    def inner(self) -> bool:
+        """Whether k is what is grouped."""
+        return self.grouping in (INNER, MASKED_INNER)
+
+    @cached_property
+    def capacity(self) -> int:
+        """Segments that the table in shared memory has room for: a power of two, so that kernels are shared."""
+        used = self.segments if self.grouping == ROWS and self.segmented else self.groups
+        return max(32, 1 << (used - 1).bit_length())
+
+    @cached_property
+    def gemm(self) -> GemmProblem:
+        """One group of the expected size, with what the table takes of shared memory."""
+        head_end_and_totals = 3
+        return GemmProblem(
+            m=self.m if self.inner else self.expected,
+            n=self.n,
+            k=self.expected if self.inner else self.k,
+            a=self.a,
+            b=self.b,
+            layout=self.layout,
+            out=self.out,
+            add_c=self.add_c,
+            b_scales=self.b_scales,
+            table_bytes=(self.capacity + head_end_and_totals) * _SEGMENT_BYTES,
+        )
+
+    @property
+    def rows_bound(self) -> int:
+        """Rows of tiles at most; the grid needs no more blocks than that makes tiles."""
+        return self.m if self.grouping == ROWS else self.groups * self.m
+
+    def kernel_sources(self, chip: Chip) -> list[KernelSource]:
+        """What `jax_deepgemm.precompile` compiles for this problem: the kernel that would be chosen."""
+        return [grouped_source(self, choose_grouped(self, chip))]
+
+    def __str__(self) -> str:
+        parts = [f"{_SHORT[self.grouping]} {self.a}x{self.b} {self.layout} groups={self.groups}"]
+        parts += [f"m={self.m} n={self.n} k={self.k} expected={self.expected} -> {self.out}"]
+        parts += ["+C"] if self.add_c else []
+        parts += [f"B scales {'128x128' if self.b_scales == 'block' else '1x128'}"] if self.gemm.is_fp8 else []
+        return " ".join(parts)
+
+
+def problems_with_grouped(p: GroupedProblem, c: GemmConfig) -> list[str]:
+    """Why a configuration cannot run a problem: one line for each rule that it breaks."""
+    table = f"{p.capacity} groups, the kernel's table in shared memory holds {_MAX_SEGMENTS}"
+    broken = [] if p.capacity <= _MAX_SEGMENTS else [table]
+    broken += ["swap_ab is for dense GEMMs"] if c.swap_ab else []
+    return broken + problems_with(p.gemm, c)
+
+
+# Tiles that can win: the widest for groups of many rows, low ones for few.
+_TILES = {
+    "fp8 block": ((64, 64), (64, 128), (128, 128), (128, 192), (192, 128)),
+    "fp8 vector": ((64, 64), (64, 128), (128, 128), (128, 160)),
+    "bf16": ((64, 64), (64, 128), (128, 128), (128, 192), (128, 256)),
+}
+# Scales stored by block of k: tile -> microseconds of a block of k, as in cost.py.
+_SLICES = {(64, 128): 0.44, (128, 128): 0.62, (128, 160): 0.76, (192, 128): 0.88}
+
+
+def grouped_candidates(p: GroupedProblem, chip: Chip) -> Iterator[GemmConfig]:
+    """Every configuration worth comparing."""
+    kind = f"fp8 {p.b_scales}" if p.gemm.is_fp8 else "bf16"
+    for rows, cols in _SLICES if p.b_scales == "slices" else _TILES[kind]:
+        fitted = fit_stages(p.gemm, GemmConfig(rows, cols, 0), chip)
+        if fitted is not None and not problems_with_grouped(p, fitted):
+            yield fitted
+
+
+def grouped_cost(p: GroupedProblem, c: GemmConfig, chip: Chip) -> Cost:
+    """The dense model, summed over groups of sizes around the expected one."""
+    col_tiles = ceil_div(p.n, c.block_n)
+    if p.inner:
+        row_tiles = float(ceil_div(p.m, c.block_m))
+    else:
+        sizes = [max(1, round(p.expected * factor)) for factor in _SPREAD]
+        row_tiles = sum(ceil_div(size, c.block_m) for size in sizes) / len(sizes)
+    tiles = p.groups * row_tiles * col_tiles
+    waves = max(1.0, tiles / chip.num_sms + 0.5)
+    traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
+    per_tile = PER_TILE[0] + PER_TILE[1] * c.block_m * c.block_n * traffic**0.5
+    compute = waves * (per_tile + p.gemm.k_blocks * _per_block(p, c))
+    moved = p.groups * p.gemm.bytes_moved
+    return Cost(START["fp8" if p.gemm.is_fp8 else "bf16"], compute, moved / MEMORY_BYTES_PER_US, round(waves))
+
+
+def _per_block(p: GroupedProblem, c: GemmConfig) -> float:
+    if p.b_scales != "slices":
+        return per_block(p.gemm, c)
+    return _SLICES.get((c.rows, c.cols), 1.3 * _SLICES[128, 128] * c.rows * c.cols / 128**2)
+
+
+@lru_cache(maxsize=4096)
+def choose_grouped(p: GroupedProblem, chip: Chip) -> GemmConfig:
+    """The cheapest configuration; the first of equals.
+
+    Raises:
+      ValueError: more groups than the kernel's table holds.
+    """
+    fitting = list(grouped_candidates(p, chip))
+    if not fitting:
+        rules = "; ".join(problems_with_grouped(p, GemmConfig(128, 128, 4)))
+        raise ValueError(f"{p}: no configuration fits: {rules}.")
+    return min(fitting, key=lambda c: grouped_cost(p, c, chip).total)
+
+
+_TEXT = """\
+#include <jax_deepgemm/gemm_grouped.cuh>
+
+{mma}
+{config}
+struct GroupedConfig : Config {{
+  static constexpr jdg::Grouping GROUPING = jdg::Grouping::{grouping};
+  static constexpr bool SEGMENTED = {segmented}, ZERO_ROWS = {zero_rows};
+}};
+
+extern "C" __global__ void __launch_bounds__({threads}, 1) {name}({parameters}) {{
+  const jdg::Operands operands = {{{operands}}};
+  const jdg::Groups groups = {{sizes, {offset}, total, here, weights, extent}};
+  const jdg::Problem problem = {{m, n, 1, 0, stripe}};
+  jdg::gemm_grouped<GroupedConfig>(operands, groups, problem, {d_map}, d, {c});
+}}
+"""
+
+_INTEGERS = (
+    "m",
+    "n",
+    "k_blocks",
+    "stripe",
+    "block_scale_rows",
+    "block_scale_pitch",
+    "total",
+    "here",
+    "weights",
+    "extent",
+)
+
+
+def _has_offset(p: GroupedProblem) -> bool:
+    return p.grouping in (ROWS, INNER)
+
+
+def grouped_name(p: GroupedProblem, c: GemmConfig) -> str:
+    """The name that profilers show."""
+    base = kernel_name(p.gemm, c).removeprefix("jdg_sm90_")
+    parts = ["jdg_sm90", _SHORT[p.grouping], base, f"g{p.capacity}"]
+    parts += ["seg"] if p.segmented else []
+    parts += ["zero"] if p.zero_rows else []
+    return "_".join(parts)
+
+
+def grouped_source(p: GroupedProblem, c: GemmConfig) -> KernelSource:
+    """The source of the kernel that runs `c` on `p`."""
+    a, b = sides(p.gemm)
+    masked = p.grouping in (MASKED_ROWS, MASKED_INNER)
+    batched_a, batched_b = int(masked), int(masked or p.grouping == ROWS)
+    operands = ["&a_map", "&b_map", a.scale_map, b.scale_map]
+    operands += ["block_scales" if p.b_scales == "block" else "nullptr", "k_blocks"]
+    operands += ["block_scale_rows", "block_scale_pitch"]
+    operands += [str(flag) for flag in (batched_a, batched_b, batched_a, batched_b)]
+    parameters = [*leading_parameters(p.gemm, c), "const int* sizes"]
+    parameters += ["const int* offset"] if _has_offset(p) else []
+    name = grouped_name(p, c)
+    text = _TEXT.format(
+        mma=wgmma_wrapper(c.cols, a.dtype, b.dtype, a_k_major=a.k_major, b_k_major=b.k_major),
+        config=config_text(p.gemm, c, a, b, mask_k=p.inner),
+        grouping=_ENUM[p.grouping],
+        segmented=as_cpp(p.segmented),
+        zero_rows=as_cpp(p.zero_rows),
+        threads=c.threads,
+        name=name,
+        parameters=", ".join([*parameters, *(f"int {x}" for x in _INTEGERS)]),
+        operands=", ".join(operands),
+        offset="offset" if _has_offset(p) else "nullptr",
+        d_map="&d_map" if tma_store(p.gemm, c) else "nullptr",
+        c="c" if p.add_c else f"static_cast<const {out_type(p.gemm)}*>(nullptr)",
+    )
+    return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p.gemm, c).total)
+
+
+def _stripe(p: GroupedProblem, c: GemmConfig, chip: Chip) -> int:
+    """Row tiles walked together, so that one wave reads the fewest bytes of A and B."""
+    best = round((chip.num_sms * c.block_n / c.block_m) ** 0.5)
+    return max(1, min(ceil_div(p.gemm.m, c.block_m), best))
+
+
+def grouped_plan(
+    p: GroupedProblem,
+    c: GemmConfig,
+    chip: Chip,
+    x: GemmOperands,
+    sizes: Operand,
+    offset: Operand | None,
+) -> LaunchPlan:
+    """One launch that computes `p` with `c`.
+
+    Raises:
+      ValueError: the configuration breaks a rule for this problem.
+    """
+    broken = problems_with_grouped(p, c)
+    if broken:
+        rules = "; ".join(broken)
+        raise ValueError(f"config {c} cannot run {p}: {rules}. Leave config=None to have one chosen.")
+    maps = [matrix_map(p.gemm, x.a, p.gemm.a_k_major, c.block_m)]
+    maps += [matrix_map(p.gemm, x.b, p.gemm.b_k_major, c.block_n)]
+    for side, scales, tile in zip(sides(p.gemm), (x.a_scales, x.b_scales), (c.block_m, c.block_n), strict=True):
+        if side.has_scale_map:
+            assert scales is not None
+            box = (tile, 1) if side.scales == "slices" else (4, tile)
+            maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, box, 0))
+    if tma_store(p.gemm, c):
+        lead = () if p.grouping == ROWS else (p.groups,)
+        maps.append(tensor_map(Result(0), (*lead, p.m, p.n), "bfloat16", 2, (64, 16), 128))
+    block_scales = x.b_scales if p.b_scales == "block" else None
+    pointers: list[Operand | Result] = [Operand(block_scales.index)] if block_scales else []
+    pointers = [*pointers, Result(0), *([Operand(x.c.index)] if x.c else []), sizes]
+    pointers += [offset] if _has_offset(p) and offset is not None else []
+    integers = {
+        "m": p.m,
+        "n": p.n,
+        "k_blocks": ceil_div(p.k, p.gemm.block_k),
+        "stripe": _stripe(p, c, chip),
+        "block_scale_rows": block_scales.shape[-2] if block_scales else 0,
+        "block_scale_pitch": block_scales.shape[-1] if block_scales else 0,
+        "total": p.segments,
+        "here": p.groups,
+        "weights": p.weights,
+        "extent": p.k if p.inner else p.m,
+    }
+    most_rows = ceil_div(p.rows_bound, c.block_m) + (p.segments + 1 if p.grouping == ROWS else p.groups)
+    launch = Launch(
+        kernel=compile_kernel(grouped_source(p, c), arch=chip.arch),
+        grid=(min(most_rows * ceil_div(p.n, c.block_n), chip.num_sms), 1, 1),
+        block=c.threads,
+        params=(*maps, *pointers, *(Scalar(integers[name], "int32") for name in _INTEGERS)),
+        shared_memory=shared_memory(p.gemm, c).total,
+    )
+    return LaunchPlan((launch,), label=str(p))
+
+
+def with_sms(chip: Chip, num_sms: int | None) -> Chip:
+    """The chip of which a kernel may use so many SMs."""
+    return chip if num_sms is None else replace(chip, num_sms=min(num_sms, chip.num_sms))
