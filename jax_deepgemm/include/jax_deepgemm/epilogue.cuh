@@ -90,7 +90,7 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], con
                                             u32 slabs, const Tile& tile, int first_row) {
   constexpr int kSlabs = C::COLS / kSlabCols;
   static_assert(kSlabs % C::SLABS == 0);
-  const int lane = threadIdx.x % 32;
+  const int thread = ptx::thread_index(), lane = thread % 32;
 #pragma unroll
   for (int first = 0; first < kSlabs; first += C::SLABS) {
     if (lane == 0) ptx::tma_store_wait_read();
@@ -112,7 +112,7 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], con
 #pragma unroll
       for (int slab = 0; slab < C::SLABS; ++slab)
         ptx::tma_store(d_map, slabs + slab * kSlabBytes, tile.col + (first + slab) * kSlabCols,
-                       first_row + threadIdx.x / 32 % 4 * 16, tile.batch);
+                       first_row + thread / 32 % 4 * 16, tile.batch);
       ptx::tma_store_commit();
     }
   }

@@ -47,7 +47,6 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
     }
   } else {
     if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
-    const u32 slabs = smem + Layout<C>::kStaging + threadIdx.x / 32 * C::SLABS * kSlabBytes;
     Tile tile = receive_tile<C>(at, in.k_blocks);
     BlockScales<C> blocks(in, tile, warpgroup);
     while (tile.row != kNoTile) {
@@ -63,6 +62,7 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
       if (next.row != kNoTile) blocks = BlockScales<C>(in, next, warpgroup);  // arrives during the epilogue
       if constexpr (C::ADD && !kFp8)
         add_c<C, false>(acc, matrix_of(c, p, tile.batch * p.batched_c), p, tile, first_row);
+      const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
       store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), slabs, p, tile, first_row);
       tile = next;
     }

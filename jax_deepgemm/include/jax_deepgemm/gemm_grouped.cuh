@@ -86,7 +86,7 @@ template <class C>
 __device__ __forceinline__ void store_group_tile(const float (&acc)[C::COLS / 2], const TensorMap* d_map,
                                                  typename C::Out* d, u32 slabs, const Problem& p,
                                                  const GroupTile& mine, int first_row) {
-  const int warp_row = first_row + threadIdx.x / 32 % 4 * 16;
+  const int warp_row = first_row + ptx::thread_index() / 32 % 4 * 16;
   if (warp_row >= mine.zeros_end) return;
   Tile tile = mine.tile;
   if constexpr (GroupTable<C>::kRowsInGroups) tile.batch = 0;
@@ -156,7 +156,7 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
       if constexpr (C::ADD && !Layout<C>::kFp8)
         add_c<C, false>(acc, matrix_of(c, p, mine.tile.batch), p, mine.tile, first_row);
       if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(acc, first_row, mine.rows_end);
-      const u32 slabs = smem + Layout<C>::kStaging + threadIdx.x / 32 * C::SLABS * kSlabBytes;
+      const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
       store_group_tile<C>(acc, d_map, d, slabs, p, mine, first_row);
       place = next;
     }

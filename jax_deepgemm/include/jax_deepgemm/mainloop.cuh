@@ -265,8 +265,10 @@ __device__ __forceinline__ void publish_end(const Position<C>& at) {
 // ISA 9.7.15.5, m64nNk*).
 struct Fragment {
   int row, col;
-  __device__ __forceinline__ Fragment()
-      : row(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4), col(threadIdx.x % 4 * 2) {}
+  __device__ __forceinline__ Fragment() {
+    const int thread = ptx::thread_index();
+    row = thread / 32 % 4 * 16 + thread % 32 / 4, col = thread % 4 * 2;
+  }
 };
 
 // How many 128-blocks a tile of `width` columns can touch when tiles start at multiples of `width`.

@@ -4,6 +4,10 @@
 
 #include <jax_deepgemm/ptx/types.cuh>
 
+namespace jdg {
+using u8 = unsigned char;
+}
+
 namespace jdg::ptx {
 
 __device__ __forceinline__ float div_rn(float a, float b) {

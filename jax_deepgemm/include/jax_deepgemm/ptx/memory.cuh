@@ -62,6 +62,13 @@ __device__ __forceinline__ bf16 to_bf16(float v) { return {static_cast<u16>(pack
 __device__ __forceinline__ float to_float(bf16 v) { return __uint_as_float(static_cast<u32>(v.bits) << 16); }
 __device__ __forceinline__ float to_float(float v) { return v; }
 
+// threadIdx.x, read anew: kept in a register it would be spilled beside an accumulator.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 template <int REGISTERS>
 __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
