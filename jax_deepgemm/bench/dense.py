@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,13 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepgemm.bench.machine import ClockLog
-from jax_deepgemm.bench.timing import Job, Timing, named, time_jobs
+from jax_deepgemm.bench.rows import COMPILE_THREADS, KERNEL_PREFIX, compile_job, figures, names
+from jax_deepgemm.bench.timing import Job, time_jobs
 
-KERNEL_PREFIX = "jdg_"
 ROWS_OF_A = (1, 16, 64, 128, 256, 1024, 4096, 8192)
 WEIGHTS = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 SQUARES = (4096, 8192)
-COMPILE_THREADS = 8
 FP8_BASELINE_ROWS = 16  # of A at least: below, XLA converts FP8 operands to BF16 instead of calling cuBLASLt
 CUBLASLT_ONLY = {"xla_gpu_enable_triton_gemm": False}
 
@@ -112,28 +110,6 @@ def baseline(problem: Problem) -> Callable[..., jax.Array]:
     return dot
 
 
-@dataclass
-class _Compiled:
-    run: Callable[[], Any] | None
-    milliseconds: float
-    error: str = ""
-
-
-def _compile(
-    function: Callable[..., Any],
-    name: str,
-    arguments: tuple[Any, ...],
-    options: dict[str, Any] | None = None,
-) -> _Compiled:
-    begin = time.perf_counter()
-    try:
-        compiled = jax.jit(named(function, name)).lower(*arguments).compile(compiler_options=options)
-    except Exception as error:
-        text = str(error).strip() or repr(error)
-        return _Compiled(None, (time.perf_counter() - begin) * 1e3, f"{type(error).__name__}: {text[:300]}")
-    return _Compiled(lambda: compiled(*arguments), (time.perf_counter() - begin) * 1e3)
-
-
 def measure(
     problems: Sequence[Problem], *, calls: int, flush: Callable[[], None], clocks: ClockLog | None
 ) -> Iterator[dict[str, Any]]:
@@ -172,13 +148,13 @@ def _measure_group(
         _with_rows(drawn, problem, max(problem.m, FP8_BASELINE_ROWS if problem.kind == "fp8" else 1))
         for problem in group
     ]
-    ours, theirs = _names("jdg_row", group), _names("baseline_row", group)
+    ours, theirs = names("jdg_row", group), names("baseline_row", group)
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-        waiting = list(pool.map(_compile, map(product, group), ours, arguments))
+        waiting = list(pool.map(compile_job, map(product, group), ours, arguments))
     # One at a time, as XLA picks cuBLASLt's algorithm by timing it on the GPU.
     options = CUBLASLT_ONLY if on_gpu else None
     compiled = {
-        name: _compile(baseline(problem), name, given, options)
+        name: compile_job(baseline(problem), name, given, options)
         for name, problem, given in zip(theirs, group, padded, strict=True)
     }
     compiled |= dict(zip(ours, waiting, strict=True))
@@ -191,9 +167,9 @@ def _measure_group(
     timings = time_jobs(jobs, calls=calls, flush=flush, clocks=clocks)
     for problem, mine, base in zip(group, ours, theirs, strict=True):
         row = _row(problem) | {"compile_ms": round(compiled[mine].milliseconds, 1)}
-        row |= _figures(problem, timings.get(mine), compiled[mine].error)
+        row |= figures(problem, timings.get(mine), compiled[mine].error)
         row["baseline"] = {"what": "cuBLASLt through jnp" if on_gpu else "XLA dot"}
-        row["baseline"] |= _figures(problem, timings.get(base), compiled[base].error)
+        row["baseline"] |= figures(problem, timings.get(base), compiled[base].error)
         yield row
 
 
@@ -201,29 +177,5 @@ def _with_rows(drawn: tuple[Any, ...], problem: Problem, rows: int) -> tuple[Any
     return drawn if problem.kind == "fp8_wgrad" else (_first_rows(drawn[0], rows), *drawn[1:])
 
 
-def _names(stem: str, group: Sequence[Problem]) -> list[str]:
-    return [f"{stem}_{index}" for index in range(len(group))]
-
-
 def _row(problem: Problem) -> dict[str, Any]:
     return {"table": problem.kind, "m": problem.m, "n": problem.n, "k": problem.k}
-
-
-def _figures(problem: Problem, timing: Timing | None, compile_error: str) -> dict[str, Any]:
-    if timing is None or timing.measured is None:
-        return {"status": "failed", "error": compile_error or (timing.error if timing else "not measured")}
-    measured = timing.measured
-    median = measured.median
-    return {
-        "status": "ok",
-        "us": round(median, 3),
-        "us_min": round(min(measured.microseconds), 3),
-        "us_max": round(max(measured.microseconds), 3),
-        "all_us": round(measured.median_of_everything, 3),
-        "calls": len(measured.microseconds),
-        "tflops": round(problem.flops / median / 1e6, 1),
-        "gbytes_per_s": round(problem.bytes / median / 1e3, 1),
-        "kernels": {name: round(duration, 3) for name, duration in measured.by_kernel.items()},
-        "clock": timing.clock,
-        "timed_by": timing.method,
-    }

@@ -1,0 +1,76 @@
+"""What every table's rows are made with: a compiled function under a name of its own, and its figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+
+from jax_deepgemm.bench.timing import Timing, named
+
+KERNEL_PREFIX = "jdg_"
+COMPILE_THREADS = 8
+
+
+class Work(Protocol):
+    """What a rate is computed from."""
+
+    @property
+    def flops(self) -> int: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+
+@dataclass
+class Compiled:
+    """A compiled function bound to its arguments, or the reason why there is none."""
+
+    run: Callable[[], Any] | None
+    milliseconds: float
+    error: str = ""
+
+
+def compile_job(
+    function: Callable[..., Any],
+    name: str,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any] | None = None,
+) -> Compiled:
+    """Compiles a function under a name; an error is kept, not raised, so that the other rows go on."""
+    begin = time.perf_counter()
+    try:
+        compiled = jax.jit(named(function, name)).lower(*arguments).compile(compiler_options=options)
+    except Exception as error:
+        text = str(error).strip() or repr(error)
+        return Compiled(None, (time.perf_counter() - begin) * 1e3, f"{type(error).__name__}: {text[:300]}")
+    return Compiled(lambda: compiled(*arguments), (time.perf_counter() - begin) * 1e3)
+
+
+def names(stem: str, group: Sequence[Any]) -> list[str]:
+    """A name for each row measured in one profiler session."""
+    return [f"{stem}_{index}" for index in range(len(group))]
+
+
+def figures(problem: Work, timing: Timing | None, compile_error: str) -> dict[str, Any]:
+    """The part of a row that was measured."""
+    if timing is None or timing.measured is None:
+        return {"status": "failed", "error": compile_error or (timing.error if timing else "not measured")}
+    measured = timing.measured
+    median = measured.median
+    return {
+        "status": "ok",
+        "us": round(median, 3),
+        "us_min": round(min(measured.microseconds), 3),
+        "us_max": round(max(measured.microseconds), 3),
+        "all_us": round(measured.median_of_everything, 3),
+        "calls": len(measured.microseconds),
+        "tflops": round(problem.flops / median / 1e6, 1),
+        "gbytes_per_s": round(problem.bytes / median / 1e3, 1),
+        "kernels": {name: round(duration, 3) for name, duration in measured.by_kernel.items()},
+        "clock": timing.clock,
+        "timed_by": timing.method,
+    }
