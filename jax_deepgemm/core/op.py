@@ -73,6 +73,8 @@ class Op:
       spmd: (plan, local, *arrays) -> (arrays, None) or (None, results), on one device's pieces, before
         `local` runs: recuts operands whose blocks straddle devices, or computes the results itself.
         `local(*arrays)` is the op on one device.
+      recut: (plan, *arrays, **params) -> (arrays, params that change), as spmd, for ops whose static parameters
+        depend on the cut too (how many groups a device has, say).
       kernel: (avals_in, avals_out, *, batch, chip, **params) -> LaunchPlan, for cuda. None: the reference.
       kernel_prepare: (*arrays, **params) -> arrays, traced before the kernel on one device's shapes: padding,
         layouts. Arrays may have one leading dimension of vmap, so it addresses dimensions from the end.
@@ -96,6 +98,7 @@ class Op:
         reduces: Sequence[str] = (),
         blocks: Mapping[str, tuple[str, int]] | None = None,
         spmd: Callable[..., tuple[Sequence[jax.Array] | None, Arrays | None]] | None = None,
+        recut: Callable[..., tuple[Sequence[jax.Array], Params]] | None = None,
         kernel: Callable[..., Any] | None = None,
         kernel_prepare: Callable[..., Sequence[jax.Array]] | None = None,
         aliases: Mapping[int, int] | None = None,
@@ -110,6 +113,7 @@ class Op:
         self.result = result
         self.reference = reference
         self.spmd = spmd
+        self.recut = recut
         self.kernel = kernel
         self.kernel_prepare = kernel_prepare
         self.aliases = dict(aliases or {})
@@ -415,10 +419,13 @@ class Op:
         self, plan: ShardingPlan, bind: Callable[..., Arrays], params: Params, *arrays: jax.Array
     ) -> Arrays:
         """The op on one device's pieces, with the collectives of the plan."""
-        inner = _for_inner(params)
         pieces: Sequence[jax.Array] = arrays
+        if self.recut is not None:
+            pieces, changed = self.recut(plan, *pieces, **_own(params))
+            params = {**params, **changed}
+        inner = _for_inner(params)
         if self.spmd is not None:
-            recut, results = self.spmd(plan, functools.partial(bind, self, **inner), *arrays)
+            recut, results = self.spmd(plan, functools.partial(bind, self, **inner), *pieces)
             if results is not None:
                 return list(results)
             assert recut is not None

@@ -36,10 +36,12 @@ class Side:
     rows: str
     k_first: bool
     blocks: tuple[tuple[int, int], ...]
+    lead: tuple[str, ...] = ()
+    """Letters of dimensions in front: the groups of a grouped GEMM."""
 
     @property
     def dims(self) -> str:
-        return f"[k, {self.rows}]" if self.k_first else f"[{self.rows}, k]"
+        return f"[{', '.join((*self.lead, *(('k', self.rows) if self.k_first else (self.rows, 'k'))))}]"
 
     def stored(self, block: tuple[int, int]) -> tuple[int, int]:
         """A block of (rows, k), in the order in which this operand is stored."""
@@ -47,7 +49,7 @@ class Side:
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(rows, k) of a stored shape."""
-        return (shape[1], shape[0]) if self.k_first else (shape[0], shape[1])
+        return (shape[-1], shape[-2]) if self.k_first else (shape[-2], shape[-1])
 
 
 def sides(layout: str) -> tuple[Side, Side]:
@@ -79,9 +81,9 @@ class Options:
     num_sms: int | None
 
 
-def _text(x: Any) -> str:
+def describe(x: Any) -> str:
     if isinstance(x, QuantizedArray):
-        return f"a QuantizedArray of {_text(x.values)}"
+        return f"a QuantizedArray of {describe(x.values)}"
     if isinstance(x, (tuple, list)):
         return f"a {type(x).__name__} of {len(x)}"
     if hasattr(x, "shape") and hasattr(x, "dtype"):
@@ -89,26 +91,26 @@ def _text(x: Any) -> str:
     return f"a {type(x).__name__}"
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray))
 
 
-def _type_error(op: str, name: str, given: Any, rule: str, way_out: str) -> NoReturn:
-    raise TypeError(f"{op}: {name} is {_text(given)}, need {rule}. {way_out}")
+def raise_type_error(op: str, name: str, given: Any, rule: str, way_out: str) -> NoReturn:
+    raise TypeError(f"{op}: {name} is {describe(given)}, need {rule}. {way_out}")
 
 
-def _pieces(op: str, side: Side, x: Any) -> tuple[Any, Any, tuple[int, int] | None]:
+def pieces(op: str, side: Side, x: Any) -> tuple[Any, Any, tuple[int, int] | None]:
     """(values, scales, stored block or None) of a QuantizedArray or a tuple."""
     if isinstance(x, QuantizedArray):
         return x.values, x.scales, tuple(x.block)  # type: ignore[return-value]
     if isinstance(x, (tuple, list)) and len(x) == 2:
         values, scales = x
         for part, array in (("values", values), ("scales", scales)):
-            if not _is_array(array):
-                _type_error(op, f"{part} of {side.name}", array, "an array", "Pass jax or numpy arrays.")
+            if not is_array(array):
+                raise_type_error(op, f"{part} of {side.name}", array, "an array", "Pass jax or numpy arrays.")
         return values, scales, None
     block = side.stored(side.blocks[0])
-    _type_error(
+    raise_type_error(
         op,
         side.name,
         x,
@@ -118,19 +120,21 @@ def _pieces(op: str, side: Side, x: Any) -> tuple[Any, Any, tuple[int, int] | No
     )
 
 
-def _check_rank(op: str, name: str, x: Any, dims: str) -> None:
-    if len(x.shape) != 2:
+def check_rank(op: str, name: str, x: Any, dims: str) -> None:
+    rank = dims.count(",") + 1
+    if len(x.shape) != rank:
         raise ValueError(
-            f"{op}: {name} is {_text(x)}, need 2 dimensions {dims}. "
+            f"{op}: {name} is {describe(x)}, need {rank} dimensions {dims}. "
             "Use jax.vmap for leading batch dimensions."
         )
 
 
-def _scale_shape(side: Side, rows: int, k: int, block: tuple[int, int]) -> tuple[int, int]:
-    return side.stored((-(-rows // block[0]), -(-k // block[1])))
+def _scale_shape(side: Side, values: Any, block: tuple[int, int]) -> list[int]:
+    rows, k = side.sizes(values.shape)
+    return [*values.shape[:-2], *side.stored((-(-rows // block[0]), -(-k // block[1])))]
 
 
-def _check_scale_dtype(op: str, side: Side, scales: Any) -> None:
+def check_scale_dtype(op: str, side: Side, scales: Any) -> None:
     dtype = np.dtype(scales.dtype)
     if dtype == FLOAT32:
         return
@@ -144,11 +148,10 @@ def _check_scale_dtype(op: str, side: Side, scales: Any) -> None:
     raise ValueError(f"{op}: scales of {name} are {dtype.name}, need float32. {way_out}")
 
 
-def _resolve_block(
+def resolve_block(
     op: str, side: Side, values: Any, scales: Any, block: tuple[int, int] | None
 ) -> tuple[int, int]:
     """(rows, k) under one scale; a bare tuple's block follows from the shape of its scales."""
-    rows, k = side.sizes(values.shape)
     given = list(scales.shape)
     if block is not None:
         allowed = [side.stored(b) for b in side.blocks]
@@ -162,16 +165,16 @@ def _resolve_block(
     else:
         candidates = side.blocks
     for candidate in candidates:
-        if given == list(_scale_shape(side, rows, k, candidate)):
+        if given == _scale_shape(side, values, candidate):
             return candidate
-    need = " or ".join(f"{list(_scale_shape(side, rows, k, b))} (block {side.stored(b)})" for b in candidates)
+    need = " or ".join(f"{_scale_shape(side, values, b)} (block {side.stored(b)})" for b in candidates)
     raise ValueError(
         f"{op}: scales of {side.name} are {given}, need {need} for values {list(values.shape)} {side.dims}. "
         f"jax_deepgemm.quantize({side.name}, {side.stored(candidates[0])}) makes them."
     )
 
 
-def _check_fp8_dtype(op: str, side: Side, values: Any) -> None:
+def check_fp8_dtype(op: str, side: Side, values: Any) -> None:
     if np.dtype(values.dtype) not in FP8_DTYPES:
         raise ValueError(
             f"{op}: values of {side.name} are {np.dtype(values.dtype).name}, "
@@ -200,14 +203,14 @@ def _check_k(op: str, layout: str, a: Any, b: Any) -> tuple[int, int, int]:
 
 def check_fp8(op: str, layout: str, a: Any, b: Any) -> tuple[Quantized, Quantized, tuple[int, int, int]]:
     """Both FP8 operands and (m, n, k)."""
-    pairs = [(side, *_pieces(op, side, x)) for side, x in zip(sides(layout), (a, b), strict=True)]
+    pairs = [(side, *pieces(op, side, x)) for side, x in zip(sides(layout), (a, b), strict=True)]
     for side, values, scales, _ in pairs:
-        _check_rank(op, f"values of {side.name}", values, side.dims)
-        _check_fp8_dtype(op, side, values)
-        _check_scale_dtype(op, side, scales)
+        check_rank(op, f"values of {side.name}", values, side.dims)
+        check_fp8_dtype(op, side, values)
+        check_scale_dtype(op, side, scales)
     sizes = _check_k(op, layout, pairs[0][1], pairs[1][1])
     left, right = (
-        Quantized(jnp.asarray(values), jnp.asarray(scales), _resolve_block(op, side, values, scales, block))
+        Quantized(jnp.asarray(values), jnp.asarray(scales), resolve_block(op, side, values, scales, block))
         for side, values, scales, block in pairs
     )
     return left, right, sizes
@@ -216,10 +219,10 @@ def check_fp8(op: str, layout: str, a: Any, b: Any) -> tuple[Quantized, Quantize
 def check_bf16(op: str, layout: str, a: Any, b: Any) -> tuple[jax.Array, jax.Array, tuple[int, int, int]]:
     """Both BF16 operands and (m, n, k)."""
     for side, x in zip(sides(layout), (a, b), strict=True):
-        if not _is_array(x):
+        if not is_array(x):
             way_out = f"Quantised operands go to {op.replace('bf16', 'fp8')}."
-            _type_error(op, side.name, x, f"a bfloat16 array {side.dims}", way_out)
-        _check_rank(op, side.name, x, side.dims)
+            raise_type_error(op, side.name, x, f"a bfloat16 array {side.dims}", way_out)
+        check_rank(op, side.name, x, side.dims)
         if np.dtype(x.dtype) != BFLOAT16:
             fp8 = np.dtype(x.dtype) in FP8_DTYPES
             way_out = (
@@ -227,7 +230,7 @@ def check_bf16(op: str, layout: str, a: Any, b: Any) -> tuple[jax.Array, jax.Arr
                 if fp8
                 else f"Convert it: {side.name}.astype(jnp.bfloat16)."
             )
-            raise ValueError(f"{op}: {side.name} is {_text(x)}, need bfloat16. {way_out}")
+            raise ValueError(f"{op}: {side.name} is {describe(x)}, need bfloat16. {way_out}")
     return jnp.asarray(a), jnp.asarray(b), _check_k(op, layout, a, b)
 
 
@@ -236,18 +239,18 @@ def check_c(op: str, c: Any, m: int, n: int, out_dtype: np.dtype[Any]) -> jax.Ar
     if c is None:
         return None
     need = f"{out_dtype.name} [{m}, {n}]"
-    if not _is_array(c):
-        _type_error(op, "c", c, need, "Pass an array or None.")
+    if not is_array(c):
+        raise_type_error(op, "c", c, need, "Pass an array or None.")
     if tuple(c.shape) != (m, n):
         raise ValueError(
-            f"{op}: c is {_text(c)}, need {need}: the result's shape. "
+            f"{op}: c is {describe(c)}, need {need}: the result's shape. "
             f"To add a row or column vector, broadcast it first: jnp.broadcast_to(c, ({m}, {n}))."
         )
     if np.dtype(c.dtype) != out_dtype:
         other = np.dtype(c.dtype)
         way_out = f"Convert it: c.astype(jnp.{out_dtype.name})"
         way_out += f", or ask for out_dtype=jnp.{other.name}." if other in OUT_DTYPES else "."
-        raise ValueError(f"{op}: c is {_text(c)}, need {need}: the result's dtype. {way_out}")
+        raise ValueError(f"{op}: c is {describe(c)}, need {need}: the result's dtype. {way_out}")
     return jnp.asarray(c)
 
 

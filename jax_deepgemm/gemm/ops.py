@@ -26,14 +26,14 @@ FP8_GRADIENT_HINT = (
 
 
 def recut_blocks(plan: ShardingPlan, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Operands of one device whose cut falls inside a scale block, so that the op's block grid fits them
-    again.
+    """Operands (a, a scales, b, b scales, ..) of one device whose cut falls inside a scale block, so that the
+    op's block grid fits them again. Any rule in which a and b have k last.
 
     n: one scale per row of B, of my rows (reference and kernel tell by the shape). k: my columns are shifted
     onto the block grid, with zeros in front and behind. Both leave every product as it is.
     """
     a, sa, b, sb, *rest = arrays
-    scales_of_b = plan.rule.operands[3]
+    _, scales_of_a, _, scales_of_b, *_ = plan.rule.operands
     if "nb" in scales_of_b and plan.cut("n") and not plan.cut("nb"):
         row = plan.offset("n") + jnp.arange(plan.local_size("n"))
         sb = jnp.take(sb, row // SCALE_BLOCK, axis=scales_of_b.index("nb"))
@@ -41,7 +41,8 @@ def recut_blocks(plan: ShardingPlan, *arrays: jax.Array) -> tuple[jax.Array, ...
         first, size = plan.offset("k"), plan.local_size("k")
         blocks = -(-(size + SCALE_BLOCK - 1) // SCALE_BLOCK)
         a, b = (_shift_columns(x, first % SCALE_BLOCK, blocks * SCALE_BLOCK) for x in (a, b))
-        sa, sb = (_take_columns(s, first // SCALE_BLOCK, blocks) for s in (sa, sb))
+        sa = _take_blocks(sa, first // SCALE_BLOCK, blocks, scales_of_a.index("kb"))
+        sb = _take_blocks(sb, first // SCALE_BLOCK, blocks, scales_of_b.index("kb"))
     return (a, sa, b, sb, *rest)
 
 
@@ -49,9 +50,9 @@ def _shift_columns(x: jax.Array, by: jax.Array, width: int) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(jnp.zeros((*x.shape[:-1], width), x.dtype), x, by, axis=-1)
 
 
-def _take_columns(scales: jax.Array, first: jax.Array, count: int) -> jax.Array:
-    padded = jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, count)])
-    return lax.dynamic_slice_in_dim(padded, first, count, axis=-1)
+def _take_blocks(scales: jax.Array, first: jax.Array, count: int, axis: int) -> jax.Array:
+    padded = jnp.pad(scales, [(0, count if dim == axis else 0) for dim in range(scales.ndim)])
+    return lax.dynamic_slice_in_dim(padded, first, count, axis)
 
 
 def _fp8_result(a: Any, sa: Any, b: Any, sb: Any, *_: Any, out_dtype: Any, **__: Any) -> list[Any]:

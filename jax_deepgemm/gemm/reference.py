@@ -35,12 +35,12 @@ def dequantize_blocks(values: jax.Array, scales: jax.Array) -> jax.Array:
     return dequantize_rows(values, _repeat_scales(scales, values.shape[-2], -2))
 
 
-def _finish(product: jax.Array, c: jax.Array | None, out_dtype: Any) -> jax.Array:
+def finish(product: jax.Array, c: jax.Array | None, out_dtype: Any) -> jax.Array:
     """One rounding, after C was added in float32."""
     return (product if c is None else product + c.astype(jnp.float32)).astype(out_dtype)
 
 
-def _dot(a: jax.Array, b: jax.Array, a_contracts: int, b_contracts: int) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, a_contracts: int, b_contracts: int) -> jax.Array:
     return lax.dot_general(
         a,
         b,
@@ -65,7 +65,7 @@ def fp8_gemm(
     sb has one row per 128 rows of B or one per row; where both are of one shape (n = 1), both mean the same.
     """
     dequantize_b = dequantize_rows if sb.shape[0] == b.shape[0] else dequantize_blocks
-    return [_finish(_dot(dequantize_rows(a, sa), dequantize_b(b, sb), 1, 1), c, out_dtype)]
+    return [finish(dot(dequantize_rows(a, sa), dequantize_b(b, sb), 1, 1), c, out_dtype)]
 
 
 def bf16_gemm(
@@ -76,4 +76,4 @@ def bf16_gemm(
     A product of two bfloat16 numbers is exact in float32, so only the sums round.
     """
     a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
-    return [_finish(_dot(a32, b32, int(layout[0] == "n"), int(layout[1] == "t")), c, out_dtype)]
+    return [finish(dot(a32, b32, int(layout[0] == "n"), int(layout[1] == "t")), c, out_dtype)]

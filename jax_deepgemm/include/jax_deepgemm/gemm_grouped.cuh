@@ -134,12 +134,11 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
     };
     BlockScales<C> blocks = scales_of(place);
     while (place.row != kNoTile) {
-      const int first_row = place.row + warpgroup * 64;
       float acc[C::COLS / 2];
       {
         Tile tile = group_tile<C>(table, place, p, in.k_blocks).tile;
         if constexpr (C::ADD && Layout<C>::kFp8)
-          add_c<C, true>(acc, matrix_of(c, p, tile.batch), p, tile, first_row);
+          add_c<C, true>(acc, matrix_of(c, p, tile.batch), p, tile, place.row + warpgroup * 64);
         else
           clear(acc);
         if (tile.k_end > 0) {
@@ -153,6 +152,7 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
       if (next.row != kNoTile) blocks = scales_of(next);  // arrives during the epilogue
 
       const GroupTile mine = group_tile<C>(table, place, p, in.k_blocks);
+      const int first_row = place.row + ptx::thread_index() / 128 * 64;
       if constexpr (C::ADD && !Layout<C>::kFp8)
         add_c<C, false>(acc, matrix_of(c, p, mine.tile.batch), p, mine.tile, first_row);
       if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(acc, first_row, mine.rows_end);
