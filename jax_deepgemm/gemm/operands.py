@@ -201,37 +201,53 @@ def _check_k(op: str, layout: str, a: Any, b: Any) -> tuple[int, int, int]:
     )
 
 
+Parts = tuple[Side, Any, Any, tuple[int, int] | None]
+"""A quantised operand before its block is known: side, values, scales, stored block or None."""
+
+
+def check_fp8_parts(op: str, side: Side, x: Any) -> Parts:
+    """Values and scales of one FP8 operand, of the right ranks and dtypes."""
+    values, scales, block = pieces(op, side, x)
+    check_rank(op, f"values of {side.name}", values, side.dims)
+    check_fp8_dtype(op, side, values)
+    check_scale_dtype(op, side, scales)
+    return side, values, scales, block
+
+
+def quantized(op: str, parts: Parts) -> Quantized:
+    """The operand, after its scales were found to fit its values."""
+    _, values, scales, _ = parts
+    return Quantized(jnp.asarray(values), jnp.asarray(scales), resolve_block(op, *parts))
+
+
+def check_bf16_operand(op: str, side: Side, x: Any) -> jax.Array:
+    """One BF16 operand; its sizes are not looked at."""
+    if not is_array(x):
+        way_out = f"Quantised operands go to {op.replace('bf16', 'fp8')}."
+        raise_type_error(op, side.name, x, f"a bfloat16 array {side.dims}", way_out)
+    check_rank(op, side.name, x, side.dims)
+    if np.dtype(x.dtype) != BFLOAT16:
+        fp8 = np.dtype(x.dtype) in FP8_DTYPES
+        way_out = (
+            f"FP8 values need their scales: use {op.replace('bf16', 'fp8')} with a QuantizedArray."
+            if fp8
+            else f"Convert it: {side.name}.astype(jnp.bfloat16)."
+        )
+        raise ValueError(f"{op}: {side.name} is {describe(x)}, need bfloat16. {way_out}")
+    return jnp.asarray(x)
+
+
 def check_fp8(op: str, layout: str, a: Any, b: Any) -> tuple[Quantized, Quantized, tuple[int, int, int]]:
     """Both FP8 operands and (m, n, k)."""
-    pairs = [(side, *pieces(op, side, x)) for side, x in zip(sides(layout), (a, b), strict=True)]
-    for side, values, scales, _ in pairs:
-        check_rank(op, f"values of {side.name}", values, side.dims)
-        check_fp8_dtype(op, side, values)
-        check_scale_dtype(op, side, scales)
-    sizes = _check_k(op, layout, pairs[0][1], pairs[1][1])
-    left, right = (
-        Quantized(jnp.asarray(values), jnp.asarray(scales), resolve_block(op, side, values, scales, block))
-        for side, values, scales, block in pairs
-    )
-    return left, right, sizes
+    left, right = (check_fp8_parts(op, side, x) for side, x in zip(sides(layout), (a, b), strict=True))
+    sizes = _check_k(op, layout, left[1], right[1])
+    return quantized(op, left), quantized(op, right), sizes
 
 
 def check_bf16(op: str, layout: str, a: Any, b: Any) -> tuple[jax.Array, jax.Array, tuple[int, int, int]]:
     """Both BF16 operands and (m, n, k)."""
-    for side, x in zip(sides(layout), (a, b), strict=True):
-        if not is_array(x):
-            way_out = f"Quantised operands go to {op.replace('bf16', 'fp8')}."
-            raise_type_error(op, side.name, x, f"a bfloat16 array {side.dims}", way_out)
-        check_rank(op, side.name, x, side.dims)
-        if np.dtype(x.dtype) != BFLOAT16:
-            fp8 = np.dtype(x.dtype) in FP8_DTYPES
-            way_out = (
-                f"FP8 values need their scales: use {op.replace('bf16', 'fp8')} with a QuantizedArray."
-                if fp8
-                else f"Convert it: {side.name}.astype(jnp.bfloat16)."
-            )
-            raise ValueError(f"{op}: {side.name} is {describe(x)}, need bfloat16. {way_out}")
-    return jnp.asarray(a), jnp.asarray(b), _check_k(op, layout, a, b)
+    left, right = (check_bf16_operand(op, side, x) for side, x in zip(sides(layout), (a, b), strict=True))
+    return left, right, _check_k(op, layout, left, right)
 
 
 def check_c(op: str, c: Any, m: int, n: int, out_dtype: np.dtype[Any]) -> jax.Array | None:

@@ -1,0 +1,106 @@
+"""Where each group's rows are: the int32 operand `s` of the grouped ops, in its two layouts.
+
+    "sizes"      [G]     rows of group 0, then those of group 1, ..: as jax.lax.ragged_dot's group_sizes
+    "segments"   [3 * S] starts | ends | groups: rows [starts[i], ends[i]) belong to group groups[i]
+
+Segments ascend and share no row; a group has at most one of them; a group that the op does not have gives
+zero rows. An op that contracts over the groups' rows (k-grouped) takes segment i as group i, in any order.
+
+Numbers that are not known before run time are never trusted: a negative size counts as 0, and starts and ends
+are cut at the number of rows. All functions are jnp on the last axis, so leading dimensions (vmap's) pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LAYOUTS = ("sizes", "segments")
+
+
+class Segments(NamedTuple):
+    """Rows [starts, ends) of each segment, and its group; int32 [.., S] each."""
+
+    starts: jax.Array
+    ends: jax.Array
+    groups: jax.Array
+
+
+def read(s: jax.Array, layout: str, rows: int) -> Segments:
+    """The segments of either layout, cut at the number of rows."""
+    if layout == "sizes":
+        ends = prefix_ends(s, rows)
+        starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
+        return Segments(starts, ends, jnp.broadcast_to(jnp.arange(s.shape[-1], dtype=jnp.int32), s.shape))
+    starts, ends, groups = jnp.split(s, 3, axis=-1)
+    starts = jnp.clip(starts, 0, rows)
+    return Segments(starts, jnp.clip(ends, starts, rows), groups)
+
+
+def write(segments: Segments) -> jax.Array:
+    """The segments as an operand of layout "segments"."""
+    return jnp.concatenate([x.astype(jnp.int32) for x in segments], axis=-1)
+
+
+def prefix_ends(sizes: jax.Array, rows: int) -> jax.Array:
+    """Where each group ends if it starts where the one before ended; sums that int32 cannot hold are cut too."""
+    sizes = jnp.clip(sizes, 0, rows)
+    if sizes.shape[-1] * rows < 2**31:
+        return jnp.minimum(jnp.cumsum(sizes, axis=-1, dtype=jnp.int32), rows)
+    return jax.lax.associative_scan(lambda x, y: jnp.minimum(x + y, rows), sizes, axis=-1)
+
+
+def window(s: jax.Array, layout: str, rows: int, first: jax.Array, size: int) -> jax.Array:
+    """`s`, in its layout, for a device that has rows [first, first + size)."""
+    starts, ends, groups = read(s, layout, rows)
+    starts, ends = jnp.clip(starts - first, 0, size), jnp.clip(ends - first, 0, size)
+    return ends - starts if layout == "sizes" else write(Segments(starts, ends, groups))
+
+
+def shifted(s: jax.Array, layout: str, rows: int, by: jax.Array) -> jax.Array:
+    """`s` in layout "segments", after `by` rows were put in front."""
+    starts, ends, groups = read(s, layout, rows)
+    return write(Segments(starts + by, ends + by, groups))
+
+
+def local_groups(groups: jax.Array, offset: jax.Array, count: int) -> jax.Array:
+    """Index of each group among `count` groups from `offset` on; -1 for others."""
+    index = groups - offset
+    return jnp.where((index >= 0) & (index < count), index, -1)
+
+
+def take_groups(segments: Segments, offset: jax.Array, count: int) -> Segments:
+    """Segments [offset, offset + count), numbered from 0 (where segment i is group i); empty where there are none.
+
+    offset: int32 [.., 1].
+    """
+    index = offset + jnp.arange(count, dtype=jnp.int32)
+    last = segments.starts.shape[-1] - 1
+    exists = (index >= 0) & (index <= last)
+    shape = jnp.broadcast_shapes(segments.starts.shape[:-1], index.shape[:-1])
+
+    def take(x: jax.Array) -> jax.Array:
+        x = jnp.broadcast_to(x, (*shape, x.shape[-1]))
+        where = jnp.broadcast_to(jnp.clip(index, 0, last), (*shape, count))
+        return jnp.where(exists, jnp.take_along_axis(x, where, axis=-1), 0)
+
+    groups = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (*shape, count))
+    return Segments(take(segments.starts), take(segments.ends), groups)
+
+
+def by_group(s: jax.Array, layout: str, rows: int, offset: jax.Array, count: int) -> jax.Array:
+    """From a row-grouped op's `s` to a k-grouped op's: its segment i is group offset + i, for `count` groups."""
+    starts, ends, groups = read(s, layout, rows)
+    mine = groups[..., None, :] == (offset + jnp.arange(count, dtype=jnp.int32))[..., None]
+    starts, ends = (jnp.sum(jnp.where(mine, x[..., None, :], 0), axis=-1) for x in (starts, ends))
+    return write(Segments(starts, ends, jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), starts.shape)))
+
+
+def by_row(s: jax.Array, rows: int) -> jax.Array:
+    """From a k-grouped op's segments (segment i is group i, in any order) to a row-grouped op's: ascending."""
+    starts, ends, _ = read(s, "segments", rows)
+    order = jnp.argsort(jnp.where(ends > starts, starts, rows), axis=-1).astype(jnp.int32)
+    starts, ends = (jnp.take_along_axis(x, order, axis=-1) for x in (starts, ends))
+    return write(Segments(starts, ends, order))
