@@ -52,9 +52,7 @@ def _plan(
         if part not in ("sizes", "offset")
     }
     offset = Operand(index["offset"]) if "offset" in index else None
-    return grouped_plan(
-        problem, chosen, chip, GemmOperands(**matrices), Operand(index["sizes"]), offset
-    )
+    return grouped_plan(problem, chosen, chip, GemmOperands(**matrices), Operand(index["sizes"]), offset)
 
 
 def _segments(sizes: Any, layout: str, batch: Any) -> tuple[int, bool]:
@@ -72,30 +70,27 @@ def _b_scales(b: Any, sb: Any) -> str:
 
 
 def _rows_problem(
-    avals_in: Sequence[Any],
+    a: Any,
+    b: Any,
     avals_out: Sequence[Any],
-    sizes: Any,
-    *,
-    batch: Any,
-    layout: str,
+    segments: tuple[int, bool],
     expected_m: int | None,
-    n: int,
-    **fields: Any,
+    types: dict[str, str],
 ) -> GroupedProblem:
-    a, b = avals_in[0], fields.pop("weights_of")
-    segments, segmented = _segments(sizes, layout, batch)
-    rows = a.shape[0]
+    """Without a hint, the rows are taken to be shared evenly by all groups there are."""
+    rows, k = a.shape
+    count, segmented = segments
     return GroupedProblem(
         ROWS,
         groups=b.shape[0],
         m=rows,
-        n=n,
-        k=a.shape[1],
-        expected=expected_m or max(1, rows // max(1, min(b.shape[0], segments))),
-        segments=segments,
+        n=avals_out[0].shape[-1],
+        k=k,
+        expected=expected_m or max(1, rows // max(1, count)),
+        segments=count,
         segmented=segmented,
         out=_out(avals_out[0]),
-        **fields,
+        **types,
     )
 
 
@@ -113,19 +108,8 @@ def m_grouped_fp8_gemm(
 ) -> LaunchPlan:
     """Operands a [m, k], scales [m, kb], b [g, n, k], scales, sizes or segments, offset."""
     a, _sa, b, sb, sizes, _offset = avals_in
-    problem = _rows_problem(
-        avals_in,
-        avals_out,
-        sizes,
-        batch=batch,
-        layout=layout,
-        expected_m=expected_m,
-        n=avals_out[0].shape[-1],
-        weights_of=b,
-        a=type_name(a),
-        b=type_name(b),
-        b_scales=_b_scales(b, sb),
-    )
+    types = {"a": type_name(a), "b": type_name(b), "b_scales": _b_scales(b, sb)}
+    problem = _rows_problem(a, b, avals_out, _segments(sizes, layout, batch), expected_m, types)
     parts = ("a", "a_scales", "b", "b_scales", "sizes", "offset")
     return _plan(problem, avals_in, parts, config, chip, num_sms)
 
@@ -136,7 +120,7 @@ def m_grouped_bf16_gemm(
     *,
     batch: tuple[bool, ...] | None,
     chip: Chip,
-    b_layout: str,
+    form: str,
     layout: str = "sizes",
     expected_m: int | None = None,
     config: GemmConfig | None = None,
@@ -144,18 +128,9 @@ def m_grouped_bf16_gemm(
     **_: Any,
 ) -> LaunchPlan:
     """Operands a [m, k], b [g, n, k] ("nt") or [g, k, n] ("nn"), sizes or segments, offset."""
-    _a, b, sizes, _offset = avals_in
-    problem = _rows_problem(
-        avals_in,
-        avals_out,
-        sizes,
-        batch=batch,
-        layout=layout,
-        expected_m=expected_m,
-        n=avals_out[0].shape[-1],
-        weights_of=b,
-        **_bf16(b_layout),
-    )
+    a, b, sizes, _offset = avals_in
+    segments = _segments(sizes, layout, batch)
+    problem = _rows_problem(a, b, avals_out, segments, expected_m, _bf16(form))
     return _plan(problem, avals_in, ("a", "b", "sizes", "offset"), config, chip, num_sms)
 
 
@@ -164,7 +139,7 @@ def _bf16(layout: str) -> dict[str, str]:
 
 
 def _masked_problem(
-    a: Any, b: Any, avals_out: Sequence[Any], expected_m: int | None, zero_rows: bool, **fields: Any
+    a: Any, b: Any, avals_out: Sequence[Any], expected_m: int | None, zero_rows: bool, types: dict[str, str]
 ) -> GroupedProblem:
     """a [g, m, k]; b [weights, ...] serves group g modulo weights."""
     return GroupedProblem(
@@ -178,7 +153,7 @@ def _masked_problem(
         weights=b.shape[0],
         zero_rows=zero_rows,
         out=_out(avals_out[0]),
-        **fields,
+        **types,
     )
 
 
@@ -198,7 +173,7 @@ def m_masked_fp8_gemm(
     del batch
     a, _sa, b, sb, _masked = avals_in
     types = {"a": type_name(a), "b": type_name(b), "b_scales": _b_scales(b, sb)}
-    problem = _masked_problem(a, b, avals_out, expected_m, zero_rows, **types)
+    problem = _masked_problem(a, b, avals_out, expected_m, zero_rows, types)
     return _plan(problem, avals_in, ("a", "a_scales", "b", "b_scales", "sizes"), config, chip, num_sms)
 
 
@@ -208,7 +183,7 @@ def m_masked_bf16_gemm(
     *,
     batch: tuple[bool, ...] | None,
     chip: Chip,
-    b_layout: str,
+    form: str,
     expected_m: int | None = None,
     zero_rows: bool = False,
     config: GemmConfig | None = None,
@@ -218,7 +193,7 @@ def m_masked_bf16_gemm(
     """Operands a [g, m, k], b [weights, n, k] ("nt") or [weights, k, n] ("nn"), masked_m [g]."""
     del batch
     a, b, _masked = avals_in
-    problem = _masked_problem(a, b, avals_out, expected_m, zero_rows, **_bf16(b_layout))
+    problem = _masked_problem(a, b, avals_out, expected_m, zero_rows, _bf16(form))
     return _plan(problem, avals_in, ("a", "b", "sizes"), config, chip, num_sms)
 
 

@@ -1,8 +1,8 @@
 """Grouped GEMMs on SM90: problem -> candidates -> cost -> configuration -> launch plan.
 
-The kernel (include/jax_deepgemm/gemm_grouped.cuh) is the persistent GEMM with another way from a tile's number
-to its place: group sizes are read on the device. What is static, and what a configuration is chosen for, is
-the expected size of a group.
+The kernel (include/jax_deepgemm/gemm_grouped.cuh) is the persistent GEMM with another way from a tile's
+number to its place: group sizes are read on the device. What is static, and what a configuration is chosen
+for, is the expected size of a group.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class GroupedProblem:
 
     @cached_property
     def capacity(self) -> int:
-        """Segments that the table in shared memory has room for: a power of two, so that kernels are shared."""
+        """Segments that the table in shared memory has room for: a power of two, to share kernels."""
         used = self.segments if self.grouping == ROWS and self.segmented else self.groups
         return max(32, 1 << (used - 1).bit_length())
 
@@ -120,7 +120,9 @@ class GroupedProblem:
         parts = [f"{_SHORT[self.grouping]} {self.a}x{self.b} {self.layout} groups={self.groups}"]
         parts += [f"m={self.m} n={self.n} k={self.k} expected={self.expected} -> {self.out}"]
         parts += ["+C"] if self.add_c else []
-        parts += [f"B scales {'128x128' if self.b_scales == 'block' else '1x128'}"] if self.gemm.is_fp8 else []
+        parts += (
+            [f"B scales {'128x128' if self.b_scales == 'block' else '1x128'}"] if self.gemm.is_fp8 else []
+        )
         return " ".join(parts)
 
 
@@ -287,7 +289,9 @@ def grouped_plan(
         raise ValueError(f"config {c} cannot run {p}: {rules}. Leave config=None to have one chosen.")
     maps = [matrix_map(p.gemm, x.a, p.gemm.a_k_major, c.block_m)]
     maps += [matrix_map(p.gemm, x.b, p.gemm.b_k_major, c.block_n)]
-    for side, scales, tile in zip(sides(p.gemm), (x.a_scales, x.b_scales), (c.block_m, c.block_n), strict=True):
+    for side, scales, tile in zip(
+        sides(p.gemm), (x.a_scales, x.b_scales), (c.block_m, c.block_n), strict=True
+    ):
         if side.has_scale_map:
             assert scales is not None
             box = (tile, 1) if side.scales == "slices" else (4, tile)

@@ -1,0 +1,178 @@
+"""Grouped SM90 kernels without a GPU: what ptxas says of them, what is chosen, how they are launched."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_deepgemm as jdg
+from jax_deepgemm.core.launch import Launch, Operand, Scalar, TensorMap, encode
+from jax_deepgemm.grouped import kernel
+from jax_deepgemm.jit import CompiledKernel, compile_many
+from jax_deepgemm.sm90.chip import H200
+from jax_deepgemm.sm90.config import GemmConfig, shared_memory
+from jax_deepgemm.sm90.grouped import (
+    GroupedProblem,
+    choose_grouped,
+    grouped_candidates,
+    grouped_name,
+    grouped_source,
+    problems_with_grouped,
+)
+
+pytest.importorskip("cuda.core")
+
+BF16, F32, E4, I32 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, jnp.int32
+PLAIN: dict[str, Any] = {"a": "bf16", "b": "bf16", "b_scales": "none"}
+SPILL_OUTSIDE_THE_LOOP = 16  # bytes, once a tile: the widest FP8 tiles leave no register for the tile's place
+
+
+def problem(grouping: str = "rows", **options: Any) -> GroupedProblem:
+    sizes: dict[str, Any] = {"groups": 8, "m": 4096, "n": 4096, "k": 4096, "expected": 512, "segments": 8}
+    sizes["m" if grouping == "rows" else "n"] = 4096
+    return GroupedProblem(grouping, **{**sizes, "weights": 8, **options})
+
+
+def inner(**options: Any) -> GroupedProblem:
+    return problem("inner", **{"b_scales": "slices", "out": "float32", **options})
+
+
+def compiled_pairs() -> Iterator[tuple[GroupedProblem, GemmConfig]]:
+    """Every tile in its common form, then one of everything else."""
+    common = [problem(), problem(**PLAIN), inner(), problem("inner", **PLAIN, layout="tn", out="float32")]
+    for p in common:
+        yield from ((p, c) for c in grouped_candidates(p, H200))
+    others = [
+        problem(b_scales="vector", a="e5m2"),
+        problem(n=4099, segmented=True, groups=512, segments=512),
+        problem(out="float32"),
+        problem(**PLAIN, layout="nn", segmented=True),
+        problem("masked_rows", expected=20),
+        problem("masked_rows", **PLAIN, zero_rows=True),
+        inner(add_c=True, segmented=True),
+        inner(out="bfloat16", add_c=True, a="e5m2"),
+        problem("inner", **PLAIN, layout="tn", out="float32", add_c=True),
+        problem("masked_inner", **PLAIN, layout="tn"),
+    ]
+    yield from ((p, choose_grouped(p, H200)) for p in others)
+
+
+PAIRS = list(compiled_pairs())
+
+
+@functools.cache
+def compiled() -> dict[str, CompiledKernel]:
+    return {one.name: one for one in compile_many([grouped_source(*pair) for pair in PAIRS], progress=False)}
+
+
+@pytest.mark.parametrize(("p", "c"), PAIRS, ids=[grouped_name(*pair) for pair in PAIRS])
+def test_ptxas_is_content(p: GroupedProblem, c: GemmConfig) -> None:
+    report = compiled()[grouped_name(p, c)].report
+    assert report.warnings == ()
+    assert max(report.spill_store_bytes, report.spill_load_bytes) <= SPILL_OUTSIDE_THE_LOOP
+    if c.rows * c.cols < 192 * 128:
+        assert report.problems() == ()
+    assert report.static_smem_bytes == 0
+
+
+def test_equal_sources_for_problems_of_one_kind() -> None:
+    p = problem()
+    c = choose_grouped(p, H200)
+    other = problem(groups=5, m=77, n=136, k=999, expected=9, segments=12)
+    assert grouped_source(other, c).text == grouped_source(p, c).text
+
+
+def test_table_of_many_groups_costs_stages() -> None:
+    few, many = (choose_grouped(problem(**PLAIN, groups=g, segments=g), H200) for g in (8, 2000))
+    assert shared_memory(problem(**PLAIN).gemm, few).total <= H200.smem_per_block
+    assert many.stages < few.stages or many.slabs < few.slabs or many != few
+
+
+@pytest.mark.parametrize(
+    ("p", "c", "rule"),
+    [
+        (problem(groups=5000, segments=5000), GemmConfig(128, 128, 4, slabs=2), "8192 groups"),
+        (problem(), GemmConfig(8, 64, 8, True), "swap_ab is for dense GEMMs"),
+        (problem(), GemmConfig(128, 12, 8), "must be 8 to 256 in steps of 8"),
+    ],
+)
+def test_each_rule_has_its_message(p: GroupedProblem, c: GemmConfig, rule: str) -> None:
+    assert any(rule in message for message in problems_with_grouped(p, c))
+
+
+def test_too_many_groups_say_so() -> None:
+    with pytest.raises(ValueError, match="8192 groups, the kernel's table"):
+        choose_grouped(problem(groups=5000, segments=5000), H200)
+
+
+def test_few_rows_take_low_tiles_and_many_take_large_ones() -> None:
+    decode = choose_grouped(problem("masked_rows", m=1024, expected=20), H200)
+    prefill = choose_grouped(problem(m=32768, expected=4096), H200)
+    assert decode.block_m == 64
+    assert prefill.block_m * prefill.block_n >= 128 * 192
+
+
+# --- plans -------------------------------------------------------------------------------------------
+
+
+def shape(*dims: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def scalars(launch: Launch) -> list[int]:
+    return [int(param.value) for param in launch.params if isinstance(param, Scalar)]
+
+
+def planned(function: Any, ins: list[Any], out: Any, batch: Any = None, **params: Any) -> Launch:
+    plan = function(ins, [out], batch=batch, chip=H200, **params)
+    assert len(encode(plan)) > 100
+    [launch] = plan.steps
+    return launch
+
+
+def test_rows_plan() -> None:
+    ins = [shape(512, 256, dtype=E4), shape(512, 4, dtype=F32), shape(6, 384, 256, dtype=E4)]
+    ins += [shape(6, 3, 4, dtype=F32), shape(24, dtype=I32), shape(1, dtype=I32)]
+    launch = planned(kernel.m_grouped_fp8_gemm, ins, shape(512, 384), layout="sizes", expected_m=60)
+    maps = [param for param in launch.params if isinstance(param, TensorMap)]
+    assert [m.dims for m in maps] == [(256, 512, 1), (256, 384, 6), (4, 512, 1), (384, 512, 1)]
+    assert launch.params[len(maps) :][:4] != ()
+    m, n, k_blocks, _, scale_rows, pitch, total, here, _, extent = scalars(launch)
+    assert (m, n, k_blocks, scale_rows, pitch, total, here, extent) == (512, 384, 2, 3, 4, 24, 6, 512)
+    assert [p.index for p in launch.params if isinstance(p, Operand)] == [3, 4, 5]
+
+
+def test_segments_come_in_threes() -> None:
+    ins = [shape(512, 256), shape(6, 384, 256), shape(72, dtype=I32), shape(1, dtype=I32)]
+    launch = planned(kernel.m_grouped_bf16_gemm, ins, shape(512, 384), form="nt", layout="segments")
+    assert scalars(launch)[6:8] == [24, 6]
+    batched = planned(kernel.m_grouped_bf16_gemm, ins, shape(2, 256, 384), batch=(True,) * 4, form="nt")
+    assert scalars(batched)[:2] == [512, 384]
+
+
+def test_inner_plan_has_a_block_of_scales_per_box() -> None:
+    ins = [shape(256, 1024, dtype=E4), shape(8, 256, dtype=F32), shape(384, 1024, dtype=E4)]
+    ins += [shape(8, 384, dtype=F32), shape(5, dtype=I32), shape(1, dtype=I32), shape(5, 256, 384, dtype=F32)]
+    launch = planned(kernel.k_grouped_fp8_gemm, ins, shape(5, 256, 384, dtype=F32), layout="sizes")
+    maps = [param for param in launch.params if isinstance(param, TensorMap)]
+    assert [m.box[1] for m in maps[2:]] == [1, 1]
+    assert scalars(launch)[-1] == 1024
+
+
+def test_masked_weights_are_used_in_turn() -> None:
+    ins = [shape(12, 64, 256), shape(6, 384, 256), shape(12, dtype=I32)]
+    launch = planned(
+        kernel.m_masked_bf16_gemm, ins, shape(2, 6, 64, 384), batch=(True, False, True), form="nt"
+    )
+    assert scalars(launch)[7:] == [12, 6, 64]
+
+
+def test_precompile_takes_grouped_problems() -> None:
+    p = problem(**PLAIN)
+    [found] = jdg.precompile([p], progress=False)
+    assert found.name == grouped_name(p, choose_grouped(p, H200))
