@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jax_deepgemm.gemm.operands import (
     BLOCKED,
@@ -38,6 +39,17 @@ class Where:
     s: jax.Array
     o: jax.Array
     layout: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The arguments that describe groups of rows, as given."""
+
+    group_sizes: Any
+    m_indices: Any
+    ends: Any
+    alignment: Any
+    group_offset: Any
 
 
 def m_grouped_sides(form: str) -> tuple[Side, Side]:
@@ -130,47 +142,44 @@ def check_offset(op: str, group_offset: Any) -> jax.Array:
     """int32 [1]."""
     if group_offset is None:
         return jnp.zeros(1, jnp.int32)
-    if isinstance(group_offset, int) and not isinstance(group_offset, bool):
+    if isinstance(group_offset, int | np.integer) and not isinstance(group_offset, bool):
         group_offset = np.asarray(group_offset)
     offset = _int32(op, "group_offset", group_offset, "of one number, [] or [1]")
     if offset.shape not in ((), (1,)):
         raise ValueError(
-            f"{op}: group_offset is {describe(group_offset)}, need one number, [] or [1]: the index of b's first "
-            "group among all groups."
+            f"{op}: group_offset is {describe(group_offset)}, need one number, [] or [1]: "
+            "the index of b's first group among all groups."
         )
     return offset.reshape(1)
 
 
-def check_rows(
-    op: str,
-    group_sizes: Any,
-    m_indices: Any,
-    ends: Any,
-    alignment: Any,
-    group_offset: Any,
-    m: int,
-    groups: int,
-) -> Where:
+def check_rows(op: str, rows: Rows, m: int, groups: int) -> Where:
     """Whose rows are whose, of exactly one of the three descriptions."""
-    given = {"group_sizes": group_sizes, "m_indices": m_indices, "ends": ends}
-    named = [name for name, value in given.items() if value is not None]
+    named = [name for name in ("group_sizes", "m_indices", "ends") if getattr(rows, name) is not None]
     if len(named) != 1:
         raise TypeError(
-            f"{op}: got {' and '.join(named) or 'no description of the groups'}, need exactly one of group_sizes "
-            f"(rows of each group, [{groups}]), m_indices (group of each row, [{m}]) and ends (end of each group, "
-            f"[{groups}])."
+            f"{op}: got {' and '.join(named) or 'no description of the groups'}, need exactly one of "
+            f"group_sizes (rows of each group, [{groups}]), m_indices (group of each row, [{m}]) and "
+            f"ends (end of each group, [{groups}])."
         )
-    o = check_offset(op, group_offset)
-    whole = group_offset is not None
-    every = "one number per group" + (", also for groups that b does not have" if whole else "")
-    if group_sizes is not None:
-        return Where(_check_vector(op, "group_sizes", group_sizes, groups, every, whole), o, "sizes")
-    if ends is not None:
-        step = check_positive(op, "alignment", alignment)
-        vector = _check_vector(op, "ends", ends, groups, every, whole)
-        return Where(layouts.segments_of_ends(vector, m, step), o, "segments")
-    index = _check_vector(op, "m_indices", m_indices, m, "the group of each row of a, -1 for none")
-    return Where(layouts.segments_of_indices(index, groups, o), o, "segments")
+    o = check_offset(op, rows.group_offset)
+    some = rows.group_offset is not None
+    every = "one number per group" + (", also for groups that b does not have" if some else "")
+    if rows.m_indices is not None:
+        index = _check_vector(op, "m_indices", rows.m_indices, m, "the group of each row of a, -1 for none")
+        return Where(layouts.segments_of_indices(_whole(index), groups, o), o, "segments")
+    if rows.ends is not None:
+        default = layouts.get_mk_alignment_for_contiguous_layout()
+        step = default if rows.alignment is None else layouts.positive(op, "alignment", rows.alignment)
+        ends = _check_vector(op, "ends", rows.ends, groups, every, some)
+        return Where(layouts.segments_of_ends(_whole(ends), m, step), o, "segments")
+    return Where(_check_vector(op, "group_sizes", rows.group_sizes, groups, every, some), o, "sizes")
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """x on every device, where its type says that Explicit mesh axes cut it."""
+    sharding = jax.typeof(x).sharding
+    return jax.sharding.reshard(x, PartitionSpec(None)) if sharding.mesh.explicit_axes else x
 
 
 def check_k_groups(op: str, group_sizes: Any, num_groups: Any, group_offset: Any) -> tuple[Where, int]:
@@ -183,16 +192,16 @@ def check_k_groups(op: str, group_sizes: Any, num_groups: Any, group_offset: Any
     if num_groups is None:
         if group_offset is not None:
             raise ValueError(
-                f"{op}: group_offset is given without num_groups; say how many groups from there on the result has: "
-                "num_groups=..."
+                f"{op}: group_offset is given without num_groups, need both. "
+                "Say how many groups from there on the result has: num_groups=..."
             )
         count = sizes.shape[0]
     else:
-        count = check_positive(op, "num_groups", num_groups)
+        count = layouts.positive(op, "num_groups", num_groups)
     if count > sizes.shape[0] or (group_offset is None and count != sizes.shape[0]):
         raise ValueError(
-            f"{op}: num_groups is {count} and group_sizes is {describe(group_sizes)}, need a size for each group "
-            "(for some of the groups give group_offset too)."
+            f"{op}: num_groups is {count} and group_sizes is {describe(group_sizes)}, need a size for each "
+            "group. For some of the groups give group_offset too."
         )
     return Where(sizes, check_offset(op, group_offset), "sizes"), count
 
@@ -202,13 +211,7 @@ def check_masked_m(op: str, masked_m: Any, groups: int) -> jax.Array:
 
 
 def check_expected_m(op: str, expected_m: Any) -> int | None:
-    return None if expected_m is None else check_positive(op, "expected_m", expected_m)
-
-
-def check_positive(op: str, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{op}: {name} is {value!r}, need a positive int; it is static.")
-    return int(value)
+    return None if expected_m is None else layouts.positive(op, "expected_m", expected_m)
 
 
 def check_c(op: str, c: Any, shape: tuple[int, ...], out_dtype: np.dtype[Any]) -> jax.Array | None:

@@ -72,7 +72,7 @@ def _recut_masked(rows: str) -> Callable[..., Recut]:
 
 
 def _recut_k_grouped(plan: ShardingPlan, *arrays: jax.Array, layout: str, num_groups: int, **_: Any) -> Recut:
-    """k: my part of each group, shifted with its columns if they start inside a block. g of the result: mine."""
+    """k: my part of each group, shifted with its columns if they start inside a block. g: my results."""
     count = 4 if "kb" in plan.rule.blocks else 2
     operands, (s, o, *c) = list(arrays[:count]), arrays[count:]
     changed: dict[str, Any] = {}
@@ -175,7 +175,8 @@ def _jvp(op: Callable[[], Op], primals: list[Any], tangents: list[Any], **params
 
 def _cotangent_params(wanted: Any, params: dict[str, Any], **own: Any) -> dict[str, Any]:
     """Parameters of the op that computes a cotangent: the forward's where they mean the same."""
-    kept = {name: params[name] for name in ("num_sms", "reduce_dtype", "fallback") if name in params}
+    same = ("num_sms", "reduce_dtype", "fallback")
+    kept: dict[str, Any] = {name: params[name] for name in same if name in params}
     return {**kept, "out_dtype": wanted.dtype, "out_sharding": wanted.out_sharding, "config": None, **own}
 
 
@@ -285,9 +286,9 @@ def _k_grouped_bf16(base: Op | None = None) -> Op:
 
 M_GROUPED_BF16 = {form: _m_grouped_bf16(form) for form in FORMS}
 M_MASKED_BF16 = {form: _m_masked_bf16(form) for form in FORMS}
-K_GROUPED_BF16 = _k_grouped_bf16()
+K_GROUPED_BF16: Op = _k_grouped_bf16()
 K_GROUPED_BF16_ADD = _k_grouped_bf16(base=K_GROUPED_BF16)
-K_MASKED_BF16 = Op(
+K_MASKED_BF16: Op = Op(
     "k_masked_bf16_gemm",
     "g k m, g k n, g -> g m n",
     lambda a, b, *_, out_dtype, **__: [((a[0], a[2], b[2]), out_dtype)],

@@ -3,17 +3,17 @@
 Traced on local shapes in front of the kernel, on CUDA only. What a kernel sees where there was a batch of B
 (its `batch` is then not None), with shapes of one element of the batch in small letters:
 
-    m-grouped  a [B * m, k], b [B * g, n, k], or [g, n, k] where it is shared; s "segments" with S = B * that of
-               one; o zeros. D is [B, m, n].
-    masked     a [B * g, m, k], counts [B * g], b [B * g, n, k], or [g, n, k] where it is shared (group i of a has
-               group i % g of b). D is [B, g, m, n].
-    k-grouped  a [k, B * m] in BF16: [B * k, m]; FP8: [m, B * k'], scales [B * k' / 128, m] with k' = k rounded up
-               to whole blocks; s "segments" with segment i for group i of B * num_groups; o zeros. C and D are
-               [B, num_groups, m, n].
+    m-grouped  a [B * m, k], b [B * g, n, k], or [g, n, k] where it is shared; s "segments" with S = B * that
+               of one; o zeros. D is [B, m, n].
+    masked     a [B * g, m, k], counts [B * g], b [B * g, n, k], or [g, n, k] where it is shared (group i of a
+               has group i % g of b). D is [B, g, m, n].
+    k-grouped  a [k, B * m] in BF16: [B * k, m]; FP8: [m, B * k'], scales [B * k' / 128, m] with k' = k
+               rounded up to whole blocks; s "segments" with segment i for group i of B * num_groups; o zeros.
+               C and D are [B, num_groups, m, n].
 
-So `layout` counts only where there was no batch. k, and what else is contiguous, may be padded with zeros, and
-then exceeds D's m and n, which are the true ones. An operand that is the same for the whole batch is repeated,
-except b of m-grouped and masked.
+So `layout` counts only where there was no batch. k, and what else is contiguous, may be padded with zeros,
+and then exceeds D's m and n, which are the true ones. An operand that is the same for the whole batch is
+repeated, except b of m-grouped and masked.
 """
 
 from __future__ import annotations

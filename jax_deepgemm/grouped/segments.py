@@ -45,7 +45,7 @@ def write(segments: Segments) -> jax.Array:
 
 
 def prefix_ends(sizes: jax.Array, rows: int) -> jax.Array:
-    """Where each group ends if it starts where the one before ended; sums that int32 cannot hold are cut too."""
+    """Where each group ends if it starts where the one before ended; also if int32 cannot hold their sum."""
     sizes = jnp.clip(sizes, 0, rows)
     if sizes.shape[-1] * rows < 2**31:
         return jnp.minimum(jnp.cumsum(sizes, axis=-1, dtype=jnp.int32), rows)
@@ -72,9 +72,9 @@ def local_groups(groups: jax.Array, offset: jax.Array, count: int) -> jax.Array:
 
 
 def take_groups(segments: Segments, offset: jax.Array, count: int) -> Segments:
-    """Segments [offset, offset + count), numbered from 0 (where segment i is group i); empty where there are none.
+    """Segments [offset, offset + count), where segment i is group i: empty ones where there are none.
 
-    offset: int32 [.., 1].
+    Their groups are numbered from 0. offset is int32 [.., 1].
     """
     index = offset + jnp.arange(count, dtype=jnp.int32)
     last = segments.starts.shape[-1] - 1
@@ -91,7 +91,7 @@ def take_groups(segments: Segments, offset: jax.Array, count: int) -> Segments:
 
 
 def by_group(s: jax.Array, layout: str, rows: int, offset: jax.Array, count: int) -> jax.Array:
-    """From a row-grouped op's `s` to a k-grouped op's: its segment i is group offset + i, for `count` groups."""
+    """From an m-grouped op's `s` to a k-grouped op's: segment i is group offset + i, for `count` groups."""
     starts, ends, groups = read(s, layout, rows)
     mine = groups[..., None, :] == (offset + jnp.arange(count, dtype=jnp.int32))[..., None]
     starts, ends = (jnp.sum(jnp.where(mine, x[..., None, :], 0), axis=-1) for x in (starts, ends))
@@ -99,7 +99,7 @@ def by_group(s: jax.Array, layout: str, rows: int, offset: jax.Array, count: int
 
 
 def by_row(s: jax.Array, rows: int) -> jax.Array:
-    """From a k-grouped op's segments (segment i is group i, in any order) to a row-grouped op's: ascending."""
+    """From a k-grouped op's segments (segment i is group i) to an m-grouped op's, which ascend."""
     starts, ends, _ = read(s, "segments", rows)
     order = jnp.argsort(jnp.where(ends > starts, starts, rows), axis=-1).astype(jnp.int32)
     starts, ends = (jnp.take_along_axis(x, order, axis=-1) for x in (starts, ends))
