@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
+from jax_deepgemm import moe
+from moe_oracle import random_ids
 
 M, N, K = 512, 768, 1024
 CUTS = {  # dimension cut -> specs of A, B and D
@@ -175,3 +179,56 @@ def test_grouped_sharded_is_unsharded(case, count, kind):
         got = np.asarray(program(*shards))
     assert "jax_deepgemm_launch" in program.as_text()
     assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
+
+
+# Experts on several GPUs ----------------------------------------------------------------------------------
+
+TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 256, 3, 8, 512, 256
+
+
+def moe_operands():
+    weights = jax.nn.softmax(jax.random.normal(jax.random.key(1), (TOKENS, TOP_K)))
+    w13 = HIDDEN**-0.5 * jax.random.normal(jax.random.key(2), (EXPERTS, 2 * INNER, HIDDEN))
+    w2 = INNER**-0.5 * jax.random.normal(jax.random.key(3), (EXPERTS, HIDDEN, INNER))
+    return normal(4, TOKENS, HIDDEN), random_ids(0, TOKENS, TOP_K, EXPERTS, dropped=0.1), weights, w13, w2
+
+
+def run_moe(layer, x, ids, weights, w13, w2):
+    """The result, and the gradients of x, weights, w13 and w2."""
+
+    def run(x, ids, *rest):
+        y, vjp = jax.vjp(lambda x, *rest: layer(x, ids, *rest), x, *rest)
+        return y, *vjp(jnp.cos(y.astype(F32)).astype(y.dtype))
+
+    return jax.jit(run)(x, ids, weights, w13, w2)
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+@pytest.mark.parametrize("method", ["all_to_all", "ragged"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_experts_on_several_gpus(count, method, recipe):
+    """Against all experts on one. In FP8 the weights' gradients see tokens quantised for the journey."""
+    mesh = jax.make_mesh((count,), ("expert",), axis_types=(AxisType.Auto,), devices=gpus(count))
+    arrays = moe_operands()
+    want = run_moe(functools.partial(moe.moe_mlp, recipe=recipe), *arrays)
+    layer = functools.partial(moe.moe_layer, mesh=mesh, method=method, recipe=recipe)
+    cut = [jax.device_put(x, NamedSharding(mesh, P("expert"))) for x in arrays]
+    got = run_moe(lambda *x: layer(*x)[0], *cut)
+    _, dropped = jax.jit(layer)(*cut)
+    assert int(dropped) == 0
+    for one, other in zip(got, want, strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        assert np.linalg.norm(one - other) <= (0.05 if recipe == "fp8" else 0.01) * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize("method", ["all_to_all", "ragged"])
+def test_copies_without_room_are_counted(devices, method):
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=devices)
+    x, _, *rest = moe_operands()
+    ids = jnp.tile(jnp.arange(TOP_K, dtype=jnp.int32), (TOKENS, 1))  # all on the first device
+    layer = functools.partial(moe.moe_layer, mesh=mesh, method=method, capacity_factor=1.0)
+    y, dropped = jax.jit(layer)(
+        *(jax.device_put(z, NamedSharding(mesh, P("expert"))) for z in (x, ids, *rest))
+    )
+    assert int(dropped) == TOKENS * TOP_K // 2
+    assert bool(jnp.isfinite(y).all())
