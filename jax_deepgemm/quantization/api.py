@@ -54,8 +54,8 @@ def quantize(
     >>> quantize(x, (128, 128), jnp.float8_e5m2, "ue8m0").scales.tolist()
     [[0.0078125, 0.015625]]
     """
-    x, block, dtype = _checked_input(x, block, dtype, scale_format)
-    values, scales = _over_leading(quantize_op(block, dtype, scale_format), x.ndim - 2)(x)
+    x, block, dtype = checked_input(x, block, dtype, scale_format)
+    values, scales = over_leading(quantize_op(block, dtype, scale_format), x.ndim - 2)(x)
     return QuantizedArray(values, scales, block)
 
 
@@ -87,41 +87,43 @@ def dequantize(q: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
     q.check("dequantize", "q")
     dtype = _checked_dtype("dequantize", dtype, FLOATS)
     op = functools.partial(dequantize_op(q.block), block=q.block, dtype=dtype)
-    return _over_leading(op, q.ndim - 2)(q.values, q.scales)[0]
+    return over_leading(op, q.ndim - 2)(q.values, q.scales)[0]
 
 
-def _over_leading(op: Callable[..., list[jax.Array]], count: int) -> Callable[..., list[jax.Array]]:
+def over_leading(op: Callable[..., list[jax.Array]], count: int) -> Callable[..., list[jax.Array]]:
     """The op over leading dimensions, as levels of vmap: cut ones stay cut."""
     for _ in range(count):
         op = jax.vmap(op)
     return op
 
 
-def _checked_input(x: Any, block: Any, dtype: Any, scale_format: str) -> tuple[jax.Array, Block, np.dtype]:
+def checked_input(
+    x: Any, block: Any, dtype: Any, scale_format: str, where: str = "quantize"
+) -> tuple[jax.Array, Block, np.dtype]:
+    """x as an array, the block and the dtype, checked; `where` is the function that errors name."""
     if isinstance(x, QuantizedArray):
         raise TypeError(
-            "quantize: x is a QuantizedArray already. For another block or type: quantize(dequantize(x), "
+            f"{where}: x is a QuantizedArray already. For another block or type: quantize(dequantize(x), "
             "...)."
         )
     if not isinstance(x, (jax.Array, np.ndarray)):
         raise TypeError(
-            f"quantize: x is a {type(x).__name__}, need a JAX or NumPy array. Make one: jnp.asarray(x)."
+            f"{where}: x is a {type(x).__name__}, need a JAX or NumPy array. Make one: jnp.asarray(x)."
         )
     if x.dtype not in FLOATS:  # before JAX makes an array of its own of it, with fewer bits
         raise TypeError(
-            f"quantize: x is {x.dtype.name}, need {_names(FLOATS)}. Convert it: x.astype(jnp.float32)."
+            f"{where}: x is {x.dtype.name}, need {_names(FLOATS)}. Convert it: x.astype(jnp.float32)."
         )
     if x.ndim < 2:
         raise ValueError(
-            f"quantize: x has shape {list(x.shape)}, need rank >= 2. For a vector: quantize(x[None], ...)."
+            f"{where}: x has shape {list(x.shape)}, need rank >= 2. For a vector: quantize(x[None], ...)."
         )
-    dtype = _checked_dtype("quantize", dtype, FP8_MAX)
+    dtype = _checked_dtype(where, dtype, FP8_MAX)
     if scale_format not in SCALE_FORMATS:
         raise ValueError(
-            f"quantize: scale_format is {scale_format!r}, need 'f32' (any float32) or 'ue8m0' (powers of "
-            "two)."
+            f"{where}: scale_format is {scale_format!r}, need 'f32' (any float32) or 'ue8m0' (powers of two)."
         )
-    return jnp.asarray(x), check_block(block, "quantize"), dtype
+    return jnp.asarray(x), check_block(block, where), dtype
 
 
 def _checked_dtype(where: str, value: Any, allowed: Collection[np.dtype]) -> np.dtype:

@@ -1,9 +1,8 @@
 """quantize and dequantize as ops: one pair per block size, since the block is part of the sharding rule.
 
 Blocks are global. Where a device's piece begins or ends inside a block, the scales of that dimension are
-whole on every
-device: quantize reduces its part of the grid of amax and all-reduces that small grid (max), dequantize takes
-its window of the scales. Nothing is gathered.
+whole on every device: quantize reduces its part of the grid of amax and all-reduces that small grid (max),
+dequantize takes its window of the scales. Nothing is gathered.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from jax_deepgemm.quantization import reference
 from jax_deepgemm.quantization.array import Block, scales_shape
 
 Shape = tuple[int, ...]
+KERNEL_BLOCKS = ((1, 128), (128, 128), (128, 1))
+"""Blocks for which there is a CUDA kernel; others run as jnp."""
 
 _HINT = (
     "FP8 training goes through fp8_linear, which quantises in its forward and backward pass and has "
@@ -31,7 +32,7 @@ _HINT = (
 )
 
 
-class _BlockOp(Op):
+class BlockOp(Op):
     """An Op whose block grids follow their data in XLA's propagation over Auto axes as well."""
 
     def _shardy_rule(self, static: tuple[tuple[str, Any], ...], mesh: Any, ins: Any, outs: Any) -> Any:
@@ -40,10 +41,15 @@ class _BlockOp(Op):
         Elsewhere the grid keeps a name of its own, as Shardy would cut the elements of a block and not the
         blocks.
         """
-        text, sizes = self.rule.batched(dict(static)["batch"]).text(), {}
-        data_shape = dict(zip("rc", tuple(ins[1].shape)[-2:], strict=True))
+        rule = self.rule.batched(dict(static)["batch"])
+        text, sizes = rule.text(), {}
+        extents = {
+            name: extent
+            for factors, value in zip(rule.operands + rule.results, [*ins[1:], *outs], strict=True)
+            for name, extent in zip(factors, value.shape, strict=True)
+        }
         for grid, (data, step) in self.rule.blocks.items():
-            if not mesh.empty and data_shape[data] % (step * mesh.size) == 0:
+            if not mesh.empty and extents[data] % (step * mesh.size) == 0:
                 text = re.sub(rf"\b{data}\b", f"({grid} {data}_in)", text)
                 sizes[f"{data}_in"] = step
         return f", {text}", sizes
@@ -56,15 +62,22 @@ def quantize_op(block: Block, dtype: np.dtype, scale_format: str) -> Op:
     def result(x: Shape) -> list[tuple[Shape, Any]]:
         return [(x, dtype), (scales_shape(x, block), np.dtype(np.float32))]
 
-    return _BlockOp(
+    return BlockOp(
         f"quantize_{block[0]}x{block[1]}_{dtype.name}_{scale_format}",
         f"r c -> r c, {_grid(block)}",
         result,
         functools.partial(reference.quantize, block=block, dtype=dtype, scale_format=scale_format),
         blocks=_blocks(block),
         spmd=functools.partial(_quantize_shard, block, dtype, scale_format),
+        kernel=functools.partial(_kernel, block, scale_format) if block in KERNEL_BLOCKS else None,
         grad_hint=_HINT,
     )
+
+
+def _kernel(block: Block, scale_format: str, *args: Any, **params: Any) -> Any:
+    from jax_deepgemm.quantization import kernel  # what only CUDA needs is imported when CUDA first asks
+
+    return kernel.quantize(*args, block=block, scale_format=scale_format, **params)
 
 
 @functools.cache
@@ -74,7 +87,7 @@ def dequantize_op(block: Block) -> Op:
     def result(values: Shape, scales: Shape, *, block: Block, dtype: np.dtype) -> list[tuple[Shape, Any]]:
         return [(values, dtype)]
 
-    return _BlockOp(
+    return BlockOp(
         f"dequantize_{block[0]}x{block[1]}",
         f"r c, {_grid(block)} -> r c",
         result,
@@ -136,11 +149,11 @@ class _Window:
         return jnp.pad(x, widths)
 
 
-def _windows(plan: ShardingPlan, block: Block) -> list[_Window]:
-    """The dimensions in which devices share blocks."""
+def shared_windows(plan: ShardingPlan, block: Block, names: str = "rc") -> list[_Window]:
+    """The dimensions in which devices share blocks; `names` are those of rows and columns in the rule."""
     return [
         _Window(plan, name, axis, step)
-        for axis, name, step in zip((-2, -1), "rc", block, strict=True)
+        for axis, name, step in zip((-2, -1), names, block, strict=True)
         if step > 1 and plan.cut(name) and not plan.cut(f"{name}_blocks")
     ]
 
@@ -159,23 +172,30 @@ def _quantize_shard(
     local: Callable[..., Any],
     x: jax.Array,
 ) -> tuple[Sequence[jax.Array] | None, list[jax.Array] | None]:
-    windows = _windows(plan, block)
+    windows = shared_windows(plan, block)
     if not windows:
         return (x,), None
-    x = reference.exact_float32(x)
+    return None, quantize_shared(reference.exact_float32(x), windows, block, dtype, scale_format)
+
+
+def quantize_shared(
+    x: jax.Array, windows: Sequence[_Window], block: Block, dtype: np.dtype, scale_format: str
+) -> list[jax.Array]:
+    """[values, scales] of one device's piece of x, float32, whose blocks it shares along `windows`."""
     grid = reference.block_amax(functools.reduce(lambda y, window: window.align(y), windows, x), block)
-    grid = functools.reduce(lambda g, window: window.place(g), windows, grid)
-    amax = lax.pmax(grid, tuple(axis for window in windows for axis in window.axes))
-    scales = reference.scales_from_amax(amax, dtype, scale_format)
+    if windows:
+        grid = functools.reduce(lambda g, window: window.place(g), windows, grid)
+        grid = lax.pmax(grid, tuple(axis for window in windows for axis in window.axes))
+    scales = reference.scales_from_amax(grid, dtype, scale_format)
     inverse = functools.reduce(lambda g, window: window.per_element(g), windows, reference.reciprocal(scales))
     inverse = reference.expand(inverse, x.shape, _without(block, windows))
-    return None, [reference.cast_scaled(x, inverse, dtype), scales]
+    return [reference.cast_scaled(x, inverse, dtype), scales]
 
 
 def _dequantize_shard(
     block: Block, plan: ShardingPlan, local: Callable[..., Any], values: jax.Array, scales: jax.Array
 ) -> tuple[Sequence[jax.Array] | None, list[jax.Array] | None]:
-    windows = _windows(plan, block)
+    windows = shared_windows(plan, block)
     if not windows:
         return (values, scales), None
     mine = functools.reduce(lambda grid, window: window.per_element(grid), windows, scales)

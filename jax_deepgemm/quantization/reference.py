@@ -24,9 +24,28 @@ SMALLEST_AMAX = 1e-4
 
 def quantize(x: jax.Array, *, block: Block, dtype: np.dtype, scale_format: str) -> list[jax.Array]:
     """[values, scales] of x [.., rows, cols]."""
-    x = exact_float32(x)
+    return quantize_float32(exact_float32(x), block=block, dtype=dtype, scale_format=scale_format)
+
+
+def quantize_float32(x: jax.Array, *, block: Block, dtype: np.dtype, scale_format: str) -> list[jax.Array]:
+    """[values, scales] of x in float32."""
     scales = scales_from_amax(block_amax(x, block), dtype, scale_format)
     return [cast_scaled(x, expand(reciprocal(scales), x.shape, block), dtype), scales]
+
+
+def quantize_both(x: jax.Array, *, dtype: np.dtype, scale_format: str) -> list[jax.Array]:
+    """[values, scales, values_t, scales_t] of x in float32, [.., m, k]; see fused.py."""
+    values, scales = quantize_float32(x, block=(1, 128), dtype=dtype, scale_format=scale_format)
+    along_rows, scales_t = quantize_float32(x, block=(128, 1), dtype=dtype, scale_format=scale_format)
+    return [values, scales, along_rows.mT, scales_t]
+
+
+def zero_rows(x: jax.Array, rows: jax.Array | None) -> jax.Array:
+    """x [.., m, k] with zeros from row rows [.., 1] on."""
+    if rows is None:
+        return x
+    index = lax.broadcasted_iota(jnp.int32, (x.shape[-2], 1), 0)
+    return jnp.where(index < rows[..., None], x, jnp.zeros((), x.dtype))
 
 
 def dequantize(values: jax.Array, scales: jax.Array, *, block: Block, dtype: np.dtype) -> list[jax.Array]:

@@ -190,7 +190,7 @@ def test_results_are_written_whole_and_nothing_else():
 
 
 def near(function: Callable[..., Any], *arrays: Any, tolerance: float = 0.07) -> None:
-    """Scales are equal within float32's exp; values, dequantised, within one step of FP8, nearly all equal."""
+    """Scales are equal within float32's exp; values within a step of FP8, nearly all of them equal."""
     got, want = on_both(function, *arrays)
     assert len(got) == len(want)
     for i, (one, other) in enumerate(zip(got, want, strict=True)):

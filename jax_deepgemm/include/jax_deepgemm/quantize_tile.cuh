@@ -28,7 +28,7 @@ enum class Scales { kRow, kColumn, kBlock };
 
 constexpr int kTile = 128;  // rows and columns of a tile, and elements per scale
 constexpr int kWide = 8;    // columns of a thread
-constexpr float kInfinity = __builtin_huge_valf(), kSmallestAmax = 1e-4f;
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7F800000), kSmallestAmax = 1e-4f;
 constexpr u32 kEveryLane = 0xFFFFFFFF;
 
 struct E4m3 {
@@ -63,7 +63,8 @@ struct f16 {
 // Eight neighbouring numbers of a row, as they lie in memory.
 template <class T>
 struct Chunk {
-  static constexpr u32 kInfinite = is_same<T, bf16> ? 0x7F80 : 0x7C00, kQuiet = is_same<T, bf16> ? 0x40 : 0x200;
+  static constexpr u32 kInfinite = is_same<T, bf16> ? 0x7F80 : 0x7C00,
+                       kQuiet = is_same<T, bf16> ? 0x40 : 0x200;
   u32 pairs[4];
   __device__ __forceinline__ void clear() { pairs[0] = pairs[1] = pairs[2] = pairs[3] = 0; }
   __device__ __forceinline__ void set(int i, T v) { pairs[i / 2] |= static_cast<u32>(v.bits) << i % 2 * 16; }
@@ -112,7 +113,10 @@ struct Chunk<float> {
     for (float& one : v)
       if (fabsf(one) == kInfinity) one = __uint_as_float(0x7FC00000);
   }
-  __device__ __forceinline__ void forget() {}
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (float& one : v) ptx::forget(one);
+  }
 };
 
 // Columns from `left` < 8 on and everything where !inside are zero. ALIGNED: left is at least 8 or at most 0.
@@ -156,8 +160,12 @@ struct Quantized {
   __device__ __forceinline__ Quantized of_batch(int batch, int scales_per_matrix) const {
     const i64 size = static_cast<i64>(rows) * cols * batch;
     const i64 grid_t = static_cast<i64>(ceil_div(rows, kTile)) * cols * batch;
-    return {values + size, scales + static_cast<i64>(scales_per_matrix) * batch, values_t + size,
-            scales_t + grid_t, rows, cols};
+    return {values + size,
+            scales + static_cast<i64>(scales_per_matrix) * batch,
+            values_t + size,
+            scales_t + grid_t,
+            rows,
+            cols};
   }
 };
 
@@ -261,7 +269,8 @@ __device__ __forceinline__ void store_bytes(u8* at, uint2 v, int left) {
 
 template <class C, class T>
 __device__ __forceinline__ void store_values(const Chunk<T> (&x)[C::ROWS], const float (&row)[C::ROWS],
-                                             const float (&col)[kWide], const Quantized& to, const Place& at) {
+                                             const float (&col)[kWide], const Quantized& to,
+                                             const Place& at) {
   u8* line = to.values + static_cast<i64>(at.row) * to.cols + at.col;
 #pragma unroll
   for (int j = 0; j < C::ROWS; ++j, line += to.cols) {

@@ -2,7 +2,8 @@
 //
 //   act  = silu(gate) * up * weight[row]                              float32, then quantize_tile.cuh
 //   dh   = dact * weight[row] * [up * silu'(gate) | silu(gate)]       as [rows, 2 i]
-//   dweight[row] = sum over i of dact * silu(gate) * up               partial sums of each tile, then in order
+//   dweight[row] = sum over i of dact * silu(gate) * up               partial sums of each tile, then in
+//   order
 //
 // swiglu       one tile of act per block of 256 threads
 // swiglu_grad  one tile of dh per block of 256 threads, for any i and any type
@@ -78,6 +79,7 @@ __device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In>& in, c
     const float weight = weight_of<C>(own.weight, at.row + j, rows);
 #pragma unroll
     for (int i = 0; i < kWide; ++i) act[j].v[i] = Silu(gate[j][i]).value * up[j][i] * weight;
+    act[j].forget();  // keeps the rows in order, and with them the registers few
   }
   quantize_tile<C>(act, shared, to, at);
 }
@@ -209,7 +211,8 @@ __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C:
   }
 }
 
-// sums[batch, row] = parts[batch, 0, row] + parts[batch, 1, row] + ..: in this order, so equal bits each time.
+// sums[batch, row] = parts[batch, 0, row] + parts[batch, 1, row] + ..: in this order, so equal bits each
+// time.
 __device__ __forceinline__ void add_parts(const float* parts, float* sums, int tiles, int rows, int batches) {
   const i64 index = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index >= static_cast<i64>(rows) * batches) return;

@@ -74,14 +74,16 @@ __device__ __forceinline__ uint4 load_shared_16(u32 address) {
 
 // 16 bytes into shared memory, the first `bytes` of them from global memory, the others zero.
 __device__ __forceinline__ void copy_async(u32 shared, const void* global, u32 bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes)
+               : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until this thread's copies have landed; it may then read them, other threads after a barrier.
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-// Makes the compiler unpack v again after this point instead of keeping what it unpacked before it.
+// Makes the compiler compute v up to here, and what follows from it anew instead of keeping it.
 __device__ __forceinline__ void forget(u32& v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void forget(float& v) { asm volatile("" : "+f"(v)); }
 
 }  // namespace jdg::ptx

@@ -1,0 +1,255 @@
+"""The memory-bound kernels that make FP8: problem -> source text and LaunchPlan.
+
+One tile of 128 x 128 per block of threads; include/jax_deepgemm/quantize_tile.cuh says how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Param, Result, Scalar, Scratch
+from jax_deepgemm.jit import KernelSource, compile_kernel
+from jax_deepgemm.sm90.chip import Chip
+
+TILE = 128
+SUM_THREADS = 256
+
+_TEXT = """\
+#include <jax_deepgemm/{header}.cuh>
+
+struct Config {{
+  using In = {x};
+  using Fp8 = jdg::{fp8};
+  static constexpr jdg::Scales SCALES = jdg::Scales::{scales};
+  static constexpr int ROWS = {rows_of_a_thread};
+  static constexpr bool UE8M0 = {ue8m0}, TRANSPOSED = {transposed}, LIMITED = {limited};
+  static constexpr bool WEIGHTED = {weighted}, ALIGNED = {aligned}, ALIGNED_T = {aligned_t};
+}};
+
+extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
+  const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols}};
+  {body}
+}}
+"""
+
+_SUM_TEXT = """\
+#include <jax_deepgemm/swiglu.cuh>
+
+extern "C" __global__ void {name}(const float* parts, float* sums, int tiles, int rows, int batches) {{
+  jdg::add_parts(parts, sums, tiles, rows, batches);
+}}
+"""
+
+_INPUTS = "const jdg::SwigluInputs<Config::In> in = {{h, {weight}, {dact}, {limit}, {flags}, {width}}};\n  "
+_BODIES = {
+    "quantize": "jdg::quantize<Config>(x, {limit}, to, batched_x, batched_limit);",
+    "swiglu": _INPUTS + "jdg::swiglu<Config>(in, to);",
+    "swiglu_grad": _INPUTS + "jdg::swiglu_grad<Config>(in, to, {parts});",
+    "swiglu_grad_pairs": _INPUTS + "jdg::swiglu_grad_pairs<Config>(in, to, {parts}, tiles);",
+}
+_TYPES = {"bfloat16": "jdg::bf16", "float16": "jdg::f16", "float32": "float"}
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+_FP8 = {"float8_e4m3fn": "E4m3", "float8_e5m2": "E5m2"}
+_SCALES = {(1, TILE): "kRow", (TILE, 1): "kColumn", (TILE, TILE): "kBlock"}
+
+
+@dataclass(frozen=True)
+class QuantizeProblem:
+    """What is quantised and how.
+
+    Attributes:
+      kind: "quantize" (x itself), "swiglu" (of h = gate | up) or "swiglu_grad" (the gradient of h).
+      rows, cols: of the quantised matrix.
+      x: dtype of what is read.
+      fp8: dtype of what is written.
+      block: elements per scale, (1, 128), (128, 1) or (128, 128).
+      transposed: write the transposed copy too; with block (1, 128) it has scales of its own, (128, 1).
+      ue8m0: scales are powers of two.
+      limited: an operand says from which row on x counts as zeros.
+      weighted: "swiglu" and its gradient have a factor per row.
+      batches: number of matrices.
+    """
+
+    kind: str
+    rows: int
+    cols: int
+    x: str = "bfloat16"
+    fp8: str = "float8_e4m3fn"
+    block: tuple[int, int] = (1, TILE)
+    transposed: bool = False
+    ue8m0: bool = False
+    limited: bool = False
+    weighted: bool = False
+    batches: int = 1
+
+    def __str__(self) -> str:
+        shape = f"{self.rows}x{self.cols}"
+        return f"{kernel_name(self)} {f'{self.batches} x ' if self.batches > 1 else ''}{shape}"
+
+    @property
+    def width(self) -> int:
+        """Features of SwiGLU's result."""
+        return self.cols // 2 if self.kind == "swiglu_grad" else self.cols
+
+    @property
+    def aligned(self) -> bool:
+        """Eight neighbouring numbers of a row lie in one half of h, and can be moved at once."""
+        return self.width % 8 == 0
+
+    @property
+    def aligned_t(self) -> bool:
+        """The same for the rows of the transposed copy."""
+        return self.rows % 8 == 0
+
+    @property
+    def pairs(self) -> bool:
+        """The gradients of gate and up are computed together."""
+        return self.kind == "swiglu_grad" and self.width % TILE == 0 and self.x != "float32"
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of all matrices; one where there is nothing to write, as a grid is never empty."""
+        cols = self.width if self.pairs else self.cols
+        return max(-(-self.rows // TILE) * -(-cols // TILE) * self.batches, 1)
+
+
+class Shape(NamedTuple):
+    """Of a kernel's grid: threads of a block, rows of a thread, blocks that an SM should hold."""
+
+    threads: int
+    rows: int
+    blocks_per_sm: int
+
+
+def shape_of(p: QuantizeProblem) -> Shape:
+    """How a tile is divided among threads."""
+    if p.pairs:
+        return Shape(512, 4, 1)
+    if p.kind != "quantize" and p.x == "float32":
+        return Shape(256, 8, 1)
+    unpacked = p.kind != "quantize" or p.x == "float32"  # 64 registers of a thread hold its numbers, not 32
+    if unpacked or p.fp8 != "float8_e4m3fn" or not (p.aligned and p.aligned_t):
+        return Shape(256, 8, 2)
+    return Shape(256, 8, 3 if p.transposed else 4)
+
+
+def shared_memory(p: QuantizeProblem) -> int:
+    """Dynamic shared memory: PairsShared of swiglu.cuh; the other kernels' is static."""
+    if not p.pairs:
+        return 0
+    threads, rows, _ = shape_of(p)
+    tile = TILE * TILE if p.transposed else 16
+    return 3 * rows * threads * 16 + tile + threads // 32 * TILE * 4 + TILE * 4
+
+
+def kernel_name(p: QuantizeProblem) -> str:
+    """The name that profilers show."""
+    kind = f"{p.kind}_pairs" if p.pairs else p.kind
+    parts = ["jdg", kind, f"{p.block[0]}x{p.block[1]}", _SHORT[p.x], _FP8[p.fp8].lower()]
+    flags = {"t": p.transposed, "ue8m0": p.ue8m0, "rows": p.limited, "w": p.weighted}
+    parts += [name for name, on in flags.items() if on]
+    parts += [] if p.aligned and (p.aligned_t or not p.transposed) else ["unaligned"]
+    return "_".join(parts)
+
+
+def _pointers(p: QuantizeProblem) -> dict[str, str]:
+    """Name -> type of the pointers, operands first, then results, in the op's order."""
+    swiglu = p.kind != "quantize"
+    wanted = {
+        "h" if swiglu else "x": "const Config::In*",
+        "weight": "const float*" if p.weighted else "",
+        "dact": "const Config::In*" if p.kind == "swiglu_grad" else "",
+        "limit": "const int*" if p.limited else "",
+        "values": "jdg::u8*",
+        "scales": "float*",
+        "values_t": "jdg::u8*" if p.transposed else "",
+        "scales_t": "float*" if p.transposed and p.block == (1, TILE) else "",
+    }
+    return {name: kind for name, kind in wanted.items() if kind}
+
+
+def _integers(p: QuantizeProblem) -> list[str]:
+    names = ["x", "limit"] if p.kind == "quantize" else ["h", "weight", "dact", "limit"]
+    return ["rows", "cols", *(f"batched_{name}" for name in names), *(["tiles"] if p.pairs else [])]
+
+
+def kernel_source(p: QuantizeProblem) -> KernelSource:
+    """The source of the kernel that solves p, equal for all sizes that are aligned alike."""
+    threads, rows, blocks_per_sm = shape_of(p)
+    pointers = _pointers(p)
+    parts = {"parts": "float*"} if p.kind == "swiglu_grad" and p.weighted else {}
+    parameters = [f"{kind} {name}" for name, kind in {**pointers, **parts}.items()]
+    parameters += [f"int {name}" for name in _integers(p)]
+    names = ("weight", "dact", "limit", "values_t", "scales_t", "parts")
+    given = {name: name if name in {**pointers, **parts} else "nullptr" for name in names}
+    flags = ", ".join(name for name in _integers(p) if name.startswith("batched"))
+    width = "cols / 2" if p.kind == "swiglu_grad" else "cols"
+    name = kernel_name(p)
+    body = _BODIES[f"{p.kind}_pairs" if p.pairs else p.kind]
+    text = _TEXT.format(
+        header="quantize" if p.kind == "quantize" else "swiglu",
+        x=_TYPES[p.x],
+        fp8=_FP8[p.fp8],
+        scales=_SCALES[p.block],
+        rows_of_a_thread=rows,
+        threads=threads,
+        blocks_per_sm=blocks_per_sm,
+        name=name,
+        parameters=", ".join(parameters),
+        values_t=given["values_t"],
+        scales_t=given["scales_t"],
+        body=body.format(**given, flags=flags, width=width),
+        **{
+            flag: str(getattr(p, flag)).lower()
+            for flag in ("ue8m0", "transposed", "limited", "weighted", "aligned", "aligned_t")
+        },
+    )
+    return KernelSource(name, text, (("problem", str(p)),), shared_memory=shared_memory(p))
+
+
+def sum_source() -> KernelSource:
+    """The source of the kernel that adds the partial sums of the tiles."""
+    name = "jdg_swiglu_grad_sum"
+    return KernelSource(name, _SUM_TEXT.format(name=name))
+
+
+def quantize_plan(p: QuantizeProblem, chip: Chip, batched: dict[str, bool]) -> LaunchPlan:
+    """One launch; with a gradient of weights a second one, which adds the tiles' sums in order.
+
+    Args:
+      p: the problem.
+      chip: the device.
+      batched: name of an operand ("x", "limit"; "h", "weight", "dact", "limit") -> each matrix has its own.
+    """
+    pointers = list(_pointers(p))
+    operands = pointers[: pointers.index("values")]
+    params: list[Param] = [Operand(i) for i in range(len(operands))]
+    params += [Result(i) for i in range(len(pointers) - len(operands))]
+    sums = p.kind == "swiglu_grad" and p.weighted
+    params += [Scratch(0)] if sums else []
+    values = {"rows": p.rows, "cols": p.cols, "tiles": p.tiles if p.rows and p.cols else 0}
+    values |= {f"batched_{name}": int(on) for name, on in batched.items()}
+    params += [Scalar(values.get(name, 0), "int32") for name in _integers(p)]
+    launch = Launch(
+        kernel=compile_kernel(kernel_source(p), arch=chip.arch),
+        grid=(min(p.tiles, chip.num_sms) if p.pairs else p.tiles, 1, 1),
+        block=shape_of(p).threads,
+        params=tuple(params),
+        shared_memory=shared_memory(p),
+    )
+    if not sums:
+        return LaunchPlan((launch,), label=str(p))
+    columns = -(-p.width // TILE)
+    integers = (columns, p.rows, p.batches)
+    add = Launch(
+        kernel=compile_kernel(sum_source(), arch=chip.arch),
+        grid=(max(-(-p.rows * p.batches // SUM_THREADS), 1), 1, 1),
+        block=SUM_THREADS,
+        params=(
+            Scratch(0),
+            Result(len(pointers) - len(operands)),
+            *(Scalar(i, "int32") for i in integers),
+        ),
+    )
+    return LaunchPlan((launch, add), (max(columns * p.rows * p.batches * 4, 4),), label=str(p))
