@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 from jax_deepgemm.moe.dispatch import DispatchPlan, combine, dispatch, plan_dispatch, spread_weights
+from jax_deepgemm.moe.experts import expert_mlp
+from jax_deepgemm.moe.layer import moe_mlp
+from jax_deepgemm.moe.parallel import expert_parallel_moe, moe_layer
 from jax_deepgemm.moe.route import route
 
-__all__ = ["DispatchPlan", "combine", "dispatch", "plan_dispatch", "route", "spread_weights"]
+__all__ = [
+    "DispatchPlan",
+    "combine",
+    "dispatch",
+    "expert_mlp",
+    "expert_parallel_moe",
+    "moe_layer",
+    "moe_mlp",
+    "plan_dispatch",
+    "route",
+    "spread_weights",
+]

@@ -1,0 +1,285 @@
+"""The experts: two grouped GEMMs with a SwiGLU between them, on rows sorted by expert.
+
+    h   = rows @ w13[e].T              [m, 2i], bfloat16: gate | up
+    act = silu(gate) * up * weight     float32; the row's routing weight is applied here
+    y   = act @ w2[e].T                [m, h]
+
+In FP8 every operand is quantised by the pass that produces it: rows (1x128, and transposed for dw13), act
+from float32 (1x128, and transposed for dw2), dy and dh likewise. Kept for the backward pass: rows and act in
+FP8 transposed, h in bfloat16, the transposed FP8 weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_deepgemm.activation import swiglu, swiglu_grad_quantize, swiglu_quantize
+from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.gemm.operands import BLOCKED, PER_ROW
+from jax_deepgemm.grouped import linear
+from jax_deepgemm.grouped import recipe as fp8
+from jax_deepgemm.grouped.api import m_grouped_bf16_gemm_nt_contiguous
+from jax_deepgemm.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
+from jax_deepgemm.quantization import QuantizedArray, quantize
+
+MOE_HIDDEN = "jdg_moe_hidden"
+"""checkpoint_name of the first GEMM's result, bfloat16 [rows, 2 * intermediate]."""
+
+Weight: TypeAlias = jax.Array | QuantizedArray
+_Pair: TypeAlias = tuple[jax.Array, jax.Array]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What of one call is static."""
+
+    gemms: fp8.Options
+    num_groups: int
+    rows: np.dtype[Any]
+    """dtype of the rows, their gradient, and the result."""
+    w13: np.dtype[Any]
+    w2: np.dtype[Any]
+
+    @classmethod
+    def of(cls, rows: np.dtype[Any], w13: Weight, w2: Weight, gemms: fp8.Options) -> Experts:
+        return cls(gemms, w13.shape[0], np.dtype(rows), np.dtype(w13.dtype), np.dtype(w2.dtype))
+
+
+class Kept(NamedTuple):
+    """What waits for the backward pass. FP8 as (bytes, scales); None for rows and act of frozen weights."""
+
+    rows: _Pair | None
+    hidden: jax.Array
+    act: _Pair | None
+    w13: _Pair
+    w2: _Pair
+    row_weights: jax.Array
+    groups: fp8.Groups
+
+
+def is_frozen(dtype: np.dtype[Any]) -> bool:
+    return dtype.itemsize == 1
+
+
+def expert_mlp(
+    rows: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    group_sizes: jax.Array,
+    row_weights: jax.Array | None = None,
+    *,
+    recipe: str = "fp8",
+    group_offset: Any = None,
+    expected_m: int | None = None,
+    num_sms: int | None = None,
+) -> jax.Array:
+    """y = (silu(gate) * up * row_weight) @ w2[e].T with gate | up = row @ w13[e].T, for the rows of each
+    expert e.
+
+    >>> import jax, jax.numpy as jnp
+    >>> rows = jax.random.normal(jax.random.key(0), (10, 256), jnp.bfloat16)
+    >>> w13 = jax.random.normal(jax.random.key(1), (3, 2 * 128, 256)) / 16
+    >>> w2 = jax.random.normal(jax.random.key(2), (3, 256, 128)) / 16
+    >>> expert_mlp(rows, w13, w2, jnp.array([4, 0, 5])).shape
+    (10, 256)
+
+    Args:
+      rows: [m, h] bfloat16 or float32, sorted by expert (`dispatch`).
+      w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or
+        QuantizedArray of block (128, 128) for a frozen weight ("fp8"; it has no gradient).
+      w2: [e, h, i] down projections, likewise.
+      group_sizes: integer [e_all], rows of each expert.
+      row_weights: float32 [m], factors of the rows (`spread_weights`); None: ones.
+      recipe: "fp8": both GEMMs and their four gradients in FP8. "bf16": all in bfloat16.
+      group_offset: the expert of w13[0], where only a part of the experts is here.
+      expected_m: rows of an expert to expect, for the choice of the kernel.
+      num_sms: as in `fp8_gemm_nt`.
+
+    Returns:
+      [m, h] in the dtype of rows. Rows behind the last group, and those of experts that are not here, are
+      zero.
+
+    Raises:
+      ValueError, TypeError: operands that do not fit; the message names both sides.
+
+    Gradients of rows, row_weights and master weights, of first order and in reverse mode. For
+    `jax.checkpoint` policies the kept FP8 activations are named "jdg_grouped_act_fp8", the kept FP8 weights
+    "jdg_grouped_weight_fp8", and the first GEMM's result "jdg_moe_hidden".
+    """
+    check("expert_mlp", rows, w13, w2, group_sizes, row_weights, recipe)
+    if row_weights is None:
+        row_weights = jnp.ones(rows.shape[:1], jnp.float32)
+    groups = fp8.Groups.of(group_sizes, group_offset)
+    gemms = fp8.Options(expected_m, num_sms)
+    if recipe == "bf16":
+        return _bf16(rows, w13, w2, groups, row_weights, gemms)
+    static = Experts.of(rows.dtype, w13, w2, gemms)
+    leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups))
+    return _fp8(static, *jax.tree.unflatten(tree, same_varying_axes(leaves)))
+
+
+def check(where: str, rows: Any, w13: Any, w2: Any, sizes: Any, row_weights: Any, recipe: str) -> None:
+    linear.check_recipe(where, recipe)
+    linear.check_rows(where, "rows", rows)
+    check_weights(where, rows, w13, w2, recipe)
+    linear.check_sizes(where, sizes, w13.shape[0])
+    if row_weights is not None and (
+        tuple(row_weights.shape) != (rows.shape[0],) or row_weights.dtype != jnp.float32
+    ):
+        raise ValueError(
+            f"{where}: row_weights are {row_weights.dtype.name} {list(row_weights.shape)} and rows are "
+            f"{list(rows.shape)}, need float32 [{rows.shape[0]}]. spread_weights(weights, plan) makes them."
+        )
+
+
+def check_weights(where: str, x: Any, w13: Any, w2: Any, recipe: str) -> None:
+    """w13 [e, 2 * i, h] and w2 [e, h, i] of x [.., h]."""
+    linear.check_weight(where, "w13", w13, recipe)
+    linear.check_weight(where, "w2", w2, recipe)
+    experts, hidden, intermediate = w2.shape
+    if tuple(w13.shape) != (experts, 2 * intermediate, hidden) or x.shape[-1] != hidden:
+        raise ValueError(
+            f"{where}: inputs are {list(x.shape)}, w13 is {list(w13.shape)} and w2 is {list(w2.shape)}, "
+            "need [.., h], [e, 2 * i, h] (gate, then up) and [e, h, i]."
+        )
+
+
+def _bf16(
+    rows: jax.Array, w13: Any, w2: Any, groups: fp8.Groups, row_weights: jax.Array, gemms: fp8.Options
+) -> jax.Array:
+    gemm = functools.partial(
+        m_grouped_bf16_gemm_nt_contiguous,
+        group_sizes=groups.sizes,
+        group_offset=groups.offset,
+        expected_m=gemms.expected_m,
+        num_sms=gemms.num_sms,
+    )
+    hidden = checkpoint_name(gemm(rows.astype(jnp.bfloat16), w13.astype(jnp.bfloat16)), MOE_HIDDEN)
+    return gemm(swiglu(hidden, row_weights), w2.astype(jnp.bfloat16), out_dtype=rows.dtype)
+
+
+def apply(
+    static: Experts,
+    rows: QuantizedArray,
+    w13: QuantizedArray,
+    w2: QuantizedArray,
+    row_weights: jax.Array,
+    groups: fp8.Groups,
+) -> jax.Array:
+    """y of quantised rows and weights; nothing is kept."""
+    hidden = fp8.m_grouped(rows, w13, groups, static.gemms, jnp.bfloat16)
+    end = groups.end(hidden.shape[0])
+    values, scales = swiglu_quantize(hidden, row_weights, end, transposed=False)
+    return fp8.m_grouped(QuantizedArray(values, scales, PER_ROW), w2, groups, static.gemms, static.rows)
+
+
+def apply_and_keep(
+    static: Experts,
+    rows: QuantizedArray,
+    along_rows: fp8.AlongRows | None,
+    w13: Weight,
+    w2: Weight,
+    row_weights: jax.Array,
+    groups: fp8.Groups,
+) -> tuple[jax.Array, Kept]:
+    """`apply` of master (or frozen) weights, and what `backward` needs."""
+    first, kept_w13 = _prepare(w13)
+    second, kept_w2 = _prepare(w2)
+    hidden = checkpoint_name(fp8.m_grouped(rows, first, groups, static.gemms, jnp.bfloat16), MOE_HIDDEN)
+    trained = not is_frozen(static.w2)
+    end = groups.end(hidden.shape[0])
+    values, scales, *act_t = swiglu_quantize(hidden, row_weights, end, transposed=trained)
+    y = fp8.m_grouped(QuantizedArray(values, scales, PER_ROW), second, groups, static.gemms, static.rows)
+    return y, Kept(
+        rows=None if along_rows is None else fp8.keep(*along_rows, GROUPED_ACT_FP8),
+        hidden=hidden,
+        act=fp8.keep(act_t[0], act_t[1], GROUPED_ACT_FP8) if trained else None,
+        w13=kept_w13,
+        w2=kept_w2,
+        row_weights=row_weights,
+        groups=groups,
+    )
+
+
+def backward(
+    static: Experts, kept: Kept, dy: QuantizedArray, dy_along_rows: fp8.AlongRows | None
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array]:
+    """(gradient of the rows, of w13, of w2, of the row weights)."""
+    groups, gemms = kept.groups, static.gemms
+    dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
+    end = groups.end(dact.shape[0])
+    dh, dh_scales, *dh_t, dweights = swiglu_grad_quantize(
+        kept.hidden, kept.row_weights, dact, end, transposed=kept.rows is not None
+    )
+    dh_rows = QuantizedArray(dh, dh_scales, PER_ROW)
+    drows = fp8.m_grouped(dh_rows, _for_dgrad(kept.w13, static.w13), groups, gemms, static.rows)
+    dh_along_rows = fp8.AlongRows(*dh_t) if dh_t else None
+    dw13 = _weight_gradient(static, dh_along_rows, kept.rows, groups, static.w13)
+    dw2 = _weight_gradient(static, dy_along_rows, kept.act, groups, static.w2)
+    return drows, dw13, dw2, dweights
+
+
+def _prepare(w: Weight) -> tuple[QuantizedArray, _Pair]:
+    """The weight of the forward GEMM, and what the backward one needs: of a frozen one, itself."""
+    if isinstance(w, QuantizedArray):
+        linear.require_blocked("expert_mlp", w)
+        return w, fp8.keep(w.values, w.scales, GROUPED_WEIGHT_FP8)
+    weight, weight_t = fp8.weight_and_transpose(w)
+    return weight, fp8.keep(weight_t.values, weight_t.scales, GROUPED_WEIGHT_FP8)
+
+
+def _for_dgrad(pair: _Pair, dtype: np.dtype[Any]) -> QuantizedArray:
+    if is_frozen(dtype):
+        return fp8.transposed(QuantizedArray(*fp8.kept(pair, dtype), BLOCKED))
+    return QuantizedArray(*fp8.kept(pair), BLOCKED)
+
+
+def _weight_gradient(
+    static: Experts,
+    dy: fp8.AlongRows | None,
+    kept: _Pair | None,
+    groups: fp8.Groups,
+    dtype: np.dtype[Any],
+) -> jax.Array | None:
+    if kept is None or dy is None:
+        return None
+    x = fp8.AlongRows(*fp8.kept(kept))
+    return fp8.k_grouped(dy, x, groups, static.num_groups, static.gemms, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fp8(
+    static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
+) -> jax.Array:
+    weights = fp8.forward_weight(w13), fp8.forward_weight(w2)
+    return apply(static, quantize(rows, PER_ROW), *weights, row_weights, groups)
+
+
+def quantize_rows(
+    trained: bool, x: jax.Array, groups: fp8.Groups
+) -> tuple[QuantizedArray, fp8.AlongRows | None]:
+    """x per row, and along rows if a weight's gradient needs that."""
+    return fp8.both(x, groups) if trained else (quantize(x, PER_ROW), None)
+
+
+def _fp8_fwd(
+    static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
+) -> tuple[jax.Array, Kept]:
+    quantized, along_rows = quantize_rows(not is_frozen(static.w13), rows, groups)
+    return apply_and_keep(static, quantized, along_rows, w13, w2, row_weights, groups)
+
+
+def _fp8_bwd(static: Experts, kept: Kept, dy: jax.Array) -> tuple[Any, ...]:
+    quantized, along_rows = quantize_rows(not is_frozen(static.w2), dy, kept.groups)
+    drows, dw13, dw2, dweights = backward(static, kept, quantized, along_rows)
+    return drows, dw13, dw2, dweights, None
+
+
+_fp8.defvjp(_fp8_fwd, _fp8_bwd)

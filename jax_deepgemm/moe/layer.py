@@ -1,0 +1,107 @@
+"""A mixture of experts on one device: dispatch, experts, combine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_deepgemm.grouped import linear
+from jax_deepgemm.moe.dispatch import combine, plan_dispatch, spread, spread_weights
+from jax_deepgemm.moe.experts import Weight, check_weights, expert_mlp
+
+
+def moe_mlp(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    *,
+    recipe: str = "fp8",
+    expected_m: int | None = None,
+    num_sms: int | None = None,
+) -> jax.Array:
+    """Each token through its experts: y[t] = sum_s weights[t, s] * MLP of expert ids[t, s] of x[t].
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax_deepgemm.moe import moe_mlp, route
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> x = jax.random.normal(keys[0], (6, 256), jnp.bfloat16)
+    >>> gate = jax.random.normal(keys[1], (4, 256)) / 16
+    >>> w13 = jax.random.normal(keys[2], (4, 2 * 128, 256)) / 16
+    >>> w2 = jax.random.normal(keys[3], (4, 256, 128)) / 16
+    >>> def layer(x, gate, w13, w2):
+    ...     ids, weights = route(x.astype(jnp.float32) @ gate.T, 2)
+    ...     return moe_mlp(x, ids, weights, w13, w2)
+    >>> layer(x, gate, w13, w2).shape
+    (6, 256)
+    >>> loss = lambda *args: layer(*args).astype(jnp.float32).sum()
+    >>> [g.dtype.name for g in jax.grad(loss, (0, 1, 2, 3))(x, gate, w13, w2)]
+    ['bfloat16', 'float32', 'float32', 'float32']
+
+    Args:
+      x: [t, h] bfloat16 or float32. Merge leading dimensions first, or use jax.vmap.
+      ids: integer [t, top_k], the experts of each token (`route`). Copies with an id outside [0, e) are
+        dropped: they count zero, and have zero gradients.
+      weights: float32 [t, top_k].
+      w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or
+        QuantizedArray of block (128, 128) for frozen ones.
+      w2: [e, h, i] down projections, likewise.
+      recipe: "fp8": the GEMMs and their gradients in FP8, as in `expert_mlp`. "bf16": all in bfloat16.
+      expected_m: rows of an expert to expect, for the choice of the kernel; default t * top_k / e.
+      num_sms: as in `fp8_gemm_nt`.
+
+    Returns:
+      [t, h] in the dtype of x. Weights multiply before the second GEMM; a token's copies are summed in
+      float32, slot by slot.
+
+    Raises:
+      ValueError, TypeError: operands that do not fit; the message names both sides.
+
+    Which tokens go where is data: another routing does not compile again. Deterministic. On a mesh:
+    `moe_layer`, or, inside `jax.shard_map`, this function (all experts on each device) and
+    `expert_parallel_moe`.
+    """
+    check_tokens("moe_mlp", x, ids, weights)
+    check_weights("moe_mlp", x, w13, w2, recipe)
+    experts = w13.shape[0]
+    plan = plan_dispatch(ids, experts)
+    y = expert_mlp(
+        spread(x, plan),
+        w13,
+        w2,
+        plan.group_sizes,
+        spread_weights(weights, plan),
+        recipe=recipe,
+        expected_m=expected_rows(ids.size, experts) if expected_m is None else expected_m,
+        num_sms=num_sms,
+    )
+    return combine(y, plan)
+
+
+def expected_rows(copies: int, experts: int) -> int:
+    """Rows of an expert if all have the same load."""
+    return max(-(-copies // max(experts, 1)), 1)
+
+
+def check_tokens(where: str, x: Any, ids: Any, weights: Any) -> None:
+    """x is [t, h], ids and weights are [t, top_k]."""
+    linear.check_rows(where, "x", x)
+    for name, given in (("ids", ids), ("weights", weights)):
+        if not hasattr(given, "shape") or given.ndim != 2 or given.shape[0] != x.shape[0]:
+            shape = list(given.shape) if hasattr(given, "shape") else type(given).__name__
+            raise ValueError(
+                f"{where}: {name} are {shape} and x is {list(x.shape)}, need [{x.shape[0]}, top_k]. "
+                "jax_deepgemm.moe.route makes ids and weights."
+            )
+    if tuple(ids.shape) != tuple(weights.shape):
+        raise ValueError(
+            f"{where}: ids are {list(ids.shape)} and weights are {list(weights.shape)}, need the same shape."
+        )
+    if weights.dtype != jnp.float32:
+        raise ValueError(
+            f"{where}: weights are {weights.dtype.name}, need float32. Convert them: "
+            "weights.astype(jnp.float32)."
+        )

@@ -1,0 +1,285 @@
+"""Experts spread over devices: every device has some experts and some tokens.
+
+In FP8, tokens are quantised before they travel (1 byte per element, and a float32 scale per 128), and so are
+the gradients of the results in the backward pass. Results, and the gradients of the tokens, travel in the
+dtype of x.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.gemm.operands import PER_ROW
+from jax_deepgemm.grouped import recipe as fp8
+from jax_deepgemm.moe import exchange as way
+from jax_deepgemm.moe.exchange import Axis, Exchange
+from jax_deepgemm.moe.experts import (
+    Experts,
+    Kept,
+    Weight,
+    apply,
+    apply_and_keep,
+    backward,
+    check_weights,
+    expert_mlp,
+    is_frozen,
+)
+from jax_deepgemm.moe.layer import check_tokens, expected_rows
+from jax_deepgemm.quantization import QuantizedArray, dequantize, quantize
+
+
+def expert_parallel_moe(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    *,
+    axis: Axis,
+    method: str = "all_to_all",
+    capacity_factor: float | None = None,
+    recipe: str = "fp8",
+    expected_m: int | None = None,
+    num_sms: int | None = None,
+    emulate_ragged: bool | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`moe_mlp` inside `jax.shard_map`, with the experts cut over a mesh axis.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax.sharding import PartitionSpec as P
+    >>> from jax_deepgemm.moe import expert_parallel_moe, route
+    >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("expert",))
+    >>> x = jax.random.normal(jax.random.key(0), (6, 256), jnp.bfloat16)
+    >>> ids, weights = route(jax.random.normal(jax.random.key(1), (6, 4)), 2)
+    >>> w13 = jax.random.normal(jax.random.key(2), (4, 2 * 128, 256)) / 16
+    >>> w2 = jax.random.normal(jax.random.key(3), (4, 256, 128)) / 16
+    >>> def layer(*args):
+    ...     y, dropped = expert_parallel_moe(*args, axis="expert")
+    ...     return y, dropped[None]
+    >>> cut = P("expert")
+    >>> y, dropped = jax.jit(jax.shard_map(layer, mesh=mesh, in_specs=cut, out_specs=cut))(
+    ...     x, ids, weights, w13, w2)
+    >>> y.shape, dropped.tolist()
+    ((6, 256), [0])
+
+    Args:
+      x: [t, h] bfloat16 or float32: this device's tokens. As many on every device.
+      ids: integer [t, top_k], experts of each token among all devices' (device d has [d * e, (d + 1) * e)), a
+        token's distinct. Copies with other ids, as -1, are dropped.
+      weights: float32 [t, top_k].
+      w13: [e, 2 * i, h], this device's experts; w2: [e, h, i]. As in `moe_mlp`, frozen ones too.
+      axis: the mesh axis of the experts, or several.
+      method: "all_to_all": fixed room for each pair of devices; on every platform, and in CUDA graphs.
+        "ragged": `lax.ragged_all_to_all`, where only what is needed travels; GPUs (elsewhere emulated).
+      capacity_factor: room for copies, 1 being that of a balanced load: t * top_k rows on a device, for
+        "all_to_all" in equal parts for every source device. None: room for the worst case, so that nothing is
+        dropped; with "all_to_all" that much travels too. What has no room is dropped, the copies of later
+        tokens first ("ragged": those of later devices); weights are not scaled up for it.
+      recipe, expected_m, num_sms: as in `moe_mlp`.
+      emulate_ragged: "ragged" by an all-gather, for tests; default: where JAX's default backend is the CPU.
+
+    Returns:
+      (y [t, h] in the dtype of x, dropped): dropped is int32 [], how many copies of this device's tokens
+      (with ids in range) had no room.
+
+    Raises:
+      ValueError, TypeError: operands that do not fit; the message names both sides.
+
+    Gradients as in `moe_mlp`, dropped copies having none. A weight that other mesh axes replicate gets the
+    sum over them. In FP8 the weights' gradients see the tokens (and the gradients of the results) as they
+    travelled: quantised per token, then once more along tokens. Deterministic.
+    """
+    check_tokens("expert_parallel_moe", x, ids, weights)
+    check_weights("expert_parallel_moe", x, w13, w2, recipe)
+    way.check_method("expert_parallel_moe", method, capacity_factor)
+    experts = w13.shape[0]
+    wire = way.plan_wire(axis, method, x.shape[0], ids.shape[1], experts, capacity_factor, emulate_ragged)
+    exchange = way.plan_exchange(ids, experts, wire)
+    expected_m = expected_rows(ids.size, experts) if expected_m is None else expected_m
+    if recipe == "bf16":
+        rows, row_weights = way.send_tokens(exchange, x), way.send_weights(exchange, weights)
+        y = expert_mlp(
+            rows,
+            w13,
+            w2,
+            exchange.target.group_sizes,
+            row_weights,
+            recipe=recipe,
+            expected_m=expected_m,
+            num_sms=num_sms,
+        )
+        return way.return_rows(exchange, y), exchange.dropped
+    static = Experts.of(x.dtype, w13, w2, fp8.Options(expected_m, num_sms))
+    leaves, tree = jax.tree.flatten((x, weights, w13, w2, exchange))
+    return _fp8(static, *jax.tree.unflatten(tree, same_varying_axes(leaves))), exchange.dropped
+
+
+def moe_layer(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    *,
+    mesh: Mesh | None = None,
+    expert_axis: Axis = "expert",
+    token_axes: Axis | None = None,
+    method: str = "all_to_all",
+    capacity_factor: float | None = None,
+    recipe: str = "fp8",
+    num_sms: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`expert_parallel_moe` of whole arrays: tokens cut over all axes of a mesh, experts over one of them.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax_deepgemm.moe import moe_layer, route
+    >>> mesh = jax.make_mesh((1, 1), ("data", "expert"))
+    >>> x = jax.random.normal(jax.random.key(0), (6, 256), jnp.bfloat16)
+    >>> ids, weights = route(jax.random.normal(jax.random.key(1), (6, 4)), 2)
+    >>> w13 = jax.random.normal(jax.random.key(2), (4, 2 * 128, 256)) / 16
+    >>> w2 = jax.random.normal(jax.random.key(3), (4, 256, 128)) / 16
+    >>> y, dropped = moe_layer(x, ids, weights, w13, w2, mesh=mesh)
+    >>> y.shape, int(dropped)
+    ((6, 256), 0)
+
+    Args:
+      x: [t, h]; ids, weights: [t, top_k]; w13: [e, 2 * i, h]; w2: [e, h, i]: of all devices. t is a multiple
+        of the devices of token_axes, e of those of expert_axis.
+      mesh: default: that of `jax.set_mesh`.
+      expert_axis: mesh axis that cuts the experts.
+      token_axes: mesh axes that cut the tokens, expert_axis among them; default: all.
+      method, capacity_factor, recipe, num_sms: as in `expert_parallel_moe`.
+
+    Returns:
+      (y [t, h], dropped int32 []: copies of all tokens that had no room). y is cut as the tokens are.
+    """
+    check_tokens("moe_layer", x, ids, weights)
+    check_weights("moe_layer", x, w13, w2, recipe)
+    axes = mesh or jax.sharding.get_abstract_mesh()
+    experts_over = way.axis_names(expert_axis)
+    tokens_over = tuple(axes.axis_names) if token_axes is None else way.axis_names(token_axes)
+    _check_mesh(dict(axes.shape), experts_over, tokens_over, x.shape[0], w13.shape[0])
+
+    def local(*args: Any) -> tuple[jax.Array, jax.Array]:
+        y, dropped = expert_parallel_moe(
+            *args,
+            axis=expert_axis,
+            method=method,
+            capacity_factor=capacity_factor,
+            recipe=recipe,
+            num_sms=num_sms,
+        )
+        return y, lax.psum(dropped, tokens_over)
+
+    tokens, experts = P(tokens_over), P(experts_over)
+    specs = (tokens, tokens, tokens, experts, experts)
+    args = (x, ids, weights, w13, w2)
+    if any(kind == AxisType.Explicit for kind in axes.axis_types):
+        args = jax.tree.map(
+            lambda spec, part: jax.tree.map(
+                lambda leaf: jax.sharding.reshard(leaf, _place(mesh, spec)), part
+            ),
+            specs,
+            args,
+            is_leaf=lambda node: isinstance(node, P),
+        )
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, P()))(*args)
+
+
+def _place(mesh: Mesh | None, spec: P) -> Any:
+    return spec if mesh is None else NamedSharding(mesh, spec)
+
+
+def _check_mesh(
+    mesh: dict[str, int],
+    experts_over: tuple[str, ...],
+    tokens_over: tuple[str, ...],
+    tokens: int,
+    experts: int,
+) -> None:
+    missing = [name for name in (*experts_over, *tokens_over) if name not in mesh]
+    if missing or not set(experts_over) <= set(tokens_over):
+        raise ValueError(
+            f"moe_layer: experts are cut over {experts_over} and tokens over {tokens_over}, and the mesh is "
+            f"{mesh}: need axes of the mesh, and tokens cut over those of the experts too. "
+            "Pass mesh=, or set one: jax.set_mesh."
+        )
+    for name, count, over in (("tokens", tokens, tokens_over), ("experts", experts, experts_over)):
+        devices = functools.reduce(lambda n, axis: n * mesh[axis], over, 1)
+        if count % devices:
+            raise ValueError(
+                f"moe_layer: {count} {name} over {devices} devices ({over}): need a multiple. Pad tokens, "
+                "with ids of -1."
+            )
+
+
+# FP8
+
+
+class _Parcel(NamedTuple):
+    """Rows as they travelled, and a float32 number for each."""
+
+    rows: QuantizedArray
+    numbers: jax.Array
+
+
+def _send(exchange: Exchange, x: jax.Array, numbers: jax.Array | None) -> _Parcel:
+    """x [t, h], quantised per token, as rows of the experts; with numbers [t, top_k], one collective more."""
+    q = quantize(x, PER_ROW)
+    values = way.tokens_to_rows(exchange, lax.bitcast_convert_type(q.values, jnp.uint8))
+    if numbers is None:
+        scales, row_numbers = way.tokens_to_rows(exchange, q.scales), jnp.zeros(0)
+    else:
+        per_copy = jnp.broadcast_to(q.scales[:, None], (*numbers.shape, q.scales.shape[1]))
+        both = way.copies_to_rows(exchange, jnp.concatenate([per_copy, numbers[..., None]], axis=-1))
+        scales, row_numbers = both[:, :-1], both[:, -1]
+    return _Parcel(QuantizedArray(lax.bitcast_convert_type(values, fp8.E4M3), scales, PER_ROW), row_numbers)
+
+
+def _along_rows(rows: QuantizedArray, groups: fp8.Groups) -> fp8.AlongRows:
+    """Rows that came quantised, quantised along rows."""
+    return fp8.both(dequantize(rows, jnp.bfloat16), groups)[1]
+
+
+def _groups(exchange: Exchange) -> fp8.Groups:
+    return fp8.Groups.of(exchange.target.group_sizes, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fp8(
+    static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, exchange: Exchange
+) -> jax.Array:
+    rows, row_weights = _send(exchange, x, weights)
+    quantized = fp8.forward_weight(w13), fp8.forward_weight(w2)
+    y = apply(static, rows, *quantized, row_weights, _groups(exchange))
+    return way.rows_to_tokens(exchange, y)
+
+
+def _fp8_fwd(
+    static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, exchange: Exchange
+) -> tuple[jax.Array, tuple[Kept, Exchange]]:
+    rows, row_weights = _send(exchange, x, weights)
+    groups = _groups(exchange)
+    along_rows = None if is_frozen(static.w13) else _along_rows(rows, groups)
+    y, kept = apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups)
+    return way.rows_to_tokens(exchange, y), (kept, exchange)
+
+
+def _fp8_bwd(static: Experts, residuals: tuple[Kept, Exchange], dy: jax.Array) -> tuple[Any, ...]:
+    kept, exchange = residuals
+    rows, _ = _send(exchange, dy, None)
+    along_rows = None if is_frozen(static.w2) else _along_rows(rows, kept.groups)
+    drows, dw13, dw2, drow_weights = backward(static, kept, rows, along_rows)
+    dx = way.rows_to_tokens(exchange, drows)
+    return dx, way.rows_to_copies(exchange, drow_weights), dw13, dw2, None
+
+
+_fp8.defvjp(_fp8_fwd, _fp8_bwd)

@@ -1,0 +1,239 @@
+"""grouped_linear: values and gradients near float32, the documented recipe bit for bit, transformations."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_deepgemm as jdg
+import op_checks
+from cases import BLOCK
+from jax_deepgemm import grouped_linear
+from jax_deepgemm.grouped.linear import GROUPED_ACT_FP8, GROUPED_OUT, GROUPED_WEIGHT_FP8
+from moe_oracle import normal, relative, wide
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+SIZES = jnp.array([37, 0, 130, 1, 64], jnp.int32)
+M, N, K, G = 250, 136, 200, 5  # 18 rows of tail
+
+
+def exact(x: Any, w: Any, dy: Any, sizes: Any = SIZES, first: int = 0) -> list[np.ndarray]:
+    """y, dx, dw in float64, group by group."""
+    x, w, dy = map(wide, (x, w, dy))
+    y, dx, dw = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(w.shape)
+    ends = np.cumsum(sizes)
+    for group in range(len(w)):
+        rows = slice(ends[group + first] - sizes[group + first], ends[group + first])
+        y[rows], dx[rows] = x[rows] @ w[group].T, dy[rows] @ w[group]
+        dw[group] = dy[rows].T @ x[rows]
+    return [y, dx, dw]
+
+
+def operands(*dtypes: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return normal(0, M, K, dtype=dtypes[0]), normal(1, G, N, K, dtype=dtypes[1]), normal(2, M, N)
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+@pytest.mark.parametrize("dtypes", [(BF16, F32), (F32, BF16)], ids=str)
+def test_near_float64(recipe, dtypes):
+    x, w, dy = operands(*dtypes)
+    y, vjp = jax.vjp(jax.jit(lambda x, w: grouped_linear(x, w, SIZES, recipe=recipe)), x, w)
+    got = (y, *vjp(dy))
+    for one, want in zip(got, exact(x, w, dy), strict=True):
+        assert relative(one, want) < (0.05 if recipe == "fp8" else 0.005)
+    assert [z.dtype for z in got] == [BF16, *dtypes]
+    assert not np.any(wide(y[232:]))
+    assert not np.any(wide(got[1][232:]))
+    assert not np.any(wide(got[2][1]))
+
+
+def test_recipe_is_the_documented_one():
+    """The three GEMMs, written out with the public operations: equal bits."""
+    x, w, dy = operands(BF16, F32)
+    y, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, SIZES), x, w)
+    dx, dw = vjp(dy)
+    counted = jnp.arange(M)[:, None] < SIZES.sum()
+    q, gemm = jdg.quantize, functools.partial(jdg.m_grouped_fp8_gemm_nt_contiguous, group_sizes=SIZES)
+    np.testing.assert_array_equal(y, gemm(q(x), q(w, BLOCK)))
+    np.testing.assert_array_equal(dx, gemm(q(dy), q(w.mT, BLOCK)))
+    pair = (q(jnp.where(counted, z, 0).T) for z in (dy, x))
+    np.testing.assert_array_equal(dw, jdg.k_grouped_fp8_gemm_nt_contiguous(*pair, SIZES))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=("trained", "frozen"))
+def test_tail_rows_touch_nothing(frozen):
+    """NaN and huge numbers behind the last group: no other number changes, in any direction."""
+    x, w, dy = operands(BF16, F32)
+    bad = jnp.where(jnp.arange(M) % 2 == 0, jnp.nan, 1e30).astype(BF16)[:, None]
+    tail = jnp.arange(M)[:, None] >= SIZES.sum()
+    weight = jdg.quantize(w, BLOCK) if frozen else w
+
+    def run(x: jax.Array, dy: jax.Array) -> Any:
+        if frozen:
+            y, vjp = jax.vjp(lambda x: grouped_linear(x, weight, SIZES), x)
+        else:
+            y, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, SIZES), x, weight)
+        return y, *vjp(dy)
+
+    clean = jax.jit(run)(jnp.where(tail, 0, x), jnp.where(tail, 0, dy))
+    op_checks.assert_same(jax.jit(run)(jnp.where(tail, bad, x), jnp.where(tail, bad, dy)), clean, 0)
+
+
+def test_frozen_weight():
+    x, w, dy = operands(BF16, F32)
+    frozen = jdg.quantize(w, BLOCK)
+    y, vjp = jax.vjp(lambda x: grouped_linear(x, frozen, SIZES), x)
+    trained, trained_vjp = jax.vjp(lambda x: grouped_linear(x, w, SIZES), x)
+    np.testing.assert_array_equal(y, trained)
+    np.testing.assert_array_equal(vjp(dy)[0], trained_vjp(dy)[0])
+    rows = jdg.quantize(w, (1, 128))
+    assert relative(grouped_linear(x, rows, SIZES), exact(x, w, dy)[0]) < 0.05
+    with pytest.raises(ValueError, match=r"has block \(1, 128\)"):
+        jax.grad(lambda x: grouped_linear(x, rows, SIZES).astype(F32).sum())(x)
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+def test_group_offset(recipe):
+    """Two of five groups: rows of the others are zero and give nothing."""
+    x, w, dy = operands(BF16, F32)
+    layer = lambda x, w, first: grouped_linear(x, w, SIZES, group_offset=first, recipe=recipe)  # noqa: E731
+    y, vjp = jax.vjp(jax.jit(layer), x, w[2:4], jnp.int32(2))
+    for one, want in zip((y, *vjp(dy)[:2]), exact(x, w[2:4], dy, first=2), strict=True):
+        assert relative(one, want) < (0.05 if recipe == "fp8" else 0.005)
+
+
+def test_other_group_sizes_do_not_compile_again():
+    x, w, _ = operands(BF16, F32)
+    traces = []
+
+    @jax.jit
+    def step(x: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
+        traces.append(sizes)
+        return jax.grad(lambda w: grouped_linear(x, w, sizes).astype(F32).sum())(w)
+
+    for sizes in (SIZES, SIZES[::-1], jnp.array([M, 0, 0, 0, 0], jnp.int32)):
+        want = exact(x, w, np.ones((M, N)), np.asarray(sizes))[2]
+        assert relative(step(x, w, sizes), want) < 0.05
+    assert len(traces) == 1
+
+
+def test_what_is_kept_is_fp8():
+    x, w, _ = operands(BF16, BF16)
+    _, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, SIZES), x, w)
+    big = [leaf for leaf in jax.tree.leaves(vjp) if getattr(leaf, "size", 0) >= M * K]
+    assert sorted(leaf.shape for leaf in big) == [(G, K, N), (K, M)]
+    assert all(leaf.dtype == jnp.uint8 for leaf in big)
+
+
+def gemms(function: Any, *args: Any) -> int:
+    text = str(jax.make_jaxpr(function)(*args))
+    return text.count("= m_grouped_fp8_gemm") + text.count("= k_grouped_fp8_gemm")
+
+
+@pytest.mark.parametrize(
+    ("names", "count"), [(None, 4), ((GROUPED_OUT, GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8), 3)], ids=str
+)
+def test_remat(names, count):
+    """What a policy names is not computed twice; saved FP8 values survive jax.checkpoint."""
+    x, w, _ = operands(BF16, F32)
+    policy = None if names is None else jax.checkpoint_policies.save_only_these_names(*names)
+    run = lambda x, w: jnp.sin(grouped_linear(x, w, SIZES).astype(F32))  # noqa: E731
+    layer = jax.checkpoint(run, policy=policy)
+    got, want = (jax.grad(lambda x, w, f=f: f(x, w).sum(), (0, 1)) for f in (layer, run))
+    assert gemms(got, x, w) == count
+    for one, other in zip(jax.jit(got)(x, w), jax.jit(want)(x, w), strict=True):
+        assert relative(one, other) < 1e-2
+
+
+def test_vmap():
+    x, w, dy = (normal(i, 2, *shape) for i, shape in enumerate([(24, 128), (3, 64, 128), (24, 64)]))
+    sizes = jnp.array([[8, 3, 13], [0, 20, 2]], jnp.int32)
+
+    def run(x: jax.Array, w: jax.Array, sizes: jax.Array, dy: jax.Array) -> Any:
+        y, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, sizes), x, w)
+        return y, *vjp(dy)
+
+    each = [jax.jit(run)(*z) for z in zip(x, w, sizes, dy, strict=True)]
+    together = jax.jit(jax.vmap(run))(x, w, sizes, dy)
+    op_checks.assert_same(together, jax.tree.map(lambda *z: jnp.stack(z), *each), 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "cut"),
+    [
+        ("auto", "m"),
+        ("auto", "n"),
+        ("explicit", "m"),
+        ("explicit", "n"),
+        ("shard_map", "m"),
+        ("shard_map", "g"),
+    ],
+)
+def test_sharded_gradients(mode, cut):
+    """Tokens, features, or (by group_offset inside shard_map) groups over devices."""
+    x, w = normal(0, 256, 256, dtype=F32), normal(1, 8, 256, 256, dtype=F32, scale=1 / 16)
+    sizes = jnp.array([30, 0, 60, 40, 26, 50, 1, 40], jnp.int32)
+    x_spec, w_spec, y_spec = {
+        "m": (P("y"), P(), P("y", None)),
+        "n": (P(), P(None, "y"), P(None, "y")),
+        "g": (P(), P("y"), P()),
+    }[cut]
+    loss = lambda f: lambda x, w: jnp.sum(jnp.sin(f(x, w)))  # noqa: E731
+    layer = lambda x, w, **options: grouped_linear(x, w, sizes, out_dtype=F32, **options)  # noqa: E731
+    want = jax.jit(jax.grad(loss(layer), (0, 1)))(x, w)
+    mesh = op_checks.make_mesh(mode)
+    function = functools.partial(layer, out_sharding=y_spec) if mode == "explicit" else layer
+    if mode == "shard_map":
+        if cut == "m":
+
+            def local(x: jax.Array, w: jax.Array) -> jax.Array:
+                ends = jnp.clip(jnp.cumsum(sizes) - jax.lax.axis_index("y") * 64, 0, 64)
+                mine = jnp.diff(ends, prepend=0)
+                return grouped_linear(x, w, mine, out_dtype=F32)
+
+        else:
+
+            def local(x: jax.Array, w: jax.Array) -> jax.Array:
+                mine = layer(x, w, group_offset=2 * jax.lax.axis_index("y"))
+                return jax.lax.psum(mine, "y")
+
+        function = jax.shard_map(local, mesh=mesh, in_specs=(x_spec, w_spec), out_specs=y_spec)
+    placed = [jax.device_put(z, NamedSharding(mesh, s)) for z, s in ((x, x_spec), (w, w_spec))]
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.grad(loss(function), (0, 1)))(*placed)
+    for one, other, where in zip(got, want, placed, strict=True):
+        assert relative(one, other) < (0.06 if mode == "shard_map" else 1e-3)
+        if mode == "explicit":
+            assert one.sharding.is_equivalent_to(where.sharding, one.ndim)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": jnp.ones((4, 3), BF16)}, r"x is \[4, 3\] and w is \[2, 8, 16\]"),
+        ({"x": jnp.ones((1, 4, 16), BF16)}, "need 2 dimensions"),
+        ({"w": jnp.ones((8, 16), BF16)}, r"w is \[8, 16\], need \[groups, n, k\]"),
+        ({"group_sizes": jnp.ones(1, jnp.int32)}, r"group_sizes are \[1\] for 2 weights"),
+        ({"group_sizes": jnp.ones(2)}, "group_sizes are float32"),
+        ({"recipe": "int8"}, "recipe is 'int8'"),
+        ({"w": jdg.quantize(jnp.ones((2, 8, 16)), (1, 16))}, r"block \(1, 16\)"),
+        ({"w": jdg.quantize(jnp.ones((2, 8, 16)), BLOCK), "recipe": "bf16"}, "w is quantised and recipe"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_errors(change, words):
+    call = {"x": jnp.ones((4, 16), BF16), "w": jnp.ones((2, 8, 16)), "group_sizes": jnp.ones(2, jnp.int32)}
+    with pytest.raises(ValueError, match=words):
+        grouped_linear(**{**call, **change})
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match="x is int32"):
+        grouped_linear(jnp.ones((4, 16), jnp.int32), jnp.ones((2, 8, 16)), jnp.ones(2, jnp.int32))
