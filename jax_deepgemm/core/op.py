@@ -73,8 +73,8 @@ class Op:
       spmd: (plan, local, *arrays) -> (arrays, None) or (None, results), on one device's pieces, before
         `local` runs: recuts operands whose blocks straddle devices, or computes the results itself.
         `local(*arrays)` is the op on one device.
-      recut: (plan, *arrays, **params) -> (arrays, params that change), as spmd, for ops whose static parameters
-        depend on the cut too (how many groups a device has, say).
+      recut: (plan, *arrays, **params) -> (arrays, params that change), as spmd, for ops whose static
+        parameters depend on the cut too (how many groups a device has, say).
       kernel: (avals_in, avals_out, *, batch, chip, **params) -> LaunchPlan, for cuda. None: the reference.
       kernel_prepare: (*arrays, **params) -> arrays, traced before the kernel on one device's shapes: padding,
         layouts. Arrays may have one leading dimension of vmap, so it addresses dimensions from the end.
