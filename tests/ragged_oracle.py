@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 from jax import lax
 
 MODES = ("rows", "contraction", "batch")
+BASIC = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
+CONTRACTION = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+
+
+def integers(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> jax.Array:
+    """Small integers, so that products and sums are exact in every floating type."""
+    return jnp.asarray(np.random.default_rng(seed).integers(-2, 3, shape), dtype)
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,9 @@ class Problem:
     mode: str
     result: tuple[int, ...]
 
-    def operands(self, dtype: Any, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Small integers, so that products and sums are exact in every floating type."""
-        rng = np.random.default_rng(seed)
-        lhs, rhs = (rng.integers(-2, 3, shape).astype(dtype) for shape in (self.lhs, self.rhs))
-        return jax.numpy.asarray(lhs), jax.numpy.asarray(rhs), jax.numpy.asarray(self.sizes, "int32")
+    def operands(self, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """lhs, rhs and group sizes."""
+        return integers(self.lhs, dtype), integers(self.rhs, dtype, 1), jnp.asarray(self.sizes, "int32")
 
 
 def ragged(

@@ -23,9 +23,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from jax_deepgemm.core.sharding import Axes, as_spec, entries
 from jax_deepgemm.gemm.api import Quantized, Sharding
 from jax_deepgemm.gemm.operands import BFLOAT16, OUT_DTYPES, check_options
-from jax_deepgemm.grouped import ops, ragged_ops
+from jax_deepgemm.grouped import api, ops, ragged_ops
+from jax_deepgemm.grouped.operands import check_offset
 from jax_deepgemm.grouped.ragged_plan import RaggedPlan, mode_of, plan_contraction, plan_rows
 from jax_deepgemm.log import logger
 from jax_deepgemm.quantization import QuantizedArray
@@ -182,7 +184,8 @@ def ragged_dot_general(
       ragged_dot_dimension_numbers: a jax.lax.RaggedDotDimensionNumbers.
       group_offset: int32 scalar or [1], of the first of the groups that rhs (ragged rows) or the result
         (ragged contraction) holds.
-      num_groups: for a ragged contraction, groups of the result, from group_offset on; default all.
+      num_groups: for a ragged contraction, groups of the result, from group_offset on; default all of
+        group_sizes, needed with group_offset.
       precision, preferred_element_type, out_sharding, expected_m, config, num_sms, reduce_dtype: as in
         `ragged_dot`.
 
@@ -232,45 +235,45 @@ def _array(name: str, what: str, x: Any) -> jax.Array:
     raise TypeError(f"{name}: {what} is a {type(x).__name__}, need a jax or numpy array.")
 
 
-def _offset(name: str, group_offset: Any) -> jax.Array | None:
-    if group_offset is None:
-        return None
-    offset = jnp.asarray(group_offset)
-    if offset.shape not in ((), (1,)) or not jnp.issubdtype(offset.dtype, jnp.integer):
-        raise TypeError(
-            f"{name}: group_offset is {offset.dtype.name} {list(offset.shape)}, need an integer scalar or "
-            "[1]: the first of the groups that rhs holds."
-        )
-    return offset.reshape(1).astype(jnp.int32)
-
-
-def _local_groups(
-    name: str, mode: str, rhs_groups: int, all_groups: int, offset: Any, num_groups: int | None
+def _held_groups(
+    name: str, mode: str, of_rhs: int, of_sizes: int, offset: Any, num_groups: int | None
 ) -> int:
-    """How many groups rhs or the result holds."""
+    """How many groups rhs (ragged rows) or the result (ragged contraction) holds."""
     if mode == "batch" and offset is not None:
         raise ValueError(
-            f"{name}: group_offset with a ragged batch dimension: no operand has a group dimension and all "
-            "rows count. Leave it out."
+            f"{name}: group_offset with a ragged batch dimension: no operand has a group dimension, and all "
+            "of the batch counts. Leave it out."
         )
     if num_groups is not None and mode != "contraction":
         raise ValueError(
             f"{name}: num_groups={num_groups} is for a ragged contracting dimension, where the result has "
             f"the groups; here the ragged dimension is one of lhs's {mode}. Leave it out."
         )
-    if num_groups is not None and not (isinstance(num_groups, int) and 0 <= num_groups <= all_groups):
-        raise ValueError(
-            f"{name}: num_groups is {num_groups!r}, need an int from 0 to {all_groups}, the groups of "
-            "group_sizes."
-        )
     if mode == "contraction":
-        return all_groups if num_groups is None else num_groups
-    if mode == "rows" and offset is not None and rhs_groups > all_groups:
+        return _groups_of_result(name, of_sizes, offset, num_groups)
+    if mode == "rows" and of_rhs > of_sizes:
         raise ValueError(
-            f"{name}: rhs holds {rhs_groups} groups from group_offset on, and group_sizes has {all_groups} "
-            "groups; it lists the groups of all devices."
+            f"{name}: rhs holds {of_rhs} groups from group_offset on, but group_sizes has only {of_sizes}; "
+            "need the sizes of all groups there are, also of those that rhs does not hold."
         )
-    return rhs_groups
+    return of_rhs
+
+
+def _groups_of_result(name: str, of_sizes: int, offset: Any, num_groups: int | None) -> int:
+    if num_groups is None:
+        if offset is not None:
+            raise ValueError(
+                f"{name}: group_offset without num_groups, and the ragged dimension is a contracting one: "
+                "say how many groups from there on the result has, num_groups=..."
+            )
+        return of_sizes
+    integer = isinstance(num_groups, int) and not isinstance(num_groups, bool)
+    if not integer or not 0 <= num_groups <= of_sizes or (offset is None and num_groups != of_sizes):
+        raise ValueError(
+            f"{name}: num_groups is {num_groups!r} and group_sizes has {of_sizes} groups, need an int up to "
+            "that (for some of the groups give group_offset too)."
+        )
+    return num_groups
 
 
 def _result_type(
@@ -323,7 +326,7 @@ def _options(call: _Call, dtype: np.dtype[Any], on_kernels: bool) -> dict[str, A
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
         reduce_dtype = dtype
-    precision = call.precision
+    precision = jax.config.jax_default_matmul_precision if call.precision is None else call.precision
     return {
         "out_dtype": dtype,
         "reduce_dtype": reduce_dtype,
@@ -346,11 +349,11 @@ def _ragged_dot(
 ) -> jax.Array:
     operands = {"lhs": lhs, "rhs": rhs, "group_sizes": group_sizes}
     lhs, rhs, sizes = (_array(call.name, what, x) for what, x in operands.items())
-    offset = _offset(call.name, group_offset)
+    offset = None if group_offset is None else check_offset(call.name, group_offset)
     result = _result_type(call, lhs, rhs, sizes, numbers, offset)
     mode, all_groups = mode_of(numbers), sizes.shape[-1]
     held = rhs.shape[numbers.rhs_group_dimensions[0]] if mode == "rows" else all_groups
-    count = _local_groups(call.name, mode, held, all_groups, offset, num_groups)
+    count = _held_groups(call.name, mode, held, all_groups, offset, num_groups)
     on_kernels = lhs.dtype == rhs.dtype == BFLOAT16 and result.dtype in OUT_DTYPES
     on_kernels = on_kernels and not _has_algorithm(call.precision)
     params = _options(call, result.dtype, on_kernels)
@@ -397,6 +400,7 @@ def _run(
     lead, rhs_lead = plan.batch + plan.shared, plan.rhs_lead
     rows = lhs.shape[lead : lead + 1 + plan.inner]
     sizes = _sizes_of_rows(sizes, rows)
+    lhs, rhs, sizes = _cut_alike(plan, lhs, rhs, sizes)
     function = functools.partial(product, plan.form, offset=offset, count=count, params=params)
     each = 0 if sizes.ndim > 1 else None
     for level in reversed(range(lead)):
@@ -451,6 +455,24 @@ def _sizes_of_rows(sizes: jax.Array, rows: Sequence[int]) -> jax.Array:
     return jnp.clip(sizes, 0, rows[0]).astype(jnp.int32) * math.prod(rows[1:])
 
 
+def _cut_alike(plan: RaggedPlan, *arrays: jax.Array) -> list[jax.Array]:
+    """On Explicit axes, arrays that are mapped together are first cut together."""
+    lead = plan.batch + plan.shared
+    counts = (lead, lead if plan.form == "tn" else plan.batch, lead if arrays[-1].ndim > 1 else 0)
+    if not lead or not jax.typeof(arrays[0]).sharding.mesh.explicit_axes:
+        return list(arrays)
+    specs = [entries(jax.typeof(x).sharding.spec, x.ndim) for x in arrays]
+    mapped = [spec[:count] for spec, count in zip(specs, counts, strict=True)]
+    cuts = [next((cuts[i] for cuts in mapped if i < len(cuts) and cuts[i]), ()) for i in range(lead)]
+    return [_recut(x, spec, cuts[:count]) for x, spec, count in zip(arrays, specs, counts, strict=True)]
+
+
+def _recut(x: jax.Array, spec: list[Axes], cuts: list[Axes]) -> jax.Array:
+    taken = {axis for cut in cuts for axis in cut}
+    rest = [tuple(axis for axis in axes if axis not in taken) for axes in spec[len(cuts) :]]
+    return jax.sharding.reshard(x, as_spec([*cuts, *rest]))
+
+
 def _sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
 
@@ -503,8 +525,6 @@ def _quantized(
                 f"ragged_dot: {other} is quantised and {what} is not, need both or neither. Quantise it: "
                 f"jax_deepgemm.quantize({what}, {block})."
             )
-    from jax_deepgemm.grouped import api
-
     sizes = _array("ragged_dot", "group_sizes", group_sizes)
     if not jnp.issubdtype(sizes.dtype, jnp.integer):
         raise TypeError(f"ragged_dot: group_sizes are {sizes.dtype.name}, need integers.")
