@@ -94,7 +94,7 @@ def swiglu_grad_op(
 
     def result(h: Shape, *_: Shape) -> list[Any]:
         dweight = [((h[0],), np.dtype(np.float32))] if weighted else []
-        return [*both_shapes(*h, dtype, transposed), *dweight]
+        return [*both_shapes(h[0], h[1], dtype, transposed), *dweight]
 
     operands = ["r f", *(["r"] if weighted else []), "r c", *(["one"] if limited else [])]
     return BlockOp(

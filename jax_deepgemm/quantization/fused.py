@@ -140,17 +140,17 @@ def both_op(dtype: np.dtype, scale_format: str, limited: bool) -> BlockOp:
         return reference.quantize_both(counted, dtype=dtype, scale_format=scale_format)
 
     def on_shard(plan: ShardingPlan, local: Callable[..., Any], x: jax.Array, *limit: jax.Array) -> Any:
-        limit = own_limit(plan, limit)
+        arrays = (x, *own_limit(plan, limit))
         if not shares_blocks(plan, "rc"):
-            return (x, *limit), None
-        x, *limit = with_every_level(plan, [x, *limit])
-        counted = reference.zero_rows(reference.exact_float32(x), *limit or [None])
+            return arrays, None
+        x, *rows = with_every_level(plan, arrays)
+        counted = reference.zero_rows(reference.exact_float32(x), rows[0] if rows else None)
         return None, both_shared(plan, "rc", counted, dtype, scale_format)
 
     return BlockOp(
         f"quantize_both_{dtype.name}_{scale_format}" + ("_rows" if limited else ""),
         f"r c{', one' if limited else ''} -> {both_rule('c')}",
-        lambda x, *_: both_shapes(*x, dtype),
+        lambda x, *_: both_shapes(x[0], x[1], dtype),
         plain,
         blocks=both_blocks("c"),
         spmd=on_shard,

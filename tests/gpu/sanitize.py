@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_deepgemm as jdg
+from jax_deepgemm.activation import swiglu_grad_quantize, swiglu_quantize
+from jax_deepgemm.quantization import fused
 from jax_deepgemm.sm90.chip import H200
 from jax_deepgemm.sm90.config import GemmConfig, GemmProblem
 from jax_deepgemm.sm90.cost import candidates, cost
@@ -54,6 +56,7 @@ def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...]]]:
         yield f"bf16 {layout}", call(getattr(jdg, f"bf16_gemm_{layout}")), (left, right)
     batched = jax.vmap(jdg.bf16_gemm_nt, in_axes=(0, None))
     yield "bf16 batch", batched, (normal(3, 40, K), b)
+    yield from quantising(normal)
 
 
 def grouped_cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...]]]:
@@ -111,6 +114,26 @@ def grouped_cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, 
     whole_dy = normal(rows, n)
     for name, wrong in bad.items():
         yield f"k-grouped bf16, {name}", call(function), (whole, whole_dy, wrong)
+
+
+def quantising(
+    normal: Callable[..., jax.Array],
+) -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...]]]:
+    """Every kind of quantising kernel; each writes all its results, one of them is compared."""
+    rows, weight = jnp.int32(300), jnp.ones((M,), jnp.float32)
+    for x in (normal(M, N), normal(M + 1, N + 3)):
+        for block in ((1, 128), (128, 128), (128, 1)):
+            yield f"quantize {block} {x.shape}", functools.partial(quantized, block), (x,)
+        yield f"quantize_both {x.shape}", lambda x: fused.quantize_both(x, rows)[2], (x,)
+        yield f"quantize_weight {x.shape}", lambda x: fused.quantize_weight(x)[2], (x,)
+    for width in (2 * 128, N, N + 2):
+        h, dact = normal(M, width), normal(M, width // 2)
+        yield f"swiglu {width}", lambda h: swiglu_quantize(h, weight, rows)[3], (h,)
+        yield f"swiglu_grad {width}", lambda h, d: swiglu_grad_quantize(h, weight, d, rows)[4], (h, dact)
+
+
+def quantized(block: tuple[int, int], x: jax.Array) -> jax.Array:
+    return jdg.quantize(x, block).values
 
 
 def call(
