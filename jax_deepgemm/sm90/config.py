@@ -261,5 +261,5 @@ def _widest(p: GemmProblem, c: GemmConfig) -> int:
     if c.swap_ab:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
     if not p.is_fp8:
-        return 176 if p.add_c and (p.out == "float32" or p.n % 2) else 256
+        return 176 if p.add_c and p.n % 2 else 256
     return 192

@@ -84,6 +84,33 @@ __device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], ty
   }
 }
 
+// D = accumulator + C without staging: C is read where D is written, a few elements ahead, so that the
+// accumulator's registers fall free on the way.
+template <class C>
+__device__ __forceinline__ void store_sum(const float (&acc)[C::COLS / 2], typename C::Out* d,
+                                          const typename C::Out* c, const Problem& p, const Tile& tile,
+                                          int first_row) {
+  constexpr int kAhead = 16;
+  const Fragment mine;
+  const int row = first_row + mine.row, col = tile.col + mine.col;
+#pragma unroll
+  for (int first = 0; first < C::COLS / 2; first += kAhead) {
+    float2 addend[kAhead / 2];
+#pragma unroll
+    for (int i = 0; i < kAhead; i += 2) {
+      const int r = row + i / 2 % 2 * 8, k = col + (first + i) / 4 * 8;
+      if (r < p.m && k < p.n) addend[i / 2] = load_pair(c + (static_cast<i64>(r) * p.n + k));
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; i += 2) {
+      const int r = row + i / 2 % 2 * 8, k = col + (first + i) / 4 * 8;
+      if (r < p.m && k < p.n)
+        store_pair(d + (static_cast<i64>(r) * p.n + k), acc[first + i] + addend[i / 2].x,
+                   acc[first + i + 1] + addend[i / 2].y);
+    }
+  }
+}
+
 // Passes SLABS slabs at a time; `slabs` is this warp's part of the staging memory, 1024-byte aligned.
 template <class C>
 __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], const TensorMap& d_map,
@@ -118,16 +145,23 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], con
   }
 }
 
-// Rows from p.m on are not written; TMA clips them where they are the last of the matrix too.
+// The end of a tile, d and c its matrices. Rows from p.m on are not written; TMA clips them where they are
+// the last of the matrix too. A BF16 accumulator meets C here, an FP8 one began with it.
 template <class C>
-__device__ __forceinline__ void store_tile(const float (&acc)[C::COLS / 2], const TensorMap* d_map,
-                                           typename C::Out* d, u32 slabs, const Problem& p, const Tile& tile,
-                                           int first_row) {
+__device__ __forceinline__ void store_tile(float (&acc)[C::COLS / 2], const TensorMap* d_map,
+                                           typename C::Out* d, const typename C::Out* c, u32 slabs,
+                                           const Problem& p, const Tile& tile, int first_row) {
+  constexpr bool kAdd = C::ADD && !Layout<C>::kFp8;
+  if constexpr (kAdd && C::EVEN_N && !C::TMA_STORE) {
+    store_sum<C>(acc, d, c, p, tile, first_row);
+    return;
+  }
+  if constexpr (kAdd && (!C::EVEN_N || C::TMA_STORE)) add_c<C, false>(acc, c, p, tile, first_row);
   if constexpr (C::TMA_STORE) {
     constexpr int kWhole = C::COLS / kSlabCols * kSlabCols;
     store_slabs<C>(acc, *d_map, slabs, tile, first_row);
     if constexpr (kWhole < C::COLS) store_direct<C, kWhole>(acc, d, p, tile, first_row);
-  } else {
+  } else if constexpr (!kAdd || !C::EVEN_N) {
     store_direct<C>(acc, d, p, tile, first_row);
   }
 }

@@ -60,10 +60,9 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
 
       const Tile next = receive_tile<C>(at, in.k_blocks);
       if (next.row != kNoTile) blocks = BlockScales<C>(in, next, warpgroup);  // arrives during the epilogue
-      if constexpr (C::ADD && !kFp8)
-        add_c<C, false>(acc, matrix_of(c, p, tile.batch * p.batched_c), p, tile, first_row);
       const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
-      store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), slabs, p, tile, first_row);
+      store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), matrix_of(c, p, tile.batch * p.batched_c), slabs,
+                    p, tile, first_row);
       tile = next;
     }
     // The block's memory outlives its readers.

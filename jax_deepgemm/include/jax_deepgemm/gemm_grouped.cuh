@@ -4,9 +4,11 @@
 //   warpgroups 0 .. W-1   consumers, as in gemm.cuh: multiply, promote, epilogue
 //   warpgroup W           one thread of it is the TMA producer: tile number -> segment -> rows, k range
 //
-//   rows in groups:  tiles begin at each group's first row, whatever it is. Rows of the last tile beyond the group
+//   rows in groups:  tiles begin at each group's first row, whatever it is. Rows of the last tile beyond the
+//   group
 //                    are multiplied and not stored; rows beyond all groups are stored as zeros.
-//   k in groups:     every D[i] has all its tiles. What a slot holds beside the group's range of k is zeroed in
+//   k in groups:     every D[i] has all its tiles. What a slot holds beside the group's range of k is zeroed
+//   in
 //                    shared memory, in both operands (mask_slot).
 //
 //   shared memory:   as gemm.cuh | table
@@ -40,7 +42,8 @@ __device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, cons
   GroupTile out{{at.row, at.col(), at.index(), 0, 0, s.group}, p.m, p.m};
   Tile& tile = out.tile;
   if constexpr (GroupTable<C>::kInner) {
-    tile.k_first = Layout<C>::kFp8 ? s.start / 128 * 128 : s.start;  // blocks of scales are those of the operand
+    tile.k_first =
+        Layout<C>::kFp8 ? s.start / 128 * 128 : s.start;  // blocks of scales are those of the operand
     tile.k_skip = s.start - tile.k_first;
     tile.k_end = s.end > s.start ? ceil_div(s.end - tile.k_first, C::BLOCK_K) : 0;
     tile.k_stop = s.end - tile.k_first - (tile.k_end - 1) * C::BLOCK_K;
@@ -83,9 +86,9 @@ __device__ __forceinline__ void clear_rows_from(float (&acc)[C::COLS / 2], int f
 
 // A warp's 16 rows go out whole through TMA where they all belong to this tile, else row by row.
 template <class C>
-__device__ __forceinline__ void store_group_tile(const float (&acc)[C::COLS / 2], const TensorMap* d_map,
-                                                 typename C::Out* d, u32 slabs, const Problem& p,
-                                                 const GroupTile& mine, int first_row) {
+__device__ __forceinline__ void store_group_tile(float (&acc)[C::COLS / 2], const TensorMap* d_map,
+                                                 typename C::Out* d, const typename C::Out* c, u32 slabs,
+                                                 const Problem& p, const GroupTile& mine, int first_row) {
   const int warp_row = first_row + ptx::thread_index() / 32 % 4 * 16;
   if (warp_row >= mine.zeros_end) return;
   Tile tile = mine.tile;
@@ -96,7 +99,7 @@ __device__ __forceinline__ void store_group_tile(const float (&acc)[C::COLS / 2]
   if (C::TMA_STORE && warp_row + 16 > mine.zeros_end && mine.zeros_end < p.m)
     store_direct<C>(acc, out, bounded, tile, first_row);
   else
-    store_tile<C>(acc, d_map, out, slabs, bounded, tile, first_row);
+    store_tile<C>(acc, d_map, out, matrix_of(c, p, tile.batch), slabs, bounded, tile, first_row);
 }
 
 template <class C>
@@ -153,11 +156,9 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
 
       const GroupTile mine = group_tile<C>(table, place, p, in.k_blocks);
       const int first_row = place.row + ptx::thread_index() / 128 * 64;
-      if constexpr (C::ADD && !Layout<C>::kFp8)
-        add_c<C, false>(acc, matrix_of(c, p, mine.tile.batch), p, mine.tile, first_row);
       if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(acc, first_row, mine.rows_end);
       const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
-      store_group_tile<C>(acc, d_map, d, slabs, p, mine, first_row);
+      store_group_tile<C>(acc, d_map, d, c, slabs, p, mine, first_row);
       place = next;
     }
     // The block's memory outlives its readers.

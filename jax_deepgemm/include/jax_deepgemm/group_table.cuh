@@ -1,5 +1,5 @@
-// Which rows (or which range of k) belong to which group, and which tiles compute them: read from device memory
-// at the start of every kernel, so that the host never knows it.
+// Which rows (or which range of k) belong to which group, and which tiles compute them: read from device
+// memory at the start of every kernel, so that the host never knows it.
 //
 //   group_sizes (or starts | ends | groups)  --one warp: clamp, scan-->  table in shared memory
 //
@@ -7,8 +7,8 @@
 //   rows [start, end) hold the segment's numbers, rows [end, next start) are zero     (rows in groups)
 //   k in [start, end) is summed                                                       (k in groups)
 //
-// Whatever the device memory holds, ranges stay inside the operand: negative sizes count as 0, starts and ends
-// are clamped. A tile is found by binary search over `first tile`.
+// Whatever the device memory holds, ranges stay inside the operand: negative sizes count as 0, starts and
+// ends are clamped. A tile is found by binary search over `first tile`.
 #pragma once
 
 #include <jax_deepgemm/epilogue.cuh>
@@ -38,7 +38,8 @@ struct Segment {
 template <class C>
 struct GroupTable {
   static constexpr bool kRowsInGroups = C::GROUPING == Grouping::kRows;
-  static constexpr bool kMasked = C::GROUPING == Grouping::kMaskedRows || C::GROUPING == Grouping::kMaskedInner;
+  static constexpr bool kMasked =
+      C::GROUPING == Grouping::kMaskedRows || C::GROUPING == Grouping::kMaskedInner;
   static constexpr bool kInner = C::GROUPING == Grouping::kInner || C::GROUPING == Grouping::kMaskedInner;
   u32 base;
   int segments, tiles;

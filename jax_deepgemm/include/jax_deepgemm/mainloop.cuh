@@ -14,7 +14,8 @@
 // scales [rows, k/128] serves four of them. Slots that the last quad of a tile does not need are passed on
 // without data. The quads of scales form a ring of ceil(STAGES / 4) + 1 slots without barriers of their own:
 // a quad is read before its warpgroup releases the first block of the next one, and the producer is at most
-// STAGES blocks ahead. Scales stored by block of k, [k/128, rows], come one block at a time, by the same rule.
+// STAGES blocks ahead. Scales stored by block of k, [k/128, rows], come one block at a time, by the same
+// rule.
 //
 // Hazard: a load from shared memory may still be under way when its warp arrives at an mbarrier behind it;
 // only an instruction that uses the value proves it done. Hence the one slot more: with it, the promotion
@@ -63,7 +64,7 @@ struct Layout {
   static constexpr u32 kColScales = kRowScales + C::SCALE_SLOTS * kRowScaleBytes;
   static constexpr u32 kBarriers = kColScales + C::SCALE_SLOTS * kColScaleBytes;
   static constexpr u32 kTiles = kBarriers + 2 * C::STAGES * 8;  // 16-byte aligned
-  static constexpr u32 kTable = kTiles + C::STAGES * 16;  // of groups; dense kernels have none
+  static constexpr u32 kTable = kTiles + C::STAGES * 16;        // of groups; dense kernels have none
   static constexpr u32 kBytes = kTable + C::TABLE_BYTES;
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
 
@@ -293,8 +294,7 @@ struct BlockScales {
       : base(in.block_scales) {
     if constexpr (kThere) {
       const int first = kOfRows ? tile.row + 64 * warpgroup : tile.col;
-      const int batch =
-          kOfRows ? tile.batch * in.batched_row_scales : tile.col_batch * in.batched_col_scales;
+      const int batch = kOfRows ? tile.batch * in.batched_row_scales : tile.col_batch * in.batched_col_scales;
       const int row = min(first / 128, in.block_scale_rows - 1);
       next = (batch * in.block_scale_rows + row) * in.block_scale_pitch + tile.k_begin;
 #pragma unroll
@@ -327,7 +327,8 @@ __device__ __forceinline__ void multiply_slot(float (&d)[C::COLS / 2], u32 rows,
 }
 
 // Zeroes what a slot holds beside the tile's range of k, in both operands, since 0 times what lies there may
-// be NaN. Each warpgroup does it for all that it reads; where warpgroups share columns they write equal bytes.
+// be NaN. Each warpgroup does it for all that it reads; where warpgroups share columns they write equal
+// bytes.
 //
 // Hazard: written by ordinary stores, read by wgmma and later overwritten by TMA: fence.proxy.async.
 template <class C>
