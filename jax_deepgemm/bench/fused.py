@@ -126,8 +126,8 @@ def _measure_group(
     ]
     timings = time_jobs(jobs, calls=calls, flush=flush, clocks=clocks)
     for problem, mine, base in zip(group, ours, theirs, strict=True):
-        row: dict[str, Any] = {"table": "quantize", "kind": problem.kind, "m": problem.m, "n": problem.n, "k": 0}
-        row |= {"compile_ms": round(compiled[mine].milliseconds, 1)}
+        row: dict[str, Any] = {"table": "quantize", "kind": problem.kind}
+        row |= {"m": problem.m, "n": problem.n, "k": 0, "compile_ms": round(compiled[mine].milliseconds, 1)}
         row |= figures(problem, timings.get(mine), compiled[mine].error)
         row["baseline"] = {"what": "copy of as many bytes, XLA"}
         row["baseline"] |= figures(problem, timings.get(base), compiled[base].error)
