@@ -1,0 +1,25 @@
+"""Flax NNX layers on this package's products: `Linear`, `MoE`, frozen FP8 weights. Needs the extra `flax`."""
+
+from __future__ import annotations
+
+try:
+    import flax.nnx as _nnx  # noqa: F401 - for the message
+except ImportError as error:
+    raise ImportError(
+        "jax_deepgemm.flax needs Flax, which is not installed: pip install flax, or jax_deepgemm[flax]."
+    ) from error
+
+from jax_deepgemm.flax.linear import Linear, SwiGLU
+from jax_deepgemm.flax.moe import Load, MoE, RouterBias
+from jax_deepgemm.flax.variables import QuantizedParam, named_shardings, quantize_module
+
+__all__ = [
+    "Linear",
+    "Load",
+    "MoE",
+    "QuantizedParam",
+    "RouterBias",
+    "SwiGLU",
+    "named_shardings",
+    "quantize_module",
+]

@@ -1,0 +1,213 @@
+"""A mixture-of-experts layer: router, experts, optional shared expert."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jax_deepgemm.flax.linear import Initializer, SwiGLU, variance_scaling
+from jax_deepgemm.flax.variables import check_recipe, sharding_metadata
+from jax_deepgemm.moe import expert_parallel_moe, moe_layer, moe_mlp, route
+from jax_deepgemm.quantization import QuantizedArray
+
+
+class Load(NamedTuple):
+    """Where the tokens of one call went.
+
+    Attributes:
+      tokens: int32 [experts], copies of tokens that chose each expert.
+      dropped: int32 [], copies that found no room (`capacity_factor`); 0 without expert parallelism.
+    """
+
+    tokens: jax.Array
+    dropped: jax.Array
+
+
+class RouterBias(nnx.Variable):
+    """A router's bias for balance: moved by `MoE.move_bias`, not by gradients, so it is no `nnx.Param`."""
+
+
+class MoE(nnx.Module):
+    """Every token through its top_k experts, and through the shared expert if there is one.
+
+    y = sum over the token's experts e of weight_e * w2[e] (silu(w1[e] x) * w3[e] x), w13 = (w1, w3)
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from jax_deepgemm.flax import MoE
+    >>> layer = MoE(256, 128, num_experts=8, top_k=2, shared_intermediate=128, rngs=nnx.Rngs(0))
+    >>> y, load = layer(jnp.ones((2, 16, 256), jnp.bfloat16), with_load=True)
+    >>> y.shape, y.dtype.name, int(load.tokens.sum())
+    ((2, 16, 256), 'bfloat16', 64)
+    >>> layer.move_bias(load.tokens, 1e-3)  # after a training step
+
+    Attributes:
+      gate: nnx.Param [experts, hidden] float32, the router; its logits are computed in float32.
+      bias: RouterBias [experts] float32, added to the scores in the choice of experts only; None without
+        `balance`.
+      w13: nnx.Param [experts, 2 * intermediate, hidden], gate and up projections, gate first; after
+        `quantize_module` a QuantizedParam, as w2.
+      w2: nnx.Param [experts, hidden, intermediate], down projections.
+      shared: `SwiGLU` that every token visits, or None.
+
+    Args:
+      hidden: size of the last dimension of x and y.
+      intermediate: width of one expert.
+      num_experts, top_k: experts there are, and experts of a token.
+      shared_intermediate: width of the shared expert; 0: there is none.
+      recipe: "fp8" or "bf16", of all products but the router's; quantised weights are used in FP8 either way.
+      score, num_groups, top_groups, renormalize, scale: as in `jax_deepgemm.moe.route`.
+      balance: whether the router has a bias that `move_bias` moves, DeepSeek-V3's way to equal load.
+      expert_axis: mesh axis that cuts the experts, by `jax_deepgemm.moe.moe_layer`; all axes of the mesh cut
+        the tokens. Inside a `jax.shard_map` of yours over this axis: w13 and w2 are this device's part.
+        None: all experts on each device. w13 and w2 carry it as metadata, for `named_shardings`.
+      mesh: the mesh; default: that of `jax.set_mesh`.
+      method, capacity_factor: as in `jax_deepgemm.moe.expert_parallel_moe`: how tokens travel, and how many
+        have room; by default all.
+      param_dtype: of the master weights, float32 or bfloat16. Gradients have the same.
+      kernel_init: initializer of all weights, called with (key, shape, dtype); the last dimension of a shape
+        is summed over.
+      rngs: source of the stream `params`.
+
+    Raises:
+      ValueError: another recipe; and as `route`, `moe_mlp` and `moe_layer` when called.
+    """
+
+    quantized_weights = ("w13", "w2")
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        shared_intermediate: int = 0,
+        recipe: str = "fp8",
+        score: str | None = "sigmoid",
+        num_groups: int | None = None,
+        top_groups: int | None = None,
+        renormalize: bool = True,
+        scale: float = 1.0,
+        balance: bool = True,
+        expert_axis: str | None = None,
+        mesh: Mesh | None = None,
+        method: str = "all_to_all",
+        capacity_factor: float | None = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer = variance_scaling,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.num_experts, self.top_k = num_experts, top_k
+        self.recipe = check_recipe("MoE", recipe)
+        self.score, self.num_groups, self.top_groups = score, num_groups, top_groups
+        self.renormalize, self.scale = renormalize, scale
+        self.expert_axis, self.mesh = expert_axis, mesh
+        self.method, self.capacity_factor = method, capacity_factor
+        cut = sharding_metadata(None if expert_axis is None else P(expert_axis, None, None))
+
+        def weight(*shape: int, dtype: Any = param_dtype) -> jax.Array:
+            return kernel_init(rngs.params(), shape, dtype)
+
+        self.gate = nnx.Param(weight(num_experts, hidden, dtype=jnp.float32))
+        self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32)) if balance else None
+        self.w13 = nnx.Param(weight(num_experts, 2 * intermediate, hidden), **cut)
+        self.w2 = nnx.Param(weight(num_experts, hidden, intermediate), **cut)
+        self.shared = (
+            None
+            if not shared_intermediate
+            else SwiGLU(
+                hidden,
+                shared_intermediate,
+                recipe=recipe,
+                param_dtype=param_dtype,
+                kernel_init=kernel_init,
+                rngs=rngs,
+            )
+        )
+
+    def __call__(self, x: jax.Array, *, with_load: bool = False) -> Any:
+        """Any number of tokens, for training and prefill.
+
+        Args:
+          x: [.., hidden] bfloat16 or float32. With `expert_axis` on Auto axes, cut the first dimension.
+          with_load: also return the load.
+
+        Returns:
+          [.., hidden] in the dtype of x; or (that, `Load`). Inside `jax.shard_map` the load is that of this
+          device's tokens.
+        """
+        return self._through(self._experts, x, with_load)
+
+    def decode(self, x: jax.Array, *, with_load: bool = False) -> Any:
+        """As a call, for few tokens on one device."""
+        return self._through(self._few_tokens, x, with_load)
+
+    def move_bias(self, tokens: jax.Array, rate: float) -> None:
+        """Lowers the bias of experts with more tokens than the mean by `rate`, raises that of the others.
+
+        Args:
+          tokens: [experts], `Load.tokens` of one step and all devices.
+          rate: step of the bias; what it is added to are scores, between 0 and 1.
+        """
+        if self.bias is None:
+            raise ValueError("MoE.move_bias: the layer has no bias. Make it with balance=True.")
+        tokens = tokens.astype(jnp.float32)
+        self.bias.set_value(self.bias.get_value() + rate * jnp.sign(tokens.mean() - tokens))
+
+    def _through(self, experts: Any, x: jax.Array, with_load: bool) -> Any:
+        tokens = x.reshape(-1, x.shape[-1])
+        ids, weights = self._route(tokens)
+        y, dropped = experts(tokens, ids, weights)
+        y = y.reshape(x.shape)
+        if self.shared is not None:
+            y = y + self.shared(x).astype(y.dtype)
+        return (y, Load(_count(ids, self.num_experts), dropped)) if with_load else y
+
+    def _experts(self, *routed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(y, dropped) of tokens, ids, weights."""
+        operands: Any = (*routed, self.w13.get_value(), self.w2.get_value())
+        recipe = self._recipe()
+        if self.expert_axis is None:
+            return moe_mlp(*operands, recipe=recipe), jnp.zeros((), jnp.int32)
+        options: dict[str, Any] = {"method": self.method, "capacity_factor": self.capacity_factor}
+        if self.expert_axis in jax.sharding.get_abstract_mesh().manual_axes:
+            return expert_parallel_moe(*operands, axis=self.expert_axis, recipe=recipe, **options)
+        return moe_layer(*operands, mesh=self.mesh, expert_axis=self.expert_axis, recipe=recipe, **options)
+
+    def _few_tokens(self, *routed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        operands: Any = (*routed, self.w13.get_value(), self.w2.get_value())
+        y = moe_mlp(*operands, recipe=self._recipe())
+        return y, jnp.zeros((), jnp.int32)
+
+    def _recipe(self) -> str:
+        return "fp8" if isinstance(self.w13.get_value(), QuantizedArray) else self.recipe
+
+    def _route(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = jnp.einsum(
+            "th,eh->te",
+            tokens.astype(jnp.float32),
+            self.gate.get_value(),
+            precision=lax.Precision.HIGHEST,
+        )
+        return route(
+            logits,
+            self.top_k,
+            score=self.score,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
+            bias=None if self.bias is None else self.bias.get_value(),
+            renormalize=self.renormalize,
+            scale=self.scale,
+        )
+
+
+def _count(ids: jax.Array, experts: int) -> jax.Array:
+    """How often each expert is in ids [t, top_k]."""
+    return jnp.sum(ids[..., None] == jnp.arange(experts), axis=(0, 1), dtype=jnp.int32)

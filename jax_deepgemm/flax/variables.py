@@ -1,0 +1,127 @@
+"""Frozen FP8 weights as Flax variables, and shardings of variables."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_deepgemm.quantization import QuantizedArray, quantize
+
+RECIPES = ("fp8", "bf16")
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+class QuantizedParam(nnx.Variable):
+    """A frozen FP8 weight: its value is a `QuantizedArray`.
+
+    It is no `nnx.Param`, so `nnx.grad` (whose default is `wrt=nnx.Param`) and optimizers made with
+    `wrt=nnx.Param` leave it as it is. It goes through `nnx.jit`, `nnx.split` and checkpoints as a pair of
+    arrays, values and scales.
+
+    >>> import jax.numpy as jnp
+    >>> from jax_deepgemm import quantize
+    >>> from jax_deepgemm.flax import QuantizedParam
+    >>> QuantizedParam(quantize(jnp.ones((256, 128)), (128, 128))).get_value()
+    QuantizedArray(float8_e4m3fn[256,128], scales float32[2,1], block=(128, 128))
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.get_value() if index is Ellipsis else super().__getitem__(index)
+
+
+def quantize_module(module: Module) -> Module:
+    """A copy for inference: the weights of every `Linear` and `MoE` in FP8, as `QuantizedParam`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from jax_deepgemm.flax import Linear, quantize_module
+    >>> frozen = quantize_module(Linear(256, 128, rngs=nnx.Rngs(0)))
+    >>> frozen.weight.get_value()
+    QuantizedArray(float8_e4m3fn[128,256], scales float32[1,2], block=(128, 128))
+    >>> frozen(jnp.ones((4, 256), jnp.bfloat16)).shape
+    (4, 128)
+
+    Args:
+      module: any module that holds such layers, at any depth, or is one. It is not changed, and what is not
+        quantised (norms, embeddings, routers) is shared with it.
+
+    Returns:
+      A module of the same class. Inputs still have gradients; the quantised weights have none. For an
+      abstract one, to restore a checkpoint into: `nnx.eval_shape(lambda: quantize_module(...))`.
+
+    Raises:
+      ValueError: nothing to quantise: no `Linear` or `MoE` with `nnx.Param` weights inside.
+    """
+    copy = nnx.merge(*nnx.split(module))
+    quantized = 0
+    for _, part in nnx.iter_graph(copy):
+        for name in getattr(type(part), "quantized_weights", ()):
+            weight = getattr(part, name)
+            if isinstance(weight, nnx.Param):
+                setattr(part, name, _frozen(weight))
+                quantized += 1
+    if not quantized:
+        raise ValueError(
+            f"quantize_module: {type(module).__name__} holds no Linear or MoE of jax_deepgemm.flax with "
+            "weights to quantise."
+        )
+    return copy
+
+
+def _frozen(weight: nnx.Param) -> QuantizedParam:
+    value = quantize(weight.get_value(), (128, 128))
+    return QuantizedParam(value, **sharding_metadata(partition_spec(weight)))
+
+
+def sharding_metadata(spec: P | None) -> dict[str, Any]:
+    """What a variable is made with to carry a spec that `named_shardings` and Flax read; places nothing."""
+    return {} if spec is None else {"out_sharding": spec, "eager_sharding": False}
+
+
+def partition_spec(variable: nnx.Variable) -> P | None:
+    return variable.get_metadata().get("out_sharding")
+
+
+def named_shardings(state: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a state of variables: by their `out_sharding` metadata, else replicated.
+
+    >>> import jax
+    >>> from flax import nnx
+    >>> from jax_deepgemm.flax import MoE, named_shardings
+    >>> mesh = jax.make_mesh((1,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> layer = MoE(128, 128, num_experts=4, top_k=2, expert_axis="expert", rngs=nnx.Rngs(0))
+    >>> named_shardings(nnx.state(layer), mesh)["w13"].get_value().spec[0]
+    'expert'
+
+    Args:
+      state: an `nnx.State` or another pytree of variables, of arrays or their shapes.
+      mesh: the mesh that the metadata's axes are of.
+
+    Returns:
+      The same pytree with shardings in place of arrays, for `out_shardings`, `jax.device_put`, checkpoints.
+      Scales of a `QuantizedParam` are cut along with its values where every cut is at the edge of a block.
+    """
+
+    def of(variable: Any) -> Any:
+        if not isinstance(variable, nnx.Variable):
+            return NamedSharding(mesh, P())
+        sharding = NamedSharding(mesh, partition_spec(variable) or P())
+        value = variable.get_value()
+        return variable.replace(value.shardings(sharding) if isinstance(value, QuantizedArray) else sharding)
+
+    return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def check_recipe(where: str, recipe: str) -> str:
+    if recipe not in RECIPES:
+        raise ValueError(f"{where}: recipe is {recipe!r}, need 'fp8' or 'bf16'.")
+    return recipe
+
+
+def as_bf16(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16)
