@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jax_deepgemm.moe.decode import moe_mlp_decode
 from jax_deepgemm.moe.dispatch import DispatchPlan, combine, dispatch, plan_dispatch, spread_weights
 from jax_deepgemm.moe.experts import expert_mlp
 from jax_deepgemm.moe.layer import moe_mlp
@@ -16,6 +17,7 @@ __all__ = [
     "expert_parallel_moe",
     "moe_layer",
     "moe_mlp",
+    "moe_mlp_decode",
     "plan_dispatch",
     "route",
     "spread_weights",

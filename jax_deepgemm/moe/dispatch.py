@@ -92,6 +92,23 @@ def sort_copies(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Arr
     return expert, index.astype(jnp.int32)
 
 
+def with_capacity(plan: DispatchPlan, ids: jax.Array, capacity: int) -> DispatchPlan:
+    """The plan with `capacity` rows for every group, used or not: row (group, i) is group * capacity + i.
+
+    The first copies of a group get its rows; the others, and those without a group, are dropped. ids: those
+    of the plan.
+    """
+    copies, groups = plan.source.shape[0], plan.group_sizes.shape[0]
+    starts = jnp.cumsum(plan.group_sizes) - plan.group_sizes
+    sizes = jnp.minimum(plan.group_sizes, capacity)
+    slot = jnp.arange(capacity, dtype=jnp.int32)
+    row = jnp.where(slot < sizes[:, None], starts[:, None] + slot, copies).reshape(-1)
+    rank = plan.position - starts.at[ids].get(mode="fill", fill_value=0)
+    kept = (plan.position < copies) & (rank < capacity)
+    position = jnp.where(kept, ids.astype(jnp.int32) * capacity + rank, groups * capacity)
+    return DispatchPlan(plan.source.at[row].get(mode="fill", fill_value=copies), position, sizes)
+
+
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """x[index] along the first dimension; zeros where the index is not in range."""
     return x.at[index].get(mode="fill", fill_value=0)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepgemm.core.derivatives import same_varying_axes
-from jax_deepgemm.moe.dispatch import DispatchPlan, plan_dispatch, sum_copies, take_rows
+from jax_deepgemm.moe.dispatch import DispatchPlan, plan_dispatch, sum_copies, take_rows, with_capacity
 
 METHODS = ("all_to_all", "ragged")
 Axis: TypeAlias = str | tuple[str, ...]
@@ -118,10 +118,11 @@ def plan_exchange(ids: jax.Array, experts: int, wire: Wire) -> Exchange:
     """The way of each copy. ids [t, top_k]: of all experts, device by device; others are dropped."""
     exists = (ids >= 0) & (ids < experts * wire.devices)
     device = jnp.where(exists, ids // experts, -1)
-    sorted_ = plan_dispatch(device, wire.devices)
-    starts = jnp.cumsum(sorted_.group_sizes) - sorted_.group_sizes
-    plan = _with_capacity if wire.method == "all_to_all" else _ragged
-    source, transfer = plan(sorted_, device, starts, wire)
+    plan, transfer = plan_dispatch(device, wire.devices), None
+    if wire.method == "all_to_all":
+        source = with_capacity(plan, device, wire.sends // wire.devices)
+    else:
+        source, transfer = _ragged(plan, device, wire)
     sent = take_rows((ids % experts + 1).astype(jnp.int32).reshape(-1), source.source)  # 0: an empty slot
     received = _collective(wire, transfer, sent) - 1
     target = plan_dispatch(received[:, None], experts)
@@ -129,32 +130,16 @@ def plan_exchange(ids: jax.Array, experts: int, wire: Wire) -> Exchange:
     return Exchange(source, target, transfer, dropped, wire)
 
 
-def _with_capacity(
-    plan: DispatchPlan, device: jax.Array, starts: jax.Array, wire: Wire
-) -> tuple[DispatchPlan, None]:
-    """Slots of equal number for each destination; the first copies, in the order of the tokens, get them."""
-    capacity = wire.sends // wire.devices
-    sizes = jnp.minimum(plan.group_sizes, capacity)
-    slot = jnp.arange(capacity, dtype=jnp.int32)
-    row = jnp.where(slot < sizes[:, None], starts[:, None] + slot, plan.source.shape[0]).reshape(-1)
-    copies = plan.source.shape[0]
-    source = plan.source.at[row].get(mode="fill", fill_value=copies)
-    rank = plan.position - starts[device]
-    kept = plan.kept & (rank < capacity)
-    return DispatchPlan(source, jnp.where(kept, device * capacity + rank, wire.sends), sizes), None
-
-
-def _ragged(
-    plan: DispatchPlan, device: jax.Array, starts: jax.Array, wire: Wire
-) -> tuple[DispatchPlan, Transfer]:
+def _ragged(plan: DispatchPlan, device: jax.Array, wire: Wire) -> tuple[DispatchPlan, Transfer]:
     """Copies as they are sorted; what has no space stays behind, that of later devices first."""
     wanted = _gather(wire, plan.group_sizes)  # [source, destination]
     write = jnp.minimum(jnp.cumsum(wanted, axis=0) - wanted, wire.receives)
     sizes = jnp.minimum(wanted, wire.receives - write)
     transfer = Transfer(sizes, jnp.cumsum(wanted, axis=1) - wanted, write)
-    mine = sizes[lax.axis_index(wire.axis)]
-    kept = plan.kept & (plan.position - starts[device] < mine[device])
-    return DispatchPlan(plan.source, jnp.where(kept, plan.position, wire.sends), mine), transfer
+    me = lax.axis_index(wire.axis)
+    rank = plan.position - transfer.read[me][device]
+    kept = plan.kept & (rank < sizes[me][device])
+    return DispatchPlan(plan.source, jnp.where(kept, plan.position, wire.sends), sizes[me]), transfer
 
 
 def _gather(wire: Wire, x: jax.Array) -> jax.Array:

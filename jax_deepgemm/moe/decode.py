@@ -1,0 +1,134 @@
+"""A mixture of experts for few tokens: as many rows for every expert, and how many of them count."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_deepgemm.activation import swiglu, swiglu_quantize
+from jax_deepgemm.gemm.operands import PER_ROW
+from jax_deepgemm.grouped import recipe as fp8
+from jax_deepgemm.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
+from jax_deepgemm.moe.dispatch import DispatchPlan, plan_dispatch, sum_copies, take_rows, with_capacity
+from jax_deepgemm.moe.experts import Weight, check_weights
+from jax_deepgemm.moe.layer import check_tokens, expected_rows
+from jax_deepgemm.quantization import QuantizedArray, quantize
+
+
+def moe_mlp_decode(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    *,
+    max_rows: int | None = None,
+    recipe: str = "fp8",
+    expected_m: int | None = None,
+    num_sms: int | None = None,
+) -> jax.Array:
+    """`moe_mlp` for inference, through the masked grouped GEMMs: every expert has max_rows rows.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax_deepgemm import quantize
+    >>> from jax_deepgemm.moe import moe_mlp_decode, route
+    >>> x = jax.random.normal(jax.random.key(0), (6, 256), jnp.bfloat16)
+    >>> ids, weights = route(jax.random.normal(jax.random.key(1), (6, 4)), 2)
+    >>> w13 = jax.random.normal(jax.random.key(2), (4, 2 * 128, 256)) / 16
+    >>> w2 = jax.random.normal(jax.random.key(3), (4, 256, 128)) / 16
+    >>> frozen = quantize(w13, (128, 128)), quantize(w2, (128, 128))
+    >>> moe_mlp_decode(x, ids, weights, *frozen).shape
+    (6, 256)
+
+    The layout that a low-latency exchange between devices gives. Rows of all experts are moved, used or not,
+    e * max_rows * h bytes in FP8: for more than some hundred tokens `moe_mlp` does less. Both compile once
+    for a number of tokens, whatever the routing.
+
+    Args:
+      x, ids, weights, w13, w2: as in `moe_mlp`. Quantise the weights beforehand: master weights are quantised
+        at each call.
+      max_rows: rows of an expert; copies that find none, those of later tokens, are dropped: they count zero.
+        Default: the number of tokens, so that nothing is dropped (a token's ids being distinct).
+      recipe, num_sms: as in `moe_mlp`.
+      expected_m: rows of an expert to expect, for the choice of the kernel; default: of a balanced load.
+
+    Returns:
+      [t, h] in the dtype of x, as `moe_mlp`: the same sums, with the accumulation order of another kernel.
+
+    Raises:
+      ValueError, TypeError: operands that do not fit; the message names both sides.
+
+    For inference: with "fp8" differentiation raises; train with `moe_mlp`.
+    """
+    check_tokens("moe_mlp_decode", x, ids, weights)
+    check_weights("moe_mlp_decode", x, w13, w2, recipe)
+    experts, tokens = w13.shape[0], x.shape[0]
+    rows = tokens if max_rows is None else max_rows
+    if rows < 0 or (rows == 0 and tokens):
+        raise ValueError(f"moe_mlp_decode: max_rows is {max_rows}, need a positive number, or None.")
+    plan = with_capacity(plan_dispatch(ids, experts), ids, rows)
+    expected_m = min(expected_rows(ids.size, experts), max(rows, 1)) if expected_m is None else expected_m
+    row_weights = take_rows(weights.reshape(-1), plan.source)
+    run = _bf16 if recipe == "bf16" else _fp8
+    y = run(x, w13, w2, plan, row_weights, expected_m, num_sms)
+    return sum_copies(y.reshape(experts * rows, x.shape[1]), plan.position)
+
+
+def _fp8(
+    x: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    plan: DispatchPlan,
+    row_weights: jax.Array,
+    expected_m: int,
+    num_sms: int | None,
+) -> jax.Array:
+    experts = w13.shape[0]
+
+    def gemm(values: jax.Array, scales: jax.Array, w: Weight, out_dtype: object) -> jax.Array:
+        rows = row_weights.shape[0] // experts
+        values, scales = (z.reshape(experts, rows, z.shape[1]) for z in (values, scales))
+        return m_grouped_fp8_gemm_nt_masked(
+            QuantizedArray(values, scales, PER_ROW),
+            fp8.forward_weight(w),
+            plan.group_sizes,
+            expected_m,
+            out_dtype=out_dtype,
+            num_sms=num_sms,
+        )
+
+    tokens = quantize(x, PER_ROW)
+    values = take_rows(lax.bitcast_convert_type(tokens.values, jnp.uint8), plan.token)
+    values = lax.bitcast_convert_type(values, fp8.E4M3)
+    hidden = gemm(values, take_rows(tokens.scales, plan.token), w13, jnp.bfloat16)
+    # Rows that do not count are undefined here, and stay among themselves: scales are per row.
+    flat = hidden.reshape(row_weights.shape[0], hidden.shape[2])
+    act, scales = swiglu_quantize(flat, row_weights, transposed=False)
+    return gemm(act, scales, w2, x.dtype)
+
+
+def _bf16(
+    x: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    plan: DispatchPlan,
+    row_weights: jax.Array,
+    expected_m: int,
+    num_sms: int | None,
+) -> jax.Array:
+    experts = w13.shape[0]
+
+    def gemm(a: jax.Array, w: Weight, out_dtype: object) -> jax.Array:
+        assert not isinstance(w, QuantizedArray)
+        return m_grouped_bf16_gemm_nt_masked(
+            a.reshape(experts, row_weights.shape[0] // experts, a.shape[-1]),
+            w.astype(jnp.bfloat16),
+            plan.group_sizes,
+            expected_m,
+            out_dtype=out_dtype,
+            num_sms=num_sms,
+        )
+
+    hidden = gemm(take_rows(x.astype(jnp.bfloat16), plan.token), w13, jnp.bfloat16)
+    return gemm(swiglu(hidden, row_weights.reshape(hidden.shape[:2])), w2, x.dtype)
