@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jax_deepgemm.bench import dense, report, timing, trace
+from jax_deepgemm.bench import catalog, dense, grouped, moe, report, timing, trace
 from jax_deepgemm.bench.machine import ClockLog
 from jax_deepgemm.cli import main
-from jax_deepgemm.cli.bench import default_path, write
+from jax_deepgemm.cli.bench import TABLES, default_path, write
 
 FLUSH_NAME = "loop_broadcast_fusion"
 
@@ -182,6 +183,45 @@ def test_report_compares_with_recorded_figures(tmp_path: Path, capsys: pytest.Ca
     assert row[6:] == ["110.0", "167.4", "1.10x", "1.67x", "1600"]
 
 
+def grouped_result() -> dict[str, Any]:
+    """One row of each kind of table; the second calls twice as long as DeepGEMM's."""
+    measured = {
+        "status": "ok",
+        "us": 200.0,
+        "all_us": 210.0,
+        "tflops": 1000.0,
+        "gbytes_per_s": 9.0,
+        "clock": {},
+    }
+    rows = []
+    for table, problems in grouped.tables().items():
+        rows += [problem.row | measured for problem in problems]
+        if table == "ragged_dot":
+            for row in rows[-len(problems) :]:
+                row["baseline"] = {"what": "jax.lax.ragged_dot", "status": "ok", "us": 1000.0}
+    rows += [problem.row | measured | {"gemm_us": 150.0, "rest_us": 50.0} for problem in moe.tables()["moe"]]
+    return result() | {"rows": rows}
+
+
+def test_report_of_grouped_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "h200.json"
+    write(path, grouped_result())
+    assert main(["bench", "--report", str(path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {tuple(line[:6]): line[6:] for line in lines}
+    assert shown["fp8", "32", "192", "6144", "7168", "200.0"][-3:] == ["545.6", "2.73x", "–"]
+    padded = ["200.0", "1000", "9", "210.0", "719.8", "3.60x", "–"]
+    assert ["fp8", "padded", "32", "256", "6144", "7168", *padded] in lines
+    ragged = ["200.0", "1000", "9", "1000.0", "1062.0", "5.00x", "5.31x", "–"]
+    assert ["bf16", "32", "256", "7168", "3072", *ragged] in lines
+    assert any(line[-5:] == ["1000", "150.0", "50.0", "25%", "–"] for line in lines)
+    assert any(
+        line[:6] == ["ragged_dot", "bf16", "5", "jax.lax.ragged_dot", "5.00x", "5.00x"] for line in lines
+    )
+    pages = {target.name: content for target, content in report.documents([path]).items()}
+    assert "| masked | fp8 | 32 | 192 | 6144 | 7168 | 200.0 |" in pages["README.md"]
+
+
 def test_failed_rows_are_shown_as_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "h200.json"
     write(path, result(failed=True))
@@ -207,7 +247,8 @@ def test_results_without_a_gpu_claim_nothing(tmp_path: Path) -> None:
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     target = tmp_path / "plot.svg"
-    assert report.plot(result(), target)
+    both = result() | {"rows": result()["rows"] + grouped_result()["rows"]}
+    assert report.plot(both, target)
     assert target.read_text().startswith("<?xml")
 
 
@@ -232,19 +273,66 @@ def test_wrong_choices(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
-def test_small_run_writes_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "tables"),
+    [
+        (["--rows", "m=1 ", "--tables", "fp8,fp8_wgrad,bf16"], ["fp8", "fp8_wgrad", "bf16"]),
+        (
+            ["--rows", "m_grouped fp8 padded|masked bf16|k_grouped bf16|ragged_dot"],
+            ["m_grouped", "masked", "k_grouped", "ragged_dot"],
+        ),
+        (["--rows", "moe bf16 forward:|swiglu_quantize"], ["quantize", "moe"]),
+    ],
+    ids=("dense", "grouped", "layers"),
+)
+def test_small_run_writes_a_result(
+    arguments: list[str], tables: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "trial.json"
-    assert main(["bench", "--out", str(path), "--calls", "2", "--rows", "m=1 "]) == 0
+    assert main(["bench", "--out", str(path), "--calls", "2", *arguments]) == 0
     found = report.load(path)
-    assert [row["table"] for row in found["rows"]] == ["fp8", "fp8_wgrad", "bf16"]
+    assert [row["table"] for row in found["rows"]] == tables
     assert all(row["status"] == "ok" and row["calls"] == 2 for row in found["rows"])
-    assert "3 rows, 0 failed" in capsys.readouterr().out
+    assert f"{len(tables)} rows, 0 failed" in capsys.readouterr().out
+
+
+def test_every_table_is_measured_and_shown() -> None:
+    modules = {
+        name: importlib.import_module(f"jax_deepgemm.bench.{module}") for name, module in TABLES.items()
+    }
+    assert list(TABLES) == list(catalog.TABLES)
+    for name, module in modules.items():
+        assert (
+            set(module.tables()) == set(module.small_tables()) == {t for t in TABLES if modules[t] is module}
+        )
+        assert len(set(map(str, module.tables()[name]))) == len(module.tables()[name])
 
 
 def test_tables_are_those_of_the_recorded_figures() -> None:
     ours = {(p.kind, p.m, p.n, p.k) for rows in dense.tables().values() for p in rows}
-    assert set(report.recorded("NVIDIA H200")) == ours
-    assert report.recorded("NVIDIA A100") == {}
+    ours |= {
+        catalog.TABLES[table].key(problem.row) for table, rows in grouped.tables().items() for problem in rows
+    }
+    assert set(catalog.recorded("NVIDIA H200")) == ours
+    assert catalog.recorded("NVIDIA A100") == {}
+
+
+def test_group_sizes_have_the_sum_of_the_recorded_ones() -> None:
+    """rows = us * TFLOP/s / (2 n k), within the rounding of a rate to a whole number."""
+    peers = catalog.recorded("NVIDIA H200")
+    for table in ("m_grouped", "masked", "k_grouped"):
+        for problem in grouped.tables()[table]:
+            if problem.sizes == "padded" or table != "m_grouped":
+                peer = peers[catalog.TABLES[table].key(problem.row)]
+                assert problem.flops / peer["us"] / 1e6 == pytest.approx(peer["tflops"], abs=1), str(problem)
+            expected = problem.k if table == "k_grouped" else problem.m
+            assert all(0.69 * expected <= size <= 1.3 * expected + 128 for size in problem.group_sizes)
+
+
+def test_gemms_of_a_layer_are_told_from_the_rest() -> None:
+    kernels = {"jdg_sm90_rows_e4m3_nt": 60.0, "jdg_quantize_1x128_bf16_e4m3": 10.0, "loop_gather_fusion": 5.0}
+    found = moe._with_parts({"status": "ok", "us": 80.0, "kernels": kernels})
+    assert (found["gemm_us"], found["rest_us"]) == (60.0, 20.0)
 
 
 def test_default_path_names_the_device() -> None:

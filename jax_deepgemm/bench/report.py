@@ -6,34 +6,48 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_deepgemm.bench.catalog import ROOT, TABLES, Key, Row, Table, recorded
 from jax_deepgemm.cli.text import markdown_table, table
 
-ROOT = Path(__file__).resolve().parents[2]
-RECORDED = ROOT / "benchmarks" / "data" / "deepgemm_h200.json"
 BEGIN, END = "<!-- begin generated: {} -->", "<!-- end generated: {} -->"
 COMMAND = "python -m jax_deepgemm bench --report benchmarks/results/*.json --write"
-TITLES = {
-    "fp8": "Dense FP8: D = A Bᵀ, A scaled 1x128, B scaled 128x128, bfloat16 result",
-    "fp8_wgrad": "FP8 weight gradient: D = C + A Bᵀ, both scaled 1x128, float32 C and D",
-    "bf16": "Dense BF16: D = A Bᵀ, bfloat16 result",
-}
-COLUMNS = ("m", "n", "k", "us", "TFLOP/s", "GB/s", "{} us", "DeepGEMM us", "vs {}", "vs DeepGEMM", "SM MHz")
-SUMMARY = ("table", "rows of A", "rows", "vs {}", "worst", "vs DeepGEMM", "worst")
-README_ROWS = (
-    ("fp8", 1, 7168, 16384),
-    ("fp8", 64, 4096, 7168),
-    ("fp8", 128, 7168, 2048),
-    ("fp8", 4096, 4096, 7168),
-    ("fp8", 4096, 7168, 2048),
-    ("fp8", 8192, 7168, 16384),
-    ("fp8_wgrad", 4096, 7168, 4096),
-    ("bf16", 128, 4096, 7168),
-    ("bf16", 4096, 4096, 7168),
+SUMMARY = ("table", "of", "rows", "against", "geometric mean", "worst")
+README_ROWS: tuple[tuple[Key, ...], ...] = (
+    (
+        ("fp8", 1, 7168, 16384),
+        ("fp8", 64, 4096, 7168),
+        ("fp8", 128, 7168, 2048),
+        ("fp8", 4096, 4096, 7168),
+        ("fp8", 4096, 7168, 2048),
+        ("fp8", 8192, 7168, 16384),
+        ("fp8_wgrad", 4096, 7168, 4096),
+        ("bf16", 128, 4096, 7168),
+        ("bf16", 4096, 4096, 7168),
+    ),
+    (
+        ("m_grouped", "fp8", "padded", 4, 8192, 6144, 7168),
+        ("m_grouped", "fp8", "padded", 32, 256, 7168, 3072),
+        ("m_grouped", "fp8", "drawn", 32, 256, 7168, 3072),
+        ("m_grouped", "bf16", "padded", 8, 4096, 4096, 4096),
+    ),
+    (
+        ("masked", "fp8", 32, 192, 6144, 7168),
+        ("masked", "fp8", 32, 20, 7168, 3072),
+        ("k_grouped", "fp8", 4, 4096, 7168, 8192),
+        ("k_grouped", "fp8", 16, 7168, 2048, 2048),
+        ("k_grouped", "bf16", 8, 4096, 7168, 4096),
+    ),
+    (
+        ("ragged_dot", "bf16", 4, 8192, 6144, 7168),
+        ("ragged_dot", "bf16", 8, 4096, 4096, 4096),
+        ("ragged_dot", "bf16", 32, 256, 7168, 3072),
+    ),
 )
+"""Rows of README.md, a table of each tuple; all of one have the same columns."""
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -53,82 +67,49 @@ def load(path: Path) -> dict[str, Any]:
     return result
 
 
-def recorded(device: str) -> dict[tuple[str, int, int, int], dict[str, float]]:
-    """Returns DeepGEMM's recorded figures by (table, m, n, k), if the device is of the kind they are from."""
-    if "H200" not in device or not RECORDED.is_file():
-        return {}
-    data = json.loads(RECORDED.read_text())["tables"]
-    rows = {}
-    for name in TITLES:
-        columns = data[name]["columns"]
-        for cells in data[name]["rows"]:
-            row = dict(zip(columns, cells, strict=True))
-            rows[name, row["m"], row["n"], row["k"]] = row
-    return rows
-
-
-def _cells(row: dict[str, Any], peer: dict[str, float]) -> list[str]:
-    shape = [str(row[key]) for key in "mnk"]
-    if row["status"] != "ok":
-        return [*shape, "failed", *[""] * (len(COLUMNS) - 4)]
-    base = row["baseline"].get("us")
-    theirs = peer.get("us")
-    clock = row["clock"].get("sm_mhz_median")
-    return [
-        *shape,
-        f"{row['us']:.1f}",
-        f"{row['tflops']:.0f}",
-        f"{row['gbytes_per_s']:.0f}",
-        f"{base:.1f}" if base else "–",
-        f"{theirs:.1f}" if theirs else "–",
-        f"{base / row['us']:.2f}x" if base else "–",
-        f"{theirs / row['us']:.2f}x" if theirs else "–",
-        f"{clock:.0f}" if clock else "–",
-    ]
-
-
-def _tables(result: dict[str, Any]) -> Iterable[tuple[str, list[list[str]]]]:
-    peers = recorded(result["device"])
-    for name in TITLES:
+def _rows(result: dict[str, Any]) -> Iterator[tuple[str, Table, list[Row]]]:
+    """The tables of which there are rows."""
+    for name, about in TABLES.items():
         rows = [row for row in result["rows"] if row["table"] == name]
         if rows:
-            yield name, [_cells(row, peers.get((name, row["m"], row["n"], row["k"]), {})) for row in rows]
+            yield name, about, rows
+
+
+def _tables(result: dict[str, Any]) -> Iterable[tuple[Table, list[list[str]]]]:
+    peers = recorded(result["device"])
+    for _, about, rows in _rows(result):
+        yield about, [about.cells(row, peers.get(about.key(row), {})) for row in rows]
 
 
 def summary(result: dict[str, Any]) -> list[list[str]]:
-    """Returns, per table and range of m, geometric mean and worst of the speed-ups (above 1: faster)."""
+    """Returns, for parts of the tables, geometric mean and worst of the speed-ups (above 1: faster)."""
     peers = recorded(result["device"])
     lines = []
-    for name in TITLES:
-        for label, low, high in (("m <= 256", 0, 256), ("m >= 1024", 1024, math.inf)):
-            rows = [
-                row
-                for row in result["rows"]
-                if row["table"] == name and low <= row["m"] <= high and row["status"] == "ok"
-            ]
-            against = [row["baseline"]["us"] / row["us"] for row in rows if row["baseline"].get("us")]
-            keys = [(name, row["m"], row["n"], row["k"]) for row in rows]
-            versus = [
-                peers[key]["us"] / row["us"] for key, row in zip(keys, rows, strict=True) if key in peers
-            ]
-            if rows:
-                lines.append([name, label, str(len(rows)), *_ratios(against), *_ratios(versus)])
+    for name, about, rows in _rows(result):
+        measured = [row for row in rows if row["status"] == "ok"]
+        for part in dict.fromkeys(filter(None, map(about.part, measured))):
+            chosen = [row for row in measured if about.part(row) == part]
+            others = {
+                about.baseline_on(bool(result["gpu"])): [row.get("baseline", {}).get("us") for row in chosen],
+                about.peer: [peers.get(about.key(row), {}).get("us") for row in chosen],
+            }
+            for other, times in others.items():
+                pairs = zip(times, chosen, strict=True)
+                ratios = [time / row["us"] for time, row in pairs if time]
+                if ratios:
+                    lines.append([name, part, str(len(ratios)), other, *_mean_and_worst(ratios)])
     return lines
 
 
-def _ratios(values: Sequence[float]) -> list[str]:
-    return [f"{statistics.geometric_mean(values):.2f}x", f"{min(values):.2f}x"] if values else ["–", "–"]
-
-
-def header(result: dict[str, Any], columns: Sequence[str] = COLUMNS) -> list[str]:
-    """Returns the columns' titles, with the baseline of this result named."""
-    return [column.format("cuBLASLt" if result["gpu"] else "XLA") for column in columns]
+def _mean_and_worst(ratios: Sequence[float]) -> list[str]:
+    return [f"{statistics.geometric_mean(ratios):.2f}x", f"{min(ratios):.2f}x"]
 
 
 def text(result: dict[str, Any]) -> str:
     """Returns the tables of a result for a terminal."""
-    parts = [f"{TITLES[name]}\n{table(header(result), rows)}" for name, rows in _tables(result)]
-    return "\n\n".join([*parts, table(header(result, SUMMARY), summary(result))])
+    on_gpu = bool(result["gpu"])
+    parts = [f"{about.title}\n{table(about.header(on_gpu), rows)}" for about, rows in _tables(result)]
+    return "\n\n".join([*parts, table(SUMMARY, summary(result))])
 
 
 def markdown(path: Path, result: dict[str, Any]) -> str:
@@ -146,25 +127,28 @@ def markdown(path: Path, result: dict[str, Any]) -> str:
             "",
         ]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    about += [f"Software: {versions}.", "", markdown_table(header(result, SUMMARY), summary(result)), ""]
-    for name, rows in _tables(result):
-        about += [f"### {TITLES[name]}", "", markdown_table(header(result), rows), ""]
+    about += [f"Software: {versions}.", "", markdown_table(SUMMARY, summary(result)), ""]
+    for shown, rows in _tables(result):
+        about += [f"### {shown.title}", "", markdown_table(shown.header(bool(gpu)), rows), ""]
     return "\n".join(about)
 
 
 def readme(path: Path, result: dict[str, Any]) -> str:
-    """Returns the short table of README.md."""
+    """Returns the short tables of README.md."""
     peers = recorded(result["device"])
-    found = {(row["table"], row["m"], row["n"], row["k"]): row for row in result["rows"]}
-    rows = [[key[0], *_cells(found[key], peers.get(key, {}))[:10]] for key in README_ROWS if key in found]
+    found = {TABLES[row["table"]].key(row): row for row in result["rows"]}
     lines = [
         f"{result['device']}, from [`{_relative(path)}`]({_relative(path)}); all rows are in",
         "[docs/benchmarks.md](docs/benchmarks.md). cuBLASLt is measured in the same process (its FP8 product",
         "applies no block scales). DeepGEMM's figures were recorded on the same kind of machine by the same",
         "method ([data](benchmarks/data/deepgemm_h200.json)). Above 1x: this package is faster.",
-        "",
-        markdown_table(["table", *header(result)[:10]], rows),
     ]
+    for keys in README_ROWS:
+        chosen = [key for key in keys if key in found]
+        if chosen:
+            about = TABLES[chosen[0][0]]
+            rows = [[key[0], *about.cells(found[key], peers.get(key, {}))[:-1]] for key in chosen]
+            lines += ["", markdown_table(["table", *about.header(bool(result["gpu"]))[:-1]], rows)]
     return "\n".join(lines)
 
 
@@ -208,7 +192,7 @@ def _page_section(path: Path, result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], target: Path) -> bool:
-    """Draws TFLOP/s over m for every B, ours and the baseline's. Returns False without matplotlib."""
+    """Draws TFLOP/s of the dense and of the grouped tables. Returns False without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -218,28 +202,60 @@ def plot(result: dict[str, Any], target: Path) -> bool:
     matplotlib.rcParams["svg.hashsalt"] = "jax_deepgemm"
     import matplotlib.pyplot as plt
 
-    names = [name for name in ("fp8", "bf16") if any(row["table"] == name for row in result["rows"])]
-    figure, axes = plt.subplots(1, len(names), figsize=(6.5 * len(names), 4.2), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        rows = [row for row in result["rows"] if row["table"] == name and row["status"] == "ok"]
-        shapes = sorted({(row["n"], row["k"]) for row in rows if row["n"] != row["k"]})
-        for color, (n, k) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], shapes, strict=False):
-            chosen = sorted((row for row in rows if (row["n"], row["k"]) == (n, k)), key=lambda row: row["m"])
-            sizes = [row["m"] for row in chosen]
-            axis.plot(sizes, [row["tflops"] for row in chosen], "o-", color=color, ms=3, label=f"n={n} k={k}")
-            base = [row["baseline"].get("tflops", math.nan) for row in chosen]
-            axis.plot(sizes, base, ":", color=color, lw=1)
-        axis.set(
-            xscale="log", xlabel="m", ylabel="TFLOP/s", title=f"{name}: solid this package, dotted cuBLASLt"
-        )
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    measured = {name: [r for r in rows if r["status"] == "ok"] for name, _, rows in _rows(result)}
+    lines = [[name for name in names if measured.get(name)] for names in PLOTS]
+    lines = [names for names in lines if names]
+    width = max(map(len, lines))
+    figure, grid = plt.subplots(len(lines), width, figsize=(6.5 * width, 4.2 * len(lines)), squeeze=False)
+    for names, axes in zip(lines, grid, strict=True):
+        for axis in axes[len(names) :]:
+            axis.remove()
+        for axis, name in zip(axes, names, strict=False):
+            if name in DENSE:
+                _plot_dense(axis, name, measured[name], colors)
+            else:
+                _plot_grouped(axis, name, measured[name], recorded(result["device"]), colors)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7)
     figure.tight_layout()
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, metadata={"Date": None})
     plt.close(figure)
     return True
+
+
+DENSE = ("fp8", "bf16")
+PLOTS = (DENSE, ("m_grouped", "masked", "k_grouped"))
+
+
+def _plot_dense(axis: Any, name: str, rows: Sequence[Row], colors: Sequence[str]) -> None:
+    """Over m for every B, ours and the baseline's."""
+    shapes = sorted({(row["n"], row["k"]) for row in rows if row["n"] != row["k"]})
+    for color, (n, k) in zip(colors, shapes, strict=False):
+        chosen = sorted((row for row in rows if (row["n"], row["k"]) == (n, k)), key=lambda row: row["m"])
+        sizes = [row["m"] for row in chosen]
+        axis.plot(sizes, [row["tflops"] for row in chosen], "o-", color=color, ms=3, label=f"n={n} k={k}")
+        base = [row["baseline"].get("tflops", math.nan) for row in chosen]
+        axis.plot(sizes, base, ":", color=color, lw=1)
+    axis.set(xlabel="m", ylabel="TFLOP/s", title=f"{name}: solid this package, dotted cuBLASLt")
+    axis.set_xscale("log", base=2)
+
+
+def _plot_grouped(
+    axis: Any, name: str, rows: Sequence[Row], peers: dict[Key, Row], colors: Sequence[str]
+) -> None:
+    """Row by row, ours and DeepGEMM's."""
+    about = TABLES[name]
+    rows = [row for row in rows if row["sizes"] == "padded" or name != "m_grouped"]
+    for color, kind in zip(colors, ("fp8", "bf16"), strict=False):
+        chosen = [row for row in rows if row["type"] == kind]
+        shapes = [f"{row['groups']} x {row['m']} x {row['n']} x {row['k']}" for row in chosen]
+        axis.plot(shapes, [row["tflops"] for row in chosen], "o-", color=color, ms=3, label=kind)
+        theirs = [peers.get(about.key(row), {}).get("tflops", math.nan) for row in chosen]
+        axis.plot(shapes, theirs, ":", color=color, lw=1)
+    axis.set(ylabel="TFLOP/s", title=f"{name}: solid this package, dotted DeepGEMM")
+    axis.tick_params(axis="x", labelrotation=60, labelsize=6)
 
 
 def run(paths: Sequence[Path], *, write: bool) -> int:

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax_deepgemm.cli.text import Progress
 
 SCHEMA = 1
+TABLES = {
+    "fp8": "dense",
+    "fp8_wgrad": "dense",
+    "bf16": "dense",
+    "m_grouped": "grouped",
+    "masked": "grouped",
+    "k_grouped": "grouped",
+    "ragged_dot": "grouped",
+    "quantize": "fused",
+    "moe": "moe",
+}
+"""Each table, and the module of jax_deepgemm.bench that measures it."""
 METHOD = (
     "Device time of the kernels alone, from the CUPTI activity records of the JAX profiler; median of the "
     "calls; L2 flushed before each call by writing 8 GiB; standard normal inputs; SM clock sampled "
@@ -24,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="result file to write (default: benchmarks/results/<device>.json, or here)"
     )
-    parser.add_argument("--tables", default="", help="comma-separated: fp8, fp8_wgrad, bf16 (default: all)")
+    parser.add_argument(
+        "--tables", default="", help=f"comma-separated, of {', '.join(TABLES)} (default: all)"
+    )
     parser.add_argument("--rows", default="", help="regular expression on rows, e.g. 'm=(1|128) n=4096 '")
     parser.add_argument("--calls", type=int, default=12, help="timed calls of each function (default 12)")
     parser.add_argument("--time-limit", type=float, default=900, help="seconds after which no new row starts")
@@ -51,7 +67,7 @@ def measure(args: argparse.Namespace) -> int:
     """Measures, writing the result file after every group of rows. Fails when a row of ours failed."""
     import jax
 
-    from jax_deepgemm.bench import dense, machine, timing
+    from jax_deepgemm.bench import catalog, machine, timing
 
     on_gpu = jax.default_backend() == "gpu"
     if args.calls < 1:
@@ -62,14 +78,14 @@ def measure(args: argparse.Namespace) -> int:
             "No GPU here: a few small problems in their float32 reference form, timed by the wall clock.",
             file=sys.stderr,
         )
-    tables = dense.tables() if on_gpu and not args.small else dense.small_tables()
-    wanted = [name for name in args.tables.split(",") if name] or list(tables)
-    unknown = sorted(set(wanted) - set(tables))
+    wanted = [name for name in args.tables.split(",") if name] or list(TABLES)
+    unknown = sorted(set(wanted) - set(TABLES))
     if unknown:
-        print(f"bench: no table {', '.join(unknown)}; there are {', '.join(tables)}", file=sys.stderr)
+        print(f"bench: no table {', '.join(unknown)}; there are {', '.join(TABLES)}", file=sys.stderr)
         return 2
-    problems = [row for name in wanted for row in tables[name] if re.search(args.rows, f"{row} ")]
-    if not problems:
+    chosen = list(_choose(wanted, args.rows, small=args.small or not on_gpu))
+    count = sum(len(problems) for _, problems in chosen)
+    if not count:
         print(f"bench: no row matches {args.rows!r}", file=sys.stderr)
         return 2
 
@@ -89,10 +105,11 @@ def measure(args: argparse.Namespace) -> int:
     }
     begin = time.monotonic()
     flush = timing.flusher(timing.FLUSH_BYTES if on_gpu else 1 << 20)
-    with machine.ClockLog() as clocks, Progress(len(problems), "bench") as progress:
-        for row in dense.measure(problems, calls=args.calls, flush=flush, clocks=clocks if on_gpu else None):
+    with machine.ClockLog() as clocks, Progress(count, "bench") as progress:
+        options = {"calls": args.calls, "flush": flush, "clocks": clocks if on_gpu else None}
+        for row in (row for measure, problems in chosen for row in measure(problems, **options)):
             result["rows"].append(row)
-            progress.step(f"{row['table']} {row['m']}x{row['n']}x{row['k']}")
+            progress.step(catalog.name(row))
             if time.monotonic() - begin > args.time_limit:
                 print(f"bench: stopped at the time limit after {len(result['rows'])} rows", file=sys.stderr)
                 break
@@ -106,11 +123,17 @@ def measure(args: argparse.Namespace) -> int:
     print(report.text(result))
     failed = [row for row in result["rows"] if row["status"] != "ok"]
     for row in failed:
-        print(
-            f"FAILED {row['table']} m={row['m']} n={row['n']} k={row['k']}: {row['error']}", file=sys.stderr
-        )
+        print(f"FAILED {catalog.name(row)}: {row['error']}", file=sys.stderr)
     print(f"{len(result['rows'])} rows, {len(failed)} failed, {result['seconds']} s, written to {out}")
     return 1 if failed else 0
+
+
+def _choose(wanted: Sequence[str], rows: str, small: bool) -> Iterator[tuple[Callable[..., Any], list[Any]]]:
+    """Yields, for each wanted table, the function that measures it and its problems."""
+    for name in wanted:
+        module = importlib.import_module(f"jax_deepgemm.bench.{TABLES[name]}")
+        problems = (module.small_tables() if small else module.tables())[name]
+        yield module.measure, [row for row in problems if re.search(rows, f"{row} ")]
 
 
 def default_path(device_kind: str) -> Path:
