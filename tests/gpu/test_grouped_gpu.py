@@ -27,10 +27,10 @@ import pytest
 from jax import lax
 
 import grouped_cases as cases
-import grouped_oracle as oracle
+import grouped_products as oracle
 import jax_deepgemm as jdg
 from grouped_cases import FP8, NN, NT, Contiguous, KGrouped, Masked
-from grouped_oracle import difference
+from grouped_products import difference
 
 BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 QUICK = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # the oracle's dots: no search

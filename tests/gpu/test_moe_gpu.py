@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grouped_oracle as oracle
+import grouped_products as oracle
 import jax_deepgemm as jdg
 import moe_oracle
-from grouped_oracle import difference
+from grouped_products import difference
 from jax_deepgemm import moe
 from moe_oracle import normal, random_ids
 
