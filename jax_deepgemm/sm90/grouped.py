@@ -7,6 +7,7 @@ for, is the expected size of a group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -23,7 +24,7 @@ from jax_deepgemm.sm90.config import (
     shared_memory,
     tma_store,
 )
-from jax_deepgemm.sm90.cost import MEMORY_BYTES_PER_US, PER_TILE, START, Cost, per_block
+from jax_deepgemm.sm90.cost import START, Cost
 from jax_deepgemm.sm90.plan import GemmOperands, matrix_map, tensor_map
 from jax_deepgemm.sm90.source import (
     as_cpp,
@@ -39,7 +40,7 @@ from jax_deepgemm.sm90.wgmma import wgmma_wrapper
 ROWS, MASKED_ROWS, INNER, MASKED_INNER = "rows", "masked_rows", "inner", "masked_inner"
 _ENUM = {ROWS: "kRows", MASKED_ROWS: "kMaskedRows", INNER: "kInner", MASKED_INNER: "kMaskedInner"}
 _SHORT = {ROWS: "m_grouped", MASKED_ROWS: "m_masked", INNER: "k_grouped", MASKED_INNER: "k_masked"}
-_SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)  # of group sizes around the expected one, for the cost model
+_SPREAD = tuple(0.7 + 0.05 * i for i in range(13))  # of group sizes around the expected one
 _SEGMENT_BYTES = 16
 _MAX_SEGMENTS = 2048  # a tile's record has 12 bits for its segment
 
@@ -134,20 +135,30 @@ def problems_with_grouped(p: GroupedProblem, c: GemmConfig) -> list[str]:
     return broken + problems_with(p.gemm, c)
 
 
-# Tiles that can win: the widest for groups of many rows, low ones for few.
-_TILES = {
-    "fp8 block": ((64, 64), (64, 128), (128, 128), (128, 192), (192, 128)),
-    "fp8 vector": ((64, 64), (64, 128), (128, 128), (128, 160)),
-    "bf16": ((64, 64), (64, 128), (128, 128), (128, 192), (128, 256)),
+# Tiles that can win -> microseconds that 128 bytes of k of one tile take on one SM, as in cost.py, but under the
+# power limit, where these kernels run for longer than a dense one.
+_PER_BLOCK = {
+    "fp8 block": {
+        (64, 128): 0.304,
+        (64, 192): 0.44,
+        (128, 128): 0.47,
+        (128, 192): 0.668,
+        (192, 128): 0.634,
+    },
+    "fp8 vector": {(64, 128): 0.44, (128, 128): 0.68, (128, 160): 0.84},
+    "fp8 slices": {(64, 128): 0.58, (128, 128): 0.73, (128, 160): 0.83, (192, 128): 0.92},
+    "bf16": {(64, 64): 0.155, (64, 128): 0.26, (128, 128): 0.40, (128, 192): 0.57, (128, 256): 0.72},
 }
-# Scales stored by block of k: tile -> microseconds of a block of k, as in cost.py.
-_SLICES = {(64, 128): 0.44, (128, 128): 0.62, (128, 160): 0.76, (192, 128): 0.88}
+
+
+_PER_TILE = (0.2, 2.0e-5)  # microseconds of a tile beside its blocks; for each element of a bf16 D
+_MEMORY_BYTES_PER_US = 4.0e6
+_MANY_WAVES = 4  # from here on tiles of different lengths even out
 
 
 def grouped_candidates(p: GroupedProblem, chip: Chip) -> Iterator[GemmConfig]:
     """Every configuration worth comparing."""
-    kind = f"fp8 {p.b_scales}" if p.gemm.is_fp8 else "bf16"
-    for rows, cols in _SLICES if p.b_scales == "slices" else _TILES[kind]:
+    for rows, cols in _PER_BLOCK[_kind(p)]:
         fitted = fit_stages(p.gemm, GemmConfig(rows, cols, 0), chip)
         if fitted is not None and not problems_with_grouped(p, fitted):
             yield fitted
@@ -162,18 +173,24 @@ def grouped_cost(p: GroupedProblem, c: GemmConfig, chip: Chip) -> Cost:
         sizes = [max(1, round(p.expected * factor)) for factor in _SPREAD]
         row_tiles = sum(ceil_div(size, c.block_m) for size in sizes) / len(sizes)
     tiles = p.groups * row_tiles * col_tiles
-    waves = max(1.0, tiles / chip.num_sms + 0.5)
+    even = tiles / chip.num_sms
+    waves = even + 0.5 if even > _MANY_WAVES else math.ceil(even)
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
-    per_tile = PER_TILE[0] + PER_TILE[1] * c.block_m * c.block_n * traffic**0.5
+    per_tile = _PER_TILE[0] + _PER_TILE[1] * c.block_m * c.block_n * traffic
     compute = waves * (per_tile + p.gemm.k_blocks * _per_block(p, c))
     moved = p.groups * p.gemm.bytes_moved
-    return Cost(START["fp8" if p.gemm.is_fp8 else "bf16"], compute, moved / MEMORY_BYTES_PER_US, round(waves))
+    start = START["fp8" if p.gemm.is_fp8 else "bf16"]
+    return Cost(start, compute, moved / _MEMORY_BYTES_PER_US, round(waves))
+
+
+def _kind(p: GroupedProblem) -> str:
+    return f"fp8 {p.b_scales}" if p.gemm.is_fp8 else "bf16"
 
 
 def _per_block(p: GroupedProblem, c: GemmConfig) -> float:
-    if p.b_scales != "slices":
-        return per_block(p.gemm, c)
-    return _SLICES.get((c.rows, c.cols), 1.3 * _SLICES[128, 128] * c.rows * c.cols / 128**2)
+    measured = _PER_BLOCK[_kind(p)]
+    # A tile that is no candidate was no better than its neighbours.
+    return measured.get((c.rows, c.cols), 1.3 * measured[128, 128] * c.rows * c.cols / 128**2)
 
 
 @lru_cache(maxsize=4096)
