@@ -166,6 +166,14 @@ def test_a_quantized_linear_is_fp8_linear_of_the_array() -> None:
     np.testing.assert_array_equal(layer(x), fp8_linear(x, layer.weight.get_value()))
 
 
+def test_decoding_few_tokens_is_the_same_layer() -> None:
+    layer, x = make_small(frozen=True).experts, normal(1, 6, 1, 128)
+    y, load = nnx.jit(lambda layer, x: layer.decode(x, with_load=True))(layer, x)
+    assert y.shape == x.shape
+    assert relative(y, call(layer, x)) < 0.01
+    assert int(load.tokens.sum()) == 12
+
+
 def test_unknown_recipes_are_refused() -> None:
     with pytest.raises(ValueError, match="Linear: recipe is 'fp4', need 'fp8' or 'bf16'"):
         Linear(128, 128, recipe="fp4", rngs=nnx.Rngs(0))

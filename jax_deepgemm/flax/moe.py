@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_deepgemm.flax.linear import Initializer, SwiGLU, variance_scaling
 from jax_deepgemm.flax.variables import check_recipe, sharding_metadata
-from jax_deepgemm.moe import expert_parallel_moe, moe_layer, moe_mlp, route
+from jax_deepgemm.moe import expert_parallel_moe, moe_layer, moe_mlp, moe_mlp_decode, route
 from jax_deepgemm.quantization import QuantizedArray
 
 
@@ -146,7 +146,7 @@ class MoE(nnx.Module):
         return self._through(self._experts, x, with_load)
 
     def decode(self, x: jax.Array, *, with_load: bool = False) -> Any:
-        """As a call, for few tokens on one device."""
+        """As a call, for few tokens on one device: `jax_deepgemm.moe.moe_mlp_decode`, without gradients."""
         return self._through(self._few_tokens, x, with_load)
 
     def move_bias(self, tokens: jax.Array, rate: float) -> None:
@@ -183,7 +183,7 @@ class MoE(nnx.Module):
 
     def _few_tokens(self, *routed: jax.Array) -> tuple[jax.Array, jax.Array]:
         operands: Any = (*routed, self.w13.get_value(), self.w2.get_value())
-        y = moe_mlp(*operands, recipe=self._recipe())
+        y = moe_mlp_decode(*operands, recipe=self._recipe())
         return y, jnp.zeros((), jnp.int32)
 
     def _recipe(self) -> str:
