@@ -83,7 +83,7 @@ def operands(problem: Problem) -> tuple[Any, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _first_rows(operand: Any, rows: int) -> Any:
+def first_rows(operand: Any, rows: int) -> Any:
     """The first rows of A: one draw serves every m."""
     return jax.tree.map(lambda leaf: leaf[:rows], operand)
 
@@ -174,7 +174,7 @@ def _measure_group(
 
 
 def _with_rows(drawn: tuple[Any, ...], problem: Problem, rows: int) -> tuple[Any, ...]:
-    return drawn if problem.kind == "fp8_wgrad" else (_first_rows(drawn[0], rows), *drawn[1:])
+    return drawn if problem.kind == "fp8_wgrad" else (first_rows(drawn[0], rows), *drawn[1:])
 
 
 def _row(problem: Problem) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_deepgemm.bench.dense import first_rows
 from jax_deepgemm.bench.machine import ClockLog
 from jax_deepgemm.bench.rows import COMPILE_THREADS, KERNEL_PREFIX, Compiled, compile_job, figures, names
 from jax_deepgemm.bench.timing import Job, Timing, time_jobs
@@ -197,10 +198,13 @@ def operands(problem: Problem) -> tuple[Any, ...]:
     if problem.table == "k_grouped":
         a, b = _draw("k_grouped", (problem.total, problem.m), (problem.total, problem.n), fp8)
         return a, b, jnp.ones((problem.groups, problem.m, problem.n), jnp.float32), sizes
-    rows = (problem.groups, problem.capacity) if problem.table == "masked" else (problem.total,)
     matrix = (problem.k, problem.n) if problem.table == "ragged_dot" else (problem.n, problem.k)
-    a, b = _draw(problem.table, (*rows, problem.k), (problem.groups, *matrix), fp8)
-    return a, b, sizes
+    if problem.table == "masked":
+        rows = (problem.groups, problem.capacity, problem.k)
+        return *_draw(problem.table, rows, (problem.groups, *matrix), fp8), sizes
+    most = sum(padded(problem.group_sizes))  # one program draws for padded and for drawn sizes
+    a, b = _draw(problem.table, (most, problem.k), (problem.groups, *matrix), fp8)
+    return first_rows(a, problem.total), b, sizes
 
 
 def product(problem: Problem) -> Callable[..., jax.Array]:
