@@ -25,6 +25,16 @@ def relative(got: Any, want: Any) -> float:
     return float(np.linalg.norm(got - want) / size) if size else float(np.linalg.norm(got))
 
 
+def pull(function: Any, *args: Any, by: Any) -> tuple[Any, ...]:
+    """(function(*args), and its arguments' gradients for this gradient of the result), in one program."""
+
+    def run(args: Any, by: Any) -> tuple[Any, ...]:
+        y, vjp = jax.vjp(function, *args)
+        return y, *vjp(by)
+
+    return jax.jit(run)(args, by)
+
+
 def random_ids(seed: int, tokens: int, top_k: int, experts: int, dropped: float = 0.0) -> jax.Array:
     """Distinct experts for each token; a share of the copies is -1."""
     rng = np.random.default_rng(seed)

@@ -17,7 +17,7 @@ import op_checks
 from cases import BLOCK
 from jax_deepgemm import grouped_linear
 from jax_deepgemm.grouped.linear import GROUPED_ACT_FP8, GROUPED_OUT, GROUPED_WEIGHT_FP8
-from moe_oracle import normal, relative, wide
+from moe_oracle import normal, pull, relative, wide
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 SIZES = jnp.array([37, 0, 130, 1, 64], jnp.int32)
@@ -44,12 +44,11 @@ def operands(*dtypes: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
 @pytest.mark.parametrize("dtypes", [(BF16, F32), (F32, BF16)], ids=str)
 def test_near_float64(recipe, dtypes):
     x, w, dy = operands(*dtypes)
-    y, vjp = jax.vjp(jax.jit(lambda x, w: grouped_linear(x, w, SIZES, recipe=recipe)), x, w)
-    got = (y, *vjp(dy))
+    got = pull(lambda x, w: grouped_linear(x, w, SIZES, recipe=recipe), x, w, by=dy)
     for one, want in zip(got, exact(x, w, dy), strict=True):
         assert relative(one, want) < (0.05 if recipe == "fp8" else 0.005)
     assert [z.dtype for z in got] == [BF16, *dtypes]
-    assert not np.any(wide(y[232:]))
+    assert not np.any(wide(got[0][232:]))
     assert not np.any(wide(got[1][232:]))
     assert not np.any(wide(got[2][1]))
 
@@ -57,14 +56,17 @@ def test_near_float64(recipe, dtypes):
 def test_recipe_is_the_documented_one():
     """The three GEMMs, written out with the public operations: equal bits."""
     x, w, dy = operands(BF16, F32)
-    y, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, SIZES), x, w)
-    dx, dw = vjp(dy)
+    got = pull(lambda x, w: grouped_linear(x, w, SIZES), x, w, by=dy)
     counted = jnp.arange(M)[:, None] < SIZES.sum()
     q, gemm = jdg.quantize, functools.partial(jdg.m_grouped_fp8_gemm_nt_contiguous, group_sizes=SIZES)
-    np.testing.assert_array_equal(y, gemm(q(x), q(w, BLOCK)))
-    np.testing.assert_array_equal(dx, gemm(q(dy), q(w.mT, BLOCK)))
-    pair = (q(jnp.where(counted, z, 0).T) for z in (dy, x))
-    np.testing.assert_array_equal(dw, jdg.k_grouped_fp8_gemm_nt_contiguous(*pair, SIZES))
+
+    @jax.jit
+    def written_out(x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+        pair = (q(jnp.where(counted, z, 0).T) for z in (dy, x))
+        dw = jdg.k_grouped_fp8_gemm_nt_contiguous(*pair, SIZES)
+        return gemm(q(x), q(w, BLOCK)), gemm(q(dy), q(w.mT, BLOCK)), dw
+
+    op_checks.assert_same(got, written_out(x, w, dy), 0)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=("trained", "frozen"))
@@ -75,6 +77,7 @@ def test_tail_rows_touch_nothing(frozen):
     tail = jnp.arange(M)[:, None] >= SIZES.sum()
     weight = jdg.quantize(w, BLOCK) if frozen else w
 
+    @jax.jit
     def run(x: jax.Array, dy: jax.Array) -> Any:
         if frozen:
             y, vjp = jax.vjp(lambda x: grouped_linear(x, weight, SIZES), x)
@@ -82,19 +85,18 @@ def test_tail_rows_touch_nothing(frozen):
             y, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, SIZES), x, weight)
         return y, *vjp(dy)
 
-    clean = jax.jit(run)(jnp.where(tail, 0, x), jnp.where(tail, 0, dy))
-    op_checks.assert_same(jax.jit(run)(jnp.where(tail, bad, x), jnp.where(tail, bad, dy)), clean, 0)
+    clean = run(jnp.where(tail, 0, x), jnp.where(tail, 0, dy))
+    op_checks.assert_same(run(jnp.where(tail, bad, x), jnp.where(tail, bad, dy)), clean, 0)
 
 
 def test_frozen_weight():
     x, w, dy = operands(BF16, F32)
     frozen = jdg.quantize(w, BLOCK)
-    y, vjp = jax.vjp(lambda x: grouped_linear(x, frozen, SIZES), x)
-    trained, trained_vjp = jax.vjp(lambda x: grouped_linear(x, w, SIZES), x)
-    np.testing.assert_array_equal(y, trained)
-    np.testing.assert_array_equal(vjp(dy)[0], trained_vjp(dy)[0])
+    got = pull(lambda x: grouped_linear(x, frozen, SIZES), x, by=dy)
+    op_checks.assert_same(got, pull(lambda x, w: grouped_linear(x, w, SIZES), x, w, by=dy)[:2], 0)
     rows = jdg.quantize(w, (1, 128))
-    assert relative(grouped_linear(x, rows, SIZES), exact(x, w, dy)[0]) < 0.05
+    y = jax.jit(lambda x: grouped_linear(x, rows, SIZES))(x)
+    assert relative(y, exact(x, w, dy)[0]) < 0.05
     with pytest.raises(ValueError, match=r"has block \(1, 128\)"):
         jax.grad(lambda x: grouped_linear(x, rows, SIZES).astype(F32).sum())(x)
 
@@ -103,9 +105,9 @@ def test_frozen_weight():
 def test_group_offset(recipe):
     """Two of five groups: rows of the others are zero and give nothing."""
     x, w, dy = operands(BF16, F32)
-    layer = lambda x, w, first: grouped_linear(x, w, SIZES, group_offset=first, recipe=recipe)  # noqa: E731
-    y, vjp = jax.vjp(jax.jit(layer), x, w[2:4], jnp.int32(2))
-    for one, want in zip((y, *vjp(dy)[:2]), exact(x, w[2:4], dy, first=2), strict=True):
+    layer = lambda x, w: grouped_linear(x, w, SIZES, group_offset=jnp.int32(2), recipe=recipe)  # noqa: E731
+    got = pull(layer, x, w[2:4], by=dy)
+    for one, want in zip(got, exact(x, w[2:4], dy, first=2), strict=True):
         assert relative(one, want) < (0.05 if recipe == "fp8" else 0.005)
 
 
@@ -126,7 +128,7 @@ def test_other_group_sizes_do_not_compile_again():
 
 def test_what_is_kept_is_fp8():
     x, w, _ = operands(BF16, BF16)
-    _, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, SIZES), x, w)
+    _, vjp = jax.vjp(jax.jit(lambda x, w: grouped_linear(x, w, SIZES)), x, w)
     big = [leaf for leaf in jax.tree.leaves(vjp) if getattr(leaf, "size", 0) >= M * K]
     assert sorted(leaf.shape for leaf in big) == [(G, K, N), (K, M)]
     assert all(leaf.dtype == jnp.uint8 for leaf in big)
@@ -160,7 +162,8 @@ def test_vmap():
         y, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, sizes), x, w)
         return y, *vjp(dy)
 
-    each = [jax.jit(run)(*z) for z in zip(x, w, sizes, dy, strict=True)]
+    alone = jax.jit(run)
+    each = [alone(*z) for z in zip(x, w, sizes, dy, strict=True)]
     together = jax.jit(jax.vmap(run))(x, w, sizes, dy)
     op_checks.assert_same(together, jax.tree.map(lambda *z: jnp.stack(z), *each), 1e-2)
 

@@ -12,9 +12,10 @@ import pytest
 
 import jax_deepgemm as jdg
 import moe_oracle as oracle
+import op_checks
 from cases import BLOCK
 from jax_deepgemm.moe import dispatch, expert_mlp, moe_mlp, spread_weights
-from moe_oracle import normal, relative
+from moe_oracle import normal, pull, relative
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 T, H, I, E, K = 60, 136, 72, 5, 2
@@ -40,15 +41,14 @@ def test_values_and_gradients(recipe, dtypes):
     args = operands(*dtypes)
     target = normal(4, T, H, dtype=F32)
 
-    def loss(layer: Any) -> Any:
-        return lambda x, p, w13, w2: jnp.sum(layer(x, IDS, p, w13, w2).astype(F32) * target)
+    def loss(x: jax.Array, *rest: jax.Array) -> jax.Array:
+        return jnp.sum(oracle.moe_plain(x, IDS, *rest) * target)
 
     layer = functools.partial(moe_mlp, recipe=recipe)
-    y = jax.jit(layer)(args[0], IDS, *args[1:])
+    y, *got = pull(lambda x, *rest: layer(x, IDS, *rest), *args, by=target.astype(dtypes[0]))
     assert y.dtype == dtypes[0]
     assert relative(y, oracle.moe_float64(args[0], IDS, *args[1:])) < LIMIT[recipe]
-    got = jax.jit(jax.grad(loss(layer), (0, 1, 2, 3)))(*args)
-    want = jax.grad(loss(oracle.moe_plain), (0, 1, 2, 3))(*args)
+    want = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*args)
     for one, other, arg in zip(got, want, args, strict=True):
         assert one.dtype == arg.dtype
         assert relative(one, other) < LIMIT[recipe]
@@ -57,49 +57,55 @@ def test_values_and_gradients(recipe, dtypes):
 def test_fp8_is_the_documented_recipe():
     """Forward: dispatch, quantise, GEMM, SwiGLU with the weight, quantise, GEMM, sum. Equal bits."""
     x, weights, w13, w2 = operands()
-    rows, plan = dispatch(x, IDS, E)
-    gemm = functools.partial(jdg.m_grouped_fp8_gemm_nt_contiguous, group_sizes=plan.group_sizes)
-    hidden = gemm(jdg.quantize(rows), jdg.quantize(w13, BLOCK)).astype(F32)
-    gate, up = jnp.split(hidden, 2, axis=-1)
-    act = jax.nn.silu(gate) * up * spread_weights(weights, plan)[:, None]
-    rows_out = gemm(jdg.quantize(act), jdg.quantize(w2, BLOCK)).astype(F32)
-    want = np.zeros((T, H), np.float32)
-    for (token, _), row in np.ndenumerate(np.asarray(plan.position)):
-        if row < len(rows_out):
-            want[token] += np.asarray(rows_out[row])
-    got = moe_mlp(x, IDS, weights, w13, w2)
-    assert relative(got, want) < 4e-3  # the order of three products, and bfloat16
     frozen = [jdg.quantize(w, BLOCK) for w in (w13, w2)]
-    np.testing.assert_array_equal(moe_mlp(x, IDS, weights, *frozen), got)
+
+    @jax.jit
+    def written_out(x: jax.Array) -> Any:
+        rows, plan = dispatch(x, IDS, E)
+        gemm = functools.partial(jdg.m_grouped_fp8_gemm_nt_contiguous, group_sizes=plan.group_sizes)
+        hidden = gemm(jdg.quantize(rows), frozen[0]).astype(F32)
+        gate, up = jnp.split(hidden, 2, axis=-1)
+        act = jax.nn.silu(gate) * up * spread_weights(weights, plan)[:, None]
+        return gemm(jdg.quantize(act), frozen[1]).astype(F32), plan.position
+
+    rows, position = map(np.asarray, written_out(x))
+    want = np.zeros((T, H), np.float32)
+    for (token, _), row in np.ndenumerate(position):
+        want[token] += rows[row] if row < len(rows) else 0
+    got = jax.jit(moe_mlp)(x, IDS, weights, w13, w2)
+    assert relative(got, want) < 4e-3  # the order of three products, and bfloat16
+    np.testing.assert_array_equal(jax.jit(moe_mlp)(x, IDS, weights, *frozen), got)
 
 
 def test_differentiated_and_plain_forward_agree():
     """The pass that keeps transposed copies computes the same bits as the one that does not."""
     x, weights, w13, w2 = operands()
     layer = lambda x, p, w13, w2: moe_mlp(x, IDS, p, w13, w2)  # noqa: E731
-    kept, _ = jax.vjp(layer, x, weights, w13, w2)
-    np.testing.assert_array_equal(kept, layer(x, weights, w13, w2))
+    kept = jax.jit(lambda *args: jax.vjp(layer, *args)[0])(x, weights, w13, w2)
+    np.testing.assert_array_equal(kept, jax.jit(layer)(x, weights, w13, w2))
 
 
 @pytest.mark.parametrize("frozen", [(True, True), (True, False), (False, True)], ids=str)
 def test_frozen_weights(frozen):
     """Gradients of x and the weights are those with master weights; a master weight keeps its own."""
-    x, weights, w13, w2 = operands()
-    both = [w13, w2]
+    x, p, *both = operands()
     used = [jdg.quantize(w, BLOCK) if cold else w for w, cold in zip(both, frozen, strict=True)]
-    trained = [i for i, cold in enumerate(frozen) if not cold]
+    live = [i for i, cold in enumerate(frozen) if not cold]
 
-    def run(weights_used: list[Any]) -> Any:
-        def loss(x: jax.Array, p: jax.Array, live: list[Any]) -> jax.Array:
-            full = list(weights_used)
-            for i, w in zip(trained, live, strict=True):
-                full[i] = w
-            return jnp.sum(jnp.sin(moe_mlp(x, IDS, p, *full).astype(F32)))
+    def layer(x: jax.Array, p: jax.Array, *trained: jax.Array) -> jax.Array:
+        full = list(used)
+        for i, w in zip(live, trained, strict=True):
+            full[i] = w
+        return moe_mlp(x, IDS, p, *full)
 
-        return jax.jit(jax.grad(loss, (0, 1, 2)))(x, weights, [weights_used[i] for i in trained])
+    got = pull(layer, x, p, *(both[i] for i in live), by=normal(4, T, H))
+    want = _with_master_weights()
+    op_checks.assert_same(got, [*want[:3], *(want[3 + i] for i in live)], 0)
 
-    for one, other in zip(jax.tree.leaves(run(used)), jax.tree.leaves(run(both)), strict=True):
-        np.testing.assert_array_equal(one, other)
+
+@functools.cache
+def _with_master_weights() -> Any:
+    return pull(lambda x, *rest: moe_mlp(x, IDS, *rest), *operands(), by=normal(4, T, H))
 
 
 def test_dropped_tokens():
@@ -107,11 +113,10 @@ def test_dropped_tokens():
     x, weights, w13, w2 = operands()
     x = x.at[7].set(jnp.nan)
     ids = IDS.at[7].set(jnp.array([-1, E]))
-    loss = lambda x, p, w13: moe_mlp(x, ids, p, w13, w2).astype(F32).sum()  # noqa: E731
-    y = moe_mlp(x, ids, weights, w13, w2)
+    layer = lambda x, p, w13: moe_mlp(x, ids, p, w13, w2)  # noqa: E731
+    y, dx, dp, dw13 = pull(layer, x, weights, w13, by=jnp.ones_like(x))
     assert not np.any(oracle.wide(y[7]))
     assert np.isfinite(oracle.wide(y)).all()
-    dx, dp, dw13 = jax.jit(jax.grad(loss, (0, 1, 2)))(x, weights, w13)
     assert not np.any(oracle.wide(dx[7]))
     assert not np.any(oracle.wide(dp[7]))
     assert np.isfinite(oracle.wide(dw13)).all()
@@ -159,8 +164,8 @@ def test_remat_and_scan_over_layers():
 def test_no_tokens():
     _, _, w13, w2 = operands()
     layer = lambda x, w13: moe_mlp(x, jnp.zeros((0, K), jnp.int32), jnp.zeros((0, K)), w13, w2)  # noqa: E731
-    y, vjp = jax.vjp(layer, jnp.zeros((0, H), BF16), w13)
-    dx, dw13 = vjp(y)
+    empty = jnp.zeros((0, H), BF16)
+    y, dx, dw13 = pull(layer, empty, w13, by=empty)
     assert (y.shape, dx.shape) == ((0, H), (0, H))
     assert not np.any(np.asarray(dw13))
 

@@ -125,11 +125,11 @@ def test_gradients_with_drops_are_those_of_the_kept_copies():
         return value_and_gradients(layer, args)
 
     (_, (y, dropped)), got = run(ids, capacity_factor=1.0)
-    slots = T * K // 8 // 4  # per device, for each destination; experts 0 and 1 share the first one
     copy = np.arange(T // 8 * K).reshape(-1, K)
     order = np.where(np.arange(K) < 2, copy // K * 2 + copy % K, copy // K)
-    kept = np.where(np.tile(order, (8, 1)) < -(-T // 8 * K // 4), ids, -1)
-    assert int(dropped) == int((kept < 0).sum()) > slots
+    room = -(-T // 8 * K // 4)  # of each device for each destination; experts 0 and 1 share the first one
+    kept = np.where(np.tile(order, (8, 1)) < room, ids, -1)
+    assert int(dropped) == int((kept < 0).sum()) > 0
     (_, (want_y, _)), want = run(jnp.asarray(kept))
     for one, other in zip((y, *got), (want_y, *want), strict=True):
         assert relative(one, other) < 1e-2
@@ -144,7 +144,7 @@ def test_frozen_weights_and_explicit_axes():
         y, dropped = jax.jit(lambda *args: moe_layer(*args, *frozen))(*placed)
     assert y.sharding.spec[0] == ("data", "expert")
     assert int(dropped) == 0
-    np.testing.assert_array_equal(y, moe_mlp(x, IDS, weights, *frozen))
+    np.testing.assert_array_equal(y, jax.jit(moe_mlp)(x, IDS, weights, *frozen))
 
 
 def test_tokens_travel_as_bytes():
