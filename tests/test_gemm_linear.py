@@ -102,7 +102,7 @@ def test_what_is_kept_is_fp8():
     _, vjp = jax.vjp(fp8_linear, x, w)
     kept = [leaf for leaf in jax.tree.leaves(vjp) if hasattr(leaf, "nbytes")]
     big = [leaf for leaf in kept if leaf.size >= 128 * 512]
-    assert sorted(leaf.shape for leaf in big) == [(128, 512), (512, 256)]
+    assert sorted(leaf.shape for leaf in big) == [(512, 128), (512, 256)]
     assert all(leaf.dtype == jnp.uint8 for leaf in big)
 
 
@@ -199,7 +199,7 @@ def test_saved_residuals_are_not_quantised_twice():
         layer = jax.checkpoint(lambda x, w: fp8_linear(x, w).astype(F32), policy=policy)
         found = primitives(jax.grad(lambda x, w: layer(x, w).sum(), (0, 1)), x, w)  # noqa: B023
         count[names] = sum(n for name, n in found.items() if name.startswith("quantize"))
-    assert list(count.values()) == [6, 5]
+    assert list(count.values()) == [5, 3]
 
 
 def test_only_the_asked_gradient_is_computed():

@@ -5,7 +5,8 @@
     dw = dy.T @ x     dy, x 1x128 along tokens, accumulated in float32
 
 Kept for the backward pass: x in FP8, quantised along tokens and transposed, as dw wants it (1 byte per
-element instead of bfloat16's 2), and w in FP8. x itself is not kept.
+element instead of bfloat16's 2), and w in FP8, transposed as dx wants it. x itself is not kept. x, dy and w
+are read once each for their two copies.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from jax_deepgemm.gemm.operands import BLOCKED, FLOAT32, FP8_DTYPES, OUT_DTYPES,
 from jax_deepgemm.gemm.tokens import Tokens
 from jax_deepgemm.quantization import QuantizedArray, quantize
 from jax_deepgemm.quantization.array import as_dtype
+from jax_deepgemm.quantization.fused import quantize_both, quantize_weight
 
 LINEAR_OUT = "jdg_linear_out"
 """checkpoint_name of the layer's result."""
@@ -57,6 +59,16 @@ class _Recipe:
 
     def quantize(self, x: jax.Array, block: tuple[int, int], dtype: Any = E4M3) -> QuantizedArray:
         return quantize(x, block, dtype, self.scale_format)
+
+    def quantize_both(self, x: jax.Array, dtype: Any = E4M3) -> tuple[QuantizedArray, QuantizedArray]:
+        """x, and x.T quantised along tokens, in one pass."""
+        values, scales, values_t, scales_t = quantize_both(x, dtype=dtype, scale_format=self.scale_format)
+        return QuantizedArray(values, scales, PER_ROW), QuantizedArray(values_t, scales_t.T, PER_ROW)
+
+    def quantize_weight(self, w: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
+        """w and w.T in one pass."""
+        values, scales, values_t = quantize_weight(w, scale_format=self.scale_format)
+        return QuantizedArray(values, scales, BLOCKED), QuantizedArray(values_t, scales.T, BLOCKED)
 
     def gradient(
         self, a: QuantizedArray, b: QuantizedArray, like: tuple[np.dtype[Any], PartitionSpec | None]
@@ -220,9 +232,9 @@ def _swapped(q: QuantizedArray) -> QuantizedArray:
     return QuantizedArray(q.values.T, q.scales.T, (q.block[1], q.block[0]))
 
 
-def _forward(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> jax.Array:
+def _forward(recipe: _Recipe, x: QuantizedArray, w: QuantizedArray) -> jax.Array:
     return fp8_gemm_nt(
-        recipe.quantize(x, PER_ROW),
+        x,
         w,
         out_dtype=recipe.out_dtype,
         config=recipe.config,
@@ -232,25 +244,23 @@ def _forward(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> jax.Array:
     )
 
 
-def _input_gradient(recipe: _Recipe, dy: jax.Array, w: QuantizedArray) -> jax.Array:
-    return recipe.gradient(recipe.quantize(dy, PER_ROW, recipe.grad_dtype), _swapped(w), recipe.x)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(recipe: _Recipe, x: jax.Array, w: jax.Array) -> jax.Array:
-    return _forward(recipe, x, recipe.quantize(w, BLOCKED))
+    return _forward(recipe, recipe.quantize(x, PER_ROW), recipe.quantize(w, BLOCKED))
 
 
 def _linear_fwd(recipe: _Recipe, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[_Bytes, _Bytes]]:
-    quantized = recipe.quantize(w, BLOCKED)
-    along_tokens = _keep(recipe.quantize(x.T, PER_ROW), ACT_FP8)
-    return _forward(recipe, x, quantized), (along_tokens, _keep(quantized, WEIGHT_FP8))
+    along_features, along_tokens = recipe.quantize_both(x)
+    weight, turned = recipe.quantize_weight(w)
+    kept = _keep(along_tokens, ACT_FP8), _keep(turned, WEIGHT_FP8)
+    return _forward(recipe, along_features, weight), kept
 
 
 def _linear_bwd(recipe: _Recipe, kept: tuple[_Bytes, _Bytes], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_along_tokens, w = _kept(kept[0], PER_ROW), _kept(kept[1], BLOCKED)
-    dy_along_tokens = recipe.quantize(dy.T, PER_ROW, recipe.grad_dtype)
-    return _input_gradient(recipe, dy, w), recipe.gradient(dy_along_tokens, x_along_tokens, recipe.w)
+    x_along_tokens, turned = _kept(kept[0], PER_ROW), _kept(kept[1], BLOCKED)
+    along_features, along_tokens = recipe.quantize_both(dy, recipe.grad_dtype)
+    dx = recipe.gradient(along_features, turned, recipe.x)
+    return dx, recipe.gradient(along_tokens, x_along_tokens, recipe.w)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
@@ -258,7 +268,7 @@ _linear.defvjp(_linear_fwd, _linear_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _frozen_linear(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> jax.Array:
-    return _forward(recipe, x, w)
+    return _forward(recipe, recipe.quantize(x, PER_ROW), w)
 
 
 def _frozen_fwd(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> tuple[jax.Array, _Bytes]:
@@ -268,11 +278,12 @@ def _frozen_fwd(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> tuple[jax.A
             f"weight has block {w.block}: its scales run along k, and dx = dy @ w sums over n. "
             "Quantise it so: jax_deepgemm.quantize(w, (128, 128))."
         )
-    return _forward(recipe, x, w), _keep(w, WEIGHT_FP8)
+    return _forward(recipe, recipe.quantize(x, PER_ROW), w), _keep(w, WEIGHT_FP8)
 
 
 def _frozen_bwd(recipe: _Recipe, w: _Bytes, dy: jax.Array) -> tuple[jax.Array, None]:
-    return _input_gradient(recipe, dy, _kept(w, BLOCKED, recipe.w[0])), None
+    quantized = recipe.quantize(dy, PER_ROW, recipe.grad_dtype)
+    return recipe.gradient(quantized, _swapped(_kept(w, BLOCKED, recipe.w[0])), recipe.x), None
 
 
 _frozen_linear.defvjp(_frozen_fwd, _frozen_bwd)

@@ -126,12 +126,12 @@ def shape_of(p: QuantizeProblem) -> Shape:
     """How a tile is divided among threads."""
     if p.pairs:
         return Shape(512, 4, 1)
-    if p.kind != "quantize" and p.x == "float32":
-        return Shape(256, 8, 1)
-    unpacked = p.kind != "quantize" or p.x == "float32"  # 64 registers of a thread hold its numbers, not 32
-    if unpacked or p.fp8 != "float8_e4m3fn" or not (p.aligned and p.aligned_t):
+    quick = p.aligned and (p.aligned_t or not p.transposed)
+    if p.kind != "quantize":
+        return Shape(256, 8, 2 if quick and p.x != "float32" else 1)
+    if p.x == "float32" or p.fp8 != "float8_e4m3fn" or not quick:
         return Shape(256, 8, 2)
-    return Shape(256, 8, 3 if p.transposed else 4)
+    return Shape(256, 8, 3 if p.transposed or p.block == (TILE, 1) else 4)
 
 
 def shared_memory(p: QuantizeProblem) -> int:

@@ -10,9 +10,12 @@
 
 namespace jdg {
 
-// Rows that count: up to *limit, if there is one.
+// Rows that count: up to *limit, if there is one. The compiler may not know that they are all of them, or it
+// keeps the comparisons of the loads for the stores, in registers that it lacks.
 __device__ __forceinline__ int counted_rows(const int* limit, int rows) {
-  return limit == nullptr ? rows : min(*limit, rows);
+  u32 counted = limit == nullptr ? rows : min(*limit, rows);
+  ptx::forget(counted);
+  return static_cast<int>(counted);
 }
 
 template <class C>

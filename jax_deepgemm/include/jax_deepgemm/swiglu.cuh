@@ -69,9 +69,11 @@ __device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In>& in, c
   const In* line = own.h + static_cast<i64>(at.row) * in.width * 2 + at.col;
   Chunk<In> gate[C::ROWS], up[C::ROWS];
 #pragma unroll
-  for (int j = 0; j < C::ROWS; ++j, line += in.width * 2) {
+  for (int j = 0; j < C::ROWS; ++j) {
     load_chunk<In, C::ALIGNED>(gate[j], line, at.row + j < rows, left);
-    load_chunk<In, C::ALIGNED>(up[j], line + in.width, at.row + j < rows, left);
+    line += in.width;
+    load_chunk<In, C::ALIGNED>(up[j], line, at.row + j < rows, left);
+    line += in.width;
   }
   Chunk<float> act[C::ROWS];
 #pragma unroll
