@@ -6,6 +6,7 @@
 #   benchmarks/h200.sh test bench           some parts
 #   OUT=DIR PYTHON=python3 benchmarks/h200.sh
 #   TEST_ARGS='-k fp8' BENCH_ARGS='--tables fp8 --rows m=128' SANITIZE_TOOLS=memcheck benchmarks/h200.sh test sanitize bench
+#   SANITIZE_ARGS=grouped benchmarks/h200.sh sanitize      kernels whose names contain it
 #   LIMIT_TEST=300 LIMIT_SANITIZE=300 LIMIT_BENCH=400 ...   seconds each part may take
 #
 # Results go to $OUT (default: out): a log of each part, bench.json, summary.txt. The exit code is 0 if all parts passed.

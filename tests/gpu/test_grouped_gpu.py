@@ -357,6 +357,7 @@ SIZES = np.array([70, 0, 200, 31], np.int32)
 M, N, K, G = 320, 264, 448, len(SIZES)
 
 
+@functools.cache
 def small_calls() -> dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]:
     """Name -> (function, operands): one call of each op, sizes last."""
     numbers = pool()
