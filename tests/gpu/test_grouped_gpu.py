@@ -31,6 +31,8 @@ import grouped_products as oracle
 import jax_deepgemm as jdg
 from grouped_cases import FP8, NN, NT, Contiguous, KGrouped, Masked
 from grouped_products import difference
+from jax_deepgemm.grouped import kernel
+from jax_deepgemm.sm90.grouped import choose_grouped, grouped_candidates
 
 BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 QUICK = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # the oracle's dots: no search
@@ -338,6 +340,31 @@ def test_index_in_any_order(fp8):
     assert not np.asarray(run(x, w, np.full(rows, -1, np.int32))[0]).any()
 
 
+@pytest.mark.parametrize("shape", [(0, 8, 128), (8, 0, 128), (8, 16, 0), (0, 0, 0)], ids=str)
+def test_empty_dimensions(shape):
+    """No rows or columns, and sums over nothing: zeros, or C."""
+    m, n, k = shape
+    x, w, sizes = jnp.ones((m, k), BF16), jnp.ones((2, n, k), BF16), jnp.array([m, 0], jnp.int32)
+    deep = jnp.ones((2, m, k), BF16)
+    fp8 = jdg.quantize(x), jdg.quantize(w, BLOCK)
+    c = jnp.full((2, m, n), 3.0)
+    of_k = jnp.array([k, 0], jnp.int32)
+    product = np.broadcast_to(np.array([k, 0], np.float32)[:, None, None], (2, m, n))
+    k_fp8 = jdg.quantize(x), jdg.quantize(jnp.ones((n, k), BF16))
+    for got, want in (
+        (jdg.m_grouped_fp8_gemm_nt_contiguous(*fp8, sizes), np.full((m, n), k)),
+        (jdg.m_grouped_bf16_gemm_nt_contiguous(x, w, sizes), np.full((m, n), k)),
+        (jdg.m_grouped_bf16_gemm_nn_contiguous(x, w.mT, sizes), np.full((m, n), k)),
+        (jdg.m_grouped_fp8_gemm_nt_masked(jdg.quantize(deep), fp8[1], sizes, zero_rows=True), None),
+        (jdg.m_grouped_bf16_gemm_nt_masked(deep, w, sizes, zero_rows=True), None),
+        (jdg.k_grouped_fp8_gemm_nt_contiguous(*k_fp8, of_k, c), product + 3),
+        (jdg.k_grouped_bf16_gemm_tn_contiguous(x.T, jnp.ones((k, n), BF16), of_k, c), product + 3),
+        (jdg.k_grouped_bf16_gemm_tn_contiguous(x.T, jnp.ones((k, n), BF16), of_k), product),
+    ):
+        masked_product = np.stack([np.full((m, n), k), np.zeros((m, n))])
+        np.testing.assert_array_equal(np.asarray(got, np.float32), masked_product if want is None else want)
+
+
 BIG = [
     Contiguous(49, 40, 6144, 7168, ((FP8, "sizes", "bfloat16"),), 8),  # B: 2,157,969,408 elements
     Contiguous(3, 300_000, 7168, 128, ((FP8, "sizes", "bfloat16"),), 128_000),  # D: 2,150,400,000
@@ -367,7 +394,7 @@ def small_calls() -> dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]
     q, rows = jdg.quantize(w, BLOCK), jdg.quantize(w, ROWS)
     left, right = jdg.quantize(x.T), jdg.quantize(dy.T)
     sizes, mask = jnp.asarray(SIZES), jnp.asarray(SIZES // 2)
-    add = lambda f: lambda a, b, c, s: f(a, b, s, c)  # noqa: E731
+    add = lambda f: lambda a, b, c, s, **options: f(a, b, s, c, **options)  # noqa: E731
     zero = lambda f: functools.partial(f, zero_rows=True)  # noqa: E731
     return {
         "m fp8": (jdg.m_grouped_fp8_gemm_nt_contiguous, (jdg.quantize(x), q, sizes)),
@@ -443,6 +470,26 @@ def test_hints_and_fewer_sms():
         want = function(*operands)
         for option in options:
             assert float(difference(program(functools.partial(function, **option))(*operands), want)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["m fp8", "m fp8 rows", "m bf16 nn", "masked bf16", "k fp8", "k bf16 + c"])
+def test_every_configuration_gives_the_same(name, monkeypatch):
+    """Also those that the cost model would never choose."""
+    function, operands = small_calls()[name]
+    seen = []
+
+    def choose(problem: Any, chip: Any) -> Any:
+        seen.append((problem, chip))
+        return choose_grouped(problem, chip)
+
+    monkeypatch.setattr(kernel, "choose_grouped", choose)
+    jax.jit(lambda *x: function(*x)).lower(*operands)
+    calls = [functools.partial(function, config=config) for config in grouped_candidates(*seen[0])]
+    assert len(calls) > 1
+    jdg.precompile([(call, *operands) for call in calls], progress=False)
+    want = function(*operands)
+    found = {str(call.keywords["config"]): difference(program(call)(*operands), want) for call in calls}
+    assert all(float(value) < 1e-5 for value in found.values()), found
 
 
 # Transformations --------------------------------------------------------------------------------------------
