@@ -143,7 +143,7 @@ def draw_call(data: Any, dtype: Any, **options: Any) -> tuple[Problem, list[jax.
     return problem, list(problem.operands(dtype))
 
 
-@examples(8)
+@examples(6)
 @given(st.data(), KINDS)
 def test_derivatives_of_all_modes(data: Any, dtype: Any) -> None:
     """jax.lax differentiates ragged rows only."""
@@ -166,7 +166,7 @@ def test_derivatives_of_all_modes(data: Any, dtype: Any) -> None:
         exact(got, expected)
 
 
-@examples(4)
+@examples(3)
 @given(st.data(), KINDS)
 def test_vmap_of_any_axes_and_of_gradients(data: Any, dtype: Any) -> None:
     """jax.lax maps all three operands at axis 0 or none, and no gradients."""
@@ -230,7 +230,7 @@ def test_second_derivatives() -> None:
 # Some of the groups
 
 
-@examples(6)
+@examples(5)
 @given(st.data(), KINDS, st.sampled_from(["rows", "contraction"]))
 def test_group_offset(data: Any, dtype: Any, mode: str) -> None:
     problem, (lhs, rhs, sizes) = draw_call(data, dtype, modes=(mode,))
@@ -263,7 +263,7 @@ def test_parts_of_the_groups_add_up_and_offsets_map(dtype: Any) -> None:
 
     exact(jax.jit(whole)(rhs), lax.ragged_dot(lhs, rhs, sizes))
     got, expected = (
-        jax.grad(lambda w, f=f: (f(w) ** 2).astype(F32).sum())(rhs)
+        jax.jit(jax.grad(lambda w, f=f: (f(w) ** 2).astype(F32).sum()))(rhs)
         for f in (whole, lambda w: lax.ragged_dot(lhs, w, sizes))
     )
     exact(got, expected)
@@ -325,6 +325,22 @@ def test_other_orders_are_transposed_and_say_so_once(caplog: Any) -> None:
     assert "lhs [5, 6] is transposed (1, 0)" in record.message
 
 
+def test_forward_and_gradients_are_three_kernels_on_cuda() -> None:
+    pytest.importorskip("cuda.core")
+    pytest.importorskip("jax_deepgemm._ffi")
+
+    def loss(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
+        return ragged_dot(lhs, rhs, sizes, None, F32).sum()
+
+    shapes = (((64, 128), BF16), ((4, 128, 64), BF16), ((4,), I32))
+    structs = [jax.ShapeDtypeStruct(*one) for one in shapes]
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(*structs)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@jax_deepgemm_launch") == 3
+    assert "dot_general" not in text
+    assert "ragged_dot" not in text.replace("jit(ragged_dot", "")
+
+
 @pytest.mark.parametrize("precision", [None, "highest", ("high", "default"), lax.Precision.HIGHEST])
 def test_bfloat16_runs_on_the_grouped_op_at_any_precision(precision: Any) -> None:
     args = [*arrays_of("rk", "gkn"), jnp.array([1, 2, 3])]
@@ -373,8 +389,8 @@ def sharded(name: str, dtype: Any, *shards: Shard) -> OpCase:
 
 
 SHARDS = (
-    Shard((P("x"), P(), P()), P("x")),
-    Shard((P(), P(None, None, "y"), P()), P(None, "y")),
+    Shard((P("x"), P(), P()), P("x"), modes=("auto",)),
+    Shard((P(), P(None, None, "y"), P()), P(None, "y"), modes=("explicit",)),
     Shard((P(None, "y"), P(None, "y"), P()), P(), ("all-reduce",)),
     Shard((P(), P("y"), P()), P(), ("all-reduce",)),
 )
