@@ -119,8 +119,6 @@ class GemmConfig:
       swap_ab: whether B's rows lie on wgmma's 64-row side (for few tokens).
       split_k: blocks of a cluster that share the k range of a tile (swap_ab only).
       blocks_per_sm: blocks of threads resident on one SM (swap_ab only).
-      multicast: blocks of a cluster that share the rows tile of neighbouring columns: each loads a part of it
-        for all (not with swap_ab).
       slabs: buffers of 64 columns of D, for each consumer warp, that may drain to memory at once; 0 without
         TMA stores.
     """
@@ -132,12 +130,6 @@ class GemmConfig:
     split_k: int = 1
     blocks_per_sm: int = 1
     slabs: int = 0
-    multicast: int = 1
-
-    @property
-    def cluster(self) -> int:
-        """Blocks of threads in a cluster."""
-        return self.split_k * self.multicast
 
     @property
     def rows(self) -> int:
@@ -175,8 +167,7 @@ class GemmConfig:
     def __str__(self) -> str:
         tile = f"{'swap-AB ' if self.swap_ab else ''}{self.block_m}x{self.block_n}"
         split = f" split_k={self.split_k}" if self.split_k > 1 else ""
-        shared = f" multicast={self.multicast}" if self.multicast > 1 else ""
-        return f"{tile} stages={self.stages}{split}{shared} blocks/SM={self.blocks_per_sm}"
+        return f"{tile} stages={self.stages}{split} blocks/SM={self.blocks_per_sm}"
 
 
 @dataclass(frozen=True)
@@ -255,12 +246,6 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
         (c.split_k in (1, 2, 4, 8), f"split_k is {c.split_k}, must be 1, 2, 4 or 8 (portable cluster size)"),
         (cols <= _widest(p, c), f"{cols} columns leave no registers for two accumulators"),
         (c.split_k <= ceil_div(p.k_blocks, _QUAD), f"split_k is {c.split_k}, more than the quads of k"),
-        (c.multicast in (1, 2), f"multicast is {c.multicast}, must be 1 or 2"),
-        (c.multicast == 1 or not c.swap_ab, "multicast is not for swap_ab"),
-        (
-            c.multicast == 1 or p.a_k_major or rows % 128 == 0,
-            f"a tile of {rows} rows has no two equal parts of whole slabs of 64, which A stored [k, m] needs",
-        ),
         (c.slabs in _slab_choices(p, c), f"slabs is {c.slabs}, must be one of {_slab_choices(p, c)}"),
         (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),
     ]

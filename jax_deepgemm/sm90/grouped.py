@@ -25,7 +25,7 @@ from jax_deepgemm.sm90.config import (
     tma_store,
 )
 from jax_deepgemm.sm90.cost import START, Cost
-from jax_deepgemm.sm90.plan import GemmOperands, matrix_map, persistent_grid, tensor_map
+from jax_deepgemm.sm90.plan import GemmOperands, matrix_map, tensor_map
 from jax_deepgemm.sm90.source import (
     as_cpp,
     config_text,
@@ -304,7 +304,7 @@ def grouped_plan(
     if broken:
         rules = "; ".join(broken)
         raise ValueError(f"config {c} cannot run {p}: {rules}. Leave config=None to have one chosen.")
-    maps = [matrix_map(p.gemm, x.a, p.gemm.a_k_major, c.block_m // c.multicast)]
+    maps = [matrix_map(p.gemm, x.a, p.gemm.a_k_major, c.block_m)]
     maps += [matrix_map(p.gemm, x.b, p.gemm.b_k_major, c.block_n)]
     for side, scales, tile in zip(
         sides(p.gemm), (x.a_scales, x.b_scales), (c.block_m, c.block_n), strict=True
@@ -335,10 +335,9 @@ def grouped_plan(
     most_rows = ceil_div(p.rows_bound, c.block_m) + (p.segments + 1 if p.grouping == ROWS else p.groups)
     launch = Launch(
         kernel=compile_kernel(grouped_source(p, c), arch=chip.arch),
-        grid=(persistent_grid(most_rows * ceil_div(p.n, c.block_n), c, chip), 1, 1),
+        grid=(min(most_rows * ceil_div(p.n, c.block_n), chip.num_sms), 1, 1),
         block=c.threads,
         params=(*maps, *pointers, *(Scalar(integers[name], "int32") for name in _INTEGERS)),
-        cluster=c.cluster,
         shared_memory=shared_memory(p.gemm, c).total,
     )
     return LaunchPlan((launch,), label=str(p))

@@ -10,7 +10,6 @@ from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import (
     GemmConfig,
     GemmProblem,
-    align_up,
     ceil_div,
     problems_with,
     shared_memory,
@@ -63,11 +62,6 @@ def stripe_height(p: GemmProblem, c: GemmConfig, chip: Chip) -> int:
     return max(1, min(ceil_div(p.m, c.block_m), round(best)))
 
 
-def persistent_grid(tiles: int, c: GemmConfig, chip: Chip) -> int:
-    """Blocks of threads: no more than tiles or SMs, in whole clusters."""
-    return max(1, min(align_up(tiles, c.cluster), chip.num_sms) // c.cluster) * c.cluster
-
-
 def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> LaunchPlan:
     """One launch that computes `p` with `c`.
 
@@ -78,10 +72,7 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
     if broken:
         rules = "; ".join(broken)
         raise ValueError(f"config {c} cannot run {p}: {rules}. Leave config=None to have one chosen.")
-    maps = [
-        matrix_map(p, x.a, p.a_k_major, c.block_m // c.multicast),
-        matrix_map(p, x.b, p.b_k_major, c.block_n),
-    ]
+    maps = [matrix_map(p, x.a, p.a_k_major, c.block_m), matrix_map(p, x.b, p.b_k_major, c.block_n)]
     for scales, vector, tile in (
         (x.a_scales, True, c.block_m),
         (x.b_scales, p.b_scales == "vector", c.block_n),
@@ -111,10 +102,10 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
     tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
     launch = Launch(
         kernel=compile_kernel(kernel_source(p, c), arch=chip.arch),
-        grid=(tiles * c.split_k if c.swap_ab else persistent_grid(tiles, c, chip), 1, 1),
+        grid=(tiles * c.split_k if c.swap_ab else min(tiles, chip.num_sms), 1, 1),
         block=c.threads,
         params=(*maps, *pointers, *(Scalar(integers[name], "int32") for name in INTEGERS)),
-        cluster=c.cluster,
+        cluster=c.split_k,
         shared_memory=shared_memory(p, c).total,
     )
     return LaunchPlan((launch,), label=str(p))

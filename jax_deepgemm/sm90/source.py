@@ -13,8 +13,7 @@ struct Config {{
   using Mma = ::Mma;
   using Out = {out};
   static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
-  static constexpr int WARPGROUPS = {warpgroups}, SPLITS = {splits}, CLUSTER = {multicast};
-  static constexpr int SCALE_SLOTS = {scale_slots};
+  static constexpr int WARPGROUPS = {warpgroups}, SPLITS = {splits}, SCALE_SLOTS = {scale_slots};
   static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging};
   static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
@@ -45,7 +44,6 @@ def kernel_name(p: GemmProblem, c: GemmConfig) -> str:
     parts = ["jdg_sm90", types, p.layout, f"{c.block_m}x{c.block_n}", f"s{c.stages}"]
     parts += [f"d{c.slabs}"] if c.slabs else []
     parts += ["swap", f"k{c.split_k}"] if c.swap_ab else []
-    parts += [f"c{c.multicast}"] if c.multicast > 1 else []
     parts += [f"x{c.blocks_per_sm}"] if c.blocks_per_sm > 1 else []
     parts += ["sb1"] if p.b_scales == "vector" else []
     parts += ["f32"] if p.out == "float32" else []
@@ -90,7 +88,6 @@ def config_text(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k
         stages=c.stages,
         warpgroups=c.warpgroups,
         splits=c.split_k,
-        multicast=c.multicast,
         scale_slots=memory.scale_slots,
         slabs=c.slabs,
         staging=memory.staging,
@@ -132,7 +129,7 @@ def leading_parameters(p: GemmProblem, c: GemmConfig) -> list[str]:
 
 def described(p: object, c: GemmConfig) -> tuple[tuple[str, object], ...]:
     """What `explain` says of a kernel."""
-    shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "multicast", "blocks_per_sm", "slabs")
+    shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs")
     return (("problem", str(p)), *((field, getattr(c, field)) for field in shown))
 
 

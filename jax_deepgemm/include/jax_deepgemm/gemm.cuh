@@ -13,17 +13,14 @@
 
 namespace jdg {
 
-// The order of tiles: batches, stripes of `stripe` row tiles, columns, rows within the stripe. A cluster
-// takes as many neighbouring columns as it has blocks; the last ones may lie outside.
+// The order of tiles: batches, stripes of `stripe` row tiles, columns, rows within the stripe.
 template <class C>
 __device__ __forceinline__ Tile tile_at(int index, const Problem& p, int k_blocks) {
-  constexpr int kWidth = C::COLS * C::CLUSTER;
-  const int row_tiles = ceil_div(p.m, C::ROWS), col_tiles = ceil_div(p.n, kWidth);
+  const int row_tiles = ceil_div(p.m, C::ROWS), col_tiles = ceil_div(p.n, C::COLS);
   const int batch = index / (row_tiles * col_tiles), rest = index % (row_tiles * col_tiles);
   const int stripe = rest / (p.stripe * col_tiles), within = rest % (p.stripe * col_tiles);
   const int height = min(p.stripe, row_tiles - stripe * p.stripe);
-  const int first_col = within / height * kWidth + (C::CLUSTER > 1 ? ptx::cluster_rank() * C::COLS : 0);
-  return {(stripe * p.stripe + within % height) * C::ROWS, first_col, batch, 0, k_blocks};
+  return {(stripe * p.stripe + within % height) * C::ROWS, within / height * C::COLS, batch, 0, k_blocks};
 }
 
 template <class C>
@@ -41,14 +38,13 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
   if (warpgroup == C::WARPGROUPS) {
     if constexpr (C::WARPGROUPS > 1) ptx::lower_registers<C::PRODUCER_REGISTERS>();
     if (threadIdx.x % 128 == 0) {
-      const int tiles = ceil_div(p.m, C::ROWS) * ceil_div(p.n, C::COLS * C::CLUSTER) * p.batches;
-      for (int index = blockIdx.x / C::CLUSTER; index < tiles; index += gridDim.x / C::CLUSTER) {
+      const int tiles = ceil_div(p.m, C::ROWS) * ceil_div(p.n, C::COLS) * p.batches;
+      for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
         const Tile tile = tile_at<C>(index, p, in.k_blocks);
         load_blocks<C>(at, in, tile, tile.row, tile.col, tile.batch);
       }
       publish_end<C>(at);
     }
-    leave_together<C>();
   } else {
     if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
     Tile tile = receive_tile<C>(at, in.k_blocks);
@@ -71,7 +67,6 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
     }
     // The block's memory outlives its readers.
     if (C::TMA_STORE && threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
-    leave_together<C>();
   }
 }
 

@@ -118,7 +118,7 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
   if (warpgroup == C::WARPGROUPS) {
     if constexpr (C::WARPGROUPS > 1) ptx::lower_registers<C::PRODUCER_REGISTERS>();
     if (threadIdx.x % 128 == 0) {
-      for (int number = blockIdx.x / C::CLUSTER; number < table.tiles; number += gridDim.x / C::CLUSTER) {
+      for (int number = blockIdx.x; number < table.tiles; number += gridDim.x) {
         const Place place = nth_tile<C>(table, number, p);
         const GroupTile next = group_tile<C>(table, place, p, in.k_blocks);
         if (next.tile.k_end > 0)
@@ -128,7 +128,6 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
       }
       publish_end<C>(at);
     }
-    leave_together<C>();
   } else {
     if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
     Place place = receive_place(at);
@@ -164,7 +163,6 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
     }
     // The block's memory outlives its readers.
     if (C::TMA_STORE && threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
-    leave_together<C>();
   }
 }
 

@@ -137,7 +137,7 @@ __device__ __forceinline__ GroupTable<C> make_table(const Groups& g, const Probl
   if (threadIdx.x < 32) {
     const int lane = threadIdx.x;
     table.segments = read_segments<C>(g, table.base);
-    const int col_tiles = ceil_div(p.n, C::COLS * C::CLUSTER);
+    const int col_tiles = ceil_div(p.n, C::COLS);
     int before = 0;
     for (int first = 0; first < table.segments; first += 32) {
       const int i = first + lane;

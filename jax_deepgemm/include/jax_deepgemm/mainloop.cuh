@@ -66,8 +66,6 @@ struct Layout {
   static constexpr u32 kTiles = kBarriers + 2 * C::STAGES * 8;  // 16-byte aligned
   static constexpr u32 kTable = kTiles + C::STAGES * 16;        // of groups; dense kernels have none
   static constexpr u32 kBytes = kTable + C::TABLE_BYTES;
-  static_assert(C::CLUSTER == 1 ||
-                (C::ROWS_K_MAJOR ? C::ROWS % (8 * C::CLUSTER) == 0 : C::ROWS % (64 * C::CLUSTER) == 0));
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
 
   static constexpr u32 kSlotBytes = kRowsBytes + kColsBytes;
@@ -153,22 +151,12 @@ __device__ __forceinline__ Tile receive_tile(const Position<C>& at, int k_blocks
 template <class C>
 constexpr int kEmptySlots = Layout<C>::kFp8 ? Layout<C>::kScaleStep : 1;
 
-// A warp is done with a slot. Where blocks of a cluster fill each other's slots, all of them must know.
-template <class C>
-__device__ __forceinline__ void release_slot(u32 empty) {
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
-  if constexpr (C::CLUSTER > 1) {
-    if (threadIdx.x % 32 == 1)
-      ptx::mbarrier_arrive_remote(ptx::map_to_rank(empty, ptx::cluster_rank() ^ 1));
-  }
-}
-
 template <class C>
 __device__ __forceinline__ void skip_empty_tile(Position<C>& at) {
 #pragma unroll 1
   for (int i = 0; i < kEmptySlots<C>; ++i) {
     ptx::mbarrier_wait(at.full(), at.phase);
-    release_slot<C>(at.empty());
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(at.empty());
     at.advance();
   }
 }
@@ -179,24 +167,11 @@ __device__ __forceinline__ void init_barriers(u32 smem) {
   if (threadIdx.x == 0) {
     for (at.stage = 0; at.stage < C::STAGES; ++at.stage) {
       ptx::mbarrier_init(at.full(), 1);
-      ptx::mbarrier_init(at.empty(), 4 * C::WARPGROUPS * C::CLUSTER);
+      ptx::mbarrier_init(at.empty(), 4 * C::WARPGROUPS);
     }
     ptx::fence_mbarrier_init();
   }
-  if constexpr (C::CLUSTER > 1)
-    ptx::cluster_barrier();
-  else
-    __syncthreads();
-}
-
-// Nobody leaves while other blocks of the cluster may still signal its barriers. Called at the end of either
-// role: behind their join ptxas would hold consumers to the registers that the kernel starts with.
-template <class C>
-__device__ __forceinline__ void leave_together() {
-  if constexpr (C::CLUSTER > 1) {
-    __syncwarp();
-    ptx::cluster_barrier();
-  }
+  __syncthreads();
 }
 
 // The operands in global memory. A batch coordinate is multiplied by 0 where all batches share an operand.
@@ -223,27 +198,6 @@ __device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32
   }
 }
 
-// The rows tile, which the blocks of a cluster share: each loads its part of it for all.
-template <class C>
-__device__ __forceinline__ void load_rows(u32 slot, const TensorMap& map, u32 bar, int first, int k,
-                                          int batch) {
-  if constexpr (C::CLUSTER == 1) {
-    load_operand<C, C::ROWS_K_MAJOR, C::ROWS>(slot, map, bar, first, k, batch);
-  } else {
-    constexpr u16 kAll = (1 << C::CLUSTER) - 1;
-    const int rank = ptx::cluster_rank();
-    if constexpr (C::ROWS_K_MAJOR) {
-      constexpr int kShare = C::ROWS / C::CLUSTER;
-      ptx::tma_load_multicast(slot + rank * kShare * kSlotRowBytes, map, bar, k, first + rank * kShare, batch,
-                              kAll);
-    } else {
-      for (int slab = rank; slab < C::ROWS / 64; slab += C::CLUSTER)
-        ptx::tma_load_multicast(slot + slab * 64 * kSlotRowBytes, map, bar, first + slab * 64, k, batch,
-                                kAll);
-    }
-  }
-}
-
 // The scales of one step of blocks, for one operand.
 template <class C>
 __device__ __forceinline__ void load_scales(u32 slot, const TensorMap& map, u32 bar, int first, int kb,
@@ -266,7 +220,7 @@ __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in,
     ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
     if (kb == tile.k_begin) publish_tile<C>(at, record...);
     ptx::mbarrier_expect_bytes(at.full(), L::kSlotBytes + (scales ? L::kScaleBytes : 0));
-    load_rows<C>(at.rows(), *in.rows, at.full(), tile.row, k, row_batch);
+    load_operand<C, C::ROWS_K_MAJOR, C::ROWS>(at.rows(), *in.rows, at.full(), tile.row, k, row_batch);
     load_operand<C, C::COLS_K_MAJOR, C::COLS>(at.cols(), *in.cols, at.full(), tile.col, k, col_batch);
     if (scales) {
       if constexpr (L::kRowVector)
@@ -480,7 +434,9 @@ __device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position
       for (int i = 0; i < 2 * kGroups; ++i) col[i] = col_scale(j, i);
     }
   };
-  const auto release = [](u32 empty) { release_slot<C>(empty); };
+  const auto release = [](u32 empty) {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+  };
 
   if (tile.k_begin >= tile.k_end) return;
   ptx::mbarrier_wait(at.full(), at.phase);
@@ -581,7 +537,7 @@ __device__ __forceinline__ void multiply_sliced(float (&acc)[C::COLS / 2], Posit
 
     ptx::wgmma_wait<0>();
     ptx::pin(temp);
-    release_slot<C>(empty);
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const float2 scale = ptx::load_shared_2(cols + i * 8 * 4);
@@ -606,13 +562,13 @@ __device__ __forceinline__ void multiply_bf16(float (&acc)[C::COLS / 2], Positio
     ptx::wgmma_fence();
     multiply_slot<C>(acc, at.rows() + warpgroup * kWarpgroupBytes, at.cols(), false);
     ptx::wgmma_wait<1>();
-    if (kb > tile.k_begin) release_slot<C>(previous);
+    if (kb > tile.k_begin && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);
     previous = at.empty();
     at.advance();
   }
   ptx::wgmma_wait<0>();
   ptx::pin(acc);
-  if (tile.k_begin < tile.k_end) release_slot<C>(previous);
+  if (tile.k_begin < tile.k_end && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);
 }
 
 // acc += rows tile * cols tile over the tile's range of k, all scales applied.

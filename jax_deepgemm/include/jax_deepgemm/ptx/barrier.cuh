@@ -22,12 +22,6 @@ __device__ __forceinline__ void mbarrier_arrive(u32 bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
-// In another block of the cluster. The unqualified form: with .release.cluster a stage costs 1000 cycles
-// more.
-__device__ __forceinline__ void mbarrier_arrive_remote(u32 bar) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
 // Returns once the phase with this parity has completed. On a fresh barrier parity 1 passes at once.
 __device__ __forceinline__ void mbarrier_wait(u32 bar, u32 parity) {
   asm volatile(

@@ -18,17 +18,6 @@ __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar
       : "memory");
 }
 
-// The same into every block of the cluster whose bit is set, at the same place, counted on each one's
-// barrier.
-__device__ __forceinline__ void tma_load_multicast(u32 smem, const TensorMap& map, u32 bar, int x, int y,
-                                                   int z, u16 blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem),
-      "l"(&map), "r"(bar), "r"(x), "r"(y), "r"(z), "h"(blocks)
-      : "memory");
-}
-
 // Shared to global memory; elements outside the tensor are not written.
 __device__ __forceinline__ void tma_store(const TensorMap& map, u32 smem, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
