@@ -1,4 +1,4 @@
-"""quantize_both, quantize_weight, SwiGLU: references against NumPy, sharded as unsharded, compiled kernels."""
+"""quantize_both, quantize_weight, SwiGLU: references against NumPy, sharded as unsharded, kernels compiled."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jax_deepgemm.sm90.quantize import QuantizeProblem, kernel_source, shape_of,
 from op_checks import OpCase, Shard
 
 E4M3, E5M2 = np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2)
-SHAPES = ((130, 200), (256, 128), (1, 131), (129, 1), (0, 128), (128, 0))
+SHAPES = ((130, 200), (1, 131), (129, 1), (0, 128))
 
 
 def draw(shape: tuple[int, ...], dtype: Any = jnp.bfloat16, seed: int = 0) -> np.ndarray:
@@ -53,22 +53,24 @@ def oracle_both(x: np.ndarray, rows: int | None, dtype: str, scale_format: str) 
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
-def test_quantize_both_and_weight_equal_numpy(shape, dtype):
-    for x_dtype, scale_format in ((jnp.bfloat16, "f32"), (jnp.float32, "ue8m0")):
-        x, options = draw(shape, x_dtype), {"dtype": dtype, "scale_format": scale_format}
-        assert_equal(quantize_both(x, **options), oracle_both(x, None, dtype, scale_format))
-        values, scales = quant_oracle.quantize(x, (128, 128), dtype, scale_format)
-        assert_equal(quantize_weight(x, **options), [values, scales, values.T])
+@pytest.mark.parametrize(
+    ("dtype", "x_dtype", "scale_format"), [(E4M3, jnp.bfloat16, "f32"), (E5M2, jnp.float32, "ue8m0")], ids=str
+)
+def test_quantize_both_and_weight_equal_numpy(shape, dtype, x_dtype, scale_format):
+    x, options = draw(shape, x_dtype), {"dtype": dtype, "scale_format": scale_format}
+    both, weight = (jax.jit(functools.partial(f, **options)) for f in (quantize_both, quantize_weight))
+    assert_equal(both(x), oracle_both(x, None, dtype.name, scale_format))
+    values, scales = quant_oracle.quantize(x, (128, 128), dtype.name, scale_format)
+    assert_equal(weight(x), [values, scales, values.T])
 
 
-@pytest.mark.parametrize("rows", [-1, 0, 1, 128, 150, 260, 300])
-def test_rows_beyond_the_limit_are_zeros_whatever_they_hold(rows):
-    x = draw((260, 136))
-    x[max(rows, 0) :] = np.nan
-    want = oracle_both(x, rows, "float8_e4m3fn", "f32")
-    for limit in (jnp.int32(rows), jnp.array([rows], jnp.int32)):
-        assert_equal(jax.jit(quantize_both)(x, limit), want)
+def test_rows_beyond_the_limit_are_zeros_whatever_they_hold():
+    limited = jax.jit(quantize_both)
+    for rows in (-1, 0, 1, 128, 150, 260, 300):
+        x = draw((260, 136))
+        x[max(rows, 0) :] = np.nan
+        assert_equal(limited(x, jnp.int32(rows)), oracle_both(x, rows, "float8_e4m3fn", "f32"))
+    assert_equal(limited(x, jnp.array([300], jnp.int32)), limited(x, jnp.int32(300)))
 
 
 def exact_swiglu(h: np.ndarray, weight: Any, dact: np.ndarray, rows: int) -> tuple[np.ndarray, ...]:
@@ -109,9 +111,12 @@ def test_swiglu_against_float64(m, i, rows, weighted):
     for poisoned in (h, dact, *([weight] if weighted else [])):
         poisoned[rows:] = np.nan
     for transposed in (True, False):
-        options = {"rows": jnp.int32(rows), "transposed": transposed}
-        assert_quantizes(act, *swiglu_quantize(h, weight, **options))
-        *parts, got = swiglu_grad_quantize(h, weight, dact, **options)
+        forth, back = (
+            jax.jit(functools.partial(f, transposed=transposed))
+            for f in (swiglu_quantize, swiglu_grad_quantize)
+        )
+        assert_quantizes(act, *forth(h, weight, jnp.int32(rows)))
+        *parts, got = back(h, weight, dact, jnp.int32(rows))
         assert_quantizes(dh, *parts)
         if weighted:
             np.testing.assert_allclose(got, dweight, rtol=1e-4, atol=1e-4 * np.abs(dweight).max(initial=1))
@@ -135,10 +140,11 @@ def test_leading_dimensions_and_vmap():
     x, rows = draw((2, 130, 136)), np.array([[130], [40]], np.int32)
     got = jax.jit(jax.vmap(quantize_both))(x, rows)
     assert_equal([part[1] for part in got], oracle_both(x[1], 40, "float8_e4m3fn", "f32"))
-    got = jax.vmap(quantize_both, (None, 0))(x[0], rows)
+    got = jax.jit(jax.vmap(quantize_both, (None, 0)))(x[0], rows)
     assert_equal([part[1] for part in got], oracle_both(x[0], 40, "float8_e4m3fn", "f32"))
-    stacked = quantize_weight(x)
-    assert_equal([part[1] for part in stacked], quantize_weight(x[1]))
+    stacked = jax.jit(quantize_weight)(x)
+    values, scales = quant_oracle.quantize(x[1], (128, 128))
+    assert_equal([part[1] for part in stacked], [values, scales, values.T])
 
 
 def test_they_have_no_derivative_and_say_what_has():
