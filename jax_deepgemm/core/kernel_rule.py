@@ -27,6 +27,7 @@ def make(op: Op) -> Callable[..., Any]:
     primitive = _kernel_primitive(op)
 
     def rule(ctx: Any, *args: Any, batch: Batch, fallback: str = "error", **params: Any) -> Any:
+        reference = functools.partial(op.run_reference, batch=batch, **params)
         device = device_of(ctx)
         capability = getattr(device, "compute_capability", None)
         if capability is not None and capability != COMPUTE_CAPABILITY:
@@ -34,7 +35,8 @@ def make(op: Op) -> Callable[..., Any]:
             if fallback != "reference":
                 raise ValueError(message)
             _private.log_once(f"{message} Running the reference.")
-            reference = functools.partial(op.run_reference, batch=batch, **params)
+            return mlir.lower_fun(reference, multiple_results=True)(ctx, *args)
+        if any(0 in aval.shape for aval in ctx.avals_in):  # nothing to compute, and no kernel counts on it
             return mlir.lower_fun(reference, multiple_results=True)(ctx, *args)
         body = functools.partial(_body, op, primitive, chip_of(device), batch, params)
         return mlir.lower_fun(body, multiple_results=True)(ctx, *args)
