@@ -26,6 +26,8 @@ from jax.sharding import PartitionSpec as P
 import jax_deepgemm
 import op_checks
 import toy_ops
+from jax_deepgemm.activation import swiglu_grad_quantize, swiglu_quantize
+from jax_deepgemm.quantization.fused import quantize_both
 from toy_ops import BF16, BLOCK, F32
 
 pytestmark = pytest.mark.skipif(
@@ -163,8 +165,8 @@ FAMILIES: list[tuple[str, Any, Any, tuple[P, P, P], int, tuple[str, ...]]] = [
     ("bf16", jax_deepgemm.bf16_gemm_nt, _BF16, _TENSOR_PARALLEL, 1, ()),
     ("bf16-sum", jax_deepgemm.bf16_gemm_nt, _BF16, _SPLIT_SUM, 1, ("all-reduce",)),
     ("bf16-scatter", jax_deepgemm.bf16_gemm_nt, _BF16, _SCATTERED_SUM, 1, ("reduce-scatter",)),
-    ("linear", _fp8_linear, _BF16, _TENSOR_PARALLEL, 1, ("all-reduce",)),
-    ("wgrad", _fp8_wgrad, _BF16, (P("x"), P("y"), P("y")), 2, ("all-reduce", "all-reduce")),
+    ("linear", _fp8_linear, _BF16, _TENSOR_PARALLEL, 2, ("all-reduce",)),
+    ("wgrad", _fp8_wgrad, _BF16, (P("x"), P("y"), P("y")), 3, ("all-reduce", "all-reduce")),
 ]
 
 
@@ -181,7 +183,7 @@ def test_families(row: Any, mode: str) -> None:
 
 
 def _round_trip(x: Any) -> Any:
-    return jax_deepgemm.dequantize(jax_deepgemm.quantize(x))
+    return jax_deepgemm.dequantize(jax_deepgemm.quantize(x, (1, 32)))  # a block without a kernel
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -191,6 +193,33 @@ def test_rounding_to_fp8_is_not_elided(dtype: Any) -> None:
     x = jax.ShapeDtypeStruct((256, 512), dtype, sharding=one)
     hlo = jax.jit(_round_trip).lower(x).compile().as_text()
     assert re.search(r"= f8e4m3fn\[256,512\]\S* convert\(", hlo), hlo
+
+
+def _expert_mlp(h: Any, weight: Any, dact: Any, rows: Any) -> list[Any]:
+    forward = swiglu_quantize(h, weight, rows)
+    return [*forward, *swiglu_grad_quantize(h, weight, dact, rows), *quantize_both(dact, rows)]
+
+
+@pytest.mark.parametrize("mode", ["auto", "shard_map"])
+def test_fused_quantisers_on_rows_of_every_device(mode: str) -> None:
+    """One launch each on the device's own rows, the limit moved by a scalar, and no collective."""
+    pytest.importorskip("cuda.core")
+    mesh = h200_mesh(mode)
+    rows = P("x")
+    shapes = [((512, 256), BF16, rows), ((512,), F32, rows), ((512, 128), BF16, rows), ((1,), jnp.int32, P())]
+    structs = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in shapes
+    ]
+    quantised = [rows, rows, P(None, "x"), rows]
+    out = [*quantised, *quantised, rows, *quantised]
+    fn, options = _expert_mlp, {"out_shardings": [NamedSharding(mesh, spec) for spec in out]}
+    if mode == "shard_map":
+        specs = tuple(spec for _, _, spec in shapes)
+        fn, options = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out), {}
+    hlo = jax.jit(fn, **options).lower(*structs).compile().as_text()
+    assert hlo.count('custom_call_target="jax_deepgemm_launch"') == 3
+    assert not op_checks.collectives(hlo)
 
 
 _CAPTURED = """

@@ -1,4 +1,4 @@
-"""quantize_both, quantize_weight, SwiGLU: references against NumPy, sharded as unsharded, kernels compiled."""
+"""quantize_both, quantize_weight, SwiGLU: against NumPy, sharded as unsharded, and the compiled kernels."""
 
 from __future__ import annotations
 
