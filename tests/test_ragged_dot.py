@@ -417,6 +417,17 @@ def test_explicit_batch_and_out_sharding() -> None:
     exact(got, expected)
 
 
+def test_empty_results_have_the_type_that_was_asked_for() -> None:
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        lhs = jax.reshard(jnp.ones((4, 0), BF16), P("x"))
+        got = jax.jit(lambda *a: ragged_dot(*a, out_sharding=P("x")))(
+            lhs, jnp.ones((2, 0, 3), BF16), jnp.array([1, 2])
+        )
+        assert got.sharding.spec == P("x", None)
+    exact(got, jnp.zeros((4, 3)))
+
+
 # Quantised operands
 
 
@@ -491,6 +502,11 @@ BATCH = lax.RaggedDotDimensionNumbers((((), ()), ((0,), (0,))), (0,), ())
             "num_groups is 4 .* 3 groups",
         ),
         (general(oracle.CONTRACTION, num_groups=2), ValueError, "give group_offset too"),
+        (
+            general((((0,), (0,)), ((), ()))),
+            TypeError,
+            "is a tuple, need a jax.lax.RaggedDotDimensionNumbers",
+        ),
         (general(BATCH, group_offset=1), ValueError, "ragged batch dimension"),
         (general(BATCH, num_groups=1), ValueError, "num_groups=1 is for a ragged contracting dimension"),
         (lambda: ragged_dot_general(LEFT, LEFT, np.array([6]), oracle.BASIC), TypeError, "lhs is quantised"),

@@ -347,6 +347,11 @@ def _ragged_dot(
     num_groups: int | None,
     call: _Call,
 ) -> jax.Array:
+    if not isinstance(numbers, lax.RaggedDotDimensionNumbers):
+        raise TypeError(
+            f"{call.name}: ragged_dot_dimension_numbers is a {type(numbers).__name__}, need a "
+            "jax.lax.RaggedDotDimensionNumbers."
+        )
     operands = {"lhs": lhs, "rhs": rhs, "group_sizes": group_sizes}
     lhs, rhs, sizes = (_array(call.name, what, x) for what, x in operands.items())
     offset = None if group_offset is None else check_offset(call.name, group_offset)
@@ -391,11 +396,9 @@ def _run(
 ) -> jax.Array:
     dtype, asked = params["out_dtype"], params["out_sharding"]
     summed = plan.form == "tn" and plan.shared > 0
-    params = {
-        **params,
-        "out_dtype": _sum_dtype(dtype) if summed else dtype,
-        "out_sharding": plan.matrix_spec(asked, len(shape)),
-    }
+    params = {**params, "out_sharding": plan.matrix_spec(asked, len(shape))}
+    if summed and jnp.issubdtype(dtype, jnp.inexact):
+        params |= {"out_dtype": jnp.promote_types(dtype, jnp.float32), "reduce_dtype": None}
     lhs, rhs = _ordered(name, "lhs", lhs, plan.lhs), _ordered(name, "rhs", rhs, plan.rhs)
     lead, rhs_lead = plan.batch + plan.shared, plan.rhs_lead
     rows = lhs.shape[lead : lead + 1 + plan.inner]
@@ -471,10 +474,6 @@ def _recut(x: jax.Array, spec: list[Axes], cuts: list[Axes]) -> jax.Array:
     taken = {axis for cut in cuts for axis in cut}
     rest = [tuple(axis for axis in axes if axis not in taken) for axes in spec[len(cuts) :]]
     return jax.sharding.reshard(x, as_spec([*cuts, *rest]))
-
-
-def _sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
 
 
 def _ordered(name: str, what: str, x: jax.Array, order: tuple[int, ...]) -> jax.Array:
