@@ -31,6 +31,7 @@ import grouped_products as oracle
 import jax_deepgemm as jdg
 from grouped_cases import FP8, NN, NT, Contiguous, KGrouped, Masked
 from grouped_products import difference
+from jax_deepgemm.core import launch
 from jax_deepgemm.grouped import kernel
 from jax_deepgemm.sm90.grouped import choose_grouped, grouped_candidates
 
@@ -546,3 +547,34 @@ def test_many_calls_in_one_program(scanned):
         for _ in range(6):
             x = once(x, w, sizes)
         assert float(difference(got[0], x)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["m bf16 nn", "m fp8"])
+def test_command_buffers_take_other_group_sizes(name):
+    """Twenty calls are captured with default flags, and replayed with sizes that only the device knows."""
+    ffi = launch.native()
+    w = jax.random.normal(jax.random.key(1), (G, 256, 256), BF16) / 16
+    q = jdg.quantize(w, BLOCK)
+
+    def step(x: jax.Array, sizes: jax.Array) -> jax.Array:
+        if name == "m bf16 nn":
+            return jdg.m_grouped_bf16_gemm_nn_contiguous(x, w, sizes)
+        return jdg.m_grouped_fp8_gemm_nt_contiguous(jdg.quantize(x), q, sizes)
+
+    @jax.jit
+    def chain(x: jax.Array, sizes: jax.Array) -> jax.Array:
+        for _ in range(20):
+            x = step(x, sizes)
+        return x
+
+    x, once = jax.random.normal(jax.random.key(2), (M, 256), BF16), jax.jit(step)
+    every = [jnp.roll(jnp.asarray(SIZES), turn) for turn in range(3)]
+    for sizes in every:
+        chain(x, sizes).block_until_ready()
+    ffi.reset_execute_counters()
+    got = [np.asarray(chain(x, sizes)) for sizes in every for _ in range(10)]  # on the host: buffers stay
+    assert ffi.execute_count() <= 20 * len(got) // 2, "the calls run outside command buffers"
+    for index, sizes in enumerate(every):
+        want = functools.reduce(lambda x, _: once(x, sizes), range(20), x)
+        assert all(float(difference(d, want)) < 1e-3 for d in got[10 * index : 10 * index + 10])
+        assert all(same(d, got[10 * index]) for d in got[10 * index : 10 * index + 10])
