@@ -49,7 +49,7 @@ def prefix_ends(sizes: jax.Array, rows: int) -> jax.Array:
     sizes = jnp.clip(sizes, 0, rows)
     if sizes.shape[-1] * rows < 2**31:
         return jnp.minimum(jnp.cumsum(sizes, axis=-1, dtype=jnp.int32), rows)
-    return jax.lax.associative_scan(lambda x, y: jnp.minimum(x + y, rows), sizes, axis=-1)
+    return jax.lax.associative_scan(lambda x, y: jnp.minimum(x, rows - y) + y, sizes, axis=-1)
 
 
 def window(s: jax.Array, layout: str, rows: int, first: jax.Array, size: int) -> jax.Array:
