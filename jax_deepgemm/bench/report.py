@@ -254,7 +254,8 @@ def _plot_grouped(
         axis.plot(shapes, [row["tflops"] for row in chosen], "o-", color=color, ms=3, label=kind)
         theirs = [peers.get(about.key(row), {}).get("tflops", math.nan) for row in chosen]
         axis.plot(shapes, theirs, ":", color=color, lw=1)
-    axis.set(ylabel="TFLOP/s", title=f"{name}: solid this package, dotted DeepGEMM")
+    title = f"{name}: solid this package, dotted DeepGEMM"
+    axis.set(xlabel="groups x m x n x k", ylabel="TFLOP/s", title=title)
     axis.tick_params(axis="x", labelrotation=60, labelsize=6)
 
 
