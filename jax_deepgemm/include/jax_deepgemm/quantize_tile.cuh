@@ -138,11 +138,12 @@ struct Place {
 
   template <int ROWS>
   __device__ __forceinline__ static Place of(int index, int rows, int cols) {
-    const int across = max(ceil_div(cols, kTile), 1), down = max(ceil_div(rows, kTile), 1);
+    const u32 across = max(ceil_div(cols, kTile), 1), down = max(ceil_div(rows, kTile), 1);
+    const u32 line = static_cast<u32>(index) / across;
     Place at;
-    at.batch = index / (across * down);
-    at.tile_row = index / across % down * kTile;
-    at.tile_col = index % across * kTile;
+    at.batch = line / down;
+    at.tile_row = (line - at.batch * down) * kTile;
+    at.tile_col = (index - line * across) * kTile;
     at.row = at.tile_row + static_cast<int>(threadIdx.x) / 16 * ROWS;
     at.col = at.tile_col + static_cast<int>(threadIdx.x) % 16 * kWide;
     return at;

@@ -153,8 +153,7 @@ struct PairsShared {
 
 template <class C>
 __device__ __forceinline__ void request_inputs(const SwigluInputs<typename C::In>& in, PairsShared<C>& shared,
-                                               int index, int all_rows) {
-  const Place at = Place::of<C::ROWS>(index, all_rows, in.width);
+                                               const Place& at, int all_rows) {
   const SwigluInputs<typename C::In> own = in.of_batch(at.batch, all_rows);
   const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all_rows);
 #pragma unroll
@@ -175,9 +174,10 @@ __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C:
   extern __shared__ __align__(16) char memory[];
   PairsShared<C>& shared = *reinterpret_cast<PairsShared<C>*>(memory);
   int index = blockIdx.x;
-  if (index < tiles) request_inputs<C>(in, shared, index, all.rows);
+  Place next = Place::of<C::ROWS>(index, all.rows, in.width);
+  if (index < tiles) request_inputs<C>(in, shared, next, all.rows);
   for (; index < tiles; index += gridDim.x) {
-    Place at = Place::of<C::ROWS>(index, all.rows, in.width);
+    Place at = next;
     const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
     const SwigluInputs<typename C::In> own = in.of_batch(at.batch, all.rows);
     const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all.rows);
@@ -205,7 +205,10 @@ __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C:
     if (C::WEIGHTED)
       store_parts<C>(sums, parts_of<C>(parts, at.batch, in.width, all.rows), at.tile_col / kTile, at,
                      all.rows);
-    if (index + gridDim.x < tiles) request_inputs<C>(in, shared, index + gridDim.x, all.rows);
+    if (index + gridDim.x < tiles) {
+      next = Place::of<C::ROWS>(index + gridDim.x, all.rows, in.width);
+      request_inputs<C>(in, shared, next, all.rows);
+    }
     quantize_tile<C>(dgate, shared.tile, to, at);
     at.col += in.width;
     at.tile_col += in.width;
