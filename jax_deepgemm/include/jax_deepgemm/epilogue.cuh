@@ -90,19 +90,19 @@ template <class C>
 __device__ __forceinline__ void store_sum(const float (&acc)[C::COLS / 2], typename C::Out* d,
                                           const typename C::Out* c, const Problem& p, const Tile& tile,
                                           int first_row) {
-  constexpr int kAhead = 16;
+  constexpr int kCount = C::COLS / 2, kAhead = 16;
   const Fragment mine;
   const int row = first_row + mine.row, col = tile.col + mine.col;
 #pragma unroll
-  for (int first = 0; first < C::COLS / 2; first += kAhead) {
+  for (int first = 0; first < kCount; first += kAhead) {
     float2 addend[kAhead / 2];
 #pragma unroll
-    for (int i = 0; i < kAhead; i += 2) {
+    for (int i = 0; i < kAhead && first + i < kCount; i += 2) {
       const int r = row + i / 2 % 2 * 8, k = col + (first + i) / 4 * 8;
       if (r < p.m && k < p.n) addend[i / 2] = load_pair(c + (static_cast<i64>(r) * p.n + k));
     }
 #pragma unroll
-    for (int i = 0; i < kAhead; i += 2) {
+    for (int i = 0; i < kAhead && first + i < kCount; i += 2) {
       const int r = row + i / 2 % 2 * 8, k = col + (first + i) / 4 * 8;
       if (r < p.m && k < p.n)
         store_pair(d + (static_cast<i64>(r) * p.n + k), acc[first + i] + addend[i / 2].x,

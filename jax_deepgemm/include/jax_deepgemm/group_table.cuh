@@ -67,18 +67,19 @@ struct GroupTable {
   }
 };
 
-// Inclusive sum over a warp, held to `limit` so that no sizes overflow it.
-__device__ __forceinline__ int scan_clamped(int value, int limit) {
-  i64 sum = value;
+// Inclusive sum over a warp; of values up to 2^31, so it does not fit an int.
+__device__ __forceinline__ i64 scan(i64 sum) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const i64 below = __shfl_up_sync(0xFFFFFFFF, sum, step);
     if (threadIdx.x % 32 >= step) sum += below;
   }
-  return static_cast<int>(sum < limit ? sum : limit);
+  return sum;
 }
 
-__device__ __forceinline__ int clamp(int v, int low, int high) { return v < low ? low : v > high ? high : v; }
+__device__ __forceinline__ int clamp(i64 v, int low, int high) {
+  return static_cast<int>(v < low ? low : v > high ? high : v);
+}
 
 // Start and end of every segment, by one warp. Segment 0 of kRows is what lies before the first group of this
 // device: zeros.
@@ -108,8 +109,8 @@ __device__ __forceinline__ int read_segments(const Groups& g, u32 base) {
     for (int first = 0; first < g.total; first += 32) {
       const int i = first + lane, group = i - offset;
       const int size = i < g.total ? clamp(g.sizes[i], 0, g.extent) : 0;
-      const int end = scan_clamped(size, g.extent - last) + last;
-      const int start = max(end - size, last);
+      const i64 sum = last + scan(size);
+      const int start = clamp(sum - size, 0, g.extent), end = clamp(sum, 0, g.extent);
       if (i < g.total && group >= 0 && group < count)
         ptx::store_shared_4(base + (head + group) * 16, start, end, 0, group);
       last = __shfl_sync(0xFFFFFFFF, end, 31);
@@ -142,7 +143,7 @@ __device__ __forceinline__ GroupTable<C> make_table(const Groups& g, const Probl
     for (int first = 0; first < table.segments; first += 32) {
       const int i = first + lane;
       const int tiles = i < table.segments ? ceil_div(covered_rows(table, i, p), C::ROWS) * col_tiles : 0;
-      const int end = before + scan_clamped(tiles, 0x7FFFFFFF - before);
+      const int end = clamp(before + scan(tiles), 0, 0x7FFFFFFF);
       if (i < table.segments) ptx::store_shared(table.at(i) + 8, __int_as_float(end - tiles));
       before = __shfl_sync(0xFFFFFFFF, end, 31);
     }
