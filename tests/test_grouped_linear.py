@@ -40,11 +40,19 @@ def operands(*dtypes: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     return normal(0, M, K, dtype=dtypes[0]), normal(1, G, N, K, dtype=dtypes[1]), normal(2, M, N)
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
-@pytest.mark.parametrize("dtypes", [(BF16, F32), (F32, BF16)], ids=str)
+@functools.cache
+def pulled(recipe: str, x_dtype: Any = BF16, w_dtype: Any = F32) -> Any:
+    """y, dx, dw."""
+    x, w, dy = operands(x_dtype, w_dtype)
+    return pull(lambda x, w: grouped_linear(x, w, SIZES, recipe=recipe), x, w, by=dy)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtypes"), [("fp8", (BF16, F32)), ("fp8", (F32, BF16)), ("bf16", (F32, F32))], ids=str
+)
 def test_near_float64(recipe, dtypes):
     x, w, dy = operands(*dtypes)
-    got = pull(lambda x, w: grouped_linear(x, w, SIZES, recipe=recipe), x, w, by=dy)
+    got = pulled(recipe, *dtypes)
     for one, want in zip(got, exact(x, w, dy), strict=True):
         assert relative(one, want) < (0.05 if recipe == "fp8" else 0.005)
     assert [z.dtype for z in got] == [BF16, *dtypes]
@@ -56,7 +64,6 @@ def test_near_float64(recipe, dtypes):
 def test_recipe_is_the_documented_one():
     """The three GEMMs, written out with the public operations: equal bits."""
     x, w, dy = operands(BF16, F32)
-    got = pull(lambda x, w: grouped_linear(x, w, SIZES), x, w, by=dy)
     counted = jnp.arange(M)[:, None] < SIZES.sum()
     q, gemm = jdg.quantize, functools.partial(jdg.m_grouped_fp8_gemm_nt_contiguous, group_sizes=SIZES)
 
@@ -66,34 +73,24 @@ def test_recipe_is_the_documented_one():
         dw = jdg.k_grouped_fp8_gemm_nt_contiguous(*pair, SIZES)
         return gemm(q(x), q(w, BLOCK)), gemm(q(dy), q(w.mT, BLOCK)), dw
 
-    op_checks.assert_same(got, written_out(x, w, dy), 0)
+    op_checks.assert_same(pulled("fp8"), written_out(x, w, dy), 0)
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=("trained", "frozen"))
-def test_tail_rows_touch_nothing(frozen):
+def test_tail_rows_touch_nothing():
     """NaN and huge numbers behind the last group: no other number changes, in any direction."""
     x, w, dy = operands(BF16, F32)
     bad = jnp.where(jnp.arange(M) % 2 == 0, jnp.nan, 1e30).astype(BF16)[:, None]
     tail = jnp.arange(M)[:, None] >= SIZES.sum()
-    weight = jdg.quantize(w, BLOCK) if frozen else w
-
-    @jax.jit
-    def run(x: jax.Array, dy: jax.Array) -> Any:
-        if frozen:
-            y, vjp = jax.vjp(lambda x: grouped_linear(x, weight, SIZES), x)
-        else:
-            y, vjp = jax.vjp(lambda x, w: grouped_linear(x, w, SIZES), x, weight)
-        return y, *vjp(dy)
-
-    clean = run(jnp.where(tail, 0, x), jnp.where(tail, 0, dy))
-    op_checks.assert_same(run(jnp.where(tail, bad, x), jnp.where(tail, bad, dy)), clean, 0)
+    x, dy = (jnp.where(tail, bad, z) for z in (x, dy))
+    got = pull(lambda x, w: grouped_linear(x, w, SIZES), x, w, by=dy)
+    op_checks.assert_same(got, pulled("fp8"), 0)
 
 
 def test_frozen_weight():
     x, w, dy = operands(BF16, F32)
     frozen = jdg.quantize(w, BLOCK)
     got = pull(lambda x: grouped_linear(x, frozen, SIZES), x, by=dy)
-    op_checks.assert_same(got, pull(lambda x, w: grouped_linear(x, w, SIZES), x, w, by=dy)[:2], 0)
+    op_checks.assert_same(got, pulled("fp8")[:2], 0)
     rows = jdg.quantize(w, (1, 128))
     y = jax.jit(lambda x: grouped_linear(x, rows, SIZES))(x)
     assert relative(y, exact(x, w, dy)[0]) < 0.05
@@ -139,19 +136,16 @@ def gemms(function: Any, *args: Any) -> int:
     return text.count("= m_grouped_fp8_gemm") + text.count("= k_grouped_fp8_gemm")
 
 
-@pytest.mark.parametrize(
-    ("names", "count"), [(None, 4), ((GROUPED_OUT, GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8), 3)], ids=str
-)
-def test_remat(names, count):
+def test_remat():
     """What a policy names is not computed twice; saved FP8 values survive jax.checkpoint."""
-    x, w, _ = operands(BF16, F32)
-    policy = None if names is None else jax.checkpoint_policies.save_only_these_names(*names)
-    run = lambda x, w: jnp.sin(grouped_linear(x, w, SIZES).astype(F32))  # noqa: E731
-    layer = jax.checkpoint(run, policy=policy)
-    got, want = (jax.grad(lambda x, w, f=f: f(x, w).sum(), (0, 1)) for f in (layer, run))
-    assert gemms(got, x, w) == count
-    for one, other in zip(jax.jit(got)(x, w), jax.jit(want)(x, w), strict=True):
-        assert relative(one, other) < 1e-2
+    x, w, dy = operands(BF16, F32)
+    saved = jax.checkpoint_policies.save_only_these_names(GROUPED_OUT, GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8)
+    run = lambda x, w: grouped_linear(x, w, SIZES)  # noqa: E731
+    for policy, count in ((None, 4), (saved, 3)):
+        layer = jax.checkpoint(lambda x, w: jnp.sin(run(x, w)), policy=policy)
+        loss = lambda x, w, layer=layer: layer(x, w).astype(F32).sum()  # noqa: E731
+        assert gemms(jax.grad(loss, (0, 1)), x, w) == count
+    op_checks.assert_same(pull(jax.checkpoint(run, policy=saved), x, w, by=dy), pulled("fp8"), 0)
 
 
 def test_vmap():
@@ -168,12 +162,27 @@ def test_vmap():
     op_checks.assert_same(together, jax.tree.map(lambda *z: jnp.stack(z), *each), 1e-2)
 
 
+CUT = normal(0, 256, 256, dtype=F32), normal(1, 8, 256, 256, dtype=F32, scale=1 / 16)
+CUT_SIZES = jnp.array([30, 0, 60, 40, 26, 50, 1, 40], jnp.int32)
+
+
+def whole(x: jax.Array, w: jax.Array, **options: Any) -> jax.Array:
+    return grouped_linear(x, w, CUT_SIZES, out_dtype=F32, **options)
+
+
+def gradients(function: Any, *args: jax.Array) -> Any:
+    return jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(function(x, w))), (0, 1)))(*args)
+
+
+@functools.cache
+def on_one_device() -> Any:
+    return gradients(whole, *CUT)
+
+
 @pytest.mark.parametrize(
     ("mode", "cut"),
     [
         ("auto", "m"),
-        ("auto", "n"),
-        ("explicit", "m"),
         ("explicit", "n"),
         ("shard_map", "m"),
         ("shard_map", "g"),
@@ -181,37 +190,32 @@ def test_vmap():
 )
 def test_sharded_gradients(mode, cut):
     """Tokens, features, or (by group_offset inside shard_map) groups over devices."""
-    x, w = normal(0, 256, 256, dtype=F32), normal(1, 8, 256, 256, dtype=F32, scale=1 / 16)
-    sizes = jnp.array([30, 0, 60, 40, 26, 50, 1, 40], jnp.int32)
     x_spec, w_spec, y_spec = {
         "m": (P("y"), P(), P("y", None)),
         "n": (P(), P(None, "y"), P(None, "y")),
         "g": (P(), P("y"), P()),
     }[cut]
-    loss = lambda f: lambda x, w: jnp.sum(jnp.sin(f(x, w)))  # noqa: E731
-    layer = lambda x, w, **options: grouped_linear(x, w, sizes, out_dtype=F32, **options)  # noqa: E731
-    want = jax.jit(jax.grad(loss(layer), (0, 1)))(x, w)
     mesh = op_checks.make_mesh(mode)
-    function = functools.partial(layer, out_sharding=y_spec) if mode == "explicit" else layer
+    function = functools.partial(whole, out_sharding=y_spec) if mode == "explicit" else whole
     if mode == "shard_map":
         if cut == "m":
 
             def local(x: jax.Array, w: jax.Array) -> jax.Array:
-                ends = jnp.clip(jnp.cumsum(sizes) - jax.lax.axis_index("y") * 64, 0, 64)
+                ends = jnp.clip(jnp.cumsum(CUT_SIZES) - jax.lax.axis_index("y") * 64, 0, 64)
                 mine = jnp.diff(ends, prepend=0)
                 return grouped_linear(x, w, mine, out_dtype=F32)
 
         else:
 
             def local(x: jax.Array, w: jax.Array) -> jax.Array:
-                mine = layer(x, w, group_offset=2 * jax.lax.axis_index("y"))
+                mine = whole(x, w, group_offset=2 * jax.lax.axis_index("y"))
                 return jax.lax.psum(mine, "y")
 
         function = jax.shard_map(local, mesh=mesh, in_specs=(x_spec, w_spec), out_specs=y_spec)
-    placed = [jax.device_put(z, NamedSharding(mesh, s)) for z, s in ((x, x_spec), (w, w_spec))]
+    placed = [jax.device_put(z, NamedSharding(mesh, s)) for z, s in zip(CUT, (x_spec, w_spec))]
     with jax.set_mesh(mesh):
-        got = jax.jit(jax.grad(loss(function), (0, 1)))(*placed)
-    for one, other, where in zip(got, want, placed, strict=True):
+        got = gradients(function, *placed)
+    for one, other, where in zip(got, on_one_device(), placed, strict=True):
         assert relative(one, other) < (0.06 if mode == "shard_map" else 1e-3)
         if mode == "explicit":
             assert one.sharding.is_equivalent_to(where.sharding, one.ndim)

@@ -16,7 +16,7 @@ import jax_deepgemm as jdg
 import moe_oracle as oracle
 import op_checks
 from cases import BLOCK
-from jax_deepgemm.moe import moe_layer, moe_mlp
+from jax_deepgemm.moe import exchange, moe_layer, moe_mlp
 from moe_oracle import normal, relative
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -60,8 +60,7 @@ def alone(recipe: str) -> Any:
     return value_and_gradients(layer, operands())
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+@pytest.mark.parametrize(("recipe", "method"), [("fp8", "all_to_all"), ("fp8", "ragged"), ("bf16", "ragged")])
 def test_same_as_one_device(recipe, method):
     """Nothing dropped. In FP8 y has equal bits; gradients of w see dx and dy quantised twice."""
     (_, (y, dropped)), got = value_and_gradients(
@@ -215,3 +214,18 @@ def test_inside_shard_map_with_all_experts_everywhere():
     np.testing.assert_array_equal(y, want_y)
     for one, other in zip(got, want, strict=True):
         assert relative(one, other) < 0.06
+
+
+def test_ragged_is_the_collective_of_that_name():
+    """Where it is not emulated, tokens and their gradients go through ragged_all_to_all (GPUs run it)."""
+    mesh = op_checks.make_mesh("auto", (8,), ("expert",))
+
+    def local(x: jax.Array, ids: jax.Array) -> jax.Array:
+        wire = exchange.plan_wire("expert", "ragged", T // 8, K, E // 8, None, emulate=False)
+        way = exchange.plan_exchange(ids, E // 8, wire)
+        return exchange.return_rows(way, jnp.sin(exchange.send_tokens(way, x)))
+
+    layer = jax.shard_map(local, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    text = jax.jit(jax.grad(lambda x: layer(x, IDS).sum())).lower(normal(0, T, H, dtype=F32)).as_text()
+    sent = [line for line in text.splitlines() if "ragged_all_to_all" in line]
+    assert len(sent) == 4  # ids, x, the gradient of the result (which does not need sin), that of x

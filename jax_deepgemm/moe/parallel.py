@@ -135,7 +135,9 @@ def moe_layer(
     method: str = "all_to_all",
     capacity_factor: float | None = None,
     recipe: str = "fp8",
+    expected_m: int | None = None,
     num_sms: int | None = None,
+    emulate_ragged: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`expert_parallel_moe` of whole arrays: tokens cut over all axes of a mesh, experts over one of them.
 
@@ -156,7 +158,7 @@ def moe_layer(
       mesh: default: that of `jax.set_mesh`.
       expert_axis: mesh axis that cuts the experts.
       token_axes: mesh axes that cut the tokens, expert_axis among them; default: all.
-      method, capacity_factor, recipe, num_sms: as in `expert_parallel_moe`.
+      method, capacity_factor, recipe, expected_m, num_sms, emulate_ragged: as in `expert_parallel_moe`.
 
     Returns:
       (y [t, h], dropped int32 []: copies of all tokens that had no room). y is cut as the tokens are.
@@ -175,7 +177,9 @@ def moe_layer(
             method=method,
             capacity_factor=capacity_factor,
             recipe=recipe,
+            expected_m=expected_m,
             num_sms=num_sms,
+            emulate_ragged=emulate_ragged,
         )
         return y, lax.psum(dropped, tokens_over)
 
