@@ -114,13 +114,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def start(args: argparse.Namespace) -> Mesh:
     """Starts JAX, with other processes if asked, and makes the mesh."""
-    if jax.config.jax_platforms == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
-        needed = math.prod(args.mesh) if args.mesh else 1
-        if args.distributed:
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-            needed = -(-needed // args.processes)
-        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-            jax.config.update("jax_num_cpu_devices", needed)
+    wanted = math.prod(args.mesh) if args.mesh else 1
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", -(-wanted // (args.processes if args.distributed else 1)))
+    if args.distributed and os.environ.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if args.distributed:
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
     shape = args.mesh or (1, jax.device_count())
@@ -176,20 +174,24 @@ class Training:
         self.state = jax.jit(self.initial, out_shardings=self.shardings)()
 
     def loss(self, params: Any, rest: Any, tokens: jax.Array) -> tuple[jax.Array, Load]:
+        """Sum of the cross-entropies of all tokens but the first."""
         logits, load = nnx.merge(self.graph, params, rest)(tokens[:, :-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return losses.mean(), load
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).sum(), load
 
     def update(self, state: State, tokens: jax.Array) -> tuple[State, jax.Array]:
         """One step: the new state; [loss, largest load of an expert over the mean load, copies dropped]."""
         params, rest, moments = state
-        (loss, load), gradients = jax.value_and_grad(self.loss, has_aux=True)(params, rest, tokens)
+        # Of the sum: scales of FP8 have a floor (an amax of 1e-4), which the gradients of a mean over many
+        # tokens fall below.
+        (total, load), gradients = jax.value_and_grad(self.loss, has_aux=True)(params, rest, tokens)
+        count = tokens[:, 1:].size
+        gradients = jax.tree.map(lambda gradient: gradient / count, gradients)
         updates, moments = self.optimizer.update(gradients, moments, params)
         model = nnx.merge(self.graph, optax.apply_updates(params, updates), rest)
         model.move_biases(load)
         _, params, rest = nnx.split(model, nnx.Param, ...)
         share = load.tokens / load.tokens.mean(axis=-1, keepdims=True)
-        return (params, rest, moments), jnp.stack([loss, share.max(), load.dropped.sum()])
+        return (params, rest, moments), jnp.stack([total / count, share.max(), load.dropped.sum()])
 
     def step(self, tokens: np.ndarray) -> jax.Array:
         """Takes tokens [batch, context + 1], the same in all processes; returns what `update` measured."""

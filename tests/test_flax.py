@@ -87,9 +87,10 @@ def test_linear_is_a_product_and_a_bias(recipe: str) -> None:
     layer.bias.set_value(normal(1, 128, dtype=jnp.float32))
     x = normal(2, 3, 5, 256)
     want = x.astype(jnp.float32) @ layer.weight.get_value().T + layer.bias.get_value()
-    y = nnx.jit(lambda layer, x: layer(x))(layer, x)
+    y = call(layer, x)
     assert y.dtype == jnp.bfloat16
     assert relative(y, want) < TOLERANCE[recipe]
+    np.testing.assert_array_equal(layer(x[0, 0]), y[0, 0])  # a vector is one token
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -235,6 +236,17 @@ def test_experts_over_a_mesh_compute_the_same() -> None:
     assert int(load_cut.dropped) == 0
     for name in ("w13", "w2", "gate"):
         assert relative(got[name].get_value(), want[name].get_value()) < 0.01, name
+
+
+def test_copies_without_room_are_dropped_and_counted() -> None:
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    options = {"expert_axis": "expert", "mesh": mesh, "recipe": "bf16"}
+    x = normal(1, 16, 128)
+    for method in ("all_to_all", "ragged"):
+        layer = small_moe(method=method, capacity_factor=0.25, **options)
+        _, load = nnx.jit(lambda layer, x: layer(x, with_load=True))(layer, x)
+        assert int(load.tokens.sum()) == 32
+        assert 16 <= int(load.dropped) < 32, method
 
 
 def test_inside_shard_map_the_weights_are_the_devices_own() -> None:

@@ -121,5 +121,7 @@ def linear(recipe: str, x: jax.Array, w: Any, out_dtype: Any = jnp.bfloat16) -> 
     """x [.., k] @ w.T for w [n, k], master weight or QuantizedArray."""
     if recipe == "fp8" or isinstance(w, QuantizedArray):
         return fp8_linear(x, w, out_dtype=out_dtype)
-    tokens = Tokens.of(x)
-    return tokens.unflatten(bf16_gemm_nt(as_bf16(tokens.flatten(x)), as_bf16(w), out_dtype=out_dtype))
+    tokens = Tokens.of(x if x.ndim > 1 else x[None])
+    flat = tokens.flatten(x if x.ndim > 1 else x[None])
+    y = tokens.unflatten(bf16_gemm_nt(as_bf16(flat), as_bf16(w), out_dtype=out_dtype))
+    return y if x.ndim > 1 else y[0]
