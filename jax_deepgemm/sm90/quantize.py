@@ -22,7 +22,7 @@ struct Config {{
   using In = {x};
   using Fp8 = jdg::{fp8};
   static constexpr jdg::Scales SCALES = jdg::Scales::{scales};
-  static constexpr int ROWS = {rows_of_a_thread};
+  static constexpr int TILES = {tiles}, ROWS = {rows_of_a_thread};
   static constexpr bool UE8M0 = {ue8m0}, TRANSPOSED = {transposed}, LIMITED = {limited};
   static constexpr bool WEIGHTED = {weighted}, ALIGNED = {aligned}, ALIGNED_T = {aligned_t};
 }};
@@ -139,8 +139,8 @@ def shared_memory(p: QuantizeProblem) -> int:
     if not p.pairs:
         return 0
     threads, rows, _ = shape_of(p)
-    tile = TILE * TILE if p.transposed else 16
-    return 3 * rows * threads * 16 + tile + threads // 32 * TILE * 4 + TILE * 4
+    words = 2 * TILE * TILE if p.transposed else 16
+    return 3 * rows * threads * 16 + words + 2 * (threads // 32 + 1) * TILE * 4
 
 
 def kernel_name(p: QuantizeProblem) -> str:
@@ -192,6 +192,7 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
         x=_TYPES[p.x],
         fp8=_FP8[p.fp8],
         scales=_SCALES[p.block],
+        tiles=2 if p.pairs else 1,
         rows_of_a_thread=rows,
         threads=threads,
         blocks_per_sm=blocks_per_sm,

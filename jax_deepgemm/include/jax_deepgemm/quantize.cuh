@@ -35,11 +35,11 @@ __device__ __forceinline__ void quantize(const typename C::In* x, const int* lim
 
   const i64 first = static_cast<i64>(at.batch * batched_x) * all.rows + at.row;
   const typename C::In* line = x + first * all.cols + at.col;
-  Chunk<typename C::In> v[C::ROWS];
+  Chunk<typename C::In> v[1][C::ROWS];
 #pragma unroll
   for (int j = 0; j < C::ROWS; ++j, line += all.cols)
-    load_chunk<typename C::In, C::ALIGNED>(v[j], line, at.row + j < rows, all.cols - at.col);
-  quantize_tile<C>(v, shared, to, at);
+    load_chunk<typename C::In, C::ALIGNED>(v[0][j], line, at.row + j < rows, all.cols - at.col);
+  quantize_tiles<C>(v, shared, to, at, 0);
 }
 
 }  // namespace jdg

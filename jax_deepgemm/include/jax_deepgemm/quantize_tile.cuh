@@ -136,6 +136,10 @@ __device__ __forceinline__ void load_chunk(Chunk<T>& chunk, const T* at, bool in
 struct Place {
   int batch, tile_row, tile_col, row, col;
 
+  __device__ __forceinline__ Place moved(int cols) const {
+    return {batch, tile_row, tile_col + cols, row, col + cols};
+  }
+
   template <int ROWS>
   __device__ __forceinline__ static Place of(int index, int rows, int cols) {
     const u32 across = max(ceil_div(cols, kTile), 1), down = max(ceil_div(rows, kTile), 1);
@@ -170,14 +174,15 @@ struct Quantized {
   }
 };
 
-// C: Fp8, UE8M0, SCALES (of values), TRANSPOSED, ROWS (of a thread), ALIGNED (8-byte stores of values are),
-// ALIGNED_T (those of values_t).
+// C: Fp8, UE8M0, SCALES (of values), TRANSPOSED, TILES (that a block holds at once), ROWS (of a thread in
+// each), ALIGNED (8-byte stores of values are), ALIGNED_T (those of values_t).
 template <class C>
 struct TileShared {
   static constexpr int kWarps = kTile / C::ROWS / 2;
-  alignas(16) u64 words[C::TRANSPOSED ? kTile * kTile / 8 : 1];
-  alignas(16) float maxima[C::SCALES == Scales::kBlock ? 1 : kWarps][kTile];
-  alignas(16) float inverses[kTile];
+  static constexpr bool kBlock = C::SCALES == Scales::kBlock;
+  alignas(16) u64 words[C::TRANSPOSED ? C::TILES * kTile * kTile / 8 : 1];
+  alignas(16) float maxima[C::TILES][kBlock ? 1 : kWarps][kTile];
+  alignas(16) float inverses[C::TILES][kTile];
 };
 
 template <class C>
@@ -220,9 +225,9 @@ struct Maxima {
 template <bool FINITE, int ROWS, class T>
 __device__ __forceinline__ void find_maxima(Maxima<ROWS>& of, const Chunk<T> (&x)[ROWS]) {
 #pragma unroll
-  for (float& one : of.row) one = 0.0f;
+  for (int j = 0; j < ROWS; ++j) of.row[j] = 0.0f;
 #pragma unroll
-  for (float& one : of.col) one = 0.0f;
+  for (int i = 0; i < kWide; ++i) of.col[i] = 0.0f;
 #pragma unroll
   for (int j = 0; j < ROWS; ++j) {
 #pragma unroll
@@ -240,11 +245,11 @@ __device__ __forceinline__ void find_finite_maxima(Maxima<C::ROWS>& of, Chunk<T>
   find_maxima<false>(of, x);
   float top = 0.0f;
 #pragma unroll
-  for (const float one : of.row) top = fmaxf(top, one);
+  for (int j = 0; j < C::ROWS; ++j) top = fmaxf(top, of.row[j]);
   if (top == kInfinity) {
     if constexpr (!C::Fp8::kHasInfinity) {
 #pragma unroll
-      for (auto& chunk : x) chunk.infinities_to_nan();
+      for (int j = 0; j < C::ROWS; ++j) x[j].infinities_to_nan();
     }
     find_maxima<true>(of, x);
   }
@@ -253,7 +258,7 @@ __device__ __forceinline__ void find_finite_maxima(Maxima<C::ROWS>& of, Chunk<T>
 template <int ROWS, class T>
 __device__ __forceinline__ void forget(Chunk<T> (&x)[ROWS]) {
 #pragma unroll
-  for (auto& chunk : x) chunk.forget();
+  for (int j = 0; j < ROWS; ++j) x[j].forget();
 }
 
 // Eight bytes of a line, of which `left` are inside.
@@ -270,14 +275,18 @@ __device__ __forceinline__ void store_bytes(u8* at, uint2 v, int left) {
 
 template <class C, class T>
 __device__ __forceinline__ void store_values(const Chunk<T> (&x)[C::ROWS], const float (&row)[C::ROWS],
-                                             const float (&col)[kWide], const Quantized& to,
+                                             float block, const float (&inverses)[kTile], const Quantized& to,
                                              const Place& at) {
   u8* line = to.values + static_cast<i64>(at.row) * to.cols + at.col;
+  float col[kWide];
+#pragma unroll
+  for (int i = 0; i < kWide; ++i)
+    col[i] = C::SCALES == Scales::kColumn ? inverses[at.col - at.tile_col + i] : block;
 #pragma unroll
   for (int j = 0; j < C::ROWS; ++j, line += to.cols) {
     float v[kWide];
 #pragma unroll
-    for (int i = 0; i < kWide; ++i) v[i] = x[j][i] * (C::SCALES == Scales::kColumn ? col[i] : row[j]);
+    for (int i = 0; i < kWide; ++i) v[i] = x[j][i] * (C::SCALES == Scales::kRow ? row[j] : col[i]);
     const uint2 bytes = {pack_four<typename C::Fp8>(v[0], v[1], v[2], v[3]),
                          pack_four<typename C::Fp8>(v[4], v[5], v[6], v[7])};
     if (at.row + j < to.rows) store_bytes<C::ALIGNED>(line, bytes, to.cols - at.col);
@@ -296,34 +305,30 @@ __device__ __forceinline__ void row_scales(float (&inverse)[C::ROWS], float (&ma
   spread_rows(inverse, ptx::rcp_rn(scale));
 }
 
-// The scales (written to `scales`, [row of tiles, cols]) and inverses of the thread's columns.
-template <class C>
-__device__ __forceinline__ void column_scales(float (&inverse)[kWide], const float (&maxima)[kWide],
-                                              float* scales, TileShared<C>& shared, const Quantized& to,
-                                              const Place& at) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = lane % 16 * kWide;
+// The maxima of a warp's columns, into maxima[column].
+__device__ __forceinline__ void publish_columns(const float (&of)[kWide], float (&maxima)[kTile]) {
+  const int lane = threadIdx.x % 32, first = lane % 16 * kWide;
   float half[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float keep = lane & 16 ? maxima[i + 4] : maxima[i], give = lane & 16 ? maxima[i] : maxima[i + 4];
+    const float keep = lane & 16 ? of[i + 4] : of[i], give = lane & 16 ? of[i] : of[i + 4];
     half[i] = fmaxf(keep, __shfl_xor_sync(kEveryLane, give, 16));
   }
-  *reinterpret_cast<float4*>(&shared.maxima[warp][first + lane / 16 * 4]) = {half[0], half[1], half[2],
-                                                                             half[3]};
-  __syncthreads();
-  if (threadIdx.x < kTile) {
-    float amax = 0.0f;
+  *reinterpret_cast<float4*>(&maxima[first + lane / 16 * 4]) = {half[0], half[1], half[2], half[3]};
+}
+
+// The scales of a tile's columns into `scales` [row of tiles, cols], and their inverses; `line` is the
+// thread's column.
+template <class C>
+__device__ __forceinline__ void column_scales(float* scales, TileShared<C>& shared, const Quantized& to,
+                                              const Place& at, int tile, int line) {
+  float amax = 0.0f;
 #pragma unroll
-    for (int w = 0; w < TileShared<C>::kWarps; ++w) amax = fmaxf(amax, shared.maxima[w][threadIdx.x]);
-    const float scale = scale_of<C>(amax);
-    const int col = at.tile_col + static_cast<int>(threadIdx.x);
-    shared.inverses[threadIdx.x] = ptx::rcp_rn(scale);
-    if (col < to.cols && at.tile_row < to.rows)
-      scales[static_cast<i64>(at.tile_row / kTile) * to.cols + col] = scale;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kWide; ++i) inverse[i] = shared.inverses[first + i];
+  for (int w = 0; w < TileShared<C>::kWarps; ++w) amax = fmaxf(amax, shared.maxima[tile][w][line]);
+  const float scale = scale_of<C>(amax);
+  shared.inverses[tile][line] = ptx::rcp_rn(scale);
+  if (at.tile_col + line < to.cols && at.tile_row < to.rows)
+    scales[static_cast<i64>(at.tile_row / kTile) * to.cols + at.tile_col + line] = scale;
 }
 
 // The inverse of the tile's one scale.
@@ -332,70 +337,100 @@ __device__ __forceinline__ float block_scale(const float (&maxima)[C::ROWS], Til
                                              const Quantized& to, const Place& at) {
   float amax = 0.0f;
 #pragma unroll
-  for (const float one : maxima) amax = fmaxf(amax, one);
+  for (int j = 0; j < C::ROWS; ++j) amax = fmaxf(amax, maxima[j]);
 #pragma unroll
   for (int half = 16; half > 0; half /= 2) amax = fmaxf(amax, __shfl_xor_sync(kEveryLane, amax, half));
-  if (threadIdx.x % 32 == 0) shared.maxima[0][threadIdx.x / 32] = amax;
+  if (threadIdx.x % 32 == 0) shared.maxima[0][0][threadIdx.x / 32] = amax;
   __syncthreads();
 #pragma unroll
-  for (int w = 0; w < TileShared<C>::kWarps; ++w) amax = fmaxf(amax, shared.maxima[0][w]);
+  for (int w = 0; w < TileShared<C>::kWarps; ++w) amax = fmaxf(amax, shared.maxima[0][0][w]);
   const float scale = scale_of<C>(amax);
   if (threadIdx.x == 0 && at.tile_row < to.rows && at.tile_col < to.cols)
     to.scales[at.tile_row / kTile * ceil_div(to.cols, kTile) + at.tile_col / kTile] = scale;
   return ptx::rcp_rn(scale);
 }
 
+// The values of a tile into shared memory, [column][row].
 template <class C, class T>
-__device__ __forceinline__ void store_transposed(const Chunk<T> (&x)[C::ROWS], const float (&row)[C::ROWS],
-                                                 const float (&col)[kWide], TileShared<C>& shared,
-                                                 const Quantized& to, const Place& at) {
-  u8* const tile = reinterpret_cast<u8*>(shared.words);
+__device__ __forceinline__ void transpose(const Chunk<T> (&x)[C::ROWS], float block,
+                                          const float (&inverses)[kTile], u8* tile, const Place& at) {
   const int first = at.col - at.tile_col, group = first / kWide, rows = at.row - at.tile_row;
 #pragma unroll
   for (int i = 0; i < kWide; ++i) {
     u8* const word = tile + (first + i) * kTile + ((rows / 8) ^ group) * 8 + rows % 8;
+    const float inverse = C::SCALES == Scales::kBlock ? block : inverses[first + i];
     float v[C::ROWS];
 #pragma unroll
-    for (int j = 0; j < C::ROWS; ++j) v[j] = x[j][i] * (C::SCALES == Scales::kBlock ? row[j] : col[i]);
+    for (int j = 0; j < C::ROWS; ++j) v[j] = x[j][i] * inverse;
     const u32 low = pack_four<typename C::Fp8>(v[0], v[1], v[2], v[3]);
     if constexpr (C::ROWS == 8)
       *reinterpret_cast<uint2*>(word) = {low, pack_four<typename C::Fp8>(v[4], v[5], v[6], v[7])};
     else
       *reinterpret_cast<u32*>(word) = low;
   }
-  __syncthreads();
+}
+
+template <class C>
+__device__ __forceinline__ void store_transposed(const u8* tile, const Quantized& to, const Place& at) {
   constexpr int kStep = kTile / C::ROWS;  // columns that the block stores at a time
   const int part = threadIdx.x % 16, left = to.rows - at.tile_row - part * 8;
+  const int first = threadIdx.x / 16;
+  u8* line_at = to.values_t + static_cast<i64>(at.tile_col + first) * to.rows + at.tile_row + part * 8;
 #pragma unroll
-  for (int i = 0; i < kTile; i += kStep) {
-    const int line = i + static_cast<int>(threadIdx.x) / 16, col = at.tile_col + line;
+  for (int i = 0; i < kTile; i += kStep, line_at += static_cast<i64>(kStep) * to.rows) {
+    const int line = i + first;
     const uint2 bytes = *reinterpret_cast<const uint2*>(tile + line * kTile + (part ^ (line / kWide)) * 8);
-    u8* const to_line = to.values_t + static_cast<i64>(col) * to.rows + at.tile_row + part * 8;
-    if (col < to.cols) store_bytes<C::ALIGNED_T>(to_line, bytes, left);
+    if (at.tile_col + line < to.cols) store_bytes<C::ALIGNED_T>(line_at, bytes, left);
   }
 }
 
-// Everything that is asked of one tile. All threads of the block call it; calls may follow each other.
+// Everything that is asked of a block's tiles. All its threads call it; calls may follow each other. The
+// tiles are `apart` columns from each other.
+//
+//   maxima -> shared | barrier | column scales by some warps, values with row scales by all | barrier |
+//   transposed values -> shared | barrier | -> memory
 template <class C, class T>
-__device__ __forceinline__ void quantize_tile(Chunk<T> (&x)[C::ROWS], TileShared<C>& shared,
-                                              const Quantized& to, const Place& at) {
-  constexpr bool kColumns = C::SCALES == Scales::kColumn || (C::TRANSPOSED && C::SCALES == Scales::kRow);
-  Maxima<C::ROWS> maxima;
-  find_finite_maxima<C>(maxima, x);
-  float row[C::ROWS] = {}, col[kWide] = {};
-  if constexpr (C::SCALES == Scales::kRow) row_scales<C>(row, maxima.row, to, at);
-  if constexpr (C::SCALES == Scales::kBlock) {
-    const float inverse = block_scale<C>(maxima.row, shared, to, at);
+__device__ __forceinline__ void quantize_tiles(Chunk<T> (&x)[C::TILES][C::ROWS], TileShared<C>& shared,
+                                               const Quantized& to, const Place& at, int apart) {
+  constexpr bool kRows = C::SCALES == Scales::kRow, kBlock = C::SCALES == Scales::kBlock;
+  constexpr bool kColumns = C::SCALES == Scales::kColumn || (C::TRANSPOSED && kRows);
+  static_assert(!kBlock || C::TILES == 1);
+  Maxima<C::ROWS> maxima[C::TILES];
+  float block = 1.0f;
 #pragma unroll
-    for (float& one : row) one = inverse;
+  for (int tile = 0; tile < C::TILES; ++tile) {
+    find_finite_maxima<C>(maxima[tile], x[tile]);
+    if constexpr (kColumns) publish_columns(maxima[tile].col, shared.maxima[tile][threadIdx.x / 32]);
+    if constexpr (kBlock) block = block_scale<C>(maxima[tile].row, shared, to, at.moved(tile * apart));
   }
-  if constexpr (kColumns)
-    column_scales<C>(col, maxima.col, C::SCALES == Scales::kColumn ? to.scales : to.scales_t, shared, to, at);
-  forget(x);
-  store_values<C>(x, row, col, to, at);
+  if constexpr (kColumns) {
+    __syncthreads();
+    const int mine = threadIdx.x / kTile;  // 256 threads compute the scales of two tiles
+    if (mine < C::TILES)
+      column_scales<C>(kRows ? to.scales_t : to.scales, shared, to, at.moved(mine * apart), mine,
+                       threadIdx.x % kTile);
+  }
+  if constexpr (C::SCALES == Scales::kColumn) __syncthreads();
+#pragma unroll
+  for (int tile = 0; tile < C::TILES; ++tile) {
+    float row[C::ROWS];
+    if constexpr (kRows) row_scales<C>(row, maxima[tile].row, to, at.moved(tile * apart));
+    forget(x[tile]);
+    store_values<C>(x[tile], row, block, shared.inverses[tile], to, at.moved(tile * apart));
+  }
   if constexpr (C::TRANSPOSED) {
-    forget(x);
-    store_transposed<C>(x, row, col, shared, to, at);
+    u8* const words = reinterpret_cast<u8*>(shared.words);
+    if constexpr (kColumns) __syncthreads();
+#pragma unroll
+    for (int tile = 0; tile < C::TILES; ++tile) {
+      forget(x[tile]);
+      transpose<C>(x[tile], block, shared.inverses[tile], words + tile * kTile * kTile,
+                   at.moved(tile * apart));
+    }
+    __syncthreads();
+#pragma unroll
+    for (int tile = 0; tile < C::TILES; ++tile)
+      store_transposed<C>(words + tile * kTile * kTile, to, at.moved(tile * apart));
   }
 }
 

@@ -75,15 +75,15 @@ __device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In>& in, c
     load_chunk<In, C::ALIGNED>(up[j], line, at.row + j < rows, left);
     line += in.width;
   }
-  Chunk<float> act[C::ROWS];
+  Chunk<float> act[1][C::ROWS];
 #pragma unroll
   for (int j = 0; j < C::ROWS; ++j) {
     const float weight = weight_of<C>(own.weight, at.row + j, rows);
 #pragma unroll
-    for (int i = 0; i < kWide; ++i) act[j].v[i] = Silu(gate[j][i]).value * up[j][i] * weight;
-    act[j].forget();  // keeps the rows in order, and with them the registers few
+    for (int i = 0; i < kWide; ++i) act[0][j].v[i] = Silu(gate[j][i]).value * up[j][i] * weight;
+    act[0][j].forget();  // keeps the rows in order, and with them the registers few
   }
-  quantize_tile<C>(act, shared, to, at);
+  quantize_tiles<C>(act, shared, to, at, 0);
 }
 
 // Sums of the thread's rows over the tile's columns, into parts [tile of columns, rows].
@@ -110,7 +110,7 @@ __device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In>& 
   const SwigluInputs<In> own = in.of_batch(at.batch, all.rows);
   const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all.rows), width = in.width;
 
-  Chunk<float> dh[C::ROWS];
+  Chunk<float> dh[1][C::ROWS];
   float sums[C::ROWS];
 #pragma unroll
   for (int j = 0; j < C::ROWS; ++j) {
@@ -135,13 +135,13 @@ __device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In>& 
     for (int i = 0; i < kWide; ++i) {
       const Silu silu(gate[i]);
       const bool of_gate = at.col + i < width;
-      dh[j].v[i] = dact[i] * weight * (of_gate ? up[i] * silu.slope() : silu.value);
+      dh[0][j].v[i] = dact[i] * weight * (of_gate ? up[i] * silu.slope() : silu.value);
       if (of_gate) sums[j] += dact[i] * silu.value * up[i];
     }
   }
   if (C::WEIGHTED && at.tile_col < width)
     store_parts<C>(sums, parts_of<C>(parts, at.batch, width, all.rows), at.tile_col / kTile, at, all.rows);
-  quantize_tile<C>(dh, shared, to, at);
+  quantize_tiles<C>(dh, shared, to, at, 0);
 }
 
 template <class C>
@@ -177,12 +177,12 @@ __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C:
   Place next = Place::of<C::ROWS>(index, all.rows, in.width);
   if (index < tiles) request_inputs<C>(in, shared, next, all.rows);
   for (; index < tiles; index += gridDim.x) {
-    Place at = next;
+    const Place at = next;
     const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
     const SwigluInputs<typename C::In> own = in.of_batch(at.batch, all.rows);
     const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all.rows);
 
-    Chunk<float> dgate[C::ROWS], dup[C::ROWS];
+    Chunk<float> dh[2][C::ROWS];  // of gate, of up
     float sums[C::ROWS];
     ptx::copy_async_wait();
 #pragma unroll
@@ -197,8 +197,8 @@ __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C:
       for (int i = 0; i < kWide; ++i) {
         const Silu silu(gate[i]);
         const float scaled = dact[i] * weight;
-        dgate[j].v[i] = scaled * (up[i] * silu.slope());
-        dup[j].v[i] = scaled * silu.value;
+        dh[0][j].v[i] = scaled * (up[i] * silu.slope());
+        dh[1][j].v[i] = scaled * silu.value;
         sums[j] += dact[i] * silu.value * up[i];
       }
     }
@@ -209,10 +209,7 @@ __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C:
       next = Place::of<C::ROWS>(index + gridDim.x, all.rows, in.width);
       request_inputs<C>(in, shared, next, all.rows);
     }
-    quantize_tile<C>(dgate, shared.tile, to, at);
-    at.col += in.width;
-    at.tile_col += in.width;
-    quantize_tile<C>(dup, shared.tile, to, at);
+    quantize_tiles<C>(dh, shared.tile, to, at, in.width);
   }
 }
 
