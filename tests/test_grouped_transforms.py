@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -271,6 +272,21 @@ CASES = [
 @pytest.mark.parametrize("check", op_checks.checks(CASES))
 def test_op(check):
     check()
+
+
+def test_partitioned_programs_refer_to_frames_that_exist() -> None:
+    """XLA merges the piece of one device into the program; frames of its own would be numbers of others.
+
+    Compilers of jaxlib 0.11 follow such frames for ever where loops are nested (`_private.without_frames`).
+    """
+    case = next(case for case in CASES if case.name == "m-fp8-block")
+    text = op_checks.compile_sharded(case, case.shards[1], "auto")[0].as_text()
+    table = re.search(r"StackFrames\n((?:\d+ .*\n)*)", text)
+    known = len(table.group(1).splitlines()) if table else 0
+    used = {int(number) for number in re.findall(r"stack_frame_id=(\d+)", text)}
+    assert not table or max(used, default=0) <= known
+    own = re.findall(r"FileNames\n((?:\d+ .*\n)*)", text)
+    assert not any("grouped/reference.py" in names for names in own)
 
 
 def gradient_ops(fn: Any, *operands: Any) -> str:

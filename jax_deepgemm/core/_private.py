@@ -27,6 +27,12 @@ try:
 except ImportError:
     _sharding_callbacks = None
 
+try:
+    from jax._src.config import traceback_in_locations_limit as _frames_of_a_location
+    from jax._src.interpreters.mlir import TracebackCaches as _TracebackCaches
+except ImportError:
+    _TracebackCaches = None  # type: ignore[assignment, misc]
+
 PARTITIONING_TARGET = "CustomSPMDPartitioning"
 
 
@@ -65,6 +71,20 @@ def partitioning_call(values: Any) -> Any | None:
     if op is None or "call_target_name" not in op.attributes or "backend_config" not in op.attributes:
         return None
     return op if ir.StringAttr(op.attributes["call_target_name"]).value == PARTITIONING_TARGET else None
+
+
+def without_frames(ctx: Any) -> Any:
+    """The lowering context, for operations that carry no Python frames.
+
+    XLA merges a partition callback's program into the whole one with the numbers of its frames as they are,
+    which then mean other frames, or none yet. Adding frames to those of a loop or call can close a cycle,
+    and the compiler does not come back from following it (StackFrames::IsPrefix; jaxlib 0.11).
+    """
+    if _TracebackCaches is None:
+        return ctx
+    with _frames_of_a_location(0):
+        caches = _TracebackCaches()
+    return ctx.replace(module_context=ctx.module_context.replace(traceback_caches=caches))
 
 
 _callbacks_by_content: dict[str, Any] = {}

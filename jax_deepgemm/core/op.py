@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
@@ -407,7 +407,8 @@ class Op:
             with jax.sharding.use_abstract_mesh(
                 AbstractMesh((), ())
             ):  # a set_mesh with Explicit axes must not leak in
-                return self._one_device(plan, _bind_inner, params, *arrays)
+                run = functools.partial(self._one_device, plan, _bind_inner, params)
+                return _body_p.bind(*arrays, jaxpr=jax.make_jaxpr(run)(*arrays))
 
         def place(spec: PartitionSpec) -> NamedSharding:
             return NamedSharding(mesh, spec)
@@ -472,6 +473,20 @@ def _for_inner(params: Params) -> Params:
 
 def _bind_inner(op: Op, *arrays: jax.Array, **params: Any) -> Arrays:
     return op.inner.bind(*arrays, **params)
+
+
+_body_p = Primitive("jax_deepgemm_partition")
+"""One device's program inside custom_partitioning, as one operation, so that its lowering is in our hands."""
+_body_p.multiple_results = True
+_body_p.def_abstract_eval(lambda *_, jaxpr: jaxpr.out_avals)
+
+
+def _lower_body(ctx: Any, *args: Any, jaxpr: Any) -> Any:
+    run = mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)
+    return run(_private.without_frames(ctx), *args)
+
+
+mlir.register_lowering(_body_p, _lower_body, cacheable=False)
 
 
 def _with_levels(x: jax.Array, carried: tuple[bool, ...]) -> jax.Array:

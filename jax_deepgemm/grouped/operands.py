@@ -106,9 +106,11 @@ def _other_form(op: str, k: int, n: int) -> str:
     """A way out where b fits if it is read with its last two dimensions exchanged."""
     if k != n:
         return "Make both operands cover the same k."
-    for form, stored in (("nt", "[g, k, n]"), ("nn", "[g, n, k]")):
-        if f"_{form}_contiguous" in op and "m_grouped" in op:
-            return f"For b stored {stored} use {op.replace(form, 'nn' if form == 'nt' else 'nt')}."
+    if op.startswith("m_grouped") and op.endswith("_contiguous"):
+        given, other, stored = (
+            ("_nt_", "_nn_", "[g, k, n]") if "_nt_" in op else ("_nn_", "_nt_", "[g, n, k]")
+        )
+        return f"For b stored {stored} use {op.replace(given, other)}."
     return "Exchange the last two dimensions of b: jnp.swapaxes(b, -1, -2)."
 
 

@@ -33,7 +33,7 @@ def _over_tiles(
     behind = jnp.cumsum(tiles)
 
     def step(index: jax.Array, result: jax.Array) -> jax.Array:
-        segment = jnp.searchsorted(behind, index, side="right")
+        segment = jnp.sum(behind <= index, dtype=jnp.int32)
         first = starts[segment] + (index - behind[segment] + tiles[segment]) * size
         rows = first + jnp.arange(size, dtype=jnp.int32)
         return body(result, (first, (rows < ends[segment])[:, None], groups[segment]))
