@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import jax_deepgemm
-from jax_deepgemm import config, quantization
+from jax_deepgemm import activation, config, quantization
 
 MODULES = sorted(
     found.name
@@ -20,6 +20,7 @@ MODULES = sorted(
 PUBLIC: dict[ModuleType, list[str]] = {
     jax_deepgemm: jax_deepgemm.__all__,
     quantization: quantization.__all__,
+    activation: activation.__all__,
     config: ["get", "update", "use"],
 }
 SEEN_WHOLE = {"GemmConfig", "GemmProblem"}

@@ -10,6 +10,7 @@ from jax_deepgemm.quantization.casts import (
     per_custom_dims_cast_to_fp8,
     per_token_cast_to_fp8,
 )
+from jax_deepgemm.quantization.fused import quantize_both, quantize_weight
 from jax_deepgemm.quantization.interop import from_qwix, from_tuple, to_qwix, to_tuple
 from jax_deepgemm.quantization.scale_layout import (
     ceil_to_ue8m0,
@@ -38,6 +39,8 @@ __all__ = [
     "per_custom_dims_cast_to_fp8",
     "per_token_cast_to_fp8",
     "quantize",
+    "quantize_both",
+    "quantize_weight",
     "scales_shape",
     "scales_spec",
     "to_qwix",
