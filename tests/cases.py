@@ -99,8 +99,11 @@ EDGE_SHAPES = (
     (257, 384, 2047),
     (300, 248, 640),
     (513, 1031, 513),
+    (4100, 2048, 128),
+    (4100, 2048, 256),
+    (4100, 2112, 384),
 )
-"""m = 1, odd sizes, n = 8 * odd, k below, at and beside multiples of 128 and of 16."""
+"""m = 1, odd sizes, n = 8 * odd, k below, at and beside multiples of 128 and of 16; many tiles of few blocks."""
 
 ZERO_SHAPES = ((0, 8, 128), (8, 0, 128), (8, 16, 0), (0, 0, 0), (0, 8, 0))
 

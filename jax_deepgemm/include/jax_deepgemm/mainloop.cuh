@@ -151,12 +151,23 @@ __device__ __forceinline__ Tile receive_tile(const Position<C>& at, int k_blocks
 template <class C>
 constexpr int kEmptySlots = Layout<C>::kFp8 ? Layout<C>::kScaleStep : 1;
 
+// Hands back a slot that holds nothing.
+//
+// Hazard: lanes may leave the wait one after the other. Where lane 0 released the slot first, the producer,
+// which has nothing to load either, could complete the barrier's next phase before the last lane looked at
+// this one: that lane would wait for ever. Between wait and release of other slots stands wgmma, which all
+// lanes execute together.
+__device__ __forceinline__ void pass_slot(u32 full, u32 empty, u32 phase) {
+  ptx::mbarrier_wait(full, phase);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+}
+
 template <class C>
 __device__ __forceinline__ void skip_empty_tile(Position<C>& at) {
 #pragma unroll 1
   for (int i = 0; i < kEmptySlots<C>; ++i) {
-    ptx::mbarrier_wait(at.full(), at.phase);
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(at.empty());
+    pass_slot(at.full(), at.empty(), at.phase);
     at.advance();
   }
 }
@@ -450,8 +461,7 @@ __device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position
       const bool more = j + 1 < kQuad ? j + 1 < live : live > kQuad;
       const u32 full = at.full() + slot * 8, empty = at.empty() + slot * 8;
       if (j >= live) {
-        ptx::mbarrier_wait(full, at.phase);
-        release(empty);
+        pass_slot(full, empty, at.phase);
         if (next == 0) at.template advance<kUnit>();
         continue;
       }
