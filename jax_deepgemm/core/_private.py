@@ -29,9 +29,11 @@ except ImportError:
 
 try:
     from jax._src.config import traceback_in_locations_limit as _frames_of_a_location
-    from jax._src.interpreters.mlir import TracebackCaches as _TracebackCaches
-except ImportError:
-    _TracebackCaches = None  # type: ignore[assignment, misc]
+    from jax._src.interpreters import mlir as _mlir
+
+    _traceback_caches: Any = _mlir.TracebackCaches
+except (ImportError, AttributeError):
+    _traceback_caches = None
 
 PARTITIONING_TARGET = "CustomSPMDPartitioning"
 
@@ -80,10 +82,10 @@ def without_frames(ctx: Any) -> Any:
     which then mean other frames, or none yet. Adding frames to those of a loop or call can close a cycle,
     and the compiler does not come back from following it (StackFrames::IsPrefix; jaxlib 0.11).
     """
-    if _TracebackCaches is None:
+    if _traceback_caches is None:
         return ctx
     with _frames_of_a_location(0):
-        caches = _TracebackCaches()
+        caches = _traceback_caches()
     return ctx.replace(module_context=ctx.module_context.replace(traceback_caches=caches))
 
 
