@@ -273,15 +273,27 @@ __device__ __forceinline__ void store_bytes(u8* at, uint2 v, int left) {
   }
 }
 
+// The inverses of the thread's columns, or of the block. At once, as stores to shared memory keep the
+// compiler from moving loads over them.
+template <bool BLOCK>
+__device__ __forceinline__ void column_inverses(float (&of)[kWide], float block,
+                                                const float (&inverses)[kTile], const Place& at) {
+  const float* mine = inverses + (at.col - at.tile_col);
+#pragma unroll
+  for (int i = 0; i < kWide; i += 4) {
+    float4 four = {block, block, block, block};
+    if constexpr (!BLOCK) four = *reinterpret_cast<const float4*>(mine + i);
+    of[i] = four.x, of[i + 1] = four.y, of[i + 2] = four.z, of[i + 3] = four.w;
+  }
+}
+
 template <class C, class T>
 __device__ __forceinline__ void store_values(const Chunk<T> (&x)[C::ROWS], const float (&row)[C::ROWS],
                                              float block, const float (&inverses)[kTile], const Quantized& to,
                                              const Place& at) {
   u8* line = to.values + static_cast<i64>(at.row) * to.cols + at.col;
   float col[kWide];
-#pragma unroll
-  for (int i = 0; i < kWide; ++i)
-    col[i] = C::SCALES == Scales::kColumn ? inverses[at.col - at.tile_col + i] : block;
+  column_inverses<C::SCALES != Scales::kColumn>(col, block, inverses, at);
 #pragma unroll
   for (int j = 0; j < C::ROWS; ++j, line += to.cols) {
     float v[kWide];
@@ -355,13 +367,14 @@ template <class C, class T>
 __device__ __forceinline__ void transpose(const Chunk<T> (&x)[C::ROWS], float block,
                                           const float (&inverses)[kTile], u8* tile, const Place& at) {
   const int first = at.col - at.tile_col, group = first / kWide, rows = at.row - at.tile_row;
+  float col[kWide];
+  column_inverses<C::SCALES == Scales::kBlock>(col, block, inverses, at);
 #pragma unroll
   for (int i = 0; i < kWide; ++i) {
     u8* const word = tile + (first + i) * kTile + ((rows / 8) ^ group) * 8 + rows % 8;
-    const float inverse = C::SCALES == Scales::kBlock ? block : inverses[first + i];
     float v[C::ROWS];
 #pragma unroll
-    for (int j = 0; j < C::ROWS; ++j) v[j] = x[j][i] * inverse;
+    for (int j = 0; j < C::ROWS; ++j) v[j] = x[j][i] * col[i];
     const u32 low = pack_four<typename C::Fp8>(v[0], v[1], v[2], v[3]);
     if constexpr (C::ROWS == 8)
       *reinterpret_cast<uint2*>(word) = {low, pack_four<typename C::Fp8>(v[4], v[5], v[6], v[7])};
