@@ -55,6 +55,8 @@ def test_what_has_no_row_is_dropped():
 
 def test_errors():
     ids = oracle.random_ids(0, T, K, E)
+    with pytest.raises(ValueError, match="recipe is 'fp4'"):
+        moe_mlp_decode(X, ids, WEIGHTS, W13, W2, recipe="fp4")
     with pytest.raises(ValueError, match="max_rows is 0"):
         moe_mlp_decode(X, ids, WEIGHTS, W13, W2, max_rows=0)
     with pytest.raises(NotImplementedError, match="grouped_linear"):

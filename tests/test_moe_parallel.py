@@ -147,11 +147,11 @@ def test_frozen_weights_and_explicit_axes():
 
 
 def test_tokens_travel_as_bytes():
-    """Forward and backward: what goes to the experts is 8-bit; bfloat16 comes back."""
+    """Forward and backward: what goes to the experts is 8-bit, as words; bfloat16 comes back."""
     text = str(jax.make_jaxpr(lambda *a: value_and_gradients(over_mesh(mesh_of(2, 4)), list(a)))(*operands()))
     sent = [line.split("= all_to_all")[0] for line in text.splitlines() if "= all_to_all" in line]
-    wide = [line for line in sent if f",{H}]" in line]
-    assert sum("u8[" in line for line in wide) == 2
+    wide = [line for line in sent if f",{H}]" in line or f",{H // 4}]" in line]
+    assert sum("u32[" in line for line in wide) == 2
     assert sum("bf16[" in line for line in wide) == 2
     assert len(wide) == 4
 
@@ -183,6 +183,7 @@ def test_another_routing_does_not_compile_again():
         ({"w13": jnp.ones((2, 16, 16)), "w2": jnp.ones((2, 16, 8))}, "2 experts over 4 devices"),
         ({"method": "broadcast"}, "method is 'broadcast'"),
         ({"capacity_factor": 0.0}, "capacity_factor is 0.0"),
+        ({"recipe": "fp4"}, "recipe is 'fp4'"),
     ],
     ids=lambda value: str(value)[:30],
 )

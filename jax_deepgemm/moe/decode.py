@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jax_deepgemm.activation import swiglu, swiglu_quantize
 from jax_deepgemm.gemm.operands import PER_ROW
 from jax_deepgemm.grouped import recipe as fp8
 from jax_deepgemm.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
-from jax_deepgemm.moe.dispatch import DispatchPlan, plan_dispatch, sum_copies, take_rows, with_capacity
+from jax_deepgemm.moe.dispatch import (
+    DispatchPlan,
+    plan_dispatch,
+    sum_copies,
+    take_quantized,
+    take_rows,
+    with_capacity,
+)
 from jax_deepgemm.moe.experts import Weight, check_weights
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
 from jax_deepgemm.quantization import QuantizedArray, quantize
@@ -98,10 +104,8 @@ def _fp8(
             num_sms=num_sms,
         )
 
-    tokens = quantize(x, PER_ROW)
-    values = take_rows(lax.bitcast_convert_type(tokens.values, jnp.uint8), plan.token)
-    values = lax.bitcast_convert_type(values, fp8.E4M3)
-    hidden = gemm(values, take_rows(tokens.scales, plan.token), w13, jnp.bfloat16)
+    rows = take_quantized(quantize(x, PER_ROW), plan.token)
+    hidden = gemm(rows.values, rows.scales, w13, jnp.bfloat16)
     # Rows that do not count are undefined here, and stay among themselves: scales are per row.
     flat = hidden.reshape(row_weights.shape[0], hidden.shape[2])
     act, scales = swiglu_quantize(flat, row_weights, transposed=False)

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.quantization import QuantizedArray
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +86,7 @@ def sort_copies(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Arr
     copies = expert.shape[0]
     index = lax.iota(jnp.uint32, copies)
     if (num_experts + 1) * copies <= 2**32:
-        packed = lax.sort(expert * jnp.uint32(copies) + index)
+        packed = lax.sort(expert * jnp.uint32(copies) + index, is_stable=False)  # no two are equal
         expert, index = packed // max(copies, 1), packed % max(copies, 1)
     else:
         expert, index = lax.sort((expert, index), num_keys=2)
@@ -112,6 +113,25 @@ def with_capacity(plan: DispatchPlan, ids: jax.Array, capacity: int) -> Dispatch
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """x[index] along the first dimension; zeros where the index is not in range."""
     return x.at[index].get(mode="fill", fill_value=0)
+
+
+def as_words(values: jax.Array) -> jax.Array:
+    """FP8 [rows, n] as uint32 [rows, n / 4] (uint8 if 4 does not divide n), which move faster."""
+    rows, n = values.shape
+    if n % 4:
+        return lax.bitcast_convert_type(values, jnp.uint8)
+    return lax.bitcast_convert_type(values.reshape(rows, n // 4, 4), jnp.uint32)
+
+
+def from_words(words: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `as_words`."""
+    return lax.bitcast_convert_type(words, dtype).reshape(words.shape[0], -1)
+
+
+def take_quantized(tokens: QuantizedArray, token: jax.Array) -> QuantizedArray:
+    """Rows of activations quantised per token; zeros where the index is not in range."""
+    values = from_words(take_rows(as_words(tokens.values), token), tokens.dtype)
+    return QuantizedArray(values, take_rows(tokens.scales, token), tokens.block)
 
 
 @jax.custom_vjp

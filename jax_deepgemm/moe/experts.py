@@ -126,7 +126,6 @@ def expert_mlp(
 
 
 def check(where: str, rows: Any, w13: Any, w2: Any, sizes: Any, row_weights: Any, recipe: str) -> None:
-    linear.check_recipe(where, recipe)
     linear.check_rows(where, "rows", rows)
     check_weights(where, rows, w13, w2, recipe)
     linear.check_sizes(where, sizes, w13.shape[0])
@@ -140,7 +139,8 @@ def check(where: str, rows: Any, w13: Any, w2: Any, sizes: Any, row_weights: Any
 
 
 def check_weights(where: str, x: Any, w13: Any, w2: Any, recipe: str) -> None:
-    """w13 [e, 2 * i, h] and w2 [e, h, i] of x [.., h]."""
+    """w13 [e, 2 * i, h] and w2 [e, h, i] of x [.., h], for a recipe there is."""
+    linear.check_recipe(where, recipe)
     linear.check_weight(where, "w13", w13, recipe)
     linear.check_weight(where, "w2", w2, recipe)
     experts, hidden, intermediate = w2.shape

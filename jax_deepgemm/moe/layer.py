@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.gemm.operands import PER_ROW
 from jax_deepgemm.grouped import linear
-from jax_deepgemm.moe.dispatch import combine, plan_dispatch, spread, spread_weights
-from jax_deepgemm.moe.experts import Weight, check_weights, expert_mlp
+from jax_deepgemm.grouped import recipe as fp8
+from jax_deepgemm.moe import experts
+from jax_deepgemm.moe.dispatch import (
+    DispatchPlan,
+    combine,
+    plan_dispatch,
+    spread,
+    spread_weights,
+    sum_copies,
+    take_quantized,
+    take_rows,
+)
+from jax_deepgemm.moe.experts import Experts, Weight, check_weights, expert_mlp
+from jax_deepgemm.quantization import quantize
 
 
 def moe_mlp(
@@ -66,19 +81,59 @@ def moe_mlp(
     """
     check_tokens("moe_mlp", x, ids, weights)
     check_weights("moe_mlp", x, w13, w2, recipe)
-    experts = w13.shape[0]
-    plan = plan_dispatch(ids, experts)
-    y = expert_mlp(
-        spread(x, plan),
-        w13,
-        w2,
-        plan.group_sizes,
-        spread_weights(weights, plan),
-        recipe=recipe,
-        expected_m=expected_rows(ids.size, experts) if expected_m is None else expected_m,
-        num_sms=num_sms,
-    )
-    return combine(y, plan)
+    plan = plan_dispatch(ids, w13.shape[0])
+    expected_m = expected_rows(ids.size, w13.shape[0]) if expected_m is None else expected_m
+    if recipe == "bf16":
+        y = expert_mlp(
+            spread(x, plan),
+            w13,
+            w2,
+            plan.group_sizes,
+            spread_weights(weights, plan),
+            recipe=recipe,
+            expected_m=expected_m,
+            num_sms=num_sms,
+        )
+        return combine(y, plan)
+    static = Experts.of(x.dtype, w13, w2, fp8.Options(expected_m, num_sms))
+    leaves, tree = jax.tree.flatten((x, weights, w13, w2, plan))
+    return _fp8(static, *jax.tree.unflatten(tree, same_varying_axes(leaves)))
+
+
+def _groups(plan: DispatchPlan) -> fp8.Groups:
+    return fp8.Groups.of(plan.group_sizes, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fp8(
+    static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
+) -> jax.Array:
+    rows = take_quantized(quantize(x, PER_ROW), plan.token)  # the bits of quantising the copies
+    row_weights = take_rows(weights.reshape(-1), plan.source)
+    quantized = fp8.forward_weight(w13), fp8.forward_weight(w2)
+    y = experts.apply(static, rows, *quantized, row_weights, _groups(plan))
+    return sum_copies(y, plan.position)
+
+
+def _fp8_fwd(
+    static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
+) -> tuple[jax.Array, tuple[experts.Kept, DispatchPlan]]:
+    groups, trained = _groups(plan), not experts.is_frozen(static.w13)
+    rows, along_rows = experts.quantize_rows(trained, take_rows(x, plan.token), groups)
+    row_weights = take_rows(weights.reshape(-1), plan.source)
+    y, kept = experts.apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups)
+    return sum_copies(y, plan.position), (kept, plan)
+
+
+def _fp8_bwd(static: Experts, residuals: tuple[experts.Kept, DispatchPlan], dy: jax.Array) -> tuple[Any, ...]:
+    kept, plan = residuals
+    trained = not experts.is_frozen(static.w2)
+    rows, along_rows = experts.quantize_rows(trained, take_rows(dy, plan.token), kept.groups)
+    drows, dw13, dw2, drow_weights = experts.backward(static, kept, rows, along_rows)
+    return sum_copies(drows, plan.position), take_rows(drow_weights, plan.position), dw13, dw2, None
+
+
+_fp8.defvjp(_fp8_fwd, _fp8_bwd)
 
 
 def expected_rows(copies: int, experts: int) -> int:

@@ -20,6 +20,7 @@ from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.gemm.operands import PER_ROW
 from jax_deepgemm.grouped import recipe as fp8
 from jax_deepgemm.moe import exchange as way
+from jax_deepgemm.moe.dispatch import as_words, from_words
 from jax_deepgemm.moe.exchange import Axis, Exchange
 from jax_deepgemm.moe.experts import (
     Experts,
@@ -238,14 +239,14 @@ class _Parcel(NamedTuple):
 def _send(exchange: Exchange, x: jax.Array, numbers: jax.Array | None) -> _Parcel:
     """x [t, h], quantised per token, as rows of the experts; with numbers [t, top_k], one collective more."""
     q = quantize(x, PER_ROW)
-    values = way.tokens_to_rows(exchange, lax.bitcast_convert_type(q.values, jnp.uint8))
+    values = from_words(way.tokens_to_rows(exchange, as_words(q.values)), q.dtype)
     if numbers is None:
         scales, row_numbers = way.tokens_to_rows(exchange, q.scales), jnp.zeros(0)
     else:
         per_copy = jnp.broadcast_to(q.scales[:, None], (*numbers.shape, q.scales.shape[1]))
         both = way.copies_to_rows(exchange, jnp.concatenate([per_copy, numbers[..., None]], axis=-1))
         scales, row_numbers = both[:, :-1], both[:, -1]
-    return _Parcel(QuantizedArray(lax.bitcast_convert_type(values, fp8.E4M3), scales, PER_ROW), row_numbers)
+    return _Parcel(QuantizedArray(values, scales, PER_ROW), row_numbers)
 
 
 def _along_rows(rows: QuantizedArray, groups: fp8.Groups) -> fp8.AlongRows:
