@@ -20,6 +20,7 @@ MODULES = sorted(
 PUBLIC: dict[ModuleType, list[str]] = {
     jax_deepgemm: jax_deepgemm.__all__,
     quantization: quantization.__all__,
+    grouped: grouped.__all__,
     activation: activation.__all__,
     config: ["get", "update", "use"],
 }

@@ -250,9 +250,9 @@ def test_bfloat16_results() -> None:
 
 
 @given(
-    sizes=st.lists(st.integers(-5, 60), min_size=1, max_size=7),
-    m=st.integers(1, 130),
-    k=st.sampled_from([1, 8, 130]),
+    sizes=st.lists(st.integers(-5, 60), min_size=6, max_size=6),
+    m=st.sampled_from([1, 37, 128]),
+    k=st.sampled_from([1, 130]),
 )
 @settings(max_examples=15)
 def test_any_group_sizes(sizes: list[int], m: int, k: int) -> None:

@@ -136,9 +136,14 @@ def test_prepared_operands_mean_the_same(case: Case, batch: tuple[bool, ...] | N
         whole = [np.stack([one[j] for one in each]) if on else each[0][j] for j, on in enumerate(batch)]
         picked = [[x[i] if on else x for x, on in zip(whole, batch, strict=True)] for i in range(B)]
         want = np.stack([case.op(*operands, **case.params)[0] for operands in picked])
-    folded, _ = kernel_rule.fold([jnp.asarray(x) for x in whole], () if batch is None else (batch,))
-    assert case.op.kernel_prepare is not None
-    prepared = case.op.kernel_prepare(*folded, **case.params)
+
+    @jax.jit
+    def prepare(*arrays: jax.Array) -> Any:
+        folded, _ = kernel_rule.fold(arrays, () if batch is None else (batch,))
+        assert case.op.kernel_prepare is not None
+        return case.op.kernel_prepare(*folded, **case.params)
+
+    prepared = prepare(*whole)
     check_rows_of_16_bytes(case, prepared)
     got = as_a_kernel(case, prepared, want.shape, batch is not None)
     assert_rounded(got, oracle.wide(want), K)
@@ -171,7 +176,7 @@ def as_a_kernel(case: Case, prepared: Any, shape: tuple[int, ...], batched: bool
         operands = cut_scales(operands)
     if "k_grouped_fp8" in name:
         operands[1], operands[3] = operands[1][:, :m], operands[3][:, :n]
-    (d,) = case.op.reference(*operands, **params)
+    (d,) = jax.jit(functools.partial(case.op.reference, **params))(*operands)
     if "k_" not in name:
         return np.asarray(d.reshape(*shape[:-1], d.shape[-1])[..., :n])
     return np.asarray(d[:, :m, :n].reshape(shape))
