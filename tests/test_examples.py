@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import jax_deepgemm
-from jax_deepgemm import activation, config, quantization
+from jax_deepgemm import activation, config, grouped, quantization
 
 MODULES = sorted(
     found.name
