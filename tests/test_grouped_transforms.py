@@ -425,3 +425,27 @@ def test_scan_over_stacked_experts() -> None:
     for layer in layers:
         x = step(x, layer)
     op_checks.assert_same(scanned, x, 2**-7)
+
+
+SHARDED_SIZES = {"negative": (10, -7, 9, 4), "too many": (20, 2**31 - 1, 5, 2**31 - 1), "empty": (0, 0, 0, 0)}
+
+
+@pytest.mark.parametrize("name", SHARDED_SIZES)
+def test_pieces_of_strange_sizes(name: str) -> None:
+    """Devices that cut rows agree on whose rows are whose, whatever the sizes are."""
+    mesh = op_checks.make_mesh("auto")
+    sizes = jnp.array(SHARDED_SIZES[name], jnp.int32)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    a, b = oracle.random(0, 32, 24), oracle.random(1, G, 16, 24)
+    index = oracle.rows_of(SHARDED_SIZES[name], 32)
+    rows, experts = put(a, "y"), put(b, "x")
+    run = jax.jit(functools.partial(jdg.m_grouped_bf16_gemm_nt_contiguous, out_dtype=F32))
+    want = oracle.m_grouped(a, b, index)
+    assert_rounded(run(rows, experts, sizes), want, 24)
+    assert_rounded(run(rows, experts, m_indices=jnp.asarray(index)), want, 24)
+
+    index = oracle.rows_of(SHARDED_SIZES[name], K)  # k / 4 ends inside a block
+    x, y = oracle.fp8(0, 16, K), oracle.fp8(1, 8, K)
+    pieces = [(put(values, None, "y"), scales) for values, scales in (x, y)]
+    got = jax.jit(jdg.k_grouped_fp8_gemm_nt_contiguous)(*pieces, sizes)
+    assert_rounded(got, oracle.k_grouped(oracle.dequantized(x).T, oracle.dequantized(y).T, index, G), K)
