@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,10 @@ import numpy as np
 
 from jax_deepgemm.cli.text import bytes_text, table
 from jax_deepgemm.core import kernel_rule
-from jax_deepgemm.core.op import Op
-from jax_deepgemm.gemm import kernel as gemm_kernel
-from jax_deepgemm.gemm import ops as gemm_ops
-from jax_deepgemm.sm90.chip import H200, Chip
-from jax_deepgemm.sm90.config import GemmConfig, shared_memory
-from jax_deepgemm.sm90.cost import Cost, candidates, cost
+from jax_deepgemm.core.op import Op, known_ops
+from jax_deepgemm.sm90.chip import H200, Chip, with_sms
+from jax_deepgemm.sm90.config import GemmConfig
+from jax_deepgemm.sm90.cost import Cost
 
 SHOWN_CANDIDATES = 6
 
@@ -57,7 +54,7 @@ class ExplainedCall:
     Attributes:
       op: the primitive's name.
       problem: what is to be computed, in words.
-      config: the configuration chosen.
+      config: the configuration chosen; None of ops that have only one.
       candidates: (configuration, cost) of every candidate, cheapest first; an op takes any as `config=`.
       stages: slots of the shared-memory ring.
       scratch_bytes: memory that XLA gives to the call besides its result.
@@ -67,7 +64,7 @@ class ExplainedCall:
 
     op: str
     problem: str
-    config: GemmConfig
+    config: GemmConfig | None
     candidates: tuple[tuple[GemmConfig, Cost], ...]
     stages: int
     scratch_bytes: int
@@ -75,7 +72,9 @@ class ExplainedCall:
     note: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.problem}", f"  config   {self.config}", f"  stages   {self.stages}"]
+        lines = [f"{self.op}: {self.problem}"]
+        if self.config is not None:
+            lines += [f"  config   {self.config}", f"  stages   {self.stages}"]
         lines.append(f"  scratch  {bytes_text(self.scratch_bytes)}")
         for one in self.kernels:
             origin = "from the cache" if one.from_cache else "compiled now"
@@ -150,18 +149,9 @@ def _chip_here() -> Chip:
     return H200
 
 
-def _known_ops() -> dict[Any, Op]:
-    found: dict[Any, Op] = {}
-    for value in vars(gemm_ops).values():
-        for op in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(op, Op) and op.kernel is not None:
-                found[op.outer] = op
-    return found
-
-
 def _op_calls(jaxpr: Any) -> Iterator[tuple[Op, list[Any], dict[str, Any]]]:
     """The calls of ops in a jaxpr and in those inside it: loops, branches, checkpoints, derivatives."""
-    known = _known_ops()
+    known = {primitive: op for primitive, op in known_ops().items() if op.kernel is not None}
 
     def walk(one: Any) -> Iterator[tuple[Op, list[Any], dict[str, Any]]]:
         for equation in one.eqns:
@@ -184,25 +174,23 @@ def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> 
     for machinery in ("out_sharding", "fallback", "reduce_dtype"):
         params.pop(machinery, None)
     ins, outs, carried = _kernel_types(op, avals, batch, params)
-    if "layout" in params:
-        problem = gemm_kernel.bf16_problem(ins, outs, carried, params["layout"])
-    else:
-        problem = gemm_kernel.fp8_problem(ins, outs, carried)
-    if params.get("num_sms"):
-        chip = dataclasses.replace(chip, num_sms=min(params["num_sms"], chip.num_sms))
-    ranked = sorted(
-        ((cost(problem, one, chip), one) for one in candidates(problem, chip)), key=lambda pair: pair[0].total
-    )
-    chosen = params.get("config") or ranked[0][1]
     kernels, scratch, note = _compiled(op, ins, outs, carried, chip, params)
-    if not kernels:
-        note = f"{note} Shared memory would be {bytes_text(shared_memory(problem, chosen).total)}."
+    describe = getattr(op.kernel, "problem", None)
+    problem = describe(ins, outs, batch=carried, **params) if describe is not None else None
+    ranked: list[tuple[GemmConfig, Cost]] = []
+    chosen: GemmConfig | None = None
+    if problem is not None:
+        ranked = problem.ranked(with_sms(chip, params.get("num_sms")))
+        chosen = params.get("config") or ranked[0][0]
+        if not kernels:
+            note = f"{note} Shared memory would be {bytes_text(problem.shared_bytes(chosen))}."
+    types = ", ".join(f"{one.dtype.name}{list(one.shape)}" for one in ins)
     return ExplainedCall(
         op=op.name,
-        problem=str(problem),
+        problem=types if problem is None else str(problem),
         config=chosen,
-        candidates=tuple((one, price) for price, one in ranked),
-        stages=chosen.stages,
+        candidates=tuple(ranked),
+        stages=chosen.stages if chosen else 0,
         scratch_bytes=scratch,
         kernels=kernels,
         note=note,

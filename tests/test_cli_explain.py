@@ -22,8 +22,13 @@ def test_linear_forward_and_backward_are_three_calls(capsys: pytest.CaptureFixtu
         return jdg.fp8_linear(x, w).astype(jnp.float32).sum()
 
     calls = jdg.explain(jax.jit(jax.grad(loss, argnums=(0, 1))), shape(256, 512), shape(384, 512))
-    assert len(calls) == 3
-    assert {call.problem.split(" ->")[0].split(" nt ")[1] for call in calls} == {
+    gemms = [call for call in calls if call.config is not None]
+    assert len(gemms) == 3
+    assert {call.op for call in calls} - {call.op for call in gemms} == {
+        "quantize_both_float8_e4m3fn_f32",
+        "quantize_weight_float8_e4m3fn_f32",
+    }
+    assert {call.problem.split(" ->")[0].split(" nt ")[1] for call in gemms} == {
         "m=256 n=384 k=512",
         "m=256 n=512 k=384",
         "m=384 n=512 k=256",
@@ -78,3 +83,14 @@ def test_chip_and_num_sms_bound_the_grid() -> None:
 def test_function_without_ops(capsys: pytest.CaptureFixture[str]) -> None:
     assert jdg.explain(jnp.sin, shape(4)) == []
     assert "No op of jax_deepgemm" in capsys.readouterr().out
+
+
+def test_grouped_and_quantising_ops_are_explained() -> None:
+    sizes = jax.ShapeDtypeStruct((6,), jnp.int32)
+    [call] = jdg.explain(jdg.ragged_dot, shape(256, 512), shape(6, 512, 384), sizes, show=False)
+    assert call.problem.startswith("m_grouped bf16xbf16 nn groups=6 m=256 n=384 k=512")
+    assert call.config == call.candidates[0][0]
+    [made] = jdg.explain(jdg.quantize, shape(256, 512), show=False)
+    assert made.config is None
+    assert made.candidates == ()
+    assert made.problem in str(made)

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from jax_deepgemm.activation import reference
+from jax_deepgemm.core.kernel_rule import LazyKernel
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.quantization import reference as quantization
 from jax_deepgemm.quantization.fused import (
@@ -61,7 +62,7 @@ def swiglu_op(dtype: np.dtype, scale_format: str, transposed: bool, weighted: bo
         plain,
         blocks=both_blocks("c", transposed),
         spmd=on_shard,
-        kernel=functools.partial(_kernel, ["h", *(["weight"] if weighted else [])], scale_format, transposed),
+        kernel=_kernel(["h", *(["weight"] if weighted else [])], scale_format, transposed),
         grad_hint=HINT,
     )
 
@@ -104,17 +105,14 @@ def swiglu_grad_op(
         plain,
         blocks=both_blocks("g", transposed),
         spmd=on_shard,
-        kernel=functools.partial(
-            _kernel, ["h", *(["weight"] if weighted else []), "dact"], scale_format, transposed
-        ),
+        kernel=_kernel(["h", *(["weight"] if weighted else []), "dact"], scale_format, transposed),
         grad_hint=HINT,
     )
 
 
-def _kernel(names: list[str], scale_format: str, transposed: bool, *args: Any, **params: Any) -> Any:
-    from jax_deepgemm.activation import kernel  # what only CUDA needs is imported when CUDA first asks
-
-    return kernel.swiglu(*args, names=names, scale_format=scale_format, transposed=transposed, **params)
+def _kernel(names: list[str], scale_format: str, transposed: bool) -> LazyKernel:
+    form: dict[str, Any] = {"names": names, "scale_format": scale_format, "transposed": transposed}
+    return LazyKernel("jax_deepgemm.activation.kernel", "swiglu", **form)
 
 
 def _name(stem: str, dtype: np.dtype, scale_format: str, **flags: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,31 @@ if TYPE_CHECKING:
     from jax_deepgemm.core.op import Op
 
 COMPUTE_CAPABILITY = "9.0"
+
+
+class LazyKernel:
+    """A family's plan function, (avals_in, avals_out, *, batch, chip, **params) -> LaunchPlan, which is
+    imported when CUDA first asks: what only CUDA needs costs others nothing.
+
+    Args:
+      module: full name of the module.
+      name: of the function, or of an object that is called like one and may have `problem`.
+      form: parameters that the op fixes.
+    """
+
+    def __init__(self, module: str, name: str, **form: Any) -> None:
+        self._module, self._name, self._form = module, name, form
+
+    def _function(self) -> Any:
+        return getattr(importlib.import_module(self._module), self._name)
+
+    def __call__(self, *avals: Any, **params: Any) -> Any:
+        return self._function()(*avals, **self._form, **params)
+
+    def problem(self, *avals: Any, **params: Any) -> Any | None:
+        """What a configuration is chosen for; None of a kernel without configurations."""
+        describe = getattr(self._function(), "problem", None)
+        return None if describe is None else describe(*avals, **self._form, **params)
 
 
 def make(op: Op) -> Callable[..., Any]:

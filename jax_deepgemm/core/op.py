@@ -48,6 +48,14 @@ Params = dict[str, Any]
 Arrays = list[jax.Array]
 Shape = tuple[int, ...]
 
+_made: dict[Primitive, Op] = {}
+
+
+def known_ops() -> dict[Primitive, Op]:
+    """Every op made so far, by the primitive that appears in jaxprs."""
+    return dict(_made)
+
+
 _FOR_THE_MACHINERY = ("batch", "out_sharding", "reduce_dtype", "fallback")
 
 
@@ -156,6 +164,7 @@ class Op:
 
     def _make_primitives(self) -> None:
         self.outer, self.inner = Primitive(self.name), Primitive(f"{self.name}_local")
+        _made[self.outer] = self
         for primitive, types in ((self.outer, self._outer_types), (self.inner, self._inner_types)):
             primitive.multiple_results = True
             primitive.def_impl(functools.partial(xla.apply_primitive, primitive))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jax_deepgemm.core.launch import LaunchPlan
 from jax_deepgemm.jit.toolchain import read_settings, say
-from jax_deepgemm.sm90.chip import Chip
+from jax_deepgemm.sm90.chip import Chip, with_sms
 from jax_deepgemm.sm90.config import GemmConfig, GemmProblem
 from jax_deepgemm.sm90.cost import choose, cost
 from jax_deepgemm.sm90.plan import GemmOperands, MatrixOperand, gemm_plan
@@ -23,10 +23,6 @@ def type_name(aval: Any) -> str:
     return _TYPES[np.dtype(aval.dtype).name]
 
 
-def _chip_for(chip: Chip, num_sms: int | None) -> Chip:
-    return chip if num_sms is None else replace(chip, num_sms=min(num_sms, chip.num_sms))
-
-
 def _config(problem: GemmProblem, config: GemmConfig | None, chip: Chip) -> GemmConfig:
     """The caller's configuration, or the cost model's."""
     chosen = config or choose(problem, chip)
@@ -36,7 +32,7 @@ def _config(problem: GemmProblem, config: GemmConfig | None, chip: Chip) -> Gemm
 
 
 def fp8_problem(
-    avals_in: Sequence[Any], avals_out: Sequence[Any], batch: tuple[bool, ...] | None
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: tuple[bool, ...] | None, **_: Any
 ) -> GemmProblem:
     """The problem of operands (a, a scales, b, b scales[, c]) as the kernel sees them: padded for TMA."""
     a, _, b, sb = avals_in[:4]
@@ -56,26 +52,13 @@ def fp8_problem(
     )
 
 
-def fp8_gemm(
+def bf16_problem(
     avals_in: Sequence[Any],
     avals_out: Sequence[Any],
     *,
     batch: tuple[bool, ...] | None,
-    chip: Chip,
-    config: GemmConfig | None = None,
-    num_sms: int | None = None,
+    layout: str,
     **_: Any,
-) -> LaunchPlan:
-    """The plan of `fp8_gemm_block`, `fp8_gemm_row` and their `_add` forms."""
-    chip = _chip_for(chip, num_sms)
-    problem = fp8_problem(avals_in, avals_out, batch)
-    a, sa, b, sb, *c = (MatrixOperand(i, tuple(x.shape)) for i, x in enumerate(avals_in))
-    operands = GemmOperands(a, b, sa, sb, c[0] if c else None)
-    return gemm_plan(problem, _config(problem, config, chip), chip, operands)
-
-
-def bf16_problem(
-    avals_in: Sequence[Any], avals_out: Sequence[Any], batch: tuple[bool, ...] | None, layout: str
 ) -> GemmProblem:
     """The problem of operands (a, b[, c]) stored as `layout` says."""
     a = avals_in[0]
@@ -95,20 +78,40 @@ def bf16_problem(
     )
 
 
-def bf16_gemm(
-    avals_in: Sequence[Any],
-    avals_out: Sequence[Any],
-    *,
-    batch: tuple[bool, ...] | None,
-    chip: Chip,
-    layout: str,
-    config: GemmConfig | None = None,
-    num_sms: int | None = None,
-    **_: Any,
-) -> LaunchPlan:
-    """The plan of `bf16_gemm` and `bf16_gemm_add`."""
-    chip = _chip_for(chip, num_sms)
-    problem = bf16_problem(avals_in, avals_out, batch, layout)
-    a, b, *c = (MatrixOperand(i, tuple(x.shape)) for i, x in enumerate(avals_in))
-    operands = GemmOperands(a, b, c=c[0] if c else None)
-    return gemm_plan(problem, _config(problem, config, chip), chip, operands)
+@dataclass(frozen=True)
+class GemmKernel:
+    """The kernel side of one op.
+
+    Attributes:
+      parts: what its operands are, in order; the last, C, may be missing.
+      problem: (avals_in, avals_out, batch=, **params) -> GemmProblem.
+    """
+
+    parts: tuple[str, ...]
+    problem: Callable[..., GemmProblem]
+
+    def __call__(
+        self,
+        avals_in: Sequence[Any],
+        avals_out: Sequence[Any],
+        *,
+        batch: tuple[bool, ...] | None,
+        chip: Chip,
+        config: GemmConfig | None = None,
+        num_sms: int | None = None,
+        **params: Any,
+    ) -> LaunchPlan:
+        """The plan of the op."""
+        chip = with_sms(chip, num_sms)
+        problem = self.problem(avals_in, avals_out, batch=batch, **params)
+        matrices = {
+            part: MatrixOperand(i, tuple(aval.shape))
+            for i, (part, aval) in enumerate(zip(self.parts, avals_in))
+        }
+        return gemm_plan(problem, _config(problem, config, chip), chip, GemmOperands(**matrices))
+
+
+fp8_gemm = GemmKernel(("a", "a_scales", "b", "b_scales", "c"), fp8_problem)
+"""The plan of `fp8_gemm_block`, `fp8_gemm_row` and their `_add` forms."""
+bf16_gemm = GemmKernel(("a", "b", "c"), bf16_problem)
+"""The plan of `bf16_gemm` and `bf16_gemm_add`."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_deepgemm.core.kernel_rule import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.gemm import padding, reference
@@ -63,16 +64,8 @@ def _bf16_result(a: Any, b: Any, *_: Any, layout: str, out_dtype: Any, **__: Any
     return [((a[layout[0] == "t"], b[layout[1] == "n"]), out_dtype)]
 
 
-def _fp8_kernel(*args: Any, **params: Any) -> Any:
-    from jax_deepgemm.gemm import kernel  # what only CUDA needs is imported when CUDA first asks
-
-    return kernel.fp8_gemm(*args, **params)
-
-
-def _bf16_kernel(*args: Any, **params: Any) -> Any:
-    from jax_deepgemm.gemm import kernel
-
-    return kernel.bf16_gemm(*args, **params)
+def _kernel(name: str) -> LazyKernel:
+    return LazyKernel("jax_deepgemm.gemm.kernel", name)
 
 
 def _fp8_op(name: str, rule: str, base: Op | None = None) -> Op:
@@ -85,7 +78,7 @@ def _fp8_op(name: str, rule: str, base: Op | None = None) -> Op:
         reduces=("k",),
         blocks={grid: data for grid, data in blocks.items() if grid in rule.split()},
         spmd=lambda plan, local, *arrays: (recut_blocks(plan, *arrays), None),
-        kernel=_fp8_kernel,
+        kernel=_kernel("fp8_gemm"),
         kernel_prepare=padding.fp8_rows,
         aliases={} if base is None else {4: 0},
         addend=None if base is None else 4,
@@ -153,7 +146,7 @@ def _bf16_op(layout: str, base: Op | None = None) -> Op:
         _bf16_result,
         reference.bf16_gemm,
         reduces=("k",),
-        kernel=_bf16_kernel,
+        kernel=_kernel("bf16_gemm"),
         kernel_prepare=padding.bf16_rows,
         aliases={} if base is None else {2: 0},
         addend=None if base is None else 2,

@@ -6,7 +6,8 @@ Operands come prepared: without vmap's dimensions (a batch is more segments), pa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from jax_deepgemm.core.launch import LaunchPlan, Operand
 from jax_deepgemm.gemm.kernel import type_name
 from jax_deepgemm.jit.toolchain import read_settings, say
-from jax_deepgemm.sm90.chip import Chip
+from jax_deepgemm.sm90.chip import Chip, with_sms
 from jax_deepgemm.sm90.config import GemmConfig
 from jax_deepgemm.sm90.grouped import (
     INNER,
@@ -25,265 +26,221 @@ from jax_deepgemm.sm90.grouped import (
     choose_grouped,
     grouped_cost,
     grouped_plan,
-    with_sms,
 )
 from jax_deepgemm.sm90.plan import GemmOperands, MatrixOperand
 
 _PARTS_OF_A_SEGMENT = 3  # starts | ends | groups
 
 
-def _plan(
-    problem: GroupedProblem,
-    avals_in: Sequence[Any],
-    parts: Sequence[str],
-    config: GemmConfig | None,
-    chip: Chip,
-    num_sms: int | None,
-) -> LaunchPlan:
-    """The plan of operands that play these parts, in order."""
-    chip = with_sms(chip, num_sms)
-    chosen = config or choose_grouped(problem, chip)
-    if read_settings().print_configs:
-        say(f"{problem}: {chosen}, {'given' if config else grouped_cost(problem, chosen, chip)}")
-    index = {part: i for i, part in enumerate(parts) if i < len(avals_in)}
-    matrices = {
-        part: MatrixOperand(i, tuple(avals_in[i].shape))
-        for part, i in index.items()
-        if part not in ("sizes", "offset")
-    }
-    offset = Operand(index["offset"]) if "offset" in index else None
-    return grouped_plan(problem, chosen, chip, GemmOperands(**matrices), Operand(index["sizes"]), offset)
+@dataclass(frozen=True)
+class GroupedKernel:
+    """The kernel side of one op.
+
+    Attributes:
+      parts: what its operands are, in order; the last may be missing.
+      problem: (avals_in, avals_out, batch=, **params) -> GroupedProblem.
+    """
+
+    parts: tuple[str, ...]
+    problem: Callable[..., GroupedProblem]
+
+    def __call__(
+        self,
+        avals_in: Sequence[Any],
+        avals_out: Sequence[Any],
+        *,
+        batch: tuple[bool, ...] | None,
+        chip: Chip,
+        config: GemmConfig | None = None,
+        num_sms: int | None = None,
+        **params: Any,
+    ) -> LaunchPlan:
+        """The plan of the op."""
+        problem = self.problem(avals_in, avals_out, batch=batch, **params)
+        chip = with_sms(chip, num_sms)
+        chosen = config or choose_grouped(problem, chip)
+        if read_settings().print_configs:
+            say(f"{problem}: {chosen}, {'given' if config else grouped_cost(problem, chosen, chip)}")
+        index = {part: i for i, part in enumerate(self.parts) if i < len(avals_in)}
+        matrices = {
+            part: MatrixOperand(i, tuple(avals_in[i].shape))
+            for part, i in index.items()
+            if part not in ("sizes", "offset")
+        }
+        offset = Operand(index["offset"]) if "offset" in index else None
+        return grouped_plan(problem, chosen, chip, GemmOperands(**matrices), Operand(index["sizes"]), offset)
 
 
-def _segments(sizes: Any, layout: str, batch: Any) -> tuple[int, bool]:
+def _segments(sizes: Any, layout: str, batch: Any) -> dict[str, Any]:
     segmented = batch is not None or layout == "segments"
-    return (sizes.shape[0] // _PARTS_OF_A_SEGMENT if segmented else sizes.shape[0]), segmented
+    count = sizes.shape[0] // _PARTS_OF_A_SEGMENT if segmented else sizes.shape[0]
+    return {"segments": count, "segmented": segmented}
 
 
-def _out(aval: Any) -> str:
-    return np.dtype(aval.dtype).name
+def _out(avals_out: Sequence[Any]) -> dict[str, Any]:
+    return {"out": np.dtype(avals_out[0].dtype).name}
 
 
-def _b_scales(b: Any, sb: Any) -> str:
+def _fp8(a: Any, b: Any, sb: Any) -> dict[str, Any]:
     """Scales of 1x128 have a row for each of B's; where both forms have one row they mean the same."""
-    return "vector" if sb.shape[-2] == b.shape[-2] and b.shape[-2] > 1 else "block"
+    per_row = sb.shape[-2] == b.shape[-2] and b.shape[-2] > 1
+    return {"a": type_name(a), "b": type_name(b), "b_scales": "vector" if per_row else "block"}
 
 
-def _rows_problem(
-    a: Any,
-    b: Any,
-    avals_out: Sequence[Any],
-    segments: tuple[int, bool],
-    expected_m: int | None,
-    types: dict[str, str],
-) -> GroupedProblem:
-    """Without a hint, the rows are taken to be shared evenly by all groups there are."""
-    rows, k = a.shape
-    count, segmented = segments
-    return GroupedProblem(
-        ROWS,
-        groups=b.shape[0],
-        m=rows,
-        n=avals_out[0].shape[-1],
-        k=k,
-        expected=expected_m or max(1, rows // max(1, count)),
-        segments=count,
-        segmented=segmented,
-        out=_out(avals_out[0]),
-        **types,
-    )
-
-
-def m_grouped_fp8_gemm(
-    avals_in: Sequence[Any],
-    avals_out: Sequence[Any],
-    *,
-    batch: tuple[bool, ...] | None,
-    chip: Chip,
-    layout: str = "sizes",
-    expected_m: int | None = None,
-    config: GemmConfig | None = None,
-    num_sms: int | None = None,
-    **_: Any,
-) -> LaunchPlan:
-    """Operands a [m, k], scales [m, kb], b [g, n, k], scales, sizes or segments, offset."""
-    a, _sa, b, sb, sizes, _offset = avals_in
-    types = {"a": type_name(a), "b": type_name(b), "b_scales": _b_scales(b, sb)}
-    problem = _rows_problem(a, b, avals_out, _segments(sizes, layout, batch), expected_m, types)
-    parts = ("a", "a_scales", "b", "b_scales", "sizes", "offset")
-    return _plan(problem, avals_in, parts, config, chip, num_sms)
-
-
-def m_grouped_bf16_gemm(
-    avals_in: Sequence[Any],
-    avals_out: Sequence[Any],
-    *,
-    batch: tuple[bool, ...] | None,
-    chip: Chip,
-    form: str,
-    layout: str = "sizes",
-    expected_m: int | None = None,
-    config: GemmConfig | None = None,
-    num_sms: int | None = None,
-    **_: Any,
-) -> LaunchPlan:
-    """Operands a [m, k], b [g, n, k] ("nt") or [g, k, n] ("nn"), sizes or segments, offset."""
-    a, b, sizes, _offset = avals_in
-    segments = _segments(sizes, layout, batch)
-    problem = _rows_problem(a, b, avals_out, segments, expected_m, _bf16(form))
-    return _plan(problem, avals_in, ("a", "b", "sizes", "offset"), config, chip, num_sms)
-
-
-def _bf16(layout: str) -> dict[str, str]:
+def _bf16(layout: str) -> dict[str, Any]:
     return {"a": "bf16", "b": "bf16", "layout": layout, "b_scales": "none"}
 
 
+def _rows_problem(
+    a: Any, b: Any, avals_out: Sequence[Any], expected_m: int | None, described: dict[str, Any]
+) -> GroupedProblem:
+    """Without a hint, the rows are taken to be shared evenly by all groups there are."""
+    rows, k = a.shape
+    expected = expected_m or max(1, rows // max(1, described["segments"]))
+    n = avals_out[0].shape[-1]
+    return GroupedProblem(
+        ROWS, groups=b.shape[0], m=rows, n=n, k=k, expected=expected, **described, **_out(avals_out)
+    )
+
+
+def _m_grouped_fp8(
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    batch: Any,
+    layout: str = "sizes",
+    expected_m: int | None = None,
+    **_: Any,
+) -> GroupedProblem:
+    a, _sa, b, sb, sizes, _offset = avals_in
+    return _rows_problem(a, b, avals_out, expected_m, _segments(sizes, layout, batch) | _fp8(a, b, sb))
+
+
+def _m_grouped_bf16(
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    batch: Any,
+    form: str,
+    layout: str = "sizes",
+    expected_m: int | None = None,
+    **_: Any,
+) -> GroupedProblem:
+    a, b, sizes, _offset = avals_in
+    return _rows_problem(a, b, avals_out, expected_m, _segments(sizes, layout, batch) | _bf16(form))
+
+
 def _masked_problem(
-    a: Any, b: Any, avals_out: Sequence[Any], expected_m: int | None, zero_rows: bool, types: dict[str, str]
+    a: Any,
+    b: Any,
+    avals_out: Sequence[Any],
+    expected_m: int | None,
+    zero_rows: bool,
+    types: dict[str, Any],
 ) -> GroupedProblem:
     """a [g, m, k]; b [weights, ...] serves group g modulo weights."""
+    groups, rows, k = a.shape
     return GroupedProblem(
         MASKED_ROWS,
-        groups=a.shape[0],
-        m=a.shape[1],
+        groups=groups,
+        m=rows,
         n=avals_out[0].shape[-1],
-        k=a.shape[2],
-        expected=min(expected_m or a.shape[1], a.shape[1]),
-        segments=a.shape[0],
+        k=k,
+        expected=min(expected_m or rows, rows),
+        segments=groups,
         weights=b.shape[0],
         zero_rows=zero_rows,
-        out=_out(avals_out[0]),
+        **_out(avals_out),
         **types,
     )
 
 
-def m_masked_fp8_gemm(
+def _m_masked_fp8(
     avals_in: Sequence[Any],
     avals_out: Sequence[Any],
     *,
-    batch: tuple[bool, ...] | None,
-    chip: Chip,
+    batch: Any,
     expected_m: int | None = None,
     zero_rows: bool = False,
-    config: GemmConfig | None = None,
-    num_sms: int | None = None,
     **_: Any,
-) -> LaunchPlan:
-    """Operands a [g, m, k], scales [g, m, kb], b [weights, n, k], scales, masked_m [g]."""
+) -> GroupedProblem:
     del batch
     a, _sa, b, sb, _masked = avals_in
-    types = {"a": type_name(a), "b": type_name(b), "b_scales": _b_scales(b, sb)}
-    problem = _masked_problem(a, b, avals_out, expected_m, zero_rows, types)
-    return _plan(problem, avals_in, ("a", "a_scales", "b", "b_scales", "sizes"), config, chip, num_sms)
+    return _masked_problem(a, b, avals_out, expected_m, zero_rows, _fp8(a, b, sb))
 
 
-def m_masked_bf16_gemm(
+def _m_masked_bf16(
     avals_in: Sequence[Any],
     avals_out: Sequence[Any],
     *,
-    batch: tuple[bool, ...] | None,
-    chip: Chip,
+    batch: Any,
     form: str,
     expected_m: int | None = None,
     zero_rows: bool = False,
-    config: GemmConfig | None = None,
-    num_sms: int | None = None,
     **_: Any,
-) -> LaunchPlan:
-    """Operands a [g, m, k], b [weights, n, k] ("nt") or [weights, k, n] ("nn"), masked_m [g]."""
+) -> GroupedProblem:
     del batch
     a, b, _masked = avals_in
-    problem = _masked_problem(a, b, avals_out, expected_m, zero_rows, _bf16(form))
-    return _plan(problem, avals_in, ("a", "b", "sizes"), config, chip, num_sms)
-
-
-def k_grouped_fp8_gemm(
-    avals_in: Sequence[Any],
-    avals_out: Sequence[Any],
-    *,
-    batch: tuple[bool, ...] | None,
-    chip: Chip,
-    layout: str = "sizes",
-    config: GemmConfig | None = None,
-    num_sms: int | None = None,
-    **_: Any,
-) -> LaunchPlan:
-    """Operands a [m, k], scales [kb, m], b [n, k], scales [kb, n], sizes or segments, offset(, c)."""
-    a, _sa, b = avals_in[:3]
-    types = {"a": type_name(a), "b": type_name(b), "b_scales": "slices"}
-    problem = _inner_problem(avals_in, avals_out, avals_in[4], a.shape[1], layout, batch, 6, types)
-    parts = ("a", "a_scales", "b", "b_scales", "sizes", "offset", "c")
-    return _plan(problem, avals_in, parts, config, chip, num_sms)
-
-
-def k_grouped_bf16_gemm(
-    avals_in: Sequence[Any],
-    avals_out: Sequence[Any],
-    *,
-    batch: tuple[bool, ...] | None,
-    chip: Chip,
-    layout: str = "sizes",
-    config: GemmConfig | None = None,
-    num_sms: int | None = None,
-    **_: Any,
-) -> LaunchPlan:
-    """Operands a [k, m], b [k, n], sizes or segments, offset(, c)."""
-    a = avals_in[0]
-    problem = _inner_problem(avals_in, avals_out, avals_in[2], a.shape[0], layout, batch, 4, _bf16("tn"))
-    return _plan(problem, avals_in, ("a", "b", "sizes", "offset", "c"), config, chip, num_sms)
+    return _masked_problem(a, b, avals_out, expected_m, zero_rows, _bf16(form))
 
 
 def _inner_problem(
-    avals_in: Sequence[Any],
-    avals_out: Sequence[Any],
-    sizes: Any,
-    k: int,
-    layout: str,
-    batch: Any,
-    operands: int,
-    types: dict[str, str],
+    avals_out: Sequence[Any], k: int, add_c: bool, described: dict[str, Any]
 ) -> GroupedProblem:
     *groups, m, n = avals_out[0].shape
-    segments, segmented = _segments(sizes, layout, batch)
+    expected = max(1, k // max(1, described["segments"]))
     return GroupedProblem(
         INNER,
         groups=math.prod(groups),
         m=m,
         n=n,
         k=k,
-        expected=max(1, k // max(1, segments)),
-        segments=segments,
-        segmented=segmented,
-        out=_out(avals_out[0]),
-        add_c=len(avals_in) > operands,
-        **types,
+        expected=expected,
+        add_c=add_c,
+        **_out(avals_out),
+        **described,
     )
 
 
-def k_masked_bf16_gemm(
-    avals_in: Sequence[Any],
-    avals_out: Sequence[Any],
-    *,
-    batch: tuple[bool, ...] | None,
-    chip: Chip,
-    config: GemmConfig | None = None,
-    num_sms: int | None = None,
-    **_: Any,
-) -> LaunchPlan:
-    """Operands a [g, k, m], b [g, k, n], sizes [g]."""
+def _k_grouped_fp8(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: Any, layout: str = "sizes", **_: Any
+) -> GroupedProblem:
+    a, _sa, b, _sb, sizes, _offset, *c = avals_in
+    types = {"a": type_name(a), "b": type_name(b), "b_scales": "slices"}
+    return _inner_problem(avals_out, a.shape[1], bool(c), _segments(sizes, layout, batch) | types)
+
+
+def _k_grouped_bf16(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: Any, layout: str = "sizes", **_: Any
+) -> GroupedProblem:
+    a, _b, sizes, _offset, *c = avals_in
+    return _inner_problem(avals_out, a.shape[0], bool(c), _segments(sizes, layout, batch) | _bf16("tn"))
+
+
+def _k_masked_bf16(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: Any, **_: Any
+) -> GroupedProblem:
     del batch
-    a, _b, _sizes = avals_in
+    groups, k, _m = avals_in[0].shape
     *_lead, m, n = avals_out[0].shape
-    problem = GroupedProblem(
-        MASKED_INNER,
-        groups=a.shape[0],
-        m=m,
-        n=n,
-        k=a.shape[1],
-        expected=a.shape[1],
-        segments=a.shape[0],
-        weights=a.shape[0],
-        out=_out(avals_out[0]),
-        **_bf16("tn"),
-    )
-    return _plan(problem, avals_in, ("a", "b", "sizes"), config, chip, num_sms)
+    counts: dict[str, Any] = {"groups": groups, "segments": groups, "weights": groups}
+    sizes: dict[str, Any] = {"m": m, "n": n, "k": k, "expected": k}
+    return GroupedProblem(MASKED_INNER, **counts, **sizes, **_out(avals_out), **_bf16("tn"))
+
+
+_SCALED = ("a", "a_scales", "b", "b_scales")
+
+m_grouped_fp8_gemm = GroupedKernel((*_SCALED, "sizes", "offset"), _m_grouped_fp8)
+"""a [m, k], scales [m, kb], b [g, n, k], scales, sizes or segments, offset."""
+m_grouped_bf16_gemm = GroupedKernel(("a", "b", "sizes", "offset"), _m_grouped_bf16)
+"""a [m, k], b [g, n, k] (form "nt") or [g, k, n] ("nn"), sizes or segments, offset."""
+m_masked_fp8_gemm = GroupedKernel((*_SCALED, "sizes"), _m_masked_fp8)
+"""a [g, m, k], scales [g, m, kb], b [weights, n, k], scales, masked_m [g]."""
+m_masked_bf16_gemm = GroupedKernel(("a", "b", "sizes"), _m_masked_bf16)
+"""a [g, m, k], b [weights, n, k] or [weights, k, n], masked_m [g]."""
+k_grouped_fp8_gemm = GroupedKernel((*_SCALED, "sizes", "offset", "c"), _k_grouped_fp8)
+"""a [m, k], scales [kb, m], b [n, k], scales [kb, n], sizes or segments, offset(, c)."""
+k_grouped_bf16_gemm = GroupedKernel(("a", "b", "sizes", "offset", "c"), _k_grouped_bf16)
+"""a [k, m], b [k, n], sizes or segments, offset(, c)."""
+k_masked_bf16_gemm = GroupedKernel(("a", "b", "sizes"), _k_masked_bf16)
+"""a [g, k, m], b [g, k, n], sizes [g]."""

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_deepgemm.core.kernel_rule import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.gemm.ops import recut_blocks
@@ -29,15 +30,8 @@ FP8_GRADIENT_HINT = (
 _BLOCKS = {"kb": ("k", SCALE_BLOCK), "nb": ("n", SCALE_BLOCK)}
 
 
-def _kernel(name: str, **form: str) -> Callable[..., Any]:
-    """A function of grouped/kernel.py, imported when CUDA first asks."""
-
-    def plan(*args: Any, **params: Any) -> Any:
-        from jax_deepgemm.grouped import kernel
-
-        return getattr(kernel, name)(*args, **form, **params)
-
-    return plan
+def _kernel(name: str, **form: str) -> LazyKernel:
+    return LazyKernel("jax_deepgemm.grouped.kernel", name, **form)
 
 
 def _blocks(rule: str) -> dict[str, tuple[str, int]]:

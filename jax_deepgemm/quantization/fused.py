@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.kernel_rule import LazyKernel
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.quantization import reference
 from jax_deepgemm.quantization.api import checked_input, over_leading
-from jax_deepgemm.quantization.ops import BlockOp, quantize_shared, shared_windows
+from jax_deepgemm.quantization.ops import KERNELS, BlockOp, quantize_shared, shared_windows
 
 PER_ROW, PER_COLUMN, SQUARE = (1, 128), (128, 1), (128, 128)
 Both = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -154,7 +155,7 @@ def both_op(dtype: np.dtype, scale_format: str, limited: bool) -> BlockOp:
         plain,
         blocks=both_blocks("c"),
         spmd=on_shard,
-        kernel=functools.partial(_kernel, PER_ROW, scale_format),
+        kernel=_kernel(PER_ROW, scale_format),
         grad_hint=HINT,
     )
 
@@ -186,15 +187,13 @@ def weight_op(dtype: np.dtype, scale_format: str) -> BlockOp:
         plain,
         blocks={"r_blocks": ("r", 128), "c_blocks": ("c", 128)},
         spmd=on_shard,
-        kernel=functools.partial(_kernel, SQUARE, scale_format),
+        kernel=_kernel(SQUARE, scale_format),
         grad_hint=HINT,
     )
 
 
-def _kernel(block: tuple[int, int], scale_format: str, *args: Any, **params: Any) -> Any:
-    from jax_deepgemm.quantization import kernel  # what only CUDA needs is imported when CUDA first asks
-
-    return kernel.quantize(*args, block=block, scale_format=scale_format, transposed=True, **params)
+def _kernel(block: tuple[int, int], scale_format: str) -> LazyKernel:
+    return LazyKernel(KERNELS, "quantize", block=block, scale_format=scale_format, transposed=True)
 
 
 # One device's piece -------------------------------------------------------------------------------------

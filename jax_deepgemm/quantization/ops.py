@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_deepgemm.core.kernel_rule import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.quantization import reference
@@ -25,6 +26,7 @@ from jax_deepgemm.quantization.array import Block, scales_shape
 Shape = tuple[int, ...]
 KERNEL_BLOCKS = ((1, 128), (128, 128), (128, 1))
 """Blocks for which there is a CUDA kernel; others run as jnp."""
+KERNELS = "jax_deepgemm.quantization.kernel"
 
 _HINT = (
     "FP8 training goes through fp8_linear, which quantises in its forward and backward pass and has "
@@ -69,15 +71,11 @@ def quantize_op(block: Block, dtype: np.dtype, scale_format: str) -> Op:
         functools.partial(reference.quantize, block=block, dtype=dtype, scale_format=scale_format),
         blocks=_blocks(block),
         spmd=functools.partial(_quantize_shard, block, dtype, scale_format),
-        kernel=functools.partial(_kernel, block, scale_format) if block in KERNEL_BLOCKS else None,
+        kernel=LazyKernel(KERNELS, "quantize", block=block, scale_format=scale_format)
+        if block in KERNEL_BLOCKS
+        else None,
         grad_hint=_HINT,
     )
-
-
-def _kernel(block: Block, scale_format: str, *args: Any, **params: Any) -> Any:
-    from jax_deepgemm.quantization import kernel  # what only CUDA needs is imported when CUDA first asks
-
-    return kernel.quantize(*args, block=block, scale_format=scale_format, **params)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -23,3 +23,8 @@ class Chip:
 
 
 H200 = Chip()
+
+
+def with_sms(chip: Chip, num_sms: int | None) -> Chip:
+    """The chip of which a kernel may use so many SMs."""
+    return chip if num_sms is None else replace(chip, num_sms=min(num_sms, chip.num_sms))

@@ -14,9 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from jax_deepgemm.jit.report import KernelSource
 from jax_deepgemm.sm90.chip import Chip
+
+if TYPE_CHECKING:
+    from jax_deepgemm.sm90.cost import Cost
 
 _SLOT_ROW_BYTES = 128  # bytes of k in one slot of the ring: 128 FP8 or 64 BF16 elements
 _QUAD = 4  # blocks of k whose 1x128 scales one TMA box brings
@@ -100,6 +104,17 @@ class GemmProblem:
         from jax_deepgemm.sm90.source import kernel_source
 
         return [kernel_source(self, choose(self, chip))]
+
+    def ranked(self, chip: Chip) -> list[tuple[GemmConfig, Cost]]:
+        """Candidates with their cost, the cheapest first."""
+        from jax_deepgemm.sm90.cost import candidates, cost
+
+        priced = [(c, cost(self, c, chip)) for c in candidates(self, chip)]
+        return sorted(priced, key=lambda pair: pair[1].total)
+
+    def shared_bytes(self, c: GemmConfig) -> int:
+        """Shared memory of a block of threads."""
+        return shared_memory(self, c).total
 
     def __str__(self) -> str:
         parts = [f"{self.a}x{self.b} {self.layout} m={self.m} n={self.n} k={self.k} -> {self.out}"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Result, Scalar
@@ -117,6 +117,15 @@ class GroupedProblem:
         """What `jax_deepgemm.precompile` compiles for this problem: the kernel that would be chosen."""
         return [grouped_source(self, choose_grouped(self, chip))]
 
+    def ranked(self, chip: Chip) -> list[tuple[GemmConfig, Cost]]:
+        """Candidates with their cost, the cheapest first."""
+        priced = [(c, grouped_cost(self, c, chip)) for c in grouped_candidates(self, chip)]
+        return sorted(priced, key=lambda pair: pair[1].total)
+
+    def shared_bytes(self, c: GemmConfig) -> int:
+        """Shared memory of a block of threads."""
+        return shared_memory(self.gemm, c).total
+
     def __str__(self) -> str:
         parts = [f"{_SHORT[self.grouping]} {self.a}x{self.b} {self.layout} groups={self.groups}"]
         parts += [f"m={self.m} n={self.n} k={self.k} expected={self.expected} -> {self.out}"]
@@ -135,8 +144,8 @@ def problems_with_grouped(p: GroupedProblem, c: GemmConfig) -> list[str]:
     return broken + problems_with(p.gemm, c)
 
 
-# Tiles that can win -> microseconds that 128 bytes of k of one tile take on one SM, as in cost.py, but under the
-# power limit, where these kernels run for longer than a dense one.
+# Tiles that can win -> microseconds that 128 bytes of k of one tile take on one SM, as in cost.py; more than
+# there, since these kernels run for long enough to reach the power limit.
 _PER_BLOCK = {
     "fp8 block": {
         (64, 128): 0.304,
@@ -341,8 +350,3 @@ def grouped_plan(
         shared_memory=shared_memory(p.gemm, c).total,
     )
     return LaunchPlan((launch,), label=str(p))
-
-
-def with_sms(chip: Chip, num_sms: int | None) -> Chip:
-    """The chip of which a kernel may use so many SMs."""
-    return chip if num_sms is None else replace(chip, num_sms=min(num_sms, chip.num_sms))
