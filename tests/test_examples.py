@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import jax_deepgemm
-from jax_deepgemm import activation, config, grouped, quantization
+from jax_deepgemm import activation, config, grouped, moe, quantization
 
 MODULES = sorted(
     found.name
@@ -22,10 +22,11 @@ PUBLIC: dict[ModuleType, list[str]] = {
     quantization: quantization.__all__,
     grouped: grouped.__all__,
     activation: activation.__all__,
+    moe: moe.__all__,
     config: ["get", "update", "use"],
 }
-SEEN_WHOLE = {"GemmConfig", "GemmProblem"}
-"""Plain data, shown in the examples of `explain` and `precompile`."""
+SEEN_WHOLE = {"GemmConfig", "GemmProblem", "DispatchPlan"}
+"""Plain data, shown in the examples of `explain`, `precompile` and `plan_dispatch`."""
 
 
 def needs_a_compiler(module: str) -> bool:
@@ -37,6 +38,8 @@ def test_examples_run(name: str) -> None:
     if needs_a_compiler(name):
         pytest.importorskip("cuda.core")
         pytest.importorskip("jax_deepgemm._ffi")
+    if name.startswith("jax_deepgemm.flax"):
+        pytest.importorskip("flax.nnx")
     module = importlib.import_module(name)
     assert doctest.testmod(module).failed == 0
 

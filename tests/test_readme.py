@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -20,6 +21,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def test_python_blocks_run(document: Path) -> None:
     names: dict[str, object] = {}
     for block in BLOCK.findall(document.read_text()):
+        if "flax" in block and importlib.util.find_spec("flax") is None:
+            pytest.skip("flax is not installed; the blocks before it ran")
         exec(compile(block, str(document), "exec"), names)
 
 
