@@ -178,7 +178,9 @@ def test_grouped_sharded_is_unsharded(case, count, kind):
         )
         got = np.asarray(program(*shards))
     assert "jax_deepgemm_launch" in program.as_text()
-    assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
+    # Cut inside a block of 128 of k, FP8 products are summed in other pieces, each with some 14 bits.
+    limit = 2e-4 if function is k_fp8 and cut == "k" else 1e-6
+    assert np.linalg.norm(got - want) <= limit * np.linalg.norm(want)
 
 
 # Experts on several GPUs ----------------------------------------------------------------------------------
