@@ -11,7 +11,7 @@ EXTRAS ?= test,$(CUDA)
 PINS ?=
 PYTEST_FLAGS ?=
 LINTERS := ruff==0.17.5 mypy==2.4.1 clang-format==23.1.5
-SOURCES := jax_deepgemm tests benchmarks
+SOURCES := jax_deepgemm tests benchmarks examples
 DEVICE_CODE := $(shell find ffi include jax_deepgemm -name '*.cc' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu' 2>/dev/null)
 
 .PHONY: demo test ext lint format docs gpu clean

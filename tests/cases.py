@@ -103,7 +103,8 @@ EDGE_SHAPES = (
     (4100, 2048, 256),
     (4100, 2112, 384),
 )
-"""m = 1, odd sizes, n = 8 * odd, k below, at and beside multiples of 128 and of 16; many tiles of few blocks."""
+"""m = 1, odd sizes, n = 8 * odd, k below, at and beside multiples of 128 and of 16; many
+tiles of few blocks."""
 
 ZERO_SHAPES = ((0, 8, 128), (8, 0, 128), (8, 16, 0), (0, 0, 0), (0, 8, 0))
 
