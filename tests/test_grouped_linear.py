@@ -184,7 +184,6 @@ def on_one_device() -> Any:
     [
         ("auto", "m"),
         ("explicit", "n"),
-        ("shard_map", "m"),
         ("shard_map", "g"),
     ],
 )
@@ -198,18 +197,9 @@ def test_sharded_gradients(mode, cut):
     mesh = op_checks.make_mesh(mode)
     function = functools.partial(whole, out_sharding=y_spec) if mode == "explicit" else whole
     if mode == "shard_map":
-        if cut == "m":
 
-            def local(x: jax.Array, w: jax.Array) -> jax.Array:
-                ends = jnp.clip(jnp.cumsum(CUT_SIZES) - jax.lax.axis_index("y") * 64, 0, 64)
-                mine = jnp.diff(ends, prepend=0)
-                return grouped_linear(x, w, mine, out_dtype=F32)
-
-        else:
-
-            def local(x: jax.Array, w: jax.Array) -> jax.Array:
-                mine = whole(x, w, group_offset=2 * jax.lax.axis_index("y"))
-                return jax.lax.psum(mine, "y")
+        def local(x: jax.Array, w: jax.Array) -> jax.Array:
+            return jax.lax.psum(whole(x, w, group_offset=2 * jax.lax.axis_index("y")), "y")
 
         function = jax.shard_map(local, mesh=mesh, in_specs=(x_spec, w_spec), out_specs=y_spec)
     placed = [jax.device_put(z, NamedSharding(mesh, s)) for z, s in zip(CUT, (x_spec, w_spec))]
