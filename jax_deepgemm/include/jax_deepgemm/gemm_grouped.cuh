@@ -19,11 +19,16 @@
 
 namespace jdg {
 
-// Which tile: what the producer publishes and consumers keep. The rest is read from the table where it is
-// needed, since no registers are free beside an accumulator.
+// A condition that is the same for a whole warp, which the compiler cannot know of what was read from the
+// table. Where it must take a branch around the main loop for divergent, it computes descriptors in vector
+// registers (R2UR) and synchronises before each multiplication (WARPSYNC): some 30 instructions a block of k.
+__device__ __forceinline__ bool whole_warp(bool condition) { return __shfl_sync(0xFFFFFFFF, condition, 0); }
+
+// Which tile: what the producer publishes and consumers keep; it comes by shuffle, so a warp agrees on it.
+// The rest is read from the table where it is needed, since no registers are free beside an accumulator.
 struct Place {
   static constexpr int kIndexBits = 12;  // sm90/grouped.py allows no more segments
-  int row, packed;
+  int row, packed, blocks;
 
   __device__ __forceinline__ int index() const { return packed & ((1 << kIndexBits) - 1); }
   __device__ __forceinline__ int col() const { return (packed >> kIndexBits) * 8; }
@@ -66,13 +71,13 @@ __device__ __forceinline__ Place nth_tile(const GroupTable<C>& table, int number
   mine.m = covered_rows(table, index, p);
   const Tile within = tile_at<C>(number - table.word(index, 2), mine, 0);
   const int first = GroupTable<C>::kRowsInGroups ? table.word(index, 0) : 0;
-  return {first + within.row, within.col / 8 << Place::kIndexBits | index};
+  return {first + within.row, within.col / 8 << Place::kIndexBits | index, 0};
 }
 
 template <class C>
 __device__ __forceinline__ Place receive_place(const Position<C>& at) {
   const Tile record = receive_tile<C>(at, 0);
-  return {record.row, record.col};
+  return {record.row, record.col, record.batch};
 }
 
 template <class C>
@@ -90,13 +95,14 @@ __device__ __forceinline__ void store_group_tile(float (&acc)[C::COLS / 2], cons
                                                  typename C::Out* d, const typename C::Out* c, u32 slabs,
                                                  const Problem& p, const GroupTile& mine, int first_row) {
   const int warp_row = first_row + ptx::thread_index() / 32 % 4 * 16;
-  if (warp_row >= mine.zeros_end) return;
+  if (whole_warp(warp_row >= mine.zeros_end)) return;
+  const bool cut = whole_warp(warp_row + 16 > mine.zeros_end && mine.zeros_end < p.m);
   Tile tile = mine.tile;
   if constexpr (GroupTable<C>::kRowsInGroups) tile.batch = 0;
   Problem bounded = p;
   bounded.m = mine.zeros_end;
   typename C::Out* out = matrix_of(d, p, tile.batch);
-  if (C::TMA_STORE && warp_row + 16 > mine.zeros_end && mine.zeros_end < p.m)
+  if (C::TMA_STORE && cut)
     store_direct<C>(acc, out, bounded, tile, first_row);
   else
     store_tile<C>(acc, d_map, out, matrix_of(c, p, tile.batch), slabs, bounded, tile, first_row);
@@ -122,7 +128,7 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
         const Place place = nth_tile<C>(table, number, p);
         const GroupTile next = group_tile<C>(table, place, p, in.k_blocks);
         if (next.tile.k_end > 0)
-          load_blocks<C>(at, in, next.tile, place.row, place.packed, 0);
+          load_blocks<C>(at, in, next.tile, place.row, place.packed, next.tile.k_end);
         else
           publish_empty_tile<C>(at, place.row, place.packed);
       }
@@ -144,8 +150,8 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
           add_c<C, true>(acc, matrix_of(c, p, tile.batch), p, tile, place.row + warpgroup * 64);
         else
           clear(acc);
-        if (tile.k_end > 0) {
-          if constexpr (!GroupTable<C>::kInner) tile.k_end = in.k_blocks;  // needs no register
+        if (place.blocks > 0) {
+          tile.k_end = GroupTable<C>::kInner ? place.blocks : in.k_blocks;  // the latter needs no register
           multiply_blocks<C>(acc, at, blocks, tile, warpgroup);
         } else {
           skip_empty_tile<C>(at);

@@ -87,7 +87,7 @@ template <class C>
 __device__ __forceinline__ int read_segments(const Groups& g, u32 base) {
   using Table = GroupTable<C>;
   const int lane = threadIdx.x % 32, head = Table::kRowsInGroups ? 1 : 0;
-  const int offset = g.offset ? clamp(*g.offset, 0, g.total) : 0;
+  const int given = g.offset ? *g.offset : 0, offset = clamp(given, 0, g.total);
   const int count = C::SEGMENTED && Table::kRowsInGroups ? g.total : g.here;
   int last = 0;
   if constexpr (C::SEGMENTED) {
@@ -96,8 +96,9 @@ __device__ __forceinline__ int read_segments(const Groups& g, u32 base) {
       const bool there = from < g.total;
       const int start = there ? clamp(g.sizes[from], 0, g.extent) : g.extent;
       const int end = there ? clamp(g.sizes[g.total + from], start, g.extent) : g.extent;
-      const int group = Table::kRowsInGroups ? g.sizes[2 * g.total + from] - offset : i;
-      ptx::store_shared_4(base + (head + i) * 16, start, end, 0, group >= 0 && group < g.here ? group : -1);
+      const i64 group = Table::kRowsInGroups ? static_cast<i64>(g.sizes[2 * g.total + from]) - given : i;
+      const bool mine = group >= 0 && group < g.here;
+      ptx::store_shared_4(base + (head + i) * 16, start, end, 0, mine ? static_cast<int>(group) : -1);
     }
   } else if constexpr (Table::kMasked) {
     for (int i = lane; i < count; i += 32)
