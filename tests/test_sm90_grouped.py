@@ -94,7 +94,7 @@ def test_main_loop_is_uniform(p: GroupedProblem, c: GemmConfig, tmp_path: Path) 
     lines = subprocess.run([*command, str(cubin)], capture_output=True, text=True, check=True).stdout
     first, last = lines.index("GMMA"), lines.rindex("GMMA")
     assert lines.count("GMMA") >= 16
-    assert lines.count("R2UR", first, last) < 16  # some stand between the two copies of a loop
+    assert lines.count("R2UR", first, last) < 32  # 16 stand between the two copies of the widest loop
     assert "WARPSYNC" not in lines[first:last]
 
 
