@@ -118,7 +118,7 @@ def test_ptxas_is_content(p: GemmProblem, c: GemmConfig) -> None:
 
 
 def test_shared_memory_is_what_the_kernels_lay_out() -> None:
-    """`Layout` of mainloop.cuh, rounded up to 128 bytes, for every configuration above."""
+    """`Layout` of ring.cuh, rounded up to 128 bytes, for every configuration above."""
     text = ["#include <jax_deepgemm/mainloop.cuh>"]
     for i, (p, c) in enumerate(PAIRS):
         [config] = re.findall(r"struct Config \{\n(.*?)\n\};", kernel_source(p, c).text, re.DOTALL)

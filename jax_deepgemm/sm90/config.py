@@ -2,7 +2,7 @@
 
     GemmProblem -> candidates(), cost() (cost.py) -> GemmConfig -> kernel_source() (source.py) -> LaunchPlan
 
-Two kernels share one main loop (include/jax_deepgemm/mainloop.cuh):
+Three kernels share one main loop (include/jax_deepgemm/mainloop.cuh):
 
 - `gemm.cuh`: A's rows on wgmma's 64-row side, a persistent grid; block_m = 64, 128 or 192, block_n any
   multiple of 8.
@@ -187,7 +187,7 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class SharedMemory:
-    """Bytes of shared memory of a configuration; mirrors `Layout` in mainloop.cuh, which asserts it."""
+    """Bytes of shared memory of a configuration; mirrors `Layout` in ring.cuh, which asserts it."""
 
     slot: int
     scale_slot: int

@@ -1,0 +1,271 @@
+// The ring of shared-memory slots between one TMA producer thread and the consumer warpgroups of a block, and
+// the producer's side of it. The consumers' side is mainloop.cuh.
+//
+//   producer thread                          consumer warpgroup w
+//   wait empty[s]                            wait full[s]
+//   expect bytes on full[s]                  read scales of this block of k
+//   TMA rows tile, cols tile -> slot s       4 wgmma over the 128 bytes of k in the slot
+//   every 4th block: TMA scale quads         wait for them, arrive empty[s], promote: acc += scale * product
+//
+// wgmma multiplies "rows" (its M side, 64 per warpgroup, A or the weights) by "cols" (its N side, the tile
+// width).
+//
+// FP8 walks k in quads of four blocks, because one TMA box {4 blocks of k, rows} of the caller's row-major
+// scales [rows, k/128] serves four of them. Slots that the last quad of a tile does not need are passed on
+// without data. The quads of scales form a ring of ceil(STAGES / 4) + 1 slots without barriers of their own:
+// a quad is read before its warpgroup releases the first block of the next one, and the producer is at most
+// STAGES blocks ahead. Scales stored by block of k, [k/128, rows], come one block at a time, by the same
+// rule.
+//
+// Hazard: a load from shared memory may still be under way when its warp arrives at an mbarrier behind it;
+// only an instruction that uses the value proves it done. Hence the one slot more: with it, the promotion
+// stands in between.
+#pragma once
+
+#include <jax_deepgemm/ptx/barrier.cuh>
+#include <jax_deepgemm/ptx/memory.cuh>
+#include <jax_deepgemm/ptx/tma.cuh>
+
+namespace jdg {
+
+enum class Scale {
+  kNone,    // BF16
+  kVector,  // one factor for each row (column) and 128 of k, stored [rows, k/128]
+  kSlices,  // the same, stored [k/128, rows]
+  kBlock,   // one factor for each 128 rows (columns) and 128 of k
+};
+
+constexpr int kSlotRowBytes = 128;  // bytes of k in a slot: 128 FP8 or 64 BF16 elements
+constexpr int kStepsPerBlock = 4;   // wgmma instructions along k for them
+constexpr int kQuad = 4;            // blocks of k whose scales travel together
+
+// Where things are in shared memory. C is a kernel's configuration; its fields are named in sm90/config.py.
+template <class C>
+struct Layout {
+  static constexpr u32 kRowsBytes = (C::ROWS_K_MAJOR ? C::ROWS : align_up(C::ROWS, 64)) * kSlotRowBytes;
+  static constexpr u32 kColsBytes = (C::COLS_K_MAJOR ? C::COLS : align_up(C::COLS, 64)) * kSlotRowBytes;
+  static constexpr bool kFp8 = C::ROW_SCALES != Scale::kNone, kSliced = C::ROW_SCALES == Scale::kSlices;
+  static constexpr bool kRowVector = kSliced || C::ROW_SCALES == Scale::kVector;
+  static constexpr bool kColVector = kSliced || C::COL_SCALES == Scale::kVector;
+  static constexpr int kScaleStep = kSliced ? 1 : kQuad;  // blocks of k whose scales travel together
+  static constexpr u32 kRowScaleBytes = kRowVector ? C::ROWS * kScaleStep * 4 : 0;
+  static constexpr u32 kColScaleBytes = kColVector ? align_up(C::COLS * kScaleStep * 4, 128) : 0;
+  static_assert(kSliced == (C::COL_SCALES == Scale::kSlices), "both operands store their scales alike");
+  static_assert(!kFp8 || C::SCALE_SLOTS == ceil_div(C::STAGES, kScaleStep) + 1, "see the head of this file");
+
+  static constexpr u32 kRows = 0;
+  static constexpr u32 kCols = kRows + C::STAGES * kRowsBytes;
+  static constexpr u32 kStaging = kCols + C::STAGES * kColsBytes;  // 1024-byte aligned
+  static constexpr u32 kRowScales = kStaging + C::STAGING_BYTES;
+  static constexpr u32 kColScales = kRowScales + C::SCALE_SLOTS * kRowScaleBytes;
+  static constexpr u32 kBarriers = kColScales + C::SCALE_SLOTS * kColScaleBytes;
+  static constexpr u32 kTiles = kBarriers + 2 * C::STAGES * 8;  // 16-byte aligned
+  static constexpr u32 kTable = kTiles + C::STAGES * 16;        // of groups; dense kernels have none
+  static constexpr u32 kBytes = kTable + C::TABLE_BYTES;
+  static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
+
+  static constexpr u32 kSlotBytes = kRowsBytes + kColsBytes;
+  static constexpr u32 kScaleBytes = kRowScaleBytes + (kColVector ? C::COLS * kScaleStep * 4 : 0);
+};
+
+// A slot of the ring, as seen from one side of it.
+template <class C>
+struct Position {
+  u32 smem;
+  int stage = 0;
+  u32 phase = 0;
+  int quad_slot = 0;
+
+  __device__ __forceinline__ explicit Position(u32 base) : smem(base) {}
+  __device__ __forceinline__ u32 full() const { return smem + Layout<C>::kBarriers + stage * 8; }
+  __device__ __forceinline__ u32 empty() const { return full() + C::STAGES * 8; }
+  __device__ __forceinline__ u32 rows() const {
+    return smem + Layout<C>::kRows + stage * Layout<C>::kRowsBytes;
+  }
+  __device__ __forceinline__ u32 cols() const {
+    return smem + Layout<C>::kCols + stage * Layout<C>::kColsBytes;
+  }
+  __device__ __forceinline__ u32 row_scales() const {
+    return smem + Layout<C>::kRowScales + quad_slot * Layout<C>::kRowScaleBytes;
+  }
+  __device__ __forceinline__ u32 col_scales() const {
+    return smem + Layout<C>::kColScales + quad_slot * Layout<C>::kColScaleBytes;
+  }
+  template <int SLOTS = 1>  // a divisor of STAGES
+  __device__ __forceinline__ void advance() {
+    stage += SLOTS;
+    if (stage == C::STAGES) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  __device__ __forceinline__ void advance_scales() {
+    if (++quad_slot == C::SCALE_SLOTS) quad_slot = 0;
+  }
+};
+
+// Which consumer warpgroup this thread is in; the shuffle tells the compiler that it is the same for a whole
+// warp, so that descriptors are computed in uniform registers.
+__device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0); }
+
+template <int COUNT>
+__device__ __forceinline__ void clear(float (&acc)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) acc[i] = 0.0f;
+}
+
+// The part of the product that a block of threads computes at a time.
+struct Tile {
+  int row, col, batch;
+  int k_begin, k_end;       // blocks of k; FP8 begins at a multiple of four
+  int col_batch = batch;    // of the cols operand
+  int k_first = 0;          // where block 0 begins; a multiple of 128 for FP8
+  int k_skip = 0;           // elements of the first block that do not count, and ...
+  int k_stop = 0x7FFFFFFF;  // ... elements of the last block up to which they count
+};
+
+// The producer says with the first block of a tile which tile it is, so that consumers need no arithmetic for
+// it, and sends kNoTile when there are no more. A record may be overwritten when its slot may.
+constexpr int kNoTile = -1;
+
+template <class C>
+__device__ __forceinline__ void publish_tile(const Position<C>& at, int row, int col, int batch) {
+  ptx::store_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16, row, col, batch, 0);
+}
+
+// Lane 0 reads, because lane 0 is the one that later releases the slot. All of the tile's k, from block 0 on.
+template <class C>
+__device__ __forceinline__ Tile receive_tile(const Position<C>& at, int k_blocks) {
+  ptx::mbarrier_wait(at.full(), at.phase);
+  float4 record = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (threadIdx.x % 32 == 0) record = ptx::load_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16);
+  const auto shared = [](float v) { return __float_as_int(__shfl_sync(0xFFFFFFFF, v, 0)); };
+  return {shared(record.x), shared(record.y), shared(record.z), 0, k_blocks};
+}
+
+// A tile without any k (a group's zeros) takes slots without data, as many as keep quads where they belong.
+template <class C>
+constexpr int kEmptySlots = Layout<C>::kFp8 ? Layout<C>::kScaleStep : 1;
+
+// Hands back a slot that holds nothing.
+//
+// Hazard: lanes may leave the wait one after the other. Where lane 0 released the slot first, the producer,
+// which has nothing to load either, could complete the barrier's next phase before the last lane looked at
+// this one: that lane would wait for ever. Between wait and release of other slots stands wgmma, which all
+// lanes execute together.
+__device__ __forceinline__ void pass_slot(u32 full, u32 empty, u32 phase) {
+  ptx::mbarrier_wait(full, phase);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+}
+
+template <class C>
+__device__ __forceinline__ void skip_empty_tile(Position<C>& at) {
+#pragma unroll 1
+  for (int i = 0; i < kEmptySlots<C>; ++i) {
+    pass_slot(at.full(), at.empty(), at.phase);
+    at.advance();
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void init_barriers(u32 smem) {
+  Position<C> at(smem);
+  if (threadIdx.x == 0) {
+    for (at.stage = 0; at.stage < C::STAGES; ++at.stage) {
+      ptx::mbarrier_init(at.full(), 1);
+      ptx::mbarrier_init(at.empty(), 4 * C::WARPGROUPS);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+}
+
+// The operands in global memory. A batch coordinate is multiplied by 0 where all batches share an operand.
+struct Operands {
+  const TensorMap* rows;
+  const TensorMap* cols;
+  const TensorMap* row_scales;  // kVector and kSlices only
+  const TensorMap* col_scales;  // kVector and kSlices only
+  const float* block_scales;    // kBlock only: [batch, block_scale_rows, block_scale_pitch]
+  int k_blocks;
+  int block_scale_rows, block_scale_pitch;
+  int batched_rows, batched_cols, batched_row_scales, batched_col_scales;  // 0 or 1
+};
+
+template <class C, bool K_MAJOR, int EXTENT>
+__device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32 bar, int first, int k,
+                                             int batch) {
+  if constexpr (K_MAJOR) {
+    ptx::tma_load(slot, map, bar, k, first, batch);
+  } else {
+#pragma unroll
+    for (int slab = 0; slab < ceil_div(EXTENT, 64); ++slab)
+      ptx::tma_load(slot + slab * 64 * kSlotRowBytes, map, bar, first + slab * 64, k, batch);
+  }
+}
+
+// The scales of one step of blocks, for one operand.
+template <class C>
+__device__ __forceinline__ void load_scales(u32 slot, const TensorMap& map, u32 bar, int first, int kb,
+                                            int batch) {
+  if constexpr (Layout<C>::kSliced)
+    ptx::tma_load(slot, map, bar, first, kb, batch);
+  else
+    ptx::tma_load(slot, map, bar, kb, first, batch);
+}
+
+// Producer side, one thread. `record` is published with the first block.
+template <class C, class... Record>
+__device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in, const Tile& tile,
+                                            Record... record) {
+  using L = Layout<C>;
+  const int row_batch = tile.batch * in.batched_rows, col_batch = tile.col_batch * in.batched_cols;
+  for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
+    const bool scales = L::kFp8 && kb % L::kScaleStep == 0;
+    const int k = tile.k_first + kb * C::BLOCK_K;
+    ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
+    if (kb == tile.k_begin) publish_tile<C>(at, record...);
+    ptx::mbarrier_expect_bytes(at.full(), L::kSlotBytes + (scales ? L::kScaleBytes : 0));
+    load_operand<C, C::ROWS_K_MAJOR, C::ROWS>(at.rows(), *in.rows, at.full(), tile.row, k, row_batch);
+    load_operand<C, C::COLS_K_MAJOR, C::COLS>(at.cols(), *in.cols, at.full(), tile.col, k, col_batch);
+    if (scales) {
+      if constexpr (L::kRowVector)
+        load_scales<C>(at.row_scales(), *in.row_scales, at.full(), tile.row, k / C::BLOCK_K,
+                       tile.batch * in.batched_row_scales);
+      if constexpr (L::kColVector)
+        load_scales<C>(at.col_scales(), *in.col_scales, at.full(), tile.col, k / C::BLOCK_K,
+                       tile.col_batch * in.batched_col_scales);
+      at.advance_scales();
+    }
+    at.advance();
+  }
+  if constexpr (L::kFp8) {
+    for (int kb = tile.k_end; kb % L::kScaleStep != 0; ++kb) {
+      ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
+      ptx::mbarrier_arrive(at.full());
+      at.advance();
+    }
+  }
+}
+
+// Producer side, for a tile without any k.
+template <class C>
+__device__ __forceinline__ void publish_empty_tile(Position<C>& at, int row, int packed) {
+  for (int i = 0; i < kEmptySlots<C>; ++i) {
+    ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
+    if (i == 0) publish_tile<C>(at, row, packed, 0);
+    ptx::mbarrier_arrive(at.full());
+    at.advance();
+  }
+}
+
+// Producer side, after the last tile.
+template <class C>
+__device__ __forceinline__ void publish_end(const Position<C>& at) {
+  ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
+  publish_tile<C>(at, kNoTile, 0, 0);
+  ptx::mbarrier_arrive(at.full());
+}
+
+}  // namespace jdg
