@@ -8,6 +8,7 @@ Three kernels share one main loop (include/jax_deepgemm/mainloop.cuh):
   multiple of 8.
 - `gemm_small_m.cuh` (`swap_ab`): B's rows (weights) on the 64-row side, tokens on the narrow side, k split
   over a cluster; block_n = 64 or 128, block_m = 8 .. 128 tokens.
+- `gemm_grouped.cuh`: as the first, for groups whose sizes are on the device (sm90/grouped.py).
 """
 
 from __future__ import annotations
