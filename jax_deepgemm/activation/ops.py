@@ -17,7 +17,6 @@ from jax_deepgemm.core.kernel_rule import LazyKernel
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.quantization import reference as quantization
 from jax_deepgemm.quantization.fused import (
-    HINT,
     both_blocks,
     both_rule,
     both_shapes,
@@ -26,7 +25,7 @@ from jax_deepgemm.quantization.fused import (
     shares_blocks,
     with_every_level,
 )
-from jax_deepgemm.quantization.ops import BlockOp
+from jax_deepgemm.quantization.ops import HINT, BlockOp
 
 Shape = tuple[int, ...]
 

@@ -20,15 +20,11 @@ from jax_deepgemm.core.kernel_rule import LazyKernel
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.quantization import reference
 from jax_deepgemm.quantization.api import checked_input, over_leading
-from jax_deepgemm.quantization.ops import KERNELS, BlockOp, quantize_shared, shared_windows
+from jax_deepgemm.quantization.ops import HINT, KERNELS, BlockOp, quantize_shared, shared_windows
 
 PER_ROW, PER_COLUMN, SQUARE = (1, 128), (128, 1), (128, 128)
 Both = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 Static = dict[str, Any]
-HINT = (
-    "Training goes through grouped_linear, moe_mlp or fp8_linear, which quantise in their forward and "
-    "backward pass and have gradients."
-)
 
 
 def quantize_both(

@@ -28,9 +28,10 @@ KERNEL_BLOCKS = ((1, 128), (128, 128), (128, 1))
 """Blocks for which there is a CUDA kernel; others run as jnp."""
 KERNELS = "jax_deepgemm.quantization.kernel"
 
-_HINT = (
-    "FP8 training goes through fp8_linear, which quantises in its forward and backward pass and has "
-    "gradients of first order, in reverse mode; the BF16 GEMMs have derivatives of any order."
+HINT = (
+    "FP8 training goes through fp8_linear, grouped_linear or moe.moe_mlp, which quantise in their forward "
+    "and backward pass and have gradients of first order, in reverse mode; the BF16 GEMMs have derivatives of "
+    "any order."
 )
 
 
@@ -74,7 +75,7 @@ def quantize_op(block: Block, dtype: np.dtype, scale_format: str) -> Op:
         kernel=LazyKernel(KERNELS, "quantize", block=block, scale_format=scale_format)
         if block in KERNEL_BLOCKS
         else None,
-        grad_hint=_HINT,
+        grad_hint=HINT,
     )
 
 
@@ -92,7 +93,7 @@ def dequantize_op(block: Block) -> Op:
         reference.dequantize,
         blocks=_blocks(block),
         spmd=functools.partial(_dequantize_shard, block),
-        grad_hint=_HINT,
+        grad_hint=HINT,
     )
 
 
