@@ -30,8 +30,8 @@ KERNELS = "jax_deepgemm.quantization.kernel"
 
 HINT = (
     "FP8 training goes through fp8_linear, grouped_linear or moe.moe_mlp, which quantise in their forward "
-    "and backward pass and have gradients of first order, in reverse mode; the BF16 GEMMs have derivatives of "
-    "any order."
+    "and backward pass and have gradients of first order, in reverse mode; the BF16 GEMMs have derivatives "
+    "of any order."
 )
 
 
