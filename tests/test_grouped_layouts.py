@@ -97,6 +97,19 @@ def test_groups_and_rows() -> None:
     check_segments(segments.by_row(k, 7), local, 5)
 
 
+def test_segments_by_row_ascend_though_groups_between_are_empty_or_missing() -> None:
+    """A kernel takes the rows up to the next start as a segment's own."""
+    s = layouts.segments_of_ends(array([4, 4, 8]), 8, 1)
+    k = segments.by_group(s, "segments", 8, array([0]), 5)
+    starts, ends, groups = (np.asarray(x) for x in segments.read(segments.by_row(k, 8), "segments", 8))
+    assert (np.diff(starts) >= 0).all()
+    assert [(a, b, g) for a, b, g in zip(starts, ends, groups, strict=True) if b > a] == [
+        (0, 4, 0),
+        (4, 8, 2),
+    ]
+    assert starts[2:].min() == 8
+
+
 @given(sizes=SIZES)
 @settings(max_examples=10)
 def test_windows_are_the_rows_of_a_device(sizes: list[int]) -> None:

@@ -108,6 +108,15 @@ def test_group_offset(recipe):
         assert relative(one, want) < (0.05 if recipe == "fp8" else 0.005)
 
 
+@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+def test_sizes_of_more_groups_than_weights(recipe):
+    x, w = jnp.ones((6, 128), BF16), jnp.ones((2, 16, 128), F32)
+    y = grouped_linear(x, w, jnp.array([2, 1, 3], jnp.int32), recipe=recipe)
+    np.testing.assert_array_equal(np.asarray(y[:, 0], np.float32), [128, 128, 128, 0, 0, 0])
+    with pytest.raises((TypeError, ValueError), match=r"group_offset.*need an int32"):
+        grouped_linear(x, w, jnp.array([2, 1, 3], jnp.int32), recipe=recipe, group_offset=1.7)
+
+
 def test_other_group_sizes_do_not_compile_again():
     x, w, _ = operands(BF16, F32)
     traces = []

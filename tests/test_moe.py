@@ -14,7 +14,7 @@ import jax_deepgemm as jdg
 import moe_oracle as oracle
 import op_checks
 from cases import BLOCK
-from jax_deepgemm.moe import dispatch, expert_mlp, moe_mlp, spread_weights
+from jax_deepgemm.moe import dispatch, expert_mlp, moe_mlp, moe_mlp_decode, spread_weights
 from moe_oracle import normal, pull, relative
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -156,6 +156,20 @@ def test_no_tokens():
     y, dx, dw13 = pull(layer, empty, w13, by=empty)
     assert (y.shape, dx.shape) == ((0, H), (0, H))
     assert not np.any(np.asarray(dw13))
+
+
+@pytest.mark.parametrize("layer", [moe_mlp, moe_mlp_decode])
+def test_no_tokens_forward(layer):
+    _, _, w13, w2 = operands()
+    ids, weights = jnp.zeros((0, K), jnp.int32), jnp.zeros((0, K))
+    y = layer(jnp.zeros((0, H), BF16), ids, weights, *(jdg.quantize(w, BLOCK) for w in (w13, w2)))
+    assert y.shape == (0, H)
+
+
+def test_numpy_weights_are_taken():
+    x, weights, w13, w2 = operands()
+    arrays = IDS, np.asarray(weights)
+    np.testing.assert_array_equal(moe_mlp(x, *arrays, w13, w2, recipe="bf16"), pulled("bf16", BF16, F32)[0])
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,14 @@ def test_dispatch_matches_a_loop(ids):
     assert int(plan.kept.sum()) == len(copies)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "int64"])
+def test_ids_of_any_width_count_experts_beyond_it(dtype):
+    ids = np.array([[5, 100], [0, 7]], dtype)
+    plan = plan_dispatch(ids, 300)
+    assert int(plan.group_sizes.sum()) == 4
+    assert plan.group_sizes[jnp.array([0, 5, 7, 100])].tolist() == [1, 1, 1, 1]
+
+
 def test_sorting_by_two_keys_is_the_same():
     """More experts times copies than one 32-bit key holds."""
     expert = oracle.random_ids(0, 40, 3, 50).reshape(-1).astype(jnp.uint32)

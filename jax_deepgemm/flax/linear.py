@@ -121,6 +121,11 @@ def linear(recipe: str, x: jax.Array, w: Any, out_dtype: Any = jnp.bfloat16) -> 
     """x [.., k] @ w.T for w [n, k], master weight or QuantizedArray."""
     if recipe == "fp8" or isinstance(w, QuantizedArray):
         return fp8_linear(x, w, out_dtype=out_dtype)
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise TypeError(
+            f"Linear: x is {x.dtype.name}, need bfloat16 or float32, which the layer rounds to bfloat16. "
+            "Convert it: x.astype(jnp.bfloat16)."
+        )
     tokens = Tokens.of(x if x.ndim > 1 else x[None])
     flat = tokens.flatten(x if x.ndim > 1 else x[None])
     y = tokens.unflatten(bf16_gemm_nt(as_bf16(flat), as_bf16(w), out_dtype=out_dtype))

@@ -122,7 +122,7 @@ def grouped_linear(
             x.astype(jnp.bfloat16),
             w.astype(jnp.bfloat16),
             group_sizes,
-            group_offset=group_offset,
+            group_offset=0 if group_offset is None else group_offset,
             expected_m=expected_m,
             out_dtype=options.out_dtype,
             out_sharding=options.out_sharding,

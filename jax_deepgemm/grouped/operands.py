@@ -114,7 +114,7 @@ def _other_form(op: str, k: int, n: int) -> str:
     return "Exchange the last two dimensions of b: jnp.swapaxes(b, -1, -2)."
 
 
-def _int32(op: str, name: str, x: Any, shape: str) -> jax.Array:
+def as_int32(op: str, name: str, x: Any, shape: str) -> jax.Array:
     """An array of integers as int32; larger numbers are cut at int32's limits, not wrapped."""
     need = f"an int32 array {shape}"
     if not is_array(x):
@@ -132,7 +132,7 @@ def _int32(op: str, name: str, x: Any, shape: str) -> jax.Array:
 
 def _check_vector(op: str, name: str, x: Any, length: int, what: str, at_least: bool = False) -> jax.Array:
     """A vector of int32 with one entry for each of `length`."""
-    vector = _int32(op, name, x, f"[{length}]")
+    vector = as_int32(op, name, x, f"[{length}]")
     bad = vector.ndim != 1 or (vector.shape[0] < length if at_least else vector.shape[0] != length)
     if bad:
         need = f"[{length}]" + (" or more" if at_least else "")
@@ -146,7 +146,7 @@ def check_offset(op: str, group_offset: Any) -> jax.Array:
         return jnp.zeros(1, jnp.int32)
     if isinstance(group_offset, int | np.integer) and not isinstance(group_offset, bool):
         group_offset = np.asarray(group_offset)
-    offset = _int32(op, "group_offset", group_offset, "of one number, [] or [1]")
+    offset = as_int32(op, "group_offset", group_offset, "of one number, [] or [1]")
     if offset.shape not in ((), (1,)):
         raise ValueError(
             f"{op}: group_offset is {describe(group_offset)}, need one number, [] or [1]: "
@@ -186,7 +186,7 @@ def _whole(x: jax.Array) -> jax.Array:
 
 def check_k_groups(op: str, group_sizes: Any, num_groups: Any, group_offset: Any) -> tuple[Where, int]:
     """The groups of k, and how many of them the result has."""
-    sizes = _int32(op, "group_sizes", group_sizes, "[g]")
+    sizes = as_int32(op, "group_sizes", group_sizes, "[g]")
     if sizes.ndim != 1 or not sizes.shape[0]:
         raise ValueError(
             f"{op}: group_sizes is {describe(group_sizes)}, need int32 [g] with at least one group."

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 
 from jax_deepgemm.gemm.operands import BLOCKED, FLOAT32, PER_ROW
 from jax_deepgemm.grouped.api import k_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_contiguous
+from jax_deepgemm.grouped.operands import as_int32, check_offset
 from jax_deepgemm.grouped.segments import prefix_ends
 from jax_deepgemm.quantization import QuantizedArray, quantize
 from jax_deepgemm.quantization.fused import quantize_both, quantize_weight
@@ -50,8 +51,8 @@ class Groups(NamedTuple):
 
     @classmethod
     def of(cls, group_sizes: jax.Array, group_offset: Any) -> Groups:
-        offset = jnp.zeros(1, jnp.int32) if group_offset is None else jnp.asarray(group_offset, jnp.int32)
-        return cls(group_sizes.astype(jnp.int32), offset.reshape(1))
+        sizes = as_int32("grouped", "group_sizes", group_sizes, "[g]")
+        return cls(sizes, check_offset("grouped", group_offset))
 
     def end(self, rows: int) -> jax.Array:
         """int32 [1]: the first row behind all groups."""

@@ -101,6 +101,8 @@ def by_group(s: jax.Array, layout: str, rows: int, offset: jax.Array, count: int
 def by_row(s: jax.Array, rows: int) -> jax.Array:
     """From a k-grouped op's segments (segment i is group i) to an m-grouped op's, which ascend."""
     starts, ends, _ = read(s, "segments", rows)
-    order = jnp.argsort(jnp.where(ends > starts, starts, rows), axis=-1).astype(jnp.int32)
+    empty = ends <= starts  # they go to the end: where a segment starts, the rows of the one before it stop
+    starts, ends = jnp.where(empty, rows, starts), jnp.where(empty, rows, ends)
+    order = jnp.argsort(starts, axis=-1).astype(jnp.int32)
     starts, ends = (jnp.take_along_axis(x, order, axis=-1) for x in (starts, ends))
     return write(Segments(starts, ends, order))

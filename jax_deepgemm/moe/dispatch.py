@@ -7,6 +7,7 @@ gathers: no row is added to by two writers, so results do not depend on their or
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.grouped.operands import as_int32
 from jax_deepgemm.quantization import QuantizedArray
 
 
@@ -65,6 +67,7 @@ def plan_dispatch(ids: jax.Array, num_experts: int) -> DispatchPlan:
             f"{np.dtype(ids.dtype).name} {list(ids.shape)}" if hasattr(ids, "dtype") else type(ids).__name__
         )
         raise ValueError(f"dispatch: ids are {given}, need integers [t, top_k]: the experts of each token.")
+    ids = as_int32("dispatch", "ids", ids, "[t, top_k]")
     copies = ids.size
     flat = ids.reshape(copies)
     expert = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.uint32)
@@ -107,12 +110,15 @@ def with_capacity(plan: DispatchPlan, ids: jax.Array, capacity: int) -> Dispatch
     rank = plan.position - starts.at[ids].get(mode="fill", fill_value=0)
     kept = (plan.position < copies) & (rank < capacity)
     position = jnp.where(kept, ids.astype(jnp.int32) * capacity + rank, groups * capacity)
-    return DispatchPlan(plan.source.at[row].get(mode="fill", fill_value=copies), position, sizes)
+    return DispatchPlan(take_rows(plan.source, row, fill=copies), position, sizes)
 
 
-def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[index] along the first dimension; zeros where the index is not in range."""
-    return x.at[index].get(mode="fill", fill_value=0)
+def take_rows(x: Any, index: jax.Array, fill: int = 0) -> jax.Array:
+    """x[index] along the first dimension; `fill` where the index is not in range."""
+    x = jnp.asarray(x)
+    if not x.shape[0]:  # which a gather refuses
+        return jnp.broadcast_to(jnp.sum(x, dtype=x.dtype) + x.dtype.type(fill), (*index.shape, *x.shape[1:]))
+    return x.at[index].get(mode="fill", fill_value=fill)
 
 
 def as_words(values: jax.Array) -> jax.Array:
@@ -125,7 +131,8 @@ def as_words(values: jax.Array) -> jax.Array:
 
 def from_words(words: jax.Array, dtype: Any) -> jax.Array:
     """The inverse of `as_words`."""
-    return lax.bitcast_convert_type(words, dtype).reshape(words.shape[0], -1)
+    values = lax.bitcast_convert_type(words, dtype)
+    return values.reshape(words.shape[0], math.prod(values.shape[1:]))
 
 
 def take_quantized(tokens: QuantizedArray, token: jax.Array) -> QuantizedArray:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.grouped.operands import as_int32
 from jax_deepgemm.moe.dispatch import DispatchPlan, plan_dispatch, sum_copies, take_rows, with_capacity
 
 METHODS = ("all_to_all", "ragged")
@@ -116,6 +117,7 @@ def plan_wire(
 
 def plan_exchange(ids: jax.Array, experts: int, wire: Wire) -> Exchange:
     """The way of each copy. ids [t, top_k]: of all experts, device by device; others are dropped."""
+    ids = as_int32("dispatch", "ids", ids, "[t, top_k]")
     exists = (ids >= 0) & (ids < experts * wire.devices)
     device = jnp.where(exists, ids // experts, -1)
     plan, transfer = plan_dispatch(device, wire.devices), None

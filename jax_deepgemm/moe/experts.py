@@ -4,9 +4,9 @@
     act = silu(gate) * up * weight     float32; the row's routing weight is applied here
     y   = act @ w2[e].T                [m, h]
 
-In FP8 every operand is quantised by the pass that produces it: rows (1x128, and transposed for dw13), act
-from float32 (1x128, and transposed for dw2), dy and dh likewise. Kept for the backward pass: rows and act in
-FP8 transposed, h in bfloat16, the transposed FP8 weights.
+In FP8 each operand is quantised once: rows (1x128, and transposed for dw13), act from float32 (1x128, and
+transposed for dw2), dy and dh likewise. Kept for the backward pass: rows and act in FP8 transposed, h in
+bfloat16, the transposed FP8 weights.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def expert_parallel_moe(
       weights: float32 [t, top_k].
       w13: [e, 2 * i, h], this device's experts; w2: [e, h, i]. As in `moe_mlp`, frozen ones too.
       axis: the mesh axis of the experts, or several.
-      method: "all_to_all": fixed room for each pair of devices; on every platform, and in CUDA graphs.
+      method: "all_to_all": fixed room for each pair of devices; on every platform.
         "ragged": `lax.ragged_all_to_all`, where only what is needed travels; GPUs (elsewhere emulated).
       capacity_factor: room for copies, 1 being that of a balanced load: t * top_k rows on a device, for
         "all_to_all" in equal parts for every source device. None: room for the worst case, so that nothing is

@@ -94,7 +94,7 @@ def row_limit(where: str, rows: Any) -> list[jax.Array]:
     """The operand of a row limit: none, or int32 [1]."""
     if rows is None:
         return []
-    rows = jnp.asarray(rows)
+    rows = jnp.asarray(np.int32(rows) if isinstance(rows, int) else rows)
     if rows.dtype != jnp.int32 or rows.shape not in ((), (1,)):
         raise ValueError(
             f"{where}: rows is {rows.dtype.name}{list(rows.shape)}, need an int32 scalar or [1]: the first "

@@ -42,7 +42,8 @@ _ENUM = {ROWS: "kRows", MASKED_ROWS: "kMaskedRows", INNER: "kInner", MASKED_INNE
 _SHORT = {ROWS: "m_grouped", MASKED_ROWS: "m_masked", INNER: "k_grouped", MASKED_INNER: "k_masked"}
 _SPREAD = tuple(0.7 + 0.05 * i for i in range(13))  # of group sizes around the expected one
 _SEGMENT_BYTES = 16
-_MAX_SEGMENTS = 2048  # a tile's record has 12 bits for its segment
+_MAX_SEGMENTS = 2048  # a tile's record has 12 bits for its segment, ...
+_MAX_N = 1 << 22  # ... and 19 for its column, in eights
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def problems_with_grouped(p: GroupedProblem, c: GemmConfig) -> list[str]:
     table = f"{p.capacity} groups, the kernel's table in shared memory holds {_MAX_SEGMENTS}"
     broken = [] if p.capacity <= _MAX_SEGMENTS else [table]
     broken += ["swap_ab is for dense GEMMs"] if c.swap_ab else []
+    broken += [f"n is {p.n}, a tile's record has room for {_MAX_N}"] if p.n > _MAX_N else []
     return broken + problems_with(p.gemm, c)
 
 

@@ -87,16 +87,16 @@ template <class C>
 __device__ __forceinline__ int read_segments(const Groups& g, u32 base) {
   using Table = GroupTable<C>;
   const int lane = threadIdx.x % 32, head = Table::kRowsInGroups ? 1 : 0;
-  const int given = g.offset ? *g.offset : 0, offset = clamp(given, 0, g.total);
+  const i64 offset = g.offset ? *g.offset : 0;  // whatever it is: groups that are not there are empty
   const int count = C::SEGMENTED && Table::kRowsInGroups ? g.total : g.here;
   int last = 0;
   if constexpr (C::SEGMENTED) {
     for (int i = lane; i < count; i += 32) {
-      const int from = Table::kRowsInGroups ? i : i + offset;
-      const bool there = from < g.total;
+      const i64 from = Table::kRowsInGroups ? i : i + offset;
+      const bool there = from >= 0 && from < g.total;
       const int start = there ? clamp(g.sizes[from], 0, g.extent) : g.extent;
       const int end = there ? clamp(g.sizes[g.total + from], start, g.extent) : g.extent;
-      const i64 group = Table::kRowsInGroups ? static_cast<i64>(g.sizes[2 * g.total + from]) - given : i;
+      const i64 group = Table::kRowsInGroups ? g.sizes[2 * g.total + from] - offset : i;
       const bool mine = group >= 0 && group < g.here;
       ptx::store_shared_4(base + (head + i) * 16, start, end, 0, mine ? static_cast<int>(group) : -1);
     }
@@ -104,16 +104,21 @@ __device__ __forceinline__ int read_segments(const Groups& g, u32 base) {
     for (int i = lane; i < count; i += 32)
       ptx::store_shared_4(base + i * 16, 0, clamp(g.sizes[i], 0, g.extent), 0, i % g.shared);
   } else {
-    for (int i = lane; i < count; i += 32)  // groups that `sizes` does not have are empty
-      ptx::store_shared_4(base + (head + i) * 16, g.extent, g.extent, 0, i);
+    for (int i = lane; i < count;
+         i += 32) {  // groups that `sizes` does not have are empty, where they belong
+      const int place = i + offset < 0 ? 0 : g.extent;
+      ptx::store_shared_4(base + (head + i) * 16, place, place, 0, i);
+    }
     __syncwarp();
     for (int first = 0; first < g.total; first += 32) {
-      const int i = first + lane, group = i - offset;
+      const int i = first + lane;
+      const i64 group = i - offset;
       const int size = i < g.total ? clamp(g.sizes[i], 0, g.extent) : 0;
       const i64 sum = last + scan(size);
       const int start = clamp(sum - size, 0, g.extent), end = clamp(sum, 0, g.extent);
       if (i < g.total && group >= 0 && group < count)
-        ptx::store_shared_4(base + (head + group) * 16, start, end, 0, group);
+        ptx::store_shared_4(base + (head + static_cast<int>(group)) * 16, start, end, 0,
+                            static_cast<int>(group));
       last = __shfl_sync(0xFFFFFFFF, end, 31);
     }
   }

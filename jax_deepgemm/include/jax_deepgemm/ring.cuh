@@ -149,10 +149,10 @@ constexpr int kEmptySlots = Layout<C>::kFp8 ? Layout<C>::kScaleStep : 1;
 
 // Hands back a slot that holds nothing.
 //
-// Hazard: lanes may leave the wait one after the other. Where lane 0 released the slot first, the producer,
-// which has nothing to load either, could complete the barrier's next phase before the last lane looked at
-// this one: that lane would wait for ever. Between wait and release of other slots stands wgmma, which all
-// lanes execute together.
+// Hazard: all lanes must have left the wait. Once lane 0 has released the slot, the producer, which has
+// nothing to load either, can complete the barrier's next phase before a lane that lags behind looks at this
+// one: it would wait for ever. Between wait and release of other slots stands wgmma, which all lanes execute
+// together.
 __device__ __forceinline__ void pass_slot(u32 full, u32 empty, u32 phase) {
   ptx::mbarrier_wait(full, phase);
   __syncwarp();
