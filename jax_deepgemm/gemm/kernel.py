@@ -80,15 +80,17 @@ def bf16_problem(
 
 @dataclass(frozen=True)
 class GemmKernel:
-    """The kernel side of one op.
+    """The kernel side of one op, dense or grouped.
 
     Attributes:
       parts: what its operands are, in order; the last, C, may be missing.
-      problem: (avals_in, avals_out, batch=, **params) -> GemmProblem.
+      problem: (avals_in, avals_out, batch=, **params) -> GemmProblem or GroupedProblem.
+      plan: (problem, config or None, chip, operands by part) -> LaunchPlan.
     """
 
     parts: tuple[str, ...]
-    problem: Callable[..., GemmProblem]
+    problem: Callable[..., Any]
+    plan: Callable[[Any, GemmConfig | None, Chip, dict[str, MatrixOperand]], LaunchPlan]
 
     def __call__(
         self,
@@ -102,16 +104,21 @@ class GemmKernel:
         **params: Any,
     ) -> LaunchPlan:
         """The plan of the op."""
-        chip = with_sms(chip, num_sms)
         problem = self.problem(avals_in, avals_out, batch=batch, **params)
-        matrices = {
+        operands = {
             part: MatrixOperand(i, tuple(aval.shape))
             for i, (part, aval) in enumerate(zip(self.parts, avals_in))
         }
-        return gemm_plan(problem, _config(problem, config, chip), chip, GemmOperands(**matrices))
+        return self.plan(problem, config, with_sms(chip, num_sms), operands)
 
 
-fp8_gemm = GemmKernel(("a", "a_scales", "b", "b_scales", "c"), fp8_problem)
+def _dense_plan(
+    problem: GemmProblem, config: GemmConfig | None, chip: Chip, operands: dict[str, MatrixOperand]
+) -> LaunchPlan:
+    return gemm_plan(problem, _config(problem, config, chip), chip, GemmOperands(**operands))
+
+
+fp8_gemm = GemmKernel(("a", "a_scales", "b", "b_scales", "c"), fp8_problem, _dense_plan)
 """The plan of `fp8_gemm_block`, `fp8_gemm_row` and their `_add` forms."""
-bf16_gemm = GemmKernel(("a", "b", "c"), bf16_problem)
+bf16_gemm = GemmKernel(("a", "b", "c"), bf16_problem, _dense_plan)
 """The plan of `bf16_gemm` and `bf16_gemm_add`."""

@@ -6,16 +6,15 @@ Operands come prepared: without vmap's dimensions (a batch is more segments), pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jax_deepgemm.core.launch import LaunchPlan, Operand
-from jax_deepgemm.gemm.kernel import type_name
+from jax_deepgemm.gemm.kernel import GemmKernel, type_name
 from jax_deepgemm.jit.toolchain import read_settings, say
-from jax_deepgemm.sm90.chip import Chip, with_sms
+from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import GemmConfig
 from jax_deepgemm.sm90.grouped import (
     INNER,
@@ -32,43 +31,16 @@ from jax_deepgemm.sm90.plan import GemmOperands, MatrixOperand
 _PARTS_OF_A_SEGMENT = 3  # starts | ends | groups
 
 
-@dataclass(frozen=True)
-class GroupedKernel:
-    """The kernel side of one op.
-
-    Attributes:
-      parts: what its operands are, in order; the last may be missing.
-      problem: (avals_in, avals_out, batch=, **params) -> GroupedProblem.
-    """
-
-    parts: tuple[str, ...]
-    problem: Callable[..., GroupedProblem]
-
-    def __call__(
-        self,
-        avals_in: Sequence[Any],
-        avals_out: Sequence[Any],
-        *,
-        batch: tuple[bool, ...] | None,
-        chip: Chip,
-        config: GemmConfig | None = None,
-        num_sms: int | None = None,
-        **params: Any,
-    ) -> LaunchPlan:
-        """The plan of the op."""
-        problem = self.problem(avals_in, avals_out, batch=batch, **params)
-        chip = with_sms(chip, num_sms)
-        chosen = config or choose_grouped(problem, chip)
-        if read_settings().print_configs:
-            say(f"{problem}: {chosen}, {'given' if config else grouped_cost(problem, chosen, chip)}")
-        index = {part: i for i, part in enumerate(self.parts) if i < len(avals_in)}
-        matrices = {
-            part: MatrixOperand(i, tuple(avals_in[i].shape))
-            for part, i in index.items()
-            if part not in ("sizes", "offset")
-        }
-        offset = Operand(index["offset"]) if "offset" in index else None
-        return grouped_plan(problem, chosen, chip, GemmOperands(**matrices), Operand(index["sizes"]), offset)
+def _plan(
+    problem: GroupedProblem, config: GemmConfig | None, chip: Chip, operands: dict[str, MatrixOperand]
+) -> LaunchPlan:
+    chosen = config or choose_grouped(problem, chip)
+    if read_settings().print_configs:
+        say(f"{problem}: {chosen}, {'given' if config else grouped_cost(problem, chosen, chip)}")
+    matrices = {part: one for part, one in operands.items() if part not in ("sizes", "offset")}
+    offset = Operand(operands["offset"].index) if "offset" in operands else None
+    sizes = Operand(operands["sizes"].index)
+    return grouped_plan(problem, chosen, chip, GemmOperands(**matrices), sizes, offset)
 
 
 def _segments(sizes: Any, layout: str, batch: Any) -> dict[str, Any]:
@@ -230,17 +202,17 @@ def _k_masked_bf16(
 
 _SCALED = ("a", "a_scales", "b", "b_scales")
 
-m_grouped_fp8_gemm = GroupedKernel((*_SCALED, "sizes", "offset"), _m_grouped_fp8)
+m_grouped_fp8_gemm = GemmKernel((*_SCALED, "sizes", "offset"), _m_grouped_fp8, _plan)
 """a [m, k], scales [m, kb], b [g, n, k], scales, sizes or segments, offset."""
-m_grouped_bf16_gemm = GroupedKernel(("a", "b", "sizes", "offset"), _m_grouped_bf16)
+m_grouped_bf16_gemm = GemmKernel(("a", "b", "sizes", "offset"), _m_grouped_bf16, _plan)
 """a [m, k], b [g, n, k] (form "nt") or [g, k, n] ("nn"), sizes or segments, offset."""
-m_masked_fp8_gemm = GroupedKernel((*_SCALED, "sizes"), _m_masked_fp8)
+m_masked_fp8_gemm = GemmKernel((*_SCALED, "sizes"), _m_masked_fp8, _plan)
 """a [g, m, k], scales [g, m, kb], b [weights, n, k], scales, masked_m [g]."""
-m_masked_bf16_gemm = GroupedKernel(("a", "b", "sizes"), _m_masked_bf16)
+m_masked_bf16_gemm = GemmKernel(("a", "b", "sizes"), _m_masked_bf16, _plan)
 """a [g, m, k], b [weights, n, k] or [weights, k, n], masked_m [g]."""
-k_grouped_fp8_gemm = GroupedKernel((*_SCALED, "sizes", "offset", "c"), _k_grouped_fp8)
+k_grouped_fp8_gemm = GemmKernel((*_SCALED, "sizes", "offset", "c"), _k_grouped_fp8, _plan)
 """a [m, k], scales [kb, m], b [n, k], scales [kb, n], sizes or segments, offset(, c)."""
-k_grouped_bf16_gemm = GroupedKernel(("a", "b", "sizes", "offset", "c"), _k_grouped_bf16)
+k_grouped_bf16_gemm = GemmKernel(("a", "b", "sizes", "offset", "c"), _k_grouped_bf16, _plan)
 """a [k, m], b [k, n], sizes or segments, offset(, c)."""
-k_masked_bf16_gemm = GroupedKernel(("a", "b", "sizes"), _k_masked_bf16)
+k_masked_bf16_gemm = GemmKernel(("a", "b", "sizes"), _k_masked_bf16, _plan)
 """a [g, k, m], b [g, k, n], sizes [g]."""
