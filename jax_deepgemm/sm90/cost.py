@@ -50,7 +50,7 @@ _PER_BLOCK = {
         (128, 256): 0.640,
     },
 }
-PER_TILE = (0.2, 4.7e-5)  # microseconds; for each element of a bf16 D
+_PER_TILE = (0.2, 4.7e-5)  # microseconds; for each element of a bf16 D
 START = {"fp8": 4.2, "bf16": 4.6}
 
 
@@ -73,7 +73,7 @@ _SMALL_M = {
     "bf16": _SmallM(4.3, (0.098, 0.00096), 0.0018, 9.6e4, (1.2, 0.018), 3.7, 3.4e6, 0.24),
 }
 _ENOUGH_STAGES = 6  # two blocks of threads on an SM with fewer slots each measured worse than the model says
-MEMORY_BYTES_PER_US = 3.0e6
+_MEMORY_BYTES_PER_US = 3.0e6
 # By blocks per SM and size.
 _RESIDENT_CLUSTERS = {1: {1: 132, 2: 66, 4: 30, 8: 15}, 2: {1: 264, 2: 132, 4: 62, 8: 30}}
 
@@ -108,7 +108,7 @@ def _kind(p: GemmProblem) -> str:
     return f"fp8 {p.b_scales}" if p.is_fp8 else "bf16"
 
 
-def per_block(p: GemmProblem, c: GemmConfig) -> float:
+def _per_block(p: GemmProblem, c: GemmConfig) -> float:
     measured = _PER_BLOCK[_kind(p)]
     if (c.rows, c.cols) in measured:
         return measured[c.rows, c.cols]
@@ -120,9 +120,9 @@ def _persistent(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
     tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
     waves = ceil_div(tiles, chip.num_sms)
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
-    per_tile = PER_TILE[0] + PER_TILE[1] * c.block_m * c.block_n * traffic**0.5
-    compute = waves * (per_tile + p.k_blocks * per_block(p, c))
-    return Cost(START["fp8" if p.is_fp8 else "bf16"], compute, p.bytes_moved / MEMORY_BYTES_PER_US, waves)
+    per_tile = _PER_TILE[0] + _PER_TILE[1] * c.block_m * c.block_n * traffic**0.5
+    compute = waves * (per_tile + p.k_blocks * _per_block(p, c))
+    return Cost(START["fp8" if p.is_fp8 else "bf16"], compute, p.bytes_moved / _MEMORY_BYTES_PER_US, waves)
 
 
 def _small_m(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
