@@ -369,10 +369,13 @@ def test_empty_dimensions(shape):
 BIG = [
     Contiguous(49, 40, 6144, 7168, ((FP8, "sizes", "bfloat16"),), 8),  # B: 2,157,969,408 elements
     Contiguous(3, 300_000, 7168, 128, ((FP8, "sizes", "bfloat16"),), 128_000),  # D: 2,150,400,000
+    Contiguous(3, 300_000, 128, 7168, ((NT, "sizes", "bfloat16"),), 128_000),  # A
+    Masked(49, 40, 6144, 7168, ((NT, "zero", "bfloat16"),), 40),  # B
+    KGrouped(49, 6144, 7168, 128, (("bf16_tn", "add", "bfloat16"),), 40),  # C and D
 ]
 
 
-@pytest.mark.parametrize("case", BIG, ids=("b", "d"))
+@pytest.mark.parametrize("case", BIG, ids=("b", "d", "bf16-a", "masked-b", "k-cd"))
 def test_more_than_two_to_the_31_elements(case):
     sizes = np.zeros(case.groups, np.int32)
     sizes[[0, case.groups // 2, -1]] = case.most - 3, case.most // 3, case.most
@@ -549,17 +552,27 @@ def test_many_calls_in_one_program(scanned):
         assert float(difference(got[0], x)) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["m bf16 nn", "m fp8"])
+def steps_of_a_chain() -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
+    """Name -> a function of (what the last step gave, sizes), for a chain whose numbers keep their size."""
+    w = jax.random.normal(jax.random.key(1), (G, 256, 256), BF16) / 16
+    rows = jax.random.normal(jax.random.key(3), (M, 256), BF16)
+    q, columns = jdg.quantize(w, BLOCK), jdg.quantize(rows.T)
+    mask = functools.partial(jdg.m_grouped_fp8_gemm_nt_masked, zero_rows=True)
+    mask16 = functools.partial(jdg.m_grouped_bf16_gemm_nt_masked, zero_rows=True)
+    return {
+        "m bf16": lambda x, sizes: jdg.m_grouped_bf16_gemm_nn_contiguous(x, w, sizes),
+        "m fp8": lambda x, sizes: jdg.m_grouped_fp8_gemm_nt_contiguous(jdg.quantize(x), q, sizes),
+        "masked bf16": lambda x, sizes: mask16(x, w, sizes),
+        "masked fp8": lambda x, sizes: mask(jdg.quantize(x), q, sizes),
+        "k bf16": lambda c, sizes: jdg.k_grouped_bf16_gemm_tn_contiguous(rows, rows, sizes, c),
+        "k fp8": lambda c, sizes: jdg.k_grouped_fp8_gemm_nt_contiguous(columns, columns, sizes, c),
+    }
+
+
+@pytest.mark.parametrize("name", ["m bf16", "m fp8", "masked bf16", "masked fp8", "k bf16", "k fp8"])
 def test_command_buffers_take_other_group_sizes(name):
     """Twenty calls are captured with default flags, and replayed with sizes that only the device knows."""
-    ffi = launch.native()
-    w = jax.random.normal(jax.random.key(1), (G, 256, 256), BF16) / 16
-    q = jdg.quantize(w, BLOCK)
-
-    def step(x: jax.Array, sizes: jax.Array) -> jax.Array:
-        if name == "m bf16 nn":
-            return jdg.m_grouped_bf16_gemm_nn_contiguous(x, w, sizes)
-        return jdg.m_grouped_fp8_gemm_nt_contiguous(jdg.quantize(x), q, sizes)
+    ffi, step = launch.native(), steps_of_a_chain()[name]
 
     @jax.jit
     def chain(x: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -567,7 +580,9 @@ def test_command_buffers_take_other_group_sizes(name):
             x = step(x, sizes)
         return x
 
-    x, once = jax.random.normal(jax.random.key(2), (M, 256), BF16), jax.jit(step)
+    kind, once = name.split()[0], jax.jit(step)
+    shape = {"m": (M, 256), "masked": (G, M, 256), "k": (G, 256, 256)}[kind]
+    x = jax.random.normal(jax.random.key(2), shape, F32 if kind == "k" else BF16)
     every = [jnp.roll(jnp.asarray(SIZES), turn) for turn in range(3)]
     for sizes in every:
         chain(x, sizes).block_until_ready()
@@ -578,3 +593,25 @@ def test_command_buffers_take_other_group_sizes(name):
         want = functools.reduce(lambda x, _: once(x, sizes), range(20), x)
         assert all(float(difference(d, want)) < 1e-3 for d in got[10 * index : 10 * index + 10])
         assert all(same(d, got[10 * index]) for d in got[10 * index : 10 * index + 10])
+
+
+@pytest.mark.parametrize("scales", [BLOCK, ROWS], ids=str)
+@pytest.mark.parametrize("k", [128, 256])
+def test_short_sums_and_many_tiles(k, scales):
+    """Thousands of tiles of one or two blocks of k, most groups empty: again and again the same bits."""
+    groups, rows, n = 256, 40_000, 1024
+    a = jdg.quantize(cut(pool(), 0, rows, k))
+    b = jdg.quantize(cut(pool(), 1, groups, n, k), scales)
+    run = jax.jit(functools.partial(jdg.m_grouped_fp8_gemm_nt_contiguous, out_dtype=F32))
+    rng = np.random.default_rng(k)
+    for full in (3, 40, 256):
+        sizes = np.zeros(groups, np.int32)
+        sizes[rng.choice(groups, full, replace=False)] = rng.integers(1, 2 * rows // full, full)
+        at = oracle.place(sizes, rows)
+        most = int(at.counts.max())
+        want = program(oracle.m_grouped, static_argnums=4)(
+            oracle.dequantised(a), oracle.dequantised(b), at.starts, at.counts, most
+        )
+        first = run(a, b, sizes)
+        assert float(difference(first, want)) < FP8_LIMIT["float32"]
+        assert all(bool((run(a, b, sizes) == first).all()) for _ in range(20))

@@ -77,7 +77,7 @@ __device__ __forceinline__ void multiply_slot(float (&d)[C::COLS / 2], u32 rows,
 
 // Zeroes what a slot holds beside the tile's range of k, in both operands, since 0 times what lies there may
 // be NaN. Each warpgroup does it for all that it reads; where warpgroups share columns they write equal
-// bytes.
+// bytes, and nothing else.
 //
 // Hazard: written by ordinary stores, read by wgmma and later overwritten by TMA: fence.proxy.async.
 template <class C>
@@ -86,15 +86,13 @@ __device__ __forceinline__ void mask_rows(u32 base, int count, int begin, int en
   const int first = begin * kElement, stop = end * kElement;  // bytes of a row of the slot
   for (int i = threadIdx.x % 128; i < count * 8; i += 128) {
     const int row = i / 8, at = i % 8 * 16;
-    if (first <= at && at + 16 <= stop) continue;
-    const u32 address = base + row * kSlotRowBytes + (at ^ row % 8 * 16);
-    float4 bytes = ptx::load_shared_4(address);
-    u32 words[4] = {__float_as_uint(bytes.x), __float_as_uint(bytes.y), __float_as_uint(bytes.z),
-                    __float_as_uint(bytes.w)};
-#pragma unroll
-    for (int byte = 0; byte < 16; ++byte)
-      if (at + byte < first || at + byte >= stop) words[byte / 4] &= ~(0xFFu << byte % 4 * 8);
-    ptx::store_shared_4(address, words[0], words[1], words[2], words[3]);
+    const u32 chunk = base + row * kSlotRowBytes + (at ^ row % 8 * 16);
+    if (at + 16 <= first || at >= stop) {
+      ptx::store_shared_4(chunk, 0, 0, 0, 0);
+    } else {
+      for (int byte = 0; byte < first - at; ++byte) ptx::store_shared_byte(chunk + byte, 0);
+      for (int byte = max(stop - at, 0); byte < 16; ++byte) ptx::store_shared_byte(chunk + byte, 0);
+    }
   }
 }
 

@@ -20,6 +20,10 @@ __device__ __forceinline__ void store_shared_4(u32 address, int a, int b, int c,
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared_byte(u32 address, int value) {
+  asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ float2 load_shared_2(u32 address) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
