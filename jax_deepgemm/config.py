@@ -17,10 +17,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+TUNING_FILE = "JAX_DEEPGEMM_TUNING_FILE"
 FALLBACKS = ("error", "reference")
 
 
@@ -105,3 +109,31 @@ def use(**changes: Any) -> Iterator[Config]:
         yield settings
     finally:
         _scoped.reset(token)
+
+
+def tuning_file(device: str, named: str | None = None) -> Path | None:
+    """Returns the file of measured configurations that holds for a device; it need not exist.
+
+    `python -m jax_deepgemm tune` writes it, and each lowering looks at it before it asks the cost model.
+
+    Args:
+      device: as JAX names it, e.g. "NVIDIA H200".
+      named: a file, or "off" for none (the cost model alone chooses), or "" for
+        tuning/<device>.json in the folder of the kernel cache; None for what the environment variable
+        JAX_DEEPGEMM_TUNING_FILE says, which means "" where it is not set.
+
+    >>> from jax_deepgemm import config
+    >>> config.tuning_file("NVIDIA H200", "").name
+    'nvidia-h200.json'
+    >>> config.tuning_file("NVIDIA H200", "off") is None
+    True
+    """
+    from jax_deepgemm.jit.toolchain import read_settings
+
+    wanted = (os.environ.get(TUNING_FILE, "") if named is None else named).strip()
+    if wanted.lower() == "off":
+        return None
+    if wanted:
+        return Path(wanted).expanduser()
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return read_settings().cache_dir / "tuning" / f"{name}.json"

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_deepgemm import config
 from jax_deepgemm.cli.text import bytes_text, table
 from jax_deepgemm.core import kernel_rule
 from jax_deepgemm.core.op import Op, known_ops
+from jax_deepgemm.sm90 import tuning
 from jax_deepgemm.sm90.chip import H200, Chip, with_sms
 from jax_deepgemm.sm90.config import GemmConfig
 from jax_deepgemm.sm90.cost import Cost
@@ -60,6 +62,7 @@ class ExplainedCall:
       scratch_bytes: memory that XLA gives to the call besides its result.
       kernels: what is launched; empty where no compiler is installed.
       note: why there are no kernels, or "".
+      origin: of the configuration: "given", "measured ... (FILE)" of a tuning file, or "cost model".
     """
 
     op: str
@@ -70,11 +73,12 @@ class ExplainedCall:
     scratch_bytes: int
     kernels: tuple[KernelFacts, ...]
     note: str = ""
+    origin: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.problem}"]
         if self.config is not None:
-            lines += [f"  config   {self.config}", f"  stages   {self.stages}"]
+            lines += [f"  config   {self.config}, {self.origin}", f"  stages   {self.stages}"]
         lines.append(f"  scratch  {bytes_text(self.scratch_bytes)}")
         for one in self.kernels:
             origin = "from the cache" if one.from_cache else "compiled now"
@@ -142,6 +146,31 @@ def kernel_names(function: Callable[..., Any], *args: Any) -> list[str]:
     return list(dict.fromkeys(one.name for call in calls for one in call.kernels))
 
 
+def problems(function: Callable[..., Any], *args: Any, chip: Chip = H200) -> list[tuple[Any, Chip]]:
+    """Returns the problems of a function, as its kernels see them, each with the part of the chip it may use.
+
+    Args:
+      function, args: as in `explain`.
+      chip: the whole GPU.
+
+    Returns:
+      (GemmProblem or GroupedProblem, chip) of each call that has configurations to choose from.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax_deepgemm import bf16_gemm_nt
+    >>> a = jax.ShapeDtypeStruct((64, 100), jnp.bfloat16)
+    >>> [(problem, chip)] = problems(bf16_gemm_nt, a, a)
+    >>> str(problem), chip.num_sms
+    ('bf16xbf16 nt m=64 n=64 k=104 -> bfloat16', 132)
+    """
+    found = []
+    for op, avals, params in _op_calls(jax.make_jaxpr(function)(*args).jaxpr):
+        problem = _at_kernel(op, avals, params)[-1]
+        if problem is not None:
+            found.append((problem, with_sms(chip, params.get("num_sms"))))
+    return found
+
+
 def _chip_here() -> Chip:
     for device in jax.devices():
         if getattr(device, "compute_capability", None) == kernel_rule.COMPUTE_CAPABILITY:
@@ -170,18 +199,15 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> ExplainedCall:
-    batch = params.pop("batch")
-    for machinery in ("out_sharding", "fallback", "reduce_dtype"):
-        params.pop(machinery, None)
-    ins, outs, carried = _kernel_types(op, avals, batch, params)
+    ins, outs, carried, problem = _at_kernel(op, avals, params)
     kernels, scratch, note = _compiled(op, ins, outs, carried, chip, params)
-    describe = getattr(op.kernel, "problem", None)
-    problem = describe(ins, outs, batch=carried, **params) if describe is not None else None
     ranked: list[tuple[GemmConfig, Cost]] = []
     chosen: GemmConfig | None = None
+    origin = ""
     if problem is not None:
-        ranked = problem.ranked(with_sms(chip, params.get("num_sms")))
-        chosen = params.get("config") or ranked[0][0]
+        usable = with_sms(chip, params.get("num_sms"))
+        ranked = problem.ranked(usable)
+        chosen, origin = _choice(problem, usable, params.get("config"), ranked)
         if not kernels:
             note = f"{note} Shared memory would be {bytes_text(problem.shared_bytes(chosen))}."
     types = ", ".join(f"{one.dtype.name}{list(one.shape)}" for one in ins)
@@ -194,7 +220,36 @@ def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> 
         scratch_bytes=scratch,
         kernels=kernels,
         note=note,
+        origin=origin,
     )
+
+
+def _choice(
+    problem: Any, chip: Chip, given: GemmConfig | None, ranked: list[tuple[GemmConfig, Cost]]
+) -> tuple[GemmConfig, str]:
+    """What the call runs with, and where that is from; in the order of `choose`."""
+    if given is not None:
+        return given, "given"
+    entry = tuning.lookup(problem, chip)
+    if entry is not None:
+        return entry.config, f"{entry} ({config.tuning_file(chip.name)})"
+    return ranked[0][0], "cost model"
+
+
+def _at_kernel(
+    op: Op, avals: list[Any], params: dict[str, Any]
+) -> tuple[list[Any], list[Any], Any, Any | None]:
+    """Types and batch as the kernel sees them, and the problem that they make, if it has configurations.
+
+    Leaves in `params` what the kernel takes.
+    """
+    batch = params.pop("batch")
+    for machinery in ("out_sharding", "fallback", "reduce_dtype"):
+        params.pop(machinery, None)
+    ins, outs, carried = _kernel_types(op, avals, batch, params)
+    describe = getattr(op.kernel, "problem", None)
+    problem = describe(ins, outs, batch=carried, **params) if describe is not None else None
+    return ins, outs, carried, problem
 
 
 def _kernel_types(

@@ -14,6 +14,7 @@ from jax_deepgemm.sm90.chip import Chip, with_sms
 from jax_deepgemm.sm90.config import GemmConfig, GemmProblem
 from jax_deepgemm.sm90.cost import choose, cost
 from jax_deepgemm.sm90.plan import GemmOperands, MatrixOperand, gemm_plan
+from jax_deepgemm.sm90.tuning import lookup
 
 _TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "bfloat16": "bf16"}
 
@@ -24,10 +25,11 @@ def type_name(aval: Any) -> str:
 
 
 def _config(problem: GemmProblem, config: GemmConfig | None, chip: Chip) -> GemmConfig:
-    """The caller's configuration, or the cost model's."""
+    """The caller's configuration, the one of a tuning file, or the cost model's."""
     chosen = config or choose(problem, chip)
     if read_settings().print_configs:
-        say(f"{problem}: {chosen}, {'given' if config else cost(problem, chosen, chip)}")
+        origin = "given" if config else lookup(problem, chip) or cost(problem, chosen, chip)
+        say(f"{problem}: {chosen}, {origin}")
     return chosen
 
 

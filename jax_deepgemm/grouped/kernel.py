@@ -27,6 +27,7 @@ from jax_deepgemm.sm90.grouped import (
     grouped_plan,
 )
 from jax_deepgemm.sm90.plan import GemmOperands, MatrixOperand
+from jax_deepgemm.sm90.tuning import lookup
 
 _PARTS_OF_A_SEGMENT = 3  # starts | ends | groups
 
@@ -36,7 +37,8 @@ def _plan(
 ) -> LaunchPlan:
     chosen = config or choose_grouped(problem, chip)
     if read_settings().print_configs:
-        say(f"{problem}: {chosen}, {'given' if config else grouped_cost(problem, chosen, chip)}")
+        origin = "given" if config else lookup(problem, chip) or grouped_cost(problem, chosen, chip)
+        say(f"{problem}: {chosen}, {origin}")
     matrices = {part: one for part, one in operands.items() if part not in ("sizes", "offset")}
     offset = Operand(operands["offset"].index) if "offset" in operands else None
     sizes = Operand(operands["sizes"].index)

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from jax_deepgemm.sm90.chip import H200, Chip
 from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, align_up, ceil_div, fit_stages
+from jax_deepgemm.sm90.tuning import tuned
 
 # The persistent kernel: microseconds that 128 bytes of k of one tile take on one SM, and that a tile takes
 # beside them (its epilogue, and waiting at its edges).
@@ -168,7 +169,12 @@ def candidates(p: GemmProblem, chip: Chip) -> Iterator[GemmConfig]:
             yield fitted
 
 
-@lru_cache(maxsize=4096)
 def choose(p: GemmProblem, chip: Chip) -> GemmConfig:
-    """The cheapest configuration; the first of equals."""
+    """The configuration that was measured for this problem (tuning.py), or else the model's."""
+    return tuned(p, chip) or cheapest(p, chip)
+
+
+@lru_cache(maxsize=4096)
+def cheapest(p: GemmProblem, chip: Chip) -> GemmConfig:
+    """The cheapest configuration by the model; the first of equals."""
     return min(candidates(p, chip), key=lambda c: cost(p, c, chip).total)

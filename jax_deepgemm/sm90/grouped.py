@@ -35,6 +35,7 @@ from jax_deepgemm.sm90.source import (
     out_type,
     sides,
 )
+from jax_deepgemm.sm90.tuning import tuned
 from jax_deepgemm.sm90.wgmma import wgmma_wrapper
 
 ROWS, MASKED_ROWS, INNER, MASKED_INNER = "rows", "masked_rows", "inner", "masked_inner"
@@ -204,9 +205,18 @@ def _per_block(p: GroupedProblem, c: GemmConfig) -> float:
     return measured.get((c.rows, c.cols), 1.3 * measured[128, 128] * c.rows * c.cols / 128**2)
 
 
-@lru_cache(maxsize=4096)
 def choose_grouped(p: GroupedProblem, chip: Chip) -> GemmConfig:
-    """The cheapest configuration; the first of equals.
+    """The configuration that was measured for this problem (tuning.py), or else the model's.
+
+    Raises:
+      ValueError: more groups than the kernel's table holds.
+    """
+    return tuned(p, chip) or cheapest_grouped(p, chip)
+
+
+@lru_cache(maxsize=4096)
+def cheapest_grouped(p: GroupedProblem, chip: Chip) -> GemmConfig:
+    """The cheapest configuration by the model; the first of equals.
 
     Raises:
       ValueError: more groups than the kernel's table holds.
