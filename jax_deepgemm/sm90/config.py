@@ -212,6 +212,14 @@ def tma_store(p: GemmProblem, c: GemmConfig) -> bool:
     return not c.swap_ab and p.out == "bfloat16" and p.n % 8 == 0 and c.cols >= 64
 
 
+def passes(p: GemmProblem, c: GemmConfig) -> int:
+    """In how many products, one after the other, the columns of a tile are multiplied.
+
+    An FP8 accumulator needs a product beside it; in two passes a 128x256 tile has registers for both.
+    """
+    return 2 if p.is_fp8 and not c.swap_ab and c.cols == 256 else 1
+
+
 def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     rows_k_major, cols_k_major = (p.b_k_major, p.a_k_major) if c.swap_ab else (p.a_k_major, p.b_k_major)
     vectors = (p.is_fp8, p.b_scales in ("vector", "slices"))
@@ -278,4 +286,4 @@ def _widest(p: GemmProblem, c: GemmConfig) -> int:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
     if not p.is_fp8:
         return 176 if p.add_c and p.n % 2 else 256
-    return 192
+    return 256 if p.b_scales == "block" and c.rows <= 128 and passes(p, c) == 2 else 192

@@ -20,6 +20,7 @@ from jax_deepgemm.sm90.config import (
     GemmProblem,
     ceil_div,
     fit_stages,
+    passes,
     problems_with,
     shared_memory,
     tma_store,
@@ -286,7 +287,7 @@ def grouped_source(p: GroupedProblem, c: GemmConfig) -> KernelSource:
     parameters += ["const int* offset"] if _has_offset(p) else []
     name = grouped_name(p, c)
     text = _TEXT.format(
-        mma=wgmma_wrapper(c.cols, a.dtype, b.dtype, a_k_major=a.k_major, b_k_major=b.k_major),
+        mma=wgmma_wrapper(c.cols // passes(p.gemm, c), a.dtype, b.dtype, a_k_major=a.k_major, b_k_major=b.k_major),
         config=config_text(p.gemm, c, a, b, mask_k=p.inner),
         grouping=_ENUM[p.grouping],
         segmented=as_cpp(p.segmented),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jax_deepgemm.jit import KernelSource
-from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, shared_memory, tma_store
+from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, passes, shared_memory, tma_store
 from jax_deepgemm.sm90.wgmma import wgmma_wrapper
 
 _CONFIG = """\
@@ -13,7 +13,7 @@ struct Config {{
   using Mma = ::Mma;
   using Out = {out};
   static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
-  static constexpr int WARPGROUPS = {warpgroups}, SPLITS = {splits}, SCALE_SLOTS = {scale_slots};
+  static constexpr int PASSES = {passes}, WARPGROUPS = {warpgroups}, SPLITS = {splits}, SCALE_SLOTS = {scale_slots};
   static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging};
   static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
@@ -86,6 +86,7 @@ def config_text(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k
         cols=c.cols,
         block_k=p.block_k,
         stages=c.stages,
+        passes=passes(p, c),
         warpgroups=c.warpgroups,
         splits=c.split_k,
         scale_slots=memory.scale_slots,
@@ -144,7 +145,7 @@ def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
     name = kernel_name(p, c)
     text = _TEXT.format(
         header="gemm_small_m" if c.swap_ab else "gemm",
-        mma=wgmma_wrapper(c.cols, rows.dtype, cols.dtype, a_k_major=rows.k_major, b_k_major=cols.k_major),
+        mma=wgmma_wrapper(c.cols // passes(p, c), rows.dtype, cols.dtype, a_k_major=rows.k_major, b_k_major=cols.k_major),
         config=config_text(p, c, rows, cols),
         d_map="&d_map" if tma_store(p, c) else "nullptr",
         threads=c.threads,

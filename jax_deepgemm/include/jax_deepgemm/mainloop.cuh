@@ -61,19 +61,31 @@ struct BlockScales {
   }
 };
 
-// The multiplication of one slot, one committed group.
+// The operands of one warpgroup in a slot, and their multiplication: one committed group.
 template <class C>
-__device__ __forceinline__ void multiply_slot(float (&d)[C::COLS / 2], u32 rows, u32 cols, bool overwrite) {
-  const u64 a =
-      C::ROWS_K_MAJOR ? ptx::k_major_descriptor(rows) : ptx::mn_major_descriptor(rows, 64 * kSlotRowBytes);
-  const u64 b =
-      C::COLS_K_MAJOR ? ptx::k_major_descriptor(cols) : ptx::mn_major_descriptor(cols, 64 * kSlotRowBytes);
+struct Slot {
+  static constexpr u32 kSlabBytes = 64 * kSlotRowBytes;  // of rows: 64 K-major ones, or one MN-major slab
+  ptx::Descriptor rows, cols;
+
+  __device__ __forceinline__ Slot(const Position<C>& at, int warpgroup) {
+    const u32 a = at.rows() + warpgroup * kSlabBytes, b = at.cols();
+    rows = C::ROWS_K_MAJOR ? ptx::k_major_descriptor(a) : ptx::mn_major_descriptor(a, kSlabBytes);
+    cols = C::COLS_K_MAJOR ? ptx::k_major_descriptor(b) : ptx::mn_major_descriptor(b, kSlabBytes);
+  }
+
+  // Of the slot that is `ahead` further on, columns from `first` on.
+  template <int COUNT>
+  __device__ __forceinline__ void multiply(float (&d)[COUNT], bool overwrite, int ahead = 0,
+                                           int first = 0) const {
+    constexpr int kRowsStep = C::ROWS_K_MAJOR ? 32 : 2048, kColsStep = C::COLS_K_MAJOR ? 32 : 2048;
+    const int a = ahead * Layout<C>::kRowsBytes, b = ahead * Layout<C>::kColsBytes + first * kSlotRowBytes;
 #pragma unroll
-  for (int step = 0; step < kStepsPerBlock; ++step)
-    C::Mma::issue(d, a + step * (C::ROWS_K_MAJOR ? 2 : 128), b + step * (C::COLS_K_MAJOR ? 2 : 128),
-                  !overwrite || step > 0);
-  ptx::wgmma_commit();
-}
+    for (int step = 0; step < kStepsPerBlock; ++step)
+      C::Mma::issue(d, rows.plus(a + step * kRowsStep), cols.plus(b + step * kColsStep),
+                    !overwrite || step > 0);
+    ptx::wgmma_commit();
+  }
+};
 
 // Zeroes what a slot holds beside the tile's range of k, in both operands, since 0 times what lies there may
 // be NaN. Each warpgroup does it for all that it reads; where warpgroups share columns they write equal
@@ -133,34 +145,40 @@ __device__ __forceinline__ float element(const float4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Consumer side, FP8: one temporary accumulator per block of k, promoted with its scales. `offset` is the
-// tile's first column modulo 128, a Constant where the possible values are few enough for a copy of the loop
-// each.
+// Consumer side, FP8: the product of one block of k in an accumulator of its own, promoted with its scales;
+// wide tiles in PASSES that share it, one after the other. `offset` is the tile's first column modulo 128, a
+// Constant where the possible values are few enough for a copy of the loop each.
 //
 // Whatever the next block needs before its multiplication can be issued (its barrier, its scales) is done
 // while the tensor core is busy with this one: between two multiplications of a warpgroup stand only
 // promotion and issue.
 template <class C, class Offset>
-__device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position<C>& at,
-                                             BlockScales<C>& blocks, const Tile& tile, int warpgroup,
-                                             Offset offset) {
+struct Fp8Loop {
   using L = Layout<C>;
-  constexpr int kUnit = gcd(C::STAGES, kQuad);  // blocks whose slots are neighbours: one address serves them
-  constexpr int kGroups = C::COLS / 8;
-  constexpr bool kColVector = C::COL_SCALES == Scale::kVector;
-  constexpr bool kRowVector = C::ROW_SCALES == Scale::kVector;
-  constexpr int kBlocks = BlockScales<C>::kCount;
-  constexpr bool kHasBlocks = BlockScales<C>::kThere;
+  static constexpr int kUnit = gcd(C::STAGES, kQuad);  // blocks whose slots are neighbours
+  static constexpr int kWidth = C::COLS / C::PASSES, kGroups = kWidth / 8;
+  static constexpr bool kColVector = C::COL_SCALES == Scale::kVector;
+  static constexpr bool kRowVector = C::ROW_SCALES == Scale::kVector;
+  static constexpr bool kHasBlocks = BlockScales<C>::kThere;
+  static constexpr int kBlocks = BlockScales<C>::kCount;
   // Per-column scales are a factor for every element or column. Where registers allow, they are read before
   // the multiplication is issued, otherwise by promotion.
-  constexpr int kFactors = kRowVector ? C::COLS / 2 : 2 * kGroups;
-  constexpr bool kFactorsEarly = kColVector && C::COLS + kFactors <= C::REGISTERS - 40;
+  static constexpr int kFactors = kRowVector ? C::COLS / 2 : 2 * kGroups;
+  static constexpr bool kFactorsEarly = kColVector && C::COLS + kFactors <= C::REGISTERS - 40;
+  static_assert(C::PASSES == 1 || (C::COL_SCALES == Scale::kBlock && kWidth % 128 == 0), "whole blocks");
+
+  float (&acc)[C::COLS / 2];
+  Position<C>& at;
+  BlockScales<C>& blocks;
+  const int warpgroup;
+  const Offset offset;
   const Fragment mine;
   // Scales of a quad: of this thread's two rows, and of the 128x128 blocks; of one block: of this thread's
   // columns.
   float4 upper, lower, block[kBlocks];
   float col[kFactorsEarly ? 2 * kGroups : 1];
-  const auto load_quad = [&](bool more) {
+
+  __device__ __forceinline__ void load_quad(bool more) {
     if constexpr (kRowVector) {
       const u32 address = at.row_scales() + (64 * warpgroup + mine.row) * kQuad * 4;
       upper = ptx::load_shared_4(address);
@@ -171,94 +189,130 @@ __device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position
       for (int i = 0; i < kBlocks; ++i) block[i] = blocks.ahead[i];
       blocks.fetch(more);
     }
-  };
-  const auto col_scale = [&](int j, int i) {
+  }
+  __device__ __forceinline__ float col_scale(int j, int i) const {
     return ptx::load_shared(at.col_scales() + mine.col * kQuad * 4 + ((i / 2 * 8 + i % 2) * kQuad + j) * 4);
-  };
-  const auto load_cols = [&](int j) {
+  }
+  __device__ __forceinline__ void load_cols(int j) {
     if constexpr (kFactorsEarly) {
 #pragma unroll
       for (int i = 0; i < 2 * kGroups; ++i) col[i] = col_scale(j, i);
     }
-  };
-  const auto release = [](u32 empty) {
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
-  };
+  }
 
-  if (tile.k_begin >= tile.k_end) return;
-  ptx::mbarrier_wait(at.full(), at.phase);
-  load_quad(tile.k_begin + kQuad < tile.k_end);
-  load_cols(0);
-  for (int kb = tile.k_begin; kb < tile.k_end; kb += kQuad) {
-    const int live = tile.k_end - kb;  // blocks from here on
+  // Block j of the quad whose scales are loaded, in the slot `slot` further on than `at`, which it moves on by
+  // STEP slots. `more`: whether a block follows; last: whether that one belongs to the next quad, of which
+  // `fetch` says whether another one follows it.
+  template <int STEP>
+  __device__ __forceinline__ void multiply(int j, int slot, bool more, bool last, bool fetch) {
+    const u32 empty = at.empty() + slot * 8;
+    const Slot<C> operands(at, warpgroup);
+    const int next = STEP > 0 ? 0 : slot + 1;
+    const float u = kRowVector ? element(upper, j) : 1.0f, l = kRowVector ? element(lower, j) : 1.0f;
+    float factor[kFactorsEarly ? kFactors : 1], uppers[kBlocks], lowers[kBlocks];
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) {
-      const int slot = j % kUnit, next = (j + 1) % kUnit;  // counted from `at`, before and after it moves on
-      const bool more = j + 1 < kQuad ? j + 1 < live : live > kQuad;
-      const u32 full = at.full() + slot * 8, empty = at.empty() + slot * 8;
-      if (j >= live) {
-        pass_slot(full, empty, at.phase);
-        if (next == 0) at.template advance<kUnit>();
-        continue;
-      }
-      float temp[C::COLS / 2];
+    for (int pass = 0; pass < C::PASSES; ++pass) {
+      float temp[kWidth / 2];
       ptx::pin(temp);
       ptx::wgmma_fence();
-      multiply_slot<C>(temp, at.rows() + slot * L::kRowsBytes + warpgroup * 64 * kSlotRowBytes,
-                       at.cols() + slot * L::kColsBytes, true);
+      operands.multiply(temp, true, slot, pass * kWidth);
 
       // Under the multiplication: the factors of its promotion, then what the next block needs.
-      const float u = kRowVector ? element(upper, j) : 1.0f, l = kRowVector ? element(lower, j) : 1.0f;
-      float factor[kFactorsEarly ? kFactors : 1], uppers[kBlocks], lowers[kBlocks];
+      if (pass == 0) {
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        const float b = kHasBlocks ? element(block[i], j) : 1.0f;
-        uppers[i] = u * b, lowers[i] = l * b;
-      }
-      if constexpr (kFactorsEarly) {
+        for (int i = 0; i < kBlocks; ++i) {
+          const float b = kHasBlocks ? element(block[i], j) : 1.0f;
+          uppers[i] = u * b, lowers[i] = l * b;
+        }
+        if constexpr (kFactorsEarly) {
 #pragma unroll
-        for (int i = 0; i < kFactors; ++i)
-          factor[i] = kRowVector ? (i % 4 < 2 ? u : l) * col[i / 4 * 2 + i % 2] : uppers[0] * col[i];
+          for (int i = 0; i < kFactors; ++i)
+            factor[i] = kRowVector ? (i % 4 < 2 ? u : l) * col[i / 4 * 2 + i % 2] : uppers[0] * col[i];
+        }
       }
-      if (next == 0) at.template advance<kUnit>();
-      if (more) ptx::mbarrier_wait(at.full() + next * 8, at.phase);
-
+      if (pass + 1 == C::PASSES) {
+        if constexpr (STEP > 0) at.template advance<STEP>();
+        if (more) ptx::mbarrier_wait(at.full() + next * 8, at.phase);
+      }
       ptx::wgmma_wait<0>();
       ptx::pin(temp);
-      release(empty);
-
-      if constexpr (kFactorsEarly) {
-#pragma unroll
-        for (int i = 0; i < C::COLS / 2; ++i) acc[i] += factor[kRowVector ? i : i / 4 * 2 + i % 2] * temp[i];
-      } else if constexpr (kColVector) {
-#pragma unroll
-        for (int i = 0; i < 2 * kGroups; ++i) {
-          const float scale = col_scale(j, i);
-          const int at_upper = i / 2 * 4 + i % 2;
-          acc[at_upper] += uppers[0] * scale * temp[at_upper];
-          acc[at_upper + 2] += (kRowVector ? lowers[0] * scale : uppers[0] * scale) * temp[at_upper + 2];
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kGroups; ++i) {
-          float u8 = uppers[0], l8 = lowers[0];
-#pragma unroll
-          for (int b = 1; b < kBlocks; ++b)
-            if (offset + 8 * i >= 128 * b) u8 = uppers[b], l8 = lowers[b];
-          acc[4 * i + 0] += u8 * temp[4 * i + 0];
-          acc[4 * i + 1] += u8 * temp[4 * i + 1];
-          acc[4 * i + 2] += l8 * temp[4 * i + 2];
-          acc[4 * i + 3] += l8 * temp[4 * i + 3];
-        }
-      }
-      if (j + 1 == kQuad) {
-        at.advance_scales();
-        if (more) load_quad(live > 2 * kQuad);
-      }
-      if (more) load_cols((j + 1) % kQuad);
+      if (pass + 1 == C::PASSES && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+      promote(temp, j, pass, factor, uppers, lowers);
     }
-    if (live < kQuad) at.advance_scales();
+    if (last) {
+      at.advance_scales();
+      if (more) load_quad(fetch);
+    }
+    if (more) load_cols(last ? 0 : j + 1);
   }
+
+  __device__ __forceinline__ void promote(const float (&temp)[kWidth / 2], int j, int pass,
+                                          const float (&factor)[kFactorsEarly ? kFactors : 1],
+                                          const float (&uppers)[kBlocks], const float (&lowers)[kBlocks]) {
+    if constexpr (kFactorsEarly) {
+#pragma unroll
+      for (int i = 0; i < C::COLS / 2; ++i) acc[i] += factor[kRowVector ? i : i / 4 * 2 + i % 2] * temp[i];
+    } else if constexpr (kColVector) {
+#pragma unroll
+      for (int i = 0; i < 2 * kGroups; ++i) {
+        const float scale = col_scale(j, i);
+        const int first = i / 2 * 4 + i % 2;
+        acc[first] += uppers[0] * scale * temp[first];
+        acc[first + 2] += (kRowVector ? lowers[0] * scale : uppers[0] * scale) * temp[first + 2];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        float u8 = uppers[0], l8 = lowers[0];
+#pragma unroll
+        for (int b = 1; b < kBlocks; ++b)
+          if (offset + pass * kWidth + 8 * i >= 128 * b) u8 = uppers[b], l8 = lowers[b];
+        float* to = acc + pass * (kWidth / 2) + 4 * i;
+        to[0] += u8 * temp[4 * i + 0];
+        to[1] += u8 * temp[4 * i + 1];
+        to[2] += l8 * temp[4 * i + 2];
+        to[3] += l8 * temp[4 * i + 3];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run(const Tile& tile) {
+    if (tile.k_begin >= tile.k_end) return;
+    ptx::mbarrier_wait(at.full(), at.phase);
+    load_quad(tile.k_begin + kQuad < tile.k_end);
+    load_cols(0);
+    int kb = tile.k_begin;
+#pragma unroll 1
+    for (; kb + kQuad <= tile.k_end; kb += kQuad) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        const bool last = j + 1 == kQuad;
+        const int live = tile.k_end - kb;
+        if ((j + 1) % kUnit == 0)
+          multiply<kUnit>(j, j % kUnit, !last || live > kQuad, last, live > 2 * kQuad);
+        else
+          multiply<0>(j, j % kUnit, true, false, false);
+      }
+    }
+    if (kb == tile.k_end) return;
+#pragma unroll 1
+    for (int j = 0; j < kQuad; ++j) {
+      if (kb + j < tile.k_end) {
+        multiply<1>(j, 0, kb + j + 1 < tile.k_end, false, false);
+      } else {
+        pass_slot(at.full(), at.empty(), at.phase);
+        at.advance();
+      }
+    }
+    at.advance_scales();
+  }
+};
+
+template <class C, class Offset>
+__device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position<C>& at,
+                                             BlockScales<C>& blocks, const Tile& tile, int warpgroup,
+                                             Offset offset) {
+  Fp8Loop<C, Offset>{acc, at, blocks, warpgroup, offset}.run(tile);
 }
 
 // Consumer side, FP8 with both operands' scales stored by block of k: a factor for every element.
@@ -275,7 +329,7 @@ __device__ __forceinline__ void multiply_sliced(float (&acc)[C::COLS / 2], Posit
     float temp[C::COLS / 2];
     ptx::pin(temp);
     ptx::wgmma_fence();
-    multiply_slot<C>(temp, at.rows() + warpgroup * 64 * kSlotRowBytes, at.cols(), true);
+    Slot<C>(at, warpgroup).multiply(temp, true);
     const float upper = ptx::load_shared(rows), lower = ptx::load_shared(rows + 8 * 4);
     at.advance();
     at.advance_scales();
@@ -299,14 +353,13 @@ __device__ __forceinline__ void multiply_sliced(float (&acc)[C::COLS / 2], Posit
 template <class C>
 __device__ __forceinline__ void multiply_bf16(float (&acc)[C::COLS / 2], Position<C>& at, const Tile& tile,
                                               int warpgroup) {
-  constexpr u32 kWarpgroupBytes = 64 * kSlotRowBytes;  // K-major: 64 rows; MN-major: one slab of 64
   u32 previous = 0;
   ptx::pin(acc);
   for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
     ptx::mbarrier_wait(at.full(), at.phase);
     mask_slot<C>(at, tile, kb, warpgroup);
     ptx::wgmma_fence();
-    multiply_slot<C>(acc, at.rows() + warpgroup * kWarpgroupBytes, at.cols(), false);
+    Slot<C>(at, warpgroup).multiply(acc, false);
     ptx::wgmma_wait<1>();
     if (kb > tile.k_begin && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);
     previous = at.empty();
@@ -325,7 +378,7 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[C::COLS / 2], Posit
     multiply_bf16<C>(acc, at, tile, warpgroup);
   } else if constexpr (Layout<C>::kSliced) {
     multiply_sliced<C>(acc, at, tile, warpgroup);
-  } else if constexpr (C::COL_SCALES != Scale::kBlock || 128 % C::COLS == 0) {
+  } else if constexpr (C::COL_SCALES != Scale::kBlock || 128 % C::COLS == 0 || C::COLS % 128 == 0) {
     multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<0>());
   } else if constexpr (C::COLS % 64 == 0) {
     if (tile.col % 128 == 0)

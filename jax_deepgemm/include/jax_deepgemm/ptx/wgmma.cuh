@@ -7,17 +7,26 @@
 
 namespace jdg::ptx {
 
-// K-major operand: rows of 128 bytes, 128-byte swizzle, 8-row atoms of 1024 bytes. 32 bytes of k add 2.
-__device__ __forceinline__ u64 k_major_descriptor(u32 smem) {
-  constexpr u64 kSwizzle128 = 1ull << 62, kStrideBytes = 1024;
-  return kSwizzle128 | (kStrideBytes >> 4) << 32 | 1ull << 16 | ((smem & 0x3FFFF) >> 4);
+// Where an operand lies in shared memory (128-byte swizzle, atoms of 8 rows of 128 bytes). The high word is
+// the same for all of them, so only the low one takes instructions; 16 bytes further on is 1 more.
+struct Descriptor {
+  u32 low;
+
+  __device__ __forceinline__ u64 plus(int bytes) const {
+    constexpr u64 kSwizzle128 = 1ull << 62, kStrideBytes = 1024;
+    return kSwizzle128 | (kStrideBytes >> 4) << 32 | (low + bytes / 16);
+  }
+};
+
+// K-major operand: rows of 128 bytes. 32 bytes of k are 32 bytes further on.
+__device__ __forceinline__ Descriptor k_major_descriptor(u32 smem) {
+  return {1u << 16 | ((smem & 0x3FFFF) >> 4)};
 }
 
-// MN-major operand: slabs of 64 elements (128 bytes) by `slab_bytes / 128` values of k. 16 of k add 128.
-__device__ __forceinline__ u64 mn_major_descriptor(u32 smem, u32 slab_bytes) {
-  constexpr u64 kSwizzle128 = 1ull << 62, kStrideBytes = 1024;
-  return kSwizzle128 | (kStrideBytes >> 4) << 32 | static_cast<u64>(slab_bytes >> 4) << 16 |
-         ((smem & 0x3FFFF) >> 4);
+// MN-major operand: slabs of 64 elements (128 bytes) by `slab_bytes / 128` values of k. 16 values of k are
+// 2048 bytes further on.
+__device__ __forceinline__ Descriptor mn_major_descriptor(u32 smem, u32 slab_bytes) {
+  return {(slab_bytes >> 4) << 16 | ((smem & 0x3FFFF) >> 4)};
 }
 
 // Registers written by ordinary instructions may now be used by wgmma.
