@@ -1,4 +1,4 @@
-"""python -m jax_deepgemm {demo, info, explain, compile, bench}."""
+"""python -m jax_deepgemm {demo, info, explain, compile, bench, tune}."""
 
 from __future__ import annotations
 

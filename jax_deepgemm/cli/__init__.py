@@ -15,6 +15,7 @@ COMMANDS = {
     "explain": ("jax_deepgemm.cli.explain", "the kernel chosen for a GEMM, and why"),
     "compile": ("jax_deepgemm.jit.cli", "compile kernels ahead of time into the cache"),
     "bench": ("jax_deepgemm.cli.bench", "measure the kernels on this machine, or report on measurements"),
+    "tune": ("jax_deepgemm.cli.tune", "measure all configurations of given GEMMs, and keep the best of each"),
 }
 
 

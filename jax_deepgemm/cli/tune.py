@@ -1,0 +1,203 @@
+"""python -m jax_deepgemm tune: measure all candidate configurations, and keep the best in a tuning file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jax_deepgemm.cli.text import Progress, table
+
+if TYPE_CHECKING:
+    from jax_deepgemm.bench.tune import Outcome, Work
+    from jax_deepgemm.sm90.chip import Chip
+    from jax_deepgemm.sm90.tuning import Devices, Entry
+
+HEADER = ("problem", "of", "us", "best", "model us", "model's choice", "regret")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes", metavar="FILE", help="GEMMs, as JSON lines or CSV (see compile --help); - is stdin"
+    )
+    parser.add_argument("--tables", default="", help="comma-separated tables of bench: fp8, m_grouped, ...")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="tuning file to write (default: the one in use for this GPU)"
+    )
+    parser.add_argument("--calls", type=int, default=12, help="timed calls of each candidate (default 12)")
+    parser.add_argument(
+        "--time-limit", type=float, default=900, help="seconds after which no new session starts"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list with all that was measured")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="print what a tuning file holds; measure nothing"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tunes or reports; exit code 1 for candidates that could not be measured, 2 for wrong arguments."""
+    from jax_deepgemm.sm90 import tuning
+
+    try:
+        if args.report:
+            return _report(args.report, args.json)
+        works, chip = _works(args), _chip_here()
+        out = args.out or _default_file(chip)
+        known: Devices = tuning.read(out) if out.exists() else {}
+    except (OSError, ValueError) as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
+    outcomes = _measure(args, works, chip, out, known)
+    found = _entries(outcomes)
+    print(json.dumps([_as_json(one) for one in outcomes], indent=1) if args.json else text(found))
+    failed = [(one.problem, *failure) for one in outcomes for failure in one.failed]
+    for problem, what, error_text in failed:
+        print(f"FAILED {problem}: {what}: {error_text}", file=sys.stderr)
+    count = sum(map(len, found.values()))
+    print(f"tune: {count} problems, {len(failed)} candidates failed, written to {out}", file=sys.stderr)
+    return 1 if failed or not count else 0
+
+
+def _works(args: argparse.Namespace) -> list[Work]:
+    """What to tune.
+
+    Raises:
+      ValueError: nothing is asked for, or something that there is not.
+    """
+    from jax_deepgemm.bench import tune
+    from jax_deepgemm.jit.cli import parse_shapes
+
+    if args.calls < 1:
+        raise ValueError(f"--calls is {args.calls}, need at least 1")
+    works: list[Work] = []
+    if args.shapes:
+        given = sys.stdin.read() if args.shapes == "-" else Path(args.shapes).read_text(encoding="utf-8")
+        works += map(tune.of_shape, parse_shapes(given))
+    wanted = [name for name in args.tables.split(",") if name]
+    unknown = sorted(set(wanted) - set(tune.table_names()))
+    if unknown:
+        raise ValueError(f"no table {', '.join(unknown)}; there are {', '.join(tune.table_names())}")
+    works += [work for name in wanted for work in tune.of_table(name)]
+    if not works:
+        raise ValueError("nothing to tune; name a file with --shapes, or tables of bench with --tables")
+    return works
+
+
+def _chip_here() -> Chip:
+    import jax
+
+    from jax_deepgemm.core import kernel_rule
+
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", None) != kernel_rule.COMPUTE_CAPABILITY:
+        raise ValueError(
+            f"{device.device_kind} has no kernels to measure, need a GPU of compute capability "
+            f"{kernel_rule.COMPUTE_CAPABILITY}; --report FILE needs none"
+        )
+    return kernel_rule.chip_of(device)
+
+
+def _default_file(chip: Chip) -> Path:
+    from jax_deepgemm import config
+
+    path = config.tuning_file(chip.name)
+    if path is None:
+        raise ValueError(f"{config.TUNING_FILE} is off: say where to write with --out, or unset it")
+    return path
+
+
+def _measure(
+    args: argparse.Namespace, works: list[Work], chip: Chip, out: Path, known: Devices
+) -> list[Outcome]:
+    """Measures, writing the file after every problem, so that what is measured stays."""
+    from jax_deepgemm.bench import timing, tune
+    from jax_deepgemm.sm90 import tuning
+
+    outcomes = []
+    stop = time.monotonic() + args.time_limit
+    with Progress(len(works), "tune") as progress:
+        for one in tune.sweep(works, chip, calls=args.calls, flush=timing.flusher(), deadline=stop):
+            outcomes.append(one)
+            progress.step(one.problem)
+            if one.entry is not None:
+                known.setdefault(one.device, {})[one.problem] = tuning.as_fields(one.entry)
+                tuning.write(out, known)
+    if time.monotonic() > stop:
+        print(f"tune: time limit: {len(outcomes)} of up to {len(works)} problems measured", file=sys.stderr)
+    return outcomes
+
+
+def _entries(outcomes: list[Outcome]) -> dict[str, dict[str, Entry]]:
+    found: dict[str, dict[str, Entry]] = {}
+    for one in outcomes:
+        if one.entry is not None:
+            found.setdefault(one.device, {})[one.problem] = one.entry
+    return found
+
+
+def _as_json(one: Outcome) -> dict[str, Any]:
+    from jax_deepgemm.sm90.tuning import as_fields
+
+    entry = as_fields(one.entry) | {"regret": one.entry.regret} if one.entry else {}
+    measured = [dataclasses.asdict(config) | {"us": us} for config, us in one.measured]
+    return (
+        {"device": one.device, "problem": one.problem} | entry | {"measured": measured, "failed": one.failed}
+    )
+
+
+def _report(path: Path, as_json: bool) -> int:
+    from jax_deepgemm.sm90.tuning import as_fields, parsed, read
+
+    try:
+        found = {
+            device: {problem: parsed(fields) for problem, fields in entries.items()}
+            for device, entries in read(path).items()
+        }
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    rows = [
+        {"device": device, "problem": problem} | as_fields(entry) | {"regret": entry.regret}
+        for device, entries in found.items()
+        for problem, entry in entries.items()
+    ]
+    print(json.dumps(rows, indent=1) if as_json else text(found))
+    return 0
+
+
+def text(found: Mapping[str, Mapping[str, Entry]]) -> str:
+    """Returns a table of what was measured on each device, and how far the cost model is from it.
+
+    >>> from jax_deepgemm.sm90.config import GemmConfig
+    >>> from jax_deepgemm.sm90.tuning import Entry
+    >>> entry = Entry(GemmConfig(64, 128, 6), 5.0, GemmConfig(128, 128, 5), 5.5, candidates=9)
+    >>> print(text({"NVIDIA H200, 132 SMs": {"GemmProblem m=64 n=512 k=512": entry}}).split("\\n\\n")[-1])
+    The cost model's choice is 10.0% slower than the best measured on average, 10.0% at worst:
+    GemmProblem m=64 n=512 k=512 (1 problem).
+    """
+    return "\n\n".join(f"{device}\n{_of_device(entries)}" for device, entries in found.items())
+
+
+def _of_device(entries: Mapping[str, Entry]) -> str:
+    rows = [(problem, *_cells(entry)) for problem, entry in entries.items()]
+    regrets = {key: entry.regret for key, entry in entries.items() if entry.regret is not None}
+    if not regrets:
+        return table(HEADER, rows)
+    worst = max(regrets, key=regrets.__getitem__)
+    return (
+        f"{table(HEADER, rows)}\n\nThe cost model's choice is {statistics.mean(regrets.values()):.1%} slower "
+        f"than the best measured on average, {regrets[worst]:.1%} at worst:\n"
+        f"{worst} ({len(regrets)} problem{'s' if len(regrets) > 1 else ''})."
+    )
+
+
+def _cells(entry: Entry) -> tuple[str, ...]:
+    model = "same" if entry.model == entry.config else str(entry.model)
+    model_us = "failed" if entry.model_us is None else f"{entry.model_us:.1f}"
+    regret = "–" if entry.regret is None else f"{entry.regret:.1%}"
+    return str(entry.candidates), f"{entry.us:.1f}", str(entry.config), model_us, model, regret
