@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jax_deepgemm.bench import catalog, dense, grouped, moe, report, timing, trace
+from jax_deepgemm.bench import catalog, dense, grouped, moe, plots, report, timing, trace
 from jax_deepgemm.bench.machine import ClockLog
 from jax_deepgemm.cli import main
 from jax_deepgemm.cli.bench import TABLES, default_path, write
@@ -248,7 +248,7 @@ def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     target = tmp_path / "plot.svg"
     both = result() | {"rows": result()["rows"] + grouped_result()["rows"]}
-    assert report.plot(both, target)
+    assert plots.together(both, target)
     assert target.read_text().startswith("<?xml")
 
 

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_deepgemm.bench.floors import SMALL_M
 from jax_deepgemm.bench.machine import ClockLog
-from jax_deepgemm.bench.rows import COMPILE_THREADS, KERNEL_PREFIX, compile_job, figures, names
-from jax_deepgemm.bench.timing import Job, time_jobs
+from jax_deepgemm.bench.rows import COMPILE_THREADS, KERNEL_PREFIX, Compiled, compile_job, figures, names
+from jax_deepgemm.bench.timing import READ_FLUSH_BYTES, Job, read_flusher, time_jobs
 
 ROWS_OF_A = (1, 16, 64, 128, 256, 1024, 4096, 8192)
 WEIGHTS = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 SQUARES = (4096, 8192)
-FP8_BASELINE_ROWS = 16  # of A at least: below, XLA converts FP8 operands to BF16 instead of calling cuBLASLt
+FP8_BASELINE_ROWS = 16  # a multiple of it for A: else XLA pads at each call, or converts to BF16 below
 CUBLASLT_ONLY = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -110,6 +111,12 @@ def baseline(problem: Problem) -> Callable[..., jax.Array]:
     return dot
 
 
+def compile_baseline(problem: Problem, name: str, arguments: tuple[Any, ...]) -> Compiled:
+    """Compiles the baseline, for a GPU without XLA's own kernels of products."""
+    options = CUBLASLT_ONLY if jax.default_backend() == "gpu" else None
+    return compile_job(baseline(problem), name, arguments, options)
+
+
 def measure(
     problems: Sequence[Problem], *, calls: int, flush: Callable[[], None], clocks: ClockLog | None
 ) -> Iterator[dict[str, Any]]:
@@ -117,7 +124,7 @@ def measure(
     for (kind, *_), same_weights in groupby(problems, key=_shared_operands):
         group = list(same_weights)
         try:
-            rows = max(FP8_BASELINE_ROWS, *(problem.m for problem in group))
+            rows = max(map(_baseline_rows, group))
             drawn = operands(replace(group[0], m=rows) if kind != "fp8_wgrad" else group[0])
         except Exception as error:
             for problem in group:
@@ -144,17 +151,13 @@ def _measure_group(
 ) -> Iterator[dict[str, Any]]:
     on_gpu = jax.default_backend() == "gpu"
     arguments = [_with_rows(drawn, problem, problem.m) for problem in group]
-    padded = [
-        _with_rows(drawn, problem, max(problem.m, FP8_BASELINE_ROWS if problem.kind == "fp8" else 1))
-        for problem in group
-    ]
+    padded = [_with_rows(drawn, problem, _baseline_rows(problem)) for problem in group]
     ours, theirs = names("jdg_row", group), names("baseline_row", group)
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
         waiting = list(pool.map(compile_job, map(product, group), ours, arguments))
     # One at a time, as XLA picks cuBLASLt's algorithm by timing it on the GPU.
-    options = CUBLASLT_ONLY if on_gpu else None
     compiled = {
-        name: compile_job(baseline(problem), name, given, options)
+        name: compile_baseline(problem, name, given)
         for name, problem, given in zip(theirs, group, padded, strict=True)
     }
     compiled |= dict(zip(ours, waiting, strict=True))
@@ -165,12 +168,32 @@ def _measure_group(
         if (run := compiled[name].run) is not None
     ]
     timings = time_jobs(jobs, calls=calls, flush=flush, clocks=clocks)
+    small = {name for name, problem in zip(ours, group, strict=True) if _reads_weights(problem)}
+    jobs = [job for job in jobs if job.name in small]
+    after_read = time_jobs(jobs, calls=calls, flush=_read_flusher(), clocks=clocks) if jobs else {}
     for problem, mine, base in zip(group, ours, theirs, strict=True):
         row = _row(problem) | {"compile_ms": round(compiled[mine].milliseconds, 1)}
         row |= figures(problem, timings.get(mine), compiled[mine].error)
+        if mine in small:
+            row["read_flush"] = figures(problem, after_read.get(mine), compiled[mine].error)
         row["baseline"] = {"what": "cuBLASLt through jnp" if on_gpu else "XLA dot"}
         row["baseline"] |= figures(problem, timings.get(base), compiled[base].error)
         yield row
+
+
+def _reads_weights(problem: Problem) -> bool:
+    """Whether it is one of those that are also timed after a flush that leaves no dirty lines."""
+    return problem.m <= SMALL_M and problem.kind in ("fp8", "bf16")
+
+
+@functools.cache
+def _read_flusher() -> Callable[[], None]:
+    return read_flusher(READ_FLUSH_BYTES if jax.default_backend() == "gpu" else 1 << 20)
+
+
+def _baseline_rows(problem: Problem) -> int:
+    unit = FP8_BASELINE_ROWS if problem.kind == "fp8" else 1
+    return -(-problem.m // unit) * unit
 
 
 def _with_rows(drawn: tuple[Any, ...], problem: Problem, rows: int) -> tuple[Any, ...]:
@@ -179,3 +202,17 @@ def _with_rows(drawn: tuple[Any, ...], problem: Problem, rows: int) -> tuple[Any
 
 def _row(problem: Problem) -> dict[str, Any]:
     return {"table": problem.kind, "m": problem.m, "n": problem.n, "k": problem.k}
+
+
+def control(
+    size: int = 8192, *, calls: int, flush: Callable[[], None], clocks: ClockLog | None
+) -> dict[str, Any]:
+    """Measures a product that is not this package's, whose time says in which state the machine is."""
+    problem = Problem("fp8", size, size, size)
+    compiled = compile_baseline(problem, "control", operands(problem))
+    timing = None
+    if compiled.run is not None:
+        job = Job("control", compiled.run)
+        timing = time_jobs([job], calls=calls, flush=flush, clocks=clocks)["control"]
+    about = {"what": f"cuBLASLt FP8 {size}^3 through jnp"}
+    return about | figures(problem, timing, compiled.error)

@@ -244,16 +244,17 @@ def measure(
             text = f"operands: {type(error).__name__}: {error}"[:400]
             yield from (problem.row | {"status": "failed", "error": text} for problem in group)
             continue
-        yield from _measure_group(group, drawn, calls, flush, clocks)
+        yield from measure_group(group, drawn, calls, flush, clocks)
 
 
-def _measure_group(
+def measure_group(
     group: Sequence[Problem],
     drawn: Sequence[tuple[Any, ...]],
     calls: int,
     flush: Callable[[], None],
     clocks: ClockLog | None,
 ) -> Iterator[dict[str, Any]]:
+    """Measures problems whose operands are drawn in one profiler session; yields a row for each."""
     on_gpu = jax.default_backend() == "gpu"
     ours = names("jdg_grouped", group)
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 
@@ -89,7 +89,13 @@ class ClockLog:
         An interval shorter than the sampling period takes the nearest sample on either side.
         """
         margin = self.period_ms / 1e3
-        chosen = [sample for sample in list(self.samples) if start - margin <= sample[0] <= end + margin]
+        return self.during([(start - margin, end + margin)])
+
+    def during(self, spans: Sequence[tuple[float, float]]) -> dict[str, float]:
+        """Returns the same of several intervals taken together, only samples inside them counted."""
+        chosen = [
+            sample for sample in list(self.samples) if any(start <= sample[0] <= end for start, end in spans)
+        ]
         if not chosen:
             return {}
         clocks = [clock for _, clock, _ in chosen]

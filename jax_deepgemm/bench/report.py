@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_deepgemm.bench.catalog import ROOT, TABLES, Key, Row, Table, recorded
+from jax_deepgemm.bench import plots
+from jax_deepgemm.bench.catalog import ROOT, TABLES, Key, Row, Table, control, recorded
 from jax_deepgemm.cli.text import markdown_table, table
 
 BEGIN, END = "<!-- begin generated: {} -->", "<!-- end generated: {} -->"
 COMMAND = "python -m jax_deepgemm bench --report benchmarks/results/*.json --write"
-SUMMARY = ("table", "of", "rows", "against", "geometric mean", "worst")
+SUMMARY = ("table", "of", "rows", "against", "geometric mean", "worst", "time ratio", "worst time ratio")
 README_ROWS: tuple[tuple[Key, ...], ...] = (
     (
         ("fp8", 1, 7168, 16384),
@@ -72,7 +72,7 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, Table, list[Row]]]:
     for name, about in TABLES.items():
         rows = [row for row in result["rows"] if row["table"] == name]
         if rows:
-            yield name, about, rows
+            yield name, about.shown(rows), rows
 
 
 def _tables(result: dict[str, Any]) -> Iterable[tuple[Table, list[list[str]]]]:
@@ -82,7 +82,10 @@ def _tables(result: dict[str, Any]) -> Iterable[tuple[Table, list[list[str]]]]:
 
 
 def summary(result: dict[str, Any]) -> list[list[str]]:
-    """Returns, for parts of the tables, geometric mean and worst of the speed-ups (above 1: faster)."""
+    """Returns, for parts of the tables, geometric mean and worst of the speed-ups (above 1: faster).
+
+    The last two columns say the same as our time divided by the other's (below 1: faster).
+    """
     peers = recorded(result["device"])
     lines = []
     for name, about, rows in _rows(result):
@@ -102,14 +105,15 @@ def summary(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _mean_and_worst(ratios: Sequence[float]) -> list[str]:
-    return [f"{statistics.geometric_mean(ratios):.2f}x", f"{min(ratios):.2f}x"]
+    mean, worst = statistics.geometric_mean(ratios), min(ratios)
+    return [f"{mean:.2f}x", f"{worst:.2f}x", f"{1 / mean:.3f}", f"{1 / worst:.3f}"]
 
 
 def text(result: dict[str, Any]) -> str:
     """Returns the tables of a result for a terminal."""
     on_gpu = bool(result["gpu"])
     parts = [f"{about.title}\n{table(about.header(on_gpu), rows)}" for about, rows in _tables(result)]
-    return "\n\n".join([*parts, table(SUMMARY, summary(result))])
+    return "\n\n".join(filter(None, [*parts, table(SUMMARY, summary(result)), control(result)]))
 
 
 def markdown(path: Path, result: dict[str, Any]) -> str:
@@ -126,6 +130,8 @@ def markdown(path: Path, result: dict[str, Any]) -> str:
             f"Driver {gpu.get('driver_version', '?')}, power limit {gpu.get('power.limit', '?')} W.",
             "",
         ]
+    if control(result):
+        about += [control(result), ""]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     about += [f"Software: {versions}.", "", markdown_table(SUMMARY, summary(result)), ""]
     for shown, rows in _tables(result):
@@ -191,78 +197,16 @@ def _page_section(path: Path, result: dict[str, Any]) -> str:
     return f"{heading}\n\n{plot_line}{rest}"
 
 
-def plot(result: dict[str, Any], target: Path) -> bool:
-    """Draws TFLOP/s of the dense and of the grouped tables. Returns False without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("bench: no plot, matplotlib is missing; pip install 'jax-deepgemm[bench]'", file=sys.stderr)
-        return False
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "jax_deepgemm"
-    import matplotlib.pyplot as plt
+def run(paths: Sequence[Path], *, write: bool, plot: Path | None = None) -> int:
+    """Prints the tables of result files, or writes the documents made from them.
 
-    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    measured = {name: [r for r in rows if r["status"] == "ok"] for name, _, rows in _rows(result)}
-    lines = [[name for name in names if measured.get(name)] for names in PLOTS]
-    lines = [names for names in lines if names]
-    width = max(map(len, lines))
-    figure, grid = plt.subplots(len(lines), width, figsize=(6.5 * width, 4.2 * len(lines)), squeeze=False)
-    for names, axes in zip(lines, grid, strict=True):
-        for axis in axes[len(names) :]:
-            axis.remove()
-        for axis, name in zip(axes, names, strict=False):
-            if name in DENSE:
-                _plot_dense(axis, name, measured[name], colors)
-            else:
-                _plot_grouped(axis, name, measured[name], recorded(result["device"]), colors)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
-    figure.tight_layout()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, metadata={"Date": None})
-    plt.close(figure)
-    return True
-
-
-DENSE = ("fp8", "bf16")
-PLOTS = (DENSE, ("m_grouped", "masked", "k_grouped"))
-
-
-def _plot_dense(axis: Any, name: str, rows: Sequence[Row], colors: Sequence[str]) -> None:
-    """Over m for every B, ours and the baseline's."""
-    shapes = sorted({(row["n"], row["k"]) for row in rows if row["n"] != row["k"]})
-    for color, (n, k) in zip(colors, shapes, strict=False):
-        chosen = sorted((row for row in rows if (row["n"], row["k"]) == (n, k)), key=lambda row: row["m"])
-        sizes = [row["m"] for row in chosen]
-        axis.plot(sizes, [row["tflops"] for row in chosen], "o-", color=color, ms=3, label=f"n={n} k={k}")
-        base = [row["baseline"].get("tflops", math.nan) for row in chosen]
-        axis.plot(sizes, base, ":", color=color, lw=1)
-    axis.set(xlabel="m", ylabel="TFLOP/s", title=f"{name}: solid this package, dotted cuBLASLt")
-    axis.set_xscale("log", base=2)
-
-
-def _plot_grouped(
-    axis: Any, name: str, rows: Sequence[Row], peers: dict[Key, Row], colors: Sequence[str]
-) -> None:
-    """Row by row, ours and DeepGEMM's."""
-    about = TABLES[name]
-    rows = [row for row in rows if row["sizes"] == "padded" or name != "m_grouped"]
-    for color, kind in zip(colors, ("fp8", "bf16"), strict=False):
-        chosen = [row for row in rows if row["type"] == kind]
-        shapes = [f"{row['groups']} x {row['m']} x {row['n']} x {row['k']}" for row in chosen]
-        axis.plot(shapes, [row["tflops"] for row in chosen], "o-", color=color, ms=3, label=kind)
-        theirs = [peers.get(about.key(row), {}).get("tflops", math.nan) for row in chosen]
-        axis.plot(shapes, theirs, ":", color=color, lw=1)
-    title = f"{name}: solid this package, dotted DeepGEMM"
-    axis.set(xlabel="groups x m x n x k", ylabel="TFLOP/s", title=title)
-    axis.tick_params(axis="x", labelrotation=60, labelsize=6)
-
-
-def run(paths: Sequence[Path], *, write: bool) -> int:
-    """Prints the tables of result files, or writes the documents made from them."""
+    Plots of each family go to the folder `plot`, if any.
+    """
     try:
         results = [(path, load(path)) for path in paths]
+        for path, result in results if plot else ():
+            for target in plots.each(result, plot or Path(), path.stem):
+                print(f"wrote {_relative(target)}")
         if not write:
             print("\n\n".join(text(result) for _, result in results))
             return 0
@@ -271,7 +215,7 @@ def run(paths: Sequence[Path], *, write: bool) -> int:
             print(f"wrote {_relative(target)}")
         for path, result in results:
             target = ROOT / "docs" / "img" / f"{path.stem}.svg"
-            if result["gpu"] and plot(result, target):
+            if result["gpu"] and plots.together(result, target):
                 print(f"wrote {_relative(target)}")
     except ValueError as error:
         print(error, file=sys.stderr)

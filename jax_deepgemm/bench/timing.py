@@ -17,6 +17,7 @@ from jax_deepgemm.bench.machine import ClockLog
 from jax_deepgemm.bench.trace import Measured
 
 FLUSH_BYTES = 8 << 30
+READ_FLUSH_BYTES = 2 << 30
 WARM_UP = 2
 
 
@@ -75,6 +76,20 @@ def flusher(size: int = FLUSH_BYTES) -> Callable[[], None]:
     return flush
 
 
+def read_flusher(size: int = READ_FLUSH_BYTES) -> Callable[[], None]:
+    """Returns a function that reads `size` bytes: the L2 cache then holds those, and no dirty lines."""
+
+    def jdg_flush(buffer: jax.Array) -> jax.Array:
+        return jnp.sum(buffer, axis=1)
+
+    read, held = jax.jit(jdg_flush), jnp.zeros((max(size >> 16, 1), 1 << 14), jnp.float32)
+
+    def flush() -> None:
+        read(held)
+
+    return flush
+
+
 def time_jobs(
     jobs: Sequence[Job], *, calls: int = 12, flush: Callable[[], None], clocks: ClockLog | None = None
 ) -> dict[str, Timing]:
@@ -116,6 +131,40 @@ def time_jobs(
     for name, error in failed.items():
         results[name] = Timing(None, {}, "", error)
     return results
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Microseconds per call of calls queued one after the other.
+
+    Attributes:
+      wall: from the first call until the last has ended.
+      kernels: all that ran on the device, or None where the trace shows no GPU.
+    """
+
+    wall: float
+    kernels: float | None
+
+
+def time_queued(jobs: Sequence[Job], calls: int) -> dict[str, Queued]:
+    """Times jobs without flush or wait between calls: first by the wall clock, then from a trace.
+
+    Raises:
+      Exception: whatever a job raises.
+    """
+    wall = {}
+    for job in jobs:
+        _queue_calls(job, WARM_UP, lambda: None)
+        begin = time.perf_counter()
+        _queue_calls(job, calls, lambda: None)
+        wall[job.name] = (time.perf_counter() - begin) * 1e6 / calls
+    with tempfile.TemporaryDirectory(prefix="jdg_trace_") as folder:
+        with _profiler(folder):
+            for job in jobs:
+                _queue_calls(job, calls, lambda: None)
+        busy = trace.busy(trace.read(folder))
+    kernels = {name: microseconds / calls for name, microseconds in busy.items()}
+    return {name: Queued(each, kernels.get(name)) for name, each in wall.items()}
 
 
 def _each(jobs: Sequence[Job], failed: dict[str, str], action: Callable[[Job], Any]) -> None:

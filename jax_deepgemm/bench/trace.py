@@ -116,6 +116,15 @@ def split_calls(events: Sequence[Event], order: Sequence[str]) -> dict[str, list
     return calls
 
 
+def busy(events: Iterable[Event]) -> dict[str, float]:
+    """Returns the microseconds of all that each jitted function ran, all its calls together."""
+    found: dict[str, float] = {}
+    for event in events:
+        name = _function(event)
+        found[name] = found.get(name, 0.0) + event.duration / 1e3
+    return found
+
+
 def _function(event: Event) -> str:
     """The jitted function's name: that of `jit_case_3(17)` and of `jit_case_3` is `case_3`."""
     return event.module.split("(")[0].removeprefix("jit_")

@@ -25,6 +25,10 @@ TABLES = {
     "ragged_dot": "grouped",
     "quantize": "fused",
     "moe": "moe",
+    "shapes": "shapes",
+    "skew": "skew",
+    "sustained": "sustained",
+    "op": "op",
 }
 """Each table, and the module of jax_deepgemm.bench that measures it."""
 METHOD = (
@@ -49,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report", type=Path, nargs="+", metavar="FILE", help="print tables of result files; measure nothing"
     )
     parser.add_argument(
+        "--plot", type=Path, metavar="DIR", help="with --report: draw a plot of each family into this folder"
+    )
+    parser.add_argument(
         "--write",
         action="store_true",
         help="with --report: rewrite docs/benchmarks.md, its plot, and README.md",
@@ -59,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         from jax_deepgemm.bench import report
 
-        return report.run(args.report, write=args.write)
+        return report.run(args.report, write=args.write, plot=args.plot)
     return measure(args)
 
 
@@ -67,7 +74,7 @@ def measure(args: argparse.Namespace) -> int:
     """Measures, writing the result file after every group of rows. Fails when a row of ours failed."""
     import jax
 
-    from jax_deepgemm.bench import catalog, machine, timing
+    from jax_deepgemm.bench import catalog, dense, machine, timing
 
     on_gpu = jax.default_backend() == "gpu"
     if args.calls < 1:
@@ -107,6 +114,9 @@ def measure(args: argparse.Namespace) -> int:
     flush = timing.flusher(timing.FLUSH_BYTES if on_gpu else 1 << 20)
     with machine.ClockLog() as clocks, Progress(count, "bench") as progress:
         options = {"calls": args.calls, "flush": flush, "clocks": clocks if on_gpu else None}
+        if on_gpu:
+            reference = catalog.reference_us(device.device_kind)
+            result["control"] = dense.control(**options) | ({"reference_us": reference} if reference else {})
         for row in (row for measure, problems in chosen for row in measure(problems, **options)):
             result["rows"].append(row)
             progress.step(catalog.name(row))
