@@ -1,4 +1,4 @@
-"""Times every candidate configuration of GEMM problems on the GPU that is here."""
+"""Times every candidate configuration of GEMM problems on the GPU that is here, and keeps the best."""
 
 from __future__ import annotations
 
@@ -7,42 +7,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from jax_deepgemm.bench import dense, grouped
+from jax_deepgemm import config as settings
+from jax_deepgemm.bench.products import Work, drawn
 from jax_deepgemm.bench.rows import COMPILE_THREADS, Compiled, compile_job
-from jax_deepgemm.bench.timing import Job, time_jobs
+from jax_deepgemm.bench.timing import Job, flusher, time_jobs
+from jax_deepgemm.cli.text import Progress
+from jax_deepgemm.core import kernel_rule
 from jax_deepgemm.introspect import problems
-from jax_deepgemm.jit.cli import Shape, traceable
 from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import GemmConfig
-from jax_deepgemm.sm90.tuning import Entry, device_key, problem_key, trying
+from jax_deepgemm.sm90.tuning import Devices, Entry, as_fields, device_key, problem_key, read, trying, write
 
 GEMM_PREFIX = "jdg_sm90"
 SESSION_JOBS = 256  # timed in one profiler session, more if one problem has more
 SESSION_BYTES = 8 << 30  # of operands held at a time
-_PERIOD = 1_000_003  # elements after which operands repeat: a prime, so that rows differ
-_LARGEST = 2.75  # of 128 standard normal numbers, on average
-_FLOAT32 = 2**-7  # scales, and float32 C
-
-
-@dataclass(frozen=True)
-class Work:
-    """One product to tune.
-
-    Attributes:
-      name: for messages.
-      function: calls one GEMM of this package, and leaves `config` open.
-      operands: its arguments. Arrays are used as they are; for `jax.ShapeDtypeStruct`s see `drawn`.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    operands: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -75,94 +58,71 @@ class _Task:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.work.operands))
 
 
-def table_names() -> list[str]:
-    """Returns the tables of `bench` whose problems can be tuned.
+def tune(
+    items: Iterable[Work | tuple[Any, ...]],
+    *,
+    out: Path | None = None,
+    calls: int = 12,
+    time_limit: float = 900,
+) -> list[Outcome]:
+    """Measures every candidate of some products, and writes the fastest of each into a tuning file.
 
-    >>> table_names()
-    ['fp8', 'fp8_wgrad', 'bf16', 'm_grouped', 'masked', 'k_grouped', 'ragged_dot']
+    What the file holds of other problems stays. It is written after each problem.
+
+    Args:
+      items: each a `Work`, or a tuple (function, *operands) of what it is made of.
+      out: the file, by default the one that is in force for the GPU here (`config.tuning_file`).
+      calls: timed calls of each candidate.
+      time_limit: seconds after which no new profiler session starts.
+
+    Returns:
+      an outcome for each problem that was measured.
+
+    Raises:
+      ValueError: no GPU with kernels, no place to write, or a function that calls no GEMM, or several.
+      OSError: the file cannot be read or written.
     """
-    return [*dense.tables(), *grouped.tables()]
+    works = [one if isinstance(one, Work) else Work(str(one[0]), one[0], one[1:]) for one in items]
+    chip = chip_here()
+    path = out or file_of(chip)
+    known: Devices = read(path) if path.exists() else {}
+    outcomes = []
+    deadline = time.monotonic() + time_limit
+    with Progress(len(works), "tune") as progress:
+        for one in sweep(works, chip, calls=calls, flush=flusher(), deadline=deadline):
+            outcomes.append(one)
+            progress.step(one.problem)
+            if one.entry is not None:
+                known.setdefault(one.device, {})[one.problem] = as_fields(one.entry)
+                write(path, known)
+    return outcomes
 
 
-def of_table(name: str) -> list[Work]:
-    """Returns the products of one of `table_names`, their operands not drawn yet.
+def chip_here() -> Chip:
+    """Returns the GPU that JAX computes on.
 
-    >>> of_table("bf16")[0].operands[1].shape
-    (2112, 7168)
+    Raises:
+      ValueError: it has no kernels.
     """
-    if name in dense.tables():
-        return [
-            Work(str(p), dense.product(p), jax.eval_shape(functools.partial(dense.operands, p)))
-            for p in dense.tables()[name]
-        ]
-    return [
-        Work(
-            str(p),
-            grouped.product(p),
-            # Sizes are data.
-            (*jax.eval_shape(lambda p=p: grouped.operands(p)[:-1]), np.asarray(p.group_sizes, np.int32)),
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", None) != kernel_rule.COMPUTE_CAPABILITY:
+        raise ValueError(
+            f"{device.device_kind} has no kernels to measure, need a GPU of compute capability "
+            f"{kernel_rule.COMPUTE_CAPABILITY}."
         )
-        for p in grouped.tables()[name]
-    ]
+    return kernel_rule.chip_of(device)
 
 
-def of_shape(shape: Shape) -> Work:
-    """Returns the product of a line of a shapes file.
+def file_of(chip: Chip) -> Path:
+    """Returns the tuning file in force for a GPU.
 
-    >>> of_shape(Shape("bf16_gemm_nn", 64, 128, 256)).operands[1].shape
-    (256, 128)
+    Raises:
+      ValueError: it is switched off.
     """
-    function, *operands = traceable(shape)
-    return Work(f"{shape.op} m={shape.m} n={shape.n} k={shape.k}", function, tuple(operands))
-
-
-def drawn(calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Makes arrays of the `jax.ShapeDtypeStruct`s in the operands of some calls, and puts all on the device.
-
-    Elements of one or two bytes are standard normal, those of FP8 in the range that quantising gives them;
-    float32 (scales and C) is constant. Calls whose first (second, ...) operands are alike share them.
-
-    >>> [(a, b)] = drawn([(jax.ShapeDtypeStruct((2, 3), jnp.float32), np.arange(2))])
-    >>> a.shape, b.tolist()
-    ((2, 3), [0, 1])
-    """
-    flat = [jax.tree.flatten(operands) for operands in calls]
-    wanted: dict[tuple[Any, ...], None] = {}
-    for leaves, _ in flat:
-        wanted |= {_kind(i, x): None for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)}
-    kinds = tuple((shape, dtype) for _, shape, dtype in wanted)
-    noise = {dtype: _noise(dtype) for _, dtype in kinds if dtype != "float32"}
-    made = dict(zip(wanted, _made(kinds, noise), strict=True))
-    return [
-        structure.unflatten(
-            [
-                made[_kind(i, x)] if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x)
-                for i, x in enumerate(leaves)
-            ]
-        )
-        for leaves, structure in flat
-    ]
-
-
-def _kind(position: int, leaf: Any) -> tuple[Any, ...]:
-    return position, leaf.shape, str(leaf.dtype)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _made(kinds: tuple[tuple[tuple[int, ...], str], ...], noise: dict[str, jax.Array]) -> list[jax.Array]:
-    """One program for all of a session."""
-    return [
-        jnp.full(shape, _FLOAT32, jnp.float32) if dtype == "float32" else jnp.resize(noise[dtype], shape)
-        for shape, dtype in kinds
-    ]
-
-
-@functools.cache
-def _noise(dtype: str) -> jax.Array:
-    numbers = np.random.default_rng(0).standard_normal(_PERIOD, np.float32)
-    if jnp.dtype(dtype).itemsize == 1:
-        numbers = np.clip(numbers / _LARGEST, -1, 1) * np.float32(jnp.finfo(dtype).max)
-    return jnp.asarray(numbers.astype(jnp.dtype(dtype)))
+    path = settings.tuning_file(chip.name)
+    if path is None:
+        raise ValueError(f"{settings.TUNING_FILE} is off: name a file to write, or unset it.")
+    return path
 
 
 def sweep(

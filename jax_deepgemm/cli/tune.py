@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_deepgemm.cli.text import Progress, table
+from jax_deepgemm.cli.text import table
 
 if TYPE_CHECKING:
-    from jax_deepgemm.bench.tune import Outcome, Work
-    from jax_deepgemm.sm90.chip import Chip
-    from jax_deepgemm.sm90.tuning import Devices, Entry
+    from jax_deepgemm.bench.products import Work
+    from jax_deepgemm.bench.tune import Outcome
+    from jax_deepgemm.sm90.tuning import Entry
 
 HEADER = ("problem", "of", "us", "best", "model us", "model's choice", "regret")
 
@@ -42,18 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tunes or reports; exit code 1 for candidates that could not be measured, 2 for wrong arguments."""
-    from jax_deepgemm.sm90 import tuning
+    from jax_deepgemm.bench import tune
 
+    begin = time.monotonic()
     try:
         if args.report:
             return _report(args.report, args.json)
-        works, chip = _works(args), _chip_here()
-        out = args.out or _default_file(chip)
-        known: Devices = tuning.read(out) if out.exists() else {}
+        works = _works(args)
+        out = args.out or tune.file_of(tune.chip_here())
+        outcomes = tune.tune(works, out=out, calls=args.calls, time_limit=args.time_limit)
     except (OSError, ValueError) as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2
-    outcomes = _measure(args, works, chip, out, known)
+    if len(outcomes) < len(works) and time.monotonic() - begin > args.time_limit:
+        print(f"tune: time limit: {len(outcomes)} of up to {len(works)} problems measured", file=sys.stderr)
     found = _entries(outcomes)
     print(json.dumps([_as_json(one) for one in outcomes], indent=1) if args.json else text(found))
     failed = [(one.problem, *failure) for one in outcomes for failure in one.failed]
@@ -70,7 +72,7 @@ def _works(args: argparse.Namespace) -> list[Work]:
     Raises:
       ValueError: nothing is asked for, or something that there is not.
     """
-    from jax_deepgemm.bench import tune
+    from jax_deepgemm.bench import products
     from jax_deepgemm.jit.cli import parse_shapes
 
     if args.calls < 1:
@@ -78,59 +80,15 @@ def _works(args: argparse.Namespace) -> list[Work]:
     works: list[Work] = []
     if args.shapes:
         given = sys.stdin.read() if args.shapes == "-" else Path(args.shapes).read_text(encoding="utf-8")
-        works += map(tune.of_shape, parse_shapes(given))
+        works += map(products.of_shape, parse_shapes(given))
     wanted = [name for name in args.tables.split(",") if name]
-    unknown = sorted(set(wanted) - set(tune.table_names()))
+    unknown = sorted(set(wanted) - set(products.table_names()))
     if unknown:
-        raise ValueError(f"no table {', '.join(unknown)}; there are {', '.join(tune.table_names())}")
-    works += [work for name in wanted for work in tune.of_table(name)]
+        raise ValueError(f"no table {', '.join(unknown)}; there are {', '.join(products.table_names())}")
+    works += [work for name in wanted for work in products.of_table(name)]
     if not works:
         raise ValueError("nothing to tune; name a file with --shapes, or tables of bench with --tables")
     return works
-
-
-def _chip_here() -> Chip:
-    import jax
-
-    from jax_deepgemm.core import kernel_rule
-
-    device = jax.devices()[0]
-    if getattr(device, "compute_capability", None) != kernel_rule.COMPUTE_CAPABILITY:
-        raise ValueError(
-            f"{device.device_kind} has no kernels to measure, need a GPU of compute capability "
-            f"{kernel_rule.COMPUTE_CAPABILITY}; --report FILE needs none"
-        )
-    return kernel_rule.chip_of(device)
-
-
-def _default_file(chip: Chip) -> Path:
-    from jax_deepgemm import config
-
-    path = config.tuning_file(chip.name)
-    if path is None:
-        raise ValueError(f"{config.TUNING_FILE} is off: say where to write with --out, or unset it")
-    return path
-
-
-def _measure(
-    args: argparse.Namespace, works: list[Work], chip: Chip, out: Path, known: Devices
-) -> list[Outcome]:
-    """Measures, writing the file after every problem, so that what is measured stays."""
-    from jax_deepgemm.bench import timing, tune
-    from jax_deepgemm.sm90 import tuning
-
-    outcomes = []
-    stop = time.monotonic() + args.time_limit
-    with Progress(len(works), "tune") as progress:
-        for one in tune.sweep(works, chip, calls=args.calls, flush=timing.flusher(), deadline=stop):
-            outcomes.append(one)
-            progress.step(one.problem)
-            if one.entry is not None:
-                known.setdefault(one.device, {})[one.problem] = tuning.as_fields(one.entry)
-                tuning.write(out, known)
-    if time.monotonic() > stop:
-        print(f"tune: time limit: {len(outcomes)} of up to {len(works)} problems measured", file=sys.stderr)
-    return outcomes
 
 
 def _entries(outcomes: list[Outcome]) -> dict[str, dict[str, Entry]]:

@@ -97,7 +97,10 @@ def read(path: Path) -> Devices:
       OSError: it cannot be read.
       ValueError: it is not a tuning file of this schema.
     """
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise ValueError(f"not a tuning file of schema {SCHEMA}")
     devices = found.get("devices")
@@ -112,7 +115,7 @@ def write(path: Path, devices: Mapping[str, Mapping[str, Mapping[str, Any]]]) ->
 
     parts = []
     for device, entries in devices.items():
-        lines = [f"   {json.dumps(key)}: {json.dumps(entry)}" for key, entry in sorted(entries.items())]
+        lines = [f"   {json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items()]
         parts.append(f"  {json.dumps(device)}: {{\n" + ",\n".join(lines) + "\n  }")
     text = f'{{\n "schema": {SCHEMA},\n "devices": {{\n' + ",\n".join(parts) + "\n }\n}\n"
     write_atomically(path, text.encode())

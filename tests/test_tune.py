@@ -1,0 +1,443 @@
+"""Configurations that were measured: the tuning file, what it decides, and the command that writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_deepgemm as jdg
+from jax_deepgemm import config, introspect
+from jax_deepgemm.bench import products, tune
+from jax_deepgemm.bench.rows import Compiled
+from jax_deepgemm.bench.timing import Job, Timing
+from jax_deepgemm.bench.trace import Measured
+from jax_deepgemm.cli import main
+from jax_deepgemm.core import _private
+from jax_deepgemm.sm90 import tuning
+from jax_deepgemm.sm90.chip import H200, with_sms
+from jax_deepgemm.sm90.config import GemmConfig, GemmProblem
+from jax_deepgemm.sm90.cost import choose
+from jax_deepgemm.sm90.grouped import GroupedProblem, choose_grouped
+
+DENSE = GemmProblem(256, 384, 512, a="bf16", b="bf16", b_scales="none")
+GROUPED = GroupedProblem(
+    "rows", 6, 256, 384, 512, expected=42, segments=6, a="bf16", b="bf16", b_scales="none"
+)
+
+
+def shape(*dims: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+CALLS: dict[str, tuple[Any, Callable[..., Any], tuple[Any, ...]]] = {
+    "dense": (DENSE, jdg.bf16_gemm_nt, (shape(256, 512), shape(384, 512))),
+    "grouped": (
+        GROUPED,
+        jdg.m_grouped_bf16_gemm_nt_contiguous,
+        (shape(256, 512), shape(6, 384, 512), shape(6, dtype=jnp.int32)),
+    ),
+}
+each_call = pytest.mark.parametrize(("problem", "function", "operands"), CALLS.values(), ids=CALLS)
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tuning file in force, not there yet."""
+    path = tmp_path / "tuning.json"
+    monkeypatch.setenv(config.TUNING_FILE, str(path))
+    _private.log_once.cache_clear()
+    return path
+
+
+def second(problem: Any, chip: Any = H200) -> GemmConfig:
+    """A candidate that the model does not choose, whose kernel has another name."""
+    ranked = [c for c, _ in problem.ranked(chip)]
+    return next(c for c in ranked if (c.block_m, c.block_n) != (ranked[0].block_m, ranked[0].block_n))
+
+
+def entry(problem: Any, best: GemmConfig, us: float = 8.0) -> tuning.Entry:
+    model = problem.ranked(H200)[0][0]
+    return tuning.Entry(best, us, model, 1.25 * us, 12)
+
+
+def put(path: Path, problem: Any, *, chip: Any = H200, **changes: Any) -> GemmConfig:
+    """Writes a file with `second` of one problem, fields changed."""
+    best = second(problem)
+    fields = tuning.as_fields(entry(problem, best)) | changes
+    tuning.write(path, {tuning.device_key(chip): {tuning.problem_key(problem): fields}})
+    return best
+
+
+# --- the file ----------------------------------------------------------------------------------------
+
+
+def test_file_holds_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "tuning.json"
+    wanted = {
+        device: {tuning.problem_key(p): tuning.as_fields(entry(p, second(p), us)) for p in (DENSE, GROUPED)}
+        for device, us in (("NVIDIA H200, 132 SMs", 8.0), ("NVIDIA H100, 114 SMs", 9.0))
+    }
+    tuning.write(path, wanted)
+    found = tuning.read(path)
+    assert found == wanted
+    got = tuning.parsed(found["NVIDIA H200, 132 SMs"][tuning.problem_key(GROUPED)])
+    assert got == entry(GROUPED, second(GROUPED))
+    assert got.regret == 0.25
+    assert got.version == jdg.__version__
+
+
+def test_keys_tell_all_problems_apart() -> None:
+    changes: list[dict[str, Any]] = [
+        {"m": 8},
+        {"layout": "nn"},
+        {"out": "float32"},
+        {"add_c": True},
+        {"batches": 2, "batched": (True, True)},
+        {"batches": 2, "batched": (True, False)},
+    ]
+    keys = {tuning.problem_key(dataclasses.replace(DENSE, **change)) for change in changes}
+    keys |= {tuning.problem_key(p) for p in (DENSE, GROUPED, dataclasses.replace(GROUPED, expected=64))}
+    assert len(keys) == len(changes) + 3
+    assert tuning.device_key(H200) != tuning.device_key(with_sms(H200, 100))
+
+
+def test_new_fields_of_a_configuration_are_at_their_default() -> None:
+    fields = tuning.as_fields(entry(DENSE, second(DENSE)))
+    del fields["config"]["split_k"]
+    assert tuning.parsed(fields).config == second(DENSE)
+
+
+# --- what it decides -----------------------------------------------------------------------------------
+
+
+@each_call
+def test_an_entry_goes_before_the_model(problem: Any, function: Any, operands: Any, file: Path) -> None:
+    pytest.importorskip("cuda.core")
+    [before] = jdg.explain(function, *operands, show=False)
+    best = put(file, problem)
+    [after] = jdg.explain(function, *operands, show=False)
+    assert (before.config, before.origin) == (before.candidates[0][0], "cost model")
+    assert after.config == best
+    assert after.origin == f"measured 8.0 us, the fastest of 12 ({file})"
+    assert after.origin in str(after)
+    assert f"_{best.block_m}x{best.block_n}_" in after.kernels[0].name
+    assert after.kernels[0].name != before.kernels[0].name
+    [given] = jdg.explain(lambda *x: function(*x, config=before.config), *operands, show=False)
+    assert (given.kernels[0].name, given.origin) == (before.kernels[0].name, "given")
+    [kernel] = jdg.precompile([problem], progress=False)
+    assert kernel.name == after.kernels[0].name
+
+
+@each_call
+def test_it_is_in_the_lowered_program(problem: Any, function: Any, operands: Any, file: Path) -> None:
+    pytest.importorskip("jax_deepgemm._ffi")
+    best = put(file, problem)
+    lowered = jax.jit(lambda *x: function(*x)).trace(*operands).lower(lowering_platforms=("cuda",))
+    assert f"_{best.block_m}x{best.block_n}_" in lowered.as_text()
+
+
+def test_only_the_same_problem_and_device_count(file: Path) -> None:
+    best = put(file, DENSE)
+    others = dataclasses.replace(DENSE, m=264), dataclasses.replace(DENSE, add_c=True)
+    assert choose(DENSE, H200) == best
+    assert [choose(p, H200) for p in others] == [p.ranked(H200)[0][0] for p in others]
+    for chip in (with_sms(H200, 100), dataclasses.replace(H200, name="NVIDIA H100")):
+        assert choose(DENSE, chip) == DENSE.ranked(chip)[0][0]
+
+
+def test_a_changed_file_holds_from_the_next_lowering_on(file: Path) -> None:
+    model = choose(DENSE, H200)
+    best = put(file, DENSE)
+    assert choose(DENSE, H200) == best != model
+    tuning.write(file, {tuning.device_key(H200): {}})
+    assert choose(DENSE, H200) == model
+
+
+def test_print_configs_names_the_measurement(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv("JAX_DEEPGEMM_PRINT_CONFIGS", "1")
+    for problem, function, operands in CALLS.values():
+        best = put(file, problem)
+        jdg.explain(function, *operands, show=False)
+        assert f"{problem}: {best}, measured 8.0 us, the fastest of 12\n" in capsys.readouterr().err
+
+
+# --- what is wrong with it is said once, and the model chooses ----------------------------------------------
+
+WRONG_ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
+    "rule": ({"config": {"block_m": 256, "block_n": 128, "stages": 4}}, "the 64-row side is 256"),
+    "memory": (
+        {"config": {"block_m": 128, "block_n": 128, "stages": 16, "slabs": 2}},
+        "bytes of shared memory",
+    ),
+    "zero": ({"config": {"block_m": 0, "block_n": 0, "stages": 0}}, "must be"),
+    "unknown": ({"config": {"block_m": 64, "block_n": 64, "stages": 4, "warp": 1}}, "warp"),
+    "type": ({"config": {"block_m": 64, "block_n": "64", "stages": 4}}, "block_n is '64', need int"),
+    "none": ({"config": None}, "TypeError"),
+    "time": ({"us": -1}, "microseconds are not positive"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG_ENTRIES.values(), ids=WRONG_ENTRIES)
+@pytest.mark.parametrize(("problem", "chosen"), [(DENSE, choose), (GROUPED, choose_grouped)], ids=CALLS)
+def test_wrong_entries(
+    problem: Any, chosen: Any, changes: Any, message: str, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(file, problem, **changes)
+    with caplog.at_level(logging.WARNING, "jax_deepgemm"):
+        assert [chosen(problem, H200) for _ in range(3)] == [problem.ranked(H200)[0][0]] * 3
+    [record] = caplog.records
+    assert message in record.getMessage()
+    assert f"{file}: entry of {tuning.problem_key(problem)} is ignored" in record.getMessage()
+
+
+WRONG_FILES = {
+    "empty": b"",
+    "cut": b'{"schema": 1, "devices": {"NVIDIA H200, 132 SMs": {',
+    "bytes": b"\xff\xfe\x00",
+    "list": b"[]",
+    "schema": b'{"schema": 2, "devices": {}}',
+    "devices": b'{"schema": 1, "devices": {"NVIDIA H200, 132 SMs": 3}}',
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", WRONG_FILES.values(), ids=WRONG_FILES)
+def test_wrong_files(
+    content: bytes, file: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_bytes(content)
+    with caplog.at_level(logging.WARNING, "jax_deepgemm"):
+        assert [choose(DENSE, H200) for _ in range(3)] == [DENSE.ranked(H200)[0][0]] * 3
+    [record] = caplog.records
+    assert f"tuning file {file} is ignored" in record.getMessage()
+    assert main(["tune", "--report", str(file)]) == 2
+    assert f"tune: {file}: " in capsys.readouterr().err
+
+
+def test_missing_file_is_said_if_it_was_named(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    choose(DENSE, H200)
+    choose(DENSE, H200)
+    [record] = caplog.records
+    assert f"{config.TUNING_FILE}: {file} cannot be read" in record.getMessage()
+    caplog.clear()
+    monkeypatch.setenv("JAX_DEEPGEMM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv(config.TUNING_FILE)
+    choose(DENSE, H200)
+    assert not caplog.records
+
+
+def test_variable_names_the_file_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("JAX_DEEPGEMM_CACHE_DIR", str(tmp_path))
+    best = put(tmp_path / "tuning" / "nvidia-h200.json", DENSE)
+    model = DENSE.ranked(H200)[0][0]
+    for value, wanted in (("", best), ("off", model), (" OFF ", model), ("~/no such file", model)):
+        monkeypatch.setenv(config.TUNING_FILE, value)
+        assert choose(DENSE, H200) == wanted, value
+    monkeypatch.delenv(config.TUNING_FILE)
+    assert choose(DENSE, H200) == best
+    assert config.tuning_file("x", "~/f") == Path("~/f").expanduser()
+    assert len(caplog.records) <= 1
+
+
+# --- measuring -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, GemmConfig]]:
+    """An H200 on which a candidate's place in the ranking of the model decides its time: 10 us for the
+    first, 8 us for the second, 9 us for others, none for the last. Gives what was timed."""
+    timed: list[tuple[str, GemmConfig]] = []
+
+    def compile_job(function: Any, name: str, operands: Any) -> Compiled:
+        [(problem, chip)] = introspect.problems(function, *operands)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(operands))
+        tried = tuning.tuned(problem, chip)
+        assert tried is not None
+        place = [c for c, _ in problem.ranked(chip)].index(tried)
+        timed.append((tuning.problem_key(problem), tried))
+        if place == len(problem.ranked(chip)) - 1:
+            return Compiled(None, 1.0, "CompileError: too good")
+        return Compiled(lambda: {0: 10.0, 1: 8.0}.get(place, 9.0), 1.0)
+
+    def time_jobs(jobs: list[Job], *, calls: int, flush: Any) -> dict[str, Timing]:
+        assert calls == 3
+        return {job.name: Timing(Measured((job.run(),) * calls, (), {}), {}, "fake") for job in jobs}
+
+    monkeypatch.setattr(tune, "chip_here", lambda: H200)
+    monkeypatch.setattr(tune, "flusher", lambda: lambda: None)
+    monkeypatch.setattr(tune, "compile_job", compile_job)
+    monkeypatch.setattr(tune, "time_jobs", time_jobs)
+    return timed
+
+
+def small_table(name: str) -> list[products.Work]:
+    _, function, operands = CALLS["grouped"]
+    return [products.Work("small", function, (*operands[:2], np.full(6, 40, np.int32)))]
+
+
+def test_command_measures_all_and_keeps_the_best(
+    file: Path,
+    tmp_path: Path,
+    fake_gpu: list[tuple[str, GemmConfig]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(products, "of_table", small_table)
+    shapes = tmp_path / "shapes.csv"
+    shapes.write_text(
+        "bf16_gemm_nt,256,384,512\nfp8_gemm_nt,24,136,264,float32,1\nbf16_gemm_nt,256,384,512\n"
+    )
+    wanted = ["--shapes", str(shapes), "--tables", "m_grouped", "--calls", "3"]
+    assert main(["tune", *wanted]) == 1  # the last candidate of each failed
+    shown = capsys.readouterr()
+    found = tuning.read(file)["NVIDIA H200, 132 SMs"]
+    assert len(found) == 3
+    for problem in (DENSE, GROUPED):
+        key, ranked = tuning.problem_key(problem), [c for c, _ in problem.ranked(H200)]
+        got = tuning.parsed(found[key])
+        assert (got.config, got.us, got.model, got.model_us) == (ranked[1], 8.0, ranked[0], 10.0)
+        assert got.candidates == len(ranked) - 1
+        assert sorted(map(str, ranked)) == sorted(str(c) for tried, c in fake_gpu if tried == key)
+        assert f"FAILED {key}: {ranked[-1]}: CompileError: too good" in shown.err
+    assert choose(DENSE, H200) == DENSE.ranked(H200)[1][0]
+    assert "25.0% slower than the best measured on average, 25.0% at worst" in shown.out
+    assert f"3 problems, 3 candidates failed, written to {file}" in shown.err
+
+    assert main(["tune", "--report", str(file)]) == 0
+    assert capsys.readouterr().out == shown.out
+    assert main(["tune", "--report", str(file), "--json"]) == 0
+    assert [row["regret"] for row in json.loads(capsys.readouterr().out)] == [0.25] * 3
+
+
+def test_tuning_again_keeps_the_other_problems(
+    file: Path, tmp_path: Path, fake_gpu: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(file, GROUPED)
+    shapes = tmp_path / "shapes.json"
+    shapes.write_text('{"op": "bf16_gemm_nt", "m": 256, "n": 384, "k": 512}')
+    main(["tune", "--shapes", str(shapes), "--calls", "3", "--json"])
+    [row] = json.loads(capsys.readouterr().out)
+    times = [candidate.pop("us") for candidate in row["measured"]]
+    assert times == sorted(times)
+    assert row["measured"][0] == row["config"] == dataclasses.asdict(DENSE.ranked(H200)[1][0])
+    assert [what for what, _ in row["failed"]] == [str(DENSE.ranked(H200)[-1][0])]
+    assert set(tuning.read(file)["NVIDIA H200, 132 SMs"]) == {
+        tuning.problem_key(DENSE),
+        tuning.problem_key(GROUPED),
+    }
+
+
+def test_time_limit_stops_between_sessions(
+    file: Path, fake_gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(products, "of_table", small_table)
+    assert main(["tune", "--tables", "m_grouped", "--calls", "3", "--time-limit", "-1"]) == 1
+    assert "time limit: 0 of up to 1 problems measured" in capsys.readouterr().err
+    assert not os.path.exists(file)
+
+
+def test_operands_that_do_not_fit_fail_alone(fake_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = tune.drawn
+
+    def once(calls: Any) -> Any:
+        monkeypatch.setattr(tune, "drawn", drawn)
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(tune, "drawn", once)
+    monkeypatch.setattr(tune, "SESSION_JOBS", 1)
+    works = [products.of_shape(products.Shape("bf16_gemm_nt", m, 64, 64)) for m in (8, 16)]
+    first, last = tune.sweep(works, H200, calls=3, flush=lambda: None)
+    assert first.failed == [("operands", "RuntimeError: RESOURCE_EXHAUSTED")]
+    assert first.entry is None
+    assert last.entry is not None
+
+
+def test_one_product_at_a_time() -> None:
+    a = shape(64, 64)
+    twice = products.Work("twice", lambda a: jdg.bf16_gemm_nt(jdg.bf16_gemm_nt(a, a), a), (a,))
+    with pytest.raises(ValueError, match="twice: calls 2 GEMMs of this package, need one to tune"):
+        list(tune.sweep([twice], H200, calls=3, flush=lambda: None))
+
+
+def test_candidates_are_compiled_as_told() -> None:
+    """What `sweep` relies on: a thread's choice is in what it lowers."""
+    pytest.importorskip("jax_deepgemm._ffi")
+    problem, function, operands = CALLS["grouped"]
+    for wanted, _ in problem.ranked(H200):
+        with tuning.trying(problem, wanted):
+            lowered = jax.jit(lambda *x: function(*x)).trace(*operands).lower(lowering_platforms=("cuda",))
+        assert f"_{wanted.block_m}x{wanted.block_n}_" in lowered.as_text()
+
+
+def test_drawn_operands_have_the_spread_of_quantised_ones() -> None:
+    given = [(shape(40, 96), shape(300, 128, dtype=jnp.float8_e4m3fn)), (shape(40, 96), np.arange(3))]
+    (a, b), (shared, sizes) = products.drawn(given)
+    assert shared is a
+    assert sizes.tolist() == [0, 1, 2]
+    assert 0.9 < float(jnp.std(a.astype(jnp.float32))) < 1.1
+    values = b.astype(jnp.float32)
+    assert 130 < float(jnp.std(values)) < 180
+    assert float(jnp.max(jnp.abs(values))) == 448
+    assert len(jnp.unique(values[:, 0])) > 50
+
+
+def test_tables_of_the_benchmark_are_problems_of_one_kernel() -> None:
+    for name in products.table_names():
+        work = products.of_table(name)[-1]
+        [(problem, chip)] = introspect.problems(work.function, *work.operands)
+        assert chip == H200
+        assert len(problem.ranked(H200)) > 1, name
+
+
+WRONG_ARGUMENTS: list[tuple[list[str], str]] = [
+    ([], "nothing to tune; name a file with --shapes, or tables of bench with --tables"),
+    (["--tables", "fp8,fp9,moe"], "no table fp9, moe; there are fp8, fp8_wgrad, bf16, m_grouped"),
+    (["--tables", "fp8", "--calls", "0"], "--calls is 0, need at least 1"),
+    (["--shapes", "nowhere.csv"], "nowhere.csv"),
+    (["--tables", "bf16"], "has no kernels to measure, need a GPU of compute capability 9.0."),
+    (["--report", "nowhere.json"], "nowhere.json"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS, ids=[m[:12] for _, m in WRONG_ARGUMENTS])
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_shapes_and_places_are_refused(
+    file: Path,
+    tmp_path: Path,
+    fake_gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shapes = tmp_path / "shapes.csv"
+    shapes.write_text("fp8_gemm_xx,1,2,3")
+    assert main(["tune", "--shapes", str(shapes)]) == 2
+    assert "op is 'fp8_gemm_xx', need fp8_gemm_ or bf16_gemm_" in capsys.readouterr().err
+    shapes.write_text("bf16_gemm_nt,8,8,8")
+    file.write_text("mine")
+    assert main(["tune", "--shapes", str(shapes)]) == 2
+    assert file.read_text() == "mine"
+    monkeypatch.setenv(config.TUNING_FILE, "off")
+    assert main(["tune", "--shapes", str(shapes)]) == 2
+    assert f"{config.TUNING_FILE} is off: name a file to write, or unset it." in capsys.readouterr().err
+    assert fake_gpu == []
