@@ -17,7 +17,7 @@ import pytest
 
 import jax_deepgemm as jdg
 from jax_deepgemm import config, introspect
-from jax_deepgemm.bench import products, tune
+from jax_deepgemm.bench import grouped, products, tune
 from jax_deepgemm.bench.rows import Compiled
 from jax_deepgemm.bench.timing import Job, Timing
 from jax_deepgemm.bench.trace import Measured
@@ -287,9 +287,9 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, GemmConfig]]:
     return timed
 
 
-def small_table(name: str) -> list[products.Work]:
-    _, function, operands = CALLS["grouped"]
-    return [products.Work("small", function, (*operands[:2], np.full(6, 40, np.int32)))]
+SMALL_TABLES = {
+    "m_grouped": [grouped.Problem("m_grouped", "bf16", "drawn", 6, 42, 384, 512, (42, 43, 42, 43, 43, 43))]
+}
 
 
 def test_command_measures_all_and_keeps_the_best(
@@ -299,7 +299,7 @@ def test_command_measures_all_and_keeps_the_best(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(products, "of_table", small_table)
+    monkeypatch.setattr(products, "tables", lambda: SMALL_TABLES)
     shapes = tmp_path / "shapes.csv"
     shapes.write_text(
         "bf16_gemm_nt,256,384,512\nfp8_gemm_nt,24,136,264,float32,1\nbf16_gemm_nt,256,384,512\n"
@@ -347,7 +347,7 @@ def test_tuning_again_keeps_the_other_problems(
 def test_time_limit_stops_between_sessions(
     file: Path, fake_gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(products, "of_table", small_table)
+    monkeypatch.setattr(products, "tables", lambda: SMALL_TABLES)
     assert main(["tune", "--tables", "m_grouped", "--calls", "3", "--time-limit", "-1"]) == 1
     assert "time limit: 0 of up to 1 problems measured" in capsys.readouterr().err
     assert not os.path.exists(file)
@@ -399,8 +399,8 @@ def test_drawn_operands_have_the_spread_of_quantised_ones() -> None:
 
 
 def test_tables_of_the_benchmark_are_problems_of_one_kernel() -> None:
-    for name in products.table_names():
-        work = products.of_table(name)[-1]
+    for name, rows in products.tables().items():
+        work = products.of_problem(rows[-1])
         [(problem, chip)] = introspect.problems(work.function, *work.operands)
         assert chip == H200
         assert len(problem.ranked(H200)) > 1, name

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_deepgemm.bench import dense, grouped
+from jax_deepgemm.bench import dense, grouped, shapes
 from jax_deepgemm.jit.cli import Shape, traceable
 
 _PERIOD = 1_000_003  # elements after which operands repeat: a prime, so that rows differ
@@ -34,35 +34,27 @@ class Work:
     operands: tuple[Any, ...]
 
 
-def table_names() -> list[str]:
-    """Returns the tables of `bench` whose problems can be tuned.
+def tables() -> dict[str, list[Any]]:
+    """Returns the problems of those tables of `bench` that are single products.
 
-    >>> table_names()
-    ['fp8', 'fp8_wgrad', 'bf16', 'm_grouped', 'masked', 'k_grouped', 'ragged_dot']
+    >>> list(tables())
+    ['fp8', 'fp8_wgrad', 'bf16', 'm_grouped', 'masked', 'k_grouped', 'ragged_dot', 'shapes']
     """
-    return [*dense.tables(), *grouped.tables()]
+    return {**dense.tables(), **grouped.tables(), **shapes.tables()}
 
 
-def of_table(name: str) -> list[Work]:
-    """Returns the products of one of `table_names`, their operands not drawn yet.
+def of_problem(problem: dense.Problem | grouped.Problem) -> Work:
+    """Returns the product of a row of a table, its operands not drawn yet.
 
-    >>> of_table("bf16")[0].operands[1].shape
+    >>> of_problem(dense.Problem("bf16", 64, 2112, 7168)).operands[1].shape
     (2112, 7168)
     """
-    if name in dense.tables():
-        return [
-            Work(str(p), dense.product(p), jax.eval_shape(functools.partial(dense.operands, p)))
-            for p in dense.tables()[name]
-        ]
-    return [
-        Work(
-            str(p),
-            grouped.product(p),
-            # Sizes are data.
-            (*jax.eval_shape(lambda p=p: grouped.operands(p)[:-1]), np.asarray(p.group_sizes, np.int32)),
-        )
-        for p in grouped.tables()[name]
-    ]
+    if isinstance(problem, dense.Problem):
+        operands = jax.eval_shape(lambda: dense.operands(problem))
+        return Work(str(problem), dense.product(problem), operands)
+    matrices = jax.eval_shape(lambda: grouped.operands(problem)[:-1])
+    sizes = np.asarray(problem.group_sizes, np.int32)
+    return Work(str(problem), grouped.product(problem), (*matrices, sizes))
 
 
 def of_shape(shape: Shape) -> Work:

@@ -82,10 +82,11 @@ def _works(args: argparse.Namespace) -> list[Work]:
         given = sys.stdin.read() if args.shapes == "-" else Path(args.shapes).read_text(encoding="utf-8")
         works += map(products.of_shape, parse_shapes(given))
     wanted = [name for name in args.tables.split(",") if name]
-    unknown = sorted(set(wanted) - set(products.table_names()))
+    known = products.tables() if wanted else {}
+    unknown = sorted(set(wanted) - set(known))
     if unknown:
-        raise ValueError(f"no table {', '.join(unknown)}; there are {', '.join(products.table_names())}")
-    works += [work for name in wanted for work in products.of_table(name)]
+        raise ValueError(f"no table {', '.join(unknown)}; there are {', '.join(known)}")
+    works += [products.of_problem(problem) for name in wanted for problem in known[name]]
     if not works:
         raise ValueError("nothing to tune; name a file with --shapes, or tables of bench with --tables")
     return works
