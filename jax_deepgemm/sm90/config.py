@@ -13,6 +13,7 @@ Three kernels share one main loop (include/jax_deepgemm/mainloop.cuh):
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -229,10 +230,17 @@ def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     width = c.cols if cols_k_major else align_up(c.cols, 64)
     scale_slot = (c.rows if row_vector else 0) * 4 * step
     scale_slot += align_up(c.cols * 4 * step, 128) if col_vector else 0
+    if p.b_scales == "block":
+        scale_slot += (1 if c.swap_ab else _touched_blocks(c.cols)) * 4 * step
     staging = 4 * c.warpgroups * c.slabs * _SLAB_BYTES
     return SharedMemory(
         (height + width) * _SLOT_ROW_BYTES, scale_slot, staging, c.stages, step, p.table_bytes
     )
+
+
+def _touched_blocks(width: int) -> int:
+    """How many 128-blocks a tile of `width` columns can touch when tiles start at multiples of `width`."""
+    return ceil_div(128 - math.gcd(width, 128) + width, 128)
 
 
 def fit_stages(p: GemmProblem, c: GemmConfig, chip: Chip, limit: int = _MAX_STAGES) -> GemmConfig | None:

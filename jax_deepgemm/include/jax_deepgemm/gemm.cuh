@@ -48,7 +48,6 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
   } else {
     if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
     Tile tile = receive_tile<C>(at, in.k_blocks);
-    BlockScales<C> blocks(in, tile, warpgroup);
     while (tile.row != kNoTile) {
       const int first_row = tile.row + warpgroup * 64;
       float acc[C::COLS / 2];
@@ -56,10 +55,9 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
         add_c<C, true>(acc, matrix_of(c, p, tile.batch * p.batched_c), p, tile, first_row);
       else
         clear(acc);
-      multiply_blocks<C>(acc, at, blocks, tile, warpgroup);
+      multiply_blocks<C>(acc, at, tile, warpgroup);
 
       const Tile next = receive_tile<C>(at, in.k_blocks);
-      if (next.row != kNoTile) blocks = BlockScales<C>(in, next, warpgroup);  // arrives during the epilogue
       const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
       store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), matrix_of(c, p, tile.batch * p.batched_c), slabs,
                     p, tile, first_row);

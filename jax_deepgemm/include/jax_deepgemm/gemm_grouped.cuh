@@ -137,11 +137,6 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
   } else {
     if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
     Place place = receive_place(at);
-    const auto scales_of = [&](const Place& of) {
-      const bool there = of.row != kNoTile;
-      return BlockScales<C>(in, there ? group_tile<C>(table, of, p, in.k_blocks).tile : Tile{}, warpgroup);
-    };
-    BlockScales<C> blocks = scales_of(place);
     while (place.row != kNoTile) {
       float acc[C::COLS / 2];
       {
@@ -152,13 +147,12 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
           clear(acc);
         if (place.blocks > 0) {
           tile.k_end = GroupTable<C>::kInner ? place.blocks : in.k_blocks;  // the latter needs no register
-          multiply_blocks<C>(acc, at, blocks, tile, warpgroup);
+          multiply_blocks<C>(acc, at, tile, warpgroup);
         } else {
           skip_empty_tile<C>(at);
         }
       }
       const Place next = receive_place(at);
-      if (next.row != kNoTile) blocks = scales_of(next);  // arrives during the epilogue
 
       const GroupTile mine = group_tile<C>(table, place, p, in.k_blocks);
       const int first_row = place.row + ptx::thread_index() / 128 * 64;

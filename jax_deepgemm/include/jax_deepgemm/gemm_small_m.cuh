@@ -98,8 +98,7 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
     const int warpgroup = warpgroup_index();
     float acc[C::COLS / 2];
     clear(acc);
-    BlockScales<C> blocks(in, tile, warpgroup);
-    multiply_blocks<C>(acc, at, blocks, tile, warpgroup);
+    multiply_blocks<C>(acc, at, tile, warpgroup);
     ptx::named_barrier<1, kConsumers>();  // the other warpgroup may still read what the partial overwrites
     store_partial<C>(acc, smem, warpgroup);
   }

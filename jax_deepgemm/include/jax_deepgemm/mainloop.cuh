@@ -21,46 +21,6 @@ struct Fragment {
   }
 };
 
-// How many 128-blocks a tile of `width` columns can touch when tiles start at multiples of `width`.
-__host__ __device__ constexpr int touched_blocks(int width) {
-  return ceil_div(128 - gcd(width, 128) + width, 128);
-}
-
-// The 128x128 scales of one tile: a quad of k at a time, one quad ahead of their use, and the first one ahead
-// of the tile, so that their latency stands nowhere. Rows of scales are block_scale_pitch, a multiple of
-// four, apart.
-template <class C>
-struct BlockScales {
-  static constexpr bool kOfRows = C::ROW_SCALES == Scale::kBlock,
-                        kThere = kOfRows || C::COL_SCALES == Scale::kBlock;
-  static constexpr int kCount = C::COL_SCALES == Scale::kBlock ? touched_blocks(C::COLS) : 1;
-  const float* base;
-  int next;              // the quad to fetch next, in the first row
-  int row_step[kCount];  // from there to the others; the last row of blocks stands for those beyond it
-  float4 ahead[kCount];
-
-  __device__ __forceinline__ BlockScales(const Operands& in, const Tile& tile, int warpgroup)
-      : base(in.block_scales) {
-    if constexpr (kThere) {
-      const int first = kOfRows ? tile.row + 64 * warpgroup : tile.col;
-      const int batch = kOfRows ? tile.batch * in.batched_row_scales : tile.col_batch * in.batched_col_scales;
-      const int row = min(first / 128, in.block_scale_rows - 1);
-      next = (batch * in.block_scale_rows + row) * in.block_scale_pitch + tile.k_begin;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i)
-        row_step[i] = i == 0 ? 0 : min(i, in.block_scale_rows - 1 - row) * in.block_scale_pitch;
-      fetch(tile.k_begin < tile.k_end);
-    }
-  }
-  __device__ __forceinline__ void fetch(bool there) {
-    if (!there) return;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      ahead[i] = __ldg(reinterpret_cast<const float4*>(base + (next + row_step[i])));
-    next += kQuad;
-  }
-};
-
 // The operands of one warpgroup in a slot, and their multiplication: one committed group.
 template <class C>
 struct Slot {
@@ -159,8 +119,7 @@ struct Fp8Loop {
   static constexpr int kWidth = C::COLS / C::PASSES, kGroups = kWidth / 8;
   static constexpr bool kColVector = C::COL_SCALES == Scale::kVector;
   static constexpr bool kRowVector = C::ROW_SCALES == Scale::kVector;
-  static constexpr bool kHasBlocks = BlockScales<C>::kThere;
-  static constexpr int kBlocks = BlockScales<C>::kCount;
+  static constexpr int kBlocks = L::kBlocks > 0 ? L::kBlocks : 1;
   // Per-column scales are a factor for every element or column. Where registers allow, they are read before
   // the multiplication is issued, otherwise by promotion.
   static constexpr int kFactors = kRowVector ? C::COLS / 2 : 2 * kGroups;
@@ -169,7 +128,6 @@ struct Fp8Loop {
 
   float (&acc)[C::COLS / 2];
   Position<C>& at;
-  BlockScales<C>& blocks;
   const int warpgroup;
   const Offset offset;
   const Fragment mine;
@@ -178,17 +136,14 @@ struct Fp8Loop {
   float4 upper, lower, block[kBlocks];
   float col[kFactorsEarly ? 2 * kGroups : 1];
 
-  __device__ __forceinline__ void load_quad(bool more) {
+  __device__ __forceinline__ void load_quad() {
     if constexpr (kRowVector) {
       const u32 address = at.row_scales() + (64 * warpgroup + mine.row) * kQuad * 4;
       upper = ptx::load_shared_4(address);
       lower = ptx::load_shared_4(address + 8 * kQuad * 4);
     }
-    if constexpr (kHasBlocks) {
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) block[i] = blocks.ahead[i];
-      blocks.fetch(more);
-    }
+    for (int i = 0; i < L::kBlocks; ++i) block[i] = ptx::load_shared_4(at.block_scales() + i * kQuad * 4);
   }
   __device__ __forceinline__ float col_scale(int j, int i) const {
     return ptx::load_shared(at.col_scales() + mine.col * kQuad * 4 + ((i / 2 * 8 + i % 2) * kQuad + j) * 4);
@@ -200,11 +155,10 @@ struct Fp8Loop {
     }
   }
 
-  // Block j of the quad whose scales are loaded, in the slot `slot` further on than `at`, which it moves on by
-  // STEP slots. `more`: whether a block follows; last: whether that one belongs to the next quad, of which
-  // `fetch` says whether another one follows it.
+  // Block j of the quad whose scales are loaded, in the slot `slot` further on than `at`, which it moves on
+  // by STEP slots. `more`: whether a block follows; `last`: whether that one belongs to the next quad.
   template <int STEP>
-  __device__ __forceinline__ void multiply(int j, int slot, bool more, bool last, bool fetch) {
+  __device__ __forceinline__ void multiply(int j, int slot, bool more, bool last) {
     const u32 empty = at.empty() + slot * 8;
     const Slot<C> operands(at, warpgroup);
     const int next = STEP > 0 ? 0 : slot + 1;
@@ -221,7 +175,7 @@ struct Fp8Loop {
       if (pass == 0) {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
-          const float b = kHasBlocks ? element(block[i], j) : 1.0f;
+          const float b = L::kBlocks > 0 ? element(block[i], j) : 1.0f;
           uppers[i] = u * b, lowers[i] = l * b;
         }
         if constexpr (kFactorsEarly) {
@@ -241,7 +195,7 @@ struct Fp8Loop {
     }
     if (last) {
       at.advance_scales();
-      if (more) load_quad(fetch);
+      if (more) load_quad();
     }
     if (more) load_cols(last ? 0 : j + 1);
   }
@@ -279,7 +233,7 @@ struct Fp8Loop {
   __device__ __forceinline__ void run(const Tile& tile) {
     if (tile.k_begin >= tile.k_end) return;
     ptx::mbarrier_wait(at.full(), at.phase);
-    load_quad(tile.k_begin + kQuad < tile.k_end);
+    load_quad();
     load_cols(0);
     int kb = tile.k_begin;
 #pragma unroll 1
@@ -289,16 +243,16 @@ struct Fp8Loop {
         const bool last = j + 1 == kQuad;
         const int live = tile.k_end - kb;
         if ((j + 1) % kUnit == 0)
-          multiply<kUnit>(j, j % kUnit, !last || live > kQuad, last, live > 2 * kQuad);
+          multiply<kUnit>(j, j % kUnit, !last || live > kQuad, last);
         else
-          multiply<0>(j, j % kUnit, true, false, false);
+          multiply<0>(j, j % kUnit, true, false);
       }
     }
     if (kb == tile.k_end) return;
 #pragma unroll 1
     for (int j = 0; j < kQuad; ++j) {
       if (kb + j < tile.k_end) {
-        multiply<1>(j, 0, kb + j + 1 < tile.k_end, false, false);
+        multiply<1>(j, 0, kb + j + 1 < tile.k_end, false);
       } else {
         pass_slot(at.full(), at.empty(), at.phase);
         at.advance();
@@ -309,10 +263,9 @@ struct Fp8Loop {
 };
 
 template <class C, class Offset>
-__device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position<C>& at,
-                                             BlockScales<C>& blocks, const Tile& tile, int warpgroup,
-                                             Offset offset) {
-  Fp8Loop<C, Offset>{acc, at, blocks, warpgroup, offset}.run(tile);
+__device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position<C>& at, const Tile& tile,
+                                             int warpgroup, Offset offset) {
+  Fp8Loop<C, Offset>{acc, at, warpgroup, offset}.run(tile);
 }
 
 // Consumer side, FP8 with both operands' scales stored by block of k: a factor for every element.
@@ -372,21 +325,21 @@ __device__ __forceinline__ void multiply_bf16(float (&acc)[C::COLS / 2], Positio
 
 // acc += rows tile * cols tile over the tile's range of k, all scales applied.
 template <class C>
-__device__ __forceinline__ void multiply_blocks(float (&acc)[C::COLS / 2], Position<C>& at,
-                                                BlockScales<C>& blocks, const Tile& tile, int warpgroup) {
+__device__ __forceinline__ void multiply_blocks(float (&acc)[C::COLS / 2], Position<C>& at, const Tile& tile,
+                                                int warpgroup) {
   if constexpr (C::ROW_SCALES == Scale::kNone) {
     multiply_bf16<C>(acc, at, tile, warpgroup);
   } else if constexpr (Layout<C>::kSliced) {
     multiply_sliced<C>(acc, at, tile, warpgroup);
   } else if constexpr (C::COL_SCALES != Scale::kBlock || 128 % C::COLS == 0 || C::COLS % 128 == 0) {
-    multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<0>());
+    multiply_fp8<C>(acc, at, tile, warpgroup, Constant<0>());
   } else if constexpr (C::COLS % 64 == 0) {
     if (tile.col % 128 == 0)
-      multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<0>());
+      multiply_fp8<C>(acc, at, tile, warpgroup, Constant<0>());
     else
-      multiply_fp8<C>(acc, at, blocks, tile, warpgroup, Constant<64>());
+      multiply_fp8<C>(acc, at, tile, warpgroup, Constant<64>());
   } else {
-    multiply_fp8<C>(acc, at, blocks, tile, warpgroup, tile.col % 128);
+    multiply_fp8<C>(acc, at, tile, warpgroup, tile.col % 128);
   }
 }
 

@@ -5,15 +5,16 @@
 //   wait empty[s]                            wait full[s]
 //   expect bytes on full[s]                  read scales of this block of k
 //   TMA rows tile, cols tile -> slot s       4 wgmma over the 128 bytes of k in the slot
-//   every 4th block: TMA scale quads         wait for them, arrive empty[s], promote: acc += scale * product
+//   every 4th block: quads of scales         wait for them, arrive empty[s], promote: acc += scale * product
 //
 // wgmma multiplies "rows" (its M side, 64 per warpgroup, A or the weights) by "cols" (its N side, the tile
 // width).
 //
 // FP8 walks k in quads of four blocks, because one TMA box {4 blocks of k, rows} of the caller's row-major
 // scales [rows, k/128] serves four of them. Slots that the last quad of a tile does not need are passed on
-// without data. The quads of scales form a ring of ceil(STAGES / 4) + 1 slots without barriers of their own:
-// a quad is read before its warpgroup releases the first block of the next one, and the producer is at most
+// without data. 128x128 scales come along, 16 bytes for a quad of each 128 rows or columns that a tile
+// touches. The quads of scales form a ring of ceil(STAGES / 4) + 1 slots without barriers of their own: a
+// quad is read before its warpgroup releases the first block of the next one, and the producer is at most
 // STAGES blocks ahead. Scales stored by block of k, [k/128, rows], come one block at a time, by the same
 // rule.
 //
@@ -39,6 +40,11 @@ constexpr int kSlotRowBytes = 128;  // bytes of k in a slot: 128 FP8 or 64 BF16 
 constexpr int kStepsPerBlock = 4;   // wgmma instructions along k for them
 constexpr int kQuad = 4;            // blocks of k whose scales travel together
 
+// How many 128-blocks a tile of `width` columns can touch when tiles start at multiples of `width`.
+__host__ __device__ constexpr int touched_blocks(int width) {
+  return ceil_div(128 - gcd(width, 128) + width, 128);
+}
+
 // Where things are in shared memory. C is a kernel's configuration; its fields are named in sm90/config.py.
 template <class C>
 struct Layout {
@@ -50,6 +56,12 @@ struct Layout {
   static constexpr int kScaleStep = kSliced ? 1 : kQuad;  // blocks of k whose scales travel together
   static constexpr u32 kRowScaleBytes = kRowVector ? C::ROWS * kScaleStep * 4 : 0;
   static constexpr u32 kColScaleBytes = kColVector ? align_up(C::COLS * kScaleStep * 4, 128) : 0;
+  static constexpr bool kBlocksOfRows = C::ROW_SCALES == Scale::kBlock;
+  static constexpr int kBlocks = kBlocksOfRows                    ? 1
+                                 : C::COL_SCALES == Scale::kBlock ? touched_blocks(C::COLS)
+                                                                  : 0;  // 128-blocks that have a scale
+  static constexpr u32 kBlockScaleBytes = kBlocks * kQuad * 4;
+  static_assert(!kBlocksOfRows || 128 % C::ROWS == 0, "all of a tile's rows are in one 128-block");
   static_assert(kSliced == (C::COL_SCALES == Scale::kSlices), "both operands store their scales alike");
   static_assert(!kFp8 || C::SCALE_SLOTS == ceil_div(C::STAGES, kScaleStep) + 1, "see the head of this file");
 
@@ -58,14 +70,16 @@ struct Layout {
   static constexpr u32 kStaging = kCols + C::STAGES * kColsBytes;  // 1024-byte aligned
   static constexpr u32 kRowScales = kStaging + C::STAGING_BYTES;
   static constexpr u32 kColScales = kRowScales + C::SCALE_SLOTS * kRowScaleBytes;
-  static constexpr u32 kBarriers = kColScales + C::SCALE_SLOTS * kColScaleBytes;
+  static constexpr u32 kBlockScales = kColScales + C::SCALE_SLOTS * kColScaleBytes;
+  static constexpr u32 kBarriers = kBlockScales + C::SCALE_SLOTS * kBlockScaleBytes;
   static constexpr u32 kTiles = kBarriers + 2 * C::STAGES * 8;  // 16-byte aligned
   static constexpr u32 kTable = kTiles + C::STAGES * 16;        // of groups; dense kernels have none
   static constexpr u32 kBytes = kTable + C::TABLE_BYTES;
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
 
   static constexpr u32 kSlotBytes = kRowsBytes + kColsBytes;
-  static constexpr u32 kScaleBytes = kRowScaleBytes + (kColVector ? C::COLS * kScaleStep * 4 : 0);
+  static constexpr u32 kScaleBytes =
+      kRowScaleBytes + (kColVector ? C::COLS * kScaleStep * 4 : 0) + kBlockScaleBytes;
 };
 
 // A slot of the ring, as seen from one side of it.
@@ -90,6 +104,9 @@ struct Position {
   }
   __device__ __forceinline__ u32 col_scales() const {
     return smem + Layout<C>::kColScales + quad_slot * Layout<C>::kColScaleBytes;
+  }
+  __device__ __forceinline__ u32 block_scales() const {
+    return smem + Layout<C>::kBlockScales + quad_slot * Layout<C>::kBlockScaleBytes;
   }
   template <int SLOTS = 1>  // a divisor of STAGES
   __device__ __forceinline__ void advance() {
@@ -205,6 +222,23 @@ __device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32
   }
 }
 
+// A quad of the scales of every 128-block that the tile touches; the last row of scales stands for those
+// beyond it. Rows are block_scale_pitch, a multiple of four, apart.
+template <class C>
+__device__ __forceinline__ void load_block_scales(u32 slot, const Operands& in, u32 bar, const Tile& tile,
+                                                  int kb) {
+  using L = Layout<C>;
+  const int first = (L::kBlocksOfRows ? tile.row : tile.col) / 128;
+  const int batch =
+      L::kBlocksOfRows ? tile.batch * in.batched_row_scales : tile.col_batch * in.batched_col_scales;
+#pragma unroll
+  for (int i = 0; i < L::kBlocks; ++i) {
+    const int row = batch * in.block_scale_rows + min(first + i, in.block_scale_rows - 1);
+    ptx::bulk_load(slot + i * kQuad * 4,
+                   in.block_scales + (static_cast<i64>(row) * in.block_scale_pitch + kb), kQuad * 4, bar);
+  }
+}
+
 // The scales of one step of blocks, for one operand.
 template <class C>
 __device__ __forceinline__ void load_scales(u32 slot, const TensorMap& map, u32 bar, int first, int kb,
@@ -236,6 +270,7 @@ __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in,
       if constexpr (L::kColVector)
         load_scales<C>(at.col_scales(), *in.col_scales, at.full(), tile.col, k / C::BLOCK_K,
                        tile.col_batch * in.batched_col_scales);
+      if constexpr (L::kBlocks > 0) load_block_scales<C>(at.block_scales(), in, at.full(), tile, kb);
       at.advance_scales();
     }
     at.advance();
