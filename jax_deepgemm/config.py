@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -137,3 +138,20 @@ def tuning_file(device: str, named: str | None = None) -> Path | None:
         return Path(wanted).expanduser()
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return read_settings().cache_dir / "tuning" / f"{name}.json"
+
+
+def tuning_state() -> str:
+    """Returns a digest of what the tuning files say that devices here would use, as part of cache keys.
+
+    By content, since all processes of a job must lower the same program, wherever their files are.
+    """
+    file = tuning_file("any")
+    if file is None:
+        return ""
+    named = os.environ.get(TUNING_FILE, "").strip()
+    found = [file] if named else sorted(file.parent.glob("*.json"))
+    digest = hashlib.sha256()
+    for path in found:
+        with contextlib.suppress(OSError):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

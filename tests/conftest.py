@@ -22,6 +22,7 @@ def _asks_for_gpu(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("JAX_DEEPGEMM_TUNING_FILE", "off")  # a developer's own would change what is chosen
     config.addinivalue_line("markers", "gpu: runs on a CUDA device, and only when asked for by -m gpu")
     if _asks_for_gpu(config):
         return

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -105,7 +103,7 @@ def compiled() -> dict[str, CompiledKernel]:
 
 
 def test_pairs_are_few_and_different() -> None:
-    assert len({kernel_name(*pair) for pair in PAIRS}) == len(PAIRS) <= 40
+    assert len({kernel_name(*pair) for pair in PAIRS}) == len(PAIRS) <= 48
 
 
 @pytest.mark.parametrize(("p", "c"), PAIRS, ids=[kernel_name(*pair) for pair in PAIRS])
@@ -419,28 +417,3 @@ def test_wgmma_transposes_bf16_only(a_k_major: bool, b_k_major: bool) -> None:
     text = wgmma_wrapper(64, "bf16", "bf16", a_k_major=a_k_major, b_k_major=b_k_major)
     assert f"p, 1, 1, {int(not a_k_major)}, {int(not b_k_major)};" in text
     assert "p, 1, 1;" in wgmma_wrapper(64, "e5m2", "e4m3")
-
-
-SWEEP = Path(__file__).parents[1] / "benchmarks/data/h200_sweep.json"
-
-
-def _swept_problem(row: dict[str, Any]) -> GemmProblem:
-    kinds: dict[str, dict[str, Any]] = {
-        "fp8": {},
-        "fp8_wgrad": {"b_scales": "vector", "out": "float32", "add_c": True},
-        "bf16": {"a": "bf16", "b": "bf16", "b_scales": "none"},
-    }
-    return GemmProblem(row["m"], row["n"], row["k"], **kinds[row["table"]])
-
-
-def test_the_model_chooses_near_the_best_measured() -> None:
-    sweep = json.loads(SWEEP.read_text())
-    regrets = []
-    for row in sweep["problems"]:
-        times = {tuple(measured[:-1]): measured[-1] for measured in row["rows"]}
-        c = choose(_swept_problem(row), H200)
-        chosen = (c.block_m, c.block_n, c.stages, c.slabs, c.swap_ab, c.split_k, c.blocks_per_sm)
-        assert chosen in times, f"{row['table']} {row['m']}x{row['n']}x{row['k']}: {c} was not measured"
-        regrets.append(times[chosen] / min(times.values()))
-    assert sum(regrets) / len(regrets) <= 1.04
-    assert max(regrets) <= 1.20

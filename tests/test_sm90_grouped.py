@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,33 +193,3 @@ def test_precompile_takes_grouped_problems() -> None:
     p = problem(**PLAIN)
     [found] = jdg.precompile([p], progress=False)
     assert found.name == grouped_name(p, choose_grouped(p, H200))
-
-
-# --- the cost model against a sweep on an H200 -------------------------------------------------------
-
-SWEEP = Path(__file__).parents[1] / "benchmarks/data/h200_grouped_sweep.json"
-ROWS_IN_ALL = {(4, 8192): 34304, (8, 4096): 34048, (32, 256): 10624}  # of the sweep's m_grouped problems
-
-
-def swept_problem(row: dict[str, Any]) -> GroupedProblem:
-    groups, m, n, k = (row[name] for name in ("groups", "m", "n", "k"))
-    form = dict(PLAIN) if row["type"] == "bf16" else {}
-    common: dict[str, Any] = {"groups": groups, "segments": groups, "weights": groups, "n": n}
-    if row["table"] == "m_grouped":
-        return GroupedProblem("rows", m=ROWS_IN_ALL[groups, m], k=k, expected=m, **common, **form)
-    if row["table"] == "masked":
-        return GroupedProblem("masked_rows", m=4096 if m > 20 else 1024, k=k, expected=m, **common, **form)
-    form |= {"layout": "tn"} if form else {"b_scales": "slices"}
-    sums: dict[str, Any] = {"m": m, "k": groups * k, "expected": k, "out": "float32", "add_c": True}
-    return GroupedProblem("inner", **common, **form, **sums)
-
-
-def test_choices_are_near_the_best_of_the_sweep() -> None:
-    lost = []
-    for row in json.loads(SWEEP.read_text())["problems"]:
-        chosen = choose_grouped(swept_problem(row), H200)
-        measured = {(rows, cols): us for rows, cols, _, us in row["rows"]}
-        lost.append(measured[chosen.block_m, chosen.block_n] / min(measured.values()) - 1)
-    assert len(lost) == 68
-    assert sum(lost) / len(lost) < 0.02
-    assert max(lost) < 0.1

@@ -336,7 +336,8 @@ class Op:
             return self._lower_named(body)(ctx, *args)
         params.pop("out_sharding", None)
         static = tuple(sorted({"batch": batch, **params}.items()))
-        content = hashlib.sha256(repr((self.name, fingerprint(), static)).encode()).hexdigest()
+        made_of = repr((self.name, fingerprint(), config.tuning_state(), static))
+        content = hashlib.sha256(made_of.encode()).hexdigest()
         salt = np.uint32(
             int(content[:8], 16)
         )  # distinguishes programs whose callback names are left out of cache keys

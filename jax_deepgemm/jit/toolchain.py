@@ -13,6 +13,7 @@
 | JAX_DEEPGEMM_DUMP            | unset                    | ptx, sass or ptx,sass: to CACHE_DIR/dump     |
 | JAX_DEEPGEMM_LINEINFO        | 0                        | line numbers in the cubin, for profilers     |
 | JAX_DEEPGEMM_PRINT_LOAD_TIME | 0                        | print how long each kernel took from disk    |
+| JAX_DEEPGEMM_TUNING_FILE     | CACHE_DIR/tuning         | measured configurations: a file, or off      |
 
 Switches take 0 or 1. Variables are read at each compilation, so a change holds from the next kernel on;
 JAX_DEEPGEMM_LOG is read at import.

@@ -18,47 +18,47 @@ from jax_deepgemm.sm90.tuning import tuned
 # beside them (its epilogue, and waiting at its edges).
 _PER_BLOCK = {
     "fp8 block": {
-        (64, 64): 0.195,
-        (64, 96): 0.25,
-        (64, 128): 0.291,
-        (64, 192): 0.44,
-        (64, 256): 0.55,
-        (128, 64): 0.288,
-        (128, 96): 0.430,
-        (128, 128): 0.393,
-        (128, 192): 0.548,
-        (128, 256): 0.66,
-        (192, 96): 0.545,
-        (192, 128): 0.532,
+        (64, 64): 0.142,
+        (64, 96): 0.225,
+        (64, 128): 0.238,
+        (64, 192): 0.361,
+        (64, 256): 0.464,
+        (128, 64): 0.219,
+        (128, 96): 0.354,
+        (128, 128): 0.398,
+        (128, 192): 0.552,
+        (128, 256): 0.725,
+        (192, 128): 0.546,
     },
     "fp8 vector": {
         (64, 64): 0.27,
-        (64, 128): 0.44,
-        (128, 64): 0.37,
-        (128, 96): 0.50,
-        (128, 128): 0.64,
-        (128, 160): 0.79,
-        (192, 96): 0.72,
-        (192, 128): 0.91,
+        (64, 128): 0.391,
+        (128, 64): 0.352,
+        (128, 96): 0.458,
+        (128, 128): 0.585,
+        (128, 160): 0.684,
+        (192, 96): 0.626,
+        (192, 128): 0.79,
     },
     "bf16": {
-        (64, 64): 0.14,
-        (64, 128): 0.235,
-        (64, 192): 0.35,
-        (64, 256): 0.46,
-        (128, 64): 0.235,
-        (128, 96): 0.305,
-        (128, 128): 0.345,
-        (128, 144): 0.378,
-        (128, 160): 0.418,
-        (128, 176): 0.455,
-        (128, 192): 0.490,
-        (128, 224): 0.590,
-        (128, 256): 0.640,
+        (64, 64): 0.118,
+        (64, 128): 0.181,
+        (64, 192): 0.256,
+        (64, 256): 0.355,
+        (128, 64): 0.197,
+        (128, 96): 0.259,
+        (128, 128): 0.333,
+        (128, 144): 0.37,
+        (128, 160): 0.419,
+        (128, 176): 0.46,
+        (128, 192): 0.52,
+        (128, 224): 0.563,
+        (128, 256): 0.634,
     },
 }
-_PER_TILE = (0.2, 4.7e-5)  # microseconds; for each element of a bf16 D
-START = {"fp8": 4.2, "bf16": 4.6}
+# Microseconds of any tile, and for each element of a bf16 D.
+_PER_TILE = {"fp8 block": (0.051, 2.57e-5), "fp8 vector": (0.53, 6.5e-5), "bf16": (0.224, 3.13e-5)}
+START = {"fp8": 3.43, "bf16": 2.85}
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,12 @@ class _SmallM:
 
 
 _SMALL_M = {
-    "fp8": _SmallM(3.3, (0.127, 0.00187), 0.00195, 7.0e4, (1.2, 0.026), 2.4, 3.0e6, 1.1),
-    "bf16": _SmallM(4.3, (0.098, 0.00096), 0.0018, 9.6e4, (1.2, 0.018), 3.7, 3.4e6, 0.24),
+    "fp8": _SmallM(3.37, (0.121, 0.00176), 0.00188, 7.69e4, (0.534, 0.02), 2.79, 3.01e6, 1.1),
+    "bf16": _SmallM(4.28, (0.0438, 0.000835), 0.00169, 1.52e5, (0.863, 0.000265), 5.91, 3.53e6, 0.24),
 }
 _ENOUGH_STAGES = 6  # two blocks of threads on an SM with fewer slots each measured worse than the model says
 _MEMORY_BYTES_PER_US = 3.0e6
+_L2_BYTES_PER_US = 1.15e7
 # By blocks per SM and size.
 _RESIDENT_CLUSTERS = {1: {1: 132, 2: 66, 4: 30, 8: 15}, 2: {1: 264, 2: 132, 4: 62, 8: 30}}
 
@@ -123,28 +124,33 @@ def _per_block(p: GemmProblem, c: GemmConfig) -> float:
     return 1.3 * measured[128, 128] * c.rows * c.cols / 128**2
 
 
+def _tiles(p: GemmProblem, c: GemmConfig) -> int:
+    return ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
+
+
 def _persistent(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
-    tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
-    waves = ceil_div(tiles, chip.num_sms)
+    waves = ceil_div(_tiles(p, c), chip.num_sms)
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
-    per_tile = _PER_TILE[0] + _PER_TILE[1] * c.block_m * c.block_n * traffic**0.5
+    fixed, for_each = _PER_TILE[_kind(p)]
+    per_tile = fixed + for_each * c.block_m * c.block_n * traffic**0.5
     compute = waves * (per_tile + p.k_blocks * _per_block(p, c))
     return Cost(START["fp8" if p.is_fp8 else "bf16"], compute, p.bytes_moved / _MEMORY_BYTES_PER_US, waves)
 
 
 def _small_m(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
     k = _SMALL_M["fp8" if p.is_fp8 else "bf16"]
-    tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
+    tiles = _tiles(p, c)
     clusters = max(1, _RESIDENT_CLUSTERS[c.blocks_per_sm][c.split_k] * chip.num_sms // H200.num_sms)
     waves = ceil_div(tiles, clusters)
     blocks = min(tiles, clusters) * c.split_k
-    crowd = min(c.blocks_per_sm, max(1.0, blocks / chip.num_sms))
+    crowd = min(c.blocks_per_sm, ceil_div(blocks, chip.num_sms))
     slot = (c.rows + c.cols) * 128
     share = align_up(ceil_div(p.k_blocks, c.split_k), 4 if p.is_fp8 else 1)
     per_block = max(
         k.alone[0] + k.alone[1] * c.cols,  # latencies of one block's chain
         crowd * c.warpgroups * k.tensor * c.cols,
         crowd * slot / k.feed,
+        blocks * slot / _L2_BYTES_PER_US,
     )
     epilogue = k.epilogue[1] * c.cols + (k.epilogue[0] if c.split_k > 1 else 0.0)
     compute = waves * (share * per_block + epilogue) + (waves - 1) * k.next_wave
@@ -166,7 +172,7 @@ def candidates(p: GemmProblem, chip: Chip) -> Iterator[GemmConfig]:
             for tokens in (8, 16, 32, 64, 128)
             for weights in (64, 128)
             for split in (1, 2, 4, 8)
-            for resident in (2, 1)
+            for resident in (1, 2)
             if tokens < 2 * max(8, p.m) and not (tokens == weights == 128 and resident == 2)
         ]
     for config in wanted:

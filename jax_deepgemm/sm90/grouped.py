@@ -20,7 +20,6 @@ from jax_deepgemm.sm90.config import (
     GemmProblem,
     ceil_div,
     fit_stages,
-    passes,
     problems_with,
     shared_memory,
     tma_store,
@@ -34,10 +33,10 @@ from jax_deepgemm.sm90.source import (
     kernel_name,
     leading_parameters,
     out_type,
+    product,
     sides,
 )
 from jax_deepgemm.sm90.tuning import tuned
-from jax_deepgemm.sm90.wgmma import wgmma_wrapper
 
 ROWS, MASKED_ROWS, INNER, MASKED_INNER = "rows", "masked_rows", "inner", "masked_inner"
 _ENUM = {ROWS: "kRows", MASKED_ROWS: "kMaskedRows", INNER: "kInner", MASKED_INNER: "kMaskedInner"}
@@ -152,23 +151,42 @@ def problems_with_grouped(p: GroupedProblem, c: GemmConfig) -> list[str]:
 # there, since these kernels run for long enough to reach the power limit.
 _PER_BLOCK = {
     "fp8 block": {
-        (64, 64): 0.2,
-        (64, 128): 0.304,
-        (64, 192): 0.44,
-        (64, 256): 0.55,
-        (128, 128): 0.47,
-        (128, 192): 0.668,
-        (128, 256): 0.75,
-        (192, 128): 0.634,
+        (64, 64): 0.149,
+        (64, 128): 0.247,
+        (64, 192): 0.374,
+        (64, 256): 0.521,
+        (128, 128): 0.422,
+        (128, 192): 0.577,
+        (128, 256): 0.79,
+        (192, 128): 0.56,
     },
-    "fp8 vector": {(64, 128): 0.44, (128, 128): 0.68, (128, 160): 0.84},
-    "fp8 slices": {(64, 128): 0.58, (128, 128): 0.73, (128, 160): 0.83, (192, 128): 0.92},
-    "bf16": {(64, 64): 0.155, (64, 128): 0.26, (128, 128): 0.40, (128, 192): 0.57, (128, 256): 0.72},
+    "fp8 vector": {
+        (64, 128): 0.44,
+        (128, 128): 0.68,
+        (128, 160): 0.84,
+    },
+    "fp8 slices": {
+        (64, 128): 0.58,
+        (128, 128): 0.63,
+        (128, 160): 0.712,
+        (192, 128): 0.788,
+    },
+    "bf16": {
+        (64, 64): 0.145,
+        (64, 128): 0.234,
+        (128, 128): 0.377,
+        (128, 192): 0.513,
+        (128, 256): 0.675,
+    },
 }
-
-
-_PER_TILE = (0.2, 2.0e-5)  # microseconds of a tile beside its blocks; for each element of a bf16 D
-_MEMORY_BYTES_PER_US = 4.0e6
+# Microseconds of any tile beside its blocks, and for each element of a bf16 D.
+_PER_TILE = {
+    "fp8 block": (0.165, 1.35e-5),
+    "fp8 vector": (0.2, 2.0e-5),
+    "fp8 slices": (0.287, 2.84e-5),
+    "bf16": (0.0023, 5.34e-5),
+}
+_MEMORY_BYTES_PER_US = 3.9e6
 _MANY_WAVES = 4  # from here on tiles of different lengths even out
 
 
@@ -192,7 +210,8 @@ def grouped_cost(p: GroupedProblem, c: GemmConfig, chip: Chip) -> Cost:
     even = tiles / chip.num_sms
     waves = even + 0.5 if even > _MANY_WAVES else math.ceil(even)
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
-    per_tile = _PER_TILE[0] + _PER_TILE[1] * c.block_m * c.block_n * traffic
+    fixed, for_each = _PER_TILE[_kind(p)]
+    per_tile = fixed + for_each * c.block_m * c.block_n * traffic
     compute = waves * (per_tile + p.gemm.k_blocks * _per_block(p, c))
     moved = p.groups * p.gemm.bytes_moved
     start = START["fp8" if p.gemm.is_fp8 else "bf16"]
@@ -290,7 +309,7 @@ def grouped_source(p: GroupedProblem, c: GemmConfig) -> KernelSource:
     parameters += ["const int* offset"] if _has_offset(p) else []
     name = grouped_name(p, c)
     text = _TEXT.format(
-        mma=wgmma_wrapper(c.cols // passes(p.gemm, c), a.dtype, b.dtype, a_k_major=a.k_major, b_k_major=b.k_major),
+        mma=product(p.gemm, c, a, b),
         config=config_text(p.gemm, c, a, b, mask_k=p.inner),
         grouping=_ENUM[p.grouping],
         segmented=as_cpp(p.segmented),

@@ -13,7 +13,8 @@ struct Config {{
   using Mma = ::Mma;
   using Out = {out};
   static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
-  static constexpr int PASSES = {passes}, WARPGROUPS = {warpgroups}, SPLITS = {splits}, SCALE_SLOTS = {scale_slots};
+  static constexpr int PASSES = {passes}, SPLITS = {splits};
+  static constexpr int WARPGROUPS = {warpgroups}, SCALE_SLOTS = {scale_slots};
   static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging};
   static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
@@ -107,6 +108,12 @@ def config_text(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k
     )
 
 
+def product(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side) -> str:
+    """The wgmma that the kernel issues."""
+    width = c.cols // passes(p, c)
+    return wgmma_wrapper(width, rows.dtype, cols.dtype, a_k_major=rows.k_major, b_k_major=cols.k_major)
+
+
 def as_cpp(value: bool) -> str:
     return str(value).lower()
 
@@ -145,7 +152,7 @@ def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
     name = kernel_name(p, c)
     text = _TEXT.format(
         header="gemm_small_m" if c.swap_ab else "gemm",
-        mma=wgmma_wrapper(c.cols // passes(p, c), rows.dtype, cols.dtype, a_k_major=rows.k_major, b_k_major=cols.k_major),
+        mma=product(p, c, rows, cols),
         config=config_text(p, c, rows, cols),
         d_map="&d_map" if tma_store(p, c) else "nullptr",
         threads=c.threads,
