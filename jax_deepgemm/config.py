@@ -141,7 +141,7 @@ def tuning_file(device: str, named: str | None = None) -> Path | None:
 
 
 def tuning_state() -> str:
-    """Returns a digest of what the tuning files say that devices here would use, as part of cache keys.
+    """Returns a digest of the tuning files in force, of any device, as part of cache keys; "" without any.
 
     By content, since all processes of a job must lower the same program, wherever their files are.
     """
@@ -149,9 +149,8 @@ def tuning_state() -> str:
     if file is None:
         return ""
     named = os.environ.get(TUNING_FILE, "").strip()
-    found = [file] if named else sorted(file.parent.glob("*.json"))
-    digest = hashlib.sha256()
-    for path in found:
+    contents = []
+    for path in [file] if named else sorted(file.parent.glob("*.json")):
         with contextlib.suppress(OSError):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+            contents.append(path.read_bytes())
+    return hashlib.sha256(b"\0".join(contents)).hexdigest() if contents else ""

@@ -71,7 +71,6 @@ def test_other_shapes_are_other_and_fit_cublaslt() -> None:
         assert problem.n % 16 == problem.k % 16 == 0, "XLA would pad FP8 operands at each call"
         if isinstance(problem, dense.Problem):
             assert (problem.kind, problem.m, problem.n, problem.k) not in recorded
-            assert dense._baseline_rows(problem) % (16 if problem.kind == "fp8" else 1) == 0
     assert {2880, 4096, 5120, 6144} <= {side for p in problems for side in (p.n, p.k)}
     assert {p.groups for p in problems if isinstance(p, grouped.Problem)} == {8, 64, 128, 512}
     assert any(p.m % 2 for p in problems)

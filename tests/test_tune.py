@@ -21,6 +21,7 @@ from jax_deepgemm.bench import grouped, products, tune
 from jax_deepgemm.bench.rows import Compiled
 from jax_deepgemm.bench.timing import Job, Timing
 from jax_deepgemm.bench.trace import Measured
+from jax_deepgemm.cli import bench as cli_bench
 from jax_deepgemm.cli import main
 from jax_deepgemm.core import _private
 from jax_deepgemm.sm90 import tuning
@@ -172,6 +173,28 @@ def test_print_configs_names_the_measurement(
         best = put(file, problem)
         jdg.explain(function, *operands, show=False)
         assert f"{problem}: {best}, measured 8.0 us, the fastest of 12\n" in capsys.readouterr().err
+
+
+def test_state_is_that_of_the_contents(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What caches of programs are keyed by: equal files anywhere are equal."""
+    assert config.tuning_state() == ""
+    put(file, DENSE)
+    one = config.tuning_state()
+    put(file, GROUPED)
+    assert len({"", one, config.tuning_state()}) == 3
+    monkeypatch.setenv("JAX_DEEPGEMM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv(config.TUNING_FILE, "")
+    assert config.tuning_state() == ""
+    put(tmp_path / "cache" / "tuning" / "nvidia-h200.json", DENSE)
+    assert config.tuning_state() == one
+    monkeypatch.setenv(config.TUNING_FILE, "off")
+    assert config.tuning_state() == ""
+
+
+def test_results_of_the_benchmark_say_that_a_file_is_in_force(file: Path) -> None:
+    assert cli_bench.method("NVIDIA H200") == cli_bench.METHOD
+    put(file, DENSE)
+    assert cli_bench.method("NVIDIA H200") == f"{cli_bench.METHOD} A tuning file was in force."
 
 
 # --- what is wrong with it is said once, and the model chooses ----------------------------------------------

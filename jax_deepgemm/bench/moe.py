@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepgemm.bench.machine import ClockLog
-from jax_deepgemm.bench.rows import compile_job, figures
+from jax_deepgemm.bench.rows import GEMM_PREFIX, compile_job, figures
 from jax_deepgemm.bench.timing import Job, time_jobs
 
-GEMM_PREFIX = "jdg_sm90_"
 FORWARD, FROZEN, TRAINING = "forward", "forward, FP8 weights", "forward and backward"
 PASSES = (("fp8", FROZEN), ("fp8", FORWARD), ("fp8", TRAINING), ("bf16", FORWARD), ("bf16", TRAINING))
 

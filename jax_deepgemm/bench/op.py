@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from jax_deepgemm.bench.dense import Problem
 from jax_deepgemm.bench.machine import ClockLog
-from jax_deepgemm.bench.moe import GEMM_PREFIX
-from jax_deepgemm.bench.rows import COMPILE_THREADS, Compiled, compile_job, figures, names
+from jax_deepgemm.bench.rows import COMPILE_THREADS, GEMM_PREFIX, Compiled, compile_job, figures, names
 from jax_deepgemm.bench.timing import Job, Queued, time_jobs, time_queued
 
 SHAPES = (

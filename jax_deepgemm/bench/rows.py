@@ -12,6 +12,7 @@ import jax
 from jax_deepgemm.bench.timing import Timing, named
 
 KERNEL_PREFIX = "jdg_"
+GEMM_PREFIX = "jdg_sm90_"
 COMPILE_THREADS = 8
 
 

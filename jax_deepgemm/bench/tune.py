@@ -14,7 +14,7 @@ import jax
 
 from jax_deepgemm import config as settings
 from jax_deepgemm.bench.products import Work, drawn
-from jax_deepgemm.bench.rows import COMPILE_THREADS, Compiled, compile_job
+from jax_deepgemm.bench.rows import COMPILE_THREADS, GEMM_PREFIX, Compiled, compile_job
 from jax_deepgemm.bench.timing import Job, flusher, time_jobs
 from jax_deepgemm.cli.text import Progress
 from jax_deepgemm.core import kernel_rule
@@ -23,7 +23,6 @@ from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import GemmConfig
 from jax_deepgemm.sm90.tuning import Devices, Entry, as_fields, device_key, problem_key, read, trying, write
 
-GEMM_PREFIX = "jdg_sm90"
 SESSION_JOBS = 256  # timed in one profiler session, more if one problem has more
 SESSION_BYTES = 8 << 30  # of operands held at a time
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_deepgemm import config
 from jax_deepgemm.cli.text import Progress
 
 SCHEMA = 1
@@ -36,6 +37,7 @@ METHOD = (
     "calls; L2 flushed before each call by writing 8 GiB; standard normal inputs; SM clock sampled "
     "meanwhile."
 )
+TRIAL = "Wall clock of small problems without a GPU: a trial of the machinery, no measurement."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,9 +105,7 @@ def measure(args: argparse.Namespace) -> int:
         "device": device.device_kind,
         "gpu": {"name": device.device_kind} | machine.gpu() if on_gpu else {},
         "versions": machine.versions(),
-        "method": METHOD
-        if on_gpu
-        else "Wall clock of small problems without a GPU: a trial of the machinery, no measurement.",
+        "method": method(device.device_kind) if on_gpu else TRIAL,
         "calls": args.calls,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "rows": [],
@@ -136,6 +136,12 @@ def measure(args: argparse.Namespace) -> int:
         print(f"FAILED {catalog.name(row)}: {row['error']}", file=sys.stderr)
     print(f"{len(result['rows'])} rows, {len(failed)} failed, {result['seconds']} s, written to {out}")
     return 1 if failed else 0
+
+
+def method(device_kind: str) -> str:
+    """Returns how a GPU is measured, and whether a tuning file rather than the cost model may have chosen."""
+    tuning = config.tuning_file(device_kind)
+    return f"{METHOD} A tuning file was in force." if tuning and tuning.is_file() else METHOD
 
 
 def _choose(wanted: Sequence[str], rows: str, small: bool) -> Iterator[tuple[Callable[..., Any], list[Any]]]:

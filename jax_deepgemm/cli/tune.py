@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calls", type=int, default=12, help="timed calls of each candidate (default 12)")
     parser.add_argument(
-        "--time-limit", type=float, default=900, help="seconds after which no new session starts"
+        "--time-limit",
+        type=float,
+        default=900,
+        help="seconds after which no new profiler session starts (default 900)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list with all that was measured")
     parser.add_argument(
