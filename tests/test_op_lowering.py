@@ -7,6 +7,7 @@ import functools
 import logging
 import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -225,8 +226,11 @@ def _exchanged_dtypes(case: op_checks.OpCase, shard: op_checks.Shard, mode: str)
     return seen
 
 
-def test_equal_calls_have_equal_text() -> None:
-    """The partition callback is named by content, so two lowerings of one program are one cache entry."""
+def test_equal_calls_have_equal_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The partition callback is named by content, so two lowerings of one program are one cache entry.
+
+    What a tuning file says is part of the content.
+    """
     shard = op_checks.Shard((P("x"), P("x"), P(), P()), P("x"))
     mesh = op_checks.make_mesh("auto")
     placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(operands(), shard.specs, strict=True)]
@@ -239,6 +243,10 @@ def test_equal_calls_have_equal_text() -> None:
     names = [re.findall(r'backend_config = "([^"]*)"', text(dtype)) for dtype in (F32, BF16)]
     assert names[0] != names[1]
     assert names[0][0].startswith("toy_block_gemm:")
+    before = text(F32)
+    (tmp_path / "tuning.json").write_text("{}")
+    monkeypatch.setenv("JAX_DEEPGEMM_TUNING_FILE", str(tmp_path / "tuning.json"))
+    assert text(F32) != before
 
 
 # Remat -----------------------------------------------------------------------------------------------------
