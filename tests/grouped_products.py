@@ -65,6 +65,11 @@ def difference(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(energy == 0, 0.0, jnp.sum((x - y) ** 2) / jnp.where(energy == 0, 1.0, energy))
 
 
+def same(x: Any, y: Any) -> bool:
+    """Whether two arrays are equal bit by bit."""
+    return x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
 def dot32(a: jax.Array, b: jax.Array) -> jax.Array:
     """a [m, k] times b [n, k], in float32."""
     return lax.dot_general(

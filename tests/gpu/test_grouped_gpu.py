@@ -30,8 +30,7 @@ import grouped_cases as cases
 import grouped_products as oracle
 import jax_deepgemm as jdg
 from grouped_cases import FP8, NN, NT, Contiguous, KGrouped, Masked
-from grouped_products import difference
-from jax_deepgemm.core import launch
+from grouped_products import difference, same
 from jax_deepgemm.grouped import kernel
 from jax_deepgemm.sm90.grouped import choose_grouped, grouped_candidates
 
@@ -420,10 +419,6 @@ CALLS = (
 )
 
 
-def same(x: jax.Array, y: jax.Array) -> bool:
-    return x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_twenty_runs_give_the_same_bits_also_eagerly_and_into_nan(name):
     """The result takes the place of a donated buffer of NaN: every element of it is written."""
@@ -521,78 +516,7 @@ def test_bf16_gradients_are_those_of_the_reference(name):
         assert float(difference(np.asarray(one), np.asarray(other))) < 1e-4
 
 
-def chain(x: jax.Array, w: Any, sizes: jax.Array, steps: int, scanned: bool) -> jax.Array:
-    def one(x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        y = jdg.m_grouped_fp8_gemm_nt_contiguous(jdg.quantize(x), w, sizes, out_dtype=F32)
-        gram = jdg.k_grouped_bf16_gemm_tn_contiguous(x, x, sizes)
-        z = jdg.m_grouped_bf16_gemm_nn_contiguous(x, gram.astype(BF16), sizes, out_dtype=F32)
-        both = y + z / jnp.maximum(jnp.abs(z).max(), 1.0)
-        return (both / jnp.maximum(jnp.abs(both).max(), 1.0)).astype(BF16), None
-
-    if scanned:
-        return lax.scan(one, x, length=steps)[0]
-    for _ in range(steps):
-        x, _ = one(x, None)
-    return x
-
-
-@pytest.mark.parametrize("scanned", [False, True], ids=("unrolled", "scan"))
-def test_many_calls_in_one_program(scanned):
-    """Captured by command buffers or not, with other buffers and other group sizes: always as one by one."""
-    w = jdg.quantize(jax.random.normal(jax.random.key(1), (G, 256, 256)), BLOCK)
-    many = jax.jit(functools.partial(chain, steps=6, scanned=scanned))
-    once = jax.jit(functools.partial(chain, steps=1, scanned=False))
-    for seed in range(4):
-        sizes = jnp.roll(jnp.asarray(SIZES), seed)
-        x = jax.random.normal(jax.random.key(seed), (M, 256), BF16)
-        got = [many(x + 0, w, sizes) for _ in range(3)]
-        assert all(same(got[0], other) for other in got[1:])
-        for _ in range(6):
-            x = once(x, w, sizes)
-        assert float(difference(got[0], x)) < 1e-3
-
-
-def steps_of_a_chain() -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
-    """Name -> a function of (what the last step gave, sizes), for a chain whose numbers keep their size."""
-    w = jax.random.normal(jax.random.key(1), (G, 256, 256), BF16) / 16
-    rows = jax.random.normal(jax.random.key(3), (M, 256), BF16)
-    q, columns = jdg.quantize(w, BLOCK), jdg.quantize(rows.T)
-    mask = functools.partial(jdg.m_grouped_fp8_gemm_nt_masked, zero_rows=True)
-    mask16 = functools.partial(jdg.m_grouped_bf16_gemm_nt_masked, zero_rows=True)
-    return {
-        "m bf16": lambda x, sizes: jdg.m_grouped_bf16_gemm_nn_contiguous(x, w, sizes),
-        "m fp8": lambda x, sizes: jdg.m_grouped_fp8_gemm_nt_contiguous(jdg.quantize(x), q, sizes),
-        "masked bf16": lambda x, sizes: mask16(x, w, sizes),
-        "masked fp8": lambda x, sizes: mask(jdg.quantize(x), q, sizes),
-        "k bf16": lambda c, sizes: jdg.k_grouped_bf16_gemm_tn_contiguous(rows, rows, sizes, c),
-        "k fp8": lambda c, sizes: jdg.k_grouped_fp8_gemm_nt_contiguous(columns, columns, sizes, c),
-    }
-
-
-@pytest.mark.parametrize("name", ["m bf16", "m fp8", "masked bf16", "masked fp8", "k bf16", "k fp8"])
-def test_command_buffers_take_other_group_sizes(name):
-    """Twenty calls are captured with default flags, and replayed with sizes that only the device knows."""
-    ffi, step = launch.native(), steps_of_a_chain()[name]
-
-    @jax.jit
-    def chain(x: jax.Array, sizes: jax.Array) -> jax.Array:
-        for _ in range(20):
-            x = step(x, sizes)
-        return x
-
-    kind, once = name.split()[0], jax.jit(step)
-    shape = {"m": (M, 256), "masked": (G, M, 256), "k": (G, 256, 256)}[kind]
-    x = jax.random.normal(jax.random.key(2), shape, F32 if kind == "k" else BF16)
-    every = [jnp.roll(jnp.asarray(SIZES), turn) for turn in range(3)]
-    for sizes in every:
-        chain(x, sizes).block_until_ready()
-    ffi.reset_execute_counters()
-    got = [np.asarray(chain(x, sizes)) for sizes in every for _ in range(10)]  # on the host: buffers stay
-    assert ffi.execute_count() <= 20 * len(got) // 2, "the calls run outside command buffers"
-    for index, sizes in enumerate(every):
-        want = functools.reduce(lambda x, _: once(x, sizes), range(20), x)
-        assert all(float(difference(d, want)) < 1e-3 for d in got[10 * index : 10 * index + 10])
-        assert all(same(d, got[10 * index]) for d in got[10 * index : 10 * index + 10])
+# Short sums -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scales", [BLOCK, ROWS], ids=str)
