@@ -157,6 +157,8 @@ BROKEN: list[tuple[GemmProblem, GemmConfig, str]] = [
     (problem("bf16"), GemmConfig(128, 12, 8), "other side is 12, must be 8 to 256 in steps of 8"),
     (problem("bf16"), GemmConfig(128, 100, 4, slabs=1), "other side is 100, must be 8 to 256 in steps of 8"),
     (problem("bf16"), GemmConfig(128, 128, 4, split_k=2, slabs=2), "split_k needs swap_ab"),
+    (problem("bf16"), GemmConfig(8, 64, 8, True, 1, 0), "blocks_per_sm is 0, must be 1, or 2 with swap_ab"),
+    (problem("bf16"), GemmConfig(128, 128, 4, blocks_per_sm=2, slabs=2), "blocks_per_sm is 2, must be 1"),
     (problem("bf16"), GemmConfig(8, 64, 8, True, 3), "split_k is 3, must be 1, 2, 4 or 8"),
     (problem("fp8 block"), GemmConfig(128, 216, 4, slabs=3), "216 columns leave no registers"),
     (problem("bf16", n=ODD, add_c=True), GemmConfig(128, 184, 4), "184 columns leave no registers"),

@@ -209,7 +209,9 @@ WRONG_ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"config": {"block_m": 64, "block_n": 64, "stages": 4, "warp": 1}}, "warp"),
     "type": ({"config": {"block_m": 64, "block_n": "64", "stages": 4}}, "block_n is '64', need int"),
     "none": ({"config": None}, "TypeError"),
-    "time": ({"us": -1}, "microseconds are not positive"),
+    "time": ({"us": -1}, "need positive numbers"),
+    "text for a time": ({"us": "8.0"}, "need positive numbers"),
+    "text for a number": ({"candidates": "many"}, "candidates is 'many', need int"),
 }
 
 

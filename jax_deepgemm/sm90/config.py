@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jax_deepgemm.sm90.cost import Cost
 
 _SLOT_ROW_BYTES = 128  # bytes of k in one slot of the ring: 128 FP8 or 64 BF16 elements
-_QUAD = 4  # blocks of k whose 1x128 scales one TMA box brings
+_QUAD = 4  # blocks of k whose scales travel together
 _SLAB_BYTES = 2048  # 16 rows of 64 bf16 columns of D on their way to TMA
 _RESERVED_BYTES = 1024  # what the system takes of an SM's shared memory for each resident block
 _MAX_STAGES = 16
@@ -269,12 +269,14 @@ def _slab_choices(p: GemmProblem, c: GemmConfig) -> list[int]:
 def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
     """Why a configuration cannot run a problem: one line for each rule that it breaks."""
     rows, cols = c.rows, c.cols
+    resident = (1, 2) if c.swap_ab else (1,)
     width_is_legal = cols % 8 == 0 and 8 <= cols <= 256
     rules = [
         (rows in (64, 128, 192), f"the 64-row side is {rows}, must be 64, 128 or 192 (1 to 3 warpgroups)"),
         (not c.swap_ab or rows < 192, f"block_n is {rows}, must be 64 or 128 with swap_ab"),
         (width_is_legal, f"the other side is {cols}, must be 8 to 256 in steps of 8 (wgmma)"),
         (c.swap_ab or c.split_k == 1, "split_k needs swap_ab"),
+        (c.blocks_per_sm in resident, f"blocks_per_sm is {c.blocks_per_sm}, must be 1, or 2 with swap_ab"),
         (c.split_k in (1, 2, 4, 8), f"split_k is {c.split_k}, must be 1, 2, 4 or 8 (portable cluster size)"),
         (cols <= _widest(p, c), f"{cols} columns leave no registers for two accumulators"),
         (c.split_k <= ceil_div(p.k_blocks, _QUAD), f"split_k is {c.split_k}, more than the quads of k"),

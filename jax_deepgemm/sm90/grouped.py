@@ -25,7 +25,7 @@ from jax_deepgemm.sm90.config import (
     tma_store,
 )
 from jax_deepgemm.sm90.cost import START, Cost
-from jax_deepgemm.sm90.plan import GemmOperands, matrix_map, tensor_map
+from jax_deepgemm.sm90.plan import GemmOperands, matrix_map, stripe_height, tensor_map
 from jax_deepgemm.sm90.source import (
     as_cpp,
     config_text,
@@ -147,8 +147,8 @@ def problems_with_grouped(p: GroupedProblem, c: GemmConfig) -> list[str]:
     return broken + problems_with(p.gemm, c)
 
 
-# Tiles that can win -> microseconds that 128 bytes of k of one tile take on one SM, as in cost.py; more than
-# there, since these kernels run for long enough to reach the power limit.
+# Tiles that can win -> microseconds that 128 bytes of k of one tile take on one SM, as in cost.py, but of
+# kernels that mostly run for long enough to reach the power limit.
 _PER_BLOCK = {
     "fp8 block": {
         (64, 64): 0.149,
@@ -325,12 +325,6 @@ def grouped_source(p: GroupedProblem, c: GemmConfig) -> KernelSource:
     return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p.gemm, c).total)
 
 
-def _stripe(p: GroupedProblem, c: GemmConfig, chip: Chip) -> int:
-    """Row tiles walked together, so that one wave reads the fewest bytes of A and B."""
-    best = round((chip.num_sms * c.block_n / c.block_m) ** 0.5)
-    return max(1, min(ceil_div(p.gemm.m, c.block_m), best))
-
-
 def grouped_plan(
     p: GroupedProblem,
     c: GemmConfig,
@@ -368,7 +362,7 @@ def grouped_plan(
         "m": p.m,
         "n": p.n,
         "k_blocks": ceil_div(p.k, p.gemm.block_k),
-        "stripe": _stripe(p, c, chip),
+        "stripe": stripe_height(p.gemm, c, chip),
         "block_scale_rows": block_scales.shape[-2] if block_scales else 0,
         "block_scale_pitch": block_scales.shape[-1] if block_scales else 0,
         "total": p.segments,

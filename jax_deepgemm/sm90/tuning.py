@@ -140,8 +140,10 @@ def parsed(fields: Any) -> Entry:
         known = dict(fields)
         entry = Entry(**known | {name: _config(known[name]) for name in ("config", "model")})
         times = [entry.us] if entry.model_us is None else [entry.us, entry.model_us]
-        if not all(float(time) > 0 for time in times):
-            raise ValueError("its microseconds are not positive")
+        if not all(type(time) in (int, float) and time > 0 for time in times):
+            raise ValueError(f"its microseconds are {times}, need positive numbers")
+        if type(entry.candidates) is not int:
+            raise TypeError(f"candidates is {entry.candidates!r}, need int")
         return entry
     except (TypeError, KeyError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None

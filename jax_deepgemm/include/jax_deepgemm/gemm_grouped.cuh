@@ -4,12 +4,10 @@
 //   warpgroups 0 .. W-1   consumers, as in gemm.cuh: multiply, promote, epilogue
 //   warpgroup W           one thread of it is the TMA producer: tile number -> segment -> rows, k range
 //
-//   rows in groups:  tiles begin at each group's first row, whatever it is. Rows of the last tile beyond the
-//   group
-//                    are multiplied and not stored; rows beyond all groups are stored as zeros.
-//   k in groups:     every D[i] has all its tiles. What a slot holds beside the group's range of k is zeroed
-//   in
-//                    shared memory, in both operands (mask_slot).
+//   rows in groups:  tiles begin at each group's first row, whatever it is. Rows of the last tile beyond
+//                    the group are multiplied and not stored; rows beyond all groups are stored as zeros.
+//   k in groups:     every D[i] has all its tiles. What a slot holds beside the group's range of k is
+//                    zeroed in shared memory, in both operands (mask_slot).
 //
 //   shared memory:   as gemm.cuh | table
 #pragma once

@@ -109,9 +109,9 @@ __device__ __forceinline__ float element(const float4& v, int i) {
 // wide tiles in PASSES that share it, one after the other. `offset` is the tile's first column modulo 128, a
 // Constant where the possible values are few enough for a copy of the loop each.
 //
-// Whatever the next block needs before its multiplication can be issued (its barrier, its scales) is done
-// while the tensor core is busy with this one: between two multiplications of a warpgroup stand only
-// promotion and issue.
+// The next block's barrier is waited for while the tensor core is busy with this one: between two
+// multiplications of a warpgroup stand only promotion, issue, and every fourth time the loads of a quad of
+// scales.
 template <class C, class Offset>
 struct Fp8Loop {
   using L = Layout<C>;

@@ -5,10 +5,6 @@
 
 namespace jdg::ptx {
 
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // Coordinates innermost first. Bytes outside the tensor arrive as zeros and count like the others on `bar`.
 __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar, int x, int y, int z) {
   asm volatile(
