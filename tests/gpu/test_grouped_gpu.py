@@ -244,12 +244,12 @@ def expected_rows(case: Contiguous) -> int:
     return dict(cases.CONTIGUOUS_TABLE)[case.groups]
 
 
-@pytest.mark.parametrize("case", cases.contiguous_table(), ids=str)
+@pytest.mark.parametrize("case", list(cases.contiguous_table()), ids=str)
 def test_table_contiguous(case):
     check(case, drawn(case, expected_rows(case)))
 
 
-@pytest.mark.parametrize("case", cases.aligned_table(), ids=str)
+@pytest.mark.parametrize("case", list(cases.aligned_table()), ids=str)
 def test_table_contiguous_aligned(case):
     """The layouts with gaps: an index per row, ends of groups."""
     check(case, drawn(case, expected_rows(case)))
@@ -268,7 +268,7 @@ def test_table_masked(case, expected):
     check(case, drawn(case, expected))
 
 
-@pytest.mark.parametrize("case", cases.k_table(), ids=str)
+@pytest.mark.parametrize("case", list(cases.k_table()), ids=str)
 def test_table_k_grouped(case):
     check(case, drawn(case, 32768 // case.groups))
 
@@ -276,17 +276,17 @@ def test_table_k_grouped(case):
 # Edge cases -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases.contiguous_edges(), ids=str)
+@pytest.mark.parametrize("case", list(cases.contiguous_edges()), ids=str)
 def test_edges_contiguous(case):
     check(case, cases.patterns(case.groups, case.rows))
 
 
-@pytest.mark.parametrize("case", cases.masked_edges(), ids=str)
+@pytest.mark.parametrize("case", list(cases.masked_edges()), ids=str)
 def test_edges_masked(case):
     check(case, cases.masks(case.groups, case.rows))
 
 
-@pytest.mark.parametrize("case", cases.k_edges(), ids=str)
+@pytest.mark.parametrize("case", list(cases.k_edges()), ids=str)
 def test_edges_k_grouped(case):
     check(case, cases.patterns(case.groups, case.k))
 
