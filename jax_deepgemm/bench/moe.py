@@ -1,8 +1,9 @@
 """A layer of experts end to end: from the router's logits to the combined tokens, and back.
 
 DeepSeek-V3's sizes, with as many experts as one of eight devices holds: 4096 tokens go to 8 of 32 experts
-each, 32768 rows in all. What is beside the GEMMs (routing, moving rows, quantising, SwiGLU) is told apart
-from them by the names of the kernels.
+each, 32768 rows in all, as such a device gets from all eight. "1 of 8 held": the tokens of one device alone
+go to 8 of 256 experts, of which it holds 32; copies for the others are dropped. What is beside the GEMMs
+(routing, moving rows, quantising, SwiGLU) is told apart from them by the names of the kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from jax_deepgemm.bench.rows import GEMM_PREFIX, compile_job, figures
 from jax_deepgemm.bench.timing import Job, time_jobs
 
 FORWARD, FROZEN, TRAINING = "forward", "forward, FP8 weights", "forward and backward"
+HELD = "forward, FP8 weights, 1 of 8 held"
 PASSES = (("fp8", FROZEN), ("fp8", FORWARD), ("fp8", TRAINING), ("bf16", FORWARD), ("bf16", TRAINING))
+DEVICES = 8  # that share the experts of "held"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Problem:
       recipe: "fp8" or "bf16".
       what: "forward" and "forward and backward" have bfloat16 master weights, which FP8 quantises each time;
         "forward, FP8 weights" has them quantised before.
+      experts: that tokens are routed to; all are held, but for "1 of 8 held".
     """
 
     recipe: str
@@ -46,16 +50,22 @@ class Problem:
         return f"moe {self.recipe} {self.what}: {sizes} top_k={self.top_k}"
 
     @property
+    def held(self) -> int:
+        """Experts whose weights are here."""
+        return self.experts // DEVICES if self.what == HELD else self.experts
+
+    @property
     def flops(self) -> int:
         """Of the GEMMs: three matrices, and in the backward pass twice as much again."""
-        forward = 6 * self.tokens * self.top_k * self.hidden * self.inner
+        copies = self.tokens * self.top_k * self.held // self.experts  # on average
+        forward = 6 * copies * self.hidden * self.inner
         return forward * (3 if self.what == TRAINING else 1)
 
     @property
     def bytes(self) -> int:
         """Of the weights, the tokens and the results, each once (and their gradients)."""
-        weights = 3 * self.experts * self.hidden * self.inner
-        stored = weights * (1 if self.what == FROZEN else 2) + 4 * self.tokens * self.hidden
+        weights = 3 * self.held * self.hidden * self.inner
+        stored = weights * (1 if self.what in (FROZEN, HELD) else 2) + 4 * self.tokens * self.hidden
         return stored * (2 if self.what == TRAINING else 1)
 
     @property
@@ -70,12 +80,13 @@ def tables() -> dict[str, list[Problem]]:
     >>> [str(row).split(":")[0] for row in tables()["moe"]][:2]
     ['moe fp8 forward, FP8 weights', 'moe fp8 forward']
     """
-    return {"moe": [Problem(recipe, what) for recipe, what in PASSES]}
+    return {"moe": [*(Problem(recipe, what) for recipe, what in PASSES), Problem("fp8", HELD, experts=256)]}
 
 
 def small_tables() -> dict[str, list[Problem]]:
     """Returns small problems, to try the machinery where there is no GPU."""
-    return {"moe": [Problem(recipe, what, 16, 256, 128, 4, 2) for recipe, what in PASSES]}
+    every = [Problem(recipe, what, 16, 256, 128, 4, 2) for recipe, what in PASSES]
+    return {"moe": [*every, Problem("fp8", HELD, 16, 256, 128, 16, 2)]}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -87,10 +98,10 @@ def operands(problem: Problem) -> tuple[Any, ...]:
     draw = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)  # noqa: E731
     x, dy = (draw(key, problem.tokens, problem.hidden) for key in keys[:2])
     logits = jax.random.normal(keys[2], (problem.tokens, problem.experts))
-    w13 = problem.hidden**-0.5 * draw(keys[3], problem.experts, 2 * problem.inner, problem.hidden)
-    w2 = problem.inner**-0.5 * draw(keys[4], problem.experts, problem.hidden, problem.inner)
+    w13 = problem.hidden**-0.5 * draw(keys[3], problem.held, 2 * problem.inner, problem.hidden)
+    w2 = problem.inner**-0.5 * draw(keys[4], problem.held, problem.hidden, problem.inner)
     weights = (w13.astype(jnp.bfloat16), w2.astype(jnp.bfloat16))
-    if problem.what == FROZEN:
+    if problem.what in (FROZEN, HELD):
         return (x, logits, *(jax_deepgemm.quantize(w, (128, 128)) for w in weights), dy)
     return (x, logits, *weights, dy)
 
@@ -101,7 +112,8 @@ def layer(problem: Problem) -> Callable[..., Any]:
 
     def forward(x: Any, logits: Any, w13: Any, w2: Any) -> jax.Array:
         ids, weights = moe.route(logits, problem.top_k)
-        return moe.moe_mlp(x, ids, weights, w13, w2, recipe=problem.recipe)
+        expected = problem.tokens * problem.top_k // problem.experts
+        return moe.moe_mlp(x, ids, weights, w13, w2, recipe=problem.recipe, expected_m=expected)
 
     def training(*arguments: Any) -> Any:
         y, vjp = jax.vjp(forward, *arguments[:-1])
