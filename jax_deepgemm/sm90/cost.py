@@ -6,7 +6,7 @@ configurations; they do not promise a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -112,16 +112,14 @@ class Cost:
         return f"{self.total:.1f} us ({terms}, waves {self.waves})"
 
 
-def _kind(p: GemmProblem) -> str:
+def kind_of(p: GemmProblem) -> str:
+    """The key of a problem in the tables of constants."""
     return f"fp8 {p.b_scales}" if p.is_fp8 else "bf16"
 
 
-def _per_block(p: GemmProblem, c: GemmConfig) -> float:
-    measured = _PER_BLOCK[_kind(p)]
-    if (c.rows, c.cols) in measured:
-        return measured[c.rows, c.cols]
-    # Not a candidate: no better than its neighbours.
-    return 1.3 * measured[128, 128] * c.rows * c.cols / 128**2
+def per_block(measured: Mapping[tuple[int, int], float], c: GemmConfig) -> float:
+    """Microseconds of a block of k; a tile that is no candidate was no better than its neighbours."""
+    return measured.get((c.rows, c.cols), 1.3 * measured[128, 128] * c.rows * c.cols / 128**2)
 
 
 def _tiles(p: GemmProblem, c: GemmConfig) -> int:
@@ -131,9 +129,9 @@ def _tiles(p: GemmProblem, c: GemmConfig) -> int:
 def _persistent(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
     waves = ceil_div(_tiles(p, c), chip.num_sms)
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
-    fixed, for_each = _PER_TILE[_kind(p)]
+    fixed, for_each = _PER_TILE[kind_of(p)]
     per_tile = fixed + for_each * c.block_m * c.block_n * traffic**0.5
-    compute = waves * (per_tile + p.k_blocks * _per_block(p, c))
+    compute = waves * (per_tile + p.k_blocks * per_block(_PER_BLOCK[kind_of(p)], c))
     return Cost(START["fp8" if p.is_fp8 else "bf16"], compute, p.bytes_moved / _MEMORY_BYTES_PER_US, waves)
 
 
@@ -165,7 +163,7 @@ def cost(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
 
 def candidates(p: GemmProblem, chip: Chip) -> Iterator[GemmConfig]:
     """Every configuration worth comparing; each obeys `problems_with`."""
-    wanted = [GemmConfig(rows, cols, 0) for rows, cols in _PER_BLOCK[_kind(p)]]
+    wanted = [GemmConfig(rows, cols, 0) for rows, cols in _PER_BLOCK[kind_of(p)]]
     if p.m <= 512:
         wanted += [
             GemmConfig(tokens, weights, 0, True, split, resident)

@@ -24,7 +24,7 @@ from jax_deepgemm.sm90.config import (
     shared_memory,
     tma_store,
 )
-from jax_deepgemm.sm90.cost import START, Cost
+from jax_deepgemm.sm90.cost import START, Cost, kind_of, per_block
 from jax_deepgemm.sm90.plan import GemmOperands, matrix_map, stripe_height, tensor_map
 from jax_deepgemm.sm90.source import (
     as_cpp,
@@ -192,7 +192,7 @@ _MANY_WAVES = 4  # from here on tiles of different lengths even out
 
 def grouped_candidates(p: GroupedProblem, chip: Chip) -> Iterator[GemmConfig]:
     """Every configuration worth comparing."""
-    for rows, cols in _PER_BLOCK[_kind(p)]:
+    for rows, cols in _PER_BLOCK[kind_of(p.gemm)]:
         fitted = fit_stages(p.gemm, GemmConfig(rows, cols, 0), chip)
         if fitted is not None and not problems_with_grouped(p, fitted):
             yield fitted
@@ -210,22 +210,12 @@ def grouped_cost(p: GroupedProblem, c: GemmConfig, chip: Chip) -> Cost:
     even = tiles / chip.num_sms
     waves = even + 0.5 if even > _MANY_WAVES else math.ceil(even)
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
-    fixed, for_each = _PER_TILE[_kind(p)]
+    fixed, for_each = _PER_TILE[kind_of(p.gemm)]
     per_tile = fixed + for_each * c.block_m * c.block_n * traffic
-    compute = waves * (per_tile + p.gemm.k_blocks * _per_block(p, c))
+    compute = waves * (per_tile + p.gemm.k_blocks * per_block(_PER_BLOCK[kind_of(p.gemm)], c))
     moved = p.groups * p.gemm.bytes_moved
     start = START["fp8" if p.gemm.is_fp8 else "bf16"]
     return Cost(start, compute, moved / _MEMORY_BYTES_PER_US, round(waves))
-
-
-def _kind(p: GroupedProblem) -> str:
-    return f"fp8 {p.b_scales}" if p.gemm.is_fp8 else "bf16"
-
-
-def _per_block(p: GroupedProblem, c: GemmConfig) -> float:
-    measured = _PER_BLOCK[_kind(p)]
-    # A tile that is no candidate was no better than its neighbours.
-    return measured.get((c.rows, c.cols), 1.3 * measured[128, 128] * c.rows * c.cols / 128**2)
 
 
 def choose_grouped(p: GroupedProblem, chip: Chip) -> GemmConfig:
