@@ -24,12 +24,16 @@ def type_name(aval: Any) -> str:
     return _TYPES[np.dtype(aval.dtype).name]
 
 
-def _config(problem: GemmProblem, config: GemmConfig | None, chip: Chip) -> GemmConfig:
-    """The caller's configuration, the one of a tuning file, or the cost model's."""
-    chosen = config or choose(problem, chip)
+def announce(problem: Any, chosen: GemmConfig, given: bool, chip: Chip, cost: Callable[..., Any]) -> None:
+    """Prints a configuration and where it comes from: the caller, a tuning file or the cost model."""
     if read_settings().print_configs:
-        origin = "given" if config else lookup(problem, chip) or cost(problem, chosen, chip)
+        origin = "given" if given else lookup(problem, chip) or cost(problem, chosen, chip)
         say(f"{problem}: {chosen}, {origin}")
+
+
+def _config(problem: GemmProblem, config: GemmConfig | None, chip: Chip) -> GemmConfig:
+    chosen = config or choose(problem, chip)
+    announce(problem, chosen, config is not None, chip, cost)
     return chosen
 
 

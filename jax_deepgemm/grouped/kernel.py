@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from jax_deepgemm.core.launch import LaunchPlan, Operand
-from jax_deepgemm.gemm.kernel import GemmKernel, type_name
-from jax_deepgemm.jit.toolchain import read_settings, say
+from jax_deepgemm.gemm.kernel import GemmKernel, announce, type_name
 from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import GemmConfig
 from jax_deepgemm.sm90.grouped import (
@@ -27,7 +26,6 @@ from jax_deepgemm.sm90.grouped import (
     grouped_plan,
 )
 from jax_deepgemm.sm90.plan import GemmOperands, MatrixOperand
-from jax_deepgemm.sm90.tuning import lookup
 
 _PARTS_OF_A_SEGMENT = 3  # starts | ends | groups
 
@@ -36,9 +34,7 @@ def _plan(
     problem: GroupedProblem, config: GemmConfig | None, chip: Chip, operands: dict[str, MatrixOperand]
 ) -> LaunchPlan:
     chosen = config or choose_grouped(problem, chip)
-    if read_settings().print_configs:
-        origin = "given" if config else lookup(problem, chip) or grouped_cost(problem, chosen, chip)
-        say(f"{problem}: {chosen}, {origin}")
+    announce(problem, chosen, config is not None, chip, grouped_cost)
     matrices = {part: one for part, one in operands.items() if part not in ("sizes", "offset")}
     offset = Operand(operands["offset"].index) if "offset" in operands else None
     sizes = Operand(operands["sizes"].index)
