@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -155,17 +155,17 @@ BROKEN: list[tuple[GemmProblem, GemmConfig, str]] = [
     (problem("bf16"), GemmConfig(256, 128, 4, slabs=2), "64-row side is 256, must be 64, 128 or 192"),
     (problem("bf16"), GemmConfig(8, 192, 8, True), "block_n is 192, must be 64 or 128 with swap_ab"),
     (problem("bf16"), GemmConfig(128, 12, 8), "other side is 12, must be 8 to 256 in steps of 8"),
-    (problem("bf16"), GemmConfig(128, 100, 4, slabs=1), "other side is 100, must be 8 to 256 in steps of 8"),
+    (problem("bf16"), GemmConfig(128, 100, 4, slabs=2), "other side is 100, must be 8 to 256 in steps of 8"),
     (problem("bf16"), GemmConfig(128, 128, 4, split_k=2, slabs=2), "split_k needs swap_ab"),
     (problem("bf16"), GemmConfig(8, 64, 8, True, 1, 0), "blocks_per_sm is 0, must be 1, or 2 with swap_ab"),
     (problem("bf16"), GemmConfig(128, 128, 4, blocks_per_sm=2, slabs=2), "blocks_per_sm is 2, must be 1"),
     (problem("bf16"), GemmConfig(8, 64, 8, True, 3), "split_k is 3, must be 1, 2, 4 or 8"),
-    (problem("fp8 block"), GemmConfig(128, 216, 4, slabs=3), "216 columns leave no registers"),
+    (problem("fp8 block"), GemmConfig(128, 216, 4, slabs=6), "216 columns leave no registers"),
     (problem("bf16", n=ODD, add_c=True), GemmConfig(128, 184, 4), "184 columns leave no registers"),
-    (problem("fp8 vector"), GemmConfig(128, 200, 4, slabs=3), "200 columns leave no registers"),
+    (problem("fp8 vector"), GemmConfig(128, 200, 4, slabs=6), "200 columns leave no registers"),
     (problem("fp8 block"), GemmConfig(128, 128, 9, True, 1, 2), "128 columns leave no registers"),
     (problem("fp8 block", k=512), GemmConfig(8, 64, 8, True, 2), "split_k is 2, more than the quads of k"),
-    (problem("bf16"), GemmConfig(128, 256, 4, slabs=3), r"slabs is 3, must be one of \[4, 2, 1\]"),
+    (problem("bf16"), GemmConfig(128, 256, 4, slabs=3), r"slabs is 3, must be one of \[8, 4, 2\]"),
     (problem("bf16", n=ODD), GemmConfig(128, 256, 4, slabs=4), r"slabs is 4, must be one of \[0\]"),
     (problem("bf16"), GemmConfig(128, 128, 1, slabs=2), "stages is 1, must be at least 2"),
     (problem("bf16"), GemmConfig(128, 128, 2, True), "partial tile does not fit over the ring"),
@@ -223,17 +223,22 @@ def planned(p: GemmProblem, chip: Chip, shared_b: bool = False) -> Launch:
     a = shape(*batch, *((p.m, p.k) if p.a_k_major else (p.k, p.m)), dtype=types[p.a])
     b = shape(*batch_b, *((p.n, p.k) if p.b_k_major else (p.k, p.n)), dtype=types[p.b])
     c = [out] if p.add_c else []
-    flags = tuple(x.ndim == 3 for x in (a, b)) if batch else None
     if not p.is_fp8:
         operands = jax.eval_shape(functools.partial(padding.bf16_rows, layout=p.layout), a, b, *c)
+        flags = batched(operands) if batch else None
         [launch] = kernel.bf16_gemm(operands, [out], batch=flags, chip=chip, layout=p.layout).steps
         return launch
     blocks = ceil_div(p.k, 128)
     sa = shape(*batch, p.m, blocks, dtype=jnp.float32)
     sb = shape(*batch_b, p.n if p.b_scales == "vector" else ceil_div(p.n, 128), blocks, dtype=jnp.float32)
     operands = jax.eval_shape(padding.fp8_rows, a, sa, b, sb, *c)
+    flags = batched(operands) if batch else None
     [launch] = kernel.fp8_gemm(operands, [out], batch=flags, chip=chip).steps
     return launch
+
+
+def batched(operands: Iterable[Any]) -> tuple[bool, ...]:
+    return tuple(one.ndim == 3 for one in operands)
 
 
 def kind_of(param: Any) -> str:
@@ -331,7 +336,8 @@ def test_any_problem_has_a_legal_launch(p: GemmProblem, num_sms: int, shared_b: 
         patch.setattr(plans, "compile_kernel", lambda source, arch: FakeKernel(source.name, arch=arch))
         launch = planned(p, chip, shared_b)
     padded = as_planned(p)
-    flags = (True, not shared_b) if p.batches > 1 else ()
+    a, b, c = (True,), (not shared_b,), (True,) * p.add_c
+    flags = ((*a * 2, *b * 2, *c) if p.is_fp8 else (*a, *b, *c)) if p.batches > 1 else ()
     check_launch(padded, check_choice(dataclasses.replace(padded, batched=flags), chip), chip, launch)
 
 

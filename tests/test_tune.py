@@ -290,7 +290,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, GemmConfig]]:
     first, 8 us for the second, 9 us for others, none for the last. Gives what was timed."""
     timed: list[tuple[str, GemmConfig]] = []
 
-    def compile_job(function: Any, name: str, operands: Any) -> Compiled:
+    def compile_job(function: Any, name: str, operands: Any, carry: int | None = None) -> Compiled:
+        assert carry is None
         [(problem, chip)] = introspect.problems(function, *operands)
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(operands))
         tried = tuning.tuned(problem, chip)

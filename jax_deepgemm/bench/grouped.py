@@ -229,6 +229,11 @@ def product(problem: Problem) -> Callable[..., jax.Array]:
     return lambda a, b, c, sizes: inner(a, b, sizes, c, out_dtype=jnp.float32)
 
 
+def accumulator(problem: Problem) -> int | None:
+    """Which argument of `product` D takes the place of."""
+    return 2 if problem.table == "k_grouped" else None
+
+
 # Measuring ------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +263,8 @@ def measure_group(
     on_gpu = jax.default_backend() == "gpu"
     ours = names("jdg_grouped", group)
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-        compiled = list(pool.map(compile_job, map(product, group), ours, drawn))
+        compiling = functools.partial(compile_job, carry=accumulator(group[0]))
+        compiled = list(pool.map(compiling, map(product, group), ours, drawn))
     prefix = KERNEL_PREFIX if on_gpu else ""
     jobs = [Job(name, each.run, prefix) for name, each in zip(ours, compiled, strict=True) if each.run]
     timings = time_jobs(jobs, calls=calls, flush=flush, clocks=clocks)

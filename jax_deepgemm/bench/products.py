@@ -27,11 +27,13 @@ class Work:
       name: for messages.
       function: calls one GEMM of this package, and leaves `config` open.
       operands: its arguments. Arrays are used as they are; for `jax.ShapeDtypeStruct`s see `drawn`.
+      carry: the argument that the result takes the place of, if there is one.
     """
 
     name: str
     function: Callable[..., Any]
     operands: tuple[Any, ...]
+    carry: int | None = None
 
 
 def tables() -> dict[str, list[Any]]:
@@ -51,10 +53,10 @@ def of_problem(problem: dense.Problem | grouped.Problem) -> Work:
     """
     if isinstance(problem, dense.Problem):
         operands = jax.eval_shape(lambda: dense.operands(problem))
-        return Work(str(problem), dense.product(problem), operands)
+        return Work(str(problem), dense.product(problem), operands, dense.accumulator(problem))
     matrices = jax.eval_shape(lambda: grouped.operands(problem)[:-1])
     sizes = np.asarray(problem.group_sizes, np.int32)
-    return Work(str(problem), grouped.product(problem), (*matrices, sizes))
+    return Work(str(problem), grouped.product(problem), (*matrices, sizes), grouped.accumulator(problem))
 
 
 def of_shape(shape: Shape) -> Work:

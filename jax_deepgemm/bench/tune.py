@@ -186,7 +186,7 @@ def _measure(session: Sequence[_Task], calls: int, flush: Callable[[], None]) ->
     def compiled(name: str, pair: tuple[int, GemmConfig]) -> Compiled:
         task, config = session[pair[0]], pair[1]
         with trying(task.problem, config):
-            return compile_job(task.work.function, name, operands[pair[0]])
+            return compile_job(task.work.function, name, operands[pair[0]], carry=task.work.carry)
 
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
         programs = list(pool.map(compiled, names, pairs))

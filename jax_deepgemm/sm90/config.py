@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _SLOT_ROW_BYTES = 128  # bytes of k in one slot of the ring: 128 FP8 or 64 BF16 elements
 _QUAD = 4  # blocks of k whose scales travel together
-_SLAB_BYTES = 2048  # 16 rows of 64 bf16 columns of D on their way to TMA
+_SLAB_BYTES = 1024  # 8 rows of 128 bytes of D on their way to TMA
+_MAX_SLABS = 8  # enough to drain behind the next tile; more would cost slots of the ring
 _RESERVED_BYTES = 1024  # what the system takes of an SM's shared memory for each resident block
 _MAX_STAGES = 16
 
@@ -90,14 +91,26 @@ class GemmProblem:
         return self.layout[1] == "t"
 
     @property
+    def out_bytes(self) -> int:
+        """Of an element of D."""
+        return 2 if self.out == "bfloat16" else 4
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the product is added in L2 to C: float32, in memory that D takes over (the op aliases equal
+        types)."""
+        return self.add_c and self.out == "float32" and (not self.batched or self.batched[-1])
+
+    @property
     def flops(self) -> int:
         return 2 * self.batches * self.m * self.n * self.k
 
     @property
     def bytes_moved(self) -> int:
         """Every operand once."""
-        element, out = (1 if self.is_fp8 else 2), (2 if self.out == "bfloat16" else 4)
-        once = (self.m + self.n) * self.k * element + self.m * self.n * out * (2 if self.add_c else 1)
+        element = 1 if self.is_fp8 else 2
+        once = (self.m + self.n) * self.k * element
+        once += self.m * self.n * self.out_bytes * (2 if self.add_c else 1)
         return self.batches * once
 
     def kernel_sources(self, chip: Chip) -> list[KernelSource]:
@@ -136,8 +149,8 @@ class GemmConfig:
       swap_ab: whether B's rows lie on wgmma's 64-row side (for few tokens).
       split_k: blocks of a cluster that share the k range of a tile (swap_ab only).
       blocks_per_sm: blocks of threads resident on one SM (swap_ab only).
-      slabs: buffers of 64 columns of D, for each consumer warp, that may drain to memory at once; 0 without
-        TMA stores.
+      slabs: buffers of 8 rows of 128 bytes of D, for each consumer warp, that may drain to memory at once; 0
+        without TMA stores.
     """
 
     block_m: int
@@ -209,8 +222,9 @@ class SharedMemory:
 
 
 def tma_store(p: GemmProblem, c: GemmConfig) -> bool:
-    """Whether D leaves through TMA: the persistent kernel's bf16 rows, if 16-byte aligned."""
-    return not c.swap_ab and p.out == "bfloat16" and p.n % 8 == 0 and c.cols >= 64
+    """Whether D leaves through TMA: from the persistent kernel, if its rows are 16-byte aligned."""
+    width = _SLOT_ROW_BYTES // p.out_bytes
+    return not c.swap_ab and p.n * p.out_bytes % 16 == 0 and c.cols >= width
 
 
 def passes(p: GemmProblem, c: GemmConfig) -> int:
@@ -262,8 +276,8 @@ def fit_stages(p: GemmProblem, c: GemmConfig, chip: Chip, limit: int = _MAX_STAG
 def _slab_choices(p: GemmProblem, c: GemmConfig) -> list[int]:
     if not tma_store(p, c):
         return [0]
-    whole = c.cols // 64
-    return [n for n in range(whole, 0, -1) if whole % n == 0]
+    whole = c.cols * p.out_bytes // 128 * 2
+    return [n for n in range(min(whole, _MAX_SLABS), 0, -2) if whole % n == 0]
 
 
 def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:

@@ -25,7 +25,7 @@ from jax_deepgemm.sm90.config import (
     tma_store,
 )
 from jax_deepgemm.sm90.cost import START, Cost, kind_of, per_block
-from jax_deepgemm.sm90.plan import GemmOperands, matrix_map, stripe_height, tensor_map
+from jax_deepgemm.sm90.plan import GemmOperands, matrix_map, result_map, stripe_height, tensor_map
 from jax_deepgemm.sm90.source import (
     as_cpp,
     config_text,
@@ -34,6 +34,7 @@ from jax_deepgemm.sm90.source import (
     leading_parameters,
     out_type,
     product,
+    reads_c,
     sides,
 )
 from jax_deepgemm.sm90.tuning import tuned
@@ -310,7 +311,7 @@ def grouped_source(p: GroupedProblem, c: GemmConfig) -> KernelSource:
         operands=", ".join(operands),
         offset="offset" if _has_offset(p) else "nullptr",
         d_map="&d_map" if tma_store(p.gemm, c) else "nullptr",
-        c="c" if p.add_c else f"static_cast<const {out_type(p.gemm)}*>(nullptr)",
+        c="c" if reads_c(p.gemm) else f"static_cast<const {out_type(p.gemm)}*>(nullptr)",
     )
     return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p.gemm, c).total)
 
@@ -343,10 +344,10 @@ def grouped_plan(
             maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, box, 0))
     if tma_store(p.gemm, c):
         lead = () if p.grouping == ROWS else (p.groups,)
-        maps.append(tensor_map(Result(0), (*lead, p.m, p.n), "bfloat16", 2, (64, 16), 128))
+        maps.append(result_map(p.gemm, (*lead, p.m, p.n)))
     block_scales = x.b_scales if p.b_scales == "block" else None
     pointers: list[Operand | Result] = [Operand(block_scales.index)] if block_scales else []
-    pointers = [*pointers, Result(0), *([Operand(x.c.index)] if x.c else []), sizes]
+    pointers = [*pointers, Result(0), *([Operand(x.c.index)] if x.c and reads_c(p.gemm) else []), sizes]
     pointers += [offset] if _has_offset(p) and offset is not None else []
     integers = {
         "m": p.m,

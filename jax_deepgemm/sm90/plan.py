@@ -15,7 +15,9 @@ from jax_deepgemm.sm90.config import (
     shared_memory,
     tma_store,
 )
-from jax_deepgemm.sm90.source import INTEGERS, kernel_source
+from jax_deepgemm.sm90.source import INTEGERS, kernel_source, reads_c
+
+_SLAB_ROWS, _SLAB_ROW_BYTES = 8, 128
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ def matrix_map(p: GemmProblem, x: MatrixOperand, k_major: bool, tile: int) -> Te
     return tensor_map(Operand(x.index), x.shape, dtype, size, box, 128)
 
 
+def result_map(p: GemmProblem, shape: tuple[int, ...]) -> TensorMap:
+    """D, whose boxes are slabs of the epilogue."""
+    box = (_SLAB_ROW_BYTES // p.out_bytes, _SLAB_ROWS)
+    return tensor_map(Result(0), shape, p.out, p.out_bytes, box, 128)
+
+
 def stripe_height(p: GemmProblem, c: GemmConfig, chip: Chip) -> int:
     """Row tiles walked together, so that one wave reads the fewest bytes of A and B."""
     best = (chip.num_sms * c.block_n / c.block_m) ** 0.5
@@ -80,11 +88,10 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
         if scales is not None and vector:
             maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, (4, tile), 0))
     if tma_store(p, c):
-        batch = (p.batches,) if p.batches > 1 else ()
-        maps.append(tensor_map(Result(0), (*batch, p.m, p.n), "bfloat16", 2, (64, 16), 128))
+        maps.append(result_map(p, (*((p.batches,) if p.batches > 1 else ()), p.m, p.n)))
     block_scales = x.b_scales if p.b_scales == "block" else None
     pointers: list[Operand | Result] = [Operand(block_scales.index)] if block_scales else []
-    pointers = [*pointers, Result(0), *([Operand(x.c.index)] if x.c else [])]
+    pointers = [*pointers, Result(0), *([Operand(x.c.index)] if x.c and reads_c(p) else [])]
     integers = {
         "m": p.m,
         "n": p.n,

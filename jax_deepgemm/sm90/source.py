@@ -19,7 +19,7 @@ struct Config {{
   static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
   static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, MASK_K = {mask_k};
-  static constexpr bool ADD = {add}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
+  static constexpr bool ADD = {add}, REDUCE = {reduce}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
   static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
 }};
 """
@@ -48,9 +48,9 @@ def kernel_name(p: GemmProblem, c: GemmConfig) -> str:
     parts += [f"x{c.blocks_per_sm}"] if c.blocks_per_sm > 1 else []
     parts += ["sb1"] if p.b_scales == "vector" else []
     parts += ["f32"] if p.out == "float32" else []
-    parts += ["add"] if p.add_c else []
+    parts += ["acc" if p.reduces else "add"] if p.add_c else []
     if not c.swap_ab:
-        parts += ["odd"] if p.n % 2 else ["unaligned"] if p.out == "bfloat16" and not tma_store(p, c) else []
+        parts += ["odd"] if p.n % 2 else [] if tma_store(p, c) else ["unaligned"]
     return "_".join(parts)
 
 
@@ -100,7 +100,8 @@ def config_text(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k
         rows_k_major=as_cpp(rows.k_major),
         cols_k_major=as_cpp(cols.k_major),
         mask_k=as_cpp(mask_k),
-        add=as_cpp(p.add_c),
+        add=as_cpp(reads_c(p)),
+        reduce=as_cpp(p.reduces),
         tma_store=as_cpp(tma_store(p, c)),
         even_n=as_cpp(p.n % 2 == 0),
         row_scales=_SCALES[rows.scales],
@@ -118,6 +119,11 @@ def as_cpp(value: bool) -> str:
     return str(value).lower()
 
 
+def reads_c(p: GemmProblem) -> bool:
+    """Whether C is an operand of the kernel."""
+    return p.add_c and not p.reduces
+
+
 def out_type(p: GemmProblem) -> str:
     return "float" if p.out == "float32" else "jdg::bf16"
 
@@ -131,7 +137,7 @@ def leading_parameters(p: GemmProblem, c: GemmConfig) -> list[str]:
     maps += [f"{map_type} d_map"] if tma_store(p, c) else []
     pointers = ["const float* block_scales"] if p.b_scales == "block" else []
     pointers += [f"{out_type(p)}* d"]
-    pointers += [f"const {out_type(p)}* c"] if p.add_c else []
+    pointers += [f"const {out_type(p)}* c"] if reads_c(p) else []
     return maps + pointers
 
 
@@ -160,7 +166,7 @@ def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
         name=name,
         parameters=", ".join([*leading_parameters(p, c), *(f"int {x}" for x in INTEGERS)]),
         operands=", ".join(operands),
-        c="c" if p.add_c else "nullptr",
+        c="c" if reads_c(p) else "nullptr",
     )
     return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p, c).total)
 

@@ -1,10 +1,15 @@
 // From the accumulator of a consumer warpgroup to D.
 //
-// bf16 D whose rows are 16-byte aligned: a warp owns 16 rows. It writes 64 columns at a time into a slab of
-// 16 rows of 128 bytes (stmatrix; 16-byte chunks exchanged by row, which is TMA's 128-byte swizzle, against
-// bank conflicts) and one of its lanes hands the slab to TMA, which clips tails in m and n. No barrier
-// between warps; the warp goes on to the next tile while its SLABS slabs drain, and waits for them only when
-// it writes them again.
+// D whose rows are 16-byte aligned leaves through TMA, which clips tails in m and n. A warp owns 16 rows and
+// writes them in slabs of 8 rows of 128 bytes (16-byte chunks exchanged by row, which is TMA's 128-byte
+// swizzle, against bank conflicts); one of its lanes hands them to TMA. No barrier between warps. The warp
+// goes on to the next tile while its SLABS slabs drain; where they do not hold all of its rows it fills one
+// half of them while the other drains.
+//
+// D = C + product:
+//   float32, C in D's memory   TMA (or red) adds the product to it in L2; C never enters an SM
+//   otherwise                  an FP8 accumulator begins with C, a BF16 one meets it here
+// Each element meets one addition, so that bits do not depend on the order of tiles.
 //
 // Hazard: slabs are written by ordinary stores and read by TMA: fence.proxy.async between (PTX ISA 9.7.9.25).
 #pragma once
@@ -19,7 +24,9 @@ struct Problem {
   int stripe;     // row tiles walked together before the next column, for reuse in L2
 };
 
-constexpr int kSlabCols = 64, kSlabBytes = 16 * kSlabCols * 2;
+constexpr int kSlabRows = 8, kSlabBytes = kSlabRows * 128;
+template <class C>
+constexpr int kSlabCols = 128 / sizeof(typename C::Out);
 
 template <class T>
 __device__ __forceinline__ T* matrix_of(T* base, const Problem& p, int batch) {
@@ -39,6 +46,22 @@ __device__ __forceinline__ void store_pair(bf16* d, float a, float b) {
 }
 __device__ __forceinline__ void store_one(float* d, float v) { *d = v; }
 __device__ __forceinline__ void store_one(bf16* d, float v) { *d = ptx::to_bf16(v); }
+
+// Into D, or with REDUCE onto what lies there.
+template <class C>
+__device__ __forceinline__ void put_pair(typename C::Out* d, float a, float b) {
+  if constexpr (C::REDUCE)
+    ptx::reduce_add(d, a, b);
+  else
+    store_pair(d, a, b);
+}
+template <class C>
+__device__ __forceinline__ void put_one(typename C::Out* d, float v) {
+  if constexpr (C::REDUCE)
+    ptx::reduce_add(d, v);
+  else
+    store_one(d, v);
+}
 
 // Puts C into the accumulator (START) or adds it there, in float32 and before the one rounding. As the
 // starting value of an FP8 accumulator its loads hide behind the first block of k; the tensor core itself,
@@ -65,8 +88,8 @@ __device__ __forceinline__ void add_c(float (&acc)[C::COLS / 2], const typename 
   }
 }
 
-// Columns from FIRST on, straight from the accumulator: float32, where four lanes fill a 32-byte sector, bf16
-// rows that are not 16-byte aligned, and the columns of a tile beyond its last whole slab.
+// Columns from FIRST on, straight from the accumulator: rows that are not 16-byte aligned, and the columns of
+// a tile beyond its last whole slab.
 template <class C, int FIRST = 0>
 __device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], typename C::Out* d,
                                              const Problem& p, const Tile& tile, int first_row) {
@@ -76,10 +99,10 @@ __device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], ty
     const int row = first_row + mine.row + i / 2 % 2 * 8, col = tile.col + i / 4 * 8 + mine.col;
     typename C::Out* at = d + static_cast<i64>(row) * p.n + col;
     if constexpr (C::EVEN_N) {
-      if (row < p.m && col < p.n) store_pair(at, acc[i], acc[i + 1]);
+      if (row < p.m && col < p.n) put_pair<C>(at, acc[i], acc[i + 1]);
     } else {
-      if (row < p.m && col < p.n) store_one(at, acc[i]);
-      if (row < p.m && col + 1 < p.n) store_one(at + 1, acc[i + 1]);
+      if (row < p.m && col < p.n) put_one<C>(at, acc[i]);
+      if (row < p.m && col + 1 < p.n) put_one<C>(at + 1, acc[i + 1]);
     }
   }
 }
@@ -111,35 +134,60 @@ __device__ __forceinline__ void store_sum(const float (&acc)[C::COLS / 2], typen
   }
 }
 
-// Passes SLABS slabs at a time; `slabs` is this warp's part of the staging memory, 1024-byte aligned.
+// Eight of a warp's rows, `half` of its 16, by a slab's columns, of which acc[0] is the first element.
+__device__ __forceinline__ void fill_slab(u32 slab, const float* acc, int half, int lane, const bf16*) {
+  const u32 row = slab + lane % 8 * 128;
+#pragma unroll
+  for (int chunk = 0; chunk < 8; chunk += 4) {
+    const float* a = acc + chunk * 4 + half * 2;
+    ptx::store_matrix_x4(row + ((chunk + lane / 8) ^ (lane % 8)) * 16, ptx::pack_bf16(a[0], a[1]),
+                         ptx::pack_bf16(a[4], a[5]), ptx::pack_bf16(a[8], a[9]),
+                         ptx::pack_bf16(a[12], a[13]));
+  }
+}
+
+// A store of 8 bytes a lane covers four rows at a time, which the swizzle alone would leave on half of the
+// banks: odd rows take the columns in another order.
+__device__ __forceinline__ void fill_slab(u32 slab, const float* acc, int half, int lane, const float*) {
+  const int row = lane / 4;
+  const bool odd = row % 2 != 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float *even_row = acc + i * 4 + half * 2, *odd_row = acc + (i ^ 2) * 4 + half * 2;
+    const int chunk = (odd ? i ^ 2 : i) * 2 + lane % 4 / 2;
+    ptx::store_shared_2(slab + row * 128 + (chunk ^ row) * 16 + lane % 2 * 8, odd ? odd_row[0] : even_row[0],
+                        odd ? odd_row[1] : even_row[1]);
+  }
+}
+
+// `slabs` is this warp's part of the staging memory, 1024-byte aligned.
 template <class C>
 __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], const TensorMap& d_map,
                                             u32 slabs, const Tile& tile, int first_row) {
-  constexpr int kSlabs = C::COLS / kSlabCols;
-  static_assert(kSlabs % C::SLABS == 0);
-  const int thread = ptx::thread_index(), lane = thread % 32;
+  constexpr int kWidth = kSlabCols<C>, kSlabs = C::COLS / kWidth * 2;
+  constexpr int kBatch = C::SLABS == kSlabs ? kSlabs : C::SLABS / 2;  // slabs filled and handed over together
+  static_assert(kSlabs % C::SLABS == 0 && C::SLABS % kBatch == 0, "every tile begins with the same half");
+  const int thread = ptx::thread_index(), lane = thread % 32, row = first_row + thread / 32 % 4 * 16;
 #pragma unroll
-  for (int first = 0; first < kSlabs; first += C::SLABS) {
-    if (lane == 0) ptx::tma_store_wait_read();
+  for (int first = 0; first < kSlabs; first += kBatch) {
+    const u32 batch = slabs + first % C::SLABS * kSlabBytes;
+    if (lane == 0) ptx::tma_store_wait_read<C::SLABS / kBatch - 1>();
     __syncwarp();
 #pragma unroll
-    for (int slab = 0; slab < C::SLABS; ++slab) {
-      const u32 row_address = slabs + slab * kSlabBytes + lane % 16 * 128;
-#pragma unroll
-      for (int chunk = 0; chunk < 8; chunk += 2) {
-        const float* a = acc + ((first + slab) * 8 + chunk) * 4;
-        ptx::store_matrix_x4(row_address + (((chunk + lane / 16) ^ (lane % 8)) * 16),
-                             ptx::pack_bf16(a[0], a[1]), ptx::pack_bf16(a[2], a[3]),
-                             ptx::pack_bf16(a[4], a[5]), ptx::pack_bf16(a[6], a[7]));
-      }
-    }
+    for (int i = 0; i < kBatch; ++i)
+      fill_slab(batch + i * kSlabBytes, acc + (first + i) / 2 * (kWidth / 2), (first + i) % 2, lane,
+                static_cast<const typename C::Out*>(nullptr));
     ptx::fence_proxy_async();
     __syncwarp();
     if (lane == 0) {
 #pragma unroll
-      for (int slab = 0; slab < C::SLABS; ++slab)
-        ptx::tma_store(d_map, slabs + slab * kSlabBytes, tile.col + (first + slab) * kSlabCols,
-                       first_row + thread / 32 % 4 * 16, tile.batch);
+      for (int i = 0; i < kBatch; ++i) {
+        const int x = tile.col + (first + i) / 2 * kWidth, y = row + (first + i) % 2 * kSlabRows;
+        if constexpr (C::REDUCE)
+          ptx::tma_reduce_add(d_map, batch + i * kSlabBytes, x, y, tile.batch);
+        else
+          ptx::tma_store(d_map, batch + i * kSlabBytes, x, y, tile.batch);
+      }
       ptx::tma_store_commit();
     }
   }
@@ -158,7 +206,7 @@ __device__ __forceinline__ void store_tile(float (&acc)[C::COLS / 2], const Tens
   }
   if constexpr (kAdd && (!C::EVEN_N || C::TMA_STORE)) add_c<C, false>(acc, c, p, tile, first_row);
   if constexpr (C::TMA_STORE) {
-    constexpr int kWhole = C::COLS / kSlabCols * kSlabCols;
+    constexpr int kWhole = C::COLS / kSlabCols<C> * kSlabCols<C>;
     store_slabs<C>(acc, *d_map, slabs, tile, first_row);
     if constexpr (kWhole < C::COLS) store_direct<C, kWhole>(acc, d, p, tile, first_row);
   } else if constexpr (!kAdd || !C::EVEN_N) {

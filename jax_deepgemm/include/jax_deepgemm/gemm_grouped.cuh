@@ -94,6 +94,7 @@ __device__ __forceinline__ void store_group_tile(float (&acc)[C::COLS / 2], cons
                                                  const Problem& p, const GroupTile& mine, int first_row) {
   const int warp_row = first_row + ptx::thread_index() / 32 % 4 * 16;
   if (whole_warp(warp_row >= mine.zeros_end)) return;
+  if (C::REDUCE && whole_warp(mine.tile.k_end == 0)) return;
   const bool cut = whole_warp(warp_row + 16 > mine.zeros_end && mine.zeros_end < p.m);
   Tile tile = mine.tile;
   if constexpr (GroupTable<C>::kRowsInGroups) tile.batch = 0;

@@ -55,7 +55,11 @@ __device__ __forceinline__ void store_four(float4 v, typename C::Out* d, const t
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     if (C::ADD && col + i < p.n) values[i] += ptx::to_float(c[at + i]);
-  if (p.n % 4 == 0) {
+  if constexpr (C::REDUCE) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (col + i < p.n) ptx::reduce_add(d + at + i, values[i]);
+  } else if (p.n % 4 == 0) {
     if constexpr (is_same<typename C::Out, float>)
       *reinterpret_cast<float4*>(d + at) = {values[0], values[1], values[2], values[3]};
     else

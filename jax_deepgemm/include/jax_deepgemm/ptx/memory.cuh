@@ -15,6 +15,10 @@ __device__ __forceinline__ void store_shared(u32 address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_2(u32 address, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
+}
+
 __device__ __forceinline__ void store_shared_4(u32 address, int a, int b, int c, int d) {
   asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
@@ -65,6 +69,17 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
 __device__ __forceinline__ bf16 to_bf16(float v) { return {static_cast<u16>(pack_bf16(v, 0.0f) & 0xFFFF)}; }
 __device__ __forceinline__ float to_float(bf16 v) { return __uint_as_float(static_cast<u32>(v.bits) << 16); }
 __device__ __forceinline__ float to_float(float v) { return v; }
+
+// Adds to global memory, rounded to nearest even; subnormal numbers count as zero.
+__device__ __forceinline__ void reduce_add(float* to, float v) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(v)
+               : "memory");
+}
+__device__ __forceinline__ void reduce_add(float* to, float a, float b) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
+               "f"(a), "f"(b)
+               : "memory");
+}
 
 // threadIdx.x, read anew: kept in a register it would be spilled beside an accumulator.
 __device__ __forceinline__ int thread_index() {

@@ -28,13 +28,24 @@ __device__ __forceinline__ void tma_store(const TensorMap& map, u32 smem, int x,
                "r"(smem), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
+
+// Adds floats to what lies there, rounded to nearest even; subnormal numbers count as zero.
+__device__ __forceinline__ void tma_reduce_add(const TensorMap& map, u32 smem, int x, int y, int z) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+          &map),
+      "r"(smem), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
 __device__ __forceinline__ void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until this thread's stores have read their shared memory.
+// Until all of this thread's committed groups but the last PENDING have read their shared memory.
+template <int PENDING = 0>
 __device__ __forceinline__ void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 
 }  // namespace jdg::ptx
