@@ -245,16 +245,16 @@ def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     scale_slot = (c.rows if row_vector else 0) * 4 * step
     scale_slot += align_up(c.cols * 4 * step, 128) if col_vector else 0
     if p.b_scales == "block":
-        scale_slot += (1 if c.swap_ab else _touched_blocks(c.cols)) * 4 * step
+        scale_slot += align_up(scale_blocks(c) * 4 * step, 128)
     staging = 4 * c.warpgroups * c.slabs * _SLAB_BYTES
     return SharedMemory(
         (height + width) * _SLOT_ROW_BYTES, scale_slot, staging, c.stages, step, p.table_bytes
     )
 
 
-def _touched_blocks(width: int) -> int:
-    """How many 128-blocks a tile of `width` columns can touch when tiles start at multiples of `width`."""
-    return ceil_div(128 - math.gcd(width, 128) + width, 128)
+def scale_blocks(c: GemmConfig) -> int:
+    """How many blocks of 128 rows of B a tile can touch, as tiles start at multiples of their width."""
+    return ceil_div(128 - math.gcd(c.block_n, 128) + c.block_n, 128)
 
 
 def fit_stages(p: GemmProblem, c: GemmConfig, chip: Chip, limit: int = _MAX_STAGES) -> GemmConfig | None:

@@ -25,7 +25,7 @@ from jax_deepgemm.sm90.config import (
     tma_store,
 )
 from jax_deepgemm.sm90.cost import START, Cost, kind_of, per_block
-from jax_deepgemm.sm90.plan import GemmOperands, matrix_map, result_map, stripe_height, tensor_map
+from jax_deepgemm.sm90.plan import GemmOperands, matrix_map, result_map, scale_maps, stripe_height
 from jax_deepgemm.sm90.source import (
     as_cpp,
     config_text,
@@ -265,8 +265,6 @@ _INTEGERS = (
     "n",
     "k_blocks",
     "stripe",
-    "block_scale_rows",
-    "block_scale_pitch",
     "total",
     "here",
     "weights",
@@ -292,9 +290,7 @@ def grouped_source(p: GroupedProblem, c: GemmConfig) -> KernelSource:
     a, b = sides(p.gemm)
     masked = p.grouping in (MASKED_ROWS, MASKED_INNER)
     batched_a, batched_b = int(masked), int(masked or p.grouping == ROWS)
-    operands = ["&a_map", "&b_map", a.scale_map, b.scale_map]
-    operands += ["block_scales" if p.b_scales == "block" else "nullptr", "k_blocks"]
-    operands += ["block_scale_rows", "block_scale_pitch"]
+    operands = ["&a_map", "&b_map", a.scale_map, b.scale_map, "k_blocks"]
     operands += [str(flag) for flag in (batched_a, batched_b, batched_a, batched_b)]
     parameters = [*leading_parameters(p.gemm, c), "const int* sizes"]
     parameters += ["const int* offset"] if _has_offset(p) else []
@@ -335,27 +331,18 @@ def grouped_plan(
         raise ValueError(f"config {c} cannot run {p}: {rules}. Leave config=None to have one chosen.")
     maps = [matrix_map(p.gemm, x.a, p.gemm.a_k_major, c.block_m)]
     maps += [matrix_map(p.gemm, x.b, p.gemm.b_k_major, c.block_n)]
-    for side, scales, tile in zip(
-        sides(p.gemm), (x.a_scales, x.b_scales), (c.block_m, c.block_n), strict=True
-    ):
-        if side.has_scale_map:
-            assert scales is not None
-            box = (tile, 1) if side.scales == "slices" else (4, tile)
-            maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, box, 0))
+    maps += scale_maps(p.gemm, c, x)
     if tma_store(p.gemm, c):
         lead = () if p.grouping == ROWS else (p.groups,)
         maps.append(result_map(p.gemm, (*lead, p.m, p.n)))
-    block_scales = x.b_scales if p.b_scales == "block" else None
-    pointers: list[Operand | Result] = [Operand(block_scales.index)] if block_scales else []
-    pointers = [*pointers, Result(0), *([Operand(x.c.index)] if x.c and reads_c(p.gemm) else []), sizes]
+    addend = [Operand(x.c.index)] if x.c and reads_c(p.gemm) else []
+    pointers: list[Operand | Result] = [Result(0), *addend, sizes]
     pointers += [offset] if _has_offset(p) and offset is not None else []
     integers = {
         "m": p.m,
         "n": p.n,
         "k_blocks": ceil_div(p.k, p.gemm.block_k),
         "stripe": stripe_height(p.gemm, c, chip),
-        "block_scale_rows": block_scales.shape[-2] if block_scales else 0,
-        "block_scale_pitch": block_scales.shape[-1] if block_scales else 0,
         "total": p.segments,
         "here": p.groups,
         "weights": p.weights,

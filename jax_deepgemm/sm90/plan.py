@@ -12,10 +12,11 @@ from jax_deepgemm.sm90.config import (
     GemmProblem,
     ceil_div,
     problems_with,
+    scale_blocks,
     shared_memory,
     tma_store,
 )
-from jax_deepgemm.sm90.source import INTEGERS, kernel_source, reads_c
+from jax_deepgemm.sm90.source import INTEGERS, kernel_source, reads_c, sides
 
 _SLAB_ROWS, _SLAB_ROW_BYTES = 8, 128
 
@@ -64,6 +65,17 @@ def result_map(p: GemmProblem, shape: tuple[int, ...]) -> TensorMap:
     return tensor_map(Result(0), shape, p.out, p.out_bytes, box, 128)
 
 
+def scale_maps(p: GemmProblem, c: GemmConfig, x: GemmOperands) -> list[TensorMap]:
+    """Of A's and B's scales: a box is what a tile needs for a quad of blocks of k (slices: for one block)."""
+    maps = []
+    for side, scales, tile in zip(sides(p), (x.a_scales, x.b_scales), (c.block_m, c.block_n), strict=True):
+        if scales is not None:
+            quad = (4, scale_blocks(c) if side.scales == "block" else tile)
+            box = (tile, 1) if side.scales == "slices" else quad
+            maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, box, 0))
+    return maps
+
+
 def stripe_height(p: GemmProblem, c: GemmConfig, chip: Chip) -> int:
     """Row tiles walked together, so that one wave reads the fewest bytes of A and B."""
     best = (chip.num_sms * c.block_n / c.block_m) ** 0.5
@@ -81,24 +93,16 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
         rules = "; ".join(broken)
         raise ValueError(f"config {c} cannot run {p}: {rules}. Leave config=None to have one chosen.")
     maps = [matrix_map(p, x.a, p.a_k_major, c.block_m), matrix_map(p, x.b, p.b_k_major, c.block_n)]
-    for scales, vector, tile in (
-        (x.a_scales, True, c.block_m),
-        (x.b_scales, p.b_scales == "vector", c.block_n),
-    ):
-        if scales is not None and vector:
-            maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, (4, tile), 0))
+    maps += scale_maps(p, c, x)
     if tma_store(p, c):
         maps.append(result_map(p, (*((p.batches,) if p.batches > 1 else ()), p.m, p.n)))
-    block_scales = x.b_scales if p.b_scales == "block" else None
-    pointers: list[Operand | Result] = [Operand(block_scales.index)] if block_scales else []
-    pointers = [*pointers, Result(0), *([Operand(x.c.index)] if x.c and reads_c(p) else [])]
+    addend = [Operand(x.c.index)] if x.c and reads_c(p) else []
+    pointers: list[Operand | Result] = [Result(0), *addend]
     integers = {
         "m": p.m,
         "n": p.n,
         "batches": p.batches,
         "k_blocks": p.k_blocks,
-        "block_scale_rows": block_scales.shape[-2] if block_scales else 0,
-        "block_scale_pitch": block_scales.shape[-1] if block_scales else 0,
         "stripe": stripe_height(p, c, chip),
         "batched_a": x.a.batched,
         "batched_b": x.b.batched,

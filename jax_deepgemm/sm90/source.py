@@ -65,7 +65,7 @@ class Side:
 
     @property
     def has_scale_map(self) -> bool:
-        return self.scales in ("vector", "slices")
+        return self.scales != "none"
 
     @property
     def scale_map(self) -> str:
@@ -135,8 +135,7 @@ def leading_parameters(p: GemmProblem, c: GemmConfig) -> list[str]:
     maps = [f"{map_type} {side.name}_map" for side in (a, b)]
     maps += [f"{map_type} {side.name}_scale_map" for side in (a, b) if side.has_scale_map]
     maps += [f"{map_type} d_map"] if tma_store(p, c) else []
-    pointers = ["const float* block_scales"] if p.b_scales == "block" else []
-    pointers += [f"{out_type(p)}* d"]
+    pointers = [f"{out_type(p)}* d"]
     pointers += [f"const {out_type(p)}* c"] if reads_c(p) else []
     return maps + pointers
 
@@ -151,9 +150,7 @@ def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
     """The source of the kernel that runs `c` on `p`; equal for all shapes whose D is aligned alike."""
     a, b = sides(p)
     rows, cols = (b, a) if c.swap_ab else (a, b)
-    block_scales = "block_scales" if p.b_scales == "block" else "nullptr"
-    operands = [f"&{rows.name}_map", f"&{cols.name}_map", rows.scale_map, cols.scale_map, block_scales]
-    operands += ["k_blocks", "block_scale_rows", "block_scale_pitch"]
+    operands = [f"&{rows.name}_map", f"&{cols.name}_map", rows.scale_map, cols.scale_map, "k_blocks"]
     operands += [f"batched_{side.name}{of}" for of in ("", "_scales") for side in (rows, cols)]
     name = kernel_name(p, c)
     text = _TEXT.format(
@@ -176,8 +173,6 @@ INTEGERS = (
     "n",
     "batches",
     "k_blocks",
-    "block_scale_rows",
-    "block_scale_pitch",
     "stripe",
     "batched_a",
     "batched_b",

@@ -12,11 +12,11 @@
 //
 // FP8 walks k in quads of four blocks, because one TMA box {4 blocks of k, rows} of the caller's row-major
 // scales [rows, k/128] serves four of them. Slots that the last quad of a tile does not need are passed on
-// without data. 128x128 scales come along, 16 bytes for a quad of each 128 rows or columns that a tile
-// touches. The quads of scales form a ring of ceil(STAGES / 4) + 1 slots without barriers of their own: a
-// quad is read before its warpgroup releases the first block of the next one, and the producer is at most
-// STAGES blocks ahead. Scales stored by block of k, [k/128, rows], come one block at a time, by the same
-// rule.
+// without data. 128x128 scales come alike, 16 bytes for a quad of each 128 rows or columns that a tile
+// touches; those beyond the operand are zeros. The quads of scales form a ring of ceil(STAGES / 4) + 1 slots
+// without barriers of their own: a quad is read before its warpgroup releases the first block of the next
+// one, and the producer is at most STAGES blocks ahead. Scales stored by block of k, [k/128, rows], come one
+// block at a time, by the same rule.
 //
 // Hazard: a load from shared memory may still be under way when its warp arrives at an mbarrier behind it;
 // only an instruction that uses the value proves it done. Hence the one slot more: with it, the promotion
@@ -60,7 +60,8 @@ struct Layout {
   static constexpr int kBlocks = kBlocksOfRows                    ? 1
                                  : C::COL_SCALES == Scale::kBlock ? touched_blocks(C::COLS)
                                                                   : 0;  // 128-blocks that have a scale
-  static constexpr u32 kBlockScaleBytes = kBlocks * kQuad * 4;
+
+  static constexpr u32 kBlockScaleBytes = align_up(kBlocks * kQuad * 4, 128);
   static_assert(!kBlocksOfRows || 128 % C::ROWS == 0, "all of a tile's rows are in one 128-block");
   static_assert(kSliced == (C::COL_SCALES == Scale::kSlices), "both operands store their scales alike");
   static_assert(!kFp8 || C::SCALE_SLOTS == ceil_div(C::STAGES, kScaleStep) + 1, "see the head of this file");
@@ -79,7 +80,7 @@ struct Layout {
 
   static constexpr u32 kSlotBytes = kRowsBytes + kColsBytes;
   static constexpr u32 kScaleBytes =
-      kRowScaleBytes + (kColVector ? C::COLS * kScaleStep * 4 : 0) + kBlockScaleBytes;
+      kRowScaleBytes + (kColVector ? C::COLS * kScaleStep * 4 : 0) + kBlocks * kQuad * 4;
 };
 
 // A slot of the ring, as seen from one side of it.
@@ -202,11 +203,9 @@ __device__ __forceinline__ void init_barriers(u32 smem) {
 struct Operands {
   const TensorMap* rows;
   const TensorMap* cols;
-  const TensorMap* row_scales;  // kVector and kSlices only
-  const TensorMap* col_scales;  // kVector and kSlices only
-  const float* block_scales;    // kBlock only: [batch, block_scale_rows, block_scale_pitch]
+  const TensorMap* row_scales;  // FP8 only
+  const TensorMap* col_scales;  // FP8 only
   int k_blocks;
-  int block_scale_rows, block_scale_pitch;
   int batched_rows, batched_cols, batched_row_scales, batched_col_scales;  // 0 or 1
 };
 
@@ -222,31 +221,24 @@ __device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32
   }
 }
 
-// A quad of the scales of every 128-block that the tile touches; the last row of scales stands for those
-// beyond it. Rows are block_scale_pitch, a multiple of four, apart.
 template <class C>
-__device__ __forceinline__ void load_block_scales(u32 slot, const Operands& in, u32 bar, const Tile& tile,
-                                                  int kb) {
-  using L = Layout<C>;
-  const int first = (L::kBlocksOfRows ? tile.row : tile.col) / 128;
-  const int batch =
-      L::kBlocksOfRows ? tile.batch * in.batched_row_scales : tile.col_batch * in.batched_col_scales;
-#pragma unroll
-  for (int i = 0; i < L::kBlocks; ++i) {
-    const int row = batch * in.block_scale_rows + min(first + i, in.block_scale_rows - 1);
-    ptx::bulk_load(slot + i * kQuad * 4,
-                   in.block_scales + (static_cast<i64>(row) * in.block_scale_pitch + kb), kQuad * 4, bar);
-  }
-}
-
-// The scales of one step of blocks, for one operand.
-template <class C>
-__device__ __forceinline__ void load_scales(u32 slot, const TensorMap& map, u32 bar, int first, int kb,
-                                            int batch) {
+__device__ __forceinline__ void load_box(u32 slot, const TensorMap& map, u32 bar, int first, int kb,
+                                         int batch) {
   if constexpr (Layout<C>::kSliced)
     ptx::tma_load(slot, map, bar, first, kb, batch);
   else
     ptx::tma_load(slot, map, bar, kb, first, batch);
+}
+
+// The scales of one step of blocks of k, of both operands.
+template <class C>
+__device__ __forceinline__ void load_scales(const Position<C>& at, const Operands& in, const Tile& tile,
+                                            int kb) {
+  using L = Layout<C>;
+  load_box<C>(L::kRowVector ? at.row_scales() : at.block_scales(), *in.row_scales, at.full(),
+              L::kRowVector ? tile.row : tile.row / 128, kb, tile.batch * in.batched_row_scales);
+  load_box<C>(L::kColVector ? at.col_scales() : at.block_scales(), *in.col_scales, at.full(),
+              L::kColVector ? tile.col : tile.col / 128, kb, tile.col_batch * in.batched_col_scales);
 }
 
 // Producer side, one thread. `record` is published with the first block.
@@ -264,13 +256,7 @@ __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in,
     load_operand<C, C::ROWS_K_MAJOR, C::ROWS>(at.rows(), *in.rows, at.full(), tile.row, k, row_batch);
     load_operand<C, C::COLS_K_MAJOR, C::COLS>(at.cols(), *in.cols, at.full(), tile.col, k, col_batch);
     if (scales) {
-      if constexpr (L::kRowVector)
-        load_scales<C>(at.row_scales(), *in.row_scales, at.full(), tile.row, k / C::BLOCK_K,
-                       tile.batch * in.batched_row_scales);
-      if constexpr (L::kColVector)
-        load_scales<C>(at.col_scales(), *in.col_scales, at.full(), tile.col, k / C::BLOCK_K,
-                       tile.col_batch * in.batched_col_scales);
-      if constexpr (L::kBlocks > 0) load_block_scales<C>(at.block_scales(), in, at.full(), tile, kb);
+      load_scales<C>(at, in, tile, k / C::BLOCK_K);
       at.advance_scales();
     }
     at.advance();

@@ -14,14 +14,6 @@ __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar
       : "memory");
 }
 
-// Plain bytes; all of source, target and size in multiples of 16.
-__device__ __forceinline__ void bulk_load(u32 smem, const void* from, u32 bytes, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(bar)
-      : "memory");
-}
-
 // Shared to global memory; elements outside the tensor are not written.
 __device__ __forceinline__ void tma_store(const TensorMap& map, u32 smem, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
