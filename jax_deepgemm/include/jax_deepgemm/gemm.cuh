@@ -1,6 +1,7 @@
 // D = A B^T (+ C) for large m: a persistent grid of tiles of ROWS x COLS, one block of threads per SM.
 //
-//   warpgroups 0 .. W-1   consumers: 64 rows of the tile each (wgmma, promotion), then the epilogue
+//   warpgroups 0 .. W-1   consumers: 64 rows of the tile each (wgmma, promotion), then the epilogue, under
+//                         which the next tile's first product is made (FP8)
 //   warpgroup W           one thread of it is the TMA producer, a tile ahead during the epilogue
 //
 //   shared memory:  A[STAGES] | B[STAGES] | D slabs of each warp | scale quads of A, B | barriers | tiles
@@ -47,22 +48,26 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
     }
   } else {
     if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
+    float acc[C::COLS / 2];
+    MainLoop<C> loop(acc, at, warpgroup);
     Tile tile = receive_tile<C>(at, in.k_blocks);
+    loop.begin();
     while (tile.row != kNoTile) {
       const int first_row = tile.row + warpgroup * 64;
-      float acc[C::COLS / 2];
       if constexpr (C::ADD && kFp8)
         add_c<C, true>(acc, matrix_of(c, p, tile.batch * p.batched_c), p, tile, first_row);
       else
         clear(acc);
-      multiply_blocks<C>(acc, at, tile, warpgroup);
+      loop.finish(tile);
 
       const Tile next = receive_tile<C>(at, in.k_blocks);
+      loop.begin();
       const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
       store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), matrix_of(c, p, tile.batch * p.batched_c), slabs,
                     p, tile, first_row);
       tile = next;
     }
+    loop.drop();
     // The block's memory outlives its readers.
     if (C::TMA_STORE && threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
   }

@@ -135,9 +135,11 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
     }
   } else {
     if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
+    float acc[C::COLS / 2];
+    MainLoop<C> loop(acc, at, warpgroup);
     Place place = receive_place(at);
+    loop.begin();
     while (place.row != kNoTile) {
-      float acc[C::COLS / 2];
       {
         Tile tile = group_tile<C>(table, place, p, in.k_blocks).tile;
         if constexpr (C::ADD && Layout<C>::kFp8)
@@ -146,12 +148,13 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
           clear(acc);
         if (place.blocks > 0) {
           tile.k_end = GroupTable<C>::kInner ? place.blocks : in.k_blocks;  // the latter needs no register
-          multiply_blocks<C>(acc, at, tile, warpgroup);
+          loop.finish(tile);
         } else {
-          skip_empty_tile<C>(at);
+          loop.skip();
         }
       }
       const Place next = receive_place(at);
+      loop.begin();
 
       const GroupTile mine = group_tile<C>(table, place, p, in.k_blocks);
       const int first_row = place.row + ptx::thread_index() / 128 * 64;
@@ -160,6 +163,7 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
       store_group_tile<C>(acc, d_map, d, c, slabs, p, mine, first_row);
       place = next;
     }
+    loop.drop();
     // The block's memory outlives its readers.
     if (C::TMA_STORE && threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
   }

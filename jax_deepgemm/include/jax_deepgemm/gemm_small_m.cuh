@@ -102,7 +102,9 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
     const int warpgroup = warpgroup_index();
     float acc[C::COLS / 2];
     clear(acc);
-    multiply_blocks<C>(acc, at, tile, warpgroup);
+    MainLoop<C> loop(acc, at, warpgroup);
+    loop.begin();
+    loop.finish(tile);
     ptx::named_barrier<1, kConsumers>();  // the other warpgroup may still read what the partial overwrites
     store_partial<C>(acc, smem, warpgroup);
   }

@@ -1,6 +1,11 @@
 // The main loop of every Hopper GEMM kernel here: what a consumer warpgroup does with the slots of the ring
 // (ring.cuh), in three forms: FP8 with scales in quads, FP8 with scales by block of k, BF16.
 //
+//   begin()       as soon as the tile's first slot is full: what may stand under the epilogue before it
+//   finish(tile)  acc += rows tile * cols tile over the tile's range of k, all scales applied
+//   skip()        instead of finish, for a tile without any k
+//   drop()        instead of finish, where there is no tile
+//
 // Hazard: the FP8 tensor core accumulates with about 14 bits, hence the promotion to float32 after every
 // 128 of k.
 #pragma once
@@ -105,16 +110,35 @@ __device__ __forceinline__ float element(const float4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Consumer side, FP8: the product of one block of k in an accumulator of its own, promoted with its scales;
-// wide tiles in PASSES that share it, one after the other. `offset` is the tile's first column modulo 128, a
-// Constant where the possible values are few enough for a copy of the loop each.
+// What the three have in common.
+template <class C>
+struct PlainLoop {
+  float (&acc)[C::COLS / 2];
+  Position<C>& at;
+  const int warpgroup;
+
+  __device__ __forceinline__ PlainLoop(float (&acc)[C::COLS / 2], Position<C>& at, int warpgroup)
+      : acc(acc), at(at), warpgroup(warpgroup) {}
+  __device__ __forceinline__ void begin() {}
+  __device__ __forceinline__ void skip() { skip_empty_tile<C>(at); }
+  __device__ __forceinline__ void drop() {}
+};
+
+// FP8: the product of one block of k in an accumulator of its own, promoted with its scales; wide tiles in
+// PASSES that share it, one after the other.
 //
 // The next block's barrier is waited for while the tensor core is busy with this one: between two
 // multiplications of a warpgroup stand only promotion, issue, and every fourth time the loads of a quad of
-// scales.
-template <class C, class Offset>
-struct Fp8Loop {
+// scales. A tile's first product is issued before the epilogue of the tile before it. A slot without data is
+// multiplied there too, whatever it holds, and the product not looked at; nothing writes to a slot that is
+// not released.
+//
+// Hazard: from issue to wait the tensor core writes `temp`. ptxas would serialise (C7510, C7514) if anything
+// in between touched it.
+template <class C>
+struct Fp8Loop : PlainLoop<C> {
   using L = Layout<C>;
+  using PlainLoop<C>::acc, PlainLoop<C>::at, PlainLoop<C>::warpgroup, PlainLoop<C>::PlainLoop;
   static constexpr int kUnit = gcd(C::STAGES, kQuad);  // blocks whose slots are neighbours
   static constexpr int kWidth = C::COLS / C::PASSES, kGroups = kWidth / 8;
   static constexpr bool kColVector = C::COL_SCALES == Scale::kVector;
@@ -126,11 +150,8 @@ struct Fp8Loop {
   static constexpr bool kFactorsEarly = kColVector && C::COLS + kFactors <= C::REGISTERS - 40;
   static_assert(C::PASSES == 1 || (C::COL_SCALES == Scale::kBlock && kWidth % 128 == 0), "whole blocks");
 
-  float (&acc)[C::COLS / 2];
-  Position<C>& at;
-  const int warpgroup;
-  const Offset offset;
   const Fragment mine;
+  float temp[kWidth / 2];  // the product
   // Scales of a quad: of this thread's two rows, and of the 128x128 blocks; of one block: of this thread's
   // columns.
   float4 upper, lower, block[kBlocks];
@@ -155,10 +176,18 @@ struct Fp8Loop {
     }
   }
 
+  // The product of the slot that is `slot` further on than `at`.
+  __device__ __forceinline__ void issue(const Slot<C>& operands, int slot, int pass) {
+    ptx::pin(temp);
+    ptx::wgmma_fence();
+    operands.multiply(temp, true, slot, pass * kWidth);
+  }
+
   // Block j of the quad whose scales are loaded, in the slot `slot` further on than `at`, which it moves on
-  // by STEP slots. `more`: whether a block follows; `last`: whether that one belongs to the next quad.
-  template <int STEP>
-  __device__ __forceinline__ void multiply(int j, int slot, bool more, bool last) {
+  // by STEP slots. `more`: whether a block follows; `last`: whether that one belongs to the next quad. BEGUN:
+  // its product is on its way. `offset`: the tile's first column modulo 128.
+  template <int STEP, bool BEGUN = false, class Offset>
+  __device__ __forceinline__ void multiply(int j, int slot, bool more, bool last, Offset offset) {
     const u32 empty = at.empty() + slot * 8;
     const Slot<C> operands(at, warpgroup);
     const int next = STEP > 0 ? 0 : slot + 1;
@@ -166,10 +195,7 @@ struct Fp8Loop {
     float factor[kFactorsEarly ? kFactors : 1], uppers[kBlocks], lowers[kBlocks];
 #pragma unroll
     for (int pass = 0; pass < C::PASSES; ++pass) {
-      float temp[kWidth / 2];
-      ptx::pin(temp);
-      ptx::wgmma_fence();
-      operands.multiply(temp, true, slot, pass * kWidth);
+      if (!BEGUN || pass > 0) issue(operands, slot, pass);
 
       // Under the multiplication: the factors of its promotion, then what the next block needs.
       if (pass == 0) {
@@ -191,7 +217,7 @@ struct Fp8Loop {
       ptx::wgmma_wait<0>();
       ptx::pin(temp);
       if (pass + 1 == C::PASSES && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
-      promote(temp, j, pass, factor, uppers, lowers);
+      promote(j, pass, factor, uppers, lowers, offset);
     }
     if (last) {
       at.advance_scales();
@@ -200,9 +226,11 @@ struct Fp8Loop {
     if (more) load_cols(last ? 0 : j + 1);
   }
 
-  __device__ __forceinline__ void promote(const float (&temp)[kWidth / 2], int j, int pass,
+  template <class Offset>
+  __device__ __forceinline__ void promote(int j, int pass,
                                           const float (&factor)[kFactorsEarly ? kFactors : 1],
-                                          const float (&uppers)[kBlocks], const float (&lowers)[kBlocks]) {
+                                          const float (&uppers)[kBlocks], const float (&lowers)[kBlocks],
+                                          Offset offset) {
     if constexpr (kFactorsEarly) {
 #pragma unroll
       for (int i = 0; i < C::COLS / 2; ++i) acc[i] += factor[kRowVector ? i : i / 4 * 2 + i % 2] * temp[i];
@@ -230,117 +258,156 @@ struct Fp8Loop {
     }
   }
 
-  __device__ __forceinline__ void run(const Tile& tile) {
-    if (tile.k_begin >= tile.k_end) return;
+  __device__ __forceinline__ void begin() {
+    ptx::mbarrier_wait(at.full(), at.phase);
+    issue(Slot<C>(at, warpgroup), 0, 0);
+  }
+
+  __device__ __forceinline__ void drop() {
+    ptx::wgmma_wait<0>();
+    ptx::pin(temp);
+  }
+
+  __device__ __forceinline__ void skip() {
+    drop();
+    skip_empty_tile<C>(at);
+  }
+
+  // The tile's first quad, `blocks` of `all`. Were it the last that may lack some, behind the loop, ptxas
+  // would spill.
+  template <class Offset>
+  __device__ __forceinline__ void first_quad(int blocks, int all, Offset offset) {
+    load_quad();
+    load_cols(0);
+    multiply<kUnit == 1 ? 1 : 0, true>(0, 0, blocks > 1, false, offset);
+#pragma unroll
+    for (int j = 1; j < kQuad; ++j) {
+      const int slot = j % kUnit;
+      const bool last = j + 1 == kQuad, more = last ? all > kQuad : j + 1 < blocks;
+      if (j < blocks) {
+        if (slot + 1 == kUnit)
+          multiply<kUnit>(j, slot, more, last, offset);
+        else
+          multiply<0>(j, slot, more, last, offset);
+      } else {
+        pass_slot(at.full() + slot * 8, at.empty() + slot * 8, at.phase);
+        if (slot + 1 == kUnit) at.template advance<kUnit>();
+      }
+    }
+    if (blocks == kQuad) return;
+    at.advance_scales();
+    if (all == blocks) return;
     ptx::mbarrier_wait(at.full(), at.phase);
     load_quad();
     load_cols(0);
-    int kb = tile.k_begin;
+  }
+
+  template <class Offset>
+  __device__ __forceinline__ void finish(const Tile& tile, Offset offset) {
+    const int all = tile.k_end - tile.k_begin, first = first_quad_blocks<C>(all);
+    first_quad(first, all, offset);
 #pragma unroll 1
-    for (; kb + kQuad <= tile.k_end; kb += kQuad) {
+    for (int left = all - first; left > 0; left -= kQuad) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
         const bool last = j + 1 == kQuad;
-        const int live = tile.k_end - kb;
         if ((j + 1) % kUnit == 0)
-          multiply<kUnit>(j, j % kUnit, !last || live > kQuad, last);
+          multiply<kUnit>(j, j % kUnit, !last || left > kQuad, last, offset);
         else
-          multiply<0>(j, j % kUnit, true, false);
+          multiply<0>(j, j % kUnit, true, false, offset);
       }
     }
-    if (kb == tile.k_end) return;
-#pragma unroll 1
-    for (int j = 0; j < kQuad; ++j) {
-      if (kb + j < tile.k_end) {
-        multiply<1>(j, 0, kb + j + 1 < tile.k_end, false);
-      } else {
-        pass_slot(at.full(), at.empty(), at.phase);
-        at.advance();
-      }
+  }
+
+  // `offset` is a constant where its possible values are few enough for a copy of the loop each.
+  __device__ __forceinline__ void finish(const Tile& tile) {
+    if constexpr (C::COL_SCALES != Scale::kBlock || 128 % C::COLS == 0 || C::COLS % 128 == 0) {
+      finish(tile, Constant<0>());
+    } else if constexpr (C::COLS % 64 == 0) {
+      if (tile.col % 128 == 0)
+        finish(tile, Constant<0>());
+      else
+        finish(tile, Constant<64>());
+    } else {
+      finish(tile, tile.col % 128);
     }
-    at.advance_scales();
   }
 };
 
-template <class C, class Offset>
-__device__ __forceinline__ void multiply_fp8(float (&acc)[C::COLS / 2], Position<C>& at, const Tile& tile,
-                                             int warpgroup, Offset offset) {
-  Fp8Loop<C, Offset>{acc, at, warpgroup, offset}.run(tile);
-}
-
-// Consumer side, FP8 with both operands' scales stored by block of k: a factor for every element.
+// FP8 with both operands' scales stored by block of k: a factor for every element.
 template <class C>
-__device__ __forceinline__ void multiply_sliced(float (&acc)[C::COLS / 2], Position<C>& at, const Tile& tile,
-                                                int warpgroup) {
-  constexpr int kGroups = C::COLS / 8;
-  const Fragment mine;
-  ptx::mbarrier_wait(at.full(), at.phase);
-  for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
-    const u32 empty = at.empty(), cols = at.col_scales() + mine.col * 4;
-    const u32 rows = at.row_scales() + (64 * warpgroup + mine.row) * 4;
-    mask_slot<C>(at, tile, kb, warpgroup);
-    float temp[C::COLS / 2];
-    ptx::pin(temp);
-    ptx::wgmma_fence();
-    Slot<C>(at, warpgroup).multiply(temp, true);
-    const float upper = ptx::load_shared(rows), lower = ptx::load_shared(rows + 8 * 4);
-    at.advance();
-    at.advance_scales();
-    if (kb + 1 < tile.k_end) ptx::mbarrier_wait(at.full(), at.phase);
+struct SlicedLoop : PlainLoop<C> {
+  using PlainLoop<C>::acc, PlainLoop<C>::at, PlainLoop<C>::warpgroup, PlainLoop<C>::PlainLoop;
 
-    ptx::wgmma_wait<0>();
-    ptx::pin(temp);
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+  __device__ __forceinline__ void finish(const Tile& tile) {
+    constexpr int kGroups = C::COLS / 8;
+    const Fragment mine;
+    ptx::mbarrier_wait(at.full(), at.phase);
+    for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
+      const u32 empty = at.empty(), cols = at.col_scales() + mine.col * 4;
+      const u32 rows = at.row_scales() + (64 * warpgroup + mine.row) * 4;
+      mask_slot<C>(at, tile, kb, warpgroup);
+      float temp[C::COLS / 2];
+      ptx::pin(temp);
+      ptx::wgmma_fence();
+      Slot<C>(at, warpgroup).multiply(temp, true);
+      const float upper = ptx::load_shared(rows), lower = ptx::load_shared(rows + 8 * 4);
+      at.advance();
+      at.advance_scales();
+      if (kb + 1 < tile.k_end) ptx::mbarrier_wait(at.full(), at.phase);
+
+      ptx::wgmma_wait<0>();
+      ptx::pin(temp);
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const float2 scale = ptx::load_shared_2(cols + i * 8 * 4);
-      acc[4 * i + 0] += upper * scale.x * temp[4 * i + 0];
-      acc[4 * i + 1] += upper * scale.y * temp[4 * i + 1];
-      acc[4 * i + 2] += lower * scale.x * temp[4 * i + 2];
-      acc[4 * i + 3] += lower * scale.y * temp[4 * i + 3];
+      for (int i = 0; i < kGroups; ++i) {
+        const float2 scale = ptx::load_shared_2(cols + i * 8 * 4);
+        acc[4 * i + 0] += upper * scale.x * temp[4 * i + 0];
+        acc[4 * i + 1] += upper * scale.y * temp[4 * i + 1];
+        acc[4 * i + 2] += lower * scale.x * temp[4 * i + 2];
+        acc[4 * i + 3] += lower * scale.y * temp[4 * i + 3];
+      }
     }
   }
-}
+};
 
-// Consumer side, BF16: one accumulator over all of k, one block in flight behind the one being issued.
+// BF16: one accumulator over all of k, one block in flight behind the one being issued.
 template <class C>
-__device__ __forceinline__ void multiply_bf16(float (&acc)[C::COLS / 2], Position<C>& at, const Tile& tile,
-                                              int warpgroup) {
-  u32 previous = 0;
-  ptx::pin(acc);
-  for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
-    ptx::mbarrier_wait(at.full(), at.phase);
-    mask_slot<C>(at, tile, kb, warpgroup);
-    ptx::wgmma_fence();
-    Slot<C>(at, warpgroup).multiply(acc, false);
-    ptx::wgmma_wait<1>();
-    if (kb > tile.k_begin && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);
-    previous = at.empty();
-    at.advance();
-  }
-  ptx::wgmma_wait<0>();
-  ptx::pin(acc);
-  if (tile.k_begin < tile.k_end && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);
-}
+struct Bf16Loop : PlainLoop<C> {
+  using PlainLoop<C>::acc, PlainLoop<C>::at, PlainLoop<C>::warpgroup, PlainLoop<C>::PlainLoop;
 
-// acc += rows tile * cols tile over the tile's range of k, all scales applied.
-template <class C>
-__device__ __forceinline__ void multiply_blocks(float (&acc)[C::COLS / 2], Position<C>& at, const Tile& tile,
-                                                int warpgroup) {
-  if constexpr (C::ROW_SCALES == Scale::kNone) {
-    multiply_bf16<C>(acc, at, tile, warpgroup);
-  } else if constexpr (Layout<C>::kSliced) {
-    multiply_sliced<C>(acc, at, tile, warpgroup);
-  } else if constexpr (C::COL_SCALES != Scale::kBlock || 128 % C::COLS == 0 || C::COLS % 128 == 0) {
-    multiply_fp8<C>(acc, at, tile, warpgroup, Constant<0>());
-  } else if constexpr (C::COLS % 64 == 0) {
-    if (tile.col % 128 == 0)
-      multiply_fp8<C>(acc, at, tile, warpgroup, Constant<0>());
-    else
-      multiply_fp8<C>(acc, at, tile, warpgroup, Constant<64>());
-  } else {
-    multiply_fp8<C>(acc, at, tile, warpgroup, tile.col % 128);
+  __device__ __forceinline__ void finish(const Tile& tile) {
+    u32 previous = 0;
+    ptx::pin(acc);
+    for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
+      ptx::mbarrier_wait(at.full(), at.phase);
+      mask_slot<C>(at, tile, kb, warpgroup);
+      ptx::wgmma_fence();
+      Slot<C>(at, warpgroup).multiply(acc, false);
+      ptx::wgmma_wait<1>();
+      if (kb > tile.k_begin && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);
+      previous = at.empty();
+      at.advance();
+    }
+    ptx::wgmma_wait<0>();
+    ptx::pin(acc);
+    if (tile.k_begin < tile.k_end && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);
   }
-}
+};
+
+template <class C, Scale ROW_SCALES = C::ROW_SCALES>
+struct LoopOf {
+  using Type = Fp8Loop<C>;
+};
+template <class C>
+struct LoopOf<C, Scale::kSlices> {
+  using Type = SlicedLoop<C>;
+};
+template <class C>
+struct LoopOf<C, Scale::kNone> {
+  using Type = Bf16Loop<C>;
+};
+template <class C>
+using MainLoop = typename LoopOf<C>::Type;
 
 }  // namespace jdg

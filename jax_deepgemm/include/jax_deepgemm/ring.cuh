@@ -11,12 +11,12 @@
 // width).
 //
 // FP8 walks k in quads of four blocks, because one TMA box {4 blocks of k, rows} of the caller's row-major
-// scales [rows, k/128] serves four of them. Slots that the last quad of a tile does not need are passed on
-// without data. 128x128 scales come alike, 16 bytes for a quad of each 128 rows or columns that a tile
-// touches; those beyond the operand are zeros. The quads of scales form a ring of ceil(STAGES / 4) + 1 slots
-// without barriers of their own: a quad is read before its warpgroup releases the first block of the next
-// one, and the producer is at most STAGES blocks ahead. Scales stored by block of k, [k/128, rows], come one
-// block at a time, by the same rule.
+// scales [rows, k/128] serves four of them. The first quad of a tile may have fewer blocks; the slots that it
+// does not need follow it without data. 128x128 scales come alike, 16 bytes for a quad of each 128 rows or
+// columns that a tile touches; those beyond the operand are zeros. The quads of scales form a ring of
+// ceil(STAGES / 4) + 1 slots without barriers of their own: a quad is read before its warpgroup releases the
+// first block of the next one, and the producer is at most STAGES blocks ahead. Scales stored by block of k,
+// [k/128, rows], come one block at a time, by the same rule.
 //
 // Hazard: a load from shared memory may still be under way when its warp arrives at an mbarrier behind it;
 // only an instruction that uses the value proves it done. Hence the one slot more: with it, the promotion
@@ -135,7 +135,7 @@ __device__ __forceinline__ void clear(float (&acc)[COUNT]) {
 // The part of the product that a block of threads computes at a time.
 struct Tile {
   int row, col, batch;
-  int k_begin, k_end;       // blocks of k; FP8 begins at a multiple of four
+  int k_begin, k_end;       // blocks of k
   int col_batch = batch;    // of the cols operand
   int k_first = 0;          // where block 0 begins; a multiple of 128 for FP8
   int k_skip = 0;           // elements of the first block that do not count, and ...
@@ -159,6 +159,13 @@ __device__ __forceinline__ Tile receive_tile(const Position<C>& at, int k_blocks
   if (threadIdx.x % 32 == 0) record = ptx::load_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16);
   const auto shared = [](float v) { return __float_as_int(__shfl_sync(0xFFFFFFFF, v, 0)); };
   return {shared(record.x), shared(record.y), shared(record.z), 0, k_blocks};
+}
+
+// How many blocks the first quad of a tile has; all further ones are whole.
+template <class C>
+__device__ __forceinline__ int first_quad_blocks(int blocks) {
+  constexpr int kWhole = Layout<C>::kScaleStep;
+  return (blocks + kWhole - 1) % kWhole + 1;
 }
 
 // A tile without any k (a group's zeros) takes slots without data, as many as keep quads where they belong.
@@ -241,14 +248,26 @@ __device__ __forceinline__ void load_scales(const Position<C>& at, const Operand
               L::kColVector ? tile.col : tile.col / 128, kb, tile.col_batch * in.batched_col_scales);
 }
 
+// Producer side: slots without data.
+template <class C>
+__device__ __forceinline__ void pass_on(Position<C>& at, int slots) {
+  for (int i = 0; i < slots; ++i) {
+    ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
+    ptx::mbarrier_arrive(at.full());
+    at.advance();
+  }
+}
+
 // Producer side, one thread. `record` is published with the first block.
 template <class C, class... Record>
 __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in, const Tile& tile,
                                             Record... record) {
   using L = Layout<C>;
   const int row_batch = tile.batch * in.batched_rows, col_batch = tile.col_batch * in.batched_cols;
+  const int missing = L::kScaleStep - first_quad_blocks<C>(tile.k_end - tile.k_begin);
   for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
-    const bool scales = L::kFp8 && kb % L::kScaleStep == 0;
+    const int position = kb - tile.k_begin + missing;
+    const bool scales = L::kFp8 && (kb == tile.k_begin || position % L::kScaleStep == 0);
     const int k = tile.k_first + kb * C::BLOCK_K;
     ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
     if (kb == tile.k_begin) publish_tile<C>(at, record...);
@@ -260,25 +279,16 @@ __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in,
       at.advance_scales();
     }
     at.advance();
-  }
-  if constexpr (L::kFp8) {
-    for (int kb = tile.k_end; kb % L::kScaleStep != 0; ++kb) {
-      ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
-      ptx::mbarrier_arrive(at.full());
-      at.advance();
-    }
+    if (L::kFp8 && position + 1 == L::kScaleStep) pass_on<C>(at, missing);
   }
 }
 
 // Producer side, for a tile without any k.
 template <class C>
 __device__ __forceinline__ void publish_empty_tile(Position<C>& at, int row, int packed) {
-  for (int i = 0; i < kEmptySlots<C>; ++i) {
-    ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
-    if (i == 0) publish_tile<C>(at, row, packed, 0);
-    ptx::mbarrier_arrive(at.full());
-    at.advance();
-  }
+  ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
+  publish_tile<C>(at, row, packed, 0);
+  pass_on<C>(at, kEmptySlots<C>);
 }
 
 // Producer side, after the last tile.
