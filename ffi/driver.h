@@ -27,7 +27,8 @@ namespace jdg {
   F(cuFuncSetAttribute)         \
   F(cuLaunchKernelEx)           \
   F(cuTensorMapEncodeTiled)     \
-  F(cuMemsetD8Async)
+  F(cuMemsetD8Async)            \
+  F(cuMemcpyDtoDAsync)
 
 // Of CUDA 12.4; null with an older driver.
 #define JDG_OPTIONAL_DRIVER_FUNCTIONS(F) F(cuFuncGetParamInfo)

@@ -98,6 +98,11 @@ void LaunchState::CheckBuffers(const BufferViews& buffers) const {
       Address(buffers, memset->buffer);
       continue;
     }
+    if (const Copy* copy = std::get_if<Copy>(&step)) {
+      Address(buffers, copy->source);
+      Address(buffers, copy->target);
+      continue;
+    }
     const Launch& launch = std::get<Launch>(step);
     for (size_t i = 0; i < launch.params.size(); ++i) {
       if (const BufferRef* buffer = std::get_if<BufferRef>(&launch.params[i])) Address(buffers, *buffer);
@@ -122,6 +127,11 @@ void LaunchState::Execute(CUstream stream, const BufferViews& buffers) {
       CUdeviceptr address = Address(buffers, memset->buffer);
       driver.Check(driver.cuMemsetD8Async(address, memset->value, memset->num_bytes, stream), "setting ",
                    memset->num_bytes, " bytes of ", plan_.label);
+    } else if (const Copy* copy = std::get_if<Copy>(&plan_.steps[i])) {
+      CUdeviceptr source = Address(buffers, copy->source), target = Address(buffers, copy->target);
+      if (source == target) continue;
+      driver.Check(driver.cuMemcpyDtoDAsync(target, source, copy->num_bytes, stream), "copying ",
+                   copy->num_bytes, " bytes of ", plan_.label);
     } else {
       Run(driver, std::get<Launch>(plan_.steps[i]), loaded->functions[i], stream, buffers, first_cache_[i]);
     }

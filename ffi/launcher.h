@@ -59,7 +59,7 @@ class LaunchState {
  private:
   struct Loaded {
     unsigned long long context_id;
-    std::vector<CUfunction> functions;  // per step, null for memsets
+    std::vector<CUfunction> functions;  // per step, null for those that are no launch
   };
 
   const Loaded* LoadIn(const Driver& driver);

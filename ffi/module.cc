@@ -245,6 +245,14 @@ nb::dict ToPython(const Memset& memset) {
   return out;
 }
 
+nb::dict ToPython(const Copy& copy) {
+  nb::dict out;
+  out["source"] = ToPython(copy.source);
+  out["target"] = ToPython(copy.target);
+  out["num_bytes"] = copy.num_bytes;
+  return out;
+}
+
 Plan PlanFrom(const nb::bytes& bytes) {
   return DecodePlan(static_cast<const uint8_t*>(bytes.data()), bytes.size());
 }

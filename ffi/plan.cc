@@ -213,9 +213,26 @@ Memset ReadMemset(Reader& in, const Plan& plan) {
   return memset;
 }
 
+Copy ReadCopy(Reader& in, const Plan& plan) {
+  Copy copy;
+  copy.source = ReadBuffer(in, plan);
+  copy.target = ReadBuffer(in, plan);
+  if (copy.target.kind == BufferKind::kOperand) in.Fail("copy into an operand");
+  copy.num_bytes = in.Get<uint64_t>("copy size", 1, kMaxBytes);
+  copy.source.needed_bytes += copy.num_bytes;
+  copy.target.needed_bytes += copy.num_bytes;
+  return copy;
+}
+
 Step ReadStep(Reader& in, const Plan& plan) {
-  if (in.Get<uint8_t>("step tag", 1, 2) == 1) return ReadLaunch(in, plan);
-  return ReadMemset(in, plan);
+  switch (in.Get<uint8_t>("step tag", 1, plan.version == 1 ? 2 : 3)) {
+    case 1:
+      return ReadLaunch(in, plan);
+    case 2:
+      return ReadMemset(in, plan);
+    default:
+      return ReadCopy(in, plan);
+  }
 }
 
 }  // namespace

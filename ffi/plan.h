@@ -16,7 +16,7 @@
 
 namespace jdg {
 
-inline constexpr uint16_t kPlanVersion = 1;
+inline constexpr uint16_t kPlanVersion = 2;
 inline constexpr uint16_t kOldestPlanVersion = kPlanVersion > 1 ? kPlanVersion - 1 : 1;
 
 inline constexpr size_t kMaxSteps = 256;
@@ -72,7 +72,14 @@ struct Memset {
   uint8_t value = 0;
 };
 
-using Step = std::variant<Launch, Memset>;
+// Nothing where both are the same memory.
+struct Copy {
+  BufferRef source;
+  BufferRef target;
+  uint64_t num_bytes = 0;
+};
+
+using Step = std::variant<Launch, Memset, Copy>;
 
 struct KernelRef {
   std::string digest;  // SHA-256 of the cubin, hex

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from jax_deepgemm.core.launch import (
+    Copy,
     Launch,
     LaunchPlan,
     Memset,
@@ -121,9 +122,15 @@ memsets = st.builds(
     st.integers(1, 1 << 40),
     st.integers(0, 255),
 )
+copies = st.builds(
+    lambda source, target, size: Copy(source, Result(target), size),
+    buffers,
+    st.integers(0, 63),
+    st.integers(1, 1 << 40),
+)
 plans = st.builds(
     LaunchPlan,
-    st.lists(st.one_of(launches, memsets), min_size=1, max_size=4).map(tuple),
+    st.lists(st.one_of(launches, memsets, copies), min_size=1, max_size=4).map(tuple),
     st.lists(st.integers(1, 1 << 40), max_size=3).map(tuple),
     st.text(max_size=30),
 )

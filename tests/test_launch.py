@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from jax_deepgemm.core import launch
 from jax_deepgemm.core.launch import (
+    Copy,
     Launch,
     LaunchPlan,
     Memset,
@@ -59,6 +60,9 @@ def expected_param(param):
 def expected_step(step, kernels):
     if isinstance(step, Memset):
         return {"buffer": expected_buffer(step.buffer), "num_bytes": step.num_bytes, "value": step.value}
+    if isinstance(step, Copy):
+        source, target = expected_buffer(step.source), expected_buffer(step.target)
+        return {"source": source, "target": target, "num_bytes": step.num_bytes}
     names = [(kernel.digest, kernel.name) for kernel in kernels]
     return {
         "kernel": names.index((step.kernel.digest, step.kernel.name)),
@@ -233,8 +237,11 @@ RULES = [
     (lambda: Memset(Operand(0), 16), r"Memset.buffer: .* need a Result or Scratch"),
     (lambda: Memset(Result(0), 0), r"Memset.num_bytes: got 0"),
     (lambda: Memset(Result(0), 16, 256), r"Memset.value: got 256"),
+    (lambda: Copy("a", Result(0), 16), r"Copy.source: .* need an Operand, Result or Scratch"),
+    (lambda: Copy(Operand(0), Operand(1), 16), r"Copy.target: .* need a Result or Scratch"),
+    (lambda: Copy(Operand(0), Result(0), 0), r"Copy.num_bytes: got 0"),
     (lambda: LaunchPlan(()), r"LaunchPlan.steps: got 0 steps; need 1 to 256"),
-    (lambda: LaunchPlan((Operand(0),)), r"LaunchPlan.steps\[0\].*need a Launch or a Memset"),
+    (lambda: LaunchPlan((Operand(0),)), r"LaunchPlan.steps\[0\].*need a Launch, a Memset or a Copy"),
     (lambda: LaunchPlan((fake_launch(),), (0,)), r"scratch_bytes\[0\]: got 0"),
     (lambda: LaunchPlan((fake_launch(),), (1,) * 17), r"scratch_bytes: got 17 buffers"),
     (lambda: LaunchPlan((fake_launch(),), label="x" * 1025), r"label: got 1025 bytes"),

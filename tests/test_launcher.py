@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jax_deepgemm.core import launch
-from jax_deepgemm.core.launch import LaunchPlan, Memset, Operand, Result, Scalar, Scratch
+from jax_deepgemm.core.launch import Copy, LaunchPlan, Memset, Operand, Result, Scalar, Scratch
 from launch_plans import FakeKernel, fake_launch, matrix_map
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +132,20 @@ def test_each_thing_is_done_once_and_launches_every_time(run):
     calls, error = run(PLAN, OPERANDS, RESULTS, repeat=3, **PARAMS)
     assert error == ""
     assert calls == [*LOAD, MEMSET, ENCODE, LAUNCH, MEMSET, LAUNCH, MEMSET, LAUNCH]
+
+
+def test_copy_happens_between_different_buffers_only(run):
+    step = Copy(Operand(0, 16), Result(0), 4)
+    plan = LaunchPlan((step, fake_launch(kernel=KERNEL)))
+    apart, error = run(plan, [(0x10000, 64)], [(0x20000, 64)])
+    assert error == ""
+    assert [call for call in apart if "cpy" in call] == ["cuMemcpyDtoDAsync 0x20000 0x10010 4"]
+    together, error = run(plan, [(0x10000, 64)], [(0x10010, 64)])
+    assert error == ""
+    assert together == [call for call in apart if "cpy" not in call]
+    [*_, launched], error = run(plan, [(0x10000, 64)], [(0x20000, 64)], FAKE_FAIL="cuMemcpyDtoDAsync")
+    assert "copying 4 bytes" in error
+    assert "Launch" not in launched
 
 
 def test_two_kernels_of_one_cubin_load_it_once(run):

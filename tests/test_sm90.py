@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import cases
 import jax_deepgemm as jdg
 from cases import ROW, Case
-from jax_deepgemm.core.launch import Launch, Operand, Result, TensorMap
+from jax_deepgemm.core.launch import Copy, Launch, LaunchPlan, Operand, Result, TensorMap
 from jax_deepgemm.gemm import kernel, padding
 from jax_deepgemm.jit import CompiledKernel, CompileError, KernelSource, compile_kernel, compile_many
 from jax_deepgemm.sm90 import plan as plans
@@ -226,14 +226,21 @@ def planned(p: GemmProblem, chip: Chip, shared_b: bool = False) -> Launch:
     if not p.is_fp8:
         operands = jax.eval_shape(functools.partial(padding.bf16_rows, layout=p.layout), a, b, *c)
         flags = batched(operands) if batch else None
-        [launch] = kernel.bf16_gemm(operands, [out], batch=flags, chip=chip, layout=p.layout).steps
-        return launch
+        plan = kernel.bf16_gemm(operands, [out], batch=flags, chip=chip, layout=p.layout)
+        return the_launch(plan, p.add_c and p.out == "float32" and p.n % 2 == 0)
     blocks = ceil_div(p.k, 128)
     sa = shape(*batch, p.m, blocks, dtype=jnp.float32)
     sb = shape(*batch_b, p.n if p.b_scales == "vector" else ceil_div(p.n, 128), blocks, dtype=jnp.float32)
     operands = jax.eval_shape(padding.fp8_rows, a, sa, b, sb, *c)
     flags = batched(operands) if batch else None
-    [launch] = kernel.fp8_gemm(operands, [out], batch=flags, chip=chip).steps
+    plan = kernel.fp8_gemm(operands, [out], batch=flags, chip=chip)
+    return the_launch(plan, p.add_c and p.out == "float32" and p.n % 2 == 0)
+
+
+def the_launch(plan: LaunchPlan, in_place: bool) -> Launch:
+    *copies, launch = plan.steps
+    assert [type(step) for step in copies] == [Copy] * in_place
+    assert isinstance(launch, Launch)
     return launch
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_deepgemm as jdg
-from jax_deepgemm.core.launch import Launch, Operand, Scalar, TensorMap, encode
+from jax_deepgemm.core.launch import Copy, Launch, Operand, Scalar, TensorMap, encode
 from jax_deepgemm.grouped import kernel
 from jax_deepgemm.jit import CompiledKernel, compile_many
 from jax_deepgemm.jit.toolchain import find_disassembler
@@ -178,7 +179,8 @@ def scalars(launch: Launch) -> list[int]:
 def planned(function: Any, ins: list[Any], out: Any, batch: Any = None, **params: Any) -> Launch:
     plan = function(ins, [out], batch=batch, chip=H200, **params)
     assert len(encode(plan)) > 100
-    [launch] = plan.steps
+    *copies, launch = plan.steps
+    assert all(isinstance(step, Copy) and step.num_bytes == 4 * math.prod(out.shape) for step in copies)
     return launch
 
 

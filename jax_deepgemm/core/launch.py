@@ -26,6 +26,7 @@ import numpy as np
 
 from jax_deepgemm.core.plan import (
     Buffer,
+    Copy,
     Launch,
     LaunchPlan,
     Memset,
@@ -42,6 +43,7 @@ from jax_deepgemm.core.plan import (
 __all__ = [
     "TARGET",
     "Buffer",
+    "Copy",
     "Launch",
     "LaunchPlan",
     "Memset",

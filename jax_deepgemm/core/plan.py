@@ -8,10 +8,11 @@ plan that exists can be encoded; `encode` gives the bytes that travel in the HLO
     label     u16 n | n bytes of UTF-8
     kernels   u16 n | n times: 32 bytes SHA-256 of the cubin | u8 n, arch | u16 n, entry name
     scratch   u16 n | n times: u64 bytes
-    steps     u16 n | n times: u8 tag (1 launch, 2 memset) | body
+    steps     u16 n | n times: u8 tag (1 launch, 2 memset, 3 copy) | body
       launch  u16 kernel | u32 grid[3] | u32 block | u32 cluster | u32 shared memory | u8 flags (1: PDL)
               u16 n | n times: u8 tag (1 pointer, 2 scalar, 3 tensor map) | body
       memset  buffer | u64 bytes | u8 value
+      copy    source buffer | target buffer | u64 bytes
     pointer   buffer
     scalar    u8 type | u64 bits
     tensor map  buffer | u8 type | u8 rank | u8 swizzle | u8 L2 promotion | u8 fill
@@ -34,7 +35,7 @@ import numpy as np
 if TYPE_CHECKING:
     from jax_deepgemm.jit import CompiledKernel
 
-VERSION = 1
+VERSION = 2
 
 MAX_STEPS = 256
 MAX_PARAMS = 64
@@ -343,8 +344,31 @@ class Memset:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """Copies `num_bytes` bytes in stream order; nothing where both buffers are the same memory.
+
+    For kernels that update in place: XLA gives an operand's buffer to the result that it is aliased with, but
+    not where it hands the custom call a slice of a larger buffer.
+    """
+
+    source: Buffer
+    target: Buffer
+    num_bytes: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, _Buffer):
+            raise _fail("Copy.source", repr(self.source), "need an Operand, Result or Scratch.")
+        if not isinstance(self.target, (Result, Scratch)):
+            raise _fail("Copy.target", repr(self.target), "need a Result or Scratch; operands are read-only.")
+        _check_int("Copy.num_bytes", self.num_bytes, 1, _MAX_BYTES)
+
+
+Step: TypeAlias = Launch | Memset | Copy
+
+
+@dataclass(frozen=True)
 class LaunchPlan:
-    """What one custom call does: launches and memsets in order on one stream.
+    """What one custom call does: launches, memsets and copies in order on one stream.
 
     Attributes:
       steps: executed in order.
@@ -352,7 +376,7 @@ class LaunchPlan:
       label: the op and its shape, for error messages.
     """
 
-    steps: tuple[Launch | Memset, ...]
+    steps: tuple[Step, ...]
     scratch_bytes: tuple[int, ...] = ()
     label: str = ""
 
@@ -362,8 +386,8 @@ class LaunchPlan:
         if not 1 <= len(self.steps) <= MAX_STEPS:
             raise _fail("LaunchPlan.steps", f"{len(self.steps)} steps", f"need 1 to {MAX_STEPS}.")
         for i, step in enumerate(self.steps):
-            if not isinstance(step, (Launch, Memset)):
-                raise _fail(f"LaunchPlan.steps[{i}]", repr(step), "need a Launch or a Memset.")
+            if not isinstance(step, (Launch, Memset, Copy)):
+                raise _fail(f"LaunchPlan.steps[{i}]", repr(step), "need a Launch, a Memset or a Copy.")
         if len(self.scratch_bytes) > MAX_SCRATCH:
             raise _fail(
                 "LaunchPlan.scratch_bytes", f"{len(self.scratch_bytes)} buffers", f"at most {MAX_SCRATCH}."
@@ -391,6 +415,10 @@ class LaunchPlan:
         for i, step in enumerate(self.steps):
             if isinstance(step, Memset):
                 uses.append((f"step {i} (memset)", step.buffer, step.buffer.byte_offset + step.num_bytes))
+                continue
+            if isinstance(step, Copy):
+                for buffer in (step.source, step.target):
+                    uses.append((f"step {i} (copy)", buffer, buffer.byte_offset + step.num_bytes))
                 continue
             for j, param in enumerate(step.params):
                 where = f"step {i} ({step.kernel.name}), parameter {j}"
@@ -452,9 +480,12 @@ def _encode_param(param: Param) -> bytes:
     return b"\1" + _encode_buffer(param)
 
 
-def _encode_step(step: Launch | Memset, kernels: dict[tuple[str, str], int]) -> bytes:
+def _encode_step(step: Step, kernels: dict[tuple[str, str], int]) -> bytes:
     if isinstance(step, Memset):
         return b"\2" + _encode_buffer(step.buffer) + struct.pack("<QB", step.num_bytes, step.value)
+    if isinstance(step, Copy):
+        buffers = _encode_buffer(step.source) + _encode_buffer(step.target)
+        return b"\3" + buffers + struct.pack("<Q", step.num_bytes)
     head = struct.pack(
         "<BH6IBH",
         1,

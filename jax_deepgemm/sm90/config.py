@@ -97,9 +97,10 @@ class GemmProblem:
 
     @property
     def reduces(self) -> bool:
-        """Whether the product is added in L2 to C: float32, in memory that D takes over (the op aliases equal
-        types)."""
-        return self.add_c and self.out == "float32" and (not self.batched or self.batched[-1])
+        """Whether the product is added in L2 to C: float32 pairs, in memory that D takes over (the op aliases
+        equal types)."""
+        in_place = not self.batched or self.batched[-1]
+        return self.add_c and self.out == "float32" and self.n % 2 == 0 and in_place
 
     @property
     def flops(self) -> int:

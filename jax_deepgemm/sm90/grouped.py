@@ -25,7 +25,7 @@ from jax_deepgemm.sm90.config import (
     tma_store,
 )
 from jax_deepgemm.sm90.cost import START, Cost, kind_of, per_block
-from jax_deepgemm.sm90.plan import GemmOperands, matrix_map, result_map, scale_maps, stripe_height
+from jax_deepgemm.sm90.plan import GemmOperands, copy_of_c, matrix_map, result_map, scale_maps, stripe_height
 from jax_deepgemm.sm90.source import (
     as_cpp,
     config_text,
@@ -356,4 +356,4 @@ def grouped_plan(
         params=(*maps, *pointers, *(Scalar(integers[name], "int32") for name in _INTEGERS)),
         shared_memory=shared_memory(p.gemm, c).total,
     )
-    return LaunchPlan((launch,), label=str(p))
+    return LaunchPlan((*copy_of_c(p.gemm, x.c, p.groups), launch), label=str(p))

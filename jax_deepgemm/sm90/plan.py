@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Result, Scalar, TensorMap
+from jax_deepgemm.core.launch import Copy, Launch, LaunchPlan, Operand, Result, Scalar, TensorMap
 from jax_deepgemm.jit import compile_kernel
 from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import (
@@ -76,6 +76,13 @@ def scale_maps(p: GemmProblem, c: GemmConfig, x: GemmOperands) -> list[TensorMap
     return maps
 
 
+def copy_of_c(p: GemmProblem, c: MatrixOperand | None, matrices: int) -> list[Copy]:
+    """Where the kernel adds to what lies in D: C comes there, if it is not there already."""
+    if c is None or not p.reduces:
+        return []
+    return [Copy(Operand(c.index), Result(0), matrices * p.m * p.n * p.out_bytes)]
+
+
 def stripe_height(p: GemmProblem, c: GemmConfig, chip: Chip) -> int:
     """Row tiles walked together, so that one wave reads the fewest bytes of A and B."""
     best = (chip.num_sms * c.block_n / c.block_m) ** 0.5
@@ -119,4 +126,4 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
         cluster=c.split_k,
         shared_memory=shared_memory(p, c).total,
     )
-    return LaunchPlan((launch,), label=str(p))
+    return LaunchPlan((*copy_of_c(p, x.c, p.batches), launch), label=str(p))

@@ -146,6 +146,11 @@ CUresult cuMemsetD8Async(CUdeviceptr address, unsigned char value, size_t size, 
   return Log("cuMemsetD8Async", " %p %d %zu", reinterpret_cast<void*>(address), value, size);
 }
 
+CUresult cuMemcpyDtoDAsync(CUdeviceptr target, CUdeviceptr source, size_t size, CUstream) {
+  return Log("cuMemcpyDtoDAsync", " %p %p %zu", reinterpret_cast<void*>(target),
+             reinterpret_cast<void*>(source), size);
+}
+
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void** params, void**) {
   std::string text;
   for (unsigned i = 0; i < config->numAttrs; ++i) {

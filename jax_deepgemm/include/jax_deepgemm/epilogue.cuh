@@ -55,13 +55,6 @@ __device__ __forceinline__ void put_pair(typename C::Out* d, float a, float b) {
   else
     store_pair(d, a, b);
 }
-template <class C>
-__device__ __forceinline__ void put_one(typename C::Out* d, float v) {
-  if constexpr (C::REDUCE)
-    ptx::reduce_add(d, v);
-  else
-    store_one(d, v);
-}
 
 // Puts C into the accumulator (START) or adds it there, in float32 and before the one rounding. As the
 // starting value of an FP8 accumulator its loads hide behind the first block of k; the tensor core itself,
@@ -101,8 +94,8 @@ __device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], ty
     if constexpr (C::EVEN_N) {
       if (row < p.m && col < p.n) put_pair<C>(at, acc[i], acc[i + 1]);
     } else {
-      if (row < p.m && col < p.n) put_one<C>(at, acc[i]);
-      if (row < p.m && col + 1 < p.n) put_one<C>(at + 1, acc[i + 1]);
+      if (row < p.m && col < p.n) store_one(at, acc[i]);
+      if (row < p.m && col + 1 < p.n) store_one(at + 1, acc[i + 1]);
     }
   }
 }

@@ -304,7 +304,7 @@ struct Fp8Loop : PlainLoop<C> {
 
   template <class Offset>
   __device__ __forceinline__ void finish(const Tile& tile, Offset offset) {
-    const int all = tile.k_end - tile.k_begin, first = first_quad_blocks<C>(all);
+    const int all = tile.k_end - tile.k_begin, first = first_quad_blocks(all);
     first_quad(first, all, offset);
 #pragma unroll 1
     for (int left = all - first; left > 0; left -= kQuad) {

@@ -11,12 +11,12 @@
 // width).
 //
 // FP8 walks k in quads of four blocks, because one TMA box {4 blocks of k, rows} of the caller's row-major
-// scales [rows, k/128] serves four of them. The first quad of a tile may have fewer blocks; the slots that it
-// does not need follow it without data. 128x128 scales come alike, 16 bytes for a quad of each 128 rows or
-// columns that a tile touches; those beyond the operand are zeros. The quads of scales form a ring of
-// ceil(STAGES / 4) + 1 slots without barriers of their own: a quad is read before its warpgroup releases the
-// first block of the next one, and the producer is at most STAGES blocks ahead. Scales stored by block of k,
-// [k/128, rows], come one block at a time, by the same rule.
+// scales [rows, k/128] serves four of them. The last quad of a tile's k, which may lack blocks, comes first:
+// the slots that it does not need follow it without data. 128x128 scales come alike, 16 bytes for a quad of
+// each 128 rows or columns that a tile touches; those beyond the operand are zeros. The quads of scales form
+// a ring of ceil(STAGES / 4) + 1 slots without barriers of their own: a quad is read before its warpgroup
+// releases the first block of the next one, and the producer is at most STAGES blocks ahead. Scales stored by
+// block of k, [k/128, rows], come one block at a time, by the same rule.
 //
 // Hazard: a load from shared memory may still be under way when its warp arrives at an mbarrier behind it;
 // only an instruction that uses the value proves it done. Hence the one slot more: with it, the promotion
@@ -53,6 +53,7 @@ struct Layout {
   static constexpr bool kFp8 = C::ROW_SCALES != Scale::kNone, kSliced = C::ROW_SCALES == Scale::kSlices;
   static constexpr bool kRowVector = kSliced || C::ROW_SCALES == Scale::kVector;
   static constexpr bool kColVector = kSliced || C::COL_SCALES == Scale::kVector;
+  static constexpr bool kQuads = kFp8 && !kSliced;
   static constexpr int kScaleStep = kSliced ? 1 : kQuad;  // blocks of k whose scales travel together
   static constexpr u32 kRowScaleBytes = kRowVector ? C::ROWS * kScaleStep * 4 : 0;
   static constexpr u32 kColScaleBytes = kColVector ? align_up(C::COLS * kScaleStep * 4, 128) : 0;
@@ -135,7 +136,7 @@ __device__ __forceinline__ void clear(float (&acc)[COUNT]) {
 // The part of the product that a block of threads computes at a time.
 struct Tile {
   int row, col, batch;
-  int k_begin, k_end;       // blocks of k
+  int k_begin, k_end;       // blocks of k; FP8 begins at a multiple of four
   int col_batch = batch;    // of the cols operand
   int k_first = 0;          // where block 0 begins; a multiple of 128 for FP8
   int k_skip = 0;           // elements of the first block that do not count, and ...
@@ -162,11 +163,7 @@ __device__ __forceinline__ Tile receive_tile(const Position<C>& at, int k_blocks
 }
 
 // How many blocks the first quad of a tile has; all further ones are whole.
-template <class C>
-__device__ __forceinline__ int first_quad_blocks(int blocks) {
-  constexpr int kWhole = Layout<C>::kScaleStep;
-  return (blocks + kWhole - 1) % kWhole + 1;
-}
+__device__ __forceinline__ int first_quad_blocks(int blocks) { return (blocks + kQuad - 1) % kQuad + 1; }
 
 // A tile without any k (a group's zeros) takes slots without data, as many as keep quads where they belong.
 template <class C>
@@ -259,18 +256,20 @@ __device__ __forceinline__ void pass_on(Position<C>& at, int slots) {
 }
 
 // Producer side, one thread. `record` is published with the first block.
+//
+// Hazard: TMA boxes begin at multiples of 16 bytes, those of scales at every fourth block of k; others fault.
 template <class C, class... Record>
 __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in, const Tile& tile,
                                             Record... record) {
   using L = Layout<C>;
   const int row_batch = tile.batch * in.batched_rows, col_batch = tile.col_batch * in.batched_cols;
-  const int missing = L::kScaleStep - first_quad_blocks<C>(tile.k_end - tile.k_begin);
-  for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
-    const int position = kb - tile.k_begin + missing;
-    const bool scales = L::kFp8 && (kb == tile.k_begin || position % L::kScaleStep == 0);
+  const int blocks = tile.k_end - tile.k_begin, first = L::kQuads ? first_quad_blocks(blocks) : 0;
+  for (int i = 0; i < blocks; ++i) {
+    const int kb = tile.k_begin + (i < first ? blocks - first + i : i - first);
     const int k = tile.k_first + kb * C::BLOCK_K;
+    const bool scales = L::kFp8 && kb % L::kScaleStep == 0;
     ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
-    if (kb == tile.k_begin) publish_tile<C>(at, record...);
+    if (i == 0) publish_tile<C>(at, record...);
     ptx::mbarrier_expect_bytes(at.full(), L::kSlotBytes + (scales ? L::kScaleBytes : 0));
     load_operand<C, C::ROWS_K_MAJOR, C::ROWS>(at.rows(), *in.rows, at.full(), tile.row, k, row_batch);
     load_operand<C, C::COLS_K_MAJOR, C::COLS>(at.cols(), *in.cols, at.full(), tile.col, k, col_batch);
@@ -279,7 +278,7 @@ __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in,
       at.advance_scales();
     }
     at.advance();
-    if (L::kFp8 && position + 1 == L::kScaleStep) pass_on<C>(at, missing);
+    if (i + 1 == first) pass_on<C>(at, kQuad - first);
   }
 }
 
