@@ -144,6 +144,8 @@ struct Fp8Loop : PlainLoop<C> {
   static constexpr bool kColVector = C::COL_SCALES == Scale::kVector;
   static constexpr bool kRowVector = C::ROW_SCALES == Scale::kVector;
   static constexpr int kBlocks = L::kBlocks > 0 ? L::kBlocks : 1;
+  // Neighbouring columns that share a 128x128 scale wherever a tile begins, and how many such runs it has.
+  static constexpr int kRun = kColVector ? C::COLS : gcd(C::COLS, 128), kRuns = C::COLS / kRun;
   // Per-column scales are a factor for every element or column. Where registers allow, they are read before
   // the multiplication is issued, otherwise by promotion.
   static constexpr int kFactors = kRowVector ? C::COLS / 2 : 2 * kGroups;
@@ -176,6 +178,18 @@ struct Fp8Loop : PlainLoop<C> {
     }
   }
 
+  // Which of the numbers of a tile's 128-blocks is a run's.
+  template <class Offset>
+  __device__ __forceinline__ static float of_run(int run, const float (&blocks)[kBlocks], Offset offset) {
+    float chosen = blocks[0];
+#pragma unroll
+    for (int b = 1; b < kBlocks; ++b) {
+      const int least = run * kRun - 128 * b, most = least + 128 - kRun;  // without and with any offset
+      if (least >= 0 || (most >= 0 && least + offset >= 0)) chosen = blocks[b];
+    }
+    return chosen;
+  }
+
   // The product of the slot that is `slot` further on than `at`.
   __device__ __forceinline__ void issue(const Slot<C>& operands, int slot, int pass) {
     ptx::pin(temp);
@@ -192,7 +206,8 @@ struct Fp8Loop : PlainLoop<C> {
     const Slot<C> operands(at, warpgroup);
     const int next = STEP > 0 ? 0 : slot + 1;
     const float u = kRowVector ? element(upper, j) : 1.0f, l = kRowVector ? element(lower, j) : 1.0f;
-    float factor[kFactorsEarly ? kFactors : 1], uppers[kBlocks], lowers[kBlocks];
+    float factor[kFactorsEarly ? kFactors : 1], uppers[kRuns], lowers[kRuns];
+    float block_uppers[kBlocks], block_lowers[kBlocks];
 #pragma unroll
     for (int pass = 0; pass < C::PASSES; ++pass) {
       if (!BEGUN || pass > 0) issue(operands, slot, pass);
@@ -202,7 +217,12 @@ struct Fp8Loop : PlainLoop<C> {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
           const float b = L::kBlocks > 0 ? element(block[i], j) : 1.0f;
-          uppers[i] = u * b, lowers[i] = l * b;
+          block_uppers[i] = u * b, block_lowers[i] = l * b;
+        }
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i) {
+          uppers[i] = of_run(i, block_uppers, offset);
+          lowers[i] = of_run(i, block_lowers, offset);
         }
         if constexpr (kFactorsEarly) {
 #pragma unroll
@@ -217,7 +237,7 @@ struct Fp8Loop : PlainLoop<C> {
       ptx::wgmma_wait<0>();
       ptx::pin(temp);
       if (pass + 1 == C::PASSES && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
-      promote(j, pass, factor, uppers, lowers, offset);
+      promote(j, pass, factor, uppers, lowers);
     }
     if (last) {
       at.advance_scales();
@@ -226,11 +246,9 @@ struct Fp8Loop : PlainLoop<C> {
     if (more) load_cols(last ? 0 : j + 1);
   }
 
-  template <class Offset>
   __device__ __forceinline__ void promote(int j, int pass,
                                           const float (&factor)[kFactorsEarly ? kFactors : 1],
-                                          const float (&uppers)[kBlocks], const float (&lowers)[kBlocks],
-                                          Offset offset) {
+                                          const float (&uppers)[kRuns], const float (&lowers)[kRuns]) {
     if constexpr (kFactorsEarly) {
 #pragma unroll
       for (int i = 0; i < C::COLS / 2; ++i) acc[i] += factor[kRowVector ? i : i / 4 * 2 + i % 2] * temp[i];
@@ -245,15 +263,12 @@ struct Fp8Loop : PlainLoop<C> {
     } else {
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        float u8 = uppers[0], l8 = lowers[0];
-#pragma unroll
-        for (int b = 1; b < kBlocks; ++b)
-          if (offset + pass * kWidth + 8 * i >= 128 * b) u8 = uppers[b], l8 = lowers[b];
+        const int run = (pass * kWidth + 8 * i) / kRun;
         float* to = acc + pass * (kWidth / 2) + 4 * i;
-        to[0] += u8 * temp[4 * i + 0];
-        to[1] += u8 * temp[4 * i + 1];
-        to[2] += l8 * temp[4 * i + 2];
-        to[3] += l8 * temp[4 * i + 3];
+        to[0] += uppers[run] * temp[4 * i + 0];
+        to[1] += uppers[run] * temp[4 * i + 1];
+        to[2] += lowers[run] * temp[4 * i + 2];
+        to[3] += lowers[run] * temp[4 * i + 3];
       }
     }
   }
@@ -321,9 +336,9 @@ struct Fp8Loop : PlainLoop<C> {
 
   // `offset` is a constant where its possible values are few enough for a copy of the loop each.
   __device__ __forceinline__ void finish(const Tile& tile) {
-    if constexpr (C::COL_SCALES != Scale::kBlock || 128 % C::COLS == 0 || C::COLS % 128 == 0) {
+    if constexpr (kRuns == kBlocks) {
       finish(tile, Constant<0>());
-    } else if constexpr (C::COLS % 64 == 0) {
+    } else if constexpr (kRun == 64) {
       if (tile.col % 128 == 0)
         finish(tile, Constant<0>());
       else
