@@ -11,8 +11,8 @@
 // width).
 //
 // FP8 walks k in quads of four blocks, because one TMA box {4 blocks of k, rows} of the caller's row-major
-// scales [rows, k/128] serves four of them. The last quad of a tile's k, which may lack blocks, comes first:
-// the slots that it does not need follow it without data. 128x128 scales come alike, 16 bytes for a quad of
+// scales [rows, k/128] serves four of them. Where k has no whole number of quads, the last one, which lacks
+// blocks, comes first: the slots that it does not need follow it without data. 128x128 scales come alike, 16 bytes for a quad of
 // each 128 rows or columns that a tile touches; those beyond the operand are zeros. The quads of scales form
 // a ring of ceil(STAGES / 4) + 1 slots without barriers of their own: a quad is read before its warpgroup
 // releases the first block of the next one, and the producer is at most STAGES blocks ahead. Scales stored by
@@ -263,9 +263,9 @@ __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in,
                                             Record... record) {
   using L = Layout<C>;
   const int row_batch = tile.batch * in.batched_rows, col_batch = tile.col_batch * in.batched_cols;
-  const int blocks = tile.k_end - tile.k_begin, first = L::kQuads ? first_quad_blocks(blocks) : 0;
+  const int blocks = tile.k_end - tile.k_begin, partial = L::kQuads ? blocks % kQuad : 0;
   for (int i = 0; i < blocks; ++i) {
-    const int kb = tile.k_begin + (i < first ? blocks - first + i : i - first);
+    const int kb = tile.k_begin + (i < partial ? blocks - partial + i : i - partial);
     const int k = tile.k_first + kb * C::BLOCK_K;
     const bool scales = L::kFp8 && kb % L::kScaleStep == 0;
     ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
@@ -278,7 +278,7 @@ __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in,
       at.advance_scales();
     }
     at.advance();
-    if (i + 1 == first) pass_on<C>(at, kQuad - first);
+    if (i + 1 == partial) pass_on<C>(at, kQuad - partial);
   }
 }
 
