@@ -276,6 +276,7 @@ struct Fp8Loop : PlainLoop<C> {
   __device__ __forceinline__ void begin() {
     ptx::mbarrier_wait(at.full(), at.phase);
     issue(Slot<C>(at, warpgroup), 0, 0);
+    __syncwarp();  // ptxas would draw stores of the epilogue in between the instructions
   }
 
   __device__ __forceinline__ void drop() {
