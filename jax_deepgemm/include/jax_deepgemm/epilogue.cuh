@@ -164,7 +164,7 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], con
 #pragma unroll
   for (int first = 0; first < kSlabs; first += kBatch) {
     const u32 batch = slabs + first % C::SLABS * kSlabBytes;
-    if (lane == 0) ptx::tma_store_wait_read<C::SLABS / kBatch - 1>();
+    ptx::tma_store_wait_read<C::SLABS / kBatch - 1>();
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
@@ -172,7 +172,7 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], con
                 static_cast<const typename C::Out*>(nullptr));
     ptx::fence_proxy_async();
     __syncwarp();
-    if (lane == 0) {
+    if (ptx::elect()) {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int x = tile.col + (first + i) / 2 * kWidth, y = row + (first + i) % 2 * kSlabRows;

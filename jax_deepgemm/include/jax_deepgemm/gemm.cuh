@@ -38,7 +38,7 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
 
   if (warpgroup == C::WARPGROUPS) {
     if constexpr (C::WARPGROUPS > 1) ptx::lower_registers<C::PRODUCER_REGISTERS>();
-    if (threadIdx.x % 128 == 0) {
+    if (warp_index() % 4 == 0 && ptx::elect()) {
       const int tiles = ceil_div(p.m, C::ROWS) * ceil_div(p.n, C::COLS) * p.batches;
       for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
         const Tile tile = tile_at<C>(index, p, in.k_blocks);
@@ -69,7 +69,7 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
     }
     loop.drop();
     // The block's memory outlives its readers.
-    if (C::TMA_STORE && threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
+    if (C::TMA_STORE) ptx::tma_store_wait_read();
   }
 }
 

@@ -122,7 +122,7 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
 
   if (warpgroup == C::WARPGROUPS) {
     if constexpr (C::WARPGROUPS > 1) ptx::lower_registers<C::PRODUCER_REGISTERS>();
-    if (threadIdx.x % 128 == 0) {
+    if (warp_index() % 4 == 0 && ptx::elect()) {
       for (int number = blockIdx.x; number < table.tiles; number += gridDim.x) {
         const Place place = nth_tile<C>(table, number, p);
         const GroupTile next = group_tile<C>(table, place, p, in.k_blocks);
@@ -165,7 +165,7 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
     }
     loop.drop();
     // The block's memory outlives its readers.
-    if (C::TMA_STORE && threadIdx.x % 32 == 0) ptx::tma_store_wait_read();
+    if (C::TMA_STORE) ptx::tma_store_wait_read();
   }
 }
 

@@ -96,7 +96,7 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
   Position<C> at(smem);
 
   if (threadIdx.x >= kConsumers) {
-    if (threadIdx.x == kConsumers) load_blocks<C>(at, in, tile, tile.row, tile.col, tile.batch);
+    if (ptx::elect()) load_blocks<C>(at, in, tile, tile.row, tile.col, tile.batch);
     __syncwarp();
   } else {
     const int warpgroup = warpgroup_index();

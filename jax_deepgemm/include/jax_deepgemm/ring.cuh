@@ -12,11 +12,11 @@
 //
 // FP8 walks k in quads of four blocks, because one TMA box {4 blocks of k, rows} of the caller's row-major
 // scales [rows, k/128] serves four of them. Where k has no whole number of quads, the last one, which lacks
-// blocks, comes first: the slots that it does not need follow it without data. 128x128 scales come alike, 16 bytes for a quad of
-// each 128 rows or columns that a tile touches; those beyond the operand are zeros. The quads of scales form
-// a ring of ceil(STAGES / 4) + 1 slots without barriers of their own: a quad is read before its warpgroup
-// releases the first block of the next one, and the producer is at most STAGES blocks ahead. Scales stored by
-// block of k, [k/128, rows], come one block at a time, by the same rule.
+// blocks, comes first: the slots that it does not need follow it without data. 128x128 scales come alike, 16
+// bytes for a quad of each 128 rows or columns that a tile touches; those beyond the operand are zeros. The
+// quads of scales form a ring of ceil(STAGES / 4) + 1 slots without barriers of their own: a quad is read
+// before its warpgroup releases the first block of the next one, and the producer is at most STAGES blocks
+// ahead. Scales stored by block of k, [k/128, rows], come one block at a time, by the same rule.
 //
 // Hazard: a load from shared memory may still be under way when its warp arrives at an mbarrier behind it;
 // only an instruction that uses the value proves it done. Hence the one slot more: with it, the promotion
@@ -126,6 +126,7 @@ struct Position {
 // Which consumer warpgroup this thread is in; the shuffle tells the compiler that it is the same for a whole
 // warp, so that descriptors are computed in uniform registers.
 __device__ __forceinline__ int warpgroup_index() { return __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0); }
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0); }
 
 template <int COUNT>
 __device__ __forceinline__ void clear(float (&acc)[COUNT]) {
@@ -248,11 +249,30 @@ __device__ __forceinline__ void load_scales(const Position<C>& at, const Operand
 // Producer side: slots without data.
 template <class C>
 __device__ __forceinline__ void pass_on(Position<C>& at, int slots) {
+#pragma unroll 1
   for (int i = 0; i < slots; ++i) {
     ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
     ptx::mbarrier_arrive(at.full());
     at.advance();
   }
+}
+
+// One block of k into the slot at `at`; with SCALES those of a whole step of blocks, too.
+template <class C, bool SCALES>
+__device__ __forceinline__ void load_block(Position<C>& at, const Operands& in, const Tile& tile, int kb) {
+  using L = Layout<C>;
+  const int k = tile.k_first + kb * C::BLOCK_K;
+  ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
+  ptx::mbarrier_expect_bytes(at.full(), L::kSlotBytes + (SCALES ? L::kScaleBytes : 0));
+  load_operand<C, C::ROWS_K_MAJOR, C::ROWS>(at.rows(), *in.rows, at.full(), tile.row, k,
+                                            tile.batch * in.batched_rows);
+  load_operand<C, C::COLS_K_MAJOR, C::COLS>(at.cols(), *in.cols, at.full(), tile.col, k,
+                                            tile.col_batch * in.batched_cols);
+  if constexpr (SCALES) {
+    load_scales<C>(at, in, tile, k / C::BLOCK_K);
+    at.advance_scales();
+  }
+  at.advance();
 }
 
 // Producer side, one thread. `record` is published with the first block.
@@ -261,24 +281,25 @@ __device__ __forceinline__ void pass_on(Position<C>& at, int slots) {
 template <class C, class... Record>
 __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in, const Tile& tile,
                                             Record... record) {
-  using L = Layout<C>;
-  const int row_batch = tile.batch * in.batched_rows, col_batch = tile.col_batch * in.batched_cols;
-  const int blocks = tile.k_end - tile.k_begin, partial = L::kQuads ? blocks % kQuad : 0;
-  for (int i = 0; i < blocks; ++i) {
-    const int kb = tile.k_begin + (i < partial ? blocks - partial + i : i - partial);
-    const int k = tile.k_first + kb * C::BLOCK_K;
-    const bool scales = L::kFp8 && kb % L::kScaleStep == 0;
-    ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
-    if (i == 0) publish_tile<C>(at, record...);
-    ptx::mbarrier_expect_bytes(at.full(), L::kSlotBytes + (scales ? L::kScaleBytes : 0));
-    load_operand<C, C::ROWS_K_MAJOR, C::ROWS>(at.rows(), *in.rows, at.full(), tile.row, k, row_batch);
-    load_operand<C, C::COLS_K_MAJOR, C::COLS>(at.cols(), *in.cols, at.full(), tile.col, k, col_batch);
-    if (scales) {
-      load_scales<C>(at, in, tile, k / C::BLOCK_K);
-      at.advance_scales();
+  ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
+  publish_tile<C>(at, record...);
+  if constexpr (Layout<C>::kQuads) {
+    const int partial = (tile.k_end - tile.k_begin) % kQuad, whole_end = tile.k_end - partial;
+    if (partial > 0) {
+      load_block<C, true>(at, in, tile, whole_end);
+#pragma unroll 1
+      for (int kb = whole_end + 1; kb < tile.k_end; ++kb) load_block<C, false>(at, in, tile, kb);
+      pass_on<C>(at, kQuad - partial);
     }
-    at.advance();
-    if (i + 1 == partial) pass_on<C>(at, kQuad - partial);
+#pragma unroll 1
+    for (int kb = tile.k_begin; kb < whole_end; kb += kQuad) {
+      load_block<C, true>(at, in, tile, kb);
+#pragma unroll
+      for (int j = 1; j < kQuad; ++j) load_block<C, false>(at, in, tile, kb + j);
+    }
+  } else {
+#pragma unroll 4
+    for (int kb = tile.k_begin; kb < tile.k_end; ++kb) load_block<C, Layout<C>::kSliced>(at, in, tile, kb);
   }
 }
 
