@@ -102,10 +102,6 @@ __device__ __forceinline__ void mask_slot(const Position<C>& at, const Tile& til
   }
 }
 
-template <int VALUE>
-struct Constant {
-  __device__ constexpr operator int() const { return VALUE; }
-};
 __device__ __forceinline__ float element(const float4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
@@ -157,6 +153,7 @@ struct Fp8Loop : PlainLoop<C> {
   // Scales of a quad: of this thread's two rows, and of the 128x128 blocks; of one block: of this thread's
   // columns.
   float4 upper, lower, block[kBlocks];
+  int offset;  // the tile's first column modulo 128
   float col[kFactorsEarly ? 2 * kGroups : 1];
 
   __device__ __forceinline__ void load_quad() {
@@ -179,8 +176,7 @@ struct Fp8Loop : PlainLoop<C> {
   }
 
   // Which of the numbers of a tile's 128-blocks is a run's.
-  template <class Offset>
-  __device__ __forceinline__ static float of_run(int run, const float (&blocks)[kBlocks], Offset offset) {
+  __device__ __forceinline__ float of_run(int run, const float (&blocks)[kBlocks]) const {
     float chosen = blocks[0];
 #pragma unroll
     for (int b = 1; b < kBlocks; ++b) {
@@ -199,9 +195,9 @@ struct Fp8Loop : PlainLoop<C> {
 
   // Block j of the quad whose scales are loaded, in the slot `slot` further on than `at`, which it moves on
   // by STEP slots. `more`: whether a block follows; `last`: whether that one belongs to the next quad. BEGUN:
-  // its product is on its way. `offset`: the tile's first column modulo 128.
-  template <int STEP, bool BEGUN = false, class Offset>
-  __device__ __forceinline__ void multiply(int j, int slot, bool more, bool last, Offset offset) {
+  // its product is on its way.
+  template <int STEP, bool BEGUN = false>
+  __device__ __forceinline__ void multiply(int j, int slot, bool more, bool last) {
     const u32 empty = at.empty() + slot * 8;
     const Slot<C> operands(at, warpgroup);
     const int next = STEP > 0 ? 0 : slot + 1;
@@ -221,8 +217,8 @@ struct Fp8Loop : PlainLoop<C> {
         }
 #pragma unroll
         for (int i = 0; i < kRuns; ++i) {
-          uppers[i] = of_run(i, block_uppers, offset);
-          lowers[i] = of_run(i, block_lowers, offset);
+          uppers[i] = of_run(i, block_uppers);
+          lowers[i] = of_run(i, block_lowers);
         }
         if constexpr (kFactorsEarly) {
 #pragma unroll
@@ -291,20 +287,19 @@ struct Fp8Loop : PlainLoop<C> {
 
   // The tile's first quad, `blocks` of `all`. Were it the last that may lack some, behind the loop, ptxas
   // would spill.
-  template <class Offset>
-  __device__ __forceinline__ void first_quad(int blocks, int all, Offset offset) {
+  __device__ __forceinline__ void first_quad(int blocks, int all) {
     load_quad();
     load_cols(0);
-    multiply<kUnit == 1 ? 1 : 0, true>(0, 0, blocks > 1, false, offset);
+    multiply<kUnit == 1 ? 1 : 0, true>(0, 0, blocks > 1, false);
 #pragma unroll
     for (int j = 1; j < kQuad; ++j) {
       const int slot = j % kUnit;
       const bool last = j + 1 == kQuad, more = last ? all > kQuad : j + 1 < blocks;
       if (j < blocks) {
         if (slot + 1 == kUnit)
-          multiply<kUnit>(j, slot, more, last, offset);
+          multiply<kUnit>(j, slot, more, last);
         else
-          multiply<0>(j, slot, more, last, offset);
+          multiply<0>(j, slot, more, last);
       } else {
         pass_slot(at.full() + slot * 8, at.empty() + slot * 8, at.phase);
         if (slot + 1 == kUnit) at.template advance<kUnit>();
@@ -318,34 +313,20 @@ struct Fp8Loop : PlainLoop<C> {
     load_cols(0);
   }
 
-  template <class Offset>
-  __device__ __forceinline__ void finish(const Tile& tile, Offset offset) {
+  __device__ __forceinline__ void finish(const Tile& tile) {
     const int all = tile.k_end - tile.k_begin, first = first_quad_blocks(all);
-    first_quad(first, all, offset);
+    offset = tile.col % 128;
+    first_quad(first, all);
 #pragma unroll 1
     for (int left = all - first; left > 0; left -= kQuad) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
         const bool last = j + 1 == kQuad;
         if ((j + 1) % kUnit == 0)
-          multiply<kUnit>(j, j % kUnit, !last || left > kQuad, last, offset);
+          multiply<kUnit>(j, j % kUnit, !last || left > kQuad, last);
         else
-          multiply<0>(j, j % kUnit, true, false, offset);
+          multiply<0>(j, j % kUnit, true, false);
       }
-    }
-  }
-
-  // `offset` is a constant where its possible values are few enough for a copy of the loop each.
-  __device__ __forceinline__ void finish(const Tile& tile) {
-    if constexpr (kRuns == kBlocks) {
-      finish(tile, Constant<0>());
-    } else if constexpr (kRun == 64) {
-      if (tile.col % 128 == 0)
-        finish(tile, Constant<0>());
-      else
-        finish(tile, Constant<64>());
-    } else {
-      finish(tile, tile.col % 128);
     }
   }
 };
