@@ -359,6 +359,15 @@ def test_every_candidate_is_legal(p: GemmProblem, num_sms: int) -> None:
         assert cost(p, c, chip).total > 0
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "once"),
+    [(1, 4096, 2048, 1), (256, 4096, 2048, 1), (257, 4096, 2048, 0), (1, 4096, 512, 0)],
+)
+def test_weights_that_meet_few_rows_need_not_stay_in_l2(m: int, n: int, k: int, once: int) -> None:
+    launch = planned(problem("bf16", m, n, k), H200)
+    assert launch.params[-1].value == once
+
+
 def test_persistent_grid_is_one_block_per_sm_at_most() -> None:
     p, c = problem("bf16"), GemmConfig(128, 256, 3, slabs=4)
     side = shape(4096, 4096)

@@ -25,8 +25,17 @@ from jax_deepgemm.sm90.config import (
     tma_store,
 )
 from jax_deepgemm.sm90.cost import START, Cost, kind_of, per_block
-from jax_deepgemm.sm90.plan import GemmOperands, copy_of_c, matrix_map, result_map, scale_maps, stripe_height
+from jax_deepgemm.sm90.plan import (
+    GemmOperands,
+    copy_of_c,
+    matrix_map,
+    reads_b_once,
+    result_map,
+    scale_maps,
+    stripe_height,
+)
 from jax_deepgemm.sm90.source import (
+    B_POLICY,
     as_cpp,
     config_text,
     described,
@@ -269,6 +278,7 @@ _INTEGERS = (
     "here",
     "weights",
     "extent",
+    "b_once",
 )
 
 
@@ -291,7 +301,7 @@ def grouped_source(p: GroupedProblem, c: GemmConfig) -> KernelSource:
     masked = p.grouping in (MASKED_ROWS, MASKED_INNER)
     batched_a, batched_b = int(masked), int(masked or p.grouping == ROWS)
     operands = ["&a_map", "&b_map", a.scale_map, b.scale_map, "k_blocks"]
-    operands += [str(flag) for flag in (batched_a, batched_b, batched_a, batched_b)]
+    operands += [*(str(flag) for flag in (batched_a, batched_b, batched_a, batched_b)), B_POLICY]
     parameters = [*leading_parameters(p.gemm, c), "const int* sizes"]
     parameters += ["const int* offset"] if _has_offset(p) else []
     name = grouped_name(p, c)
@@ -347,6 +357,7 @@ def grouped_plan(
         "here": p.groups,
         "weights": p.weights,
         "extent": p.k if p.inner else p.m,
+        "b_once": int(not p.inner and p.expected <= 64 and reads_b_once(p.gemm, p.groups)),
     }
     most_rows = ceil_div(p.rows_bound, c.block_m) + (p.segments + 1 if p.grouping == ROWS else p.groups)
     launch = Launch(

@@ -13,6 +13,7 @@ struct Config {{
   using Mma = ::Mma;
   using Out = {out};
   static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
+  static constexpr bool SWAP_AB = {swap_ab};
   static constexpr int PASSES = {passes}, SPLITS = {splits};
   static constexpr int WARPGROUPS = {warpgroups}, SCALE_SLOTS = {scale_slots};
   static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging};
@@ -88,6 +89,7 @@ def config_text(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k
         block_k=p.block_k,
         stages=c.stages,
         passes=passes(p, c),
+        swap_ab=as_cpp(c.swap_ab),
         warpgroups=c.warpgroups,
         splits=c.split_k,
         scale_slots=memory.scale_slots,
@@ -146,12 +148,16 @@ def described(p: object, c: GemmConfig) -> tuple[tuple[str, object], ...]:
     return (("problem", str(p)), *((field, getattr(c, field)) for field in shown))
 
 
+B_POLICY = "jdg::ptx::l2_policy(b_once)"
+
+
 def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
     """The source of the kernel that runs `c` on `p`; equal for all shapes whose D is aligned alike."""
     a, b = sides(p)
     rows, cols = (b, a) if c.swap_ab else (a, b)
     operands = [f"&{rows.name}_map", f"&{cols.name}_map", rows.scale_map, cols.scale_map, "k_blocks"]
     operands += [f"batched_{side.name}{of}" for of in ("", "_scales") for side in (rows, cols)]
+    operands += [B_POLICY]
     name = kernel_name(p, c)
     text = _TEXT.format(
         header="gemm_small_m" if c.swap_ab else "gemm",
@@ -179,4 +185,5 @@ INTEGERS = (
     "batched_a_scales",
     "batched_b_scales",
     "batched_c",
+    "b_once",
 )
