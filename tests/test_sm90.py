@@ -361,11 +361,24 @@ def test_every_candidate_is_legal(p: GemmProblem, num_sms: int) -> None:
 
 @pytest.mark.parametrize(
     ("m", "n", "k", "once"),
-    [(1, 4096, 2048, 1), (256, 4096, 2048, 1), (257, 4096, 2048, 0), (1, 4096, 512, 0)],
+    [
+        (1, 4096, 2048, True),
+        (256, 4096, 2048, True),
+        (257, 4096, 2048, False),
+        (1, 4096, 512, False),
+        (1, 65536, 4096, False),
+    ],
 )
-def test_weights_that_meet_few_rows_need_not_stay_in_l2(m: int, n: int, k: int, once: int) -> None:
-    launch = planned(problem("bf16", m, n, k), H200)
-    assert launch.params[-1].value == once
+def test_weights_that_meet_few_rows_need_not_stay_in_l2(m: int, n: int, k: int, once: bool) -> None:
+    p = problem("bf16", m, n, k)
+    assert p.b_once == once
+    assert ("once" in kernel_name(p, choose(p, H200)).split("_")) == once
+
+
+def test_weights_that_a_batch_shares_stay_in_l2() -> None:
+    batch = problem("bf16", 1, batches=3)
+    assert dataclasses.replace(batch, batched=(True, True)).b_once
+    assert not dataclasses.replace(batch, batched=(True, False)).b_once
 
 
 def test_persistent_grid_is_one_block_per_sm_at_most() -> None:

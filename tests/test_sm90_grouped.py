@@ -191,7 +191,7 @@ def test_rows_plan() -> None:
     launch = planned(kernel.m_grouped_fp8_gemm, ins, shape(512, 384), layout="sizes", expected_m=60)
     maps = [param for param in launch.params if isinstance(param, TensorMap)]
     assert [m.dims for m in maps] == [(256, 512, 1), (256, 384, 6), (4, 512, 1), (4, 3, 6), (384, 512, 1)]
-    m, n, k_blocks, _, total, here, _, extent, _ = scalars(launch)
+    m, n, k_blocks, _, total, here, _, extent = scalars(launch)
     assert (m, n, k_blocks, total, here, extent) == (512, 384, 2, 24, 6, 512)
     assert [p.index for p in launch.params if isinstance(p, Operand)] == [4, 5]
 
@@ -210,7 +210,7 @@ def test_inner_plan_has_a_block_of_scales_per_box() -> None:
     launch = planned(kernel.k_grouped_fp8_gemm, ins, shape(5, 256, 384, dtype=F32), layout="sizes")
     maps = [param for param in launch.params if isinstance(param, TensorMap)]
     assert [m.box[1] for m in maps[2:4]] == [1, 1]
-    assert scalars(launch)[-2] == 1024
+    assert scalars(launch)[-1] == 1024
 
 
 def test_masked_weights_are_used_in_turn() -> None:
@@ -218,15 +218,15 @@ def test_masked_weights_are_used_in_turn() -> None:
     launch = planned(
         kernel.m_masked_bf16_gemm, ins, shape(2, 6, 64, 384), batch=(True, False, True), form="nt"
     )
-    assert scalars(launch)[5:] == [12, 6, 64, 0]
+    assert scalars(launch)[5:] == [12, 6, 64]
 
 
-@pytest.mark.parametrize(("rows", "k", "once"), [(20, 4096, 1), (20, 1024, 0), (192, 4096, 0)])
-def test_weights_that_meet_few_rows_need_not_stay_in_l2(rows: int, k: int, once: int) -> None:
+@pytest.mark.parametrize(("rows", "k", "once"), [(20, 4096, True), (20, 1024, False), (192, 4096, False)])
+def test_weights_that_meet_few_rows_need_not_stay_in_l2(rows: int, k: int, once: bool) -> None:
     ins = [shape(6, 1024, k), shape(6, 384, k), shape(6, dtype=I32)]
     out = shape(6, 1024, 384)
     launch = planned(kernel.m_masked_bf16_gemm, ins, out, form="nt", expected_m=rows)
-    assert scalars(launch)[-1] == once
+    assert ("once" in launch.kernel.name.split("_")) == once
 
 
 def test_precompile_takes_grouped_problems() -> None:

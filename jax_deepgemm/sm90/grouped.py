@@ -29,13 +29,11 @@ from jax_deepgemm.sm90.plan import (
     GemmOperands,
     copy_of_c,
     matrix_map,
-    reads_b_once,
     result_map,
     scale_maps,
     stripe_height,
 )
 from jax_deepgemm.sm90.source import (
-    B_POLICY,
     as_cpp,
     config_text,
     described,
@@ -53,6 +51,7 @@ _ENUM = {ROWS: "kRows", MASKED_ROWS: "kMaskedRows", INNER: "kInner", MASKED_INNE
 _SHORT = {ROWS: "m_grouped", MASKED_ROWS: "m_masked", INNER: "k_grouped", MASKED_INNER: "k_masked"}
 _SPREAD = tuple(0.7 + 0.05 * i for i in range(13))  # of group sizes around the expected one
 _SEGMENT_BYTES = 16
+_FEW_ROWS = 64  # of a group: about one SM reads each of its weights
 _MAX_SEGMENTS = 2048  # a tile's record has 12 bits for its segment, ...
 _MAX_N = 1 << 22  # ... and 19 for its column, in eights
 
@@ -118,6 +117,7 @@ class GroupedProblem:
             add_c=self.add_c,
             b_scales=self.b_scales,
             table_bytes=(self.capacity + head_end_and_totals) * _SEGMENT_BYTES,
+            weights=self.groups if not self.inner and self.expected <= _FEW_ROWS else 0,
         )
 
     @property
@@ -278,7 +278,6 @@ _INTEGERS = (
     "here",
     "weights",
     "extent",
-    "b_once",
 )
 
 
@@ -301,7 +300,7 @@ def grouped_source(p: GroupedProblem, c: GemmConfig) -> KernelSource:
     masked = p.grouping in (MASKED_ROWS, MASKED_INNER)
     batched_a, batched_b = int(masked), int(masked or p.grouping == ROWS)
     operands = ["&a_map", "&b_map", a.scale_map, b.scale_map, "k_blocks"]
-    operands += [*(str(flag) for flag in (batched_a, batched_b, batched_a, batched_b)), B_POLICY]
+    operands += [str(flag) for flag in (batched_a, batched_b, batched_a, batched_b)]
     parameters = [*leading_parameters(p.gemm, c), "const int* sizes"]
     parameters += ["const int* offset"] if _has_offset(p) else []
     name = grouped_name(p, c)
@@ -357,7 +356,6 @@ def grouped_plan(
         "here": p.groups,
         "weights": p.weights,
         "extent": p.k if p.inner else p.m,
-        "b_once": int(not p.inner and p.expected <= 64 and reads_b_once(p.gemm, p.groups)),
     }
     most_rows = ceil_div(p.rows_bound, c.block_m) + (p.segments + 1 if p.grouping == ROWS else p.groups)
     launch = Launch(

@@ -13,13 +13,13 @@ struct Config {{
   using Mma = ::Mma;
   using Out = {out};
   static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
-  static constexpr bool SWAP_AB = {swap_ab};
   static constexpr int PASSES = {passes}, SPLITS = {splits};
   static constexpr int WARPGROUPS = {warpgroups}, SCALE_SLOTS = {scale_slots};
   static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging};
   static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
   static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, MASK_K = {mask_k};
+  static constexpr bool ROWS_ONCE = {rows_once}, COLS_ONCE = {cols_once};
   static constexpr bool ADD = {add}, REDUCE = {reduce}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
   static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
 }};
@@ -49,6 +49,7 @@ def kernel_name(p: GemmProblem, c: GemmConfig) -> str:
     parts += [f"x{c.blocks_per_sm}"] if c.blocks_per_sm > 1 else []
     parts += ["sb1"] if p.b_scales == "vector" else []
     parts += ["f32"] if p.out == "float32" else []
+    parts += ["once"] if p.b_once else []
     parts += ["acc" if p.reduces else "add"] if p.add_c else []
     if not c.swap_ab:
         parts += ["odd"] if p.n % 2 else [] if tma_store(p, c) else ["unaligned"]
@@ -89,7 +90,6 @@ def config_text(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k
         block_k=p.block_k,
         stages=c.stages,
         passes=passes(p, c),
-        swap_ab=as_cpp(c.swap_ab),
         warpgroups=c.warpgroups,
         splits=c.split_k,
         scale_slots=memory.scale_slots,
@@ -102,6 +102,8 @@ def config_text(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k
         rows_k_major=as_cpp(rows.k_major),
         cols_k_major=as_cpp(cols.k_major),
         mask_k=as_cpp(mask_k),
+        rows_once=as_cpp(p.b_once and c.swap_ab),
+        cols_once=as_cpp(p.b_once and not c.swap_ab),
         add=as_cpp(reads_c(p)),
         reduce=as_cpp(p.reduces),
         tma_store=as_cpp(tma_store(p, c)),
@@ -148,16 +150,12 @@ def described(p: object, c: GemmConfig) -> tuple[tuple[str, object], ...]:
     return (("problem", str(p)), *((field, getattr(c, field)) for field in shown))
 
 
-B_POLICY = "jdg::ptx::l2_policy(b_once)"
-
-
 def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
     """The source of the kernel that runs `c` on `p`; equal for all shapes whose D is aligned alike."""
     a, b = sides(p)
     rows, cols = (b, a) if c.swap_ab else (a, b)
     operands = [f"&{rows.name}_map", f"&{cols.name}_map", rows.scale_map, cols.scale_map, "k_blocks"]
     operands += [f"batched_{side.name}{of}" for of in ("", "_scales") for side in (rows, cols)]
-    operands += [B_POLICY]
     name = kernel_name(p, c)
     text = _TEXT.format(
         header="gemm_small_m" if c.swap_ab else "gemm",
@@ -185,5 +183,4 @@ INTEGERS = (
     "batched_a_scales",
     "batched_b_scales",
     "batched_c",
-    "b_once",
 )

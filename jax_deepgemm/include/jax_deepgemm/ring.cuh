@@ -212,33 +212,19 @@ struct Operands {
   const TensorMap* col_scales;  // FP8 only
   int k_blocks;
   int batched_rows, batched_cols, batched_row_scales, batched_col_scales;  // 0 or 1
-  u64 b_policy;                                                            // B's lines in L2
 };
 
-// `policy` is what ptx::l2_policy gave, or missing.
-template <class C, bool K_MAJOR, int EXTENT, class... Policy>
+template <class C, bool K_MAJOR, int EXTENT, bool ONCE>
 __device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32 bar, int first, int k,
-                                             int batch, Policy... policy) {
+                                             int batch) {
+  constexpr auto load = ONCE ? ptx::tma_load_once : ptx::tma_load;
   if constexpr (K_MAJOR) {
-    ptx::tma_load(slot, map, bar, k, first, batch, policy...);
+    load(slot, map, bar, k, first, batch);
   } else {
 #pragma unroll
     for (int slab = 0; slab < ceil_div(EXTENT, 64); ++slab)
-      ptx::tma_load(slot + slab * 64 * kSlotRowBytes, map, bar, first + slab * 64, k, batch, policy...);
+      load(slot + slab * 64 * kSlotRowBytes, map, bar, first + slab * 64, k, batch);
   }
-}
-
-template <class C, class... Policy>
-__device__ __forceinline__ void load_rows(const Position<C>& at, const Operands& in, const Tile& tile, int k,
-                                          Policy... policy) {
-  load_operand<C, C::ROWS_K_MAJOR, C::ROWS>(at.rows(), *in.rows, at.full(), tile.row, k,
-                                            tile.batch * in.batched_rows, policy...);
-}
-template <class C, class... Policy>
-__device__ __forceinline__ void load_cols(const Position<C>& at, const Operands& in, const Tile& tile, int k,
-                                          Policy... policy) {
-  load_operand<C, C::COLS_K_MAJOR, C::COLS>(at.cols(), *in.cols, at.full(), tile.col, k,
-                                            tile.col_batch * in.batched_cols, policy...);
 }
 
 template <class C>
@@ -279,13 +265,10 @@ __device__ __forceinline__ void load_block(Position<C>& at, const Operands& in, 
   const int k = tile.k_first + kb * C::BLOCK_K;
   ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
   ptx::mbarrier_expect_bytes(at.full(), L::kSlotBytes + (SCALES ? L::kScaleBytes : 0));
-  if constexpr (C::SWAP_AB) {
-    load_rows<C>(at, in, tile, k, in.b_policy);
-    load_cols<C>(at, in, tile, k);
-  } else {
-    load_rows<C>(at, in, tile, k);
-    load_cols<C>(at, in, tile, k, in.b_policy);
-  }
+  load_operand<C, C::ROWS_K_MAJOR, C::ROWS, C::ROWS_ONCE>(at.rows(), *in.rows, at.full(), tile.row, k,
+                                                          tile.batch * in.batched_rows);
+  load_operand<C, C::COLS_K_MAJOR, C::COLS, C::COLS_ONCE>(at.cols(), *in.cols, at.full(), tile.col, k,
+                                                          tile.col_batch * in.batched_cols);
   if constexpr (SCALES) {
     load_scales<C>(at, in, tile, k / C::BLOCK_K);
     at.advance_scales();
