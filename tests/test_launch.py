@@ -179,6 +179,17 @@ def test_labels_are_utf8(label):
         assert answer["label"] == text
 
 
+def test_plans_of_the_version_before_are_read():
+    def in_version_1(plan):
+        data = bytearray(encode(plan))
+        data[4:6] = struct.pack("<H", 1)
+        return bytes(data)
+
+    assert decode(in_version_1(sample_plan()))["steps"] == expected(sample_plan())["steps"]
+    with pytest.raises(ValueError, match="step tag is 3, need 1 to 2"):
+        decode(in_version_1(LaunchPlan((Copy(Operand(0), Result(0), 16),))))
+
+
 def test_a_huge_count_allocates_nothing():
     body = struct.pack("<HHHH", 0, 0, 0, 0xFFFF)
     with pytest.raises(ValueError, match="step count is 65535, need 1 to 256"):

@@ -210,6 +210,10 @@ def test_inner_plan_has_a_block_of_scales_per_box() -> None:
     launch = planned(kernel.k_grouped_fp8_gemm, ins, shape(5, 256, 384, dtype=F32), layout="sizes")
     maps = [param for param in launch.params if isinstance(param, TensorMap)]
     assert [m.box[1] for m in maps[2:4]] == [1, 1]
+    for out in (jnp.float32, jnp.bfloat16):
+        ins[-1] = result = shape(5, 256, 384, dtype=out)
+        plan = kernel.k_grouped_fp8_gemm(ins, [result], batch=None, chip=H200, layout="sizes")
+        assert [type(step) for step in plan.steps] == [Copy] * (out == jnp.float32) + [Launch]
     assert scalars(launch)[-1] == 1024
 
 
@@ -227,6 +231,14 @@ def test_weights_that_meet_few_rows_need_not_stay_in_l2(rows: int, k: int, once:
     out = shape(6, 1024, 384)
     launch = planned(kernel.m_masked_bf16_gemm, ins, out, form="nt", expected_m=rows)
     assert ("once" in launch.kernel.name.split("_")) == once
+
+
+def test_weights_that_groups_share_stay_in_l2() -> None:
+    few: dict[str, Any] = {"groups": 8, "segments": 8, "expected": 20}
+    assert problem("masked_rows", **few, weights=8).gemm.b_once
+    assert not problem("masked_rows", **few, weights=1).gemm.b_once
+    assert problem(**few).gemm.b_once
+    assert not problem(**few | {"segments": 64}, segmented=True).gemm.b_once
 
 
 def test_precompile_takes_grouped_problems() -> None:

@@ -345,7 +345,7 @@ class Memset:
 
 @dataclass(frozen=True)
 class Copy:
-    """Copies `num_bytes` bytes in stream order; nothing where both buffers are the same memory.
+    """Copies `num_bytes` bytes in stream order; nothing where both are at one address.
 
     For kernels that update in place: XLA gives an operand's buffer to the result that it is aliased with, but
     not where it hands the custom call a slice of a larger buffer.

@@ -58,7 +58,7 @@ def fp8_gemm_nt(
         128)] (block (128, 128)) or [n, ceil(k / 128)] (block (1, 128)). Of a bare tuple, the scales' shape
         tells which.
       c: optional [m, n] in out_dtype; its buffer becomes the result's if it is donated or not used again.
-        In float32 it is added by the memory system, for which subnormal numbers are zero.
+        In float32 it may be added by the memory system, for which subnormal numbers are zero.
       out_dtype: bfloat16 or float32; one rounding, to nearest even, after float32 accumulation.
       config: a GemmConfig to use instead of the cost model's choice.
       out_sharding: the result's sharding on a mesh with Explicit axes; needed there if k is cut.
@@ -208,7 +208,7 @@ def bf16_gemm_nt(
       a: [m, k] bfloat16.
       b: [n, k] bfloat16.
       c: optional [m, n] in out_dtype; its buffer becomes the result's if it is donated or not used again.
-        In float32 it is added by the memory system, for which subnormal numbers are zero.
+        In float32 it may be added by the memory system, for which subnormal numbers are zero.
       out_dtype: bfloat16 or float32; one rounding, to nearest even, after C was added in float32.
       config: a GemmConfig to use instead of the cost model's choice.
       out_sharding: the result's sharding on a mesh with Explicit axes; needed there if k is cut.

@@ -373,7 +373,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
       b: the same, [n, k].
       group_sizes: int32 [g]: columns of each group, one group after the other. Their sum may be less than k.
       c: optional [g, m, n] in out_dtype; its buffer becomes the result's if it is donated or not used again.
-        In float32 it is added by the memory system, for which subnormal numbers are zero.
+        In float32 it may be added by the memory system, for which subnormal numbers are zero.
       num_groups: groups of the result, static, with group_offset; None: all of group_sizes.
       group_offset: int32 number, [] or [1]: the first of the result's groups among those of group_sizes.
       out_dtype: float32 or bfloat16; one rounding, to nearest even, after C was added in float32.

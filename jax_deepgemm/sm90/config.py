@@ -109,8 +109,9 @@ class GemmProblem:
     def b_once(self) -> bool:
         """Whether B's lines may be the first to leave L2: weights that meet few rows, and so few SMs.
 
-        Measured on an H200: 3 to 15 % less time where L2 is full of dirty lines, no difference where it is
-        not. With short k it costs up to 7 %, with the largest weights 2 %.
+        Measured on an H200: up to 16 % less time where L2 is full of dirty lines; where it is not, within
+        2 %, but 2 to 3 % more at k = 1536. With shorter k it costs up to 8 %, with the largest weights up to
+        3.5 %.
         """
         b = 2 if self.is_fp8 else 1
         shared = self.batches > 1 and not all(self.batched[b : b + 1])

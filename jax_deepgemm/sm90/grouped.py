@@ -117,8 +117,15 @@ class GroupedProblem:
             add_c=self.add_c,
             b_scales=self.b_scales,
             table_bytes=(self.capacity + head_end_and_totals) * _SEGMENT_BYTES,
-            weights=self.groups if not self.inner and self.expected <= _FEW_ROWS else 0,
+            weights=self._weights_read_once,
         )
+
+    @property
+    def _weights_read_once(self) -> int:
+        """How many matrices B there are, or 0 where several groups share them or a group has many rows."""
+        held = self.weights if self.grouping == MASKED_ROWS else self.groups
+        uses = self.segments if self.segmented else self.groups
+        return held if not self.inner and self.expected <= _FEW_ROWS and uses <= 2 * held else 0
 
     @property
     def rows_bound(self) -> int:

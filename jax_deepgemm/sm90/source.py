@@ -41,7 +41,8 @@ _SCALES = {"vector": "kVector", "slices": "kSlices", "block": "kBlock", "none": 
 
 
 def kernel_name(p: GemmProblem, c: GemmConfig) -> str:
-    """The name that profilers show: operand types, layout, tile, stages; shapes are run-time parameters."""
+    """The name that profilers show: operand types, layout, tile, stages; shapes are run-time parameters,
+    but for D's alignment and `b_once`."""
     types = p.a if p.a == p.b else f"{p.a}_{p.b}"
     parts = ["jdg_sm90", types, p.layout, f"{c.block_m}x{c.block_n}", f"s{c.stages}"]
     parts += [f"d{c.slabs}"] if c.slabs else []
@@ -151,7 +152,8 @@ def described(p: object, c: GemmConfig) -> tuple[tuple[str, object], ...]:
 
 
 def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
-    """The source of the kernel that runs `c` on `p`; equal for all shapes whose D is aligned alike."""
+    """The source of the kernel that runs `c` on `p`; equal for all shapes whose D is aligned alike and whose
+    B is equally `b_once`."""
     a, b = sides(p)
     rows, cols = (b, a) if c.swap_ab else (a, b)
     operands = [f"&{rows.name}_map", f"&{cols.name}_map", rows.scale_map, cols.scale_map, "k_blocks"]

@@ -8,7 +8,8 @@
 //
 // D = C + product:
 //   float32, C in D's memory   TMA (or red) adds the product to it in L2; C never enters an SM
-//   otherwise                  an FP8 accumulator begins with C, a BF16 one meets it here
+//   otherwise                  an FP8 accumulator begins with C, a BF16 one meets it here (gemm_small_m.cuh:
+//                              where partial products are summed)
 // Each element meets one addition, so that bits do not depend on the order of tiles.
 //
 // Hazard: slabs are written by ordinary stores and read by TMA: fence.proxy.async between (PTX ISA 9.7.9.25).

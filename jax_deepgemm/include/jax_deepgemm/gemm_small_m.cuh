@@ -8,11 +8,12 @@
 //   rank r of the cluster multiplies quads of k [r Q / SPLITS, (r + 1) Q / SPLITS)
 //   -> float32 partial [token][ROWS + 4] over the ring (every slot has been read)
 //   cluster barrier
-//   -> rank r adds slice r of all partials, in rank order, + C, rounds once, stores
+//   -> rank r adds slice r of all partials, in rank order, + C, rounds once, stores;
+//      where D has C's memory: adds there
 //   cluster barrier: nobody leaves while peers read its memory
 //
-// The partial is token-major, so that row-major D is written in whole lines and the sum needs no atomics:
-// equal bits every time.
+// The partial is token-major, so that row-major D is written in whole lines and the sum over ranks needs no
+// atomics: equal bits every time.
 #pragma once
 
 #include <jax_deepgemm/epilogue.cuh>

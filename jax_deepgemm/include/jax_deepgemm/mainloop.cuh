@@ -146,6 +146,7 @@ struct Fp8Loop : PlainLoop<C> {
   // the multiplication is issued, otherwise by promotion.
   static constexpr int kFactors = kRowVector ? C::COLS / 2 : 2 * kGroups;
   static constexpr bool kFactorsEarly = kColVector && C::COLS + kFactors <= C::REGISTERS - 40;
+  static_assert(!C::MASK_K, "begin() multiplies a slot as it is");
   static_assert(C::PASSES == 1 || (C::COL_SCALES == Scale::kBlock && kWidth % 128 == 0), "whole blocks");
 
   const Fragment mine;

@@ -61,7 +61,6 @@ struct Layout {
   static constexpr int kBlocks = kBlocksOfRows                    ? 1
                                  : C::COL_SCALES == Scale::kBlock ? touched_blocks(C::COLS)
                                                                   : 0;  // 128-blocks that have a scale
-
   static constexpr u32 kBlockScaleBytes = align_up(kBlocks * kQuad * 4, 128);
   static_assert(!kBlocksOfRows || 128 % C::ROWS == 0, "all of a tile's rows are in one 128-block");
   static_assert(kSliced == (C::COL_SCALES == Scale::kSlices), "both operands store their scales alike");

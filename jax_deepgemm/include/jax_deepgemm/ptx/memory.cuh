@@ -1,4 +1,4 @@
-// Loads, stores, conversions and register re-allocation.
+// Loads, stores, reductions, conversions and register re-allocation.
 #pragma once
 
 #include <jax_deepgemm/ptx/types.cuh>

@@ -1,4 +1,4 @@
-// Bulk tensor copies, global to shared memory (PTX ISA 9.7.9.25).
+// Bulk tensor copies between global and shared memory, and reductions into global memory (PTX ISA 9.7.9.25).
 #pragma once
 
 #include <jax_deepgemm/ptx/types.cuh>
