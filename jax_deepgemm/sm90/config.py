@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _SLOT_ROW_BYTES = 128  # bytes of k in one slot of the ring: 128 FP8 or 64 BF16 elements
 _QUAD = 4  # blocks of k whose scales travel together
-_SLAB_BYTES = 1024  # 8 rows of 128 bytes of D on their way to TMA
+SLAB_ROWS, SLAB_ROW_BYTES = 8, 128  # a piece of D on its way to TMA
 _MAX_SLABS = 8  # enough to drain behind the next tile; more would cost slots of the ring
 _RESERVED_BYTES = 1024  # what the system takes of an SM's shared memory for each resident block
 _MAX_STAGES = 16
@@ -240,7 +240,7 @@ class SharedMemory:
 
 def tma_store(p: GemmProblem, c: GemmConfig) -> bool:
     """Whether D leaves through TMA: from the persistent kernel, if its rows are 16-byte aligned."""
-    width = _SLOT_ROW_BYTES // p.out_bytes
+    width = SLAB_ROW_BYTES // p.out_bytes
     return not c.swap_ab and p.n * p.out_bytes % 16 == 0 and c.cols >= width
 
 
@@ -263,7 +263,7 @@ def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     scale_slot += align_up(c.cols * 4 * step, 128) if col_vector else 0
     if p.b_scales == "block":
         scale_slot += align_up(scale_blocks(c) * 4 * step, 128)
-    staging = 4 * c.warpgroups * c.slabs * _SLAB_BYTES
+    staging = 4 * c.warpgroups * c.slabs * SLAB_ROWS * SLAB_ROW_BYTES
     return SharedMemory(
         (height + width) * _SLOT_ROW_BYTES, scale_slot, staging, c.stages, step, p.table_bytes
     )
@@ -293,7 +293,7 @@ def fit_stages(p: GemmProblem, c: GemmConfig, chip: Chip, limit: int = _MAX_STAG
 def _slab_choices(p: GemmProblem, c: GemmConfig) -> list[int]:
     if not tma_store(p, c):
         return [0]
-    whole = c.cols * p.out_bytes // 128 * 2
+    whole = c.cols * p.out_bytes // SLAB_ROW_BYTES * (16 // SLAB_ROWS)  # of a warp's 16 rows
     return [n for n in range(min(whole, _MAX_SLABS), 0, -2) if whole % n == 0]
 
 
@@ -322,7 +322,7 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
 
 
 def _widest(p: GemmProblem, c: GemmConfig) -> int:
-    """Widest tile whose accumulator, product and scales fit in registers (no spill, as ptxas reports)."""
+    """Widest tile that is allowed; all candidates fit in registers, others of 192 rows may spill."""
     if c.swap_ab:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
     if not p.is_fp8:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Result, Scalar
+from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Scalar
 from jax_deepgemm.jit import KernelSource, compile_kernel
 from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import (
@@ -28,10 +28,9 @@ from jax_deepgemm.sm90.cost import START, Cost, kind_of, per_block
 from jax_deepgemm.sm90.plan import (
     GemmOperands,
     copy_of_c,
-    matrix_map,
-    result_map,
-    scale_maps,
+    pointers,
     stripe_height,
+    tensor_maps,
 )
 from jax_deepgemm.sm90.source import (
     as_cpp,
@@ -345,15 +344,9 @@ def grouped_plan(
     if broken:
         rules = "; ".join(broken)
         raise ValueError(f"config {c} cannot run {p}: {rules}. Leave config=None to have one chosen.")
-    maps = [matrix_map(p.gemm, x.a, p.gemm.a_k_major, c.block_m)]
-    maps += [matrix_map(p.gemm, x.b, p.gemm.b_k_major, c.block_n)]
-    maps += scale_maps(p.gemm, c, x)
-    if tma_store(p.gemm, c):
-        lead = () if p.grouping == ROWS else (p.groups,)
-        maps.append(result_map(p.gemm, (*lead, p.m, p.n)))
-    addend = [Operand(x.c.index)] if x.c and reads_c(p.gemm) else []
-    pointers: list[Operand | Result] = [Result(0), *addend, sizes]
-    pointers += [offset] if _has_offset(p) and offset is not None else []
+    lead = () if p.grouping == ROWS else (p.groups,)
+    maps = tensor_maps(p.gemm, c, x, (*lead, p.m, p.n))
+    groups = [sizes, *([offset] if _has_offset(p) and offset is not None else [])]
     integers = {
         "m": p.m,
         "n": p.n,
@@ -364,12 +357,13 @@ def grouped_plan(
         "weights": p.weights,
         "extent": p.k if p.inner else p.m,
     }
+    scalars = (Scalar(integers[name], "int32") for name in _INTEGERS)
     most_rows = ceil_div(p.rows_bound, c.block_m) + (p.segments + 1 if p.grouping == ROWS else p.groups)
     launch = Launch(
         kernel=compile_kernel(grouped_source(p, c), arch=chip.arch),
         grid=(min(most_rows * ceil_div(p.n, c.block_n), chip.num_sms), 1, 1),
         block=c.threads,
-        params=(*maps, *pointers, *(Scalar(integers[name], "int32") for name in _INTEGERS)),
+        params=(*maps, *pointers(p.gemm, x), *groups, *scalars),
         shared_memory=shared_memory(p.gemm, c).total,
     )
     return LaunchPlan((*copy_of_c(p.gemm, x.c, p.groups), launch), label=str(p))

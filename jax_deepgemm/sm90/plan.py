@@ -8,6 +8,8 @@ from jax_deepgemm.core.launch import Copy, Launch, LaunchPlan, Operand, Result, 
 from jax_deepgemm.jit import compile_kernel
 from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import (
+    SLAB_ROW_BYTES,
+    SLAB_ROWS,
     GemmConfig,
     GemmProblem,
     ceil_div,
@@ -17,8 +19,6 @@ from jax_deepgemm.sm90.config import (
     tma_store,
 )
 from jax_deepgemm.sm90.source import INTEGERS, kernel_source, reads_c, sides
-
-_SLAB_ROWS, _SLAB_ROW_BYTES = 8, 128
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,6 @@ def matrix_map(p: GemmProblem, x: MatrixOperand, k_major: bool, tile: int) -> Te
     return tensor_map(Operand(x.index), x.shape, dtype, size, box, 128)
 
 
-def result_map(p: GemmProblem, shape: tuple[int, ...]) -> TensorMap:
-    """D, whose boxes are slabs of the epilogue."""
-    box = (_SLAB_ROW_BYTES // p.out_bytes, _SLAB_ROWS)
-    return tensor_map(Result(0), shape, p.out, p.out_bytes, box, 128)
-
-
 def scale_maps(p: GemmProblem, c: GemmConfig, x: GemmOperands) -> list[TensorMap]:
     """Of A's and B's scales: a box is what a tile needs for a quad of blocks of k (slices: for one block)."""
     maps = []
@@ -74,6 +68,21 @@ def scale_maps(p: GemmProblem, c: GemmConfig, x: GemmOperands) -> list[TensorMap
             box = (tile, 1) if side.scales == "slices" else quad
             maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, box, 0))
     return maps
+
+
+def tensor_maps(p: GemmProblem, c: GemmConfig, x: GemmOperands, result: tuple[int, ...]) -> list[TensorMap]:
+    """Of A, B, their scales, and D, whose boxes are slabs of the epilogue: as `leading_parameters` has it."""
+    maps = [matrix_map(p, x.a, p.a_k_major, c.block_m), matrix_map(p, x.b, p.b_k_major, c.block_n)]
+    maps += scale_maps(p, c, x)
+    if tma_store(p, c):
+        box = (SLAB_ROW_BYTES // p.out_bytes, SLAB_ROWS)
+        maps.append(tensor_map(Result(0), result, p.out, p.out_bytes, box, 128))
+    return maps
+
+
+def pointers(p: GemmProblem, x: GemmOperands) -> list[Operand | Result]:
+    """D, and C where the kernel reads it."""
+    return [Result(0), *([Operand(x.c.index)] if x.c and reads_c(p) else [])]
 
 
 def copy_of_c(p: GemmProblem, c: MatrixOperand | None, matrices: int) -> list[Copy]:
@@ -99,12 +108,8 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
     if broken:
         rules = "; ".join(broken)
         raise ValueError(f"config {c} cannot run {p}: {rules}. Leave config=None to have one chosen.")
-    maps = [matrix_map(p, x.a, p.a_k_major, c.block_m), matrix_map(p, x.b, p.b_k_major, c.block_n)]
-    maps += scale_maps(p, c, x)
-    if tma_store(p, c):
-        maps.append(result_map(p, (*((p.batches,) if p.batches > 1 else ()), p.m, p.n)))
-    addend = [Operand(x.c.index)] if x.c and reads_c(p) else []
-    pointers: list[Operand | Result] = [Result(0), *addend]
+    batch = (p.batches,) if p.batches > 1 else ()
+    maps = tensor_maps(p, c, x, (*batch, p.m, p.n))
     integers = {
         "m": p.m,
         "n": p.n,
@@ -122,7 +127,7 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
         kernel=compile_kernel(kernel_source(p, c), arch=chip.arch),
         grid=(tiles * c.split_k if c.swap_ab else min(tiles, chip.num_sms), 1, 1),
         block=c.threads,
-        params=(*maps, *pointers, *(Scalar(integers[name], "int32") for name in INTEGERS)),
+        params=(*maps, *pointers(p, x), *(Scalar(integers[name], "int32") for name in INTEGERS)),
         cluster=c.split_k,
         shared_memory=shared_memory(p, c).total,
     )
