@@ -15,7 +15,15 @@ from jax import lax
 
 from jax_deepgemm.bench.floors import SMALL_M
 from jax_deepgemm.bench.machine import ClockLog
-from jax_deepgemm.bench.rows import COMPILE_THREADS, KERNEL_PREFIX, Compiled, compile_job, figures, names
+from jax_deepgemm.bench.rows import (
+    COMPILE_THREADS,
+    KERNEL_PREFIX,
+    Compiled,
+    accumulator,
+    compile_job,
+    figures,
+    names,
+)
 from jax_deepgemm.bench.timing import READ_FLUSH_BYTES, Job, read_flusher, time_jobs
 
 ROWS_OF_A = (1, 16, 64, 128, 256, 1024, 4096, 8192)
@@ -100,11 +108,6 @@ def product(problem: Problem) -> Callable[..., jax.Array]:
     return jax_deepgemm.fp8_gemm_nt
 
 
-def accumulator(problem: Problem) -> int | None:
-    """Which argument of `product` D takes the place of."""
-    return 2 if problem.kind == "fp8_wgrad" else None
-
-
 def baseline(problem: Problem) -> Callable[..., jax.Array]:
     """Returns the same product as XLA has it (on a GPU by cuBLASLt); FP8 is multiplied without scales."""
     out = jnp.float32 if problem.kind == "fp8_wgrad" else jnp.bfloat16
@@ -159,7 +162,7 @@ def _measure_group(
     padded = [_with_rows(drawn, problem, _baseline_rows(problem)) for problem in group]
     ours, theirs = names("jdg_row", group), names("baseline_row", group)
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-        compiling = functools.partial(compile_job, carry=accumulator(group[0]))
+        compiling = functools.partial(compile_job, carry=accumulator(group[0].kind))
         waiting = list(pool.map(compiling, map(product, group), ours, arguments))
     # One at a time, as XLA picks cuBLASLt's algorithm by timing it on the GPU.
     compiled = {

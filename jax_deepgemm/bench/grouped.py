@@ -26,7 +26,15 @@ from jax import lax
 
 from jax_deepgemm.bench.dense import first_rows
 from jax_deepgemm.bench.machine import ClockLog
-from jax_deepgemm.bench.rows import COMPILE_THREADS, KERNEL_PREFIX, Compiled, compile_job, figures, names
+from jax_deepgemm.bench.rows import (
+    COMPILE_THREADS,
+    KERNEL_PREFIX,
+    Compiled,
+    accumulator,
+    compile_job,
+    figures,
+    names,
+)
 from jax_deepgemm.bench.timing import Job, Timing, time_jobs
 
 NK = ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))
@@ -229,11 +237,6 @@ def product(problem: Problem) -> Callable[..., jax.Array]:
     return lambda a, b, c, sizes: inner(a, b, sizes, c, out_dtype=jnp.float32)
 
 
-def accumulator(problem: Problem) -> int | None:
-    """Which argument of `product` D takes the place of."""
-    return 2 if problem.table == "k_grouped" else None
-
-
 # Measuring ------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +266,7 @@ def measure_group(
     on_gpu = jax.default_backend() == "gpu"
     ours = names("jdg_grouped", group)
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-        compiling = functools.partial(compile_job, carry=accumulator(group[0]))
+        compiling = functools.partial(compile_job, carry=accumulator(group[0].table))
         compiled = list(pool.map(compiling, map(product, group), ours, drawn))
     prefix = KERNEL_PREFIX if on_gpu else ""
     jobs = [Job(name, each.run, prefix) for name, each in zip(ours, compiled, strict=True) if each.run]

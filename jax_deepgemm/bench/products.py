@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_deepgemm.bench import dense, grouped, shapes
+from jax_deepgemm.bench.rows import accumulator
 from jax_deepgemm.jit.cli import Shape, traceable
 
 _PERIOD = 1_000_003  # elements after which operands repeat: a prime, so that rows differ
@@ -53,10 +54,10 @@ def of_problem(problem: dense.Problem | grouped.Problem) -> Work:
     """
     if isinstance(problem, dense.Problem):
         operands = jax.eval_shape(lambda: dense.operands(problem))
-        return Work(str(problem), dense.product(problem), operands, dense.accumulator(problem))
+        return Work(str(problem), dense.product(problem), operands, accumulator(problem.kind))
     matrices = jax.eval_shape(lambda: grouped.operands(problem)[:-1])
     sizes = np.asarray(problem.group_sizes, np.int32)
-    return Work(str(problem), grouped.product(problem), (*matrices, sizes), grouped.accumulator(problem))
+    return Work(str(problem), grouped.product(problem), (*matrices, sizes), accumulator(problem.table))
 
 
 def of_shape(shape: Shape) -> Work:

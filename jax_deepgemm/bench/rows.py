@@ -36,6 +36,11 @@ class Compiled:
     error: str = ""
 
 
+def accumulator(table: str) -> int | None:
+    """Which argument of a table's products D takes the place of."""
+    return 2 if table in ("fp8_wgrad", "k_grouped") else None
+
+
 def compile_job(
     function: Callable[..., Any],
     name: str,
