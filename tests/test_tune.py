@@ -18,7 +18,7 @@ import pytest
 import jax_deepgemm as jdg
 from jax_deepgemm import config, introspect
 from jax_deepgemm.bench import grouped, products, tune
-from jax_deepgemm.bench.rows import Compiled
+from jax_deepgemm.bench.rows import Accumulator, Compiled, compile_job
 from jax_deepgemm.bench.timing import Job, Timing
 from jax_deepgemm.bench.trace import Measured
 from jax_deepgemm.cli import bench as cli_bench
@@ -290,9 +290,9 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, GemmConfig]]:
     first, 8 us for the second, 9 us for others, none for the last. Gives what was timed."""
     timed: list[tuple[str, GemmConfig]] = []
 
-    def compile_job(function: Any, name: str, operands: Any, carry: int | None = None) -> Compiled:
-        assert carry is None
+    def compile_job(function: Any, name: str, operands: Any, **place: Any) -> Compiled:
         [(problem, chip)] = introspect.problems(function, *operands)
+        assert place["carry"] == (2 if problem.add_c else None)
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(operands))
         tried = tuning.tuned(problem, chip)
         assert tried is not None
@@ -430,6 +430,89 @@ def test_tables_of_the_benchmark_are_problems_of_one_kernel() -> None:
         [(problem, chip)] = introspect.problems(work.function, *work.operands)
         assert chip == H200
         assert len(problem.ranked(H200)) > 1, name
+
+
+# --- C, which D takes the place of ------------------------------------------------------------------------
+
+
+def k_grouped_with_c() -> products.Work:
+    """A product whose C is the caller's."""
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.standard_normal((96, n)), jnp.bfloat16) for n in (64, 72))
+    c = jnp.asarray(rng.standard_normal((3, 64, 72)), jnp.float32)
+    add = lambda a, b, c, sizes: jdg.k_grouped_bf16_gemm_tn_contiguous(a, b, sizes, c)  # noqa: E731
+    return products.Work("k", add, (a, b, c, jnp.array([50, 0, 46], jnp.int32)), carry=2)
+
+
+def test_candidates_update_one_copy_of_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each result takes the buffer that the call is given, and the next candidate is given the result."""
+    work = k_grouped_with_c()
+    c = work.operands[2]
+    before, results, held, places = np.asarray(c), [], [], set()
+
+    def time_jobs(jobs: list[Job], **_: Any) -> dict[str, Timing]:
+        for job in jobs * 2:
+            results.append(job.run().block_until_ready())
+            places.add(results[-1].unsafe_buffer_pointer())
+            held.append(sum(x.shape == c.shape for x in jax.live_arrays() if not x.is_deleted()))
+        assert len(jobs) > 4
+        return {}
+
+    monkeypatch.setattr(tune, "time_jobs", time_jobs)
+    [outcome] = tune.sweep([work], H200, calls=1, flush=lambda: None)
+    assert {error for _, error in outcome.failed} == {"not measured"}
+    assert set(held) == {2}  # the caller's, and the copy
+    assert len(places) == 1
+    assert [x.is_deleted() for x in results] == [True] * (len(results) - 1) + [False]
+    np.testing.assert_array_equal(c, before)
+    product = work.function(*work.operands) - c
+    np.testing.assert_allclose(results[-1], before + len(results) * product, rtol=1e-4, atol=1e-2)
+
+
+def test_operands_of_a_session_count_the_copy_of_c() -> None:
+    work = k_grouped_with_c()
+    [task] = tune._tasks([work], H200)
+    assert task.bytes == sum(x.nbytes for x in work.operands) + work.operands[2].nbytes
+
+
+class LateFailure:
+    """The result of a call that failed on the device, as JAX shows it."""
+
+    def is_ready(self) -> bool:
+        return True
+
+    def block_until_ready(self) -> None:
+        raise RuntimeError("late")
+
+
+def test_c_is_copied_again_after_a_failed_call() -> None:
+    c = Accumulator(jnp.ones(4))
+    divide = lambda x: jax.pure_callback(lambda _: 1 // 0, x, x)  # noqa: E731
+    at_once = compile_job(divide, "divide", (jnp.ones(4),), carry=0, held=c)
+    assert at_once.run is not None
+    assert c.update(lambda x: x + 1).tolist() == [2] * 4
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ZeroDivisionError"):
+        jax.block_until_ready(at_once.run())
+    assert c.update(lambda x: x + 2).tolist() == [3] * 4
+    c.update(lambda x: LateFailure())  # type: ignore
+    assert c.update(lambda x: x + 3).tolist() == [4] * 4
+    assert c.update(lambda x: x + 3).tolist() == [7] * 4
+
+
+def test_the_argument_that_is_carried_has_the_type_of_the_result() -> None:
+    works = [products.of_problem(rows[-1]) for rows in products.tables().values()]
+    works += [
+        products.of_shape(products.Shape("bf16_gemm_nn", 8, 16, 24, out, add))
+        for out in ("bfloat16", "float32")
+        for add in (False, True)
+    ]
+    for work in works:
+        [(problem, _)] = introspect.problems(work.function, *work.operands)
+        assert (work.carry is not None) == problem.add_c, work.name
+        if work.carry is not None:
+            c, d = work.operands[work.carry], jax.eval_shape(work.function, *work.operands)
+            assert (c.shape, c.dtype) == (d.shape, d.dtype), work.name
+    assert sum(work.carry is not None for work in works) == 4
 
 
 WRONG_ARGUMENTS: list[tuple[list[str], str]] = [

@@ -28,7 +28,7 @@ class Work:
       name: for messages.
       function: calls one GEMM of this package, and leaves `config` open.
       operands: its arguments. Arrays are used as they are; for `jax.ShapeDtypeStruct`s see `drawn`.
-      carry: the argument that the result takes the place of, if there is one.
+      carry: the argument that the result takes the place of, if there is one; what is given is copied.
     """
 
     name: str
@@ -67,7 +67,8 @@ def of_shape(shape: Shape) -> Work:
     (256, 128)
     """
     function, *operands = traceable(shape)
-    return Work(f"{shape.op} m={shape.m} n={shape.n} k={shape.k}", function, tuple(operands))
+    name = f"{shape.op} m={shape.m} n={shape.n} k={shape.k}"
+    return Work(name, function, tuple(operands), carry=2 if shape.accumulate else None)
 
 
 def drawn(calls: Sequence[tuple[Any, ...]]) -> list[Any]:

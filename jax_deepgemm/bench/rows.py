@@ -27,6 +27,36 @@ class Work(Protocol):
     def bytes(self) -> int: ...
 
 
+class Accumulator:
+    """A copy of an array, which functions update in place one after the other.
+
+    There is one, however many the functions are: it is made when the first is called, and made anew after a
+    call that failed.
+    """
+
+    def __init__(self, original: jax.Array) -> None:
+        self._original = original
+        self._held: jax.Array | None = None
+
+    def update(self, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Calls a function that its argument is donated to; the result takes its place."""
+        held, self._held = self._held, None
+        if held is None or _failed(held):
+            held = jnp.copy(self._original)
+        self._held = function(held)
+        return self._held
+
+
+def _failed(result: jax.Array) -> bool:
+    """Whether the call behind a result is known to have failed; does not wait for it."""
+    try:
+        if result.is_ready():
+            result.block_until_ready()
+    except Exception:
+        return True
+    return False
+
+
 @dataclass
 class Compiled:
     """A compiled function bound to its arguments, or the reason why there is none."""
@@ -48,11 +78,13 @@ def compile_job(
     options: dict[str, Any] | None = None,
     *,
     carry: int | None = None,
+    held: Accumulator | None = None,
 ) -> Compiled:
     """Compiles a function under a name; an error is kept, not raised, so that the other rows go on.
 
     The argument at `carry` is donated, and the result takes its place in the next call: an accumulator that
-    is updated in place, with no copy between the flush and the kernel.
+    is updated in place, with no copy between the flush and the kernel. It is a copy of what is given, or the
+    one that is `held` for several functions.
     """
     begin = time.perf_counter()
     donated = () if carry is None else (carry,)
@@ -65,14 +97,9 @@ def compile_job(
     milliseconds = (time.perf_counter() - begin) * 1e3
     if carry is None:
         return Compiled(lambda: compiled(*arguments), milliseconds)
-    held = list(arguments)
-    held[carry] = jnp.copy(held[carry])  # other functions are given the original
-
-    def run() -> Any:
-        held[carry] = compiled(*held)
-        return held[carry]
-
-    return Compiled(run, milliseconds)
+    place = held or Accumulator(arguments[carry])
+    before, behind = arguments[:carry], arguments[carry + 1 :]
+    return Compiled(lambda: place.update(lambda c: compiled(*before, c, *behind)), milliseconds)
 
 
 def names(stem: str, group: Sequence[Any]) -> list[str]:

@@ -14,7 +14,7 @@ import jax
 
 from jax_deepgemm import config as settings
 from jax_deepgemm.bench.products import Work, drawn
-from jax_deepgemm.bench.rows import COMPILE_THREADS, GEMM_PREFIX, Compiled, compile_job
+from jax_deepgemm.bench.rows import COMPILE_THREADS, GEMM_PREFIX, Accumulator, Compiled, compile_job
 from jax_deepgemm.bench.timing import Job, flusher, time_jobs
 from jax_deepgemm.cli.text import Progress
 from jax_deepgemm.core import kernel_rule
@@ -54,7 +54,14 @@ class _Task:
 
     @functools.cached_property
     def bytes(self) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.work.operands))
+        """Of the operands, and of the copy that is updated in place."""
+        operands, carry = self.work.operands, self.work.carry
+        copied = () if carry is None else operands[carry]
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((operands, copied)))
+
+    def accumulator(self, operands: tuple[Any, ...]) -> Accumulator | None:
+        """The one that all candidates update."""
+        return None if self.work.carry is None else Accumulator(operands[self.work.carry])
 
 
 def tune(
@@ -182,11 +189,13 @@ def _measure(session: Sequence[_Task], calls: int, flush: Callable[[], None]) ->
         return
     pairs = [(i, config) for i, task in enumerate(session) for config in task.configs]
     names = [f"jdg_tune_{index}" for index in range(len(pairs))]
+    held = [task.accumulator(given) for task, given in zip(session, operands, strict=True)]
 
     def compiled(name: str, pair: tuple[int, GemmConfig]) -> Compiled:
-        task, config = session[pair[0]], pair[1]
-        with trying(task.problem, config):
-            return compile_job(task.work.function, name, operands[pair[0]], carry=task.work.carry)
+        i, config = pair
+        work = session[i].work
+        with trying(session[i].problem, config):
+            return compile_job(work.function, name, operands[i], carry=work.carry, held=held[i])
 
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
         programs = list(pool.map(compiled, names, pairs))
