@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from jax_deepgemm.sm90.chip import H200, with_sms
 from jax_deepgemm.sm90.config import GemmConfig, GemmProblem
 from jax_deepgemm.sm90.cost import choose
 from jax_deepgemm.sm90.grouped import GroupedProblem, choose_grouped
+from jit_kernels import python
 
 DENSE = GemmProblem(256, 384, 512, a="bf16", b="bf16", b_scales="none")
 GROUPED = GroupedProblem(
@@ -368,6 +370,31 @@ def test_tuning_again_keeps_the_other_problems(
         tuning.problem_key(DENSE),
         tuning.problem_key(GROUPED),
     }
+
+
+def test_two_processes_keep_what_the_other_writes(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.json"
+    script = f"""
+import time
+from pathlib import Path
+from jax_deepgemm.bench.tune import keep
+from jax_deepgemm.sm90.config import GemmConfig
+from jax_deepgemm.sm90.tuning import Entry
+config, folder = GemmConfig(64, 128, 6), Path({str(tmp_path)!r})
+(folder / "ready NAME").touch()
+while not (folder / "go").exists():
+    time.sleep(0.001)
+for i in range(60):
+    keep(folder / "tuning.json", "device", f"NAME {{i}}", Entry(config, 8.0, config, None, 1))
+"""
+    running = [python(script.replace("NAME", name)) for name in ("one", "other")]
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("ready *"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    assert [process.wait() for process in running] == [0, 0]
+    assert set(tuning.read(path)["device"]) == {f"{name} {i}" for name in ("one", "other") for i in range(60)}
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_time_limit_stops_between_sessions(

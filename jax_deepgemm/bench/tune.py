@@ -19,9 +19,10 @@ from jax_deepgemm.bench.timing import Job, flusher, time_jobs
 from jax_deepgemm.cli.text import Progress
 from jax_deepgemm.core import kernel_rule
 from jax_deepgemm.introspect import problems
+from jax_deepgemm.jit.cache import locked
 from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import GemmConfig
-from jax_deepgemm.sm90.tuning import Devices, Entry, as_fields, device_key, problem_key, read, trying, write
+from jax_deepgemm.sm90.tuning import Entry, as_fields, device_key, problem_key, read, trying, write
 
 SESSION_JOBS = 256  # timed in one profiler session, more if one problem has more
 SESSION_BYTES = 8 << 30  # of operands held at a time
@@ -73,7 +74,8 @@ def tune(
 ) -> list[Outcome]:
     """Measures every candidate of some products, and writes the fastest of each into a tuning file.
 
-    What the file holds of other problems stays. It is written after each problem.
+    What the file holds of other problems stays, also what other processes write meanwhile. It is written
+    after each problem.
 
     Args:
       items: each a `Work`, or a tuple (function, *operands) of what it is made of.
@@ -91,7 +93,8 @@ def tune(
     works = [one if isinstance(one, Work) else Work(str(one[0]), one[0], one[1:]) for one in items]
     chip = chip_here()
     path = out or file_of(chip)
-    known: Devices = read(path) if path.exists() else {}
+    if path.exists():
+        read(path)  # one that is damaged is found before anything is measured
     outcomes = []
     deadline = time.monotonic() + time_limit
     with Progress(len(works), "tune") as progress:
@@ -99,9 +102,16 @@ def tune(
             outcomes.append(one)
             progress.step(one.problem)
             if one.entry is not None:
-                known.setdefault(one.device, {})[one.problem] = as_fields(one.entry)
-                write(path, known)
+                keep(path, one.device, one.problem, one.entry)
     return outcomes
+
+
+def keep(path: Path, device: str, problem: str, entry: Entry) -> None:
+    """Puts an entry into a tuning file that other processes may write too."""
+    with locked(path.with_name(f".{path.name}.lock")):
+        known = read(path) if path.exists() else {}
+        known.setdefault(device, {})[problem] = as_fields(entry)
+        write(path, known)
 
 
 def chip_here() -> Chip:

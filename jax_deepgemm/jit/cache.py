@@ -31,7 +31,7 @@ from .report import CompiledKernel, KernelReport
 LOCK_TIMEOUT_S = 60.0
 _POLL_S = 0.01
 _CUBINS = "cubins"
-_LOCKED = "kernel cache: %s is still locked after %.0f s, compiling anyway"
+_LOCKED = "%s is still locked after %.0f s, going on without it"
 _UNUSABLE = (
     "kernel cache %s cannot be written (%s); compiled kernels stay in memory and every process compiles its "
     "own. Free space there, or set JAX_DEEPGEMM_CACHE_DIR to a writable directory."
@@ -108,26 +108,10 @@ class KernelCache:
         """Where the cubin of this content lies."""
         return self.root / _CUBINS / f"{digest}.cubin"
 
-    @contextlib.contextmanager
-    def _locked(self, key: bytes) -> Iterator[None]:
-        """Holds the kernel's lock file, if the file system has locks and it comes free in time."""
+    def _locked(self, key: bytes) -> contextlib.AbstractContextManager[None]:
+        """Holds the kernel's lock file; without it a kernel is compiled twice, and nothing else happens."""
         path = self.root / "locks" / f"{key.hex()}.lock"
-        handle: int | None = None
-        if self._writable:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                handle = _acquire(path, time.monotonic() + LOCK_TIMEOUT_S)
-                if handle is None:
-                    toolchain.logger.warning(_LOCKED, path, LOCK_TIMEOUT_S)
-            except OSError as error:  # costs a compilation; a full disk shows itself in `put`
-                toolchain.logger.info("kernel cache: no lock on %s (%s), compiling without", path, error)
-        try:
-            yield
-        finally:
-            if handle is not None:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                os.close(handle)
+        return locked(path) if self._writable else contextlib.nullcontext()
 
     def _give_up(self, error: OSError) -> None:
         with self._giving_up:
@@ -173,6 +157,26 @@ def write_atomically(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock file, if the file system has locks and it comes free in time."""
+    handle: int | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(path, time.monotonic() + LOCK_TIMEOUT_S)
+        if handle is None:
+            toolchain.logger.warning(_LOCKED, path, LOCK_TIMEOUT_S)
+    except OSError as error:  # a full disk shows itself in what is written
+        toolchain.logger.info("no lock on %s (%s), going on without it", path, error)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(handle)
 
 
 def _acquire(path: Path, deadline: float) -> int | None:
