@@ -8,6 +8,7 @@ Run: pytest -m gpu tests/gpu/test_gemm_gpu.py        (under 3 minutes, kernels c
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -23,23 +24,19 @@ import cases
 import gemm_oracle as oracle
 import jax_deepgemm as jdg
 from cases import BLOCK, EDGE_SHAPES, FP8_PAIRS, LAYOUTS, ROW, ZERO_SHAPES, Case
+from gpu_programs import C_ELSEWHERE, chain, program, with_c_elsewhere
 from jax_deepgemm.gemm import reference
 from jax_deepgemm.jit import compile_many
 from jax_deepgemm.sm90.chip import H200
-from jax_deepgemm.sm90.config import GemmConfig, GemmProblem
+from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, tma_store
 from jax_deepgemm.sm90.cost import candidates, choose
 from jax_deepgemm.sm90.source import kernel_source
 
 BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
-QUICK = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # the oracle's dots: no search
 
 FP8_LIMIT = 1e-3  # against unquantised operands
 ORACLE_LIMIT = {"float32": 1e-6, "bfloat16": 1e-5}  # against the same operands, dequantised
 BF16_LIMIT = {"float32": 1e-8, "bfloat16": 1e-5}
-
-
-def program(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return jax.jit(function, compiler_options=QUICK, **options)
 
 
 def difference(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -454,31 +451,41 @@ def test_vmap_of_vmap():
         assert float(difference(got[i, j], bf16_want(case, [a[i], b[j]]))) < BF16_LIMIT["float32"]
 
 
-def chain(x: jax.Array, w: Any, steps: int, scanned: bool) -> jax.Array:
-    def one(x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        y = jdg.fp8_gemm_nt(jdg.quantize(x), w, out_dtype=F32) + jdg.bf16_gemm_nn(x, x.T @ x, out_dtype=F32)
-        return (y / jnp.maximum(jnp.abs(y).max(), 1.0)).astype(BF16), None
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vmap_bf16_with_one_c_for_all(layout):
+    """A C that is shared is read by the epilogue, and D leaves through TMA all the same."""
+    case = Case(200, 264, 328, out="float32", accumulate=True, layout=layout)
+    shared = dataclasses.replace(problem(case, False), batches=3, batched=(True, True, False))
+    config = next(config for config, _ in shared.ranked(H200) if tma_store(shared, config))
+    each = [oracle.bf16_operands(case, seed) for seed in range(3)]
+    a, b = (jnp.stack([arrays[i] for arrays in each]) for i in range(2))
+    c = each[0][2]
+    before = np.asarray(c)
+    buffer = jnp.full((3, case.m, case.n), jnp.nan, F32)
+    place = buffer.unsafe_buffer_pointer()
+    run = jax.vmap(lambda *x: bf16_gemm(case, list(x), config=config), (0, 0, None))
+    got = program(lambda _, *x: run(*x), donate_argnums=0, keep_unused=True)(buffer, a, b, c)
+    assert got.unsafe_buffer_pointer() == place
+    for z in range(3):
+        assert oracle.calc_diff(got[z], oracle.bf16_float64(case, a[z], b[z], c)) < BF16_LIMIT["float32"]
+    np.testing.assert_array_equal(c, before)
 
-    if scanned:
-        return lax.scan(one, x, length=steps)[0]
-    for _ in range(steps):
-        x, _ = one(x, None)
-    return x
+
+def step(x: jax.Array, w: Any) -> jax.Array:
+    y = jdg.fp8_gemm_nt(jdg.quantize(x), w, out_dtype=F32) + jdg.bf16_gemm_nn(x, x.T @ x, out_dtype=F32)
+    return (y / jnp.maximum(jnp.abs(y).max(), 1.0)).astype(BF16)
 
 
 @pytest.mark.parametrize("scanned", [False, True], ids=("unrolled", "scan"))
 def test_many_calls_in_one_program(scanned):
     """Captured by command buffers or not, run again and again with other buffers: always the same bits."""
     w = jdg.quantize(jax.random.normal(jax.random.key(1), (256, 256)), BLOCK)
-    many = jax.jit(functools.partial(chain, steps=8, scanned=scanned))
-    once = jax.jit(functools.partial(chain, steps=1, scanned=False))
+    many, once = jax.jit(functools.partial(chain, step, steps=8, scanned=scanned)), jax.jit(step)
     for seed in range(4):
         x = jax.random.normal(jax.random.key(seed), (64, 256), BF16)
         got = [many(x + 0, w) for _ in range(3)]
         assert all(np.array_equal(got[0], other) for other in got[1:])
-        for _ in range(8):
-            x = once(x, w)
-        assert oracle.calc_diff(got[0], x) < 1e-3
+        assert oracle.calc_diff(got[0], chain(once, x, w, steps=8)) < 1e-3
 
 
 def test_donated_c_is_updated_in_place():
@@ -491,12 +498,17 @@ def test_donated_c_is_updated_in_place():
     assert oracle.calc_diff(got, want) < 1e-8
 
 
-def test_c_that_lives_on_is_not_changed():
-    case = Case(256, 1024, 512, out="float32", accumulate=True)
-    *arrays, c = oracle.fp8_operands(case)
-    before = np.asarray(c)
-    program(lambda c, x: fp8_gemm(case, [*x, c]))(c, arrays)
-    np.testing.assert_array_equal(c, before)
+@pytest.mark.parametrize("where", C_ELSEWHERE)
+@pytest.mark.parametrize("shape", [(8, 136, 320), (224, 130, 264), (256, 1024, 512)], ids=str)
+def test_c_that_lives_on_is_added_and_not_changed(shape, where):
+    case = Case(*shape, out="float32", accumulate=True)
+    for run, exact, arrays, limits in (
+        (fp8_gemm, oracle.fp8_float64, oracle.fp8_operands(case), ORACLE_LIMIT),
+        (bf16_gemm, oracle.bf16_float64, oracle.bf16_operands(case), BF16_LIMIT),
+    ):
+        *operands, c = arrays
+        d = with_c_elsewhere(where, lambda c, *x, run=run: run(case, [*x, c]), c, *operands)
+        assert oracle.calc_diff(d, exact(case, *arrays)) < limits["float32"]
 
 
 # Gradients ------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 import jax_deepgemm as jdg
+from gpu_programs import chain
 from grouped_products import difference, same
 from jax_deepgemm.core import launch
 
@@ -25,35 +25,25 @@ SIZES = np.array([70, 0, 200, 31], np.int32)
 M, G = 320, len(SIZES)
 
 
-def chain(x: jax.Array, w: Any, sizes: jax.Array, steps: int, scanned: bool) -> jax.Array:
-    def one(x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        y = jdg.m_grouped_fp8_gemm_nt_contiguous(jdg.quantize(x), w, sizes, out_dtype=F32)
-        gram = jdg.k_grouped_bf16_gemm_tn_contiguous(x, x, sizes)
-        z = jdg.m_grouped_bf16_gemm_nn_contiguous(x, gram.astype(BF16), sizes, out_dtype=F32)
-        both = y + z / jnp.maximum(jnp.abs(z).max(), 1.0)
-        return (both / jnp.maximum(jnp.abs(both).max(), 1.0)).astype(BF16), None
-
-    if scanned:
-        return lax.scan(one, x, length=steps)[0]
-    for _ in range(steps):
-        x, _ = one(x, None)
-    return x
+def step(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
+    y = jdg.m_grouped_fp8_gemm_nt_contiguous(jdg.quantize(x), w, sizes, out_dtype=F32)
+    gram = jdg.k_grouped_bf16_gemm_tn_contiguous(x, x, sizes)
+    z = jdg.m_grouped_bf16_gemm_nn_contiguous(x, gram.astype(BF16), sizes, out_dtype=F32)
+    both = y + z / jnp.maximum(jnp.abs(z).max(), 1.0)
+    return (both / jnp.maximum(jnp.abs(both).max(), 1.0)).astype(BF16)
 
 
 @pytest.mark.parametrize("scanned", [False, True], ids=("unrolled", "scan"))
 def test_many_calls_in_one_program(scanned):
     """Captured by command buffers or not, with other buffers and other group sizes: always as one by one."""
     w = jdg.quantize(jax.random.normal(jax.random.key(1), (G, 256, 256)), BLOCK)
-    many = jax.jit(functools.partial(chain, steps=6, scanned=scanned))
-    once = jax.jit(functools.partial(chain, steps=1, scanned=False))
+    many, once = jax.jit(functools.partial(chain, step, steps=6, scanned=scanned)), jax.jit(step)
     for seed in range(4):
         sizes = jnp.roll(jnp.asarray(SIZES), seed)
         x = jax.random.normal(jax.random.key(seed), (M, 256), BF16)
         got = [many(x + 0, w, sizes) for _ in range(3)]
         assert all(same(got[0], other) for other in got[1:])
-        for _ in range(6):
-            x = once(x, w, sizes)
-        assert float(difference(got[0], x)) < 1e-3
+        assert float(difference(got[0], chain(once, x, w, sizes, steps=6))) < 1e-3
 
 
 def steps_of_a_chain() -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
@@ -77,23 +67,17 @@ def steps_of_a_chain() -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]
 def test_command_buffers_take_other_group_sizes(name):
     """Twenty calls are captured with default flags, and replayed with sizes that only the device knows."""
     ffi, step = launch.native(), steps_of_a_chain()[name]
-
-    @jax.jit
-    def chain(x: jax.Array, sizes: jax.Array) -> jax.Array:
-        for _ in range(20):
-            x = step(x, sizes)
-        return x
-
-    kind, once = name.split()[0], jax.jit(step)
+    many, once = jax.jit(functools.partial(chain, step, steps=20)), jax.jit(step)
+    kind = name.split()[0]
     shape = {"m": (M, 256), "masked": (G, M, 256), "k": (G, 256, 256)}[kind]
     x = jax.random.normal(jax.random.key(2), shape, F32 if kind == "k" else BF16)
     every = [jnp.roll(jnp.asarray(SIZES), turn) for turn in range(3)]
     for sizes in every:
-        chain(x, sizes).block_until_ready()
+        many(x, sizes).block_until_ready()
     ffi.reset_execute_counters()
-    got = [np.asarray(chain(x, sizes)) for sizes in every for _ in range(10)]  # on the host: buffers stay
+    got = [np.asarray(many(x, sizes)) for sizes in every for _ in range(10)]  # on the host: buffers stay
     assert ffi.execute_count() <= 20 * len(got) // 2, "the calls run outside command buffers"
     for index, sizes in enumerate(every):
-        want = functools.reduce(lambda x, _: once(x, sizes), range(20), x)
+        want = chain(once, x, sizes, steps=20)
         assert all(float(difference(d, want)) < 1e-3 for d in got[10 * index : 10 * index + 10])
         assert all(same(d, got[10 * index]) for d in got[10 * index : 10 * index + 10])

@@ -29,13 +29,13 @@ from jax import lax
 import grouped_cases as cases
 import grouped_products as oracle
 import jax_deepgemm as jdg
+from gpu_programs import C_ELSEWHERE, program, with_c_elsewhere
 from grouped_cases import FP8, NN, NT, Contiguous, KGrouped, Masked
 from grouped_products import difference, same
 from jax_deepgemm.grouped import kernel
 from jax_deepgemm.sm90.grouped import choose_grouped, grouped_candidates
 
 BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
-QUICK = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # the oracle's dots: no search
 
 EXACT_LIMIT = 1e-3
 EXACT_FROM = 2048  # columns of D: fewer elements do not average the errors of quantising
@@ -178,10 +178,6 @@ def k_grouped(case: KGrouped, numbers: jax.Array, at: dict[str, jax.Array]) -> d
 
 
 PROGRAMS = {Contiguous: contiguous, Masked: masked, KGrouped: k_grouped}
-
-
-def program(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return jax.jit(function, compiler_options=QUICK, **options)
 
 
 def where(case: Any, sizes: np.ndarray, offset: int = 0) -> dict[str, np.ndarray]:
@@ -456,6 +452,20 @@ def test_vmap_is_a_loop(name, shared):
     for z in range(2):
         want = function(*(pair[z] for pair in pairs))
         assert float(difference(got[z], want)) < 1e-6
+
+
+@pytest.mark.parametrize("where", C_ELSEWHERE)
+@pytest.mark.parametrize("name", ["k fp8 + c", "k bf16 + c"])
+def test_c_that_lives_on_is_added_and_not_changed(name, where):
+    """D of a group without rows is C, bit by bit."""
+    function, (a, b, c, sizes) = small_calls()[name]
+    d = with_c_elsewhere(where, lambda c, a, b, s: function(a, b, c, s), c, a, b, sizes)
+    fp8 = "fp8" in name
+    read = [oracle.dequantised(x).T if fp8 else x for x in (a, b)]
+    at = oracle.place(SIZES, M)
+    product = oracle.k_grouped(*read, at.starts, at.counts, int(SIZES.max()))
+    assert float(difference(d - c, product)) < (FP8_LIMIT if fp8 else BF16_LIMIT)["float32"]
+    assert [same(one, other) for one, other in zip(d, c, strict=True)] == [size == 0 for size in SIZES]
 
 
 def test_hints_and_fewer_sms():
