@@ -316,6 +316,11 @@ PROBLEMS = [
         for b in KERNEL_BLOCKS
     ),
     *(
+        QuantizeProblem("quantize", 256, cols, x, fp8)
+        for cols in (128, 131, 512, 1024, 1021)
+        for x, fp8 in (("bfloat16", "float8_e4m3fn"), ("float16", "float8_e5m2"), ("float32", "float8_e5m2"))
+    ),
+    *(
         QuantizeProblem("quantize", *shape, x, fp8, block, True, True, block == (1, 128))
         for x, fp8, shape in (
             ("bfloat16", "float8_e4m3fn", (256, 256)),
@@ -345,11 +350,11 @@ def compiled() -> dict[str, Any]:
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_ptxas_is_content(problem):
-    source, (threads, _, blocks_per_sm) = kernel_source(problem), shape_of(problem)
+    source, shape = kernel_source(problem), shape_of(problem)
     report = compiled()[source.name].report
     assert report.problems() == ()
-    assert report.registers * threads * blocks_per_sm <= 65_536
-    assert (report.static_smem_bytes + source.shared_memory + 1024) * blocks_per_sm <= 228 * 1024
+    assert report.registers * shape.threads * shape.blocks_per_sm <= 65_536
+    assert (report.static_smem_bytes + source.shared_memory + 1024) * shape.blocks_per_sm <= 228 * 1024
 
 
 def test_the_sum_of_parts_compiles():
@@ -371,7 +376,9 @@ def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 M, K = 300, 392
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 PLANNED = [
-    (quantize_op((1, 128), E4M3, "f32"), [struct((M, K), BF16)], (M, K), 12, 1),
+    (quantize_op((1, 128), E4M3, "f32"), [struct((M, K), BF16)], (M, K), 10, 1),
+    (quantize_op((1, 128), E4M3, "f32"), [struct((M, 2112), F32)], (M, 2112), 50, 1),
+    (quantize_op((1, 128), E4M3, "f32"), [struct((M, 0), BF16)], (M, 0), 1, 1),
     (quantize_op((128, 1), E5M2, "ue8m0"), [struct((0, K), F32)], (0, K), 1, 1),
     (both_op(E4M3, "f32", True), [struct((M, K), BF16), struct((1,), I32)], (M, K), 12, 1),
     (weight_op(E4M3, "f32"), [struct((M, K), F32)], (M, K), 12, 1),
@@ -410,7 +417,7 @@ PLANNED = [
     ("op", "types", "shape", "tiles", "steps"), PLANNED, ids=lambda x: getattr(x, "name", "")
 )
 def test_plans(op, types, shape, tiles, steps):
-    """Operands and results in the op's order, one block per tile, sizes and batch as scalars."""
+    """Operands and results in the op's order, a block per place, sizes and batch as scalars."""
     pytest.importorskip("cuda.core")
     results = jax.eval_shape(lambda *x: op(*x), *types)
     for batch in (1, 3):

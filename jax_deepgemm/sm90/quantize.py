@@ -1,6 +1,7 @@
 """The memory-bound kernels that make FP8: problem -> source text and LaunchPlan.
 
-One tile of 128 x 128 per block of threads; include/jax_deepgemm/quantize_tile.cuh says how.
+One tile of 128 x 128 per block of threads, or lower ones side by side; include/jax_deepgemm/quantize_tile.cuh
+says how.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ struct Config {{
   using In = {x};
   using Fp8 = jdg::{fp8};
   static constexpr jdg::Scales SCALES = jdg::Scales::{scales};
-  static constexpr int TILES = {tiles}, ROWS = {rows_of_a_thread};
+  static constexpr int TILES = {tiles}, HEIGHT = {height}, ROWS = {rows_of_a_thread};
   static constexpr bool UE8M0 = {ue8m0}, TRANSPOSED = {transposed}, LIMITED = {limited};
   static constexpr bool WEIGHTED = {weighted}, ALIGNED = {aligned}, ALIGNED_T = {aligned_t};
 }};
@@ -109,36 +110,64 @@ class QuantizeProblem:
 
     @property
     def tiles(self) -> int:
-        """Tiles of all matrices; one where there is nothing to write, as a grid is never empty."""
-        cols = self.width if self.pairs else self.cols
-        return max(-(-self.rows // TILE) * -(-cols // TILE) * self.batches, 1)
+        """Tiles of all matrices, those side by side as one; 1 if there are none, as a grid is never empty."""
+        cols, shape = self.width if self.pairs else self.cols, shape_of(self)
+        return max(-(-self.rows // shape.height) * -(-cols // (shape.across * TILE)) * self.batches, 1)
 
 
 class Shape(NamedTuple):
-    """Of a kernel's grid: threads of a block, rows of a thread, blocks that an SM should hold."""
+    """Of a kernel's grid: threads of a block, rows of a thread, tiles side by side, blocks that an SM should
+    hold."""
 
     threads: int
     rows: int
+    across: int
     blocks_per_sm: int
+
+    @property
+    def height(self) -> int:
+        """Rows of a tile, each of which 16 threads share."""
+        return self.threads // 16 * self.rows
+
+
+ROW_SHAPE = Shape(threads=256, rows=1, across=8, blocks_per_sm=4)
+"""Where 1x128 scales are all: a row's eight fill a sector of memory, in one store. Of tiles of 128 rows each
+scale would be a store to a sector of its own. rows * across: a power of two, at most 16."""
+
+
+def row_shape(cols: int) -> Shape:
+    """ROW_SHAPE, its tiles halved and rows doubled until at most a quarter more tiles are walked than exist.
+
+    >>> [row_shape(cols).across for cols in (7168, 2112, 1536, 576, 128)]
+    [8, 4, 4, 2, 1]
+    """
+    shape, tiles = ROW_SHAPE, -(-cols // TILE)
+    while -tiles % shape.across * 4 > tiles:
+        shape = shape._replace(rows=shape.rows * 2, across=shape.across // 2)
+    return shape
 
 
 def shape_of(p: QuantizeProblem) -> Shape:
     """How a tile is divided among threads."""
     if p.pairs:
-        return Shape(512, 4, 1)
+        return Shape(512, 4, 1, 1)
     quick = p.aligned and (p.aligned_t or not p.transposed)
     if p.kind != "quantize":
-        return Shape(256, 8, 2 if quick and p.x != "float32" else 1)
-    if p.x == "float32" or p.fp8 != "float8_e4m3fn" or not quick:
-        return Shape(256, 8, 2)
-    return Shape(256, 8, 3 if p.transposed or p.block == (TILE, 1) else 4)
+        return Shape(256, 8, 1, 2 if quick and p.x != "float32" else 1)
+    few = p.x == "float32" or p.fp8 != "float8_e4m3fn" or not quick
+    if p.block == (1, TILE) and not p.transposed:
+        shape = row_shape(p.cols)
+        return shape._replace(blocks_per_sm=shape.blocks_per_sm // 2) if few else shape
+    if few:
+        return Shape(256, 8, 1, 2)
+    return Shape(256, 8, 1, 3 if p.transposed or p.block == (TILE, 1) else 4)
 
 
 def shared_memory(p: QuantizeProblem) -> int:
     """Dynamic shared memory: PairsShared of swiglu.cuh; the other kernels' is static."""
     if not p.pairs:
         return 0
-    threads, rows, _ = shape_of(p)
+    threads, rows, *_ = shape_of(p)
     words = 2 * TILE * TILE if p.transposed else 16
     return 3 * rows * threads * 16 + words + 2 * (threads // 32 + 1) * TILE * 4
 
@@ -147,6 +176,8 @@ def kernel_name(p: QuantizeProblem) -> str:
     """The name that profilers show."""
     kind = f"{p.kind}_pairs" if p.pairs else p.kind
     parts = ["jdg", kind, f"{p.block[0]}x{p.block[1]}", _SHORT[p.x], _FP8[p.fp8].lower()]
+    shape = shape_of(p)
+    parts += [f"tile{shape.height}x{shape.across * TILE}"] if shape.height != TILE else []
     flags = {"t": p.transposed, "ue8m0": p.ue8m0, "rows": p.limited, "w": p.weighted}
     parts += [name for name, on in flags.items() if on]
     parts += [] if p.aligned and (p.aligned_t or not p.transposed) else ["unaligned"]
@@ -175,8 +206,8 @@ def _integers(p: QuantizeProblem) -> list[str]:
 
 
 def kernel_source(p: QuantizeProblem) -> KernelSource:
-    """The source of the kernel that solves p, equal for all sizes that are aligned alike."""
-    threads, rows, blocks_per_sm = shape_of(p)
+    """The source of the kernel that solves p, equal for all sizes that are aligned and divided alike."""
+    shape = shape_of(p)
     pointers = _pointers(p)
     parts = {"parts": "float*"} if p.kind == "swiglu_grad" and p.weighted else {}
     parameters = [f"{kind} {name}" for name, kind in {**pointers, **parts}.items()]
@@ -192,10 +223,11 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
         x=_TYPES[p.x],
         fp8=_FP8[p.fp8],
         scales=_SCALES[p.block],
-        tiles=2 if p.pairs else 1,
-        rows_of_a_thread=rows,
-        threads=threads,
-        blocks_per_sm=blocks_per_sm,
+        tiles=2 if p.pairs else shape.across,
+        height=shape.height,
+        rows_of_a_thread=shape.rows,
+        threads=shape.threads,
+        blocks_per_sm=shape.blocks_per_sm,
         name=name,
         parameters=", ".join(parameters),
         values_t=given["values_t"],

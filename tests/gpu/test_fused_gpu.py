@@ -25,7 +25,8 @@ BLOCKS = ((1, 128), (128, 128), (128, 1))
 DTYPES = ("float8_e4m3fn", "float8_e5m2")
 FORMATS = ("f32", "ue8m0")
 INPUTS = ("bfloat16", "float16", "float32")
-# Whole tiles, tails that are aligned, tails that are not, less than a tile, one row, many tiles.
+# Whole tiles, tails that are aligned, tails that are not, less than a tile, one row, many tiles; then
+# tiles that a block has side by side, all inside or with tails.
 SHAPES = (
     (256, 384),
     (136, 264),
@@ -36,6 +37,11 @@ SHAPES = (
     (130, 100),
     (200, 1000),
     (1024, 2056),
+    (33, 1024),
+    (17, 7160),
+    (47, 520),
+    (19, 896),
+    (35, 1021),
 )
 
 
@@ -100,7 +106,7 @@ def test_quantize_types_and_formats(block, x_dtype):
 @pytest.mark.parametrize("x_dtype", INPUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_specials(dtype, x_dtype):
-    for shape in ((264, 392), (131, 133)):
+    for shape in ((264, 392), (131, 133), (19, 1000)):
         x = with_specials(draw(shape, x_dtype))
         for block in BLOCKS:
             assert_bits(*on_both(quantize(block, dtype), x))
@@ -130,7 +136,8 @@ def test_every_rounding():
 @pytest.mark.parametrize("lead", [(3,), (2, 3)], ids=str)
 def test_leading_dimensions(lead):
     for block in BLOCKS:
-        assert_bits(*on_both(quantize(block, "float8_e4m3fn"), draw((*lead, 136, 200))))
+        for shape in ((136, 200), (19, 1000), (21, 1021)):
+            assert_bits(*on_both(quantize(block, "float8_e4m3fn"), draw((*lead, *shape))))
     assert_bits(*on_both(quantize_weight, draw((*lead, 136, 200))))
     assert_bits(*on_both(quantize_weight, draw((*lead, 131, 133))))
 

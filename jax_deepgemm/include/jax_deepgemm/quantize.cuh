@@ -1,4 +1,5 @@
-// x [rows, cols] in FP8: one tile of 128 x 128 per block of 256 threads.
+// x [rows, cols] in FP8: one tile of 128 x 128 per block of 256 threads; where 1x128 scales are all, up to
+// eight lower tiles side by side.
 //
 //   8 loads of 16 bytes per thread (of bf16; a half warp reads 256 bytes of a row)  ->  quantize_tile.cuh
 //
@@ -29,17 +30,21 @@ template <class C>
 __device__ __forceinline__ void quantize(const typename C::In* x, const int* limit, const Quantized& all,
                                          int batched_x, int batched_limit) {
   __shared__ TileShared<C> shared;
-  const Place at = Place::of<C::ROWS>(blockIdx.x, all.rows, all.cols);
+  const Place at = Place::of<C>(blockIdx.x, all.rows, all.cols, C::TILES);
   const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
   const int rows = counted_rows(limit == nullptr ? limit : limit + at.batch * batched_limit, all.rows);
 
   const i64 first = static_cast<i64>(at.batch * batched_x) * all.rows + at.row;
   const typename C::In* line = x + first * all.cols + at.col;
-  Chunk<typename C::In> v[1][C::ROWS];
+  Chunk<typename C::In> v[C::TILES][C::ROWS];
 #pragma unroll
-  for (int j = 0; j < C::ROWS; ++j, line += all.cols)
-    load_chunk<typename C::In, C::ALIGNED>(v[0][j], line, at.row + j < rows, all.cols - at.col);
-  quantize_tiles<C>(v, shared, to, at, 0);
+  for (int j = 0; j < C::ROWS; ++j, line += all.cols) {
+#pragma unroll
+    for (int tile = 0; tile < C::TILES; ++tile)
+      load_chunk<typename C::In, C::ALIGNED>(v[tile][j], line + tile * kTile, at.row + j < rows,
+                                             all.cols - at.col - tile * kTile);
+  }
+  quantize_tiles<C>(v, shared, to, at, kTile);
 }
 
 }  // namespace jdg

@@ -1,10 +1,11 @@
-// A block of threads turns 128 x 128 numbers, which it holds in registers, into FP8 with scales.
+// A block of threads turns tiles of numbers, which it holds in registers, into FP8 with scales.
 //
-//   thread (warp w, lane l)   ROWS rows from (2 w + l / 16) * ROWS, 8 columns from l % 16 * 8
-//                             256 threads of 8 x 8 numbers, or 512 of 4 x 8
+//   tiles            one of 128 x 128, or two, or where 1x128 scales are all several lower ones side by side
+//   a thread's part  of each tile: ROWS rows from (2 w + l / 16) * ROWS, 8 columns from l % 16 * 8,
+//                    in lane l of warp w
 //
-//   1x128 scales     amax of a row: 16 lanes exchange and halve their ROWS maxima until lane l knows that of
-//                    row l % ROWS, computes its scale, and hands the inverse round
+//   1x128 scales     amax of a row of a tile: 16 lanes exchange and halve their maxima, ROWS of each tile,
+//                    until lane l knows the l-th, computes its scale, and hands the inverse round
 //   128x1 scales     amax of a column: of each warp through shared memory; 128 threads compute the scales
 //   128x128 scales   one maximum of everything
 //
@@ -26,7 +27,7 @@ namespace jdg {
 
 enum class Scales { kRow, kColumn, kBlock };
 
-constexpr int kTile = 128;  // rows and columns of a tile, and elements per scale
+constexpr int kTile = 128;  // rows and columns of a tile, unless it is lower, and elements per scale
 constexpr int kWide = 8;    // columns of a thread
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7F800000), kSmallestAmax = 1e-4f;
 constexpr u32 kEveryLane = 0xFFFFFFFF;
@@ -140,15 +141,16 @@ struct Place {
     return {batch, tile_row, tile_col + cols, row, col + cols};
   }
 
-  template <int ROWS>
-  __device__ __forceinline__ static Place of(int index, int rows, int cols) {
-    const u32 across = max(ceil_div(cols, kTile), 1), down = max(ceil_div(rows, kTile), 1);
+  // The index-th place, C::HEIGHT rows high and `tiles` tiles wide; neighbours in a row follow each other.
+  template <class C>
+  __device__ __forceinline__ static Place of(int index, int rows, int cols, int tiles = 1) {
+    const u32 across = max(ceil_div(cols, tiles * kTile), 1), down = max(ceil_div(rows, C::HEIGHT), 1);
     const u32 line = static_cast<u32>(index) / across;
     Place at;
     at.batch = line / down;
-    at.tile_row = (line - at.batch * down) * kTile;
-    at.tile_col = (index - line * across) * kTile;
-    at.row = at.tile_row + static_cast<int>(threadIdx.x) / 16 * ROWS;
+    at.tile_row = (line - at.batch * down) * C::HEIGHT;
+    at.tile_col = (index - line * across) * tiles * kTile;
+    at.row = at.tile_row + static_cast<int>(threadIdx.x) / 16 * C::ROWS;
     at.col = at.tile_col + static_cast<int>(threadIdx.x) % 16 * kWide;
     return at;
   }
@@ -174,11 +176,12 @@ struct Quantized {
   }
 };
 
-// C: Fp8, UE8M0, SCALES (of values), TRANSPOSED, TILES (that a block holds at once), ROWS (of a thread in
-// each), ALIGNED (8-byte stores of values are), ALIGNED_T (those of values_t).
+// C: Fp8, UE8M0, SCALES (of values), TRANSPOSED, TILES (that a block holds at once), HEIGHT (rows of a tile),
+// ROWS (of a thread in each), ALIGNED (8-byte stores of values are), ALIGNED_T (those of values_t).
 template <class C>
 struct TileShared {
-  static constexpr int kWarps = kTile / C::ROWS / 2;
+  static_assert(C::HEIGHT == kTile || (C::SCALES == Scales::kRow && !C::TRANSPOSED));
+  static constexpr int kWarps = C::HEIGHT / C::ROWS / 2;
   static constexpr bool kBlock = C::SCALES == Scales::kBlock;
   alignas(16) u64 words[C::TRANSPOSED ? C::TILES * kTile * kTile / 8 : 1];
   alignas(16) float maxima[C::TILES][kBlock ? 1 : kWarps][kTile];
@@ -193,12 +196,12 @@ __device__ __forceinline__ float scale_of(float amax) {
   return __uint_as_float((bits + 0x7FFFFF) & 0x7F800000);
 }
 
-// ROWS values in each of 16 lanes -> lane l has the combination over them of value l % ROWS.
-template <int ROWS, class Combine>
-__device__ __forceinline__ float combine_rows(float (&v)[ROWS], Combine combine) {
+// COUNT values in each of 16 lanes -> lane l has the combination over them of value l % COUNT.
+template <int COUNT, class Combine>
+__device__ __forceinline__ float combine_lanes(float (&v)[COUNT], Combine combine) {
   const int lane = threadIdx.x;
 #pragma unroll
-  for (int half = ROWS / 2; half > 0; half /= 2) {
+  for (int half = COUNT / 2; half > 0; half /= 2) {
 #pragma unroll
     for (int i = 0; i < half; ++i) {
       const float keep = lane & half ? v[i + half] : v[i], give = lane & half ? v[i] : v[i + half];
@@ -206,15 +209,15 @@ __device__ __forceinline__ float combine_rows(float (&v)[ROWS], Combine combine)
     }
   }
 #pragma unroll
-  for (int half = ROWS; half < 16; half *= 2) v[0] = combine(v[0], __shfl_xor_sync(kEveryLane, v[0], half));
+  for (int half = COUNT; half < 16; half *= 2) v[0] = combine(v[0], __shfl_xor_sync(kEveryLane, v[0], half));
   return v[0];
 }
 
-// The other direction: lane l % ROWS holds the value of row l % ROWS.
-template <int ROWS>
-__device__ __forceinline__ void spread_rows(float (&v)[ROWS], float mine) {
+// The other direction: lane l holds value l % COUNT.
+template <int COUNT>
+__device__ __forceinline__ void spread_lanes(float (&v)[COUNT], float mine) {
 #pragma unroll
-  for (int j = 0; j < ROWS; ++j) v[j] = __shfl_sync(kEveryLane, mine, (threadIdx.x & 16) | j);
+  for (int j = 0; j < COUNT; ++j) v[j] = __shfl_sync(kEveryLane, mine, (threadIdx.x & 16) | j);
 }
 
 template <int ROWS>
@@ -241,17 +244,23 @@ __device__ __forceinline__ void find_maxima(Maxima<ROWS>& of, const Chunk<T> (&x
 }
 
 template <class C, class T>
-__device__ __forceinline__ void find_finite_maxima(Maxima<C::ROWS>& of, Chunk<T> (&x)[C::ROWS]) {
-  find_maxima<false>(of, x);
+__device__ __forceinline__ void find_finite_maxima(Maxima<C::ROWS> (&of)[C::TILES],
+                                                   Chunk<T> (&x)[C::TILES][C::ROWS]) {
   float top = 0.0f;
 #pragma unroll
-  for (int j = 0; j < C::ROWS; ++j) top = fmaxf(top, of.row[j]);
-  if (top == kInfinity) {
+  for (int tile = 0; tile < C::TILES; ++tile) {
+    find_maxima<false>(of[tile], x[tile]);
+#pragma unroll
+    for (int j = 0; j < C::ROWS; ++j) top = fmaxf(top, of[tile].row[j]);
+  }
+  if (top != kInfinity) return;
+#pragma unroll
+  for (int tile = 0; tile < C::TILES; ++tile) {
     if constexpr (!C::Fp8::kHasInfinity) {
 #pragma unroll
-      for (int j = 0; j < C::ROWS; ++j) x[j].infinities_to_nan();
+      for (int j = 0; j < C::ROWS; ++j) x[tile][j].infinities_to_nan();
     }
-    find_maxima<true>(of, x);
+    find_maxima<true>(of[tile], x[tile]);
   }
 }
 
@@ -305,16 +314,23 @@ __device__ __forceinline__ void store_values(const Chunk<T> (&x)[C::ROWS], const
   }
 }
 
-// The scales and inverses of the thread's rows.
+// The scales and inverses of the thread's rows in each tile. Neighbouring lanes have neighbouring tiles, so
+// that scales that share a sector of memory are stored at once.
 template <class C>
-__device__ __forceinline__ void row_scales(float (&inverse)[C::ROWS], float (&maxima)[C::ROWS],
-                                           const Quantized& to, const Place& at) {
-  const auto larger = [](float a, float b) { return fmaxf(a, b); };
-  const float scale = scale_of<C>(combine_rows<C::ROWS>(maxima, larger));
-  const int lane = threadIdx.x % 16, row = at.row + lane;
-  if (lane < C::ROWS && row < to.rows)
-    to.scales[static_cast<i64>(row) * ceil_div(to.cols, kTile) + at.tile_col / kTile] = scale;
-  spread_rows(inverse, ptx::rcp_rn(scale));
+__device__ __forceinline__ void row_scales(float (&inverse)[C::TILES][C::ROWS],
+                                           const Maxima<C::ROWS> (&maxima)[C::TILES], const Quantized& to,
+                                           const Place& at, int apart) {
+  float v[C::ROWS * C::TILES];
+#pragma unroll
+  for (int i = 0; i < C::ROWS * C::TILES; ++i) v[i] = maxima[i % C::TILES].row[i / C::TILES];
+  const float scale = scale_of<C>(combine_lanes(v, [](float a, float b) { return fmaxf(a, b); }));
+  const int lane = threadIdx.x % 16, row = at.row + lane / C::TILES;
+  const int across = ceil_div(to.cols, kTile), tile = (at.tile_col + lane % C::TILES * apart) / kTile;
+  if (lane < C::ROWS * C::TILES && row < to.rows && tile < across)
+    to.scales[static_cast<i64>(row) * across + tile] = scale;
+  spread_lanes(v, ptx::rcp_rn(scale));
+#pragma unroll
+  for (int i = 0; i < C::ROWS * C::TILES; ++i) inverse[i % C::TILES][i / C::TILES] = v[i];
 }
 
 // The maxima of a warp's columns, into maxima[column].
@@ -409,12 +425,13 @@ __device__ __forceinline__ void quantize_tiles(Chunk<T> (&x)[C::TILES][C::ROWS],
   constexpr bool kColumns = C::SCALES == Scales::kColumn || (C::TRANSPOSED && kRows);
   static_assert(!kBlock || C::TILES == 1);
   Maxima<C::ROWS> maxima[C::TILES];
-  float block = 1.0f;
+  float block = 1.0f, row[C::TILES][C::ROWS];
+  find_finite_maxima<C>(maxima, x);
+  if constexpr (kBlock) block = block_scale<C>(maxima[0].row, shared, to, at);
+  if constexpr (kColumns) {
 #pragma unroll
-  for (int tile = 0; tile < C::TILES; ++tile) {
-    find_finite_maxima<C>(maxima[tile], x[tile]);
-    if constexpr (kColumns) publish_columns(maxima[tile].col, shared.maxima[tile][threadIdx.x / 32]);
-    if constexpr (kBlock) block = block_scale<C>(maxima[tile].row, shared, to, at.moved(tile * apart));
+    for (int tile = 0; tile < C::TILES; ++tile)
+      publish_columns(maxima[tile].col, shared.maxima[tile][threadIdx.x / 32]);
   }
   if constexpr (kColumns) {
     __syncthreads();
@@ -424,12 +441,11 @@ __device__ __forceinline__ void quantize_tiles(Chunk<T> (&x)[C::TILES][C::ROWS],
                        threadIdx.x % kTile);
   }
   if constexpr (C::SCALES == Scales::kColumn) __syncthreads();
+  if constexpr (kRows) row_scales<C>(row, maxima, to, at, apart);
 #pragma unroll
   for (int tile = 0; tile < C::TILES; ++tile) {
-    float row[C::ROWS];
-    if constexpr (kRows) row_scales<C>(row, maxima[tile].row, to, at.moved(tile * apart));
     forget(x[tile]);
-    store_values<C>(x[tile], row, block, shared.inverses[tile], to, at.moved(tile * apart));
+    store_values<C>(x[tile], row[tile], block, shared.inverses[tile], to, at.moved(tile * apart));
   }
   if constexpr (C::TRANSPOSED) {
     u8* const words = reinterpret_cast<u8*>(shared.words);

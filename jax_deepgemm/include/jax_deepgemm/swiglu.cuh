@@ -61,7 +61,7 @@ template <class C>
 __device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In>& in, const Quantized& all) {
   __shared__ TileShared<C> shared;
   using In = typename C::In;
-  const Place at = Place::of<C::ROWS>(blockIdx.x, all.rows, all.cols);
+  const Place at = Place::of<C>(blockIdx.x, all.rows, all.cols);
   const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
   const SwigluInputs<In> own = in.of_batch(at.batch, all.rows);
   const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all.rows), left = in.width - at.col;
@@ -90,7 +90,7 @@ __device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In>& in, c
 template <class C>
 __device__ __forceinline__ void store_parts(float (&sums)[C::ROWS], float* parts, int tile, const Place& at,
                                             int rows) {
-  const float sum = combine_rows<C::ROWS>(sums, [](float a, float b) { return a + b; });
+  const float sum = combine_lanes(sums, [](float a, float b) { return a + b; });
   const int lane = threadIdx.x % 16, row = at.row + lane;
   if (lane < C::ROWS && row < rows) parts[static_cast<i64>(tile) * rows + row] = sum;
 }
@@ -105,7 +105,7 @@ __device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In>& 
                                             float* parts) {
   __shared__ TileShared<C> shared;
   using In = typename C::In;
-  const Place at = Place::of<C::ROWS>(blockIdx.x, all.rows, all.cols);
+  const Place at = Place::of<C>(blockIdx.x, all.rows, all.cols);
   const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
   const SwigluInputs<In> own = in.of_batch(at.batch, all.rows);
   const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all.rows), width = in.width;
@@ -174,7 +174,7 @@ __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C:
   extern __shared__ __align__(16) char memory[];
   PairsShared<C>& shared = *reinterpret_cast<PairsShared<C>*>(memory);
   int index = blockIdx.x;
-  Place next = Place::of<C::ROWS>(index, all.rows, in.width);
+  Place next = Place::of<C>(index, all.rows, in.width);
   if (index < tiles) request_inputs<C>(in, shared, next, all.rows);
   for (; index < tiles; index += gridDim.x) {
     const Place at = next;
@@ -206,7 +206,7 @@ __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C:
       store_parts<C>(sums, parts_of<C>(parts, at.batch, in.width, all.rows), at.tile_col / kTile, at,
                      all.rows);
     if (index + gridDim.x < tiles) {
-      next = Place::of<C::ROWS>(index + gridDim.x, all.rows, in.width);
+      next = Place::of<C>(index + gridDim.x, all.rows, in.width);
       request_inputs<C>(in, shared, next, all.rows);
     }
     quantize_tiles<C>(dh, shared.tile, to, at, in.width);
