@@ -195,13 +195,18 @@ class GemmConfig:
 
     @property
     def threads(self) -> int:
-        """The persistent kernel gives registers away by warpgroup, so that its producer is a whole one."""
-        return 128 * self.warpgroups + (32 if self.swap_ab else 128)
+        """The producer is one warp, but a whole warpgroup where it gives registers to several consumers."""
+        return 128 * self.warpgroups + (128 if self.shares_registers else 32)
+
+    @property
+    def shares_registers(self) -> bool:
+        """Whether warpgroups take and give registers (setmaxnreg)."""
+        return not self.swap_ab and self.warpgroups > 1
 
     @property
     def registers(self) -> int:
         """What a consumer thread may use: each of an SM's four sub-partitions has its own register file."""
-        if not self.swap_ab and self.warpgroups > 1:
+        if self.shares_registers:
             return {2: 232, 3: 160}[self.warpgroups]  # by setmaxnreg
         warps = self.blocks_per_sm * ceil_div(self.threads, 32)
         return min(248, 16384 // (32 * ceil_div(warps, 4)) // 8 * 8)
@@ -264,9 +269,16 @@ def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     if p.b_scales == "block":
         scale_slot += align_up(scale_blocks(c) * 4 * step, 128)
     staging = 4 * c.warpgroups * c.slabs * SLAB_ROWS * SLAB_ROW_BYTES
+    if c.split_k > 1:  # what the ranks of a cluster send each other, and its barrier
+        staging = align_up(_partial_bytes(c) + 16, 128)
     return SharedMemory(
         (height + width) * _SLOT_ROW_BYTES, scale_slot, staging, c.stages, step, p.table_bytes
     )
+
+
+def _partial_bytes(c: GemmConfig) -> int:
+    """Of a float32 tile [row][token], as `Slices` in gemm_small_m.cuh has it."""
+    return c.rows * (c.cols + 4) * 4
 
 
 def scale_blocks(c: GemmConfig) -> int:
@@ -316,8 +328,8 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
     ]
     if c.swap_ab:
         ring = c.stages * (rows + cols) * _SLOT_ROW_BYTES
-        partial = cols * (rows + 4) * 4
-        rules.append((partial <= ring, "the float32 partial tile does not fit over the ring"))
+        fits = c.split_k > 1 or _partial_bytes(c) <= ring
+        rules.append((fits, "the float32 partial tile does not fit over the ring"))
     return [message for holds, message in rules if not holds]
 
 

@@ -82,7 +82,7 @@ _SMALL_M = {
     "fp8": _SmallM(3.079, (0.04191, 0.001955), 0.002245, 1.526e5, (1.328, 0.02941), 3.367, 3.043e6, 1.528),
     "bf16": _SmallM(4.198, (0.04023, 0.000835), 0.001852, 1.991e5, (0.628, 9.103e-5), 4.893, 3.521e6, 0.24),
 }
-_ENOUGH_STAGES = 6  # two blocks of threads on an SM with fewer slots each measured worse than the model says
+_ENOUGH_STAGES = 5  # two blocks of threads on an SM with fewer slots each measured worse than the model says
 _MEMORY_BYTES_PER_US = 3.0e6
 _L2_BYTES_PER_US = 1.15e7
 # By blocks per SM and size.

@@ -51,7 +51,7 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
     float acc[C::COLS / 2];
     MainLoop<C> loop(acc, at, warpgroup);
     Tile tile = receive_tile<C>(at, in.k_blocks);
-    loop.begin();
+    loop.begin(tile);
     while (tile.row != kNoTile) {
       const int first_row = tile.row + warpgroup * 64;
       if constexpr (C::ADD && kFp8)
@@ -61,7 +61,7 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
       loop.finish(tile);
 
       const Tile next = receive_tile<C>(at, in.k_blocks);
-      loop.begin();
+      loop.begin(next);
       const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
       store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), matrix_of(c, p, tile.batch * p.batched_c), slabs,
                     p, tile, first_row);

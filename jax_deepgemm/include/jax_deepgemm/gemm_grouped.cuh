@@ -78,6 +78,14 @@ __device__ __forceinline__ Place receive_place(const Position<C>& at) {
   return {record.row, record.col, record.batch};
 }
 
+// What begin() must know of a tile: where its k begins and ends.
+template <class C>
+__device__ __forceinline__ Tile k_range(const GroupTable<C>& table, const Place& at, const Problem& p) {
+  if constexpr (GroupTable<C>::kInner && Layout<C>::kFp8)
+    if (at.row != kNoTile) return group_tile<C>(table, at, p, 0).tile;
+  return {};
+}
+
 template <class C>
 __device__ __forceinline__ void clear_rows_from(float (&acc)[C::COLS / 2], int first_row, int rows_end) {
   if (first_row + 64 <= rows_end) return;
@@ -138,7 +146,7 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
     float acc[C::COLS / 2];
     MainLoop<C> loop(acc, at, warpgroup);
     Place place = receive_place(at);
-    loop.begin();
+    loop.begin(k_range<C>(table, place, p));
     while (place.row != kNoTile) {
       {
         Tile tile = group_tile<C>(table, place, p, in.k_blocks).tile;
@@ -154,7 +162,7 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
         }
       }
       const Place next = receive_place(at);
-      loop.begin();
+      loop.begin(k_range<C>(table, next, p));
 
       const GroupTile mine = group_tile<C>(table, place, p, in.k_blocks);
       const int first_row = place.row + ptx::thread_index() / 128 * 64;

@@ -6,60 +6,92 @@
 //   last warp             one thread of it is the TMA producer
 //
 //   rank r of the cluster multiplies quads of k [r Q / SPLITS, (r + 1) Q / SPLITS)
-//   -> float32 partial [token][ROWS + 4] over the ring (every slot has been read)
-//   cluster barrier
-//   -> rank r adds slice r of all partials, in rank order, + C, rounds once, stores;
-//      where D has C's memory: adds there
-//   cluster barrier: nobody leaves while peers read its memory
+//   -> slice s of its float32 partial goes to rank s, into memory of its own there (without a split: over the
+//      ring, of which every slot has been read)
+//   -> rank r waits for the bytes of all slices r, adds them in rank order, + C, rounds once, stores; where D
+//      has C's memory: adds there
 //
-// The partial is token-major, so that row-major D is written in whole lines and the sum over ranks needs no
-// atomics: equal bits every time.
+// A slice is some of the tile's rows [row][token], so that the sum over ranks needs no atomics: equal bits
+// every time. Nobody reads another block's memory, and each waits for what is sent to it: blocks leave
+// without waiting for each other.
 #pragma once
 
 #include <jax_deepgemm/epilogue.cuh>
 
 namespace jdg {
 
+// The partial sums that a block adds up, [rank][row of its slice][token].
 template <class C>
-struct Partial {
-  static constexpr int kPitch = C::ROWS + 4;  // floats; the padding avoids bank conflicts
-  static_assert(C::COLS * kPitch * 4 <= Layout<C>::kStaging, "the partial tile lies over the ring");
+struct Slices {
+  static constexpr int kRows = C::ROWS / C::SPLITS;
+  static constexpr int kPitch = C::COLS + 4;  // floats; the padding avoids bank conflicts
+  static constexpr u32 kBytes = kRows * kPitch * 4;
+  static constexpr bool kExchanged = C::SPLITS > 1;
+  static constexpr u32 kBarrier = Layout<C>::kStaging + C::SPLITS * kBytes;
+  static_assert(kExchanged ? C::SPLITS * kBytes + 16 <= C::STAGING_BYTES : kBytes <= Layout<C>::kStaging, "");
+
+  u32 smem;
+  int rank;
+
+  __device__ __forceinline__ u32 base() const { return smem + (kExchanged ? Layout<C>::kStaging : 0); }
+  __device__ __forceinline__ u32 barrier() const { return smem + kBarrier; }
+
+  __device__ __forceinline__ void init() const {
+    if (!kExchanged || threadIdx.x > 0) return;
+    ptx::mbarrier_init(barrier(), 1);
+    ptx::mbarrier_expect_bytes(barrier(), C::ROWS * C::COLS * 4);
+  }
+
+  // One consumer warpgroup's part of the partial sums.
+  __device__ __forceinline__ void send(const float (&acc)[C::COLS / 2], int warpgroup) const {
+    const Fragment mine;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warpgroup * 64 + mine.row + half * 8, owner = row / kRows;
+      u32 to = base() + rank * kBytes + (row % kRows * kPitch + mine.col) * 4, bar = barrier();
+      if constexpr (kExchanged) to = ptx::map_to_rank(to, owner), bar = ptx::map_to_rank(bar, owner);
+#pragma unroll
+      for (int i = 0; i < C::COLS / 8; ++i) {
+        const float a = acc[4 * i + 2 * half], b = acc[4 * i + 2 * half + 1];
+        if constexpr (kExchanged)
+          ptx::store_async_2(to + i * 32, a, b, bar);
+        else
+          ptx::store_shared_2(to + i * 32, a, b);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void wait() const {
+    if constexpr (kExchanged)
+      ptx::mbarrier_wait_cluster(barrier(), 0);
+    else
+      ptx::named_barrier<1, 128 * C::WARPGROUPS>();
+  }
+
+  // Of two neighbouring tokens.
+  __device__ __forceinline__ float2 sum(int row, int token) const {
+    float2 sum = {0.0f, 0.0f};
+#pragma unroll
+    for (int from = 0; from < C::SPLITS; ++from) {
+      const float2 part = ptx::load_shared_2(base() + from * kBytes + (row * kPitch + token) * 4);
+      sum.x += part.x, sum.y += part.y;
+    }
+    return sum;
+  }
 };
-
-template <class C>
-__device__ __forceinline__ void store_partial(const float (&acc)[C::COLS / 2], u32 smem, int warpgroup) {
-  const Fragment mine;
-#pragma unroll
-  for (int i = 0; i < C::COLS / 2; ++i) {
-    const int token = i / 4 * 8 + mine.col + i % 2, row = warpgroup * 64 + mine.row + i / 2 % 2 * 8;
-    ptx::store_shared(smem + (token * Partial<C>::kPitch + row) * 4, acc[i]);
-  }
-}
-
-template <class C>
-__device__ __forceinline__ float4 sum_partials(u32 address) {
-  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-  for (int rank = 0; rank < C::SPLITS; ++rank) {
-    const float4 part = ptx::load_cluster(C::SPLITS > 1 ? ptx::map_to_rank(address, rank) : address);
-    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-  }
-  return sum;
-}
 
 // Four neighbouring columns of D.
 template <class C>
-__device__ __forceinline__ void store_four(float4 v, typename C::Out* d, const typename C::Out* c,
+__device__ __forceinline__ void store_four(float (&values)[4], typename C::Out* d, const typename C::Out* c,
                                            const Problem& p, int token, int col) {
   const i64 at = static_cast<i64>(token) * p.n + col;
-  float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     if (C::ADD && col + i < p.n) values[i] += ptx::to_float(c[at + i]);
   if constexpr (C::REDUCE) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (col + i < p.n) ptx::reduce_add(d + at + i, values[i]);
+    for (int i = 0; i < 4; i += 2)
+      if (col + i < p.n) ptx::reduce_add(d + at + i, values[i], values[i + 1]);
   } else if (p.n % 4 == 0) {
     if constexpr (is_same<typename C::Out, float>)
       *reinterpret_cast<float4*>(d + at) = {values[0], values[1], values[2], values[3]};
@@ -70,6 +102,29 @@ __device__ __forceinline__ void store_four(float4 v, typename C::Out* d, const t
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (col + i < p.n) store_one(d + at + i, values[i]);
+  }
+}
+
+// This block's slice of the tile: each thread takes four rows, which are columns of D, of two tokens at a
+// time.
+template <class C>
+__device__ __forceinline__ void store_slice(const Slices<C>& slices, typename C::Out* d,
+                                            const typename C::Out* c, const Problem& p, const Tile& tile) {
+  constexpr int kFours = Slices<C>::kRows / 4, kUnits = kFours * C::COLS / 2;
+  const int first = tile.row + (C::SPLITS > 1 ? slices.rank * Slices<C>::kRows : 0);
+#pragma unroll 1
+  for (int unit = threadIdx.x; unit < kUnits; unit += 128 * C::WARPGROUPS) {
+    const int row = unit % kFours * 4, token = unit / kFours * 2;
+    float two[2][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 sums = slices.sum(row + i, token);
+      two[0][i] = sums.x, two[1][i] = sums.y;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (tile.col + token + i < p.m && first + row < p.n)
+        store_four<C>(two[i], d, c, p, tile.col + token + i, first + row);
   }
 }
 
@@ -92,37 +147,32 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
                      index / (token_tiles * row_tiles), first_block<C>(rank, in.k_blocks),
                      first_block<C>(rank + 1, in.k_blocks)};
 
+  const Slices<C> slices{smem, rank};
+  slices.init();
   init_barriers<C>(smem);
+  if constexpr (C::SPLITS > 1) ptx::cluster_arrive();
   ptx::wait_for_previous_kernel();
   Position<C> at(smem);
 
   if (threadIdx.x >= kConsumers) {
     if (ptx::elect()) load_blocks<C>(at, in, tile, tile.row, tile.col, tile.batch);
     __syncwarp();
+    if constexpr (C::SPLITS > 1) ptx::cluster_wait();
   } else {
     const int warpgroup = warpgroup_index();
     float acc[C::COLS / 2];
     clear(acc);
     MainLoop<C> loop(acc, at, warpgroup);
-    loop.begin();
+    loop.begin(tile);
     loop.finish(tile);
-    ptx::named_barrier<1, kConsumers>();  // the other warpgroup may still read what the partial overwrites
-    store_partial<C>(acc, smem, warpgroup);
+    if constexpr (C::SPLITS > 1)
+      ptx::cluster_wait();  // all ranks have made their barriers
+    else
+      ptx::named_barrier<1, kConsumers>();  // the other warpgroup may still read what is overwritten
+    slices.send(acc, warpgroup);
+    slices.wait();
+    store_slice<C>(slices, matrix_of(d, p, tile.batch), matrix_of(c, p, tile.batch * p.batched_c), p, tile);
   }
-  if constexpr (C::SPLITS > 1)
-    ptx::cluster_barrier();
-  else
-    __syncthreads();
-
-  constexpr int kQuads = C::ROWS / 4, kShare = ceil_div(C::COLS * kQuads, C::SPLITS);
-  for (int i = threadIdx.x; i < kShare; i += kConsumers + 32) {
-    const int unit = rank * kShare + i, token = unit / kQuads, row = unit % kQuads * 4;
-    if (token < C::COLS && tile.col + token < p.m && tile.row + row < p.n)
-      store_four<C>(sum_partials<C>(smem + (token * Partial<C>::kPitch + row) * 4),
-                    matrix_of(d, p, tile.batch), matrix_of(c, p, tile.batch * p.batched_c), p,
-                    tile.col + token, tile.row + row);
-  }
-  if constexpr (C::SPLITS > 1) ptx::cluster_barrier();
 }
 
 }  // namespace jdg

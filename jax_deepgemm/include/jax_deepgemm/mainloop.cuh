@@ -1,7 +1,7 @@
 // The main loop of every Hopper GEMM kernel here: what a consumer warpgroup does with the slots of the ring
 // (ring.cuh), in three forms: FP8 with scales in quads, FP8 with scales by block of k, BF16.
 //
-//   begin()       as soon as the tile's first slot is full: what may stand under the epilogue before it
+//   begin(tile)   as soon as the tile's first slot is full: what may stand under the epilogue before it
 //   finish(tile)  acc += rows tile * cols tile over the tile's range of k, all scales applied
 //   skip()        instead of finish, for a tile without any k
 //   drop()        instead of finish, where there is no tile
@@ -115,7 +115,7 @@ struct PlainLoop {
 
   __device__ __forceinline__ PlainLoop(float (&acc)[C::COLS / 2], Position<C>& at, int warpgroup)
       : acc(acc), at(at), warpgroup(warpgroup) {}
-  __device__ __forceinline__ void begin() {}
+  __device__ __forceinline__ void begin(const Tile&) {}
   __device__ __forceinline__ void skip() { skip_empty_tile<C>(at); }
   __device__ __forceinline__ void drop() {}
 };
@@ -254,8 +254,8 @@ struct Fp8Loop : PlainLoop<C> {
       for (int i = 0; i < 2 * kGroups; ++i) {
         const float scale = col_scale(j, i);
         const int first = i / 2 * 4 + i % 2;
-        acc[first] += uppers[0] * scale * temp[first];
-        acc[first + 2] += (kRowVector ? lowers[0] * scale : uppers[0] * scale) * temp[first + 2];
+        acc[first] += scale * temp[first] * uppers[0];
+        acc[first + 2] += scale * temp[first + 2] * (kRowVector ? lowers[0] : uppers[0]);
       }
     } else {
 #pragma unroll
@@ -270,7 +270,7 @@ struct Fp8Loop : PlainLoop<C> {
     }
   }
 
-  __device__ __forceinline__ void begin() {
+  __device__ __forceinline__ void begin(const Tile&) {
     ptx::mbarrier_wait(at.full(), at.phase);
     issue(Slot<C>(at, warpgroup), 0, 0);
     __syncwarp();  // ptxas would draw stores of the epilogue in between the instructions
@@ -332,39 +332,67 @@ struct Fp8Loop : PlainLoop<C> {
   }
 };
 
-// FP8 with both operands' scales stored by block of k: a factor for every element.
+// FP8 with both operands' scales stored by block of k: a factor for every element. The first product as in
+// Fp8Loop, after its slot was masked.
 template <class C>
 struct SlicedLoop : PlainLoop<C> {
   using PlainLoop<C>::acc, PlainLoop<C>::at, PlainLoop<C>::warpgroup, PlainLoop<C>::PlainLoop;
 
-  __device__ __forceinline__ void finish(const Tile& tile) {
-    constexpr int kGroups = C::COLS / 8;
-    const Fragment mine;
-    ptx::mbarrier_wait(at.full(), at.phase);
-    for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
-      const u32 empty = at.empty(), cols = at.col_scales() + mine.col * 4;
-      const u32 rows = at.row_scales() + (64 * warpgroup + mine.row) * 4;
-      mask_slot<C>(at, tile, kb, warpgroup);
-      float temp[C::COLS / 2];
-      ptx::pin(temp);
-      ptx::wgmma_fence();
-      Slot<C>(at, warpgroup).multiply(temp, true);
-      const float upper = ptx::load_shared(rows), lower = ptx::load_shared(rows + 8 * 4);
-      at.advance();
-      at.advance_scales();
-      if (kb + 1 < tile.k_end) ptx::mbarrier_wait(at.full(), at.phase);
+  const Fragment mine;
+  float temp[C::COLS / 2];  // the product
 
-      ptx::wgmma_wait<0>();
-      ptx::pin(temp);
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+  __device__ __forceinline__ void begin(const Tile& tile) {
+    mask_slot<C>(at, tile, tile.k_begin, warpgroup);
+    issue();
+    __syncwarp();  // as in Fp8Loop
+  }
+
+  __device__ __forceinline__ void issue() {
+    ptx::pin(temp);
+    ptx::wgmma_fence();
+    Slot<C>(at, warpgroup).multiply(temp, true);
+  }
+
+  __device__ __forceinline__ void drop() {
+    ptx::wgmma_wait<0>();
+    ptx::pin(temp);
+  }
+
+  __device__ __forceinline__ void skip() {
+    drop();
+    skip_empty_tile<C>(at);
+  }
+
+  // The block whose product is on its way, of which `more` are still to come.
+  __device__ __forceinline__ void promote(bool more) {
+    const u32 empty = at.empty(), cols = at.col_scales() + mine.col * 4;
+    const u32 rows = at.row_scales() + (64 * warpgroup + mine.row) * 4;
+    const float upper = ptx::load_shared(rows), lower = ptx::load_shared(rows + 8 * 4);
+    at.advance();
+    at.advance_scales();
+    if (more) ptx::mbarrier_wait(at.full(), at.phase);
+
+    ptx::wgmma_wait<0>();
+    ptx::pin(temp);
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        const float2 scale = ptx::load_shared_2(cols + i * 8 * 4);
-        acc[4 * i + 0] += upper * scale.x * temp[4 * i + 0];
-        acc[4 * i + 1] += upper * scale.y * temp[4 * i + 1];
-        acc[4 * i + 2] += lower * scale.x * temp[4 * i + 2];
-        acc[4 * i + 3] += lower * scale.y * temp[4 * i + 3];
-      }
+    for (int i = 0; i < C::COLS / 8; ++i) {
+      const float2 scale = ptx::load_shared_2(cols + i * 8 * 4);
+      temp[4 * i + 0] *= upper, temp[4 * i + 1] *= upper;
+      temp[4 * i + 2] *= lower, temp[4 * i + 3] *= lower;
+      acc[4 * i + 0] += scale.x * temp[4 * i + 0];
+      acc[4 * i + 2] += scale.x * temp[4 * i + 2];
+      acc[4 * i + 1] += scale.y * temp[4 * i + 1];
+      acc[4 * i + 3] += scale.y * temp[4 * i + 3];
+    }
+  }
+
+  __device__ __forceinline__ void finish(const Tile& tile) {
+    promote(tile.k_begin + 1 < tile.k_end);
+    for (int kb = tile.k_begin + 1; kb < tile.k_end; ++kb) {
+      mask_slot<C>(at, tile, kb, warpgroup);
+      issue();
+      promote(kb + 1 < tile.k_end);
     }
   }
 };

@@ -42,14 +42,14 @@ __device__ __forceinline__ float4 load_shared_4(u32 address) {
   return v;
 }
 
-// Reads the shared memory of a block of the cluster; the address comes from map_to_rank.
-__device__ __forceinline__ float4 load_cluster(u32 address) {
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
+// Into the shared memory of a block of the cluster, counted by an mbarrier there; both addresses come from
+// map_to_rank.
+__device__ __forceinline__ void store_async_2(u32 address, float a, float b, u32 bar) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          address),
+      "f"(a), "f"(b), "r"(bar)
+      : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements, one 16-byte row address per lane.
@@ -71,10 +71,6 @@ __device__ __forceinline__ float to_float(bf16 v) { return __uint_as_float(stati
 __device__ __forceinline__ float to_float(float v) { return v; }
 
 // Adds to global memory, rounded to nearest even; subnormal numbers count as zero.
-__device__ __forceinline__ void reduce_add(float* to, float v) {
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(v)
-               : "memory");
-}
 __device__ __forceinline__ void reduce_add(float* to, float a, float b) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
                "f"(a), "f"(b)
