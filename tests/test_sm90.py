@@ -31,7 +31,7 @@ from jax_deepgemm.sm90.config import (
     problems_with,
     shared_memory,
 )
-from jax_deepgemm.sm90.cost import _PER_BLOCK, candidates, choose, cost
+from jax_deepgemm.sm90.cost import _PER_BLOCK, candidates, choose, cost, persistent_tiles
 from jax_deepgemm.sm90.source import kernel_name, kernel_source
 from jax_deepgemm.sm90.wgmma import wgmma_wrapper
 from launch_plans import FakeKernel
@@ -69,8 +69,8 @@ def swap(tokens: int, weights: int, split: int, resident: int) -> GemmConfig:
 
 def compiled_pairs() -> Iterator[tuple[GemmProblem, GemmConfig]]:
     """Every tile of the persistent kernel in its common form, then one of everything else."""
-    for kind, tiles in _PER_BLOCK.items():
-        yield from ((problem(kind), GemmConfig(*tile, 0)) for tile in tiles)
+    for kind in KINDS:
+        yield from ((problem(kind), tile) for tile in persistent_tiles(_PER_BLOCK, problem(kind)))
     f32_add: dict[str, Any] = {"out": "float32", "add_c": True}
     yield problem("fp8 block", n=ODD, add_c=True), GemmConfig(128, 128, 0)
     yield problem("fp8 block", **f32_add), GemmConfig(128, 192, 0)
@@ -78,6 +78,8 @@ def compiled_pairs() -> Iterator[tuple[GemmProblem, GemmConfig]]:
     yield problem("fp8 vector", a="e5m2", b="e5m2", **f32_add), GemmConfig(128, 160, 0)
     yield problem("bf16", layout="nn"), GemmConfig(128, 256, 0)
     yield problem("bf16", layout="tn", **f32_add), GemmConfig(128, 176, 0)
+    yield problem("bf16", layout="tn", **f32_add), GemmConfig(128, 192, 0, ping_pong=True)
+    yield problem("bf16", n=ODD, add_c=True), GemmConfig(128, 128, 0, ping_pong=True)
     yield problem("bf16", n=ODD, layout="tt", add_c=True), GemmConfig(128, 128, 0)
     yield problem("fp8 block", 7, a="e5m2"), swap(8, 64, 4, 2)
     yield problem("fp8 block", 100, **f32_add), swap(128, 128, 1, 1)
@@ -103,7 +105,7 @@ def compiled() -> dict[str, CompiledKernel]:
 
 
 def test_pairs_are_few_and_different() -> None:
-    assert len({kernel_name(*pair) for pair in PAIRS}) == len(PAIRS) <= 48
+    assert len({kernel_name(*pair) for pair in PAIRS}) == len(PAIRS) <= 56
 
 
 @pytest.mark.parametrize(("p", "c"), PAIRS, ids=[kernel_name(*pair) for pair in PAIRS])
@@ -159,6 +161,9 @@ BROKEN: list[tuple[GemmProblem, GemmConfig, str]] = [
     (problem("bf16"), GemmConfig(128, 128, 4, split_k=2, slabs=2), "split_k needs swap_ab"),
     (problem("bf16"), GemmConfig(8, 64, 8, True, 1, 0), "blocks_per_sm is 0, must be 1, or 2 with swap_ab"),
     (problem("bf16"), GemmConfig(128, 128, 4, blocks_per_sm=2, slabs=2), "blocks_per_sm is 2, must be 1"),
+    (problem("bf16"), GemmConfig(64, 128, 4, slabs=2, ping_pong=True), "ping_pong is for BF16 .* 128 rows"),
+    (problem("fp8 block"), GemmConfig(128, 128, 4, slabs=2, ping_pong=True), "ping_pong is for BF16"),
+    (problem("bf16"), GemmConfig(128, 256, 3, slabs=2, ping_pong=True), "256 columns leave no registers"),
     (problem("bf16"), GemmConfig(8, 64, 8, True, 3), "split_k is 3, must be 1, 2, 4 or 8"),
     (problem("fp8 block"), GemmConfig(128, 216, 4, slabs=6), "216 columns leave no registers"),
     (problem("bf16", n=ODD, add_c=True), GemmConfig(128, 184, 4), "184 columns leave no registers"),

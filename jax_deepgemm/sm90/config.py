@@ -168,6 +168,8 @@ class GemmConfig:
       blocks_per_sm: blocks of threads resident on one SM (swap_ab only).
       slabs: buffers of 8 rows of 128 bytes of D, for each consumer warp, that may drain to memory at once; 0
         without TMA stores.
+      ping_pong: whether each of two warpgroups has whole tiles of 128 rows, in turn, so that one multiplies
+        while the other stores (BF16 only).
     """
 
     block_m: int
@@ -177,6 +179,7 @@ class GemmConfig:
     split_k: int = 1
     blocks_per_sm: int = 1
     slabs: int = 0
+    ping_pong: bool = False
 
     @property
     def rows(self) -> int:
@@ -219,7 +222,8 @@ class GemmConfig:
     def __str__(self) -> str:
         tile = f"{'swap-AB ' if self.swap_ab else ''}{self.block_m}x{self.block_n}"
         split = f" split_k={self.split_k}" if self.split_k > 1 else ""
-        return f"{tile} stages={self.stages}{split} blocks/SM={self.blocks_per_sm}"
+        turns = " ping-pong" if self.ping_pong else ""
+        return f"{tile} stages={self.stages}{split} blocks/SM={self.blocks_per_sm}{turns}"
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,7 @@ class SharedMemory:
     stages: int
     scale_step: int = _QUAD
     table: int = 0
+    turn: int = 0
 
     @property
     def scale_slots(self) -> int:
@@ -240,7 +245,8 @@ class SharedMemory:
     @cached_property
     def total(self) -> int:
         ring = self.stages * (self.slot + 2 * 8 + 16)
-        return align_up(ring + self.scale_slots * self.scale_slot + self.staging + self.table, 128)
+        rest = self.scale_slots * self.scale_slot + self.staging + self.table + self.turn
+        return align_up(ring + rest, 128)
 
 
 def tma_store(p: GemmProblem, c: GemmConfig) -> bool:
@@ -271,9 +277,8 @@ def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     staging = 4 * c.warpgroups * c.slabs * SLAB_ROWS * SLAB_ROW_BYTES
     if c.split_k > 1:  # what the ranks of a cluster send each other, and its barrier
         staging = align_up(_partial_bytes(c) + 16, 128)
-    return SharedMemory(
-        (height + width) * _SLOT_ROW_BYTES, scale_slot, staging, c.stages, step, p.table_bytes
-    )
+    slot, turn = (height + width) * _SLOT_ROW_BYTES, 16 if c.ping_pong else 0
+    return SharedMemory(slot, scale_slot, staging, c.stages, step, p.table_bytes, turn)
 
 
 def _partial_bytes(c: GemmConfig) -> int:
@@ -293,7 +298,8 @@ def fit_stages(p: GemmProblem, c: GemmConfig, chip: Chip, limit: int = _MAX_STAG
         capacity = (chip.smem_per_block + _RESERVED_BYTES) // c.blocks_per_sm - _RESERVED_BYTES
     if not c.swap_ab and p.is_fp8 and (c.rows == 192 or p.b_scales == "vector"):
         limit = 4  # measured: further slots cost more in addresses than they hide
-    for enough in (4, 3):  # draining D at leisure is worth a slot of the ring, but not the fourth
+    # Draining D at leisure is worth a slot of the ring, but not the fourth, nor in ping-pong the fifth.
+    for enough in (5, 4, 3) if c.ping_pong else (4, 3):
         for slabs in _slab_choices(p, c):
             for stages in range(limit, enough - 1, -1):
                 fitted = replace(c, stages=stages, slabs=slabs)
@@ -313,6 +319,7 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
     """Why a configuration cannot run a problem: one line for each rule that it breaks."""
     rows, cols = c.rows, c.cols
     resident = (1, 2) if c.swap_ab else (1,)
+    takes_turns = not p.is_fp8 and rows == 128 and not c.swap_ab
     width_is_legal = cols % 8 == 0 and 8 <= cols <= 256
     rules = [
         (rows in (64, 128, 192), f"the 64-row side is {rows}, must be 64, 128 or 192 (1 to 3 warpgroups)"),
@@ -324,6 +331,10 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
         (cols <= _widest(p, c), f"{cols} columns leave no registers for two accumulators"),
         (c.split_k <= ceil_div(p.k_blocks, _QUAD), f"split_k is {c.split_k}, more than the quads of k"),
         (c.slabs in _slab_choices(p, c), f"slabs is {c.slabs}, must be one of {_slab_choices(p, c)}"),
+        (
+            not c.ping_pong or (not p.is_fp8 and not c.swap_ab and rows == 128),
+            "ping_pong is for BF16, 128 rows",
+        ),
         (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),
     ]
     if c.swap_ab:
@@ -338,5 +349,7 @@ def _widest(p: GemmProblem, c: GemmConfig) -> int:
     if c.swap_ab:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
     if not p.is_fp8:
+        if c.ping_pong:
+            return 128 if p.add_c and not p.reduces else 192
         return 176 if p.add_c and p.n % 2 else 256
     return 256 if p.b_scales == "block" and c.rows <= 128 and passes(p, c) == 2 else 192

@@ -58,9 +58,21 @@ _PER_BLOCK = {
         (128, 224): 0.563,
         (128, 256): 0.6347,
     },
+    "bf16 ping-pong": {
+        (128, 128): 0.335,
+        (128, 144): 0.38,
+        (128, 160): 0.415,
+        (128, 176): 0.455,
+        (128, 192): 0.49,
+    },
 }
 # Microseconds of any tile, and for each element of a bf16 D.
-_PER_TILE = {"fp8 block": (0.2109, 3.002e-5), "fp8 vector": (0.1792, 3.591e-5), "bf16": (0.2225, 3.271e-5)}
+_PER_TILE = {
+    "fp8 block": (0.2109, 3.002e-5),
+    "fp8 vector": (0.1792, 3.591e-5),
+    "bf16": (0.2225, 3.271e-5),
+    "bf16 ping-pong": (0.1, 1.0e-5),
+}
 START = {"fp8": 2.966, "bf16": 2.727}
 
 
@@ -115,14 +127,26 @@ class Cost:
         return f"{self.total:.1f} us ({terms}, waves {self.waves})"
 
 
-def kind_of(p: GemmProblem) -> str:
-    """The key of a problem in the tables of constants."""
-    return f"fp8 {p.b_scales}" if p.is_fp8 else "bf16"
+Tiles = Mapping[tuple[int, int], float]
 
 
-def per_block(measured: Mapping[tuple[int, int], float], c: GemmConfig) -> float:
+def kind_of(p: GemmProblem, c: GemmConfig) -> str:
+    """The key of a persistent kernel in the tables of constants."""
+    return f"fp8 {p.b_scales}" if p.is_fp8 else "bf16 ping-pong" if c.ping_pong else "bf16"
+
+
+def per_block(measured: Tiles, c: GemmConfig) -> float:
     """Microseconds of a block of k; a tile that is no candidate was no better than its neighbours."""
     return measured.get((c.rows, c.cols), 1.3 * measured[128, 128] * c.rows * c.cols / 128**2)
+
+
+def persistent_tiles(measured: Mapping[str, Tiles], p: GemmProblem) -> list[GemmConfig]:
+    """The tiles in such a table that are for a problem, without stages."""
+    return [
+        GemmConfig(rows, cols, 0, ping_pong=turns)
+        for turns in ((False,) if p.is_fp8 else (False, True))
+        for rows, cols in measured[kind_of(p, GemmConfig(128, 128, 0, ping_pong=turns))]
+    ]
 
 
 def _tiles(p: GemmProblem, c: GemmConfig) -> int:
@@ -132,9 +156,10 @@ def _tiles(p: GemmProblem, c: GemmConfig) -> int:
 def _persistent(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
     waves = ceil_div(_tiles(p, c), chip.num_sms)
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
-    fixed, for_each = _PER_TILE[kind_of(p)]
+    kind = kind_of(p, c)
+    fixed, for_each = _PER_TILE[kind]
     per_tile = fixed + for_each * c.block_m * c.block_n * traffic**0.5
-    compute = waves * (per_tile + p.k_blocks * per_block(_PER_BLOCK[kind_of(p)], c))
+    compute = waves * (per_tile + p.k_blocks * per_block(_PER_BLOCK[kind], c))
     return Cost(START["fp8" if p.is_fp8 else "bf16"], compute, p.bytes_moved / _MEMORY_BYTES_PER_US, waves)
 
 
@@ -166,7 +191,7 @@ def cost(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
 
 def candidates(p: GemmProblem, chip: Chip) -> Iterator[GemmConfig]:
     """Every configuration worth comparing; each obeys `problems_with`."""
-    wanted = [GemmConfig(rows, cols, 0) for rows, cols in _PER_BLOCK[kind_of(p)]]
+    wanted = persistent_tiles(_PER_BLOCK, p)
     if p.m <= 512:
         wanted += [
             GemmConfig(tokens, weights, 0, True, split, resident)

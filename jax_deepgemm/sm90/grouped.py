@@ -24,7 +24,7 @@ from jax_deepgemm.sm90.config import (
     shared_memory,
     tma_store,
 )
-from jax_deepgemm.sm90.cost import START, Cost, kind_of, per_block
+from jax_deepgemm.sm90.cost import START, Cost, kind_of, per_block, persistent_tiles
 from jax_deepgemm.sm90.plan import (
     GemmOperands,
     copy_of_c,
@@ -194,6 +194,12 @@ _PER_BLOCK = {
         (128, 192): 0.5172,
         (128, 256): 0.6822,
     },
+    "bf16 ping-pong": {
+        (128, 128): 0.38,
+        (128, 160): 0.45,
+        (128, 176): 0.485,
+        (128, 192): 0.515,
+    },
 }
 # Microseconds of any tile beside its blocks, and for each element of a bf16 D.
 _PER_TILE = {
@@ -201,6 +207,7 @@ _PER_TILE = {
     "fp8 vector": (0.2, 2.0e-5),
     "fp8 slices": (0.07502, 2.084e-5),
     "bf16": (0.0023, 2.521e-5),
+    "bf16 ping-pong": (0.0023, 1.0e-5),
 }
 _MEMORY_BYTES_PER_US = 3.9e6
 _MANY_WAVES = 4  # from here on tiles of different lengths even out
@@ -208,8 +215,8 @@ _MANY_WAVES = 4  # from here on tiles of different lengths even out
 
 def grouped_candidates(p: GroupedProblem, chip: Chip) -> Iterator[GemmConfig]:
     """Every configuration worth comparing."""
-    for rows, cols in _PER_BLOCK[kind_of(p.gemm)]:
-        fitted = fit_stages(p.gemm, GemmConfig(rows, cols, 0), chip)
+    for tile in persistent_tiles(_PER_BLOCK, p.gemm):
+        fitted = fit_stages(p.gemm, tile, chip)
         if fitted is not None and not problems_with_grouped(p, fitted):
             yield fitted
 
@@ -226,9 +233,10 @@ def grouped_cost(p: GroupedProblem, c: GemmConfig, chip: Chip) -> Cost:
     even = tiles / chip.num_sms
     waves = even + 0.5 if even > _MANY_WAVES else math.ceil(even)
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
-    fixed, for_each = _PER_TILE[kind_of(p.gemm)]
+    kind = kind_of(p.gemm, c)
+    fixed, for_each = _PER_TILE[kind]
     per_tile = fixed + for_each * c.block_m * c.block_n * traffic
-    compute = waves * (per_tile + p.gemm.k_blocks * per_block(_PER_BLOCK[kind_of(p.gemm)], c))
+    compute = waves * (per_tile + p.gemm.k_blocks * per_block(_PER_BLOCK[kind], c))
     moved = p.groups * p.gemm.bytes_moved
     start = START["fp8" if p.gemm.is_fp8 else "bf16"]
     return Cost(start, compute, moved / _MEMORY_BYTES_PER_US, round(waves))

@@ -15,6 +15,7 @@ struct Config {{
   static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
   static constexpr int PASSES = {passes}, SPLITS = {splits};
   static constexpr int WARPGROUPS = {warpgroups}, SCALE_SLOTS = {scale_slots};
+  static constexpr bool PING_PONG = {ping_pong};
   static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging};
   static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
@@ -47,6 +48,7 @@ def kernel_name(p: GemmProblem, c: GemmConfig) -> str:
     parts = ["jdg_sm90", types, p.layout, f"{c.block_m}x{c.block_n}", f"s{c.stages}"]
     parts += [f"d{c.slabs}"] if c.slabs else []
     parts += ["swap", f"k{c.split_k}"] if c.swap_ab else []
+    parts += ["pp"] if c.ping_pong else []
     parts += [f"x{c.blocks_per_sm}"] if c.blocks_per_sm > 1 else []
     parts += ["sb1"] if p.b_scales == "vector" else []
     parts += ["f32"] if p.out == "float32" else []
@@ -92,6 +94,7 @@ def config_text(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k
         stages=c.stages,
         passes=passes(p, c),
         warpgroups=c.warpgroups,
+        ping_pong=as_cpp(c.ping_pong),
         splits=c.split_k,
         scale_slots=memory.scale_slots,
         slabs=c.slabs,
@@ -147,7 +150,7 @@ def leading_parameters(p: GemmProblem, c: GemmConfig) -> list[str]:
 
 def described(p: object, c: GemmConfig) -> tuple[tuple[str, object], ...]:
     """What `explain` says of a kernel."""
-    shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs")
+    shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs", "ping_pong")
     return (("problem", str(p)), *((field, getattr(c, field)) for field in shown))
 
 

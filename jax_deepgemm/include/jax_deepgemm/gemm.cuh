@@ -6,8 +6,11 @@
 //
 //   shared memory:  A[STAGES] | B[STAGES] | D slabs of each warp | scale quads of A, B | barriers | tiles
 //
-// The consumer warpgroups are not ordered against each other: they drift apart by themselves until one
-// promotes or stores while others multiply. Forcing an order measured slower (docs/performance.md).
+// PING_PONG (BF16): each of two consumer warpgroups has whole tiles, in turn, so that one multiplies while
+// the other stores.
+//
+// Otherwise the consumer warpgroups are not ordered against each other: they drift apart by themselves until
+// one promotes or stores while others multiply. Forcing an order measured slower (docs/performance.md).
 #pragma once
 
 #include <jax_deepgemm/epilogue.cuh>
@@ -48,25 +51,39 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
     }
   } else {
     if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
-    float acc[C::COLS / 2];
+    Accumulator<C> acc;
     MainLoop<C> loop(acc, at, warpgroup);
+    if (warpgroup > 0) await_turn<C>(at, warpgroup);
     Tile tile = receive_tile<C>(at, in.k_blocks);
     loop.begin(tile);
     while (tile.row != kNoTile) {
-      const int first_row = tile.row + warpgroup * 64;
-      if constexpr (C::ADD && kFp8)
-        add_c<C, true>(acc, matrix_of(c, p, tile.batch * p.batched_c), p, tile, first_row);
-      else
-        clear(acc);
+      const int first_row = tile.row + (C::PING_PONG ? 0 : warpgroup) * 64;
+#pragma unroll
+      for (int part = 0; part < kParts<C>; ++part) {
+        if constexpr (C::ADD && kFp8)
+          add_c<C, true>(acc[part], matrix_of(c, p, tile.batch * p.batched_c), p, tile, first_row);
+        else
+          clear(acc[part]);
+      }
       loop.finish(tile);
 
-      const Tile next = receive_tile<C>(at, in.k_blocks);
-      loop.begin(next);
+      Tile next;
+      if constexpr (!C::PING_PONG) {
+        next = receive_tile<C>(at, in.k_blocks);
+        loop.begin(next);
+      }
       const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
-      store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), matrix_of(c, p, tile.batch * p.batched_c), slabs,
-                    p, tile, first_row);
+#pragma unroll
+      for (int part = 0; part < kParts<C>; ++part)
+        store_tile<C>(acc[part], d_map, matrix_of(d, p, tile.batch),
+                      matrix_of(c, p, tile.batch * p.batched_c), slabs, p, tile, first_row + part * 64);
+      if constexpr (C::PING_PONG) {
+        await_turn<C>(at, warpgroup);
+        next = receive_tile<C>(at, in.k_blocks);
+      }
       tile = next;
     }
+    pass_turn<C>(at, warpgroup);
     loop.drop();
     // The block's memory outlives its readers.
     if (C::TMA_STORE) ptx::tma_store_wait_read();

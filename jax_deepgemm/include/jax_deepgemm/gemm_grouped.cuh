@@ -143,17 +143,21 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
     }
   } else {
     if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
-    float acc[C::COLS / 2];
+    Accumulator<C> acc;
     MainLoop<C> loop(acc, at, warpgroup);
+    if (warpgroup > 0) await_turn<C>(at, warpgroup);
     Place place = receive_place(at);
     loop.begin(k_range<C>(table, place, p));
     while (place.row != kNoTile) {
       {
         Tile tile = group_tile<C>(table, place, p, in.k_blocks).tile;
-        if constexpr (C::ADD && Layout<C>::kFp8)
-          add_c<C, true>(acc, matrix_of(c, p, tile.batch), p, tile, place.row + warpgroup * 64);
-        else
-          clear(acc);
+#pragma unroll
+        for (int part = 0; part < kParts<C>; ++part) {
+          if constexpr (C::ADD && Layout<C>::kFp8)
+            add_c<C, true>(acc[part], matrix_of(c, p, tile.batch), p, tile, place.row + warpgroup * 64);
+          else
+            clear(acc[part]);
+        }
         if (place.blocks > 0) {
           tile.k_end = GroupTable<C>::kInner ? place.blocks : in.k_blocks;  // the latter needs no register
           loop.finish(tile);
@@ -161,16 +165,27 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
           loop.skip();
         }
       }
-      const Place next = receive_place(at);
-      loop.begin(k_range<C>(table, next, p));
+      Place next;
+      if constexpr (!C::PING_PONG) {
+        next = receive_place(at);
+        loop.begin(k_range<C>(table, next, p));
+      }
 
       const GroupTile mine = group_tile<C>(table, place, p, in.k_blocks);
-      const int first_row = place.row + ptx::thread_index() / 128 * 64;
-      if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(acc, first_row, mine.rows_end);
       const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
-      store_group_tile<C>(acc, d_map, d, c, slabs, p, mine, first_row);
+#pragma unroll
+      for (int part = 0; part < kParts<C>; ++part) {
+        const int first_row = place.row + (C::PING_PONG ? part : ptx::thread_index() / 128) * 64;
+        if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(acc[part], first_row, mine.rows_end);
+        store_group_tile<C>(acc[part], d_map, d, c, slabs, p, mine, first_row);
+      }
+      if constexpr (C::PING_PONG) {
+        await_turn<C>(at, warpgroup);
+        next = receive_place(at);
+      }
       place = next;
     }
+    pass_turn<C>(at, warpgroup);
     loop.drop();
     // The block's memory outlives its readers.
     if (C::TMA_STORE) ptx::tma_store_wait_read();

@@ -160,8 +160,8 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
     if constexpr (C::SPLITS > 1) ptx::cluster_wait();
   } else {
     const int warpgroup = warpgroup_index();
-    float acc[C::COLS / 2];
-    clear(acc);
+    Accumulator<C> acc;
+    clear(acc[0]);
     MainLoop<C> loop(acc, at, warpgroup);
     loop.begin(tile);
     loop.finish(tile);
@@ -169,7 +169,7 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
       ptx::cluster_wait();  // all ranks have made their barriers
     else
       ptx::named_barrier<1, kConsumers>();  // the other warpgroup may still read what is overwritten
-    slices.send(acc, warpgroup);
+    slices.send(acc[0], warpgroup);
     slices.wait();
     store_slice<C>(slices, matrix_of(d, p, tile.batch), matrix_of(c, p, tile.batch * p.batched_c), p, tile);
   }

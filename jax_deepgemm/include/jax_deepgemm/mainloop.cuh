@@ -26,19 +26,20 @@ struct Fragment {
   }
 };
 
-// The operands of one warpgroup in a slot, and their multiplication: one committed group.
+// The operands of one warpgroup in a slot, and their multiplication.
 template <class C>
 struct Slot {
   static constexpr u32 kSlabBytes = 64 * kSlotRowBytes;  // of rows: 64 K-major ones, or one MN-major slab
   ptx::Descriptor rows, cols;
 
-  __device__ __forceinline__ Slot(const Position<C>& at, int warpgroup) {
-    const u32 a = at.rows() + warpgroup * kSlabBytes, b = at.cols();
+  // `part`: which 64 of the rows.
+  __device__ __forceinline__ Slot(const Position<C>& at, int part) {
+    const u32 a = at.rows() + part * kSlabBytes, b = at.cols();
     rows = C::ROWS_K_MAJOR ? ptx::k_major_descriptor(a) : ptx::mn_major_descriptor(a, kSlabBytes);
     cols = C::COLS_K_MAJOR ? ptx::k_major_descriptor(b) : ptx::mn_major_descriptor(b, kSlabBytes);
   }
 
-  // Of the slot that is `ahead` further on, columns from `first` on.
+  // Of the slot that is `ahead` further on, columns from `first` on. To be committed.
   template <int COUNT>
   __device__ __forceinline__ void multiply(float (&d)[COUNT], bool overwrite, int ahead = 0,
                                            int first = 0) const {
@@ -48,7 +49,6 @@ struct Slot {
     for (int step = 0; step < kStepsPerBlock; ++step)
       C::Mma::issue(d, rows.plus(a + step * kRowsStep), cols.plus(b + step * kColsStep),
                     !overwrite || step > 0);
-    ptx::wgmma_commit();
   }
 };
 
@@ -88,11 +88,11 @@ __device__ __forceinline__ void mask_slot(const Position<C>& at, const Tile& til
     const int begin = kb == tile.k_begin ? tile.k_skip : 0;
     const int end = kb + 1 == tile.k_end ? min(tile.k_stop, C::BLOCK_K) : C::BLOCK_K;
     if (begin == 0 && end == C::BLOCK_K) return;
-    const u32 rows = at.rows() + warpgroup * 64 * kSlotRowBytes;
+    const u32 rows = at.rows() + (C::PING_PONG ? 0 : warpgroup) * 64 * kSlotRowBytes;
     if constexpr (C::ROWS_K_MAJOR)
-      mask_rows<C>(rows, 64, begin, end);
+      mask_rows<C>(rows, 64 * kParts<C>, begin, end);
     else
-      mask_slabs<C>(rows, 1, begin, end);
+      mask_slabs<C>(rows, kParts<C>, begin, end);
     if constexpr (C::COLS_K_MAJOR)
       mask_rows<C>(at.cols(), C::COLS, begin, end);
     else
@@ -106,6 +106,10 @@ __device__ __forceinline__ float element(const float4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+// Of a warpgroup, by parts of 64 rows.
+template <class C>
+using Accumulator = float[kParts<C>][C::COLS / 2];
+
 // What the three have in common.
 template <class C>
 struct PlainLoop {
@@ -113,8 +117,8 @@ struct PlainLoop {
   Position<C>& at;
   const int warpgroup;
 
-  __device__ __forceinline__ PlainLoop(float (&acc)[C::COLS / 2], Position<C>& at, int warpgroup)
-      : acc(acc), at(at), warpgroup(warpgroup) {}
+  __device__ __forceinline__ PlainLoop(Accumulator<C>& acc, Position<C>& at, int warpgroup)
+      : acc(acc[0]), at(at), warpgroup(warpgroup) {}
   __device__ __forceinline__ void begin(const Tile&) {}
   __device__ __forceinline__ void skip() { skip_empty_tile<C>(at); }
   __device__ __forceinline__ void drop() {}
@@ -192,6 +196,7 @@ struct Fp8Loop : PlainLoop<C> {
     ptx::pin(temp);
     ptx::wgmma_fence();
     operands.multiply(temp, true, slot, pass * kWidth);
+    ptx::wgmma_commit();
   }
 
   // Block j of the quad whose scales are loaded, in the slot `slot` further on than `at`, which it moves on
@@ -351,6 +356,7 @@ struct SlicedLoop : PlainLoop<C> {
     ptx::pin(temp);
     ptx::wgmma_fence();
     Slot<C>(at, warpgroup).multiply(temp, true);
+    ptx::wgmma_commit();
   }
 
   __device__ __forceinline__ void drop() {
@@ -400,23 +406,40 @@ struct SlicedLoop : PlainLoop<C> {
 // BF16: one accumulator over all of k, one block in flight behind the one being issued.
 template <class C>
 struct Bf16Loop : PlainLoop<C> {
-  using PlainLoop<C>::acc, PlainLoop<C>::at, PlainLoop<C>::warpgroup, PlainLoop<C>::PlainLoop;
+  using PlainLoop<C>::at, PlainLoop<C>::warpgroup;
+  Accumulator<C>& parts;
+
+  __device__ __forceinline__ Bf16Loop(Accumulator<C>& acc, Position<C>& at, int warpgroup)
+      : PlainLoop<C>(acc, at, warpgroup), parts(acc) {}
+
+  __device__ __forceinline__ void pin() {
+#pragma unroll
+    for (int part = 0; part < kParts<C>; ++part) ptx::pin(parts[part]);
+  }
+  __device__ __forceinline__ void skip() {
+    skip_empty_tile<C>(at);
+    pass_turn<C>(at, warpgroup);
+  }
 
   __device__ __forceinline__ void finish(const Tile& tile) {
     u32 previous = 0;
-    ptx::pin(acc);
+    pin();
     for (int kb = tile.k_begin; kb < tile.k_end; ++kb) {
       ptx::mbarrier_wait(at.full(), at.phase);
       mask_slot<C>(at, tile, kb, warpgroup);
       ptx::wgmma_fence();
-      Slot<C>(at, warpgroup).multiply(acc, false);
+#pragma unroll
+      for (int part = 0; part < kParts<C>; ++part)
+        Slot<C>(at, C::PING_PONG ? part : warpgroup).multiply(parts[part], false);
+      ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       if (kb > tile.k_begin && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);
       previous = at.empty();
       at.advance();
     }
+    pass_turn<C>(at, warpgroup);
     ptx::wgmma_wait<0>();
-    ptx::pin(acc);
+    pin();
     if (tile.k_begin < tile.k_end && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);
   }
 };

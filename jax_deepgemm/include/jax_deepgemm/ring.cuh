@@ -40,6 +40,13 @@ constexpr int kSlotRowBytes = 128;  // bytes of k in a slot: 128 FP8 or 64 BF16 
 constexpr int kStepsPerBlock = 4;   // wgmma instructions along k for them
 constexpr int kQuad = 4;            // blocks of k whose scales travel together
 
+// In how many parts of 64 rows a warpgroup multiplies its tile. In turn (ping-pong) warpgroups have whole
+// tiles.
+template <class C>
+constexpr int kParts = C::PING_PONG ? C::ROWS / 64 : 1;
+template <class C>
+constexpr int kReleases = 4 * (C::PING_PONG ? 1 : C::WARPGROUPS);  // warps that read a slot
+
 // How many 128-blocks a tile of `width` columns can touch when tiles start at multiples of `width`.
 __host__ __device__ constexpr int touched_blocks(int width) {
   return ceil_div(128 - gcd(width, 128) + width, 128);
@@ -74,7 +81,8 @@ struct Layout {
   static constexpr u32 kBlockScales = kColScales + C::SCALE_SLOTS * kColScaleBytes;
   static constexpr u32 kBarriers = kBlockScales + C::SCALE_SLOTS * kBlockScaleBytes;
   static constexpr u32 kTiles = kBarriers + 2 * C::STAGES * 8;  // 16-byte aligned
-  static constexpr u32 kTable = kTiles + C::STAGES * 16;        // of groups; dense kernels have none
+  static constexpr u32 kTurn = kTiles + C::STAGES * 16;
+  static constexpr u32 kTable = kTurn + (C::PING_PONG ? 16 : 0);  // of groups; dense kernels have none
   static constexpr u32 kBytes = kTable + C::TABLE_BYTES;
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
 
@@ -190,13 +198,42 @@ __device__ __forceinline__ void skip_empty_tile(Position<C>& at) {
   }
 }
 
+// Ping-pong: the ring's next tile is for the other warpgroup, from the slot at `at` on. Whoever finds the end
+// passes it on as well.
+//
+// Hazard: an mbarrier tells one phase from the next only, so nobody looks at slots further on: a warpgroup
+// comes to its tile when all slots before it were full.
+template <class C>
+__device__ __forceinline__ void pass_turn(const Position<C>& at, int warpgroup) {
+  if constexpr (C::PING_PONG) {
+    if (threadIdx.x % 128 == 0) ptx::store_shared_4(at.smem + Layout<C>::kTurn, at.stage, at.phase, 0, 0);
+    if (warpgroup == 0)
+      ptx::named_barrier_arrive<6, 256>();
+    else
+      ptx::named_barrier_arrive<5, 256>();
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void await_turn(Position<C>& at, int warpgroup) {
+  if constexpr (C::PING_PONG) {
+    if (warpgroup == 0)
+      ptx::named_barrier<5, 256>();
+    else
+      ptx::named_barrier<6, 256>();
+    const float2 passed = ptx::load_shared_2(at.smem + Layout<C>::kTurn);
+    at.stage = __shfl_sync(0xFFFFFFFF, __float_as_int(passed.x), 0);
+    at.phase = __shfl_sync(0xFFFFFFFF, __float_as_int(passed.y), 0);
+  }
+}
+
 template <class C>
 __device__ __forceinline__ void init_barriers(u32 smem) {
   Position<C> at(smem);
   if (threadIdx.x == 0) {
     for (at.stage = 0; at.stage < C::STAGES; ++at.stage) {
       ptx::mbarrier_init(at.full(), 1);
-      ptx::mbarrier_init(at.empty(), 4 * C::WARPGROUPS);
+      ptx::mbarrier_init(at.empty(), kReleases<C>);
     }
     ptx::fence_mbarrier_init();
   }
