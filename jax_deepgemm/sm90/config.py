@@ -332,8 +332,8 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
         (c.split_k <= ceil_div(p.k_blocks, _QUAD), f"split_k is {c.split_k}, more than the quads of k"),
         (c.slabs in _slab_choices(p, c), f"slabs is {c.slabs}, must be one of {_slab_choices(p, c)}"),
         (
-            not c.ping_pong or (not p.is_fp8 and not c.swap_ab and rows == 128),
-            "ping_pong is for BF16, 128 rows",
+            takes_turns or not c.ping_pong,
+            "ping_pong is for BF16 operands and 128 rows, without swap_ab",
         ),
         (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),
     ]

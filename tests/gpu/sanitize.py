@@ -25,6 +25,7 @@ from jax_deepgemm.sm90.cost import candidates, cost
 
 M, N, K = 520, 272, 1088  # tails in every dimension
 FEW_SMS = 3  # so that persistent blocks compute several tiles
+PING_PONG = GemmConfig(128, 192, 5, slabs=2, ping_pong=True)
 
 
 def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...]]]:
@@ -44,6 +45,7 @@ def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...]]]:
             yield f"fp8 m={rows} {config}", call(jdg.fp8_gemm_nt, sms, config=config), (quantised, qb)
         for config in kinds_of_config(GemmProblem(rows, N, K, "bf16", "bf16", b_scales="none")):
             yield f"bf16 m={rows} {config}", call(jdg.bf16_gemm_nt, sms, config=config), (left, b)
+    yield "bf16 ping-pong", call(jdg.bf16_gemm_nt, config=PING_PONG), (a, b)
     float32 = call(jdg.fp8_gemm_nt, out_dtype=jnp.float32)
     yield "fp8 + C", float32, (qa, qb, c)
     yield "fp8 B 1x128", call(jdg.fp8_gemm_nt), (qa, qb_rows)
@@ -80,6 +82,7 @@ def grouped_cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, 
     yield "grouped fp8 to float32", call(fp8, out_dtype=jnp.float32), (qa, qw, sizes)
     yield "grouped bf16 nt", call(bf16), (a, w, sizes)
     yield "grouped bf16 nt, few rows", call(bf16, expected_m=4), (a, w, sizes // 16)
+    yield "grouped bf16 ping-pong", call(bf16, config=PING_PONG), (a, w, sizes)
     yield "grouped bf16 nn", call(jdg.m_grouped_bf16_gemm_nn_contiguous), (a, w.mT, sizes)
     whole = normal(rows, k)
     for name, wrong in bad.items():
@@ -111,6 +114,8 @@ def grouped_cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, 
     ):
         yield f"k-grouped {kind}", call(function, out_dtype=jnp.bfloat16), (*operands, sizes)
         yield f"k-grouped {kind} + C", call(function, out_dtype=jnp.float32), (*operands, sizes, c)
+    turns = call(jdg.k_grouped_bf16_gemm_tn_contiguous, out_dtype=jnp.float32, config=PING_PONG)
+    yield "k-grouped bf16 ping-pong + C", turns, (a, dy, sizes, c)
     whole_dy = normal(rows, n)
     for name, wrong in bad.items():
         yield f"k-grouped bf16, {name}", call(function), (whole, whole_dy, wrong)

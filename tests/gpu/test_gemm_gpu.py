@@ -28,8 +28,8 @@ from gpu_programs import C_ELSEWHERE, chain, program, with_c_elsewhere
 from jax_deepgemm.gemm import reference
 from jax_deepgemm.jit import compile_many
 from jax_deepgemm.sm90.chip import H200
-from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, tma_store
-from jax_deepgemm.sm90.cost import candidates, choose
+from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, fit_stages, tma_store
+from jax_deepgemm.sm90.cost import _PER_BLOCK, candidates, choose, persistent_tiles
 from jax_deepgemm.sm90.source import kernel_source
 
 BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
@@ -393,6 +393,31 @@ def test_configurations_agree(case, fp8):
     for config in spread(every):
         run = functools.partial(fp8_gemm if fp8 else bf16_gemm, config=config)
         (check_fp8 if fp8 else check_bf16)([case], run)
+
+
+def ping_pong_tiles(p: GemmProblem) -> list[GemmConfig]:
+    tiles = [tile for tile in persistent_tiles(_PER_BLOCK, p) if tile.ping_pong]
+    return [tile for tile in (fit_stages(p, tile, H200) for tile in tiles) if tile is not None]
+
+
+@pytest.mark.parametrize("num_sms", [1, 3, 132])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1000, 1032, 520),
+        Case(700, 515, 64, layout="tn"),
+        Case(129, 1000, 200, layout="nn", out="float32", accumulate=True),
+        Case(300, 904, 1160, layout="tt", accumulate=True),
+        Case(1, 8, 8),
+    ],
+    ids=str,
+)
+def test_ping_pong(case, num_sms):
+    """Many tiles for each SM, one, and none for the second warpgroup."""
+    tiles = ping_pong_tiles(problem(case, False))
+    assert tiles
+    for config in tiles:
+        check_bf16([case], functools.partial(bf16_gemm, config=config, num_sms=num_sms))
 
 
 def test_num_sms():
