@@ -326,7 +326,8 @@ __device__ __forceinline__ void row_scales(float (&inverse)[C::TILES][C::ROWS],
   const float scale = scale_of<C>(combine_lanes(v, [](float a, float b) { return fmaxf(a, b); }));
   const int lane = threadIdx.x % 16, row = at.row + lane / C::TILES;
   const int across = ceil_div(to.cols, kTile), tile = (at.tile_col + lane % C::TILES * apart) / kTile;
-  if (lane < C::ROWS * C::TILES && row < to.rows && tile < across)
+  const bool there = C::TILES == 1 || tile < across;
+  if (lane < C::ROWS * C::TILES && row < to.rows && there)
     to.scales[static_cast<i64>(row) * across + tile] = scale;
   spread_lanes(v, ptx::rcp_rn(scale));
 #pragma unroll

@@ -117,6 +117,8 @@ struct Position {
   __device__ __forceinline__ u32 block_scales() const {
     return smem + Layout<C>::kBlockScales + quad_slot * Layout<C>::kBlockScaleBytes;
   }
+  // Where a warpgroup reads where its next tile begins; for ping-pong.
+  __device__ __forceinline__ u32 turn(int warpgroup) const { return smem + Layout<C>::kTurn + warpgroup * 8; }
   template <int SLOTS = 1>  // a divisor of STAGES
   __device__ __forceinline__ void advance() {
     stage += SLOTS;
@@ -202,11 +204,13 @@ __device__ __forceinline__ void skip_empty_tile(Position<C>& at) {
 // passes it on as well.
 //
 // Hazard: an mbarrier tells one phase from the next only, so nobody looks at slots further on: a warpgroup
-// comes to its tile when all slots before it were full.
+// comes to its tile when all slots before it were full. Each has a place of its own to read where its tile
+// begins: its warps may pass the turn on before the last of them has read.
 template <class C>
 __device__ __forceinline__ void pass_turn(const Position<C>& at, int warpgroup) {
   if constexpr (C::PING_PONG) {
-    if (threadIdx.x % 128 == 0) ptx::store_shared_4(at.smem + Layout<C>::kTurn, at.stage, at.phase, 0, 0);
+    if (threadIdx.x % 128 == 0)
+      ptx::store_shared_2(at.turn(1 - warpgroup), __int_as_float(at.stage), __uint_as_float(at.phase));
     if (warpgroup == 0)
       ptx::named_barrier_arrive<6, 256>();
     else
@@ -221,9 +225,9 @@ __device__ __forceinline__ void await_turn(Position<C>& at, int warpgroup) {
       ptx::named_barrier<5, 256>();
     else
       ptx::named_barrier<6, 256>();
-    const float2 passed = ptx::load_shared_2(at.smem + Layout<C>::kTurn);
+    const float2 passed = ptx::load_shared_2(at.turn(warpgroup));
     at.stage = __shfl_sync(0xFFFFFFFF, __float_as_int(passed.x), 0);
-    at.phase = __shfl_sync(0xFFFFFFFF, __float_as_int(passed.y), 0);
+    at.phase = __shfl_sync(0xFFFFFFFF, __float_as_uint(passed.y), 0);
   }
 }
 
