@@ -28,7 +28,8 @@ struct Slices {
   static constexpr u32 kBytes = kRows * kPitch * 4;
   static constexpr bool kExchanged = C::SPLITS > 1;
   static constexpr u32 kBarrier = Layout<C>::kStaging + C::SPLITS * kBytes;
-  static_assert(kExchanged ? C::SPLITS * kBytes + 16 <= C::STAGING_BYTES : kBytes <= Layout<C>::kStaging, "");
+  static_assert(kExchanged ? C::SPLITS * kBytes + 16 <= C::STAGING_BYTES : kBytes <= Layout<C>::kStaging,
+                "the slices fit where they are put");
 
   u32 smem;
   int rank;
