@@ -2,7 +2,8 @@
 //
 //   warpgroups 0 .. W-1   consumers: 64 rows of the tile each (wgmma, promotion), then the epilogue, under
 //                         which the next tile's first product is made (FP8)
-//   warpgroup W           one thread of it is the TMA producer, a tile ahead during the epilogue
+//   behind them           a warp, or a warpgroup where it gives registers away: one thread of it is the TMA
+//                         producer, a tile ahead during the epilogue
 //
 //   shared memory:  A[STAGES] | B[STAGES] | D slabs of each warp | scale quads of A, B | barriers | tiles
 //
@@ -10,7 +11,7 @@
 // the other stores.
 //
 // Otherwise the consumer warpgroups are not ordered against each other: they drift apart by themselves until
-// one promotes or stores while others multiply. Forcing an order measured slower (docs/performance.md).
+// one promotes or stores while others multiply.
 #pragma once
 
 #include <jax_deepgemm/epilogue.cuh>
@@ -83,7 +84,7 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
       }
       tile = next;
     }
-    pass_turn<C>(at, warpgroup);
+    pass_turn<C>(at, warpgroup);  // the other may have left: nobody waits for the second of these
     loop.drop();
     // The block's memory outlives its readers.
     if (C::TMA_STORE) ptx::tma_store_wait_read();

@@ -185,7 +185,7 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
       }
       place = next;
     }
-    pass_turn<C>(at, warpgroup);
+    pass_turn<C>(at, warpgroup);  // as in gemm.cuh
     loop.drop();
     // The block's memory outlives its readers.
     if (C::TMA_STORE) ptx::tma_store_wait_read();

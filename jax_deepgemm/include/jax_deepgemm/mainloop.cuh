@@ -1,7 +1,7 @@
 // The main loop of every Hopper GEMM kernel here: what a consumer warpgroup does with the slots of the ring
 // (ring.cuh), in three forms: FP8 with scales in quads, FP8 with scales by block of k, BF16.
 //
-//   begin(tile)   as soon as the tile's first slot is full: what may stand under the epilogue before it
+//   begin(tile)   once the tile's first slot was seen full: what may stand under the epilogue before it
 //   finish(tile)  acc += rows tile * cols tile over the tile's range of k, all scales applied
 //   skip()        instead of finish, for a tile without any k
 //   drop()        instead of finish, where there is no tile
@@ -369,7 +369,7 @@ struct SlicedLoop : PlainLoop<C> {
     skip_empty_tile<C>(at);
   }
 
-  // The block whose product is on its way, of which `more` are still to come.
+  // The block whose product is on its way. `more`: whether a block follows.
   __device__ __forceinline__ void promote(bool more) {
     const u32 empty = at.empty(), cols = at.col_scales() + mine.col * 4;
     const u32 rows = at.row_scales() + (64 * warpgroup + mine.row) * 4;

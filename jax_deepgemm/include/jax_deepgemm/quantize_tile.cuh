@@ -5,7 +5,8 @@
 //                    in lane l of warp w
 //
 //   1x128 scales     amax of a row of a tile: 16 lanes exchange and halve their maxima, ROWS of each tile,
-//                    until lane l knows the l-th, computes its scale, and hands the inverse round
+//                    until lane l knows the l-th (of tile l % TILES), computes its scale, and hands the
+//                    inverse round
 //   128x1 scales     amax of a column: of each warp through shared memory; 128 threads compute the scales
 //   128x128 scales   one maximum of everything
 //

@@ -45,7 +45,7 @@ constexpr int kQuad = 4;            // blocks of k whose scales travel together
 template <class C>
 constexpr int kParts = C::PING_PONG ? C::ROWS / 64 : 1;
 template <class C>
-constexpr int kReleases = 4 * (C::PING_PONG ? 1 : C::WARPGROUPS);  // warps that read a slot
+constexpr int kReleases = 4 * (C::PING_PONG ? 1 : C::WARPGROUPS);  // arrivals that free a slot
 
 // How many 128-blocks a tile of `width` columns can touch when tiles start at multiples of `width`.
 __host__ __device__ constexpr int touched_blocks(int width) {
@@ -117,7 +117,7 @@ struct Position {
   __device__ __forceinline__ u32 block_scales() const {
     return smem + Layout<C>::kBlockScales + quad_slot * Layout<C>::kBlockScaleBytes;
   }
-  // Where a warpgroup reads where its next tile begins; for ping-pong.
+  // Of the two numbers that tell a warpgroup at which slot its next tile begins; for ping-pong.
   __device__ __forceinline__ u32 turn(int warpgroup) const { return smem + Layout<C>::kTurn + warpgroup * 8; }
   template <int SLOTS = 1>  // a divisor of STAGES
   __device__ __forceinline__ void advance() {
