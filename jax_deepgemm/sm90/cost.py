@@ -132,9 +132,9 @@ class Cost:
 Tiles = Mapping[tuple[int, int], float]
 
 
-def kind_of(p: GemmProblem, c: GemmConfig) -> str:
+def kind_of(p: GemmProblem, ping_pong: bool) -> str:
     """The key of a persistent kernel in the tables of constants."""
-    return f"fp8 {p.b_scales}" if p.is_fp8 else "bf16 ping-pong" if c.ping_pong else "bf16"
+    return f"fp8 {p.b_scales}" if p.is_fp8 else "bf16 ping-pong" if ping_pong else "bf16"
 
 
 def per_block(measured: Tiles, c: GemmConfig) -> float:
@@ -147,7 +147,7 @@ def persistent_tiles(measured: Mapping[str, Tiles], p: GemmProblem) -> list[Gemm
     return [
         GemmConfig(rows, cols, 0, ping_pong=turns)
         for turns in ((False,) if p.is_fp8 else (False, True))
-        for rows, cols in measured[kind_of(p, GemmConfig(128, 128, 0, ping_pong=turns))]
+        for rows, cols in measured[kind_of(p, turns)]
     ]
 
 
@@ -158,7 +158,7 @@ def _tiles(p: GemmProblem, c: GemmConfig) -> int:
 def _persistent(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
     waves = ceil_div(_tiles(p, c), chip.num_sms)
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
-    kind = kind_of(p, c)
+    kind = kind_of(p, c.ping_pong)
     fixed, for_each = _PER_TILE[kind]
     per_tile = fixed + for_each * c.block_m * c.block_n * traffic**0.5
     compute = waves * (per_tile + p.k_blocks * per_block(_PER_BLOCK[kind], c))

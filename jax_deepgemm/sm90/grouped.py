@@ -233,7 +233,7 @@ def grouped_cost(p: GroupedProblem, c: GemmConfig, chip: Chip) -> Cost:
     even = tiles / chip.num_sms
     waves = even + 0.5 if even > _MANY_WAVES else math.ceil(even)
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
-    kind = kind_of(p.gemm, c)
+    kind = kind_of(p.gemm, c.ping_pong)
     fixed, for_each = _PER_TILE[kind]
     per_tile = fixed + for_each * c.block_m * c.block_n * traffic
     compute = waves * (per_tile + p.gemm.k_blocks * per_block(_PER_BLOCK[kind], c))

@@ -112,7 +112,7 @@ template <class C>
 __device__ __forceinline__ void store_slice(const Slices<C>& slices, typename C::Out* d,
                                             const typename C::Out* c, const Problem& p, const Tile& tile) {
   constexpr int kFours = Slices<C>::kRows / 4, kUnits = kFours * C::COLS / 2;
-  const int first = tile.row + (C::SPLITS > 1 ? slices.rank * Slices<C>::kRows : 0);
+  const int first = tile.row + slices.rank * Slices<C>::kRows;
 #pragma unroll 1
   for (int unit = threadIdx.x; unit < kUnits; unit += 128 * C::WARPGROUPS) {
     const int row = unit % kFours * 4, token = unit / kFours * 2;

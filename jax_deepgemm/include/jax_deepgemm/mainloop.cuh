@@ -124,6 +124,25 @@ struct PlainLoop {
   __device__ __forceinline__ void drop() {}
 };
 
+// FP8: a tile's first product is on its way before finish(), in an accumulator of its own.
+template <class C>
+struct BegunLoop : PlainLoop<C> {
+  using PlainLoop<C>::at, PlainLoop<C>::PlainLoop;
+
+  const Fragment mine;
+  float temp[C::COLS / C::PASSES / 2];  // the product
+
+  __device__ __forceinline__ void drop() {
+    ptx::wgmma_wait<0>();
+    ptx::pin(temp);
+  }
+
+  __device__ __forceinline__ void skip() {
+    drop();
+    skip_empty_tile<C>(at);
+  }
+};
+
 // FP8: the product of one block of k in an accumulator of its own, promoted with its scales; wide tiles in
 // PASSES that share it, one after the other.
 //
@@ -136,9 +155,10 @@ struct PlainLoop {
 // Hazard: from issue to wait the tensor core writes `temp`. ptxas would serialise (C7510, C7514) if anything
 // in between touched it.
 template <class C>
-struct Fp8Loop : PlainLoop<C> {
+struct Fp8Loop : BegunLoop<C> {
   using L = Layout<C>;
-  using PlainLoop<C>::acc, PlainLoop<C>::at, PlainLoop<C>::warpgroup, PlainLoop<C>::PlainLoop;
+  using BegunLoop<C>::acc, BegunLoop<C>::at, BegunLoop<C>::warpgroup, BegunLoop<C>::BegunLoop;
+  using BegunLoop<C>::mine, BegunLoop<C>::temp;
   static constexpr int kUnit = gcd(C::STAGES, kQuad);  // blocks whose slots are neighbours
   static constexpr int kWidth = C::COLS / C::PASSES, kGroups = kWidth / 8;
   static constexpr bool kColVector = C::COL_SCALES == Scale::kVector;
@@ -153,8 +173,6 @@ struct Fp8Loop : PlainLoop<C> {
   static_assert(!C::MASK_K, "begin() multiplies a slot as it is");
   static_assert(C::PASSES == 1 || (C::COL_SCALES == Scale::kBlock && kWidth % 128 == 0), "whole blocks");
 
-  const Fragment mine;
-  float temp[kWidth / 2];  // the product
   // Scales of a quad: of this thread's two rows, and of the 128x128 blocks; of one block: of this thread's
   // columns.
   float4 upper, lower, block[kBlocks];
@@ -281,16 +299,6 @@ struct Fp8Loop : PlainLoop<C> {
     __syncwarp();  // ptxas would draw stores of the epilogue in between the instructions
   }
 
-  __device__ __forceinline__ void drop() {
-    ptx::wgmma_wait<0>();
-    ptx::pin(temp);
-  }
-
-  __device__ __forceinline__ void skip() {
-    drop();
-    skip_empty_tile<C>(at);
-  }
-
   // The tile's first quad, `blocks` of `all`. Were it the last that may lack some, behind the loop, ptxas
   // would spill.
   __device__ __forceinline__ void first_quad(int blocks, int all) {
@@ -340,11 +348,9 @@ struct Fp8Loop : PlainLoop<C> {
 // FP8 with both operands' scales stored by block of k: a factor for every element. The first product as in
 // Fp8Loop, after its slot was masked.
 template <class C>
-struct SlicedLoop : PlainLoop<C> {
-  using PlainLoop<C>::acc, PlainLoop<C>::at, PlainLoop<C>::warpgroup, PlainLoop<C>::PlainLoop;
-
-  const Fragment mine;
-  float temp[C::COLS / 2];  // the product
+struct SlicedLoop : BegunLoop<C> {
+  using BegunLoop<C>::acc, BegunLoop<C>::at, BegunLoop<C>::warpgroup, BegunLoop<C>::BegunLoop;
+  using BegunLoop<C>::mine, BegunLoop<C>::temp;
 
   __device__ __forceinline__ void begin(const Tile& tile) {
     mask_slot<C>(at, tile, tile.k_begin, warpgroup);
@@ -357,16 +363,6 @@ struct SlicedLoop : PlainLoop<C> {
     ptx::wgmma_fence();
     Slot<C>(at, warpgroup).multiply(temp, true);
     ptx::wgmma_commit();
-  }
-
-  __device__ __forceinline__ void drop() {
-    ptx::wgmma_wait<0>();
-    ptx::pin(temp);
-  }
-
-  __device__ __forceinline__ void skip() {
-    drop();
-    skip_empty_tile<C>(at);
   }
 
   // The block whose product is on its way. `more`: whether a block follows.
