@@ -277,7 +277,7 @@ def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     staging = 4 * c.warpgroups * c.slabs * SLAB_ROWS * SLAB_ROW_BYTES
     if c.split_k > 1:  # what the ranks of a cluster send each other, and its barrier
         staging = align_up(_partial_bytes(c) + 16, 128)
-    slot, turn = (height + width) * _SLOT_ROW_BYTES, 16 if c.ping_pong else 0
+    slot, turn = (height + width) * _SLOT_ROW_BYTES, 32 if c.ping_pong else 0
     return SharedMemory(slot, scale_slot, staging, c.stages, step, p.table_bytes, turn)
 
 

@@ -82,7 +82,7 @@ struct Layout {
   static constexpr u32 kBarriers = kBlockScales + C::SCALE_SLOTS * kBlockScaleBytes;
   static constexpr u32 kTiles = kBarriers + 2 * C::STAGES * 8;  // 16-byte aligned
   static constexpr u32 kTurn = kTiles + C::STAGES * 16;
-  static constexpr u32 kTable = kTurn + (C::PING_PONG ? 16 : 0);  // of groups; dense kernels have none
+  static constexpr u32 kTable = kTurn + (C::PING_PONG ? 32 : 0);  // of groups; dense kernels have none
   static constexpr u32 kBytes = kTable + C::TABLE_BYTES;
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
 
@@ -98,6 +98,7 @@ struct Position {
   int stage = 0;
   u32 phase = 0;
   int quad_slot = 0;
+  u32 turn_phase = 0;  // ping-pong
 
   __device__ __forceinline__ explicit Position(u32 base) : smem(base) {}
   __device__ __forceinline__ u32 full() const { return smem + Layout<C>::kBarriers + stage * 8; }
@@ -117,8 +118,8 @@ struct Position {
   __device__ __forceinline__ u32 block_scales() const {
     return smem + Layout<C>::kBlockScales + quad_slot * Layout<C>::kBlockScaleBytes;
   }
-  // Of the two numbers that tell a warpgroup at which slot its next tile begins; for ping-pong.
-  __device__ __forceinline__ u32 turn(int warpgroup) const { return smem + Layout<C>::kTurn + warpgroup * 8; }
+  // Ping-pong: a warpgroup's turn is a barrier and, behind it, the slot where its next tile begins.
+  __device__ __forceinline__ u32 turn(int warpgroup) const { return smem + Layout<C>::kTurn + warpgroup * 16; }
   template <int SLOTS = 1>  // a divisor of STAGES
   __device__ __forceinline__ void advance() {
     stage += SLOTS;
@@ -205,27 +206,25 @@ __device__ __forceinline__ void skip_empty_tile(Position<C>& at) {
 //
 // Hazard: an mbarrier tells one phase from the next only, so nobody looks at slots further on: a warpgroup
 // comes to its tile when all slots before it were full. Each has a place of its own to read where its tile
-// begins: its warps may pass the turn on before the last of them has read.
+// begins, which is written again when all of its warps have passed the turn on.
 template <class C>
 __device__ __forceinline__ void pass_turn(const Position<C>& at, int warpgroup) {
   if constexpr (C::PING_PONG) {
+    const u32 turn = at.turn(1 - warpgroup);
     if (threadIdx.x % 128 == 0)
-      ptx::store_shared_2(at.turn(1 - warpgroup), __int_as_float(at.stage), __uint_as_float(at.phase));
-    if (warpgroup == 0)
-      ptx::named_barrier_arrive<6, 256>();
-    else
-      ptx::named_barrier_arrive<5, 256>();
+      ptx::store_shared_2(turn + 8, __int_as_float(at.stage), __uint_as_float(at.phase));
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(turn);
   }
 }
 
+// Lane 0 reads, as in receive_tile.
 template <class C>
 __device__ __forceinline__ void await_turn(Position<C>& at, int warpgroup) {
   if constexpr (C::PING_PONG) {
-    if (warpgroup == 0)
-      ptx::named_barrier<5, 256>();
-    else
-      ptx::named_barrier<6, 256>();
-    const float2 passed = ptx::load_shared_2(at.turn(warpgroup));
+    ptx::mbarrier_wait(at.turn(warpgroup), at.turn_phase);
+    at.turn_phase ^= 1;
+    float2 passed = {0.0f, 0.0f};
+    if (threadIdx.x % 32 == 0) passed = ptx::load_shared_2(at.turn(warpgroup) + 8);
     at.stage = __shfl_sync(0xFFFFFFFF, __float_as_int(passed.x), 0);
     at.phase = __shfl_sync(0xFFFFFFFF, __float_as_uint(passed.y), 0);
   }
@@ -238,6 +237,10 @@ __device__ __forceinline__ void init_barriers(u32 smem) {
     for (at.stage = 0; at.stage < C::STAGES; ++at.stage) {
       ptx::mbarrier_init(at.full(), 1);
       ptx::mbarrier_init(at.empty(), kReleases<C>);
+    }
+    if (C::PING_PONG) {
+      ptx::mbarrier_init(at.turn(0), 4);
+      ptx::mbarrier_init(at.turn(1), 4);
     }
     ptx::fence_mbarrier_init();
   }
