@@ -4,10 +4,11 @@
 
 Three kernels share one main loop (include/jax_deepgemm/mainloop.cuh):
 
-- `gemm.cuh`: A's rows on wgmma's 64-row side, a persistent grid; block_m = 64, 128 or 192, block_n any
-  multiple of 8.
-- `gemm_small_m.cuh` (`swap_ab`): B's rows (weights) on the 64-row side, tokens on the narrow side, k split
-  over a cluster; block_n = 64 or 128, block_m = 8 .. 128 tokens.
+- `gemm.cuh`: A's rows on wgmma's 64-row side, a persistent grid; block_m = 64, 128, 192 or 256, block_n
+  any multiple of 8.
+- `gemm_small_m.cuh` (`swap_ab`, or `split_k` > 1), for few tokens: a cluster of blocks of threads computes one
+  tile, and shares its k. With `swap_ab` B's rows (weights) lie on the 64-row side, tokens on the narrow side.
+  Rows of either side: 64 or 128; columns 8 .. 128.
 - `gemm_grouped.cuh`: as the first, for groups whose sizes are on the device (sm90/grouped.py).
 """
 
@@ -164,8 +165,8 @@ class GemmConfig:
       block_m, block_n: tile of D that one block of threads computes at a time.
       stages: slots of the shared-memory ring; one slot holds 128 bytes of k of both operands.
       swap_ab: whether B's rows lie on wgmma's 64-row side (for few tokens).
-      split_k: blocks of a cluster that share the k range of a tile (swap_ab only).
-      blocks_per_sm: blocks of threads resident on one SM (swap_ab only).
+      split_k: blocks of a cluster that share the k range of a tile.
+      blocks_per_sm: blocks of threads resident on one SM (2 only with swap_ab or split_k).
       slabs: buffers of 8 rows of 128 bytes of D, for each consumer warp, that may drain to memory at once; 0
         without TMA stores.
       ping_pong: whether each of two warpgroups has whole tiles of 128 rows, in turn, so that one multiplies
@@ -182,6 +183,11 @@ class GemmConfig:
     ping_pong: bool = False
 
     @property
+    def one_tile(self) -> bool:
+        """Whether a block of threads, or a cluster, computes one tile; otherwise the grid is persistent."""
+        return self.swap_ab or self.split_k > 1
+
+    @property
     def rows(self) -> int:
         """Extent on wgmma's 64-row side."""
         return self.block_n if self.swap_ab else self.block_m
@@ -193,8 +199,8 @@ class GemmConfig:
 
     @property
     def warpgroups(self) -> int:
-        """Consumer warpgroups."""
-        return self.rows // 64
+        """Consumer warpgroups, of 64 rows each; of 256 rows, two have 128 each."""
+        return 2 if self.rows == 256 else self.rows // 64
 
     @property
     def threads(self) -> int:
@@ -204,7 +210,7 @@ class GemmConfig:
     @property
     def shares_registers(self) -> bool:
         """Whether warpgroups take and give registers (setmaxnreg)."""
-        return not self.swap_ab and self.warpgroups > 1
+        return not self.one_tile and self.warpgroups > 1
 
     @property
     def registers(self) -> int:
@@ -252,7 +258,7 @@ class SharedMemory:
 def tma_store(p: GemmProblem, c: GemmConfig) -> bool:
     """Whether D leaves through TMA: from the persistent kernel, if its rows are 16-byte aligned."""
     width = SLAB_ROW_BYTES // p.out_bytes
-    return not c.swap_ab and p.n * p.out_bytes % 16 == 0 and c.cols >= width
+    return not c.one_tile and p.n * p.out_bytes % 16 == 0 and c.cols >= width
 
 
 def passes(p: GemmProblem, c: GemmConfig) -> int:
@@ -260,7 +266,7 @@ def passes(p: GemmProblem, c: GemmConfig) -> int:
 
     An FP8 accumulator needs a product beside it; in two passes a 128x256 tile has registers for both.
     """
-    return 2 if p.is_fp8 and not c.swap_ab and c.cols == 256 else 1
+    return 2 if p.is_fp8 and c.cols == 256 else 1
 
 
 def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
@@ -296,7 +302,7 @@ def fit_stages(p: GemmProblem, c: GemmConfig, chip: Chip, limit: int = _MAX_STAG
     capacity = chip.smem_per_block
     if c.blocks_per_sm > 1:
         capacity = (chip.smem_per_block + _RESERVED_BYTES) // c.blocks_per_sm - _RESERVED_BYTES
-    if not c.swap_ab and p.is_fp8 and (c.rows == 192 or p.b_scales == "vector"):
+    if not c.one_tile and p.is_fp8 and (c.rows == 192 or p.b_scales == "vector"):
         limit = 4  # measured: further slots cost more in addresses than they hide
     # Draining D at leisure is worth a slot of the ring, but not the fourth, nor in ping-pong the fifth.
     for enough in (5, 4, 3) if c.ping_pong else (4, 3):
@@ -318,26 +324,26 @@ def _slab_choices(p: GemmProblem, c: GemmConfig) -> list[int]:
 def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
     """Why a configuration cannot run a problem: one line for each rule that it breaks."""
     rows, cols = c.rows, c.cols
-    resident = (1, 2) if c.swap_ab else (1,)
-    takes_turns = not p.is_fp8 and rows == 128 and not c.swap_ab
+    resident = (1, 2) if c.one_tile else (1,)
+    takes_turns = not p.is_fp8 and rows == 128 and not c.one_tile
     width_is_legal = cols % 8 == 0 and 8 <= cols <= 256
+    few = "swap_ab or split_k"
     rules = [
-        (rows in (64, 128, 192), f"the 64-row side is {rows}, must be 64, 128 or 192 (1 to 3 warpgroups)"),
-        (not c.swap_ab or rows < 192, f"block_n is {rows}, must be 64 or 128 with swap_ab"),
+        (rows in (64, 128, 192, 256), f"the 64-row side is {rows}, must be 64, 128, 192 or 256"),
+        (not c.one_tile or rows <= 128, f"the 64-row side is {rows}, must be 64 or 128 with {few}"),
         (width_is_legal, f"the other side is {cols}, must be 8 to 256 in steps of 8 (wgmma)"),
-        (c.swap_ab or c.split_k == 1, "split_k needs swap_ab"),
-        (c.blocks_per_sm in resident, f"blocks_per_sm is {c.blocks_per_sm}, must be 1, or 2 with swap_ab"),
+        (c.blocks_per_sm in resident, f"blocks_per_sm is {c.blocks_per_sm}, must be 1, or 2 with {few}"),
         (c.split_k in (1, 2, 4, 8), f"split_k is {c.split_k}, must be 1, 2, 4 or 8 (portable cluster size)"),
         (cols <= _widest(p, c), f"{cols} columns leave no registers for two accumulators"),
         (c.split_k <= ceil_div(p.k_blocks, _QUAD), f"split_k is {c.split_k}, more than the quads of k"),
         (c.slabs in _slab_choices(p, c), f"slabs is {c.slabs}, must be one of {_slab_choices(p, c)}"),
         (
             takes_turns or not c.ping_pong,
-            "ping_pong is for BF16 operands and 128 rows, without swap_ab",
+            f"ping_pong is for BF16 operands and 128 rows, without {few}",
         ),
         (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),
     ]
-    if c.swap_ab:
+    if c.one_tile:
         ring = c.stages * (rows + cols) * _SLOT_ROW_BYTES
         fits = c.split_k > 1 or _partial_bytes(c) <= ring
         rules.append((fits, "the float32 partial tile does not fit over the ring"))
@@ -346,10 +352,14 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
 
 def _widest(p: GemmProblem, c: GemmConfig) -> int:
     """Widest tile that is allowed; all candidates fit in registers, others of 192 rows may spill."""
-    if c.swap_ab:
+    if c.one_tile:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
     if not p.is_fp8:
         if c.ping_pong:
             return 128 if p.add_c and not p.reduces else 192
+        if c.rows == 256:
+            return 128 if p.add_c and not p.reduces else 192
         return 176 if p.add_c and p.n % 2 else 256
+    if c.rows == 256:
+        return 128
     return 256 if p.b_scales == "block" and c.rows <= 128 and passes(p, c) == 2 else 192

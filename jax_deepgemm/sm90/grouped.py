@@ -158,7 +158,7 @@ def problems_with_grouped(p: GroupedProblem, c: GemmConfig) -> list[str]:
     """Why a configuration cannot run a problem: one line for each rule that it breaks."""
     table = f"{p.capacity} groups, the kernel's table in shared memory holds {_MAX_SEGMENTS}"
     broken = [] if p.capacity <= _MAX_SEGMENTS else [table]
-    broken += ["swap_ab is for dense GEMMs"] if c.swap_ab else []
+    broken += ["swap_ab and split_k are for dense GEMMs"] if c.one_tile else []
     broken += [f"n is {p.n}, a tile's record has room for {_MAX_N}"] if p.n > _MAX_N else []
     return broken + problems_with(p.gemm, c)
 

@@ -125,7 +125,7 @@ def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> Lau
     tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
     launch = Launch(
         kernel=compile_kernel(kernel_source(p, c), arch=chip.arch),
-        grid=(tiles * c.split_k if c.swap_ab else min(tiles, chip.num_sms), 1, 1),
+        grid=(tiles * c.split_k if c.one_tile else min(tiles, chip.num_sms), 1, 1),
         block=c.threads,
         params=(*maps, *pointers(p, x), *(Scalar(integers[name], "int32") for name in INTEGERS)),
         cluster=c.split_k,

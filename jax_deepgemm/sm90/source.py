@@ -15,7 +15,7 @@ struct Config {{
   static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
   static constexpr int PASSES = {passes}, SPLITS = {splits};
   static constexpr int WARPGROUPS = {warpgroups}, SCALE_SLOTS = {scale_slots};
-  static constexpr bool PING_PONG = {ping_pong};
+  static constexpr bool SWAP_AB = {swap_ab}, PING_PONG = {ping_pong};
   static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging};
   static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
@@ -47,14 +47,15 @@ def kernel_name(p: GemmProblem, c: GemmConfig) -> str:
     types = p.a if p.a == p.b else f"{p.a}_{p.b}"
     parts = ["jdg_sm90", types, p.layout, f"{c.block_m}x{c.block_n}", f"s{c.stages}"]
     parts += [f"d{c.slabs}"] if c.slabs else []
-    parts += ["swap", f"k{c.split_k}"] if c.swap_ab else []
+    parts += ["swap"] if c.swap_ab else []
+    parts += [f"k{c.split_k}"] if c.one_tile else []
     parts += ["pp"] if c.ping_pong else []
     parts += [f"x{c.blocks_per_sm}"] if c.blocks_per_sm > 1 else []
     parts += ["sb1"] if p.b_scales == "vector" else []
     parts += ["f32"] if p.out == "float32" else []
     parts += ["once"] if p.b_once else []
     parts += ["acc" if p.reduces else "add"] if p.add_c else []
-    if not c.swap_ab:
+    if not c.one_tile:
         parts += ["odd"] if p.n % 2 else [] if tma_store(p, c) else ["unaligned"]
     return "_".join(parts)
 
@@ -94,6 +95,7 @@ def config_text(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k
         stages=c.stages,
         passes=passes(p, c),
         warpgroups=c.warpgroups,
+        swap_ab=as_cpp(c.swap_ab),
         ping_pong=as_cpp(c.ping_pong),
         splits=c.split_k,
         scale_slots=memory.scale_slots,
@@ -163,7 +165,7 @@ def kernel_source(p: GemmProblem, c: GemmConfig) -> KernelSource:
     operands += [f"batched_{side.name}{of}" for of in ("", "_scales") for side in (rows, cols)]
     name = kernel_name(p, c)
     text = _TEXT.format(
-        header="gemm_small_m" if c.swap_ab else "gemm",
+        header="gemm_small_m" if c.one_tile else "gemm",
         mma=product(p, c, rows, cols),
         config=config_text(p, c, rows, cols),
         d_map="&d_map" if tma_store(p, c) else "nullptr",

@@ -58,11 +58,12 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
     Tile tile = receive_tile<C>(at, in.k_blocks);
     loop.begin(tile);
     while (tile.row != kNoTile) {
-      const int first_row = tile.row + (C::PING_PONG ? 0 : warpgroup) * 64;
+      const int first_row = tile.row + first_part<C>(warpgroup) * 64;
 #pragma unroll
       for (int part = 0; part < kParts<C>; ++part) {
         if constexpr (C::ADD && kFp8)
-          add_c<C, true>(acc[part], matrix_of(c, p, tile.batch * p.batched_c), p, tile, first_row);
+          add_c<C, true>(acc[part], matrix_of(c, p, tile.batch * p.batched_c), p, tile,
+                         first_row + part * 64);
         else
           clear(acc[part]);
       }

@@ -154,7 +154,8 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
 #pragma unroll
         for (int part = 0; part < kParts<C>; ++part) {
           if constexpr (C::ADD && Layout<C>::kFp8)
-            add_c<C, true>(acc[part], matrix_of(c, p, tile.batch), p, tile, place.row + warpgroup * 64);
+            add_c<C, true>(acc[part], matrix_of(c, p, tile.batch), p, tile,
+                           place.row + (first_part<C>(warpgroup) + part) * 64);
           else
             clear(acc[part]);
         }
@@ -175,7 +176,7 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
       const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
 #pragma unroll
       for (int part = 0; part < kParts<C>; ++part) {
-        const int first_row = place.row + (C::PING_PONG ? part : ptx::thread_index() / 128) * 64;
+        const int first_row = place.row + (first_part<C>(ptx::thread_index() / 128) + part) * 64;
         if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(acc[part], first_row, mine.rows_end);
         store_group_tile<C>(acc[part], d_map, d, c, slabs, p, mine, first_row);
       }

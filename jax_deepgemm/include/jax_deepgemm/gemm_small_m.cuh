@@ -1,8 +1,8 @@
-// D = A B^T (+ C) for few tokens: the weights B lie on wgmma's 64-row side, the tokens A on its narrow side,
-// and a cluster of SPLITS blocks shares the k range of one tile. One tile per cluster, all its bytes
-// requested at once.
+// D = A B^T (+ C) for few tokens: a cluster of SPLITS blocks shares the k range of one tile. One tile per
+// cluster, all its bytes requested at once. With SWAP_AB the weights B lie on wgmma's 64-row side and the
+// tokens A on its narrow side.
 //
-//   warpgroups 0 .. W-1   consumers: 64 weight rows each
+//   warpgroups 0 .. W-1   consumers: 64 rows each
 //   last warp             one thread of it is the TMA producer
 //
 //   rank r of the cluster multiplies quads of k [r Q / SPLITS, (r + 1) Q / SPLITS)
@@ -11,7 +11,7 @@
 //   -> rank r waits for the bytes of all slices r, adds them in rank order, + C, rounds once, stores; where D
 //      has C's memory: adds there
 //
-// A slice is some of the tile's rows [row][token], so that the sum over ranks needs no atomics: equal bits
+// A slice is some of the tile's rows [row][column], so that the sum over ranks needs no atomics: equal bits
 // every time. Nobody reads another block's memory, and each waits for what is sent to it: blocks leave
 // without waiting for each other.
 #pragma once
@@ -20,7 +20,7 @@
 
 namespace jdg {
 
-// The partial sums that a block adds up, [rank][row of its slice][token].
+// The partial sums that a block adds up, [rank][row of its slice][column].
 template <class C>
 struct Slices {
   static constexpr int kRows = C::ROWS / C::SPLITS;
@@ -69,7 +69,7 @@ struct Slices {
       ptx::named_barrier<1, 128 * C::WARPGROUPS>();
   }
 
-  // Of two neighbouring tokens.
+  // Of two neighbouring columns of the tile.
   __device__ __forceinline__ float2 sum(int row, int token) const {
     float2 sum = {0.0f, 0.0f};
 #pragma unroll
@@ -106,11 +106,26 @@ __device__ __forceinline__ void store_four(float (&values)[4], typename C::Out* 
   }
 }
 
-// This block's slice of the tile: each thread takes four rows, which are columns of D, of two tokens at a
-// time.
+// This block's slice of the tile, four neighbouring columns of D by a thread at a time.
 template <class C>
 __device__ __forceinline__ void store_slice(const Slices<C>& slices, typename C::Out* d,
                                             const typename C::Out* c, const Problem& p, const Tile& tile) {
+  constexpr int kFours = C::COLS / 4, kUnits = Slices<C>::kRows * kFours;
+  const int first = tile.row + slices.rank * Slices<C>::kRows;
+#pragma unroll 1
+  for (int unit = threadIdx.x; unit < kUnits; unit += 128 * C::WARPGROUPS) {
+    const int row = unit / kFours, col = unit % kFours * 4;
+    const float2 left = slices.sum(row, col), right = slices.sum(row, col + 2);
+    float four[4] = {left.x, left.y, right.x, right.y};
+    if (first + row < p.m && tile.col + col < p.n) store_four<C>(four, d, c, p, first + row, tile.col + col);
+  }
+}
+
+// The same with SWAP_AB, where columns of D are rows of the tile: two tokens at a time.
+template <class C>
+__device__ __forceinline__ void store_swapped_slice(const Slices<C>& slices, typename C::Out* d,
+                                                    const typename C::Out* c, const Problem& p,
+                                                    const Tile& tile) {
   constexpr int kFours = Slices<C>::kRows / 4, kUnits = kFours * C::COLS / 2;
   const int first = tile.row + slices.rank * Slices<C>::kRows;
 #pragma unroll 1
@@ -129,6 +144,17 @@ __device__ __forceinline__ void store_slice(const Slices<C>& slices, typename C:
   }
 }
 
+// The tile of a cluster: neighbours share weights.
+template <class C>
+__device__ __forceinline__ Tile cluster_tile(const Problem& p, int k_begin, int k_end) {
+  const int index = blockIdx.x / C::SPLITS;
+  const int tokens = ceil_div(p.m, C::SWAP_AB ? C::COLS : C::ROWS);  // in tiles
+  const int weights = ceil_div(p.n, C::SWAP_AB ? C::ROWS : C::COLS);
+  const int token = index % tokens, weight = index / tokens % weights;
+  const int row = (C::SWAP_AB ? weight : token) * C::ROWS, col = (C::SWAP_AB ? token : weight) * C::COLS;
+  return {row, col, index / (tokens * weights), k_begin, k_end};
+}
+
 // Where a rank's share of k begins: at a multiple of four blocks.
 template <class C>
 __device__ __forceinline__ int first_block(int rank, int k_blocks) {
@@ -142,11 +168,8 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
   const u32 smem = smem_address(shared);
   constexpr int kConsumers = 128 * C::WARPGROUPS;
   const int rank = C::SPLITS > 1 ? ptx::cluster_rank() : 0;
-  const int row_tiles = ceil_div(p.n, C::ROWS), token_tiles = ceil_div(p.m, C::COLS);
-  const int index = blockIdx.x / C::SPLITS;
-  const Tile tile = {index / token_tiles % row_tiles * C::ROWS, index % token_tiles * C::COLS,
-                     index / (token_tiles * row_tiles), first_block<C>(rank, in.k_blocks),
-                     first_block<C>(rank + 1, in.k_blocks)};
+  const Tile tile =
+      cluster_tile<C>(p, first_block<C>(rank, in.k_blocks), first_block<C>(rank + 1, in.k_blocks));
 
   const Slices<C> slices{smem, rank};
   slices.init();
@@ -172,7 +195,12 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
       ptx::named_barrier<1, kConsumers>();  // the other warpgroup may still read what is overwritten
     slices.send(acc[0], warpgroup);
     slices.wait();
-    store_slice<C>(slices, matrix_of(d, p, tile.batch), matrix_of(c, p, tile.batch * p.batched_c), p, tile);
+    typename C::Out* out = matrix_of(d, p, tile.batch);
+    const typename C::Out* addend = matrix_of(c, p, tile.batch * p.batched_c);
+    if constexpr (C::SWAP_AB)
+      store_swapped_slice<C>(slices, out, addend, p, tile);
+    else
+      store_slice<C>(slices, out, addend, p, tile);
   }
 }
 

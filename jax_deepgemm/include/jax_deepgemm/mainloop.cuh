@@ -26,25 +26,32 @@ struct Fragment {
   }
 };
 
+// The first of the 64-row parts of the tile that are a warpgroup's.
+template <class C>
+__device__ __forceinline__ int first_part(int warpgroup) {
+  return kSharers<C> > 1 ? warpgroup * kParts<C> : 0;
+}
+
 // The operands of one warpgroup in a slot, and their multiplication.
 template <class C>
 struct Slot {
   static constexpr u32 kSlabBytes = 64 * kSlotRowBytes;  // of rows: 64 K-major ones, or one MN-major slab
   ptx::Descriptor rows, cols;
 
-  // `part`: which 64 of the rows.
-  __device__ __forceinline__ Slot(const Position<C>& at, int part) {
-    const u32 a = at.rows() + part * kSlabBytes, b = at.cols();
+  __device__ __forceinline__ Slot(const Position<C>& at, int warpgroup) {
+    const u32 a = at.rows() + first_part<C>(warpgroup) * kSlabBytes, b = at.cols();
     rows = C::ROWS_K_MAJOR ? ptx::k_major_descriptor(a) : ptx::mn_major_descriptor(a, kSlabBytes);
     cols = C::COLS_K_MAJOR ? ptx::k_major_descriptor(b) : ptx::mn_major_descriptor(b, kSlabBytes);
   }
 
-  // Of the slot that is `ahead` further on, columns from `first` on. To be committed.
+  // One of the warpgroup's parts of 64 rows by the columns from `first` on, of the slot that is `ahead`
+  // further on. To be committed.
   template <int COUNT>
-  __device__ __forceinline__ void multiply(float (&d)[COUNT], bool overwrite, int ahead = 0,
+  __device__ __forceinline__ void multiply(float (&d)[COUNT], bool overwrite, int part = 0, int ahead = 0,
                                            int first = 0) const {
     constexpr int kRowsStep = C::ROWS_K_MAJOR ? 32 : 2048, kColsStep = C::COLS_K_MAJOR ? 32 : 2048;
-    const int a = ahead * Layout<C>::kRowsBytes, b = ahead * Layout<C>::kColsBytes + first * kSlotRowBytes;
+    const int a = ahead * Layout<C>::kRowsBytes + part * kSlabBytes;
+    const int b = ahead * Layout<C>::kColsBytes + first * kSlotRowBytes;
 #pragma unroll
     for (int step = 0; step < kStepsPerBlock; ++step)
       C::Mma::issue(d, rows.plus(a + step * kRowsStep), cols.plus(b + step * kColsStep),
@@ -88,7 +95,7 @@ __device__ __forceinline__ void mask_slot(const Position<C>& at, const Tile& til
     const int begin = kb == tile.k_begin ? tile.k_skip : 0;
     const int end = kb + 1 == tile.k_end ? min(tile.k_stop, C::BLOCK_K) : C::BLOCK_K;
     if (begin == 0 && end == C::BLOCK_K) return;
-    const u32 rows = at.rows() + (C::PING_PONG ? 0 : warpgroup) * 64 * kSlotRowBytes;
+    const u32 rows = at.rows() + first_part<C>(warpgroup) * 64 * kSlotRowBytes;
     if constexpr (C::ROWS_K_MAJOR)
       mask_rows<C>(rows, 64 * kParts<C>, begin, end);
     else
@@ -110,15 +117,19 @@ __device__ __forceinline__ float element(const float4& v, int i) {
 template <class C>
 using Accumulator = float[kParts<C>][C::COLS / 2];
 
+// Registers beside an FP8 accumulator, a product and what every loop needs.
+template <class C>
+constexpr int kSpare = C::REGISTERS - (kParts<C> + 1) * C::COLS / 2 - 32;
+
 // What the three have in common.
 template <class C>
 struct PlainLoop {
-  float (&acc)[C::COLS / 2];
+  Accumulator<C>& acc;
   Position<C>& at;
   const int warpgroup;
 
   __device__ __forceinline__ PlainLoop(Accumulator<C>& acc, Position<C>& at, int warpgroup)
-      : acc(acc[0]), at(at), warpgroup(warpgroup) {}
+      : acc(acc), at(at), warpgroup(warpgroup) {}
   __device__ __forceinline__ void begin(const Tile&) {}
   __device__ __forceinline__ void skip() { skip_empty_tile<C>(at); }
   __device__ __forceinline__ void drop() {}
@@ -144,7 +155,7 @@ struct BegunLoop : PlainLoop<C> {
 };
 
 // FP8: the product of one block of k in an accumulator of its own, promoted with its scales; wide tiles in
-// PASSES that share it, one after the other.
+// PASSES, and high ones in parts, that share it, one after the other.
 //
 // The next block's barrier is waited for while the tensor core is busy with this one: between two
 // multiplications of a warpgroup stand only promotion, issue, and every fourth time the loads of a quad of
@@ -169,7 +180,11 @@ struct Fp8Loop : BegunLoop<C> {
   // Per-column scales are a factor for every element or column. Where registers allow, they are read before
   // the multiplication is issued, otherwise by promotion.
   static constexpr int kFactors = kRowVector ? C::COLS / 2 : 2 * kGroups;
-  static constexpr bool kFactorsEarly = kColVector && C::COLS + kFactors <= C::REGISTERS - 40;
+  static constexpr bool kFactorsEarly =
+      kColVector && kParts<C> == 1 && C::COLS + kFactors <= C::REGISTERS - 40;
+  // A warpgroup with several parts holds column scales, as many as registers allow, through all of them.
+  static constexpr int kHeld = kColVector && kParts<C> > 1 ? smaller(2 * kGroups, kSpare<C>) : 0;
+  static constexpr bool kRowsByQuad = kRowVector && kParts<C> == 1;  // else they are read block by block
   static_assert(!C::MASK_K, "begin() multiplies a slot as it is");
   static_assert(C::PASSES == 1 || (C::COL_SCALES == Scale::kBlock && kWidth % 128 == 0), "whole blocks");
 
@@ -177,13 +192,15 @@ struct Fp8Loop : BegunLoop<C> {
   // columns.
   float4 upper, lower, block[kBlocks];
   int offset;  // the tile's first column modulo 128
-  float col[kFactorsEarly ? 2 * kGroups : 1];
+  float col[kFactorsEarly ? 2 * kGroups : kHeld > 0 ? kHeld : 1];
 
+  __device__ __forceinline__ u32 row_scales() const {
+    return at.row_scales() + (64 * first_part<C>(warpgroup) + mine.row) * kQuad * 4;
+  }
   __device__ __forceinline__ void load_quad() {
-    if constexpr (kRowVector) {
-      const u32 address = at.row_scales() + (64 * warpgroup + mine.row) * kQuad * 4;
-      upper = ptx::load_shared_4(address);
-      lower = ptx::load_shared_4(address + 8 * kQuad * 4);
+    if constexpr (kRowsByQuad) {
+      upper = ptx::load_shared_4(row_scales());
+      lower = ptx::load_shared_4(row_scales() + 8 * kQuad * 4);
     }
 #pragma unroll
     for (int i = 0; i < L::kBlocks; ++i) block[i] = ptx::load_shared_4(at.block_scales() + i * kQuad * 4);
@@ -192,10 +209,9 @@ struct Fp8Loop : BegunLoop<C> {
     return ptx::load_shared(at.col_scales() + mine.col * kQuad * 4 + ((i / 2 * 8 + i % 2) * kQuad + j) * 4);
   }
   __device__ __forceinline__ void load_cols(int j) {
-    if constexpr (kFactorsEarly) {
+    constexpr int kCount = kFactorsEarly ? 2 * kGroups : kHeld;
 #pragma unroll
-      for (int i = 0; i < 2 * kGroups; ++i) col[i] = col_scale(j, i);
-    }
+    for (int i = 0; i < kCount; ++i) col[i] = col_scale(j, i);
   }
 
   // Which of the numbers of a tile's 128-blocks is a run's.
@@ -210,10 +226,10 @@ struct Fp8Loop : BegunLoop<C> {
   }
 
   // The product of the slot that is `slot` further on than `at`.
-  __device__ __forceinline__ void issue(const Slot<C>& operands, int slot, int pass) {
+  __device__ __forceinline__ void issue(const Slot<C>& operands, int slot, int part, int pass) {
     ptx::pin(temp);
     ptx::wgmma_fence();
-    operands.multiply(temp, true, slot, pass * kWidth);
+    operands.multiply(temp, true, part, slot, pass * kWidth);
     ptx::wgmma_commit();
   }
 
@@ -225,48 +241,60 @@ struct Fp8Loop : BegunLoop<C> {
     const u32 empty = at.empty() + slot * 8;
     const Slot<C> operands(at, warpgroup);
     const int next = STEP > 0 ? 0 : slot + 1;
-    const float u = kRowVector ? element(upper, j) : 1.0f, l = kRowVector ? element(lower, j) : 1.0f;
     float factor[kFactorsEarly ? kFactors : 1], uppers[kRuns], lowers[kRuns];
-    float block_uppers[kBlocks], block_lowers[kBlocks];
 #pragma unroll
-    for (int pass = 0; pass < C::PASSES; ++pass) {
-      if (!BEGUN || pass > 0) issue(operands, slot, pass);
+    for (int step = 0; step < kParts<C> * C::PASSES; ++step) {
+      const int part = step / C::PASSES, pass = step % C::PASSES;
+      const bool final = step + 1 == kParts<C> * C::PASSES;
+      if (!BEGUN || step > 0) issue(operands, slot, part, pass);
 
       // Under the multiplication: the factors of its promotion, then what the next block needs.
-      if (pass == 0) {
+      if (step == 0 && kHeld > 0) load_cols(j);
+      if (pass == 0) part_factors(j, part, uppers, lowers);
+      if constexpr (kFactorsEarly) {
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i) {
-          const float b = L::kBlocks > 0 ? element(block[i], j) : 1.0f;
-          block_uppers[i] = u * b, block_lowers[i] = l * b;
-        }
-#pragma unroll
-        for (int i = 0; i < kRuns; ++i) {
-          uppers[i] = of_run(i, block_uppers);
-          lowers[i] = of_run(i, block_lowers);
-        }
-        if constexpr (kFactorsEarly) {
-#pragma unroll
-          for (int i = 0; i < kFactors; ++i)
-            factor[i] = kRowVector ? (i % 4 < 2 ? u : l) * col[i / 4 * 2 + i % 2] : uppers[0] * col[i];
-        }
+        for (int i = 0; i < kFactors; ++i)
+          factor[i] = (i % 4 < 2 || !kRowVector ? uppers[0] : lowers[0]) * col[kRowVector ? i / 4 * 2 + i % 2 : i];
       }
-      if (pass + 1 == C::PASSES) {
+      if (final) {
         if constexpr (STEP > 0) at.template advance<STEP>();
         if (more) ptx::mbarrier_wait(at.full() + next * 8, at.phase);
       }
       ptx::wgmma_wait<0>();
       ptx::pin(temp);
-      if (pass + 1 == C::PASSES && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
-      promote(j, pass, factor, uppers, lowers);
+      if (final && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+      promote(j, acc[part], pass, factor, uppers, lowers);
     }
     if (last) {
       at.advance_scales();
       if (more) load_quad();
     }
-    if (more) load_cols(last ? 0 : j + 1);
+    if (more && kHeld == 0) load_cols(last ? 0 : j + 1);
   }
 
-  __device__ __forceinline__ void promote(int j, int pass,
+  // Row scales times those of the 128x128 blocks, for each run of columns.
+  __device__ __forceinline__ void part_factors(int j, int part, float (&uppers)[kRuns],
+                                               float (&lowers)[kRuns]) const {
+    float u = 1.0f, l = 1.0f, block_uppers[kBlocks], block_lowers[kBlocks];
+    if constexpr (kRowsByQuad) {
+      u = element(upper, j), l = element(lower, j);
+    } else if constexpr (kRowVector) {
+      const u32 address = row_scales() + (part * 64 * kQuad + j) * 4;
+      u = ptx::load_shared(address), l = ptx::load_shared(address + 8 * kQuad * 4);
+    }
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      const float b = L::kBlocks > 0 ? element(block[i], j) : 1.0f;
+      block_uppers[i] = u * b, block_lowers[i] = l * b;
+    }
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+      uppers[i] = of_run(i, block_uppers);
+      lowers[i] = of_run(i, block_lowers);
+    }
+  }
+
+  __device__ __forceinline__ void promote(int j, float (&acc)[C::COLS / 2], int pass,
                                           const float (&factor)[kFactorsEarly ? kFactors : 1],
                                           const float (&uppers)[kRuns], const float (&lowers)[kRuns]) {
     if constexpr (kFactorsEarly) {
@@ -275,7 +303,7 @@ struct Fp8Loop : BegunLoop<C> {
     } else if constexpr (kColVector) {
 #pragma unroll
       for (int i = 0; i < 2 * kGroups; ++i) {
-        const float scale = col_scale(j, i);
+        const float scale = i < kHeld ? col[i] : col_scale(j, i);
         const int first = i / 2 * 4 + i % 2;
         acc[first] += scale * temp[first] * uppers[0];
         acc[first + 2] += scale * temp[first + 2] * (kRowVector ? lowers[0] : uppers[0]);
@@ -295,7 +323,7 @@ struct Fp8Loop : BegunLoop<C> {
 
   __device__ __forceinline__ void begin(const Tile&) {
     ptx::mbarrier_wait(at.full(), at.phase);
-    issue(Slot<C>(at, warpgroup), 0, 0);
+    issue(Slot<C>(at, warpgroup), 0, 0, 0);
     __syncwarp();  // ptxas would draw stores of the epilogue in between the instructions
   }
 
@@ -303,7 +331,7 @@ struct Fp8Loop : BegunLoop<C> {
   // would spill.
   __device__ __forceinline__ void first_quad(int blocks, int all) {
     load_quad();
-    load_cols(0);
+    if (kHeld == 0) load_cols(0);
     multiply<kUnit == 1 ? 1 : 0, true>(0, 0, blocks > 1, false);
 #pragma unroll
     for (int j = 1; j < kQuad; ++j) {
@@ -324,7 +352,7 @@ struct Fp8Loop : BegunLoop<C> {
     if (all == blocks) return;
     ptx::mbarrier_wait(at.full(), at.phase);
     load_quad();
-    load_cols(0);
+    if (kHeld == 0) load_cols(0);
   }
 
   __device__ __forceinline__ void finish(const Tile& tile) {
@@ -352,48 +380,65 @@ struct SlicedLoop : BegunLoop<C> {
   using BegunLoop<C>::acc, BegunLoop<C>::at, BegunLoop<C>::warpgroup, BegunLoop<C>::BegunLoop;
   using BegunLoop<C>::mine, BegunLoop<C>::temp;
 
+  // Of this thread's pairs of column scales, those that it holds through all parts.
+  static constexpr int kPairs = C::COLS / 8;
+  static constexpr int kHeld = kParts<C> > 1 ? smaller(kPairs, kSpare<C> / 2) : 0;
+
   __device__ __forceinline__ void begin(const Tile& tile) {
     mask_slot<C>(at, tile, tile.k_begin, warpgroup);
-    issue();
+    issue(Slot<C>(at, warpgroup), 0);
     __syncwarp();  // as in Fp8Loop
   }
 
-  __device__ __forceinline__ void issue() {
+  __device__ __forceinline__ void issue(const Slot<C>& operands, int part) {
     ptx::pin(temp);
     ptx::wgmma_fence();
-    Slot<C>(at, warpgroup).multiply(temp, true);
+    operands.multiply(temp, true, part);
     ptx::wgmma_commit();
   }
 
-  // The block whose product is on its way. `more`: whether a block follows.
+  // The block of which the first part's product is on its way. `more`: whether a block follows.
   __device__ __forceinline__ void promote(bool more) {
+    const Slot<C> operands(at, warpgroup);
     const u32 empty = at.empty(), cols = at.col_scales() + mine.col * 4;
-    const u32 rows = at.row_scales() + (64 * warpgroup + mine.row) * 4;
-    const float upper = ptx::load_shared(rows), lower = ptx::load_shared(rows + 8 * 4);
-    at.advance();
-    at.advance_scales();
-    if (more) ptx::mbarrier_wait(at.full(), at.phase);
-
-    ptx::wgmma_wait<0>();
-    ptx::pin(temp);
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+    const u32 rows = at.row_scales() + (64 * first_part<C>(warpgroup) + mine.row) * 4;
+    float2 held[kHeld > 0 ? kHeld : 1];
 #pragma unroll
-    for (int i = 0; i < C::COLS / 8; ++i) {
-      const float2 scale = ptx::load_shared_2(cols + i * 8 * 4);
-      temp[4 * i + 0] *= upper, temp[4 * i + 1] *= upper;
-      temp[4 * i + 2] *= lower, temp[4 * i + 3] *= lower;
-      acc[4 * i + 0] += scale.x * temp[4 * i + 0];
-      acc[4 * i + 2] += scale.x * temp[4 * i + 2];
-      acc[4 * i + 1] += scale.y * temp[4 * i + 1];
-      acc[4 * i + 3] += scale.y * temp[4 * i + 3];
+    for (int part = 0; part < kParts<C>; ++part) {
+      if (part > 0) issue(operands, part);
+      const float upper = ptx::load_shared(rows + part * 64 * 4);
+      const float lower = ptx::load_shared(rows + (part * 64 + 8) * 4);
+#pragma unroll
+      for (int i = 0; part == 0 && i < kHeld; ++i) held[i] = ptx::load_shared_2(cols + i * 8 * 4);
+      const bool final = part + 1 == kParts<C>;
+      if (final) {
+        at.advance();
+        at.advance_scales();
+        if (more) ptx::mbarrier_wait(at.full(), at.phase);
+      }
+
+      ptx::wgmma_wait<0>();
+      ptx::pin(temp);
+      if (final && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const float2 scale = i < kHeld ? held[i] : ptx::load_shared_2(cols + i * 8 * 4);
+        const float* product = temp + 4 * i;
+        float* to = acc[part] + 4 * i;
+        to[0] += scale.x * (product[0] * upper);
+        to[2] += scale.x * (product[2] * lower);
+        to[1] += scale.y * (product[1] * upper);
+        to[3] += scale.y * (product[3] * lower);
+      }
     }
   }
 
   __device__ __forceinline__ void finish(const Tile& tile) {
     promote(tile.k_begin + 1 < tile.k_end);
+#pragma unroll 1
     for (int kb = tile.k_begin + 1; kb < tile.k_end; ++kb) {
       mask_slot<C>(at, tile, kb, warpgroup);
-      issue();
+      issue(Slot<C>(at, warpgroup), 0);
       promote(kb + 1 < tile.k_end);
     }
   }
@@ -402,15 +447,11 @@ struct SlicedLoop : BegunLoop<C> {
 // BF16: one accumulator over all of k, one block in flight behind the one being issued.
 template <class C>
 struct Bf16Loop : PlainLoop<C> {
-  using PlainLoop<C>::at, PlainLoop<C>::warpgroup;
-  Accumulator<C>& parts;
-
-  __device__ __forceinline__ Bf16Loop(Accumulator<C>& acc, Position<C>& at, int warpgroup)
-      : PlainLoop<C>(acc, at, warpgroup), parts(acc) {}
+  using PlainLoop<C>::acc, PlainLoop<C>::at, PlainLoop<C>::warpgroup, PlainLoop<C>::PlainLoop;
 
   __device__ __forceinline__ void pin() {
 #pragma unroll
-    for (int part = 0; part < kParts<C>; ++part) ptx::pin(parts[part]);
+    for (int part = 0; part < kParts<C>; ++part) ptx::pin(acc[part]);
   }
   __device__ __forceinline__ void skip() {
     skip_empty_tile<C>(at);
@@ -426,7 +467,7 @@ struct Bf16Loop : PlainLoop<C> {
       ptx::wgmma_fence();
 #pragma unroll
       for (int part = 0; part < kParts<C>; ++part)
-        Slot<C>(at, C::PING_PONG ? part : warpgroup).multiply(parts[part], false);
+        Slot<C>(at, warpgroup).multiply(acc[part], false, part);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       if (kb > tile.k_begin && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);

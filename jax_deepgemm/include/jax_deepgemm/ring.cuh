@@ -40,12 +40,14 @@ constexpr int kSlotRowBytes = 128;  // bytes of k in a slot: 128 FP8 or 64 BF16 
 constexpr int kStepsPerBlock = 4;   // wgmma instructions along k for them
 constexpr int kQuad = 4;            // blocks of k whose scales travel together
 
-// In how many parts of 64 rows a warpgroup multiplies its tile. In turn (ping-pong) warpgroups have whole
-// tiles.
+// Warpgroups that share a tile (in ping-pong they have whole tiles, in turn), and in how many parts of 64 rows
+// each of them multiplies its share.
 template <class C>
-constexpr int kParts = C::PING_PONG ? C::ROWS / 64 : 1;
+constexpr int kSharers = C::PING_PONG ? 1 : C::WARPGROUPS;
 template <class C>
-constexpr int kReleases = 4 * (C::PING_PONG ? 1 : C::WARPGROUPS);  // arrivals that free a slot
+constexpr int kParts = C::ROWS / 64 / kSharers<C>;
+template <class C>
+constexpr int kReleases = 4 * kSharers<C>;  // arrivals that free a slot
 
 // How many 128-blocks a tile of `width` columns can touch when tiles start at multiples of `width`.
 __host__ __device__ constexpr int touched_blocks(int width) {
