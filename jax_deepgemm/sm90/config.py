@@ -6,9 +6,9 @@ Three kernels share one main loop (include/jax_deepgemm/mainloop.cuh):
 
 - `gemm.cuh`: A's rows on wgmma's 64-row side, a persistent grid; block_m = 64, 128, 192 or 256, block_n
   any multiple of 8.
-- `gemm_small_m.cuh` (`swap_ab`, or `split_k` > 1), for few tokens: a cluster of blocks of threads computes one
-  tile, and shares its k. With `swap_ab` B's rows (weights) lie on the 64-row side, tokens on the narrow side.
-  Rows of either side: 64 or 128; columns 8 .. 128.
+- `gemm_small_m.cuh` (`swap_ab`, or `split_k` > 1), for few tokens: a cluster of blocks of threads computes
+  one tile and shares its k; 64 or 128 rows, 8 .. 128 columns. With `swap_ab` B's rows (weights) lie on the
+  64-row side, tokens on the narrow side.
 - `gemm_grouped.cuh`: as the first, for groups whose sizes are on the device (sm90/grouped.py).
 """
 
@@ -326,10 +326,11 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
     rows, cols = c.rows, c.cols
     resident = (1, 2) if c.one_tile else (1,)
     takes_turns = not p.is_fp8 and rows == 128 and not c.one_tile
+    heights = (64, 128, 192, 256) if p.is_fp8 else (64, 128, 192)
     width_is_legal = cols % 8 == 0 and 8 <= cols <= 256
     few = "swap_ab or split_k"
     rules = [
-        (rows in (64, 128, 192, 256), f"the 64-row side is {rows}, must be 64, 128, 192 or 256"),
+        (rows in heights, f"the 64-row side is {rows}, must be 64, 128, 192, or 256 with FP8"),
         (not c.one_tile or rows <= 128, f"the 64-row side is {rows}, must be 64 or 128 with {few}"),
         (width_is_legal, f"the other side is {cols}, must be 8 to 256 in steps of 8 (wgmma)"),
         (c.blocks_per_sm in resident, f"blocks_per_sm is {c.blocks_per_sm}, must be 1, or 2 with {few}"),
@@ -357,9 +358,7 @@ def _widest(p: GemmProblem, c: GemmConfig) -> int:
     if not p.is_fp8:
         if c.ping_pong:
             return 128 if p.add_c and not p.reduces else 192
-        if c.rows == 256:
-            return 128 if p.add_c and not p.reduces else 192
         return 176 if p.add_c and p.n % 2 else 256
-    if c.rows == 256:
+    if c.rows == 256:  # two parts of 64 rows to a warpgroup, and one product beside them
         return 128
     return 256 if p.b_scales == "block" and c.rows <= 128 and passes(p, c) == 2 else 192

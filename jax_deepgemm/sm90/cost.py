@@ -32,6 +32,7 @@ _PER_BLOCK = {
         (128, 192): 0.5403,
         (128, 256): 0.6975,
         (192, 128): 0.5449,
+        (256, 128): 0.6975,
     },
     "fp8 vector": {
         (64, 64): 0.27,
@@ -42,6 +43,7 @@ _PER_BLOCK = {
         (128, 160): 0.635,
         (192, 96): 0.5801,
         (192, 128): 0.7311,
+        (256, 128): 0.97,
     },
     "bf16": {
         (64, 64): 0.09768,
@@ -82,7 +84,7 @@ class _SmallM:
 
     start: float
     alone: tuple[float, float]  # a block of k in one block of threads by itself: fixed, for each token
-    tensor: float  # a block of k on the tensor core, for each token and 64 weight rows
+    tensor: float  # a block of k on the tensor core, for each token and 64 rows
     feed: float  # bytes per microsecond into one SM
     epilogue: tuple[float, float]  # of a split tile; of any, for each token
     next_wave: float  # until the blocks of another wave are under way
@@ -91,7 +93,13 @@ class _SmallM:
 
 
 _SMALL_M = {
-    "fp8": _SmallM(2.86, (0.04258, 0.001932), 0.002363, 1.583e05, (1.234, 0.02666), 2.917, 3.043e06, 1.434),
+    "fp8 swap-AB": _SmallM(
+        2.86, (0.04258, 0.001932), 0.002363, 1.583e05, (1.234, 0.02666), 2.917, 3.043e06, 1.434
+    ),
+    "bf16 swap-AB": _SmallM(
+        3.372, (0.04939, 0.001018), 0.002061, 1.705e05, (1.341, 8.448e-05), 2.697, 3.706e06, 0.2062
+    ),
+    "fp8": _SmallM(2.86, (0.04258, 0.001), 0.002, 1.583e05, (1.234, 0.02666), 2.917, 3.043e06, 1.434),
     "bf16": _SmallM(
         3.372, (0.04939, 0.001018), 0.002061, 1.705e05, (1.341, 8.448e-05), 2.697, 3.706e06, 0.2062
     ),
@@ -166,7 +174,7 @@ def _persistent(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
 
 
 def _small_m(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
-    k = _SMALL_M["fp8" if p.is_fp8 else "bf16"]
+    k = _SMALL_M[("fp8" if p.is_fp8 else "bf16") + (" swap-AB" if c.swap_ab else "")]
     tiles = _tiles(p, c)
     clusters = max(1, _RESIDENT_CLUSTERS[c.blocks_per_sm][c.split_k] * chip.num_sms // H200.num_sms)
     waves = ceil_div(tiles, clusters)
@@ -188,7 +196,7 @@ def _small_m(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
 
 def cost(p: GemmProblem, c: GemmConfig, chip: Chip) -> Cost:
     """The model's opinion of running `p` with `c`."""
-    return _small_m(p, c, chip) if c.swap_ab else _persistent(p, c, chip)
+    return _small_m(p, c, chip) if c.one_tile else _persistent(p, c, chip)
 
 
 def candidates(p: GemmProblem, chip: Chip) -> Iterator[GemmConfig]:
@@ -203,6 +211,12 @@ def candidates(p: GemmProblem, chip: Chip) -> Iterator[GemmConfig]:
             for split in (1, 2, 4, 8)
             for resident in (2, 1)  # of equals the first is chosen
             if tokens < 2 * max(8, p.m) and not (tokens == weights == 128 and resident == 2)
+        ]
+    if 16 < p.m <= 512:
+        wanted += [
+            GemmConfig(rows, cols, 0, split_k=split)
+            for rows, cols in ((64, 32), (64, 64), (128, 64))
+            for split in (2, 4, 8)
         ]
     for config in wanted:
         fitted = fit_stages(p, config, chip)

@@ -175,6 +175,7 @@ _PER_BLOCK = {
         (128, 192): 0.5515,
         (128, 256): 0.7444,
         (192, 128): 0.5643,
+        (256, 128): 0.7444,
     },
     "fp8 vector": {
         (64, 128): 0.44,
@@ -186,6 +187,8 @@ _PER_BLOCK = {
         (128, 128): 0.5537,
         (128, 160): 0.6929,
         (192, 128): 0.7409,
+        (256, 96): 0.73,
+        (256, 128): 0.97,
     },
     "bf16": {
         (64, 64): 0.1141,
@@ -320,7 +323,7 @@ def grouped_source(p: GroupedProblem, c: GemmConfig) -> KernelSource:
     name = grouped_name(p, c)
     text = _TEXT.format(
         mma=product(p.gemm, c, a, b),
-        config=config_text(p.gemm, c, a, b, mask_k=p.inner),
+        config=config_text(p.gemm, c, a, b, mask_k=p.inner, halves=not p.inner),
         grouping=_ENUM[p.grouping],
         segmented=as_cpp(p.segmented),
         zero_rows=as_cpp(p.zero_rows),

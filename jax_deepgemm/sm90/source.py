@@ -14,6 +14,7 @@ struct Config {{
   using Out = {out};
   static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
   static constexpr int PASSES = {passes}, SPLITS = {splits};
+  static constexpr bool HALVES = {halves};
   static constexpr int WARPGROUPS = {warpgroups}, SCALE_SLOTS = {scale_slots};
   static constexpr bool SWAP_AB = {swap_ab}, PING_PONG = {ping_pong};
   static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging};
@@ -84,8 +85,13 @@ def sides(p: GemmProblem) -> tuple[Side, Side]:
     return Side("a", p.a, p.a_k_major, a_scales), Side("b", p.b, p.b_k_major, p.b_scales)
 
 
-def config_text(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k: bool = False) -> str:
-    """The kernel's configuration as a C++ struct."""
+def config_text(
+    p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k: bool = False, halves: bool = False
+) -> str:
+    """The kernel's configuration as a C++ struct.
+
+    `halves`: whether the last tiles may be cut in two, where their columns are multiplied in two passes.
+    """
     memory = shared_memory(p, c)
     return _CONFIG.format(
         out=out_type(p),
@@ -94,6 +100,7 @@ def config_text(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side, *, mask_k
         block_k=p.block_k,
         stages=c.stages,
         passes=passes(p, c),
+        halves=as_cpp(halves and passes(p, c) == 2),
         warpgroups=c.warpgroups,
         swap_ab=as_cpp(c.swap_ab),
         ping_pong=as_cpp(c.ping_pong),

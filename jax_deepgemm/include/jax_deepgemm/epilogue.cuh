@@ -88,15 +88,16 @@ template <class C, int FIRST = 0>
 __device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], typename C::Out* d,
                                              const Problem& p, const Tile& tile, int first_row) {
   const Fragment mine;
+  const int end = tile.half ? min(p.n, tile.col + C::COLS / 2) : p.n;
 #pragma unroll
   for (int i = FIRST / 2; i < C::COLS / 2; i += 2) {
     const int row = first_row + mine.row + i / 2 % 2 * 8, col = tile.col + i / 4 * 8 + mine.col;
     typename C::Out* at = d + static_cast<i64>(row) * p.n + col;
     if constexpr (C::EVEN_N) {
-      if (row < p.m && col < p.n) put_pair<C>(at, acc[i], acc[i + 1]);
+      if (row < p.m && col < end) put_pair<C>(at, acc[i], acc[i + 1]);
     } else {
-      if (row < p.m && col < p.n) store_one(at, acc[i]);
-      if (row < p.m && col + 1 < p.n) store_one(at + 1, acc[i + 1]);
+      if (row < p.m && col < end) store_one(at, acc[i]);
+      if (row < p.m && col + 1 < end) store_one(at + 1, acc[i + 1]);
     }
   }
 }
@@ -154,16 +155,35 @@ __device__ __forceinline__ void fill_slab(u32 slab, const float* acc, int half, 
   }
 }
 
-// `slabs` is this warp's part of the staging memory, 1024-byte aligned.
+// A slab without TMA: those of its rows that lie before p.m.
+template <class C>
+__device__ __forceinline__ void copy_slab(u32 slab, typename C::Out* d, const Problem& p, int row, int col,
+                                          int lane) {
+  constexpr int kChunk = 16 / sizeof(typename C::Out);
+#pragma unroll
+  for (int from = lane / 8; from < kSlabRows; from += 4) {
+    const int y = row + from, x = col + lane % 8 * kChunk;
+    if (y < p.m && x < p.n)
+      *reinterpret_cast<float4*>(d + static_cast<i64>(y) * p.n + x) =
+          ptx::load_shared_4(slab + from * 128 + (lane % 8 ^ from) * 16);
+  }
+}
+
+// `slabs` is this warp's part of the staging memory, 1024-byte aligned. `cut`: p.m ends within the warp's rows,
+// and what is behind is not TMA's to clip. Then no slab is handed to TMA, but groups are committed all the
+// same, as they are counted.
 template <class C>
 __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], const TensorMap& d_map,
-                                            u32 slabs, const Tile& tile, int first_row) {
+                                            typename C::Out* d, u32 slabs, const Problem& p, const Tile& tile,
+                                            int first_row, bool cut) {
   constexpr int kWidth = kSlabCols<C>, kSlabs = C::COLS / kWidth * 2;
   constexpr int kBatch = C::SLABS == kSlabs ? kSlabs : C::SLABS / 2;  // slabs filled and handed over together
   static_assert(kSlabs % C::SLABS == 0 && C::SLABS % kBatch == 0, "every tile begins with the same half");
   const int thread = ptx::thread_index(), lane = thread % 32, row = first_row + thread / 32 % 4 * 16;
+  const int end = tile.half ? kSlabs / 2 : kSlabs;
 #pragma unroll
   for (int first = 0; first < kSlabs; first += kBatch) {
+    if (first >= end) break;
     const u32 batch = slabs + first % C::SLABS * kSlabBytes;
     ptx::tma_store_wait_read<C::SLABS / kBatch - 1>();
     __syncwarp();
@@ -173,26 +193,33 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], con
                 static_cast<const typename C::Out*>(nullptr));
     ptx::fence_proxy_async();
     __syncwarp();
-    if (ptx::elect()) {
+    const auto each = [&](const auto& store) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int x = tile.col + (first + i) / 2 * kWidth, y = row + (first + i) % 2 * kSlabRows;
-        if constexpr (C::REDUCE)
-          ptx::tma_reduce_add(d_map, batch + i * kSlabBytes, x, y, tile.batch);
-        else
-          ptx::tma_store(d_map, batch + i * kSlabBytes, x, y, tile.batch);
-      }
+      for (int i = 0; i < kBatch && first + i < end; ++i)
+        store(batch + i * kSlabBytes, tile.col + (first + i) / 2 * kWidth,
+              row + (first + i) % 2 * kSlabRows);
+    };
+    if (cut) each([&](u32 slab, int x, int y) { copy_slab<C>(slab, d, p, y, x, lane); });
+    if (ptx::elect()) {
+      if (!cut)
+        each([&](u32 slab, int x, int y) {
+          if constexpr (C::REDUCE)
+            ptx::tma_reduce_add(d_map, slab, x, y, tile.batch);
+          else
+            ptx::tma_store(d_map, slab, x, y, tile.batch);
+        });
       ptx::tma_store_commit();
     }
   }
 }
 
 // The end of a tile, d and c its matrices. Rows from p.m on are not written; TMA clips them where they are
-// the last of the matrix too. A BF16 accumulator meets C here, an FP8 one began with it.
+// the last of the matrix too (not `cut`). A BF16 accumulator meets C here, an FP8 one began with it.
 template <class C>
 __device__ __forceinline__ void store_tile(float (&acc)[C::COLS / 2], const TensorMap* d_map,
                                            typename C::Out* d, const typename C::Out* c, u32 slabs,
-                                           const Problem& p, const Tile& tile, int first_row) {
+                                           const Problem& p, const Tile& tile, int first_row,
+                                           bool cut = false) {
   constexpr bool kAdd = C::ADD && !Layout<C>::kFp8;
   if constexpr (kAdd && C::EVEN_N && !C::TMA_STORE) {
     store_sum<C>(acc, d, c, p, tile, first_row);
@@ -201,7 +228,7 @@ __device__ __forceinline__ void store_tile(float (&acc)[C::COLS / 2], const Tens
   if constexpr (kAdd && (!C::EVEN_N || C::TMA_STORE)) add_c<C, false>(acc, c, p, tile, first_row);
   if constexpr (C::TMA_STORE) {
     constexpr int kWhole = C::COLS / kSlabCols<C> * kSlabCols<C>;
-    store_slabs<C>(acc, *d_map, slabs, tile, first_row);
+    store_slabs<C>(acc, *d_map, d, slabs, p, tile, first_row, cut);
     if constexpr (kWhole < C::COLS) store_direct<C, kWhole>(acc, d, p, tile, first_row);
   } else if constexpr (!kAdd || !C::EVEN_N) {
     store_direct<C>(acc, d, p, tile, first_row);

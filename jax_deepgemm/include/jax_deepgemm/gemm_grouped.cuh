@@ -27,6 +27,7 @@ __device__ __forceinline__ bool whole_warp(bool condition) { return __shfl_sync(
 struct Place {
   static constexpr int kIndexBits = 12;  // sm90/grouped.py allows no more segments
   int row, packed, blocks;
+  bool half;
 
   __device__ __forceinline__ int index() const { return packed & ((1 << kIndexBits) - 1); }
   __device__ __forceinline__ int col() const { return (packed >> kIndexBits) * 8; }
@@ -44,6 +45,7 @@ __device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, cons
   const Segment s = table[at.index()];
   GroupTile out{{at.row, at.col(), at.index(), 0, 0, s.group}, p.m, p.m};
   Tile& tile = out.tile;
+  tile.half = at.half;
   if constexpr (GroupTable<C>::kInner) {
     tile.k_first =
         Layout<C>::kFp8 ? s.start / 128 * 128 : s.start;  // blocks of scales are those of the operand
@@ -61,21 +63,23 @@ __device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, cons
   return out;
 }
 
-// Tile number -> where it lies, in the order of gemm.cuh within a segment.
+// Where the tile of a round lies, in the order of gemm.cuh within a segment.
 template <class C>
-__device__ __forceinline__ Place nth_tile(const GroupTable<C>& table, int number, const Problem& p) {
-  const int index = table.find(number);
+__device__ __forceinline__ Place nth_tile(const GroupTable<C>& table, const Rounds<C>& rounds, int number,
+                                          const Problem& p) {
+  const int tile = rounds.tile(number), index = table.find(tile);
   Problem mine = p;
   mine.m = covered_rows(table, index, p);
-  const Tile within = tile_at<C>(number - table.word(index, 2), mine, 0);
-  const int first = GroupTable<C>::kRowsInGroups ? table.word(index, 0) : 0;
-  return {first + within.row, within.col / 8 << Place::kIndexBits | index, 0};
+  const Tile within = tile_at<C>(tile - table.word(index, 2), mine, 0);
+  const int row = (GroupTable<C>::kRowsInGroups ? table.word(index, 0) : 0) + within.row;
+  const int col = within.col + rounds.shift(number);
+  return {row, col / 8 << Place::kIndexBits | index, 0, rounds.half(number)};
 }
 
 template <class C>
 __device__ __forceinline__ Place receive_place(const Position<C>& at) {
   const Tile record = receive_tile<C>(at, 0);
-  return {record.row, record.col, record.batch};
+  return {record.row, record.col, record.batch, record.half};
 }
 
 // What begin() must know of a tile: where its k begins and ends.
@@ -100,6 +104,7 @@ template <class C>
 __device__ __forceinline__ void store_group_tile(float (&acc)[C::COLS / 2], const TensorMap* d_map,
                                                  typename C::Out* d, const typename C::Out* c, u32 slabs,
                                                  const Problem& p, const GroupTile& mine, int first_row) {
+  static_assert(GroupTable<C>::kInner || !C::REDUCE, "rows that are cut are stored, not added");
   const int warp_row = first_row + ptx::thread_index() / 32 % 4 * 16;
   if (whole_warp(warp_row >= mine.zeros_end)) return;
   if (C::REDUCE && whole_warp(mine.tile.k_end == 0)) return;
@@ -108,11 +113,8 @@ __device__ __forceinline__ void store_group_tile(float (&acc)[C::COLS / 2], cons
   if constexpr (GroupTable<C>::kRowsInGroups) tile.batch = 0;
   Problem bounded = p;
   bounded.m = mine.zeros_end;
-  typename C::Out* out = matrix_of(d, p, tile.batch);
-  if (C::TMA_STORE && cut)
-    store_direct<C>(acc, out, bounded, tile, first_row);
-  else
-    store_tile<C>(acc, d_map, out, matrix_of(c, p, tile.batch), slabs, bounded, tile, first_row);
+  store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), matrix_of(c, p, tile.batch), slabs, bounded, tile,
+                first_row, cut);
 }
 
 template <class C>
@@ -131,13 +133,14 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
   if (warpgroup == C::WARPGROUPS) {
     if constexpr (C::WARPGROUPS > 1) ptx::lower_registers<C::PRODUCER_REGISTERS>();
     if (warp_index() % 4 == 0 && ptx::elect()) {
-      for (int number = blockIdx.x; number < table.tiles; number += gridDim.x) {
-        const Place place = nth_tile<C>(table, number, p);
+      const Rounds<C> rounds(table.tiles);
+      for (int number = blockIdx.x; number < rounds.count(); number += gridDim.x) {
+        const Place place = nth_tile<C>(table, rounds, number, p);
         const GroupTile next = group_tile<C>(table, place, p, in.k_blocks);
         if (next.tile.k_end > 0)
           load_blocks<C>(at, in, next.tile, place.row, place.packed, next.tile.k_end);
         else
-          publish_empty_tile<C>(at, place.row, place.packed);
+          publish_empty_tile<C>(at, place.row, place.packed, place.half);
       }
       publish_end<C>(at);
     }

@@ -186,6 +186,7 @@ struct Fp8Loop : BegunLoop<C> {
   static constexpr int kHeld = kColVector && kParts<C> > 1 ? smaller(2 * kGroups, kSpare<C>) : 0;
   static constexpr bool kRowsByQuad = kRowVector && kParts<C> == 1;  // else they are read block by block
   static_assert(!C::MASK_K, "begin() multiplies a slot as it is");
+  static_assert(C::PASSES == 2 || !C::HALVES, "half a tile is the first of two passes");
   static_assert(C::PASSES == 1 || (C::COL_SCALES == Scale::kBlock && kWidth % 128 == 0), "whole blocks");
 
   // Scales of a quad: of this thread's two rows, and of the 128x128 blocks; of one block: of this thread's
@@ -236,16 +237,16 @@ struct Fp8Loop : BegunLoop<C> {
   // Block j of the quad whose scales are loaded, in the slot `slot` further on than `at`, which it moves on
   // by STEP slots. `more`: whether a block follows; `last`: whether that one belongs to the next quad. BEGUN:
   // its product is on its way.
-  template <int STEP, bool BEGUN = false>
+  template <int PASSES, int STEP, bool BEGUN = false>
   __device__ __forceinline__ void multiply(int j, int slot, bool more, bool last) {
     const u32 empty = at.empty() + slot * 8;
     const Slot<C> operands(at, warpgroup);
     const int next = STEP > 0 ? 0 : slot + 1;
     float factor[kFactorsEarly ? kFactors : 1], uppers[kRuns], lowers[kRuns];
 #pragma unroll
-    for (int step = 0; step < kParts<C> * C::PASSES; ++step) {
-      const int part = step / C::PASSES, pass = step % C::PASSES;
-      const bool final = step + 1 == kParts<C> * C::PASSES;
+    for (int step = 0; step < kParts<C> * PASSES; ++step) {
+      const int part = step / PASSES, pass = step % PASSES;
+      const bool final = step + 1 == kParts<C> * PASSES;
       if (!BEGUN || step > 0) issue(operands, slot, part, pass);
 
       // Under the multiplication: the factors of its promotion, then what the next block needs.
@@ -329,19 +330,20 @@ struct Fp8Loop : BegunLoop<C> {
 
   // The tile's first quad, `blocks` of `all`. Were it the last that may lack some, behind the loop, ptxas
   // would spill.
+  template <int PASSES>
   __device__ __forceinline__ void first_quad(int blocks, int all) {
     load_quad();
     if (kHeld == 0) load_cols(0);
-    multiply<kUnit == 1 ? 1 : 0, true>(0, 0, blocks > 1, false);
+    multiply<PASSES, kUnit == 1 ? 1 : 0, true>(0, 0, blocks > 1, false);
 #pragma unroll
     for (int j = 1; j < kQuad; ++j) {
       const int slot = j % kUnit;
       const bool last = j + 1 == kQuad, more = last ? all > kQuad : j + 1 < blocks;
       if (j < blocks) {
         if (slot + 1 == kUnit)
-          multiply<kUnit>(j, slot, more, last);
+          multiply<PASSES, kUnit>(j, slot, more, last);
         else
-          multiply<0>(j, slot, more, last);
+          multiply<PASSES, 0>(j, slot, more, last);
       } else {
         pass_slot(at.full() + slot * 8, at.empty() + slot * 8, at.phase);
         if (slot + 1 == kUnit) at.template advance<kUnit>();
@@ -356,18 +358,26 @@ struct Fp8Loop : BegunLoop<C> {
   }
 
   __device__ __forceinline__ void finish(const Tile& tile) {
+    if (C::HALVES && tile.half)
+      finish_in<1>(tile);
+    else
+      finish_in<C::PASSES>(tile);
+  }
+
+  template <int PASSES>
+  __device__ __forceinline__ void finish_in(const Tile& tile) {
     const int all = tile.k_end - tile.k_begin, first = first_quad_blocks(all);
     offset = tile.col % 128;
-    first_quad(first, all);
+    first_quad<PASSES>(first, all);
 #pragma unroll 1
     for (int left = all - first; left > 0; left -= kQuad) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
         const bool last = j + 1 == kQuad;
         if ((j + 1) % kUnit == 0)
-          multiply<kUnit>(j, j % kUnit, !last || left > kQuad, last);
+          multiply<PASSES, kUnit>(j, j % kUnit, !last || left > kQuad, last);
         else
-          multiply<0>(j, j % kUnit, true, false);
+          multiply<PASSES, 0>(j, j % kUnit, true, false);
       }
     }
   }

@@ -154,6 +154,7 @@ struct Tile {
   int k_first = 0;          // where block 0 begins; a multiple of 128 for FP8
   int k_skip = 0;           // elements of the first block that do not count, and ...
   int k_stop = 0x7FFFFFFF;  // ... elements of the last block up to which they count
+  bool half = false;        // only the first half of the columns, the first of two passes
 };
 
 // The producer says with the first block of a tile which tile it is, so that consumers need no arithmetic for
@@ -161,8 +162,8 @@ struct Tile {
 constexpr int kNoTile = -1;
 
 template <class C>
-__device__ __forceinline__ void publish_tile(const Position<C>& at, int row, int col, int batch) {
-  ptx::store_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16, row, col, batch, 0);
+__device__ __forceinline__ void publish_tile(const Position<C>& at, int row, int col, int batch, bool half) {
+  ptx::store_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16, row, col, batch, half);
 }
 
 // Lane 0 reads, because lane 0 is the one that later releases the slot. All of the tile's k, from block 0 on.
@@ -172,7 +173,9 @@ __device__ __forceinline__ Tile receive_tile(const Position<C>& at, int k_blocks
   float4 record = {0.0f, 0.0f, 0.0f, 0.0f};
   if (threadIdx.x % 32 == 0) record = ptx::load_shared_4(at.smem + Layout<C>::kTiles + at.stage * 16);
   const auto shared = [](float v) { return __float_as_int(__shfl_sync(0xFFFFFFFF, v, 0)); };
-  return {shared(record.x), shared(record.y), shared(record.z), 0, k_blocks};
+  Tile tile = {shared(record.x), shared(record.y), shared(record.z), 0, k_blocks};
+  if constexpr (C::HALVES) tile.half = shared(record.w) != 0;
+  return tile;
 }
 
 // How many blocks the first quad of a tile has; all further ones are whole.
@@ -328,7 +331,7 @@ template <class C, class... Record>
 __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in, const Tile& tile,
                                             Record... record) {
   ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
-  publish_tile<C>(at, record...);
+  publish_tile<C>(at, record..., tile.half);
   if constexpr (Layout<C>::kQuads) {
     const int partial = (tile.k_end - tile.k_begin) % kQuad, whole_end = tile.k_end - partial;
     if (partial > 0) {
@@ -351,9 +354,9 @@ __device__ __forceinline__ void load_blocks(Position<C>& at, const Operands& in,
 
 // Producer side, for a tile without any k.
 template <class C>
-__device__ __forceinline__ void publish_empty_tile(Position<C>& at, int row, int packed) {
+__device__ __forceinline__ void publish_empty_tile(Position<C>& at, int row, int packed, bool half) {
   ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
-  publish_tile<C>(at, row, packed, 0);
+  publish_tile<C>(at, row, packed, 0, half);
   pass_on<C>(at, kEmptySlots<C>);
 }
 
@@ -361,7 +364,7 @@ __device__ __forceinline__ void publish_empty_tile(Position<C>& at, int row, int
 template <class C>
 __device__ __forceinline__ void publish_end(const Position<C>& at) {
   ptx::mbarrier_wait(at.empty(), at.phase ^ 1);
-  publish_tile<C>(at, kNoTile, 0, 0);
+  publish_tile<C>(at, kNoTile, 0, 0, false);
   ptx::mbarrier_arrive(at.full());
 }
 
