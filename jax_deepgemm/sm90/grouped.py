@@ -20,6 +20,7 @@ from jax_deepgemm.sm90.config import (
     GemmProblem,
     ceil_div,
     fit_stages,
+    passes,
     problems_with,
     shared_memory,
     tma_store,
@@ -214,6 +215,7 @@ _PER_TILE = {
 }
 _MEMORY_BYTES_PER_US = 3.847e6
 _MANY_WAVES = 4  # from here on tiles of different lengths even out
+_HALF = 0.54  # what half a tile costs of a whole one
 
 
 def grouped_candidates(p: GroupedProblem, chip: Chip) -> Iterator[GemmConfig]:
@@ -233,8 +235,7 @@ def grouped_cost(p: GroupedProblem, c: GemmConfig, chip: Chip) -> Cost:
         sizes = [max(1, round(p.expected * factor)) for factor in _SPREAD]
         row_tiles = sum(ceil_div(size, c.block_m) for size in sizes) / len(sizes)
     tiles = p.groups * row_tiles * col_tiles
-    even = tiles / chip.num_sms
-    waves = even + 0.5 if even > _MANY_WAVES else math.ceil(even)
+    waves = _waves(tiles / chip.num_sms, halves=not p.inner and passes(p.gemm, c) == 2)
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
     kind = kind_of(p.gemm, c.ping_pong)
     fixed, for_each = _PER_TILE[kind]
@@ -243,6 +244,13 @@ def grouped_cost(p: GroupedProblem, c: GemmConfig, chip: Chip) -> Cost:
     moved = p.groups * p.gemm.bytes_moved
     start = START["fp8" if p.gemm.is_fp8 else "bf16"]
     return Cost(start, compute, moved / _MEMORY_BYTES_PER_US, round(waves))
+
+
+def _waves(even: float, halves: bool) -> float:
+    """Of so many tiles for each SM. `halves`: the last ones are cut in two where that fills the SMs."""
+    if even > _MANY_WAVES:
+        return even + (_HALF / 2 if halves else 0.5)
+    return math.floor(even) + _HALF if halves and 0 < even % 1 <= 0.5 else math.ceil(even)
 
 
 def choose_grouped(p: GroupedProblem, chip: Chip) -> GemmConfig:

@@ -26,6 +26,7 @@ from jax_deepgemm.sm90.cost import candidates, cost
 M, N, K = 520, 272, 1088  # tails in every dimension
 FEW_SMS = 3  # so that persistent blocks compute several tiles
 PING_PONG = GemmConfig(128, 192, 5, slabs=2, ping_pong=True)
+HALVES = GemmConfig(128, 256, 4, slabs=2)
 
 
 def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...]]]:
@@ -46,6 +47,9 @@ def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...]]]:
         for config in kinds_of_config(GemmProblem(rows, N, K, "bf16", "bf16", b_scales="none")):
             yield f"bf16 m={rows} {config}", call(jdg.bf16_gemm_nt, sms, config=config), (left, b)
     yield "bf16 ping-pong", call(jdg.bf16_gemm_nt, config=PING_PONG), (a, b)
+    split = GemmConfig(64, 64, 8, split_k=2)
+    yield "fp8 split without swap_ab", call(jdg.fp8_gemm_nt, config=split), (qa, qb)
+    yield "bf16 split without swap_ab", call(jdg.bf16_gemm_nt, config=split), (a, b)
     float32 = call(jdg.fp8_gemm_nt, out_dtype=jnp.float32)
     yield "fp8 + C", float32, (qa, qb, c)
     yield "fp8 B 1x128", call(jdg.fp8_gemm_nt), (qa, qb_rows)
@@ -80,6 +84,9 @@ def grouped_cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, 
     yield "grouped fp8", call(fp8), (qa, qw, sizes)
     yield "grouped fp8 B 1x128, few rows", call(fp8, expected_m=4), (qa, qw_rows, sizes // 16)
     yield "grouped fp8 to float32", call(fp8, out_dtype=jnp.float32), (qa, qw, sizes)
+    for sms in (2, 4):
+        yield f"grouped fp8 halves, {sms} SMs", call(fp8, sms, config=HALVES), (qa, qw, sizes)
+    yield "grouped fp8 two parts", call(fp8, config=GemmConfig(256, 128, 4, slabs=2)), (qa, qw, sizes)
     yield "grouped bf16 nt", call(bf16), (a, w, sizes)
     yield "grouped bf16 nt, few rows", call(bf16, expected_m=4), (a, w, sizes // 16)
     yield "grouped bf16 ping-pong", call(bf16, config=PING_PONG), (a, w, sizes)
@@ -112,6 +119,9 @@ def grouped_cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, 
         ("fp8", jdg.k_grouped_fp8_gemm_nt_contiguous, (left, right)),
         ("bf16", jdg.k_grouped_bf16_gemm_tn_contiguous, (a, dy)),
     ):
+        if kind == "fp8":
+            two = call(function, out_dtype=jnp.float32, config=GemmConfig(256, 96, 4, slabs=2))
+            yield "k-grouped fp8 two parts + C", two, (*operands, sizes, c)
         yield f"k-grouped {kind}", call(function, out_dtype=jnp.bfloat16), (*operands, sizes)
         yield f"k-grouped {kind} + C", call(function, out_dtype=jnp.float32), (*operands, sizes, c)
     turns = call(jdg.k_grouped_bf16_gemm_tn_contiguous, out_dtype=jnp.float32, config=PING_PONG)
@@ -148,10 +158,10 @@ def call(
 
 
 def kinds_of_config(problem: GemmProblem) -> list[GemmConfig]:
-    """The cheapest configuration of each kind: kernel, warpgroups, cluster, blocks per SM."""
+    """The cheapest configuration of each kind: kernel, rows, cluster, blocks per SM."""
     cheapest: dict[tuple[Any, ...], GemmConfig] = {}
     for config in sorted(candidates(problem, H200), key=lambda one: cost(problem, one, H200).total):
-        kind = (config.swap_ab, config.warpgroups, config.split_k > 1, config.blocks_per_sm)
+        kind = (config.swap_ab, config.rows, config.split_k > 1, config.blocks_per_sm)
         cheapest.setdefault(kind, config)
     return list(cheapest.values())
 

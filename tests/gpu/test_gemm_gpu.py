@@ -395,9 +395,10 @@ def test_configurations_agree(case, fp8):
         (check_fp8 if fp8 else check_bf16)([case], run)
 
 
-def ping_pong_tiles(p: GemmProblem) -> list[GemmConfig]:
-    tiles = [tile for tile in persistent_tiles(_PER_BLOCK, p) if tile.ping_pong]
-    return [tile for tile in (fit_stages(p, tile, H200) for tile in tiles) if tile is not None]
+def fitted(p: GemmProblem, tiles: Iterable[GemmConfig]) -> list[GemmConfig]:
+    found = [tile for tile in (fit_stages(p, tile, H200) for tile in tiles) if tile is not None]
+    assert found
+    return found
 
 
 @pytest.mark.parametrize("num_sms", [1, 3, 132])
@@ -414,10 +415,49 @@ def ping_pong_tiles(p: GemmProblem) -> list[GemmConfig]:
 )
 def test_ping_pong(case, num_sms):
     """Many tiles for each SM, one, and none for the second warpgroup."""
-    tiles = ping_pong_tiles(problem(case, False))
-    assert tiles
-    for config in tiles:
+    p = problem(case, False)
+    for config in fitted(p, (tile for tile in persistent_tiles(_PER_BLOCK, p) if tile.ping_pong)):
         check_bf16([case], functools.partial(bf16_gemm, config=config, num_sms=num_sms))
+
+
+@pytest.mark.parametrize("num_sms", [1, 3, 132])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1000, 1032, 520),
+        Case(300, 515, 1160, out="float32", accumulate=True, b_block=ROW),
+        Case(513, 904, 1280, out="float32", b_block=ROW),
+        Case(1, 8, 16, accumulate=True),
+    ],
+    ids=str,
+)
+def test_two_parts_to_a_warpgroup(case, num_sms):
+    p = problem(case, True)
+    for config in fitted(p, (GemmConfig(256, cols, 0) for cols in (96, 112, 128))):
+        check_fp8([case], functools.partial(fp8_gemm, config=config, num_sms=num_sms))
+
+
+@pytest.mark.parametrize("fp8", [True, False], ids=("fp8", "bf16"))
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(200, 584, 1160),
+        Case(70, 515, 2176, out="float32", accumulate=True),
+        Case(33, 130, 1024, b_block=ROW, layout="tt"),
+        Case(129, 1028, 4100, out="float32", layout="tn"),
+    ],
+    ids=str,
+)
+def test_split_k_without_swap_ab(case, fp8):
+    p = problem(case, fp8)
+    tiles = [
+        GemmConfig(rows, cols, 0, split_k=split, blocks_per_sm=resident)
+        for rows, cols in ((64, 24), (64, 64), (64, 128), (128, 64))
+        for split, resident in ((2, 2), (4, 1), (8, 2))
+    ]
+    for config in fitted(p, tiles):
+        run = functools.partial(fp8_gemm if fp8 else bf16_gemm, config=config)
+        (check_fp8 if fp8 else check_bf16)([case], run)
 
 
 def test_num_sms():

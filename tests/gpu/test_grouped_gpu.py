@@ -33,6 +33,8 @@ from gpu_programs import C_ELSEWHERE, program, with_c_elsewhere
 from grouped_cases import FP8, NN, NT, Contiguous, KGrouped, Masked
 from grouped_products import difference, same
 from jax_deepgemm.grouped import kernel
+from jax_deepgemm.sm90.chip import H200
+from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, fit_stages
 from jax_deepgemm.sm90.grouped import choose_grouped, grouped_candidates
 
 BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
@@ -499,6 +501,27 @@ def test_every_configuration_gives_the_same(name, monkeypatch):
     want = function(*operands)
     found = {str(call.keywords["config"]): difference(program(call)(*operands), want) for call in calls}
     assert all(float(value) < 1e-5 for value in found.values()), found
+
+
+@pytest.mark.parametrize("n", [1040, 1044, 1043])
+@pytest.mark.parametrize("out", [BF16, F32])
+@pytest.mark.parametrize("height", [64, 128])
+def test_last_tiles_in_halves(height, out, n):
+    """Bit by bit what whole tiles give, which are all that one SM has."""
+    rows, k, sizes = 1000, 320, jnp.asarray([300, 0, 129, 450, 1], jnp.int32)
+    deep = jdg.quantize(cut(pool(), 0, len(sizes), 450, k))
+    a, w = jdg.quantize(cut(pool(), 1, rows, k)), jdg.quantize(cut(pool(), 2, len(sizes), n, k), BLOCK)
+    problem = GemmProblem(rows, n, k, out=jnp.dtype(out).name, table_bytes=2048)
+    halved, whole = (fit_stages(problem, GemmConfig(*tile, 0), H200) for tile in ((height, 256), (128, 128)))
+    masked = functools.partial(jdg.m_grouped_fp8_gemm_nt_masked, zero_rows=True)
+    for function, operands in ((jdg.m_grouped_fp8_gemm_nt_contiguous, (a, w)), (masked, (deep, w))):
+        run = functools.partial(function, out_dtype=out, config=halved)
+        want = program(functools.partial(run, num_sms=1))(*operands, sizes)
+        other = program(functools.partial(function, out_dtype=out, config=whole))(*operands, sizes)
+        assert float(difference(want, other)) < 1e-5
+        for count in (2, 3, 5, 7, 20, 132):
+            got = program(functools.partial(run, num_sms=count))(*operands, sizes)
+            np.testing.assert_array_equal(got, want, err_msg=f"{count} SMs")
 
 
 # Transformations --------------------------------------------------------------------------------------------

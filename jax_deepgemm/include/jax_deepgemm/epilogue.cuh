@@ -169,9 +169,9 @@ __device__ __forceinline__ void copy_slab(u32 slab, typename C::Out* d, const Pr
   }
 }
 
-// `slabs` is this warp's part of the staging memory, 1024-byte aligned. `cut`: p.m ends within the warp's rows,
-// and what is behind is not TMA's to clip. Then no slab is handed to TMA, but groups are committed all the
-// same, as they are counted.
+// `slabs` is this warp's part of the staging memory, 1024-byte aligned. `cut`: p.m ends within the warp's
+// rows, and what is behind is not TMA's to clip. Then no slab is handed to TMA, but groups are committed all
+// the same, as they are counted.
 template <class C>
 __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], const TensorMap& d_map,
                                             typename C::Out* d, u32 slabs, const Problem& p, const Tile& tile,
@@ -196,8 +196,7 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], con
     const auto each = [&](const auto& store) {
 #pragma unroll
       for (int i = 0; i < kBatch && first + i < end; ++i)
-        store(batch + i * kSlabBytes, tile.col + (first + i) / 2 * kWidth,
-              row + (first + i) % 2 * kSlabRows);
+        store(batch + i * kSlabBytes, tile.col + (first + i) / 2 * kWidth, row + (first + i) % 2 * kSlabRows);
     };
     if (cut) each([&](u32 slab, int x, int y) { copy_slab<C>(slab, d, p, y, x, lane); });
     if (ptx::elect()) {

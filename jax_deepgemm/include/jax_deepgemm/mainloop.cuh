@@ -255,7 +255,8 @@ struct Fp8Loop : BegunLoop<C> {
       if constexpr (kFactorsEarly) {
 #pragma unroll
         for (int i = 0; i < kFactors; ++i)
-          factor[i] = (i % 4 < 2 || !kRowVector ? uppers[0] : lowers[0]) * col[kRowVector ? i / 4 * 2 + i % 2 : i];
+          factor[i] =
+              (i % 4 < 2 || !kRowVector ? uppers[0] : lowers[0]) * col[kRowVector ? i / 4 * 2 + i % 2 : i];
       }
       if (final) {
         if constexpr (STEP > 0) at.template advance<STEP>();
@@ -476,8 +477,7 @@ struct Bf16Loop : PlainLoop<C> {
       mask_slot<C>(at, tile, kb, warpgroup);
       ptx::wgmma_fence();
 #pragma unroll
-      for (int part = 0; part < kParts<C>; ++part)
-        Slot<C>(at, warpgroup).multiply(acc[part], false, part);
+      for (int part = 0; part < kParts<C>; ++part) Slot<C>(at, warpgroup).multiply(acc[part], false, part);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       if (kb > tile.k_begin && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(previous);

@@ -40,8 +40,8 @@ constexpr int kSlotRowBytes = 128;  // bytes of k in a slot: 128 FP8 or 64 BF16 
 constexpr int kStepsPerBlock = 4;   // wgmma instructions along k for them
 constexpr int kQuad = 4;            // blocks of k whose scales travel together
 
-// Warpgroups that share a tile (in ping-pong they have whole tiles, in turn), and in how many parts of 64 rows
-// each of them multiplies its share.
+// Warpgroups that share a tile (in ping-pong they have whole tiles, in turn), and in how many parts of 64
+// rows each of them multiplies its share.
 template <class C>
 constexpr int kSharers = C::PING_PONG ? 1 : C::WARPGROUPS;
 template <class C>
@@ -121,7 +121,9 @@ struct Position {
     return smem + Layout<C>::kBlockScales + quad_slot * Layout<C>::kBlockScaleBytes;
   }
   // Ping-pong: a warpgroup's turn is a barrier and, behind it, the slot where its next tile begins.
-  __device__ __forceinline__ u32 turn(int warpgroup) const { return smem + Layout<C>::kTurn + warpgroup * 16; }
+  __device__ __forceinline__ u32 turn(int warpgroup) const {
+    return smem + Layout<C>::kTurn + warpgroup * 16;
+  }
   template <int SLOTS = 1>  // a divisor of STAGES
   __device__ __forceinline__ void advance() {
     stage += SLOTS;
