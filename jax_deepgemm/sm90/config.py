@@ -200,7 +200,12 @@ class GemmConfig:
     @property
     def warpgroups(self) -> int:
         """Consumer warpgroups, of 64 rows each; of 256 rows, two have 128 each."""
-        return 2 if self.rows == 256 else self.rows // 64
+        return 2 if self.rows == 256 else self.rows // 64 * self.across
+
+    @property
+    def across(self) -> int:
+        """Warpgroups side by side: of few rows, two have half of the columns each."""
+        return 2 if self.rows == 64 and self.cols % 128 == 0 and not self.one_tile else 1
 
     @property
     def threads(self) -> int:
@@ -258,7 +263,7 @@ class SharedMemory:
 def tma_store(p: GemmProblem, c: GemmConfig) -> bool:
     """Whether D leaves through TMA: from the persistent kernel, if its rows are 16-byte aligned."""
     width = SLAB_ROW_BYTES // p.out_bytes
-    return not c.one_tile and p.n * p.out_bytes % 16 == 0 and c.cols >= width
+    return not c.one_tile and p.n * p.out_bytes % 16 == 0 and c.cols // c.across >= width
 
 
 def passes(p: GemmProblem, c: GemmConfig) -> int:
@@ -266,7 +271,7 @@ def passes(p: GemmProblem, c: GemmConfig) -> int:
 
     An FP8 accumulator needs a product beside it; in two passes a 128x256 tile has registers for both.
     """
-    return 2 if p.is_fp8 and c.cols == 256 else 1
+    return 2 if p.is_fp8 and c.cols // c.across == 256 else 1
 
 
 def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
@@ -317,7 +322,7 @@ def fit_stages(p: GemmProblem, c: GemmConfig, chip: Chip, limit: int = _MAX_STAG
 def _slab_choices(p: GemmProblem, c: GemmConfig) -> list[int]:
     if not tma_store(p, c):
         return [0]
-    whole = c.cols * p.out_bytes // SLAB_ROW_BYTES * (16 // SLAB_ROWS)  # of a warp's 16 rows
+    whole = c.cols // c.across * p.out_bytes // SLAB_ROW_BYTES * (16 // SLAB_ROWS)  # of a warp's 16 rows
     return [n for n in range(min(whole, _MAX_SLABS), 0, -2) if whole % n == 0]
 
 
@@ -359,6 +364,8 @@ def _widest(p: GemmProblem, c: GemmConfig) -> int:
         if c.ping_pong:
             return 128 if p.add_c and not p.reduces else 192
         return 176 if p.add_c and p.n % 2 else 256
+    if c.across == 2:
+        return 256
     if c.rows == 256:  # two parts of 64 rows to a warpgroup, and one product beside them
         return 128
     return 256 if p.b_scales == "block" and c.rows <= 128 and passes(p, c) == 2 else 192

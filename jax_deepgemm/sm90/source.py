@@ -13,7 +13,7 @@ struct Config {{
   using Mma = ::Mma;
   using Out = {out};
   static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
-  static constexpr int PASSES = {passes}, SPLITS = {splits};
+  static constexpr int PASSES = {passes}, SPLITS = {splits}, ACROSS = {across};
   static constexpr bool HALVES = {halves};
   static constexpr int WARPGROUPS = {warpgroups}, SCALE_SLOTS = {scale_slots};
   static constexpr bool SWAP_AB = {swap_ab}, PING_PONG = {ping_pong};
@@ -100,6 +100,7 @@ def config_text(
         block_k=p.block_k,
         stages=c.stages,
         passes=passes(p, c),
+        across=c.across,
         halves=as_cpp(halves and passes(p, c) == 2),
         warpgroups=c.warpgroups,
         swap_ab=as_cpp(c.swap_ab),
@@ -128,7 +129,7 @@ def config_text(
 
 def product(p: GemmProblem, c: GemmConfig, rows: Side, cols: Side) -> str:
     """The wgmma that the kernel issues."""
-    width = c.cols // passes(p, c)
+    width = c.cols // passes(p, c) // c.across
     return wgmma_wrapper(width, rows.dtype, cols.dtype, a_k_major=rows.k_major, b_k_major=cols.k_major)
 
 

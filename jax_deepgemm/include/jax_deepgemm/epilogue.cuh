@@ -61,12 +61,12 @@ __device__ __forceinline__ void put_pair(typename C::Out* d, float a, float b) {
 // starting value of an FP8 accumulator its loads hide behind the first block of k; the tensor core itself,
 // which BF16 accumulates in, truncates, and is kept away from large values of C.
 template <class C, bool START>
-__device__ __forceinline__ void add_c(float (&acc)[C::COLS / 2], const typename C::Out* c, const Problem& p,
+__device__ __forceinline__ void add_c(float (&acc)[kCols<C> / 2], const typename C::Out* c, const Problem& p,
                                       const Tile& tile, int first_row) {
   constexpr int kInFlight = 32;  // registers that loads may take beside the accumulator
   const Fragment mine;
 #pragma unroll
-  for (int i = 0; i < C::COLS / 2; i += 2) {
+  for (int i = 0; i < kCols<C> / 2; i += 2) {
     if (!START && i % kInFlight == 0) asm volatile("" ::: "memory");
     const int row = first_row + mine.row + i / 2 % 2 * 8, col = tile.col + i / 4 * 8 + mine.col;
     const typename C::Out* at = c + static_cast<i64>(row) * p.n + col;
@@ -85,12 +85,12 @@ __device__ __forceinline__ void add_c(float (&acc)[C::COLS / 2], const typename 
 // Columns from FIRST on, straight from the accumulator: rows that are not 16-byte aligned, and the columns of
 // a tile beyond its last whole slab.
 template <class C, int FIRST = 0>
-__device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], typename C::Out* d,
+__device__ __forceinline__ void store_direct(const float (&acc)[kCols<C> / 2], typename C::Out* d,
                                              const Problem& p, const Tile& tile, int first_row) {
   const Fragment mine;
-  const int end = tile.half ? min(p.n, tile.col + C::COLS / 2) : p.n;
+  const int end = tile.half ? min(p.n, tile.col + kCols<C> / 2) : p.n;
 #pragma unroll
-  for (int i = FIRST / 2; i < C::COLS / 2; i += 2) {
+  for (int i = FIRST / 2; i < kCols<C> / 2; i += 2) {
     const int row = first_row + mine.row + i / 2 % 2 * 8, col = tile.col + i / 4 * 8 + mine.col;
     typename C::Out* at = d + static_cast<i64>(row) * p.n + col;
     if constexpr (C::EVEN_N) {
@@ -105,10 +105,10 @@ __device__ __forceinline__ void store_direct(const float (&acc)[C::COLS / 2], ty
 // D = accumulator + C without staging: C is read where D is written, a few elements ahead, so that the
 // accumulator's registers fall free on the way.
 template <class C>
-__device__ __forceinline__ void store_sum(const float (&acc)[C::COLS / 2], typename C::Out* d,
+__device__ __forceinline__ void store_sum(const float (&acc)[kCols<C> / 2], typename C::Out* d,
                                           const typename C::Out* c, const Problem& p, const Tile& tile,
                                           int first_row) {
-  constexpr int kCount = C::COLS / 2, kAhead = 16;
+  constexpr int kCount = kCols<C> / 2, kAhead = 16;
   const Fragment mine;
   const int row = first_row + mine.row, col = tile.col + mine.col;
 #pragma unroll
@@ -155,30 +155,14 @@ __device__ __forceinline__ void fill_slab(u32 slab, const float* acc, int half, 
   }
 }
 
-// A slab without TMA: those of its rows that lie before p.m.
+// `slabs` is this warp's part of the staging memory, 1024-byte aligned.
 template <class C>
-__device__ __forceinline__ void copy_slab(u32 slab, typename C::Out* d, const Problem& p, int row, int col,
-                                          int lane) {
-  constexpr int kChunk = 16 / sizeof(typename C::Out);
-#pragma unroll
-  for (int from = lane / 8; from < kSlabRows; from += 4) {
-    const int y = row + from, x = col + lane % 8 * kChunk;
-    if (y < p.m && x < p.n)
-      *reinterpret_cast<float4*>(d + static_cast<i64>(y) * p.n + x) =
-          ptx::load_shared_4(slab + from * 128 + (lane % 8 ^ from) * 16);
-  }
-}
-
-// `slabs` is this warp's part of the staging memory, 1024-byte aligned. `cut`: p.m ends within the warp's
-// rows, and what is behind is not TMA's to clip. Then no slab is handed to TMA, but groups are committed all
-// the same, as they are counted.
-template <class C>
-__device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], const TensorMap& d_map,
-                                            typename C::Out* d, u32 slabs, const Problem& p, const Tile& tile,
-                                            int first_row, bool cut) {
-  constexpr int kWidth = kSlabCols<C>, kSlabs = C::COLS / kWidth * 2;
+__device__ __forceinline__ void store_slabs(const float (&acc)[kCols<C> / 2], const TensorMap& d_map,
+                                            u32 slabs, const Tile& tile, int first_row) {
+  constexpr int kWidth = kSlabCols<C>, kSlabs = kCols<C> / kWidth * 2;
   constexpr int kBatch = C::SLABS == kSlabs ? kSlabs : C::SLABS / 2;  // slabs filled and handed over together
   static_assert(kSlabs % C::SLABS == 0 && C::SLABS % kBatch == 0, "every tile begins with the same half");
+  static_assert(!C::HALVES || C::SLABS == kSlabs || kSlabs / 2 % C::SLABS == 0, "also after half a tile");
   const int thread = ptx::thread_index(), lane = thread % 32, row = first_row + thread / 32 % 4 * 16;
   const int end = tile.half ? kSlabs / 2 : kSlabs;
 #pragma unroll
@@ -193,32 +177,26 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[C::COLS / 2], con
                 static_cast<const typename C::Out*>(nullptr));
     ptx::fence_proxy_async();
     __syncwarp();
-    const auto each = [&](const auto& store) {
-#pragma unroll
-      for (int i = 0; i < kBatch && first + i < end; ++i)
-        store(batch + i * kSlabBytes, tile.col + (first + i) / 2 * kWidth, row + (first + i) % 2 * kSlabRows);
-    };
-    if (cut) each([&](u32 slab, int x, int y) { copy_slab<C>(slab, d, p, y, x, lane); });
     if (ptx::elect()) {
-      if (!cut)
-        each([&](u32 slab, int x, int y) {
-          if constexpr (C::REDUCE)
-            ptx::tma_reduce_add(d_map, slab, x, y, tile.batch);
-          else
-            ptx::tma_store(d_map, slab, x, y, tile.batch);
-        });
+#pragma unroll
+      for (int i = 0; i < kBatch && first + i < end; ++i) {
+        const int x = tile.col + (first + i) / 2 * kWidth, y = row + (first + i) % 2 * kSlabRows;
+        if constexpr (C::REDUCE)
+          ptx::tma_reduce_add(d_map, batch + i * kSlabBytes, x, y, tile.batch);
+        else
+          ptx::tma_store(d_map, batch + i * kSlabBytes, x, y, tile.batch);
+      }
       ptx::tma_store_commit();
     }
   }
 }
 
 // The end of a tile, d and c its matrices. Rows from p.m on are not written; TMA clips them where they are
-// the last of the matrix too (not `cut`). A BF16 accumulator meets C here, an FP8 one began with it.
+// the last of the matrix too. A BF16 accumulator meets C here, an FP8 one began with it.
 template <class C>
-__device__ __forceinline__ void store_tile(float (&acc)[C::COLS / 2], const TensorMap* d_map,
+__device__ __forceinline__ void store_tile(float (&acc)[kCols<C> / 2], const TensorMap* d_map,
                                            typename C::Out* d, const typename C::Out* c, u32 slabs,
-                                           const Problem& p, const Tile& tile, int first_row,
-                                           bool cut = false) {
+                                           const Problem& p, const Tile& tile, int first_row) {
   constexpr bool kAdd = C::ADD && !Layout<C>::kFp8;
   if constexpr (kAdd && C::EVEN_N && !C::TMA_STORE) {
     store_sum<C>(acc, d, c, p, tile, first_row);
@@ -226,9 +204,9 @@ __device__ __forceinline__ void store_tile(float (&acc)[C::COLS / 2], const Tens
   }
   if constexpr (kAdd && (!C::EVEN_N || C::TMA_STORE)) add_c<C, false>(acc, c, p, tile, first_row);
   if constexpr (C::TMA_STORE) {
-    constexpr int kWhole = C::COLS / kSlabCols<C> * kSlabCols<C>;
-    store_slabs<C>(acc, *d_map, d, slabs, p, tile, first_row, cut);
-    if constexpr (kWhole < C::COLS) store_direct<C, kWhole>(acc, d, p, tile, first_row);
+    constexpr int kWhole = kCols<C> / kSlabCols<C> * kSlabCols<C>;
+    store_slabs<C>(acc, *d_map, slabs, tile, first_row);
+    if constexpr (kWhole < kCols<C>) store_direct<C, kWhole>(acc, d, p, tile, first_row);
   } else if constexpr (!kAdd || !C::EVEN_N) {
     store_direct<C>(acc, d, p, tile, first_row);
   }

@@ -1,7 +1,8 @@
 // D = A B^T (+ C) for large m: a persistent grid of tiles of ROWS x COLS, one block of threads per SM.
 //
-//   warpgroups 0 .. W-1   consumers: 64 rows of the tile each (wgmma, promotion), then the epilogue, under
-//                         which the next tile's first product is made (FP8)
+//   warpgroups 0 .. W-1   consumers: each 64 rows of the tile, 128 of 256, or half of the columns of 64
+//                         (wgmma, promotion), then the epilogue, under which the next tile's first product is
+//                         made (FP8)
 //   behind them           a warp, or a warpgroup where it gives registers away: one thread of it is the TMA
 //                         producer, a tile ahead during the epilogue
 //
@@ -28,11 +29,11 @@ __device__ __forceinline__ Tile tile_at(int index, const Problem& p, int k_block
   return {(stripe * p.stripe + within % height) * C::ROWS, within / height * C::COLS, batch, 0, k_blocks};
 }
 
-// What the blocks of threads do one after the other, each its `gridDim.x`th: tiles. If the last round would
-// leave half of the blocks idle, its tiles are cut in two.
+// What is computed, in rounds of one tile for each block of threads. If the last round would leave half of
+// the blocks idle, its tiles are cut in two (HALVES).
 template <class C>
 struct Rounds {
-  int tiles, whole;  // from number `whole` on they are cut
+  int tiles, whole;  // numbers from `whole` on are halves
 
   __device__ __forceinline__ explicit Rounds(int tiles) : tiles(tiles), whole(tiles) {
     const int rest = tiles % gridDim.x;
@@ -81,6 +82,7 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
     loop.begin(tile);
     while (tile.row != kNoTile) {
       const int first_row = tile.row + first_part<C>(warpgroup) * 64;
+      tile.col += first_col<C>(warpgroup);
 #pragma unroll
       for (int part = 0; part < kParts<C>; ++part) {
         if constexpr (C::ADD && kFp8)

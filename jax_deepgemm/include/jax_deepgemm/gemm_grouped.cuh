@@ -91,20 +91,19 @@ __device__ __forceinline__ Tile k_range(const GroupTable<C>& table, const Place&
 }
 
 template <class C>
-__device__ __forceinline__ void clear_rows_from(float (&acc)[C::COLS / 2], int first_row, int rows_end) {
+__device__ __forceinline__ void clear_rows_from(float (&acc)[kCols<C> / 2], int first_row, int rows_end) {
   if (first_row + 64 <= rows_end) return;
   const Fragment mine;
   const bool upper = first_row + mine.row < rows_end, lower = first_row + mine.row + 8 < rows_end;
 #pragma unroll
-  for (int i = 0; i < C::COLS / 2; ++i) acc[i] = (i / 2 % 2 ? lower : upper) ? acc[i] : 0.0f;
+  for (int i = 0; i < kCols<C> / 2; ++i) acc[i] = (i / 2 % 2 ? lower : upper) ? acc[i] : 0.0f;
 }
 
 // A warp's 16 rows go out whole through TMA where they all belong to this tile, else row by row.
 template <class C>
-__device__ __forceinline__ void store_group_tile(float (&acc)[C::COLS / 2], const TensorMap* d_map,
+__device__ __forceinline__ void store_group_tile(float (&acc)[kCols<C> / 2], const TensorMap* d_map,
                                                  typename C::Out* d, const typename C::Out* c, u32 slabs,
                                                  const Problem& p, const GroupTile& mine, int first_row) {
-  static_assert(GroupTable<C>::kInner || !C::REDUCE, "rows that are cut are stored, not added");
   const int warp_row = first_row + ptx::thread_index() / 32 % 4 * 16;
   if (whole_warp(warp_row >= mine.zeros_end)) return;
   if (C::REDUCE && whole_warp(mine.tile.k_end == 0)) return;
@@ -113,8 +112,11 @@ __device__ __forceinline__ void store_group_tile(float (&acc)[C::COLS / 2], cons
   if constexpr (GroupTable<C>::kRowsInGroups) tile.batch = 0;
   Problem bounded = p;
   bounded.m = mine.zeros_end;
-  store_tile<C>(acc, d_map, matrix_of(d, p, tile.batch), matrix_of(c, p, tile.batch), slabs, bounded, tile,
-                first_row, cut);
+  typename C::Out* out = matrix_of(d, p, tile.batch);
+  if (C::TMA_STORE && cut)
+    store_direct<C>(acc, out, bounded, tile, first_row);
+  else
+    store_tile<C>(acc, d_map, out, matrix_of(c, p, tile.batch), slabs, bounded, tile, first_row);
 }
 
 template <class C>
@@ -154,6 +156,7 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
     while (place.row != kNoTile) {
       {
         Tile tile = group_tile<C>(table, place, p, in.k_blocks).tile;
+        tile.col += first_col<C>(warpgroup);
 #pragma unroll
         for (int part = 0; part < kParts<C>; ++part) {
           if constexpr (C::ADD && Layout<C>::kFp8)
@@ -175,7 +178,8 @@ __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& g
         loop.begin(k_range<C>(table, next, p));
       }
 
-      const GroupTile mine = group_tile<C>(table, place, p, in.k_blocks);
+      GroupTile mine = group_tile<C>(table, place, p, in.k_blocks);
+      mine.tile.col += first_col<C>(ptx::thread_index() / 128);
       const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
 #pragma unroll
       for (int part = 0; part < kParts<C>; ++part) {

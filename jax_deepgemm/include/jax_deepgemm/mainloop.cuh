@@ -26,12 +26,6 @@ struct Fragment {
   }
 };
 
-// The first of the 64-row parts of the tile that are a warpgroup's.
-template <class C>
-__device__ __forceinline__ int first_part(int warpgroup) {
-  return kSharers<C> > 1 ? warpgroup * kParts<C> : 0;
-}
-
 // The operands of one warpgroup in a slot, and their multiplication.
 template <class C>
 struct Slot {
@@ -39,7 +33,9 @@ struct Slot {
   ptx::Descriptor rows, cols;
 
   __device__ __forceinline__ Slot(const Position<C>& at, int warpgroup) {
-    const u32 a = at.rows() + first_part<C>(warpgroup) * kSlabBytes, b = at.cols();
+    static_assert(C::ACROSS == 1 || kCols<C> % 64 == 0, "whole slabs of MN-major columns");
+    const u32 a = at.rows() + first_part<C>(warpgroup) * kSlabBytes;
+    const u32 b = at.cols() + first_col<C>(warpgroup) * kSlotRowBytes;
     rows = C::ROWS_K_MAJOR ? ptx::k_major_descriptor(a) : ptx::mn_major_descriptor(a, kSlabBytes);
     cols = C::COLS_K_MAJOR ? ptx::k_major_descriptor(b) : ptx::mn_major_descriptor(b, kSlabBytes);
   }
@@ -115,11 +111,11 @@ __device__ __forceinline__ float element(const float4& v, int i) {
 
 // Of a warpgroup, by parts of 64 rows.
 template <class C>
-using Accumulator = float[kParts<C>][C::COLS / 2];
+using Accumulator = float[kParts<C>][kCols<C> / 2];
 
 // Registers beside an FP8 accumulator, a product and what every loop needs.
 template <class C>
-constexpr int kSpare = C::REGISTERS - (kParts<C> + 1) * C::COLS / 2 - 32;
+constexpr int kSpare = C::REGISTERS - (kParts<C> + 1) * kCols<C> / 2 - 32;
 
 // What the three have in common.
 template <class C>
@@ -141,7 +137,7 @@ struct BegunLoop : PlainLoop<C> {
   using PlainLoop<C>::at, PlainLoop<C>::PlainLoop;
 
   const Fragment mine;
-  float temp[C::COLS / C::PASSES / 2];  // the product
+  float temp[kCols<C> / C::PASSES / 2];  // the product
 
   __device__ __forceinline__ void drop() {
     ptx::wgmma_wait<0>();
@@ -154,8 +150,9 @@ struct BegunLoop : PlainLoop<C> {
   }
 };
 
-// FP8: the product of one block of k in an accumulator of its own, promoted with its scales; wide tiles in
-// PASSES, and high ones in parts, that share it, one after the other.
+// FP8: the product of one block of k in an accumulator of its own, promoted with its scales. Wide tiles are
+// multiplied in PASSES over their columns, high ones in parts of 64 rows, which share it, one after the
+// other.
 //
 // The next block's barrier is waited for while the tensor core is busy with this one: between two
 // multiplications of a warpgroup stand only promotion, issue, and every fourth time the loads of a quad of
@@ -171,17 +168,18 @@ struct Fp8Loop : BegunLoop<C> {
   using BegunLoop<C>::acc, BegunLoop<C>::at, BegunLoop<C>::warpgroup, BegunLoop<C>::BegunLoop;
   using BegunLoop<C>::mine, BegunLoop<C>::temp;
   static constexpr int kUnit = gcd(C::STAGES, kQuad);  // blocks whose slots are neighbours
-  static constexpr int kWidth = C::COLS / C::PASSES, kGroups = kWidth / 8;
+  static constexpr int kWidth = kCols<C> / C::PASSES, kGroups = kWidth / 8;
   static constexpr bool kColVector = C::COL_SCALES == Scale::kVector;
   static constexpr bool kRowVector = C::ROW_SCALES == Scale::kVector;
-  static constexpr int kBlocks = L::kBlocks > 0 ? L::kBlocks : 1;
+  // 128-blocks that a warpgroup's columns can touch; side by side they begin at halves of blocks.
+  static constexpr int kBlocks = L::kBlocks == 0 || C::ACROSS > 1 ? 1 : L::kBlocks;
   // Neighbouring columns that share a 128x128 scale wherever a tile begins, and how many such runs it has.
-  static constexpr int kRun = kColVector ? C::COLS : gcd(C::COLS, 128), kRuns = C::COLS / kRun;
+  static constexpr int kRun = kColVector ? kCols<C> : gcd(kCols<C>, 128), kRuns = kCols<C> / kRun;
   // Per-column scales are a factor for every element or column. Where registers allow, they are read before
   // the multiplication is issued, otherwise by promotion.
-  static constexpr int kFactors = kRowVector ? C::COLS / 2 : 2 * kGroups;
+  static constexpr int kFactors = kRowVector ? kCols<C> / 2 : 2 * kGroups;
   static constexpr bool kFactorsEarly =
-      kColVector && kParts<C> == 1 && C::COLS + kFactors <= C::REGISTERS - 40;
+      kColVector && kParts<C> == 1 && kCols<C> + kFactors <= C::REGISTERS - 40;
   // A warpgroup with several parts holds column scales, as many as registers allow, through all of them.
   static constexpr int kHeld = kColVector && kParts<C> > 1 ? smaller(2 * kGroups, kSpare<C>) : 0;
   static constexpr bool kRowsByQuad = kRowVector && kParts<C> == 1;  // else they are read block by block
@@ -204,10 +202,12 @@ struct Fp8Loop : BegunLoop<C> {
       lower = ptx::load_shared_4(row_scales() + 8 * kQuad * 4);
     }
 #pragma unroll
-    for (int i = 0; i < L::kBlocks; ++i) block[i] = ptx::load_shared_4(at.block_scales() + i * kQuad * 4);
+    for (int i = 0; L::kBlocks > 0 && i < kBlocks; ++i)
+      block[i] = ptx::load_shared_4(at.block_scales() + (first_col<C>(warpgroup) / 128 + i) * kQuad * 4);
   }
   __device__ __forceinline__ float col_scale(int j, int i) const {
-    return ptx::load_shared(at.col_scales() + mine.col * kQuad * 4 + ((i / 2 * 8 + i % 2) * kQuad + j) * 4);
+    const int col = first_col<C>(warpgroup) + mine.col;
+    return ptx::load_shared(at.col_scales() + col * kQuad * 4 + ((i / 2 * 8 + i % 2) * kQuad + j) * 4);
   }
   __device__ __forceinline__ void load_cols(int j) {
     constexpr int kCount = kFactorsEarly ? 2 * kGroups : kHeld;
@@ -296,25 +296,25 @@ struct Fp8Loop : BegunLoop<C> {
     }
   }
 
-  __device__ __forceinline__ void promote(int j, float (&acc)[C::COLS / 2], int pass,
+  __device__ __forceinline__ void promote(int j, float (&sums)[kCols<C> / 2], int pass,
                                           const float (&factor)[kFactorsEarly ? kFactors : 1],
                                           const float (&uppers)[kRuns], const float (&lowers)[kRuns]) {
     if constexpr (kFactorsEarly) {
 #pragma unroll
-      for (int i = 0; i < C::COLS / 2; ++i) acc[i] += factor[kRowVector ? i : i / 4 * 2 + i % 2] * temp[i];
+      for (int i = 0; i < kCols<C> / 2; ++i) sums[i] += factor[kRowVector ? i : i / 4 * 2 + i % 2] * temp[i];
     } else if constexpr (kColVector) {
 #pragma unroll
       for (int i = 0; i < 2 * kGroups; ++i) {
         const float scale = i < kHeld ? col[i] : col_scale(j, i);
         const int first = i / 2 * 4 + i % 2;
-        acc[first] += scale * temp[first] * uppers[0];
-        acc[first + 2] += scale * temp[first + 2] * (kRowVector ? lowers[0] : uppers[0]);
+        sums[first] += scale * temp[first] * uppers[0];
+        sums[first + 2] += scale * temp[first + 2] * (kRowVector ? lowers[0] : uppers[0]);
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         const int run = (pass * kWidth + 8 * i) / kRun;
-        float* to = acc + pass * (kWidth / 2) + 4 * i;
+        float* to = sums + pass * (kWidth / 2) + 4 * i;
         to[0] += uppers[run] * temp[4 * i + 0];
         to[1] += uppers[run] * temp[4 * i + 1];
         to[2] += lowers[run] * temp[4 * i + 2];
@@ -392,7 +392,7 @@ struct SlicedLoop : BegunLoop<C> {
   using BegunLoop<C>::mine, BegunLoop<C>::temp;
 
   // Of this thread's pairs of column scales, those that it holds through all parts.
-  static constexpr int kPairs = C::COLS / 8;
+  static constexpr int kPairs = kCols<C> / 8;
   static constexpr int kHeld = kParts<C> > 1 ? smaller(kPairs, kSpare<C> / 2) : 0;
 
   __device__ __forceinline__ void begin(const Tile& tile) {
@@ -411,7 +411,7 @@ struct SlicedLoop : BegunLoop<C> {
   // The block of which the first part's product is on its way. `more`: whether a block follows.
   __device__ __forceinline__ void promote(bool more) {
     const Slot<C> operands(at, warpgroup);
-    const u32 empty = at.empty(), cols = at.col_scales() + mine.col * 4;
+    const u32 empty = at.empty(), cols = at.col_scales() + (first_col<C>(warpgroup) + mine.col) * 4;
     const u32 rows = at.row_scales() + (64 * first_part<C>(warpgroup) + mine.row) * 4;
     float2 held[kHeld > 0 ? kHeld : 1];
 #pragma unroll

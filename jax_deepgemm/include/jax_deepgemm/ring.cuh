@@ -40,12 +40,14 @@ constexpr int kSlotRowBytes = 128;  // bytes of k in a slot: 128 FP8 or 64 BF16 
 constexpr int kStepsPerBlock = 4;   // wgmma instructions along k for them
 constexpr int kQuad = 4;            // blocks of k whose scales travel together
 
-// Warpgroups that share a tile (in ping-pong they have whole tiles, in turn), and in how many parts of 64
-// rows each of them multiplies its share.
+// Warpgroups that share a tile (in ping-pong they have whole tiles, in turn): one below the other, or ACROSS
+// of them side by side. Each multiplies its share in parts of 64 rows by kCols columns.
 template <class C>
 constexpr int kSharers = C::PING_PONG ? 1 : C::WARPGROUPS;
 template <class C>
-constexpr int kParts = C::ROWS / 64 / kSharers<C>;
+constexpr int kParts = C::ROWS / 64 * C::ACROSS / kSharers<C>;
+template <class C>
+constexpr int kCols = C::COLS / C::ACROSS;
 template <class C>
 constexpr int kReleases = 4 * kSharers<C>;  // arrivals that free a slot
 
@@ -146,6 +148,16 @@ template <int COUNT>
 __device__ __forceinline__ void clear(float (&acc)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) acc[i] = 0.0f;
+}
+
+// Where a warpgroup's share of a tile begins: which 64 of its rows, which of its columns.
+template <class C>
+__device__ __forceinline__ int first_part(int warpgroup) {
+  return kSharers<C> > C::ACROSS ? warpgroup * kParts<C> : 0;
+}
+template <class C>
+__device__ __forceinline__ int first_col(int warpgroup) {
+  return C::ACROSS > 1 ? warpgroup * kCols<C> : 0;
 }
 
 // The part of the product that a block of threads computes at a time.
