@@ -438,6 +438,25 @@ def test_two_parts_to_a_warpgroup(case, num_sms):
 
 
 @pytest.mark.parametrize("fp8", [True, False], ids=("fp8", "bf16"))
+@pytest.mark.parametrize("num_sms", [3, 132])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(100, 904, 1160),
+        Case(70, 515, 640, out="float32", accumulate=True),
+        Case(33, 1028, 1024, b_block=ROW, layout="nn"),
+        Case(129, 200, 130, out="float32", layout="tt", accumulate=True, b_block=ROW),
+    ],
+    ids=str,
+)
+def test_two_warpgroups_side_by_side(case, num_sms, fp8):
+    p = problem(case, fp8)
+    for config in fitted(p, (GemmConfig(64, cols, 0) for cols in (128, 256))):
+        run = functools.partial(fp8_gemm if fp8 else bf16_gemm, config=config, num_sms=num_sms)
+        (check_fp8 if fp8 else check_bf16)([case], run)
+
+
+@pytest.mark.parametrize("fp8", [True, False], ids=("fp8", "bf16"))
 @pytest.mark.parametrize(
     "case",
     [
