@@ -185,6 +185,16 @@ def planned(function: Any, ins: list[Any], out: Any, batch: Any = None, **params
     return launch
 
 
+@pytest.mark.parametrize("block_n", [256, 128])
+def test_grid_has_room_for_halves(block_n: int) -> None:
+    """Five tiles of 128x256 at most, which may be cut in two, or ten of 128x128."""
+    ins = [shape(256, 256, dtype=E4), shape(256, 4, dtype=F32), shape(2, 256, 256, dtype=E4)]
+    ins += [shape(2, 2, 4, dtype=F32), shape(2, dtype=I32), shape(1, dtype=I32)]
+    config = GemmConfig(128, block_n, 4, slabs=2)
+    launch = planned(kernel.m_grouped_fp8_gemm, ins, shape(256, 256), layout="sizes", config=config)
+    assert launch.grid == (10, 1, 1)
+
+
 def test_rows_plan() -> None:
     ins = [shape(512, 256, dtype=E4), shape(512, 4, dtype=F32), shape(6, 384, 256, dtype=E4)]
     ins += [shape(6, 3, 4, dtype=F32), shape(24, dtype=I32), shape(1, dtype=I32)]

@@ -331,11 +331,12 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
     rows, cols = c.rows, c.cols
     resident = (1, 2) if c.one_tile else (1,)
     takes_turns = not p.is_fp8 and rows == 128 and not c.one_tile
-    heights = (64, 128, 192, 256) if p.is_fp8 else (64, 128, 192)
+    *some, highest = (64, 128, 192, 256) if p.is_fp8 else (64, 128, 192)
+    heights = f"{', '.join(map(str, some))} or {highest}"
     width_is_legal = cols % 8 == 0 and 8 <= cols <= 256
     few = "swap_ab or split_k"
     rules = [
-        (rows in heights, f"the 64-row side is {rows}, must be 64, 128, 192, or 256 with FP8"),
+        (rows in (*some, highest), f"the 64-row side is {rows}, must be {heights}"),
         (not c.one_tile or rows <= 128, f"the 64-row side is {rows}, must be 64 or 128 with {few}"),
         (width_is_legal, f"the other side is {cols}, must be 8 to 256 in steps of 8 (wgmma)"),
         (c.blocks_per_sm in resident, f"blocks_per_sm is {c.blocks_per_sm}, must be 1, or 2 with {few}"),
@@ -357,7 +358,7 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
 
 
 def _widest(p: GemmProblem, c: GemmConfig) -> int:
-    """Widest tile that is allowed; all candidates fit in registers, others of 192 rows may spill."""
+    """Widest tile that is allowed; all candidates fit in registers, others may spill."""
     if c.one_tile:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
     if not p.is_fp8:

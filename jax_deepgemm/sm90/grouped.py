@@ -239,7 +239,7 @@ def grouped_cost(p: GroupedProblem, c: GemmConfig, chip: Chip) -> Cost:
         sizes = [max(1, round(p.expected * factor)) for factor in _SPREAD]
         row_tiles = sum(ceil_div(size, c.block_m) for size in sizes) / len(sizes)
     tiles = p.groups * row_tiles * col_tiles
-    waves = _waves(tiles / chip.num_sms, halves=not p.inner and passes(p.gemm, c) == 2)
+    waves = _waves(tiles / chip.num_sms, halves(p, c))
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
     kind = kind_of(p.gemm, c.ping_pong)
     fixed, for_each = _PER_TILE[kind]
@@ -250,11 +250,16 @@ def grouped_cost(p: GroupedProblem, c: GemmConfig, chip: Chip) -> Cost:
     return Cost(start, compute, moved / _MEMORY_BYTES_PER_US, round(waves))
 
 
-def _waves(even: float, halves: bool) -> float:
-    """Of so many tiles for each SM. `halves`: the last ones are cut in two where that fills the SMs."""
+def halves(p: GroupedProblem, c: GemmConfig) -> bool:
+    """Whether the last tiles are cut in two where that fills the SMs: those whose columns take two passes."""
+    return not p.inner and passes(p.gemm, c) == 2
+
+
+def _waves(even: float, cut: bool) -> float:
+    """Of so many tiles for each SM. `cut`: in two, the last ones."""
     if even > _MANY_WAVES:
-        return even + (_HALF / 2 if halves else 0.5)
-    return math.floor(even) + _HALF if halves and 0 < even % 1 <= 0.5 else math.ceil(even)
+        return even + (_HALF / 2 if cut else 0.5)
+    return math.floor(even) + _HALF if cut and 0 < even % 1 <= 0.5 else math.ceil(even)
 
 
 def choose_grouped(p: GroupedProblem, chip: Chip) -> GemmConfig:
@@ -335,7 +340,7 @@ def grouped_source(p: GroupedProblem, c: GemmConfig) -> KernelSource:
     name = grouped_name(p, c)
     text = _TEXT.format(
         mma=product(p.gemm, c, a, b),
-        config=config_text(p.gemm, c, a, b, mask_k=p.inner, halves=not p.inner),
+        config=config_text(p.gemm, c, a, b, mask_k=p.inner, halves=halves(p, c)),
         grouping=_ENUM[p.grouping],
         segmented=as_cpp(p.segmented),
         zero_rows=as_cpp(p.zero_rows),
@@ -382,9 +387,10 @@ def grouped_plan(
     }
     scalars = (Scalar(integers[name], "int32") for name in _INTEGERS)
     most_rows = ceil_div(p.rows_bound, c.block_m) + (p.segments + 1 if p.grouping == ROWS else p.groups)
+    most_tiles = most_rows * ceil_div(p.n, c.block_n) * (2 if halves(p, c) else 1)
     launch = Launch(
         kernel=compile_kernel(grouped_source(p, c), arch=chip.arch),
-        grid=(min(most_rows * ceil_div(p.n, c.block_n), chip.num_sms), 1, 1),
+        grid=(min(most_tiles, chip.num_sms), 1, 1),
         block=c.threads,
         params=(*maps, *pointers(p.gemm, x), *groups, *scalars),
         shared_memory=shared_memory(p.gemm, c).total,

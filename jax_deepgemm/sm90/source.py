@@ -90,7 +90,7 @@ def config_text(
 ) -> str:
     """The kernel's configuration as a C++ struct.
 
-    `halves`: whether the last tiles may be cut in two, where their columns are multiplied in two passes.
+    `halves`: whether the last tiles may be cut in two; their columns are multiplied in two passes.
     """
     memory = shared_memory(p, c)
     return _CONFIG.format(
@@ -101,7 +101,7 @@ def config_text(
         stages=c.stages,
         passes=passes(p, c),
         across=c.across,
-        halves=as_cpp(halves and passes(p, c) == 2),
+        halves=as_cpp(halves),
         warpgroups=c.warpgroups,
         swap_ab=as_cpp(c.swap_ab),
         ping_pong=as_cpp(c.ping_pong),

@@ -27,6 +27,7 @@ M, N, K = 520, 272, 1088  # tails in every dimension
 FEW_SMS = 3  # so that persistent blocks compute several tiles
 PING_PONG = GemmConfig(128, 192, 5, slabs=2, ping_pong=True)
 HALVES = GemmConfig(128, 256, 4, slabs=2)
+SIDE_BY_SIDE = GemmConfig(64, 128, 4, slabs=2)
 
 
 def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...]]]:
@@ -56,6 +57,10 @@ def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...]]]:
     yield "fp8 B 1x128 + C", float32, (qa, qb_rows, c)
     yield "fp8 few rows + C", call(jdg.fp8_gemm_nt, None, out_dtype=jnp.float32), (qfew, qb, c[:5])
     yield "bf16 + C", call(jdg.bf16_gemm_nt, out_dtype=jnp.float32), (a, b, c)
+    for cols in (128, 256):
+        side = GemmConfig(64, cols, 4, slabs=2)
+        yield f"bf16 nn side by side {cols}", call(jdg.bf16_gemm_nn, config=side), (a, normal(K, N))
+        yield f"fp8 side by side {cols}", call(jdg.fp8_gemm_nt, config=side), (qa, qb)
     for layout in ("nn", "tn", "tt"):
         left = a if layout[0] == "n" else normal(K, M)
         right = b if layout[1] == "t" else normal(K, N)
@@ -84,12 +89,13 @@ def grouped_cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, 
     yield "grouped fp8", call(fp8), (qa, qw, sizes)
     yield "grouped fp8 B 1x128, few rows", call(fp8, expected_m=4), (qa, qw_rows, sizes // 16)
     yield "grouped fp8 to float32", call(fp8, out_dtype=jnp.float32), (qa, qw, sizes)
-    for sms in (2, 4):
+    for sms in (3, 8):  # four tiles
         yield f"grouped fp8 halves, {sms} SMs", call(fp8, sms, config=HALVES), (qa, qw, sizes)
     yield "grouped fp8 two parts", call(fp8, config=GemmConfig(256, 128, 4, slabs=2)), (qa, qw, sizes)
     yield "grouped bf16 nt", call(bf16), (a, w, sizes)
     yield "grouped bf16 nt, few rows", call(bf16, expected_m=4), (a, w, sizes // 16)
     yield "grouped bf16 ping-pong", call(bf16, config=PING_PONG), (a, w, sizes)
+    yield "grouped fp8 side by side", call(fp8, config=SIDE_BY_SIDE), (qa, qw, sizes)
     yield "grouped bf16 nn", call(jdg.m_grouped_bf16_gemm_nn_contiguous), (a, w.mT, sizes)
     whole = normal(rows, k)
     for name, wrong in bad.items():
@@ -119,6 +125,8 @@ def grouped_cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, 
         ("fp8", jdg.k_grouped_fp8_gemm_nt_contiguous, (left, right)),
         ("bf16", jdg.k_grouped_bf16_gemm_tn_contiguous, (a, dy)),
     ):
+        side = call(function, out_dtype=jnp.float32, config=SIDE_BY_SIDE)
+        yield f"k-grouped {kind} side by side + C", side, (*operands, sizes, c)
         if kind == "fp8":
             two = call(function, out_dtype=jnp.float32, config=GemmConfig(256, 96, 4, slabs=2))
             yield "k-grouped fp8 two parts + C", two, (*operands, sizes, c)
@@ -158,10 +166,10 @@ def call(
 
 
 def kinds_of_config(problem: GemmProblem) -> list[GemmConfig]:
-    """The cheapest configuration of each kind: kernel, rows, cluster, blocks per SM."""
+    """The cheapest configuration of each kind: kernel, rows, who shares them, cluster, blocks per SM."""
     cheapest: dict[tuple[Any, ...], GemmConfig] = {}
     for config in sorted(candidates(problem, H200), key=lambda one: cost(problem, one, H200).total):
-        kind = (config.swap_ab, config.rows, config.split_k > 1, config.blocks_per_sm)
+        kind = (config.swap_ab, config.rows, config.across, config.split_k > 1, config.blocks_per_sm)
         cheapest.setdefault(kind, config)
     return list(cheapest.values())
 

@@ -396,6 +396,7 @@ def test_configurations_agree(case, fp8):
 
 
 def fitted(p: GemmProblem, tiles: Iterable[GemmConfig]) -> list[GemmConfig]:
+    """Those that are legal for the problem, with as many stages as fit; at least one."""
     found = [tile for tile in (fit_stages(p, tile, H200) for tile in tiles) if tile is not None]
     assert found
     return found

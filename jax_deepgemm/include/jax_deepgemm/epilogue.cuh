@@ -162,7 +162,6 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[kCols<C> / 2], co
   constexpr int kWidth = kSlabCols<C>, kSlabs = kCols<C> / kWidth * 2;
   constexpr int kBatch = C::SLABS == kSlabs ? kSlabs : C::SLABS / 2;  // slabs filled and handed over together
   static_assert(kSlabs % C::SLABS == 0 && C::SLABS % kBatch == 0, "every tile begins with the same half");
-  static_assert(!C::HALVES || C::SLABS == kSlabs || kSlabs / 2 % C::SLABS == 0, "also after half a tile");
   const int thread = ptx::thread_index(), lane = thread % 32, row = first_row + thread / 32 % 4 * 16;
   const int end = tile.half ? kSlabs / 2 : kSlabs;
 #pragma unroll

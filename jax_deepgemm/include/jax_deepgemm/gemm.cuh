@@ -29,27 +29,6 @@ __device__ __forceinline__ Tile tile_at(int index, const Problem& p, int k_block
   return {(stripe * p.stripe + within % height) * C::ROWS, within / height * C::COLS, batch, 0, k_blocks};
 }
 
-// What is computed, in rounds of one tile for each block of threads. If the last round would leave half of
-// the blocks idle, its tiles are cut in two (HALVES).
-template <class C>
-struct Rounds {
-  int tiles, whole;  // numbers from `whole` on are halves
-
-  __device__ __forceinline__ explicit Rounds(int tiles) : tiles(tiles), whole(tiles) {
-    const int rest = tiles % gridDim.x;
-    if (C::HALVES && 2 * rest <= gridDim.x) whole -= rest;
-  }
-  __device__ __forceinline__ int count() const { return C::HALVES ? 2 * tiles - whole : tiles; }
-  __device__ __forceinline__ bool half(int number) const { return C::HALVES && number >= whole; }
-  __device__ __forceinline__ int tile(int number) const {
-    return half(number) ? whole + (number - whole) / 2 : number;
-  }
-  // The first column of a half within its tile.
-  __device__ __forceinline__ int shift(int number) const {
-    return half(number) ? (number - whole) % 2 * (C::COLS / 2) : 0;
-  }
-};
-
 template <class C>
 __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const TensorMap* d_map,
                                      typename C::Out* d, const typename C::Out* c) {
@@ -65,10 +44,9 @@ __device__ __forceinline__ void gemm(const Operands& in, const Problem& p, const
   if (warpgroup == C::WARPGROUPS) {
     if constexpr (C::WARPGROUPS > 1) ptx::lower_registers<C::PRODUCER_REGISTERS>();
     if (warp_index() % 4 == 0 && ptx::elect()) {
-      const Rounds<C> rounds(ceil_div(p.m, C::ROWS) * ceil_div(p.n, C::COLS) * p.batches);
-      for (int number = blockIdx.x; number < rounds.count(); number += gridDim.x) {
-        Tile tile = tile_at<C>(rounds.tile(number), p, in.k_blocks);
-        tile.col += rounds.shift(number), tile.half = rounds.half(number);
+      const int tiles = ceil_div(p.m, C::ROWS) * ceil_div(p.n, C::COLS) * p.batches;
+      for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+        const Tile tile = tile_at<C>(index, p, in.k_blocks);
         load_blocks<C>(at, in, tile, tile.row, tile.col, tile.batch);
       }
       publish_end<C>(at);

@@ -63,6 +63,27 @@ __device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, cons
   return out;
 }
 
+// What is computed, in rounds of one tile for each block of threads. If the last round would leave half of
+// the blocks idle, its tiles are cut in two (HALVES).
+template <class C>
+struct Rounds {
+  int tiles, whole;  // numbers from `whole` on are halves
+
+  __device__ __forceinline__ explicit Rounds(int tiles) : tiles(tiles), whole(tiles) {
+    const int rest = tiles % gridDim.x;
+    if (C::HALVES && 2 * rest <= gridDim.x) whole -= rest;
+  }
+  __device__ __forceinline__ int count() const { return C::HALVES ? 2 * tiles - whole : tiles; }
+  __device__ __forceinline__ bool half(int number) const { return C::HALVES && number >= whole; }
+  __device__ __forceinline__ int tile(int number) const {
+    return half(number) ? whole + (number - whole) / 2 : number;
+  }
+  // The first column of a half within its tile.
+  __device__ __forceinline__ int shift(int number) const {
+    return half(number) ? (number - whole) % 2 * (C::COLS / 2) : 0;
+  }
+};
+
 // Where the tile of a round lies, in the order of gemm.cuh within a segment.
 template <class C>
 __device__ __forceinline__ Place nth_tile(const GroupTable<C>& table, const Rounds<C>& rounds, int number,

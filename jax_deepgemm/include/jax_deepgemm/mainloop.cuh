@@ -56,8 +56,8 @@ struct Slot {
 };
 
 // Zeroes what a slot holds beside the tile's range of k, in both operands, since 0 times what lies there may
-// be NaN. Each warpgroup does it for all that it reads; where warpgroups share columns they write equal
-// bytes, and nothing else.
+// be NaN. Each warpgroup does it for all that it reads; where warpgroups share rows or columns they write
+// equal bytes, and nothing else.
 //
 // Hazard: written by ordinary stores, read by wgmma and later overwritten by TMA: fence.proxy.async.
 template <class C>

@@ -7,7 +7,7 @@
 //   TMA rows tile, cols tile -> slot s       4 wgmma over the 128 bytes of k in the slot
 //   every 4th block: quads of scales         wait for them, arrive empty[s], promote: acc += scale * product
 //
-// wgmma multiplies "rows" (its M side, 64 per warpgroup, A or the weights) by "cols" (its N side, the tile
+// wgmma multiplies "rows" (its M side, 64 at a time, A or the weights) by "cols" (its N side, the tile
 // width).
 //
 // FP8 walks k in quads of four blocks, because one TMA box {4 blocks of k, rows} of the caller's row-major
@@ -168,7 +168,7 @@ struct Tile {
   int k_first = 0;          // where block 0 begins; a multiple of 128 for FP8
   int k_skip = 0;           // elements of the first block that do not count, and ...
   int k_stop = 0x7FFFFFFF;  // ... elements of the last block up to which they count
-  bool half = false;        // only the first half of the columns, the first of two passes
+  bool half = false;        // only the first half of the columns, the first of two passes; all are loaded
 };
 
 // The producer says with the first block of a tile which tile it is, so that consumers need no arithmetic for
