@@ -1,7 +1,6 @@
-"""Dense GEMMs on an H200: the whole shape table, edge cases, poison, repeatability, transformations.
+"""Dense GEMMs on an H200: the whole shape table, edge cases, poison, transformations, gradients.
 
-Oracles are computed on the GPU in float32 at the highest precision. `difference` is calc_diff,
-|x - y|^2 / (|x|^2 + |y|^2), written so that float32 suffices.
+What is compared with what, and how closely: gemm_products.py.
 
 Run: pytest -m gpu tests/gpu/test_gemm_gpu.py        (under 3 minutes, kernels compiled anew)
 """
@@ -24,55 +23,35 @@ import cases
 import gemm_oracle as oracle
 import jax_deepgemm as jdg
 from cases import BLOCK, EDGE_SHAPES, FP8_PAIRS, LAYOUTS, ROW, ZERO_SHAPES, Case
+from gemm_products import (
+    BF16_LIMIT,
+    FP8_LIMIT,
+    ORACLE_LIMIT,
+    bf16_gemm,
+    bf16_want,
+    check,
+    check_bf16,
+    check_fp8,
+    difference,
+    fp8_gemm,
+    fp8_want,
+    problem,
+)
 from gpu_programs import C_ELSEWHERE, chain, program, with_c_elsewhere
 from jax_deepgemm.gemm import reference
 from jax_deepgemm.jit import compile_many
 from jax_deepgemm.sm90.chip import H200
-from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, fit_stages, tma_store
-from jax_deepgemm.sm90.cost import _PER_BLOCK, candidates, choose, persistent_tiles
+from jax_deepgemm.sm90.config import tma_store
+from jax_deepgemm.sm90.cost import choose
 from jax_deepgemm.sm90.source import kernel_source
 
 BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
-
-FP8_LIMIT = 1e-3  # against unquantised operands
-ORACLE_LIMIT = {"float32": 1e-6, "bfloat16": 1e-5}  # against the same operands, dequantised
-BF16_LIMIT = {"float32": 1e-8, "bfloat16": 1e-5}
-
-
-def difference(x: jax.Array, y: jax.Array) -> jax.Array:
-    x, y = x.astype(F32), y.astype(F32)
-    energy = jnp.sum(x * x) + jnp.sum(y * y)
-    return jnp.where(energy == 0, 0.0, jnp.sum((x - y) ** 2) / jnp.where(energy == 0, 1.0, energy))
 
 
 def dot32(a: jax.Array, b: jax.Array) -> jax.Array:
     """a @ b.T in float32."""
     return lax.dot_general(
         a.astype(F32), b.astype(F32), (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
-    )
-
-
-def check(found: dict[str, Any], limits: dict[str, float]) -> None:
-    """Every difference is below its limit, and none is NaN."""
-    found = {name: float(value) for name, value in found.items()}
-    wrong = {name: value for name, value in found.items() if not value < limits[name]}
-    assert not wrong, f"{wrong} of {found}"
-
-
-def problem(case: Case, fp8: bool) -> GemmProblem:
-    names = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
-    scales = ("vector" if case.b_block == ROW and case.n > 1 else "block") if fp8 else "none"
-    return GemmProblem(
-        case.m,
-        case.n,
-        case.k,
-        names[case.a_dtype] if fp8 else "bf16",
-        names[case.b_dtype] if fp8 else "bf16",
-        "nt" if fp8 else case.layout,
-        case.out,
-        case.accumulate,
-        scales,
-        batched=(),
     )
 
 
@@ -220,43 +199,6 @@ def test_table_wgrad_bf16(shape):
 # Edge cases -----------------------------------------------------------------------------------------------
 
 
-def fp8_gemm(case: Case, arrays: list[Any], **options: Any) -> jax.Array:
-    pairs = [(arrays[0], arrays[1]), (arrays[2], arrays[3])]
-    return jdg.fp8_gemm_nt(*pairs, *arrays[4:], out_dtype=case.out, **options)
-
-
-def fp8_want(arrays: list[Any]) -> jax.Array:
-    return reference.fp8_gemm(*arrays, out_dtype=F32)[0]
-
-
-def bf16_gemm(case: Case, arrays: list[Any], **options: Any) -> jax.Array:
-    return getattr(jdg, f"bf16_gemm_{case.layout}")(*arrays, out_dtype=case.out, **options)
-
-
-def bf16_want(case: Case, arrays: list[Any]) -> jax.Array:
-    return reference.bf16_gemm(*arrays, layout=case.layout, out_dtype=F32)[0]
-
-
-def check_fp8(case_list: list[Case], run: Callable[..., Any] = fp8_gemm, seed: int = 0) -> None:
-    operands = [oracle.fp8_operands(case, seed) for case in case_list]
-
-    def all_of(operands: list[Any]) -> dict[str, jax.Array]:
-        pairs = zip(case_list, operands, strict=True)
-        return {str(case): difference(run(case, arrays), fp8_want(arrays)) for case, arrays in pairs}
-
-    check(program(all_of)(operands), {str(case): ORACLE_LIMIT[case.out] for case in case_list})
-
-
-def check_bf16(case_list: list[Case], run: Callable[..., Any] = bf16_gemm) -> None:
-    operands = [oracle.bf16_operands(case) for case in case_list]
-
-    def all_of(operands: list[Any]) -> dict[str, jax.Array]:
-        pairs = zip(case_list, operands, strict=True)
-        return {str(case): difference(run(case, arrays), bf16_want(case, arrays)) for case, arrays in pairs}
-
-    check(program(all_of)(operands), {str(case): BF16_LIMIT[case.out] for case in case_list})
-
-
 @pytest.mark.parametrize("index", range(len(EDGE_SHAPES)), ids=lambda i: str(EDGE_SHAPES[i]))
 def test_edges(index):
     """Odd and small m, n and k; both B scales, all layouts, with and without C, both results."""
@@ -358,136 +300,6 @@ def test_operands_between_nan(shape):
             inside = program(lambda stacks, run=run: run(case, [x[1] for x in stacks]))  # noqa: B023
             alone = program(lambda xs, run=run: run(case, xs))  # noqa: B023
             np.testing.assert_array_equal(inside(around), alone(arrays))
-
-
-# Repeatability, configurations ----------------------------------------------------------------------------
-
-REPEATED = (
-    Case(1, 2112, 7168),
-    Case(64, 576, 7168),
-    Case(128, 4096, 7168),
-    Case(4096, 2112, 7168),
-    Case(1000, 1030, 4096, out="float32", accumulate=True, b_block=ROW),
-)
-
-
-@pytest.mark.parametrize("case", REPEATED, ids=str)
-def test_twenty_runs_give_the_same_bits(case):
-    word = jnp.uint32 if case.out == "float32" else jnp.uint16
-    for run, arrays in ((fp8_gemm, oracle.fp8_operands(case)), (bf16_gemm, oracle.bf16_operands(case))):
-        step = program(lambda x, run=run: lax.bitcast_convert_type(run(case, x), word))
-        first = step(arrays)
-        assert all(bool(jnp.array_equal(step(arrays), first)) for _ in range(20))
-
-
-def spread(every: list[GemmConfig], count: int = 4) -> list[GemmConfig]:
-    return [every[i * (len(every) - 1) // (count - 1)] for i in range(count)]
-
-
-@pytest.mark.parametrize("fp8", [True, False], ids=("fp8", "bf16"))
-@pytest.mark.parametrize(
-    "case", [Case(24, 584, 1160), Case(200, 584, 1160, out="float32", accumulate=True)], ids=str
-)
-def test_configurations_agree(case, fp8):
-    every = list(candidates(problem(case, fp8), H200))
-    for config in spread(every):
-        run = functools.partial(fp8_gemm if fp8 else bf16_gemm, config=config)
-        (check_fp8 if fp8 else check_bf16)([case], run)
-
-
-def fitted(p: GemmProblem, tiles: Iterable[GemmConfig]) -> list[GemmConfig]:
-    """Those that are legal for the problem, with as many stages as fit; at least one."""
-    found = [tile for tile in (fit_stages(p, tile, H200) for tile in tiles) if tile is not None]
-    assert found
-    return found
-
-
-@pytest.mark.parametrize("num_sms", [1, 3, 132])
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(1000, 1032, 520),
-        Case(700, 515, 64, layout="tn"),
-        Case(129, 1000, 200, layout="nn", out="float32", accumulate=True),
-        Case(300, 904, 1160, layout="tt", accumulate=True),
-        Case(1, 8, 8),
-    ],
-    ids=str,
-)
-def test_ping_pong(case, num_sms):
-    """Many tiles for each SM, one, and none for the second warpgroup."""
-    p = problem(case, False)
-    for config in fitted(p, (tile for tile in persistent_tiles(_PER_BLOCK, p) if tile.ping_pong)):
-        check_bf16([case], functools.partial(bf16_gemm, config=config, num_sms=num_sms))
-
-
-@pytest.mark.parametrize("num_sms", [1, 3, 132])
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(1000, 1032, 520),
-        Case(300, 515, 1160, out="float32", accumulate=True, b_block=ROW),
-        Case(513, 904, 1280, out="float32", b_block=ROW),
-        Case(1, 8, 16, accumulate=True),
-    ],
-    ids=str,
-)
-def test_two_parts_to_a_warpgroup(case, num_sms):
-    p = problem(case, True)
-    for config in fitted(p, (GemmConfig(256, cols, 0) for cols in (96, 112, 128))):
-        check_fp8([case], functools.partial(fp8_gemm, config=config, num_sms=num_sms))
-
-
-@pytest.mark.parametrize("fp8", [True, False], ids=("fp8", "bf16"))
-@pytest.mark.parametrize("num_sms", [3, 132])
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(100, 904, 1160),
-        Case(70, 515, 640, out="float32", accumulate=True),
-        Case(33, 1028, 1024, b_block=ROW, layout="nn"),
-        Case(129, 200, 130, out="float32", layout="tt", accumulate=True, b_block=ROW),
-    ],
-    ids=str,
-)
-def test_two_warpgroups_side_by_side(case, num_sms, fp8):
-    p = problem(case, fp8)
-    for config in fitted(p, (GemmConfig(64, cols, 0) for cols in (128, 256))):
-        run = functools.partial(fp8_gemm if fp8 else bf16_gemm, config=config, num_sms=num_sms)
-        (check_fp8 if fp8 else check_bf16)([case], run)
-
-
-@pytest.mark.parametrize("fp8", [True, False], ids=("fp8", "bf16"))
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(200, 584, 1160),
-        Case(70, 515, 2176, out="float32", accumulate=True),
-        Case(33, 130, 1024, b_block=ROW, layout="tt"),
-        Case(129, 1028, 4100, out="float32", layout="tn"),
-    ],
-    ids=str,
-)
-def test_split_k_without_swap_ab(case, fp8):
-    p = problem(case, fp8)
-    tiles = [
-        GemmConfig(rows, cols, 0, split_k=split, blocks_per_sm=resident)
-        for rows, cols in ((64, 24), (64, 64), (64, 128), (128, 64))
-        for split, resident in ((2, 2), (4, 1), (8, 2))
-    ]
-    for config in fitted(p, tiles):
-        run = functools.partial(fp8_gemm if fp8 else bf16_gemm, config=config)
-        (check_fp8 if fp8 else check_bf16)([case], run)
-
-
-def test_num_sms():
-    """Fewer SMs, also an odd number of them, give the same bits: tiles are the same, others run them."""
-    case = Case(1000, 1024, 512, out="float32")
-    arrays = oracle.fp8_operands(case)
-    config = choose(problem(case, True), H200)
-    full = fp8_gemm(case, arrays, config=config)
-    for count in (1, 77, 131):
-        np.testing.assert_array_equal(fp8_gemm(case, arrays, config=config, num_sms=count), full)
 
 
 # Transformations ------------------------------------------------------------------------------------------

@@ -1,0 +1,149 @@
+"""Dense GEMMs on an H200: equal bits from run to run, and the same from every kind of configuration.
+
+Run: pytest -m gpu tests/gpu/test_gemm_configs_gpu.py
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import gemm_oracle as oracle
+from cases import ROW, Case
+from gemm_products import bf16_gemm, check_bf16, check_fp8, fp8_gemm, problem
+from gpu_programs import program
+from jax_deepgemm.sm90.chip import H200
+from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, fit_stages
+from jax_deepgemm.sm90.cost import _PER_BLOCK, candidates, choose, persistent_tiles
+
+REPEATED = (
+    Case(1, 2112, 7168),
+    Case(64, 576, 7168),
+    Case(128, 4096, 7168),
+    Case(4096, 2112, 7168),
+    Case(1000, 1030, 4096, out="float32", accumulate=True, b_block=ROW),
+)
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=str)
+def test_twenty_runs_give_the_same_bits(case):
+    word = jnp.uint32 if case.out == "float32" else jnp.uint16
+    for run, arrays in ((fp8_gemm, oracle.fp8_operands(case)), (bf16_gemm, oracle.bf16_operands(case))):
+        step = program(lambda x, run=run: lax.bitcast_convert_type(run(case, x), word))
+        first = step(arrays)
+        assert all(bool(jnp.array_equal(step(arrays), first)) for _ in range(20))
+
+
+def spread(every: list[GemmConfig], count: int = 4) -> list[GemmConfig]:
+    return [every[i * (len(every) - 1) // (count - 1)] for i in range(count)]
+
+
+@pytest.mark.parametrize("fp8", [True, False], ids=("fp8", "bf16"))
+@pytest.mark.parametrize(
+    "case", [Case(24, 584, 1160), Case(200, 584, 1160, out="float32", accumulate=True)], ids=str
+)
+def test_configurations_agree(case, fp8):
+    every = list(candidates(problem(case, fp8), H200))
+    for config in spread(every):
+        run = functools.partial(fp8_gemm if fp8 else bf16_gemm, config=config)
+        (check_fp8 if fp8 else check_bf16)([case], run)
+
+
+def fitted(p: GemmProblem, tiles: Iterable[GemmConfig]) -> list[GemmConfig]:
+    """Those that are legal for the problem, with as many stages as fit; at least one."""
+    found = [tile for tile in (fit_stages(p, tile, H200) for tile in tiles) if tile is not None]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("num_sms", [1, 3, 132])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1000, 1032, 520),
+        Case(700, 515, 64, layout="tn"),
+        Case(129, 1000, 200, layout="nn", out="float32", accumulate=True),
+        Case(300, 904, 1160, layout="tt", accumulate=True),
+        Case(1, 8, 8),
+    ],
+    ids=str,
+)
+def test_ping_pong(case, num_sms):
+    """Many tiles for each SM, one, and none for the second warpgroup."""
+    p = problem(case, False)
+    for config in fitted(p, (tile for tile in persistent_tiles(_PER_BLOCK, p) if tile.ping_pong)):
+        check_bf16([case], functools.partial(bf16_gemm, config=config, num_sms=num_sms))
+
+
+@pytest.mark.parametrize("num_sms", [1, 3, 132])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1000, 1032, 520),
+        Case(300, 515, 1160, out="float32", accumulate=True, b_block=ROW),
+        Case(513, 904, 1280, out="float32", b_block=ROW),
+        Case(1, 8, 16, accumulate=True),
+    ],
+    ids=str,
+)
+def test_two_parts_to_a_warpgroup(case, num_sms):
+    p = problem(case, True)
+    for config in fitted(p, (GemmConfig(256, cols, 0) for cols in (96, 112, 128))):
+        check_fp8([case], functools.partial(fp8_gemm, config=config, num_sms=num_sms))
+
+
+@pytest.mark.parametrize("fp8", [True, False], ids=("fp8", "bf16"))
+@pytest.mark.parametrize("num_sms", [3, 132])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(100, 904, 1160),
+        Case(70, 515, 640, out="float32", accumulate=True),
+        Case(33, 1028, 1024, b_block=ROW, layout="nn"),
+        Case(129, 200, 130, out="float32", layout="tt", accumulate=True, b_block=ROW),
+    ],
+    ids=str,
+)
+def test_two_warpgroups_side_by_side(case, num_sms, fp8):
+    p = problem(case, fp8)
+    for config in fitted(p, (GemmConfig(64, cols, 0) for cols in (128, 256))):
+        run = functools.partial(fp8_gemm if fp8 else bf16_gemm, config=config, num_sms=num_sms)
+        (check_fp8 if fp8 else check_bf16)([case], run)
+
+
+@pytest.mark.parametrize("fp8", [True, False], ids=("fp8", "bf16"))
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(200, 584, 1160),
+        Case(70, 515, 2176, out="float32", accumulate=True),
+        Case(33, 130, 1024, b_block=ROW, layout="tt"),
+        Case(129, 1028, 4100, out="float32", layout="tn"),
+    ],
+    ids=str,
+)
+def test_split_k_without_swap_ab(case, fp8):
+    p = problem(case, fp8)
+    tiles = [
+        GemmConfig(rows, cols, 0, split_k=split, blocks_per_sm=resident)
+        for rows, cols in ((64, 24), (64, 64), (64, 128), (128, 64))
+        for split, resident in ((2, 2), (4, 1), (8, 2))
+    ]
+    for config in fitted(p, tiles):
+        run = functools.partial(fp8_gemm if fp8 else bf16_gemm, config=config)
+        (check_fp8 if fp8 else check_bf16)([case], run)
+
+
+def test_num_sms():
+    """Fewer SMs, also an odd number of them, give the same bits: tiles are the same, others run them."""
+    case = Case(1000, 1024, 512, out="float32")
+    arrays = oracle.fp8_operands(case)
+    config = choose(problem(case, True), H200)
+    full = fp8_gemm(case, arrays, config=config)
+    for count in (1, 77, 131):
+        np.testing.assert_array_equal(fp8_gemm(case, arrays, config=config, num_sms=count), full)
