@@ -1,7 +1,6 @@
 """Dense GEMMs of a case on the GPU, what they must give, and the comparison of many of them in one program.
 
-Oracles are computed on the GPU in float32 at the highest precision. `difference` is calc_diff,
-|x - y|^2 / (|x|^2 + |y|^2), written so that float32 suffices.
+Oracles are computed on the GPU in float32 at the highest precision.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import gemm_oracle as oracle
 import jax_deepgemm as jdg
 from cases import ROW, Case
-from gpu_programs import program
+from gpu_programs import difference, program
 from jax_deepgemm.gemm import reference
 from jax_deepgemm.sm90.config import GemmProblem
 
@@ -24,12 +23,6 @@ F32 = jnp.float32
 FP8_LIMIT = 1e-3  # against unquantised operands
 ORACLE_LIMIT = {"float32": 1e-6, "bfloat16": 1e-5}  # against the same operands, dequantised
 BF16_LIMIT = {"float32": 1e-8, "bfloat16": 1e-5}
-
-
-def difference(x: jax.Array, y: jax.Array) -> jax.Array:
-    x, y = x.astype(F32), y.astype(F32)
-    energy = jnp.sum(x * x) + jnp.sum(y * y)
-    return jnp.where(energy == 0, 0.0, jnp.sum((x - y) ** 2) / jnp.where(energy == 0, 1.0, energy))
 
 
 def check(found: dict[str, Any], limits: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Programs that several files of GPU tests run: chains of calls, and calls whose C is not in D's memory."""
+"""What files of GPU tests share: how results differ, chains of calls, calls whose C is not in D's memory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ QUICK = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # th
 
 def program(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return jax.jit(function, compiler_options=QUICK, **options)
+
+
+def difference(x: jax.Array, y: jax.Array) -> jax.Array:
+    """calc_diff, |x - y|^2 / (|x|^2 + |y|^2), so written that float32 suffices; 0 for two zeros."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    energy = jnp.sum(x * x) + jnp.sum(y * y)
+    return jnp.where(energy == 0, 0.0, jnp.sum((x - y) ** 2) / jnp.where(energy == 0, 1.0, energy))
 
 
 def chain(

@@ -58,13 +58,6 @@ def inside(starts: jax.Array, counts: jax.Array, rows: int) -> jax.Array:
     return jnp.any((row >= starts[:, None]) & (row < (starts + counts)[:, None]), axis=0)
 
 
-def difference(x: jax.Array, y: jax.Array) -> jax.Array:
-    """calc_diff, |x - y|^2 / (|x|^2 + |y|^2), so written that float32 suffices; 0 for two zeros."""
-    x, y = x.astype(F32), y.astype(F32)
-    energy = jnp.sum(x * x) + jnp.sum(y * y)
-    return jnp.where(energy == 0, 0.0, jnp.sum((x - y) ** 2) / jnp.where(energy == 0, 1.0, energy))
-
-
 def same(x: Any, y: Any) -> bool:
     """Whether two arrays are equal bit by bit."""
     return x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes()

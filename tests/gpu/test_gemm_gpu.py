@@ -32,12 +32,11 @@ from gemm_products import (
     check,
     check_bf16,
     check_fp8,
-    difference,
     fp8_gemm,
     fp8_want,
     problem,
 )
-from gpu_programs import C_ELSEWHERE, chain, program, with_c_elsewhere
+from gpu_programs import C_ELSEWHERE, chain, difference, program, with_c_elsewhere
 from jax_deepgemm.gemm import reference
 from jax_deepgemm.jit import compile_many
 from jax_deepgemm.sm90.chip import H200

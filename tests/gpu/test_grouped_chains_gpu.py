@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import jax_deepgemm as jdg
-from gpu_programs import chain
-from grouped_products import difference, same
+from gpu_programs import chain, difference
+from grouped_products import same
 from jax_deepgemm.core import launch
 
 BF16, F32 = jnp.bfloat16, jnp.float32

@@ -29,9 +29,9 @@ from jax import lax
 import grouped_cases as cases
 import grouped_products as oracle
 import jax_deepgemm as jdg
-from gpu_programs import C_ELSEWHERE, program, with_c_elsewhere
+from gpu_programs import C_ELSEWHERE, difference, program, with_c_elsewhere
 from grouped_cases import FP8, NN, NT, Contiguous, KGrouped, Masked
-from grouped_products import difference, same
+from grouped_products import same
 from jax_deepgemm.grouped import kernel
 from jax_deepgemm.sm90.chip import H200
 from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, fit_stages

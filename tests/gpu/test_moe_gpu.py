@@ -16,7 +16,7 @@ import pytest
 import grouped_products as oracle
 import jax_deepgemm as jdg
 import moe_oracle
-from grouped_products import difference
+from gpu_programs import difference
 from jax_deepgemm import moe
 from moe_oracle import normal, random_ids
 
