@@ -25,7 +25,7 @@ from jax_deepgemm.sm90.chip import Chip
 if TYPE_CHECKING:
     from jax_deepgemm.sm90.cost import Cost
 
-_SLOT_ROW_BYTES = 128  # bytes of k in one slot of the ring: 128 FP8 or 64 BF16 elements
+SLOT_ROW_BYTES = 128  # bytes of k in one slot of the ring: 128 FP8 or 64 BF16 elements
 _QUAD = 4  # blocks of k whose scales travel together
 SLAB_ROWS, SLAB_ROW_BYTES = 8, 128  # a piece of D on its way to TMA
 _MAX_SLABS = 8  # enough to drain behind the next tile; more would cost slots of the ring
@@ -80,7 +80,7 @@ class GemmProblem:
     @property
     def block_k(self) -> int:
         """Elements of k in one slot of the ring."""
-        return _SLOT_ROW_BYTES // (1 if self.is_fp8 else 2)
+        return SLOT_ROW_BYTES // (1 if self.is_fp8 else 2)
 
     @property
     def k_blocks(self) -> int:
@@ -288,7 +288,7 @@ def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     staging = 4 * c.warpgroups * c.slabs * SLAB_ROWS * SLAB_ROW_BYTES
     if c.split_k > 1:  # what the ranks of a cluster send each other, and its barrier
         staging = align_up(_partial_bytes(c) + 16, 128)
-    slot, turn = (height + width) * _SLOT_ROW_BYTES, 32 if c.ping_pong else 0
+    slot, turn = (height + width) * SLOT_ROW_BYTES, 32 if c.ping_pong else 0
     return SharedMemory(slot, scale_slot, staging, c.stages, step, p.table_bytes, turn)
 
 
@@ -351,7 +351,7 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
         (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),
     ]
     if c.one_tile:
-        ring = c.stages * (rows + cols) * _SLOT_ROW_BYTES
+        ring = c.stages * (rows + cols) * SLOT_ROW_BYTES
         fits = c.split_k > 1 or _partial_bytes(c) <= ring
         rules.append((fits, "the float32 partial tile does not fit over the ring"))
     return [message for holds, message in rules if not holds]

@@ -10,6 +10,7 @@ from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import (
     SLAB_ROW_BYTES,
     SLAB_ROWS,
+    SLOT_ROW_BYTES,
     GemmConfig,
     GemmProblem,
     ceil_div,
@@ -19,6 +20,8 @@ from jax_deepgemm.sm90.config import (
     tma_store,
 )
 from jax_deepgemm.sm90.source import INTEGERS, kernel_source, reads_c, sides
+
+_STRIPE_BYTES = 8 << 20  # rows of A that stay in L2 beside B and D; see docs/performance.md
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,11 @@ def copy_of_c(p: GemmProblem, c: MatrixOperand | None, matrices: int) -> list[Co
 
 
 def stripe_height(p: GemmProblem, c: GemmConfig, chip: Chip) -> int:
-    """Row tiles walked together, so that one wave reads the fewest bytes of A and B."""
-    best = (chip.num_sms * c.block_n / c.block_m) ** 0.5
-    return max(1, min(ceil_div(p.m, c.block_m), round(best)))
+    """Row tiles walked together: so many that one wave reads the fewest bytes of A and B, up to twice as many
+    where their rows of A are small enough to stay in L2, so that B is read from memory less often."""
+    best = round((chip.num_sms * c.block_n / c.block_m) ** 0.5)
+    in_l2 = _STRIPE_BYTES // (c.block_m * max(1, p.k_blocks) * SLOT_ROW_BYTES)
+    return max(1, min(ceil_div(p.m, c.block_m), max(best, min(2 * best, in_l2))))
 
 
 def gemm_plan(p: GemmProblem, c: GemmConfig, chip: Chip, x: GemmOperands) -> LaunchPlan:
