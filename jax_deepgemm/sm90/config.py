@@ -25,7 +25,7 @@ from jax_deepgemm.sm90.chip import Chip
 if TYPE_CHECKING:
     from jax_deepgemm.sm90.cost import Cost
 
-SLOT_ROW_BYTES = 128  # bytes of k in one slot of the ring: 128 FP8 or 64 BF16 elements
+_SLOT_ROW_BYTES = 128  # bytes of k in one slot of the ring: 128 FP8 or 64 BF16 elements
 _QUAD = 4  # blocks of k whose scales travel together
 SLAB_ROWS, SLAB_ROW_BYTES = 8, 128  # a piece of D on its way to TMA
 _MAX_SLABS = 8  # enough to drain behind the next tile; more would cost slots of the ring
@@ -80,11 +80,16 @@ class GemmProblem:
     @property
     def block_k(self) -> int:
         """Elements of k in one slot of the ring."""
-        return SLOT_ROW_BYTES // (1 if self.is_fp8 else 2)
+        return _SLOT_ROW_BYTES // (1 if self.is_fp8 else 2)
 
     @property
     def k_blocks(self) -> int:
         return ceil_div(self.k, self.block_k)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of A or B, along k."""
+        return self.k * (1 if self.is_fp8 else 2)
 
     @property
     def a_k_major(self) -> bool:
@@ -116,7 +121,7 @@ class GemmProblem:
         """
         b = 2 if self.is_fp8 else 1
         shared = self.batches > 1 and not all(self.batched[b : b + 1])
-        size = self.weights * self.batches * self.n * self.k * (1 if self.is_fp8 else 2)
+        size = self.weights * self.batches * self.n * self.row_bytes
         return 0 < size <= _MOST_WEIGHTS and not shared and self.m <= _FEW_ROWS and self.k >= _LONG_K
 
     @property
@@ -126,8 +131,7 @@ class GemmProblem:
     @property
     def bytes_moved(self) -> int:
         """Every operand once."""
-        element = 1 if self.is_fp8 else 2
-        once = (self.m + self.n) * self.k * element
+        once = (self.m + self.n) * self.row_bytes
         once += self.m * self.n * self.out_bytes * (2 if self.add_c else 1)
         return self.batches * once
 
@@ -288,7 +292,7 @@ def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     staging = 4 * c.warpgroups * c.slabs * SLAB_ROWS * SLAB_ROW_BYTES
     if c.split_k > 1:  # what the ranks of a cluster send each other, and its barrier
         staging = align_up(_partial_bytes(c) + 16, 128)
-    slot, turn = (height + width) * SLOT_ROW_BYTES, 32 if c.ping_pong else 0
+    slot, turn = (height + width) * _SLOT_ROW_BYTES, 32 if c.ping_pong else 0
     return SharedMemory(slot, scale_slot, staging, c.stages, step, p.table_bytes, turn)
 
 
@@ -351,7 +355,7 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
         (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),
     ]
     if c.one_tile:
-        ring = c.stages * (rows + cols) * SLOT_ROW_BYTES
+        ring = c.stages * (rows + cols) * _SLOT_ROW_BYTES
         fits = c.split_k > 1 or _partial_bytes(c) <= ring
         rules.append((fits, "the float32 partial tile does not fit over the ring"))
     return [message for holds, message in rules if not holds]

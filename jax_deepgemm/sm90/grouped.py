@@ -16,7 +16,6 @@ from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Scalar
 from jax_deepgemm.jit import KernelSource, compile_kernel
 from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import (
-    SLOT_ROW_BYTES,
     GemmConfig,
     GemmProblem,
     ceil_div,
@@ -247,7 +246,7 @@ def grouped_cost(p: GroupedProblem, c: GemmConfig, chip: Chip) -> Cost:
     fixed, for_each = _PER_TILE[kind]
     per_tile = fixed + for_each * c.block_m * c.block_n * traffic
     compute = waves * (per_tile + p.gemm.k_blocks * per_block(_PER_BLOCK[kind], c))
-    again = 0 if p.inner else _READ_AGAIN * min(row_tiles - 1, 1) * p.n * p.gemm.k_blocks * SLOT_ROW_BYTES
+    again = 0 if p.inner else _READ_AGAIN * min(row_tiles - 1, 1) * p.n * p.gemm.row_bytes
     moved = p.groups * (p.gemm.bytes_moved + again)
     start = START["fp8" if p.gemm.is_fp8 else "bf16"]
     return Cost(start, compute, moved / _MEMORY_BYTES_PER_US, round(waves))

@@ -10,7 +10,6 @@ from jax_deepgemm.sm90.chip import Chip
 from jax_deepgemm.sm90.config import (
     SLAB_ROW_BYTES,
     SLAB_ROWS,
-    SLOT_ROW_BYTES,
     GemmConfig,
     GemmProblem,
     ceil_div,
@@ -99,7 +98,7 @@ def stripe_height(p: GemmProblem, c: GemmConfig, chip: Chip) -> int:
     """Row tiles walked together: so many that one wave reads the fewest bytes of A and B, up to twice as many
     where their rows of A are small enough to stay in L2, so that B is read from memory less often."""
     best = round((chip.num_sms * c.block_n / c.block_m) ** 0.5)
-    in_l2 = _STRIPE_BYTES // (c.block_m * max(1, p.k_blocks) * SLOT_ROW_BYTES)
+    in_l2 = _STRIPE_BYTES // max(1, c.block_m * p.row_bytes)
     return max(1, min(ceil_div(p.m, c.block_m), max(best, min(2 * best, in_l2))))
 
 
