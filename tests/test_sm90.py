@@ -410,6 +410,15 @@ def test_persistent_grid_is_one_block_per_sm_at_most() -> None:
     assert problems_with(p, c) == []
 
 
+@pytest.mark.parametrize(
+    ("m", "k", "height"), [(8192, 7168, 16), (8192, 3072, 21), (8192, 512, 32), (1000, 512, 8), (8192, 0, 32)]
+)
+def test_rows_that_stay_in_l2_are_walked_together(m: int, k: int, height: int) -> None:
+    tile = GemmConfig(128, 256, 4)
+    assert plans.stripe_height(problem("fp8 block", m, k=k), tile, H200) == height
+    assert plans.stripe_height(problem("bf16", m, k=k // 2), tile, H200) == height
+
+
 # --- the cost model --------------------------------------------------------------------------------
 
 

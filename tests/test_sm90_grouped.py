@@ -185,6 +185,15 @@ def planned(function: Any, ins: list[Any], out: Any, batch: Any = None, **params
     return launch
 
 
+def test_groups_that_fit_one_tile_take_it() -> None:
+    """So that no weight is read again for a second row tile."""
+    heights = [
+        choose_grouped(problem("masked_rows", groups=32, segments=32, n=6144, expected=rows), H200).rows
+        for rows in (192, 256)
+    ]
+    assert heights == [256, 128]
+
+
 @pytest.mark.parametrize("block_n", [256, 128])
 def test_grid_has_room_for_halves(block_n: int) -> None:
     """Five tiles of 128x256 at most, which may be cut in two, or ten of 128x128."""
