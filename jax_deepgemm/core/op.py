@@ -178,8 +178,6 @@ class Op:
         ad.primitive_jvps[self.outer] = functools.partial(derivatives.jvp_rule, self)
         if self.transpose is not None:
             ad.primitive_transposes[self.outer] = functools.partial(derivatives.transpose_rule, self)
-        self._partitioned = custom_partitioning(self._whole, static_argnums=(0,))
-        self._partitioned.def_partition(self._partition, sharding_rule=self._shardy_rule)
 
     def _canonical(self, params: Params) -> Params:
         """Static parameters in one form, as they key caches: np.dtypes, tuples of specs, no defaults."""
@@ -341,8 +339,7 @@ class Op:
         salt = np.uint32(
             int(content[:8], 16)
         )  # distinguishes programs whose callback names are left out of cache keys
-        partitioned = self._partitioned if _private.can_partition() else self._whole
-        results = self._lower_named(functools.partial(partitioned, static, salt))(ctx, *args)
+        results = self._lower_named(functools.partial(self._partitioned(static), salt))(ctx, *args)
         call = _private.partitioning_call(results)
         if call is not None:
             if _private.is_for_export(ctx):
@@ -378,6 +375,19 @@ class Op:
                 out_specs=list(plan.out_specs),
                 axis_names=set(mesh.explicit_axes),
             )(*whole)
+
+    def _partitioned(self, static: tuple[tuple[str, Any], ...]) -> Callable[..., Arrays]:
+        """The op of these parameters, for XLA to partition. Bound here: JAX keeps the arguments of a function
+        with static_argnums, which `jax.checking_leaks` reports."""
+        whole = functools.partial(self._whole, static)
+        if not _private.can_partition():
+            return whole
+        partitioned = custom_partitioning(whole)
+        partitioned.def_partition(
+            functools.partial(self._partition, static),
+            sharding_rule=functools.partial(self._shardy_rule, static),
+        )
+        return partitioned
 
     def _whole(self, static: tuple[tuple[str, Any], ...], salt: jax.Array, *arrays: jax.Array) -> Arrays:
         """What custom_partitioning wraps; runs as it is where nothing is cut."""
