@@ -13,6 +13,7 @@ from jax import lax
 from jax.interpreters import ad
 from jax.sharding import PartitionSpec
 
+from jax_deepgemm.core.dtypes import wider
 from jax_deepgemm.core.sharding import Axes, Batch, as_spec, entries
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _cotangent(
     shared = [level for level, on in enumerate(batch) if not on[index]]
     aval = operands[index].aval
     if shared:
-        each = jnp.sum(each, axis=shared, dtype=jnp.promote_types(each.dtype, jnp.float32)).astype(aval.dtype)
+        each = jnp.sum(each, axis=shared, dtype=wider(each.dtype)).astype(aval.dtype)
     return jax.sharding.reshard(each, aval.sharding) if aval.sharding.mesh.explicit_axes else each
 
 

@@ -30,6 +30,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jax_deepgemm import config
 from jax_deepgemm.core import _private, derivatives, kernel_rule
+from jax_deepgemm.core.dtypes import wider
 from jax_deepgemm.core.export import export_checks
 from jax_deepgemm.core.sharding import (
     Axes,
@@ -460,7 +461,7 @@ class Op:
     ) -> jax.Array:
         """Partial sums, exchanged; the addend joins after that, so that it counts once and rounds once."""
         out_dtype = np.dtype(params["out_dtype"])
-        exchanged = params.get("reduce_dtype", jnp.promote_types(out_dtype, jnp.float32))
+        exchanged = params.get("reduce_dtype", wider(out_dtype))
         batch, op, addend = params["batch"], self, None
         if self.rule.addend is not None:
             assert self.base is not None
@@ -478,7 +479,7 @@ class Op:
             )
         if addend is not None:
             once = _with_levels(addend, tuple(level[-1] for level in batch))
-            total = total.astype(jnp.promote_types(out_dtype, jnp.float32)) + once
+            total = total.astype(wider(out_dtype)) + once.astype(wider(out_dtype))
         return total.astype(out_dtype)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from jax_deepgemm.core import products
 
 SCALE_BLOCK = 128
 """Elements of k under one scale; also the rows under one scale of a 128x128 block."""
@@ -41,13 +42,7 @@ def finish(product: jax.Array, c: jax.Array | None, out_dtype: Any) -> jax.Array
 
 
 def dot(a: jax.Array, b: jax.Array, a_contracts: int, b_contracts: int) -> jax.Array:
-    return lax.dot_general(
-        a,
-        b,
-        (((a_contracts,), (b_contracts,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    return products.dot_general(a, b, ((a_contracts,), (b_contracts,)))
 
 
 def fp8_gemm(

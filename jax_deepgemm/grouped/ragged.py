@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from jax_deepgemm.core.dtypes import wider
 from jax_deepgemm.core.sharding import Axes, as_spec, entries
 from jax_deepgemm.gemm.api import Quantized, Sharding
 from jax_deepgemm.gemm.operands import BFLOAT16, OUT_DTYPES, check_options
@@ -398,7 +399,7 @@ def _run(
     summed = plan.form == "tn" and plan.shared > 0
     params = {**params, "out_sharding": plan.matrix_spec(asked, len(shape))}
     if summed and jnp.issubdtype(dtype, jnp.inexact):
-        params |= {"out_dtype": jnp.promote_types(dtype, jnp.float32), "reduce_dtype": None}
+        params |= {"out_dtype": wider(dtype), "reduce_dtype": None}
     lhs, rhs = _ordered(name, "lhs", lhs, plan.lhs), _ordered(name, "rhs", rhs, plan.rhs)
     lead, rhs_lead = plan.batch + plan.shared, plan.rhs_lead
     rows = lhs.shape[lead : lead + 1 + plan.inner]

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_deepgemm.core.dtypes import wider
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import Batch, ShardingPlan
 from jax_deepgemm.grouped import segments
@@ -140,7 +141,7 @@ def _transpose(
     (dd,) = cotangents
     wanted, other = values[index], values[1 - index]
     how, dd_first = COTANGENTS[form, index]
-    params |= {"out_dtype": jnp.promote_types(dd.dtype, other.dtype), "out_sharding": wanted.out_sharding}
+    params |= {"out_dtype": wider(dd.dtype, other.dtype), "out_sharding": wanted.out_sharding}
     params.pop("reduce_dtype", None)
     pair = (dd, other) if dd_first else (other, dd)
     return RAGGED_DOT[how](*pair, *values[2:], form=how, **params)[0].astype(wanted.dtype)
