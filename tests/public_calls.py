@@ -132,7 +132,6 @@ def _tangent(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arrays: jax.jvp(fn, arrays, arrays)[1]
 
 
-
 def _route(**options: Any) -> Callable[..., Any]:
     def call(logits: jax.Array, *bias: jax.Array) -> Any:
         return moe.route(logits, TOP_K, bias=bias[0] if bias else None, **options)
@@ -177,27 +176,47 @@ bf16_recipe = functools.partial(functools.partial, recipe="bf16")
 
 FORWARD = (
     Call("quantize", jdg.quantize, ("x",)),
-    Call("quantize blocks", functools.partial(jdg.quantize, block=BLOCKED, scale_format="ue8m0"), ("ws_f32",)),
+    Call(
+        "quantize blocks", functools.partial(jdg.quantize, block=BLOCKED, scale_format="ue8m0"), ("ws_f32",)
+    ),
     Call("dequantize", jdg.dequantize, ("q_ws",)),
     Call("quantize_both", quantization.quantize_both, ("x",)),
     Call("quantize_weight", quantization.quantize_weight, ("ws_f32",)),
-    Call("per_token_cast_to_fp8", functools.partial(quantization.per_token_cast_to_fp8, use_ue8m0=True), ("x",)),
+    Call(
+        "per_token_cast_to_fp8", functools.partial(quantization.per_token_cast_to_fp8, use_ue8m0=True), ("x",)
+    ),
     Call("per_channel_cast_to_fp8", quantization.per_channel_cast_to_fp8, ("w_t",)),
     Call("per_block_cast_to_fp8", quantization.per_block_cast_to_fp8, ("w",)),
-    Call("per_custom_dims_cast_to_fp8", functools.partial(quantization.per_custom_dims_cast_to_fp8, dims=(0,)),
-         ("x",)),
+    Call(
+        "per_custom_dims_cast_to_fp8",
+        functools.partial(quantization.per_custom_dims_cast_to_fp8, dims=(0,)),
+        ("x",),
+    ),
     Call("ceil_to_ue8m0", quantization.ceil_to_ue8m0, ("scales",)),
     Call("pack_ue8m0_to_int", quantization.pack_ue8m0_to_int, ("powers",)),
     Call("unpack_ue8m0_from_int", quantization.unpack_ue8m0_from_int, ("words",)),
     Call("get_mn_major_tma_aligned_tensor", quantization.get_mn_major_tma_aligned_tensor, ("scales",)),
-    Call("get_mn_major_tma_aligned_packed_ue8m0_tensor",
-         quantization.get_mn_major_tma_aligned_packed_ue8m0_tensor, ("scales",)),
-    Call("get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor",
-         functools.partial(quantization.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor, ks=[128, 640]),
-         ("scales",)),
-    Call("transform_sf_into_required_layout",
-         functools.partial(quantization.transform_sf_into_required_layout, mn=TOKENS, k=4 * 128,
-                           recipe=(1, 128, 128), is_sfa=True), ("scales",)),
+    Call(
+        "get_mn_major_tma_aligned_packed_ue8m0_tensor",
+        quantization.get_mn_major_tma_aligned_packed_ue8m0_tensor,
+        ("scales",),
+    ),
+    Call(
+        "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor",
+        functools.partial(quantization.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor, ks=[128, 640]),
+        ("powers",),
+    ),
+    Call(
+        "transform_sf_into_required_layout",
+        functools.partial(
+            quantization.transform_sf_into_required_layout,
+            mn=TOKENS,
+            k=4 * 128,
+            recipe=(1, 128, 128),
+            is_sfa=True,
+        ),
+        ("scales",),
+    ),
     Call("fp8_gemm_nt", jdg.fp8_gemm_nt, ("q_x", "q_w")),
     Call("fp8_gemm_nt rows, c", jdg.fp8_gemm_nt, ("q_x", "q_w_rows", "c")),
     Call("fp8_gemm_nt vmap", jax.vmap(jdg.fp8_gemm_nt, (0, None)), ("q_xs", "q_w")),
@@ -212,31 +231,55 @@ FORWARD = (
     Call("bf16_gemm_nt tangent", _tangent(jdg.bf16_gemm_nt), ("x", "w")),
     Call("fp8_linear", jdg.fp8_linear, ("x", "w_f32")),
     Call("m_grouped_fp8_gemm_nt_contiguous", jdg.m_grouped_fp8_gemm_nt_contiguous, ("q_x", "q_ws", "sizes")),
-    Call("m_grouped_fp8_gemm_nt_contiguous indices",
-         lambda a, b, i: jdg.m_grouped_fp8_gemm_nt_contiguous(a, b, m_indices=i), ("q_x", "q_ws", "indices")),
-    Call("m_grouped_fp8_gemm_nt_contiguous ends",
-         lambda a, b, e: jdg.m_grouped_fp8_gemm_nt_contiguous(a, b, ends=e, alignment=2), ("q_x", "q_ws", "ends")),
-    Call("m_grouped_fp8_gemm_nn_contiguous", jdg.m_grouped_fp8_gemm_nn_contiguous, ("q_x", "q_ws_t", "sizes")),
+    Call(
+        "m_grouped_fp8_gemm_nt_contiguous indices",
+        lambda a, b, i: jdg.m_grouped_fp8_gemm_nt_contiguous(a, b, m_indices=i),
+        ("q_x", "q_ws", "indices"),
+    ),
+    Call(
+        "m_grouped_fp8_gemm_nt_contiguous ends",
+        lambda a, b, e: jdg.m_grouped_fp8_gemm_nt_contiguous(a, b, ends=e, alignment=2),
+        ("q_x", "q_ws", "ends"),
+    ),
+    Call(
+        "m_grouped_fp8_gemm_nn_contiguous", jdg.m_grouped_fp8_gemm_nn_contiguous, ("q_x", "q_ws_t", "sizes")
+    ),
     Call("m_grouped_bf16_gemm_nt_contiguous", jdg.m_grouped_bf16_gemm_nt_contiguous, ("x", "ws", "sizes")),
     Call("m_grouped_bf16_gemm_nn_contiguous", jdg.m_grouped_bf16_gemm_nn_contiguous, ("x", "ws_t", "sizes")),
     Call("m_grouped_fp8_gemm_nt_masked", jdg.m_grouped_fp8_gemm_nt_masked, ("q_xs", "q_ws", "counts")),
     Call("m_grouped_bf16_gemm_nt_masked", jdg.m_grouped_bf16_gemm_nt_masked, ("xs", "ws", "counts")),
-    Call("k_grouped_fp8_gemm_nt_contiguous", jdg.k_grouped_fp8_gemm_nt_contiguous,
-         ("q_x", "q_w_rows", "long_sizes")),
-    Call("k_grouped_fp8_gemm_tn_contiguous", jdg.k_grouped_fp8_gemm_tn_contiguous,
-         ("q_x_t", "q_w_columns", "long_sizes")),
-    Call("k_grouped_bf16_gemm_tn_contiguous", jdg.k_grouped_bf16_gemm_tn_contiguous, ("x_t", "w_t", "long_sizes")),
+    Call(
+        "k_grouped_fp8_gemm_nt_contiguous",
+        jdg.k_grouped_fp8_gemm_nt_contiguous,
+        ("q_x", "q_w_rows", "long_sizes"),
+    ),
+    Call(
+        "k_grouped_fp8_gemm_tn_contiguous",
+        jdg.k_grouped_fp8_gemm_tn_contiguous,
+        ("q_x_t", "q_w_columns", "long_sizes"),
+    ),
+    Call(
+        "k_grouped_bf16_gemm_tn_contiguous",
+        jdg.k_grouped_bf16_gemm_tn_contiguous,
+        ("x_t", "w_t", "long_sizes"),
+    ),
     Call("group_sizes_to_indices", functools.partial(grouped.group_sizes_to_indices, m=TOKENS), ("sizes",)),
     Call("group_sizes_to_ends", functools.partial(grouped.group_sizes_to_ends, alignment=4), ("sizes",)),
     Call("ends_to_group_sizes", functools.partial(grouped.ends_to_group_sizes, alignment=4), ("ends",)),
     Call("ends_to_indices", functools.partial(grouped.ends_to_indices, m=TOKENS, alignment=2), ("ends",)),
-    Call("indices_to_group_sizes", functools.partial(grouped.indices_to_group_sizes, num_groups=3), ("indices",)),
+    Call(
+        "indices_to_group_sizes",
+        functools.partial(grouped.indices_to_group_sizes, num_groups=3),
+        ("indices",),
+    ),
     Call("indices_to_ends", functools.partial(grouped.indices_to_ends, num_groups=3), ("indices",)),
     Call("check_group_sizes", functools.partial(grouped.check_group_sizes, m=TOKENS), ("sizes",)),
     Call("check_m_indices", functools.partial(grouped.check_m_indices, num_groups=3), ("indices",)),
     Call("ragged_dot", jdg.ragged_dot, ("x", "ws_t", "sizes")),
     Call("ragged_dot float32", jdg.ragged_dot, ("x_f32", "ws_t", "sizes")),
-    Call("ragged_dot quantised", functools.partial(jdg.ragged_dot, rhs_layout="gnk"), ("q_x", "q_ws", "sizes")),
+    Call(
+        "ragged_dot quantised", functools.partial(jdg.ragged_dot, rhs_layout="gnk"), ("q_x", "q_ws", "sizes")
+    ),
     Call("ragged_dot vmap", jax.vmap(jdg.ragged_dot, (0, None, None)), ("xs", "ws_t", "sizes")),
     Call("ragged_dot_general", _general, ("x_t", "w_t", "long_sizes")),
     Call("ragged_dot_general float32", _general, ("w_t", "w_t", "long_sizes")),
@@ -254,27 +297,38 @@ FORWARD = (
     Call("moe_mlp_decode bf16", bf16_recipe(moe.moe_mlp_decode), MOE),
     Call("expert_parallel_moe", _parallel("all_to_all"), FROZEN_MOE, mesh=True),
     Call("moe_layer", _layer, MOE, mesh=True),
-)  # fmt: skip
+)
 
 GRADIENTS = (
     Call("bf16_gemm_nt", _gradient(jdg.bf16_gemm_nt, 0, 1), ("x", "w")),
     Call("fp8_linear", _gradient(jdg.fp8_linear, 0, 1), ("x", "w_f32")),
     Call("fp8_linear frozen", _gradient(jdg.fp8_linear, 0), ("x", "q_w")),
-    Call("m_grouped_bf16_gemm_nt_contiguous", _gradient(jdg.m_grouped_bf16_gemm_nt_contiguous, 0, 1),
-         ("x", "ws", "sizes")),
-    Call("m_grouped_bf16_gemm_nt_masked", _gradient(jdg.m_grouped_bf16_gemm_nt_masked, 0, 1),
-         ("xs", "ws", "counts")),
-    Call("k_grouped_bf16_gemm_tn_contiguous", _gradient(jdg.k_grouped_bf16_gemm_tn_contiguous, 0, 1),
-         ("x_t", "w_t", "long_sizes")),
+    Call(
+        "m_grouped_bf16_gemm_nt_contiguous",
+        _gradient(jdg.m_grouped_bf16_gemm_nt_contiguous, 0, 1),
+        ("x", "ws", "sizes"),
+    ),
+    Call(
+        "m_grouped_bf16_gemm_nt_masked",
+        _gradient(jdg.m_grouped_bf16_gemm_nt_masked, 0, 1),
+        ("xs", "ws", "counts"),
+    ),
+    Call(
+        "k_grouped_bf16_gemm_tn_contiguous",
+        _gradient(jdg.k_grouped_bf16_gemm_tn_contiguous, 0, 1),
+        ("x_t", "w_t", "long_sizes"),
+    ),
     Call("ragged_dot float32", _gradient(jdg.ragged_dot, 0, 1), ("x_f32", "ws_t", "sizes")),
     Call("grouped_linear", _gradient(jdg.grouped_linear, 0, 1), ("x", "ws_f32", "sizes")),
     Call("swiglu", _gradient(activation.swiglu, 0, 1), ("x", "row_weights")),
-    Call("route groups", _gradient(_route(score="sigmoid", num_groups=2, top_groups=1), 0), ("logits", "bias")),
+    Call(
+        "route groups", _gradient(_route(score="sigmoid", num_groups=2, top_groups=1), 0), ("logits", "bias")
+    ),
     Call("dispatch, combine", _gradient(_dispatch_and_combine, 0, 2), ("x", "ids", "weights")),
     Call("moe_mlp", _gradient(moe.moe_mlp, 0, 2, 3, 4), MOE),
     Call("moe_mlp bf16", _gradient(bf16_recipe(moe.moe_mlp), 0, 2, 3, 4), MOE),
     Call("moe_layer", _gradient(lambda *args: _layer(*args)[0], 0, 2, 3, 4), MOE, mesh=True),
-)  # fmt: skip
+)
 
 CALLS = tuple(
     [Call(f"{call.name}: value", call.fn, call.operands, call.mesh) for call in FORWARD]

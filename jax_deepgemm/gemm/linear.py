@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.core.sharding import entries
 from jax_deepgemm.gemm.api import fp8_gemm_nt
 from jax_deepgemm.gemm.operands import BLOCKED, FLOAT32, FP8_DTYPES, OUT_DTYPES, PER_ROW, check_options
@@ -130,8 +131,8 @@ def fp8_linear(
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
-      TypeError, NotImplementedError: on forward-mode differentiation, and on a second one (Hessian products):
-        reverse mode of first order only.
+      TypeError: on forward-mode differentiation, and on a second one (Hessian products): reverse mode of
+        first order only. `bf16_gemm_nt` has both.
 
     For `jax.checkpoint` policies y is named "jdg_linear_out", the kept FP8 activations "jdg_act_fp8" and the
     kept FP8 weight "jdg_weight_fp8"; with the first two in `save_only_these_names` no GEMM runs twice.
@@ -244,7 +245,12 @@ def _forward(recipe: _Recipe, x: QuantizedArray, w: QuantizedArray) -> jax.Array
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+_first_order = functools.partial(
+    ReverseOnly, "fp8_linear", "bf16_gemm_nt(x, w) of bfloat16 operands, which has derivatives of any order"
+)
+
+
+@_first_order
 def _linear(recipe: _Recipe, x: jax.Array, w: jax.Array) -> jax.Array:
     return _forward(recipe, recipe.quantize(x, PER_ROW), recipe.quantize(w, BLOCKED))
 
@@ -266,7 +272,7 @@ def _linear_bwd(recipe: _Recipe, kept: tuple[_Bytes, _Bytes], dy: jax.Array) -> 
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_first_order
 def _frozen_linear(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> jax.Array:
     return _forward(recipe, recipe.quantize(x, PER_ROW), w)
 

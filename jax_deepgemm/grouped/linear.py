@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.gemm.operands import BLOCKED, OUT_DTYPES, PER_ROW, check_options
 from jax_deepgemm.grouped import recipe as fp8
 from jax_deepgemm.grouped.api import m_grouped_bf16_gemm_nt_contiguous
@@ -218,7 +219,10 @@ def _input_gradient(layer: _Layer, dy: QuantizedArray, w_t: QuantizedArray, grou
     return fp8.m_grouped(dy, w_t, groups, layer.gemms, dtype, spec)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+_first_order = functools.partial(ReverseOnly, "grouped_linear", fp8.HIGHER_ORDER)
+
+
+@_first_order
 def _trained(layer: _Layer, x: jax.Array, w: jax.Array, groups: fp8.Groups) -> jax.Array:
     return _forward(layer, quantize(x, PER_ROW), quantize(w, BLOCKED), groups)
 
@@ -248,7 +252,7 @@ def _trained_bwd(
 _trained.defvjp(_trained_fwd, _trained_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_first_order
 def _frozen(layer: _Layer, x: jax.Array, w: QuantizedArray, groups: fp8.Groups) -> jax.Array:
     return _forward(layer, quantize(x, PER_ROW), w, groups)
 

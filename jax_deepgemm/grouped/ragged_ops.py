@@ -1,4 +1,4 @@
-"""Ragged products of dtypes that have no kernel here: jax.lax.ragged_dot_general itself, as ops.
+"""Ragged products of dtypes that have no kernel here: what jax.lax.ragged_dot_general computes, as ops.
 
     nn   lhs [m, k], rhs [g, k, n]  -> [m, n]       rows are grouped
     nt   lhs [m, k], rhs [g, n, k]  -> [m, n]
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_deepgemm.core import products
 from jax_deepgemm.core.dtypes import wider
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import Batch, ShardingPlan
@@ -41,6 +42,13 @@ BATCHED = {
     "tn": lax.RaggedDotDimensionNumbers((((1,), (1,)), ((0,), (0,))), (1,), ()),
 }
 """The same with a batch in front of every operand; of the result of "tn", behind the groups."""
+
+DENSE: dict[str, tuple[tuple[products.Dims, products.Dims], tuple[products.Dims, products.Dims]]] = {
+    "nn": (((2, 0), (1, 0)), ((), ())),
+    "nt": (((2, 0), (2, 0)), ((), ())),
+    "tn": (((1,), (1,)), ((0,), (0,))),
+}
+"""(contracting, batch dimensions) where lhs, and for "tn" rhs, has the groups in front."""
 
 
 class _RaggedOp(Op):
@@ -83,12 +91,11 @@ def _reference(
     batched = sizes.ndim > 1
     map_each = jax.vmap if batched else lambda function: function
 
-    def product(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
-        numbers = (BATCHED if batched else FORMS)[form]
-        out = lax.ragged_dot_general(
-            lhs, rhs, sizes, numbers, precision=precision, preferred_element_type=out_dtype
-        )
-        return jnp.moveaxis(out, 0, 1) if batched and form == "tn" else out
+    def product(*arrays: jax.Array) -> jax.Array:
+        options = {"form": form, "out_dtype": out_dtype, "precision": precision}
+        native = functools.partial(_native, batched=batched, **options)
+        dense = map_each(functools.partial(_dense, **options))
+        return lax.platform_dependent(*arrays, default=dense, cuda=native, rocm=native, tpu=native)
 
     if sizes.shape == groups.shape:
         return [product(lhs, rhs, sizes)]
@@ -99,6 +106,40 @@ def _reference(
     if form == "tn":
         return [product(lhs, roll(rhs, -first), own)]
     return [roll(product(lhs, rhs, own), first)]
+
+
+def _native(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    sizes: jax.Array,
+    *,
+    batched: bool,
+    form: str,
+    out_dtype: Any,
+    precision: Any,
+) -> jax.Array:
+    """By JAX's own primitive, for which some platforms have code."""
+    numbers = (BATCHED if batched else FORMS)[form]
+    out = lax.ragged_dot_general(
+        lhs, rhs, sizes, numbers, precision=precision, preferred_element_type=out_dtype
+    )
+    return jnp.moveaxis(out, 0, 1) if batched and form == "tn" else out
+
+
+def _dense(
+    lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, *, form: str, out_dtype: Any, precision: Any
+) -> jax.Array:
+    """One product over copies of the rows for each group, as JAX expands its primitive elsewhere."""
+    ends = jnp.cumsum(sizes, dtype=sizes.dtype)[:, None]
+    row = lax.broadcasted_iota(sizes.dtype, (sizes.shape[0], lhs.shape[0]), 1)
+    mine = ((ends - sizes[:, None] <= row) & (row < ends))[..., None]
+    left, right = _masked(mine, lhs), _masked(mine, rhs) if form == "tn" else rhs
+    contracts, batch = DENSE[form]
+    return products.dot_general(left, right, contracts, batch, precision=precision, out_dtype=out_dtype)
+
+
+def _masked(mine: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(mine, x[None], jnp.zeros((), x.dtype))
 
 
 def _window(rows: int, sizes: jax.Array, groups: jax.Array) -> tuple[jax.Array, jax.Array]:

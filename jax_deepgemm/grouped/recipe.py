@@ -31,6 +31,8 @@ from jax_deepgemm.quantization.fused import quantize_both, quantize_weight
 
 E4M3 = np.dtype(jnp.float8_e4m3fn)
 RECIPES = ("fp8", "bf16")
+HIGHER_ORDER = "recipe='bf16'"
+"""What has the derivatives that FP8 lacks, for errors."""
 
 
 class AlongRows(NamedTuple):

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepgemm.activation import swiglu, swiglu_grad_quantize, swiglu_quantize
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.gemm.operands import BLOCKED, PER_ROW
 from jax_deepgemm.grouped import linear
 from jax_deepgemm.grouped import recipe as fp8
@@ -29,6 +30,8 @@ from jax_deepgemm.grouped.api import m_grouped_bf16_gemm_nt_contiguous
 from jax_deepgemm.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
 from jax_deepgemm.quantization import QuantizedArray, quantize
 
+HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, as in jax.hessian)"
+"""The same for layers that dispatch."""
 MOE_HIDDEN = "jdg_moe_hidden"
 """checkpoint_name of the first GEMM's result, bfloat16 [rows, 2 * intermediate]."""
 
@@ -254,7 +257,7 @@ def _weight_gradient(
     return fp8.k_grouped(dy, x, groups, static.num_groups, static.gemms, dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(ReverseOnly, "expert_mlp", fp8.HIGHER_ORDER)
 def _fp8(
     static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
 ) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.gemm.operands import PER_ROW
 from jax_deepgemm.grouped import linear
 from jax_deepgemm.grouped import recipe as fp8
@@ -104,7 +105,7 @@ def _groups(plan: DispatchPlan) -> fp8.Groups:
     return fp8.Groups.of(plan.group_sizes, None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(ReverseOnly, "moe_mlp", experts.HIGHER_ORDER)
 def _fp8(
     static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
 ) -> jax.Array:

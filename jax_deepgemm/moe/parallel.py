@@ -17,12 +17,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.gemm.operands import PER_ROW
 from jax_deepgemm.grouped import recipe as fp8
 from jax_deepgemm.moe import exchange as way
 from jax_deepgemm.moe.dispatch import as_words, from_words
 from jax_deepgemm.moe.exchange import Axis, Exchange
 from jax_deepgemm.moe.experts import (
+    HIGHER_ORDER,
     Experts,
     Kept,
     Weight,
@@ -258,7 +260,7 @@ def _groups(exchange: Exchange) -> fp8.Groups:
     return fp8.Groups.of(exchange.target.group_sizes, None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(ReverseOnly, "expert_parallel_moe", HIGHER_ORDER)
 def _fp8(
     static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, exchange: Exchange
 ) -> jax.Array:
