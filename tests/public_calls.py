@@ -114,6 +114,7 @@ def _operands() -> dict[str, Any]:
         "dact": normal(TOKENS, HIDDEN // 2),
         "scales": jnp.asarray(rng.uniform(0.5, 2, (TOKENS, 4)), jnp.float32),
         "powers": jnp.asarray(2.0 ** rng.integers(-3, 3, (TOKENS, 4)), jnp.float32),
+        "ks": integers(128, 640),
         "words": jnp.asarray(rng.integers(1, 254, (TOKENS, 4)) * 0x01010101, jnp.int32),
     }  # fmt: skip
 
@@ -200,6 +201,11 @@ FORWARD = (
         "get_mn_major_tma_aligned_packed_ue8m0_tensor",
         quantization.get_mn_major_tma_aligned_packed_ue8m0_tensor,
         ("scales",),
+    ),
+    Call(
+        "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor ks on the device",
+        quantization.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor,
+        ("powers", "ks"),
     ),
     Call(
         "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor",

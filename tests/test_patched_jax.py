@@ -1,4 +1,4 @@
-"""Libraries that replace functions of JAX while a model runs, as qwix does, do not reach what is inside ops."""
+"""Libraries that replace functions of JAX while a model runs, as qwix does, do not reach inside ops."""
 
 from __future__ import annotations
 

@@ -197,7 +197,9 @@ def indices_to_ends(m_indices: jax.Array, num_groups: int) -> jax.Array:
 
 
 def _indices(ends: jax.Array, m: int) -> jax.Array:
-    group = jnp.searchsorted(ends, jnp.arange(m, dtype=jnp.int32), side="right").astype(jnp.int32)
+    """The number of groups that end at or before each row; ends are in [0, m]."""
+    edges = jnp.zeros(m + 1, jnp.int32).at[ends].add(1)
+    group = jnp.cumsum(edges[:m], dtype=jnp.int32)
     return jnp.where(group < ends.shape[0], group, -1)
 
 
