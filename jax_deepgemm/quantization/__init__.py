@@ -12,6 +12,7 @@ from jax_deepgemm.quantization.casts import (
 )
 from jax_deepgemm.quantization.fused import quantize_both, quantize_weight
 from jax_deepgemm.quantization.interop import from_qwix, from_tuple, to_qwix, to_tuple
+from jax_deepgemm.quantization.join import concatenate
 from jax_deepgemm.quantization.scale_layout import (
     ceil_to_ue8m0,
     get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor,
@@ -26,6 +27,7 @@ from jax_deepgemm.quantization.scale_layout import (
 __all__ = [
     "QuantizedArray",
     "ceil_to_ue8m0",
+    "concatenate",
     "dequantize",
     "from_qwix",
     "from_tuple",
