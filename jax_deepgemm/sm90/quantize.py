@@ -186,7 +186,7 @@ def kernel_name(p: QuantizeProblem) -> str:
     flags = {
         "t": p.transposed,
         "ue8m0": p.ue8m0,
-        f"amax{p.min_amax:g}": p.min_amax > 0,
+        "clamped": p.min_amax > 0,
         "rows": p.limited,
         "w": p.weighted,
     }
