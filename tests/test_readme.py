@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,17 +14,29 @@ from jax_deepgemm.bench import report
 from jax_deepgemm.jit import toolchain
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+OPTIONAL = ("flax", "haiku", "equinox", "optax", "orbax", "qwix", "cuda.core")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_python_blocks_run(document: Path) -> None:
-    names: dict[str, object] = {}
-    for block in BLOCK.findall(document.read_text()):
-        if "flax" in block and importlib.util.find_spec("flax") is None:
-            pytest.skip("flax is not installed; the blocks before it ran")
-        exec(compile(block, str(document), "exec"), names)
+def python_blocks(document: Path) -> Iterator[Any]:
+    """The ```python blocks of a document, each with the number of its first line."""
+    text = document.read_text()
+    for block in BLOCK.finditer(text):
+        line = text.count("\n", 0, block.start(1)) + 1
+        yield pytest.param(document, line, block[1], id=f"{document.name}:{line}")
+
+
+BLOCKS = [block for document in DOCUMENTS for block in python_blocks(document)]
+
+
+@pytest.mark.parametrize(("document", "line", "code"), BLOCKS)
+def test_python_block_runs_alone(document: Path, line: int, code: str) -> None:
+    for module in OPTIONAL:
+        if re.search(rf"\b(import|from) {module}\b", code):
+            pytest.importorskip(module)
+    lines = "\n" * (line - 1)  # so that a traceback names the line of the document
+    exec(compile(lines + code, str(document), "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
