@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers of several tests
 
-from heartbeat import Heartbeat  # noqa: E402
+from heartbeat import Heartbeat
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 

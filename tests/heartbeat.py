@@ -1,4 +1,4 @@
-"""A line names the tests that run whenever nothing was heard of any for a while, also of those in other processes."""
+"""A line names the tests that run whenever none has ended for a while, also with several processes."""
 
 from __future__ import annotations
 
