@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from heartbeat import Heartbeat
 from jax_deepgemm import config
 from jax_deepgemm.bench import report
 from jax_deepgemm.jit import toolchain
@@ -56,6 +60,51 @@ def test_generated_sections_are_up_to_date() -> None:
     results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     for path, content in report.documents(results).items():
         assert path.read_text() == content, f"{path.name} is out of date: run {report.COMMAND}"
+
+
+def test_table_of_fp8_errors_is_of_the_committed_measurement() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "fp8_error.py"))
+    content = json.loads(script["DATA"].read_text())
+    page = script["PAGE"].read_text()
+    assert script["with_table"](page, content) == page
+    errors = {(row["what"], row["recipe"]): row["errors"] for row in content["rows"]}
+    assert all(0.05 < errors["MoE, 1 layer", "fp8"][part] < 0.07 for part in ("drouter", "dw13", "dw2"))
+    assert all(0.07 < errors["MoE, 3 layers", "fp8"][part] < 0.10 for part in ("drouter", "dw13", "dw2"))
+
+
+def test_fp8_errors_of_a_linear_layer_are_those_of_the_page() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "fp8_error.py"))
+    (committed,) = (
+        row["errors"]
+        for row in json.loads(script["DATA"].read_text())["rows"]
+        if (row["what"], row["recipe"]) == ("linear", "fp8")
+    )
+    found = script["compare_linear"]("fp8", 0)
+    assert found == pytest.approx(committed, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "missing"), [("train_moe_lm", "optax"), ("decode_moe", "flax")])
+def test_example_without_what_it_needs_says_how_to_install_it(
+    name: str, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit, match=rf"{missing}.*pip install '\.\[flax\]'") as stopped:
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert isinstance(stopped.value.code, str)  # printed, with exit code 1
+    extra = re.search(r"^flax = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert extra is not None
+    assert missing in extra[1]
+
+
+def test_a_line_names_tests_that_run_for_long() -> None:
+    heart = Heartbeat(quiet=20)
+    heart.pytest_runtest_logstart("a")
+    begin = heart.running["a"]
+    assert heart.beat(begin + 19) is None
+    assert heart.beat(begin + 21) == "a runs for 21 s"
+    assert heart.beat(begin + 22) is None
+    heart.pytest_runtest_logfinish("a")
+    assert heart.beat(begin + 60) is None
 
 
 def test_every_setting_and_variable_is_documented() -> None:
