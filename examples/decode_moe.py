@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import jax
-    import jax.monitoring
-    import jax.numpy as jnp
-    import numpy as np
     from flax import nnx
-    from moe_lm import CONFIGS, Config, LanguageModel
-
-    from jax_deepgemm.flax import quantize_module
 except ImportError as error:
-    sys.exit(
-        f"{error}. Install what it needs in the clone: pip install '.[flax]' (with a GPU '.[cuda13,flax]')"
-    )
+    sys.exit(f"{error}. Install it in the clone: pip install '.[flax]' (with a GPU: '.[cuda13,flax]')")
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+from moe_lm import CONFIGS, Config, LanguageModel
+
+from jax_deepgemm.flax import quantize_module
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 

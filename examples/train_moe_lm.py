@@ -35,21 +35,20 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
     import optax
     from flax import nnx
-    from jax.sharding import AxisType, Mesh, NamedSharding
-    from jax.sharding import PartitionSpec as P
-    from moe_lm import CONFIGS, Config, LanguageModel, batches, parameter_count, standard_library
-
-    from jax_deepgemm.cli.text import Progress
-    from jax_deepgemm.flax import Load, named_shardings
 except ImportError as error:
-    sys.exit(
-        f"{error}. Install what it needs in the clone: pip install '.[flax]' (with a GPU '.[cuda13,flax]')"
-    )
+    sys.exit(f"{error}. Install it in the clone: pip install '.[flax]' (with a GPU: '.[cuda13,flax]')")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from moe_lm import CONFIGS, Config, LanguageModel, batches, parameter_count, standard_library
+
+from jax_deepgemm.cli.text import Progress
+from jax_deepgemm.flax import Load, named_shardings
 
 TOLERANCE = 0.01
 RECIPES = ("bf16", "fp8")
