@@ -1,5 +1,6 @@
 """Generates text with the model of train_moe_lm.py, token by token: masked experts, KV cache, FP8 weights.
 
+    pip install '.[flax]'                         # in the clone; with a GPU '.[cuda13,flax]'
     python examples/decode_moe.py                                          # tiny, random weights, a CPU
     python examples/train_moe_lm.py --save && python examples/decode_moe.py --weights out/weights-fp8
     python examples/decode_moe.py --config h200 --batch 64                 # random weights of the full size
@@ -18,11 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+try:
+    from flax import nnx
+except ImportError as error:
+    sys.exit(f"{error}. Install it in the clone: pip install '.[flax]' (with a GPU: '.[cuda13,flax]')")
+
 import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from moe_lm import CONFIGS, Config, LanguageModel
 
 from jax_deepgemm.flax import quantize_module

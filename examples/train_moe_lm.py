@@ -1,5 +1,6 @@
 """Trains a small mixture-of-experts language model in BF16 and in FP8 from equal seeds and compares losses.
 
+    pip install '.[flax]'                                      # in the clone; with a GPU '.[cuda13,flax]'
     python examples/train_moe_lm.py                            # tiny: a CPU, two minutes
     python examples/train_moe_lm.py --config h200              # 64 experts, 1.7e9 parameters: one H200
     python examples/train_moe_lm.py --config h200 --mesh 2x2   # four: data x expert
@@ -33,11 +34,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+try:
+    import optax
+    from flax import nnx
+except ImportError as error:
+    sys.exit(f"{error}. Install it in the clone: pip install '.[flax]' (with a GPU: '.[cuda13,flax]')")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from moe_lm import CONFIGS, Config, LanguageModel, batches, parameter_count, standard_library
@@ -181,8 +186,6 @@ class Training:
     def update(self, state: State, tokens: jax.Array) -> tuple[State, jax.Array]:
         """One step: the new state; [loss, largest load of an expert over the mean load, copies dropped]."""
         params, rest, moments = state
-        # Of the sum: scales of FP8 have a floor (an amax of 1e-4), which the gradients of a mean over many
-        # tokens fall below.
         (total, load), gradients = jax.value_and_grad(self.loss, has_aux=True)(params, rest, tokens)
         count = tokens[:, 1:].size
         gradients = jax.tree.map(lambda gradient: gradient / count, gradients)
@@ -250,7 +253,7 @@ def write(out: Path, config: Config, mesh: Mesh, seed: int, curves: dict[str, Cu
     try:
         import matplotlib
     except ImportError:
-        say("No loss.png: matplotlib is missing; pip install 'jax-deepgemm[bench]'")
+        say("No loss.png: matplotlib is missing; pip install matplotlib")
         return
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
