@@ -1,0 +1,119 @@
+"""Shapes of layers of experts, for `precompile` and the command line: all kernels that the layer runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jax_deepgemm.jit.shapes import DTYPES, Call, Shape, choice, flag, size
+
+RECIPES = ("fp8", "bf16")
+WEIGHTS = (*DTYPES, "fp8")
+
+
+@dataclass(frozen=True)
+class LayerShape(Shape):
+    """A layer of experts, with all that it runs: quantising, grouped GEMMs, SwiGLU, and their gradients."""
+
+    OPS: ClassVar = ("moe_mlp",)
+    LAYER: ClassVar = True
+    tokens: int = size("rows of x")
+    hidden: int = size("columns of x")
+    intermediate: int = size("width of an expert: columns of gate, and of up")
+    experts: int = size("experts whose weights are on the device")
+    top_k: int = size("experts that each token goes to")
+    recipe: str = choice("of the GEMMs", *RECIPES, default="fp8")
+    dtype: str = choice("of x and of the result", *DTYPES, default="bfloat16")
+    weights: str = choice("master weights, or quantised ones", *WEIGHTS, default="bfloat16")
+    gradients: bool = flag("forward and backward too, not just forward", default=True)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def calls(self) -> list[Call]:
+        import jax
+
+        from jax_deepgemm.moe import moe_mlp
+
+        def forward(x: Any, ids: Any, weights: Any, w13: Any, w2: Any) -> Any:
+            return moe_mlp(x, ids, weights, w13, w2, recipe=self.recipe)
+
+        def both(x: Any, ids: Any, weights: Any, w13: Any, w2: Any, dy: Any) -> Any:
+            if self.weights == "fp8":  # frozen, so without gradient
+                y, pull = jax.vjp(lambda x, weights: forward(x, ids, weights, w13, w2), x, weights)
+            else:
+                y, pull = jax.vjp(lambda *given: forward(given[0], ids, *given[1:]), x, weights, w13, w2)
+            return y, pull(dy)
+
+        given = operands(self)
+        calls = [Call("forward", forward, given)]
+        if self.gradients:
+            calls.append(Call("forward and backward", both, (*given, given[0])))
+        return calls
+
+
+@dataclass(frozen=True)
+class DecodeShape(Shape):
+    """A layer of experts for decoding, with all that it runs: quantising, the masked GEMMs, SwiGLU."""
+
+    OPS: ClassVar = ("moe_mlp_decode",)
+    LAYER: ClassVar = True
+    tokens: int = size("rows of x")
+    hidden: int = size("columns of x")
+    intermediate: int = size("width of an expert: columns of gate, and of up")
+    experts: int = size("experts whose weights are on the device")
+    top_k: int = size("experts that each token goes to")
+    max_rows: int | None = size("rows of an expert, as the call says it (default tokens)", None)
+    recipe: str = choice("of the GEMMs", *RECIPES, default="fp8")
+    dtype: str = choice("of x and of the result", *DTYPES, default="bfloat16")
+    weights: str | None = choice(
+        "master weights, or quantised ones (default the recipe's)", *WEIGHTS, default=None
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", self.weights or ("fp8" if self.recipe == "fp8" else "bfloat16"))
+        check(self)
+
+    def calls(self) -> list[Call]:
+        from jax_deepgemm.moe import moe_mlp_decode
+
+        def decode(x: Any, ids: Any, weights: Any, w13: Any, w2: Any) -> Any:
+            return moe_mlp_decode(x, ids, weights, w13, w2, recipe=self.recipe, max_rows=self.max_rows)
+
+        return [Call(self.op, decode, operands(self))]
+
+
+def check(shape: LayerShape | DecodeShape) -> None:
+    """Raises:
+    ValueError: fields that do not fit each other.
+    """
+    if shape.top_k > shape.experts:
+        raise ValueError(f"top_k is {shape.top_k} and experts is {shape.experts}, need at most as many")
+    if shape.recipe == "bf16" and shape.weights == "fp8":
+        raise ValueError("weights is 'fp8' and recipe is 'bf16', need recipe fp8, or weights bfloat16")
+
+
+def operands(shape: LayerShape | DecodeShape) -> tuple[Any, ...]:
+    """x, ids, weights of the router, w13, w2."""
+    import jax
+    import jax.numpy as jnp
+
+    from jax_deepgemm.gemm.operands import BLOCKED
+    from jax_deepgemm.quantization import quantize
+
+    def weight(rows: int, columns: int) -> Any:
+        wanted = "bfloat16" if shape.weights == "fp8" else shape.weights
+        master = jax.ShapeDtypeStruct((shape.experts, rows, columns), wanted)
+        return jax.eval_shape(lambda w: quantize(w, BLOCKED), master) if shape.weights == "fp8" else master
+
+    copies = (shape.tokens, shape.top_k)
+    return (
+        jax.ShapeDtypeStruct((shape.tokens, shape.hidden), shape.dtype),
+        jax.ShapeDtypeStruct(copies, jnp.int32),
+        jax.ShapeDtypeStruct(copies, jnp.float32),
+        weight(2 * shape.intermediate, shape.hidden),
+        weight(shape.hidden, shape.intermediate),
+    )
+
+
+SHAPES = (LayerShape, DecodeShape)
