@@ -116,8 +116,8 @@ def test_a_layer_is_all_kernels_of_its_program(recipe: str, dtype: str, quick: P
     both = forward | lowered(jax.grad(lambda *a: loss(*a, recipe=recipe), argnums=(0, 2, 3, 4)), *given)
     assert compiled(row | {"gradients": False}) == forward
     assert compiled(row) == both
-    assert len(both) > len(forward) > 2
-    for part in ("swiglu", "rows", "inner", *(("quantize",) if recipe == "fp8" else ())):
+    assert len(both) > len(forward) > 1
+    for part in ("m_grouped", "k_grouped", *(("swiglu", "quantize") if recipe == "fp8" else ())):
         assert any(part in name for name in both), (part, both)
 
 
@@ -127,6 +127,23 @@ def test_a_layer_of_frozen_weights(quick: Path) -> None:
     gradient = jax.grad(lambda *a: loss(*a, recipe="fp8"), argnums=(0, 2))
     wanted = lowered(moe_mlp, x, ids, router, *frozen) | lowered(gradient, x, ids, router, *frozen)
     assert compiled({"op": "moe_mlp", "weights": "fp8"} | LAYER) == wanted
+
+
+LINEAR: dict[str, tuple[dict[str, Any], Any, tuple[int, ...]]] = {
+    "fp8_linear": ({"m": 20, "n": 64, "k": 256}, jdg.fp8_linear, (64, 256)),
+    "grouped_linear": ({"groups": 3, "m": 20, "n": 64, "k": 256}, jdg.grouped_linear, (3, 64, 256)),
+    "ragged_dot": ({"groups": 3, "m": 20, "n": 64, "k": 256}, jdg.ragged_dot, (3, 256, 64)),
+}
+
+
+@pytest.mark.parametrize("op", LINEAR)
+def test_linear_layers_are_all_kernels_of_their_programs(op: str, quick: Path) -> None:
+    sizes, layer, w = LINEAR[op]
+    given = (shape(20, 256), shape(*w), *([shape(3, dtype=jnp.int32)] if "groups" in sizes else []))
+    gradient = jax.grad(lambda *a: (layer(*a).astype(jnp.float32) ** 2).sum(), argnums=(0, 1))
+    forward = lowered(lambda *a: layer(*a), *given)
+    assert compiled({"op": op, "gradients": False} | sizes) == forward
+    assert compiled({"op": op} | sizes) == forward | lowered(gradient, *given)
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])

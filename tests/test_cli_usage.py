@@ -95,12 +95,14 @@ REFUSED: list[tuple[list[str], str]] = [
     (["tune", "--report", "nowhere.json"], "--report: nowhere.json: no such file"),
     (["bench", "--report", "."], "--report: . is a folder, need a file"),
     (["bench", "--report", "other.json", "nowhere.json"], "--report: nowhere.json: no such file"),
+    (["bench", "--out", "x" * 300], "xxx'...: File name too long"),
+    (["bench", "--out", "\0"], "--out: '\\x00': "),
     (["bench", "--out", "."], "--out: . is a folder, need a file to write"),
     (["bench", "--out", "empty.csv/x.json"], "empty.csv is a file"),
     (["bench", "--report", "row.json", "--plot", "empty.csv"], "empty.csv is a file"),
     (
-        ["tune", "--tables", "bf16", "--out", "/proc/nowhere/x.json"],
-        "--out: /proc/nowhere/x.json cannot be written",
+        ["tune", "--tables", "bf16", "--out", "/dev/null/x.json"],
+        "/dev/null is a file",
     ),
     # what files hold
     (["compile", "--shapes", "empty.csv"], "empty.csv: holds no shape, need at least one, such as"),

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jax_deepgemm.jit.shapes import clipped
+
 EXIT_CODES = """exit codes:
   0    success
   1    a check, a kernel or a measurement failed
@@ -42,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
-        about_a_value = message.startswith("argument ")
+        about_a_value = message.startswith("argument ")  # so argparse has it
         text = " ".join(message.removeprefix("argument ").split())
         usage = "" if about_a_value else self.format_usage()
         self.exit(2, f"{usage}{self.prog.split()[-1]}: {text}\n")
@@ -93,7 +95,9 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         plain = re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip())
         if plain is None or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number from {least} to {most}")
+            raise argparse.ArgumentTypeError(
+                f"got {clipped(text)}, need a whole number from {least} to {most}"
+            )
         return int(text)
 
     return read
@@ -104,7 +108,7 @@ def _number(text: str, rule: str, holds: Callable[[float], bool]) -> float:
         value = float(text)
         if math.isfinite(value) and holds(value):
             return value
-    raise argparse.ArgumentTypeError(f"got {text!r}, need {rule}")
+    raise argparse.ArgumentTypeError(f"got {clipped(text)}, need {rule}")
 
 
 def seconds(text: str) -> float:
@@ -138,7 +142,7 @@ def expression(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"got {text!r}, no regular expression: {error}") from None
+        raise argparse.ArgumentTypeError(f"got {clipped(text)}, no regular expression: {error}") from None
 
 
 def names(text: str) -> list[str]:
@@ -211,20 +215,22 @@ def output_folder(text: str) -> Path:
 
 
 def _path(text: str) -> Path:
-    if not text.strip() or "\0" in text:
+    if not text.strip():
         raise argparse.ArgumentTypeError("got an empty name, need a path")
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+        path = Path(text).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:
+        about = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(f"{clipped(text)}: {about}") from None
+    return path
 
 
 def _check_place(text: str, folder: Path) -> None:
     """Whether a folder, or the first of its parents that there is, can be written."""
-    try:
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"{text} cannot be written: {there} is a file")
     if not os.access(there, os.W_OK):

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jax_deepgemm.jit.shapes import BLOCKS, DTYPES, Call, Shape, choice, flag, size
+from jax_deepgemm.jit.shapes import BLOCKS, DTYPES, WEIGHTS, Call, Shape, choice, flag, layer_calls, size
 
 
 def matrix(fp8: bool, shape: tuple[int, ...], k_last: bool, block: tuple[int, int]) -> Any:
@@ -29,6 +29,17 @@ def matrix(fp8: bool, shape: tuple[int, ...], k_last: bool, block: tuple[int, in
     if not fp8:
         return stored
     return jax.eval_shape(functools.partial(quantize, block=block if k_last else block[::-1]), stored)
+
+
+def weight(kind: str, shape: tuple[int, ...]) -> Any:
+    """The type of a weight [.., n, k]: a master weight, or one quantised by blocks of 128x128 ("fp8").
+
+    >>> weight("fp8", (4, 256, 512)).block, weight("float32", (256, 512)).dtype.name
+    ((128, 128), 'float32')
+    """
+    import jax
+
+    return matrix(True, shape, True, (128, 128)) if kind == "fp8" else jax.ShapeDtypeStruct(shape, kind)
 
 
 @dataclass(frozen=True)
@@ -60,4 +71,32 @@ class DenseShape(Shape):
         return [Call(self.op, function, (a, b, c), carry=2 if self.accumulate else None)]
 
 
-SHAPES = (DenseShape,)
+@dataclass(frozen=True)
+class LinearShape(Shape):
+    """A linear layer in FP8: y = x w^T, with the quantising and, by default, the gradients."""
+
+    OPS: ClassVar = ("fp8_linear",)
+    LAYER: ClassVar = True
+    m: int = size("rows of x, all leading dimensions together")
+    n: int = size("features of y")
+    k: int = size("features of x")
+    dtype: str = choice("of x", *DTYPES, default="bfloat16")
+    out_dtype: str = choice("of y", *DTYPES, default="bfloat16")
+    weights: str = choice("master weights, or quantised ones", *WEIGHTS, default="bfloat16")
+    gradients: bool = flag("forward and backward too, not just forward", default=True)
+
+    def calls(self) -> list[Call]:
+        import jax
+
+        from jax_deepgemm import fp8_linear
+
+        operands = (
+            jax.ShapeDtypeStruct((self.m, self.k), self.dtype),
+            weight(self.weights, (self.n, self.k)),
+        )
+        trained = (0,) if self.weights == "fp8" else (0, 1)
+        forward = functools.partial(fp8_linear, out_dtype=self.out_dtype)
+        return layer_calls(forward, operands, trained, self.gradients)
+
+
+SHAPES = (DenseShape, LinearShape)

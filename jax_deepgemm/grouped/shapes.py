@@ -7,8 +7,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jax_deepgemm.gemm.shapes import matrix
-from jax_deepgemm.jit.shapes import BLOCKS, DTYPES, Call, Shape, choice, flag, size
+from jax_deepgemm.gemm.shapes import matrix, weight
+from jax_deepgemm.jit.shapes import (
+    BLOCKS,
+    DTYPES,
+    RECIPES,
+    WEIGHTS,
+    Call,
+    Shape,
+    choice,
+    flag,
+    layer_calls,
+    size,
+)
 
 
 def equal_sizes(groups: int, total: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -108,4 +119,80 @@ class InnerShape(Shape):
         return [Call(self.op, function, operands, carry=2 if self.accumulate else None)]
 
 
-SHAPES = (ContiguousShape, MaskedShape, InnerShape)
+@dataclass(frozen=True)
+class LinearShape(Shape):
+    """A linear layer for each group of rows, with the quantising and, by default, the gradients."""
+
+    OPS: ClassVar = ("grouped_linear",)
+    LAYER: ClassVar = True
+    groups: int = size("groups, each with its own weight")
+    m: int = size("rows of x, of all groups together")
+    n: int = size("features of y")
+    k: int = size("features of x")
+    expected_m: int | None = size("rows of a typical group, as the call says it (default m / groups)", None)
+    recipe: str = choice("of the GEMMs", *RECIPES, default="fp8")
+    dtype: str = choice("of x", *DTYPES, default="bfloat16")
+    out_dtype: str = choice("of y", *DTYPES, default="bfloat16")
+    weights: str = choice("master weights, or quantised ones", *WEIGHTS, default="bfloat16")
+    gradients: bool = flag("forward and backward too, not just forward", default=True)
+
+    def __post_init__(self) -> None:
+        check_weights(self.recipe, self.weights)
+
+    def calls(self) -> list[Call]:
+        import jax
+
+        from jax_deepgemm import grouped_linear
+
+        x = jax.ShapeDtypeStruct((self.m, self.k), self.dtype)
+        w = weight(self.weights, (self.groups, self.n, self.k))
+
+        def forward(x: Any, w: Any, sizes: Any) -> Any:
+            return grouped_linear(
+                x, w, sizes, recipe=self.recipe, expected_m=self.expected_m, out_dtype=self.out_dtype
+            )
+
+        trained = (0,) if self.weights == "fp8" else (0, 1)
+        return layer_calls(forward, (x, w, equal_sizes(self.groups, self.m)), trained, self.gradients)
+
+
+@dataclass(frozen=True)
+class RaggedDotShape(Shape):
+    """jax.lax.ragged_dot in bfloat16, lhs [m, k] and rhs [groups, k, n], by default with its gradients."""
+
+    OPS: ClassVar = ("ragged_dot",)
+    LAYER: ClassVar = True
+    groups: int = size("groups, each with its own matrix of rhs")
+    m: int = size("rows of lhs, of all groups together")
+    n: int = size("columns of the result")
+    k: int = size("columns of lhs")
+    expected_m: int | None = size("rows of a typical group, as the call says it (default m / groups)", None)
+    out_dtype: str = choice("of the result", *DTYPES, default="bfloat16")
+    gradients: bool = flag("forward and backward too, not just forward", default=True)
+
+    def calls(self) -> list[Call]:
+        import jax
+
+        from jax_deepgemm import ragged_dot
+
+        lhs = jax.ShapeDtypeStruct((self.m, self.k), "bfloat16")
+        rhs = jax.ShapeDtypeStruct((self.groups, self.k, self.n), "bfloat16")
+
+        def forward(lhs: Any, rhs: Any, sizes: Any) -> Any:
+            return ragged_dot(
+                lhs, rhs, sizes, preferred_element_type=self.out_dtype, expected_m=self.expected_m
+            )
+
+        operands = (lhs, rhs, equal_sizes(self.groups, self.m))
+        return layer_calls(forward, operands, (0, 1), self.gradients)
+
+
+def check_weights(recipe: str, weights: str | None) -> None:
+    """Raises:
+    ValueError: quantised weights for a recipe that cannot take them.
+    """
+    if recipe == "bf16" and weights == "fp8":
+        raise ValueError("weights is 'fp8' and recipe is 'bf16', need recipe fp8, or weights bfloat16")
+
+
+SHAPES = (ContiguousShape, MaskedShape, InnerShape, LinearShape, RaggedDotShape)

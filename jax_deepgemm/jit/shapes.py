@@ -7,8 +7,14 @@ A file has a shape a line, as JSON objects or as CSV; empty lines and lines that
     {"op": "m_grouped_fp8_gemm_nt_contiguous", "groups": 32, "m": 8192, "n": 4096, "k": 7168}
     {"op": "m_grouped_fp8_gemm_nt_masked", "groups": 32, "m": 128, "n": 4096, "k": 7168, "expected_m": 16}
     {"op": "k_grouped_fp8_gemm_nt_contiguous", "groups": 32, "m": 4096, "n": 7168, "k": 8192}
+    {"op": "fp8_linear", "m": 4096, "n": 7168, "k": 2048}
+    {"op": "grouped_linear", "groups": 32, "m": 8192, "n": 4096, "k": 7168, "recipe": "bf16"}
+    {"op": "ragged_dot", "groups": 32, "m": 8192, "n": 4096, "k": 7168, "gradients": false}
     {"op": "moe_mlp", "tokens": 4096, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
     {"op": "moe_mlp_decode", "tokens": 64, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
+
+GEMMs are compiled as they are called. Layers (fp8_linear, grouped_linear, ragged_dot, moe_mlp) are compiled
+forward, and forward and backward, with all their kernels: those that quantise, too. Groups have any sizes.
 
 A JSON array of such objects, over any number of lines, is read too. CSV names its fields in a line that has
 `op` among them, and again wherever they change; without one they are op,m,n,k,out_dtype,accumulate,b_block:
@@ -29,15 +35,17 @@ import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 FAMILIES = ("jax_deepgemm.gemm.shapes", "jax_deepgemm.grouped.shapes", "jax_deepgemm.moe.shapes")
 """Modules with a tuple SHAPES, the `Shape`s of a family of ops."""
 LARGEST = 2**31 - 1
 DTYPES = ("bfloat16", "float32")
+WEIGHTS = (*DTYPES, "fp8")
+RECIPES = ("fp8", "bf16")
 BLOCKS = {"128x128": (128, 128), "1x128": (1, 128)}
 _FLAGS = {"0": False, "1": True, "false": False, "true": True}
-_SHOWN = 100  # characters of a wrong line
+_SHOWN = 80  # characters of something wrong
 
 
 class Call(NamedTuple):
@@ -75,6 +83,47 @@ class Shape:
         return " ".join([self.op, *(f"{name}={value}" for name, value in given if value != defaults[name])])
 
 
+def layer_calls(
+    forward: Callable[..., Any], operands: tuple[Any, ...], trained: tuple[int, ...], gradients: bool
+) -> list[Call]:
+    """The functions of a layer: forward, and forward and backward.
+
+    Args:
+      forward: of the operands, one result.
+      operands: of `forward`.
+      trained: which of them have a gradient.
+      gradients: whether the backward pass is wanted.
+    """
+    import jax
+
+    result = jax.eval_shape(forward, *operands)
+
+    def both(*given: Any) -> Any:
+        *inputs, dy = given
+
+        def of_trained(*values: Any) -> Any:
+            replaced = dict(zip(trained, values, strict=True))
+            return forward(*(replaced.get(i, one) for i, one in enumerate(inputs)))
+
+        y, pull = jax.vjp(of_trained, *(inputs[i] for i in trained))
+        return y, pull(dy)
+
+    calls = [Call("forward", forward, operands)]
+    if gradients:
+        calls.append(Call("forward and backward", both, (*operands, result)))
+    return calls
+
+
+def clipped(given: Any) -> str:
+    """What was given, as a message shows it.
+
+    >>> clipped("9" * 5000)[:4], len(clipped("9" * 5000))
+    ("'999", 83)
+    """
+    text = repr(given)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def size(about: str, default: Any = MISSING) -> Any:
     """A field that is a whole number, at least 1."""
     return field(default=default, metadata={"about": about, "read": _whole})
@@ -93,13 +142,13 @@ def flag(about: str, default: bool = False) -> Any:
 
 def _whole(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 10 and 1 <= int(text) <= LARGEST):
-        raise ValueError(f"is {text!r}, need a whole number from 1 to {LARGEST}")
+        raise ValueError(f"is {clipped(text)}, need a whole number from 1 to {LARGEST}")
     return int(text)
 
 
 def _one_of(allowed: tuple[str, ...], text: str) -> str:
     if text.lower() not in allowed:
-        raise ValueError(f"is {text!r}, need {' or '.join(allowed)}")
+        raise ValueError(f"is {clipped(text)}, need {' or '.join(allowed)}")
     return text.lower()
 
 
@@ -136,7 +185,7 @@ def shape_of(row: Mapping[str, Any], spell: Callable[[str], str] = str) -> Shape
     if op is None:
         raise ValueError(f"{spell('op')} is missing; there are {', '.join(kinds())}")
     if op not in kinds():
-        raise ValueError(f"{spell('op')} is {op!r}, need one of {', '.join(kinds())}")
+        raise ValueError(f"{spell('op')} is {clipped(op)}, need one of {', '.join(kinds())}")
     known = {one.name: one for one in dataclasses.fields(kinds()[op])[1:]}
     if unknown := [name for name in given if name not in known]:
         names = ", ".join(map(spell, known))
@@ -164,33 +213,37 @@ def parse_shapes(text: str) -> list[Shape]:
     Raises:
       ValueError: a line that is no shape, or none at all.
     """
-    shapes = []
-    for where, shown, row in _array(text) if text.lstrip().startswith("[") else _lines(text):
+    found = []
+    for where, shown, read in _array(text) if text.lstrip().startswith("[") else _lines(text):
         try:
-            shapes.append(shape_of(row() if callable(row) else row))
+            row = read()
+            found += [] if row is None else [shape_of(row)]
         except ValueError as error:
-            raise ValueError(f"{where}: {shown[:_SHOWN]!r}: {error}") from None
-    if not shapes:
+            raise ValueError(f"{where}: {clipped(shown)}: {error}") from None
+    if not found:
         raise ValueError(
             'holds no shape, need at least one, such as {"op": "fp8_gemm_nt", "m": 64, "n": 512, "k": 512}'
         )
-    return shapes
+    return found
 
 
-def _array(text: str) -> Iterator[tuple[str, str, Any]]:
-    """The objects of a JSON array: where, as text, the object."""
+Row: TypeAlias = dict[str, Any] | None
+Rows: TypeAlias = Iterator[tuple[str, str, Callable[[], Row]]]
+"""Where something stands, as text, and what makes the fields of a shape of it: None if it is none."""
+
+
+def _array(text: str) -> Rows:
     for number, row in enumerate(parse_json(text), 1):
         if not isinstance(row, dict):
-            raise ValueError(f"item {number} of the array is {json.dumps(row)[:_SHOWN]}, need an object")
-        yield f"item {number}", json.dumps(row), row
+            raise ValueError(f"item {number} of the array is {clipped(row)}, need an object")
+        yield f"item {number}", json.dumps(row), functools.partial(dict, row)
 
 
-def _lines(text: str) -> Iterator[tuple[str, str, Any]]:
-    """The lines that hold something: where, as text, how to get the object."""
+def _lines(text: str) -> Rows:
     reader = _Lines()
     for number, line in enumerate(text.splitlines(), 1):
         stripped = line.strip()
-        if stripped and not stripped.startswith("#") and not reader.is_header(stripped):
+        if stripped and not stripped.startswith("#"):
             yield f"line {number}", stripped, functools.partial(reader.row, stripped)
 
 
@@ -199,20 +252,17 @@ class _Lines:
 
     header: tuple[str, ...] = ("op", "m", "n", "k", "out_dtype", "accumulate", "b_block")
 
-    def is_header(self, line: str) -> bool:
-        cells = tuple(_cells(line)) if not line.startswith(("{", "[")) else ()
-        if "op" in cells:
-            self.header = cells
-        return "op" in cells
-
-    def row(self, line: str) -> dict[str, Any]:
+    def row(self, line: str) -> Row:
         if line.startswith("["):
             raise ValueError("an array among lines, need an object a line, or the whole file as one array")
         if line.startswith("{"):
             found: dict[str, Any] = parse_json(line)
             return found
         cells = _cells(line)
-        if cells and set(cells) <= _field_names():
+        if "op" in cells:
+            self.header = tuple(cells)
+            return None
+        if set(cells) <= _field_names():
             raise ValueError("names fields, but not op; name it too: each line says what to call")
         if len(cells) > len(self.header):
             raise ValueError(f"{len(cells)} cells, need at most {len(self.header)}: {','.join(self.header)}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jax_deepgemm.jit.shapes import DTYPES, Call, Shape, choice, flag, size
-
-RECIPES = ("fp8", "bf16")
-WEIGHTS = (*DTYPES, "fp8")
+from jax_deepgemm.gemm.shapes import weight
+from jax_deepgemm.grouped.shapes import check_weights
+from jax_deepgemm.jit.shapes import DTYPES, RECIPES, WEIGHTS, Call, Shape, choice, flag, layer_calls, size
 
 
 @dataclass(frozen=True)
@@ -31,25 +30,13 @@ class LayerShape(Shape):
         check(self)
 
     def calls(self) -> list[Call]:
-        import jax
-
         from jax_deepgemm.moe import moe_mlp
 
         def forward(x: Any, ids: Any, weights: Any, w13: Any, w2: Any) -> Any:
             return moe_mlp(x, ids, weights, w13, w2, recipe=self.recipe)
 
-        def both(x: Any, ids: Any, weights: Any, w13: Any, w2: Any, dy: Any) -> Any:
-            if self.weights == "fp8":  # frozen, so without gradient
-                y, pull = jax.vjp(lambda x, weights: forward(x, ids, weights, w13, w2), x, weights)
-            else:
-                y, pull = jax.vjp(lambda *given: forward(given[0], ids, *given[1:]), x, weights, w13, w2)
-            return y, pull(dy)
-
-        given = operands(self)
-        calls = [Call("forward", forward, given)]
-        if self.gradients:
-            calls.append(Call("forward and backward", both, (*given, given[0])))
-        return calls
+        trained = (0, 2) if self.weights == "fp8" else (0, 2, 3, 4)
+        return layer_calls(forward, operands(self), trained, self.gradients)
 
 
 @dataclass(frozen=True)
@@ -89,30 +76,20 @@ def check(shape: LayerShape | DecodeShape) -> None:
     """
     if shape.top_k > shape.experts:
         raise ValueError(f"top_k is {shape.top_k} and experts is {shape.experts}, need at most as many")
-    if shape.recipe == "bf16" and shape.weights == "fp8":
-        raise ValueError("weights is 'fp8' and recipe is 'bf16', need recipe fp8, or weights bfloat16")
+    check_weights(shape.recipe, shape.weights)
 
 
 def operands(shape: LayerShape | DecodeShape) -> tuple[Any, ...]:
     """x, ids, weights of the router, w13, w2."""
     import jax
-    import jax.numpy as jnp
 
-    from jax_deepgemm.gemm.operands import BLOCKED
-    from jax_deepgemm.quantization import quantize
-
-    def weight(rows: int, columns: int) -> Any:
-        wanted = "bfloat16" if shape.weights == "fp8" else shape.weights
-        master = jax.ShapeDtypeStruct((shape.experts, rows, columns), wanted)
-        return jax.eval_shape(lambda w: quantize(w, BLOCKED), master) if shape.weights == "fp8" else master
-
-    copies = (shape.tokens, shape.top_k)
+    kind = shape.weights or "bfloat16"
     return (
         jax.ShapeDtypeStruct((shape.tokens, shape.hidden), shape.dtype),
-        jax.ShapeDtypeStruct(copies, jnp.int32),
-        jax.ShapeDtypeStruct(copies, jnp.float32),
-        weight(2 * shape.intermediate, shape.hidden),
-        weight(shape.hidden, shape.intermediate),
+        jax.ShapeDtypeStruct((shape.tokens, shape.top_k), "int32"),
+        jax.ShapeDtypeStruct((shape.tokens, shape.top_k), "float32"),
+        weight(kind, (shape.experts, 2 * shape.intermediate, shape.hidden)),
+        weight(kind, (shape.experts, shape.hidden, shape.intermediate)),
     )
 
 
