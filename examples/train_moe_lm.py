@@ -119,8 +119,6 @@ def mesh_shape(text: str) -> tuple[int, int]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(arguments)
-    if not args.recipes:
-        parser.error("argument --recipes: is empty, need bf16, fp8 or bf16,fp8")
     if args.distributed and None in (args.coordinator, args.processes, args.process):
         parser.error("argument --distributed: needs --coordinator, --processes and --process")
     return args

@@ -21,7 +21,11 @@ REFUSED: list[tuple[str, list[str], str]] = [
     ("train_moe_lm", ["--mesh", "2"], "--mesh: got '2', need two numbers of devices, as 2x2"),
     ("train_moe_lm", ["--mesh", "0x2"], "--mesh: got '0x2', need two numbers of devices, as 2x2"),
     ("train_moe_lm", ["--mesh", "64x64"], "--mesh: needs 4096 devices, there are "),
-    ("train_moe_lm", ["--mesh", "1x1", "--recipes", ""], "--recipes: is empty, need bf16, fp8 or bf16,fp8"),
+    (
+        "train_moe_lm",
+        ["--mesh", "1x1", "--recipes", ""],
+        "--recipes: got '', need names, separated by commas",
+    ),
     ("train_moe_lm", ["--recipes", "int8"], "--recipes: no recipe int8; there are bf16, fp8"),
     ("train_moe_lm", ["--mesh", "1x2", "--batch", "3"], "--batch: 3 sequences cannot be cut over 2 devices"),
     ("train_moe_lm", ["--distributed"], "--distributed: needs --coordinator, --processes and --process"),

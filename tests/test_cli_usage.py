@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import jax_deepgemm
-from jax_deepgemm.bench import timing
-from jax_deepgemm.cli import COMMANDS, arguments, main
+from jax_deepgemm.bench.machine import ClockLog
+from jax_deepgemm.cli import COMMANDS, arguments, demo, main
 from jax_deepgemm.jit import compiler
 
 RESULT = {
@@ -44,6 +44,10 @@ FILES = {
     "groups.csv": "op,groups,m,n,k\nm_grouped_bf16_gemm_nt_contiguous,4097,8192,64,64\n",
     "layer.csv": "op,tokens,hidden,intermediate,experts,top_k\nmoe_mlp,8,256,128,4,8\n",
     "tune layer.csv": "op,tokens,hidden,intermediate,experts,top_k\nmoe_mlp,8,256,128,4,2\n",
+    "copies.csv": f"op,tokens,hidden,intermediate,experts,top_k\nmoe_mlp,{2**31 - 1},8,8,4,2\n",
+    "rows.csv": f"op,tokens,hidden,intermediate,experts,top_k,max_rows\nmoe_mlp_decode,8,8,8,4,2,{2**31 - 1}\n",
+    "most.csv": "op,groups,m,n,k\nk_grouped_bf16_gemm_tn_contiguous,9999999,8,8,8\n",
+    "product.csv": f"bf16_gemm_nt,{2**31 - 1},8,{2**31 - 1}\n",
     "list.json": "[]",
     "other.json": '{"schema": 1, "rows": []}',
     "row.json": json.dumps(RESULT),
@@ -80,6 +84,9 @@ REFUSED: list[tuple[list[str], str]] = [
     (["bench", "--rows", "("], "--rows: got '(', no regular expression: missing )"),
     (["bench", "--rows", "m=12345"], "no row matches 'm=12345'"),
     (["bench", "--tables", "fp8,fp9"], "--tables: no table fp9; there are fp8, fp8_wgrad, bf16"),
+    (["bench", "--tables", ""], "--tables: got '', need names, separated by commas"),
+    (["bench", "--tables", "x" * 5000], "--tables: no table xxxxx"),
+    (["compile", "--shapes", "empty.csv", "--arch", "x" * 5000], "--arch: invalid choice: 'xxxxx"),
     (["tune", "--tables", "fp8,moe"], "no table moe; there are fp8, fp8_wgrad, bf16"),
     (["tune"], "nothing to tune; name a file with --shapes, or tables of bench with --tables"),
     (["nothing"], "invalid choice: 'nothing'"),
@@ -95,7 +102,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["tune", "--report", "nowhere.json"], "--report: nowhere.json: no such file"),
     (["bench", "--report", "."], "--report: . is a folder, need a file"),
     (["bench", "--report", "other.json", "nowhere.json"], "--report: nowhere.json: no such file"),
-    (["bench", "--out", "x" * 300], "xxx'...: File name too long"),
+    (["bench", "--out", "x" * 300], "xxx...: File name too long"),
     (["bench", "--out", "\0"], "--out: '\\x00': "),
     (["bench", "--out", "."], "--out: . is a folder, need a file to write"),
     (["bench", "--out", "empty.csv/x.json"], "empty.csv is a file"),
@@ -127,6 +134,10 @@ REFUSED: list[tuple[list[str], str]] = [
     (["compile", "--shapes", "quotes.csv"], "line 1: 'bf16_gemm_nt,\"1,8,8': no CSV"),
     (["compile", "--shapes", "unknown.csv"], "op is 'bf16_gemm_zz', need one of fp8_gemm_nt"),
     (["compile", "--shapes", "groups.csv"], "m_grouped_bf16_gemm_nt_contiguous groups=4097 "),
+    (["compile", "--shapes", "copies.csv"], "tokens x top_k is 4294967294, need at most 2147483647 rows"),
+    (["compile", "--shapes", "rows.csv"], "experts x max_rows is 8589934588, need at most 2147483647 rows"),
+    (["compile", "--shapes", "most.csv"], "groups is '9999999', need a whole number from 1 to 1048576"),
+    (["explain", "--shapes", "product.csv"], "bf16_gemm_nt m=2147483647 n=8 k=2147483647: "),
     (["compile", "--shapes", "layer.csv"], "top_k is 8 and experts is 4, need at most as many"),
     (["compile", "--shapes", "bytes.csv"], "bytes.csv: 'utf-8' codec can't decode"),
     (["tune", "--shapes", "tune layer.csv"], "is a layer of several GEMMs, need one to tune"),
@@ -155,8 +166,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise AssertionError("something was started")
 
     monkeypatch.setattr(compiler, "build", started)
-    monkeypatch.setattr(timing, "flusher", started)
-    monkeypatch.setattr(timing, "time_jobs", started)
+    monkeypatch.setattr(ClockLog, "__enter__", started)
+    monkeypatch.setattr(demo, "problems", started)
     return tmp_path
 
 
@@ -172,7 +183,7 @@ def code_of(given: list[str]) -> Any:
 def test_wrong_input_is_one_line(
     given: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "groups.csv" in given:
+    if "groups.csv" in given or "product.csv" in given:
         pytest.importorskip("cuda.core")
     before = sorted(folder.iterdir())
     assert code_of(given) == 2
@@ -180,7 +191,7 @@ def test_wrong_input_is_one_line(
     assert message in shown.err
     assert shown.err.startswith(f"{given[0] if given[0] in COMMANDS else 'jax_deepgemm'}: ")
     assert shown.err.count("\n") == 1
-    assert len(shown.err) < 1500
+    assert len(shown.err) < 1600
     assert shown.out == ""
     assert sorted(folder.iterdir()) == before
 
@@ -217,7 +228,7 @@ def test_missing_flags_show_the_usage(capsys: pytest.CaptureFixture[str]) -> Non
 def test_closed_stdin_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["compile", "--shapes", "-"]) == 2
-    assert capsys.readouterr().err == "compile: -: stdin is closed\n"
+    assert capsys.readouterr().err == "compile: stdin: it is closed\n"
 
 
 # --- what else can happen to a command ---

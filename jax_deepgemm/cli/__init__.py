@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from jax_deepgemm._version import __version__
-from jax_deepgemm.cli.arguments import EXIT_CODES, Parser, UsageError, refusing
+from jax_deepgemm.cli.arguments import EXIT_CODES, Parser, UsageError, one_line, refusing
 from jax_deepgemm.jit.toolchain import read_settings
 from jax_deepgemm.log import logger
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return PIPE_CLOSED
     except UsageError as error:
-        return _said(command, " ".join(str(error).split()), USAGE)
+        return _said(command, one_line(str(error)), USAGE)
     except _failures() as error:
         logger.debug("%s failed", command, exc_info=True)
         return _said(command, str(error) or type(error).__name__, FAILED)

@@ -27,6 +27,7 @@ EXIT_CODES = """exit codes:
 """
 MOST_CALLS = 1_000_000
 MOST_SECONDS = 1e7
+LONGEST_LINE = 1500
 
 
 class UsageError(ValueError):
@@ -45,9 +46,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         about_a_value = message.startswith("argument ")  # so argparse has it
-        text = " ".join(message.removeprefix("argument ").split())
         usage = "" if about_a_value else self.format_usage()
+        text = one_line(message.removeprefix("argument "))
         self.exit(2, f"{usage}{self.prog.split()[-1]}: {text}\n")
+
+
+def one_line(message: str) -> str:
+    """A message as one line of bearable length.
+
+    >>> one_line("no\\n  such thing")
+    'no such thing'
+    """
+    text = " ".join(message.split())
+    return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]}..."
 
 
 @contextlib.contextmanager
@@ -63,7 +74,7 @@ def refusing(what: str = "") -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         text = str(error)
         if isinstance(error, OSError) and error.strerror:
             what, text = what or str(error.filename), error.strerror
@@ -76,12 +87,17 @@ def read_text(path: str | Path) -> str:
     Raises:
       UsageError: there is no such file, or it is no text.
     """
-    with refusing(str(path)):
+    with refusing(spelt(path)):
         if str(path) != "-":
             return Path(path).read_text(encoding="utf-8-sig")
         if sys.stdin is None:
-            raise ValueError("stdin is closed")
+            raise ValueError("it is closed")
         return sys.stdin.read()
+
+
+def spelt(path: str | Path) -> str:
+    """The name of what is read, for messages."""
+    return "stdin" if str(path) == "-" else str(path)
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
@@ -151,7 +167,10 @@ def names(text: str) -> list[str]:
     >>> names("fp8, bf16")
     ['fp8', 'bf16']
     """
-    return [name.strip() for name in text.split(",") if name.strip()]
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"got {clipped(text)}, need names, separated by commas")
+    return found
 
 
 def names_of(allowed: Sequence[str], what: str) -> Callable[[str], list[str]]:

@@ -21,6 +21,7 @@ from jax_deepgemm.cli.arguments import (
     output_file,
     refusing,
     seconds,
+    spelt,
     whole,
 )
 from jax_deepgemm.cli.info import devices
@@ -109,7 +110,7 @@ def _works(args: argparse.Namespace) -> list[Work]:
 
     works: list[Work] = []
     if args.shapes is not None:
-        with refusing(str(args.shapes)):
+        with refusing(spelt(args.shapes)):
             works += map(products.of_shape, read_shapes(args.shapes))
     known = products.tables() if args.tables else {}
     if unknown := [name for name in args.tables if name not in known]:

@@ -11,6 +11,7 @@ from jax_deepgemm.gemm.shapes import matrix, weight
 from jax_deepgemm.jit.shapes import (
     BLOCKS,
     DTYPES,
+    MOST_GROUPS,
     RECIPES,
     WEIGHTS,
     Call,
@@ -38,7 +39,7 @@ class ContiguousShape(Shape):
     OPS: ClassVar = tuple(
         f"m_grouped_{kind}_gemm_{form}_contiguous" for kind in ("fp8", "bf16") for form in ("nt", "nn")
     )
-    groups: int = size("groups, each with its own B")
+    groups: int = size("groups, each with its own B", most=MOST_GROUPS)
     m: int = size("rows of A and D, of all groups together")
     n: int = size("columns of each B and of D")
     k: int = size("columns of A, rows of each B")
@@ -64,7 +65,7 @@ class MaskedShape(Shape):
     """Equal storage for each group: D[g, :rows] = A[g, :rows] x B[g]."""
 
     OPS: ClassVar = ("m_grouped_fp8_gemm_nt_masked", "m_grouped_bf16_gemm_nt_masked")
-    groups: int = size("groups, each with its own A and B")
+    groups: int = size("groups, each with its own A and B", most=MOST_GROUPS)
     m: int = size("rows of A and D that each group has room for")
     n: int = size("columns of each B and of D")
     k: int = size("columns of A, rows of each B")
@@ -96,7 +97,7 @@ class InnerShape(Shape):
         "k_grouped_fp8_gemm_tn_contiguous",
         "k_grouped_bf16_gemm_tn_contiguous",
     )
-    groups: int = size("groups, each with its own D")
+    groups: int = size("groups, each with its own D", most=MOST_GROUPS)
     m: int = size("rows of each D")
     n: int = size("columns of each D")
     k: int = size("the extent that is summed over, of all groups together")
@@ -125,7 +126,7 @@ class LinearShape(Shape):
 
     OPS: ClassVar = ("grouped_linear",)
     LAYER: ClassVar = True
-    groups: int = size("groups, each with its own weight")
+    groups: int = size("groups, each with its own weight", most=MOST_GROUPS)
     m: int = size("rows of x, of all groups together")
     n: int = size("features of y")
     k: int = size("features of x")
@@ -162,7 +163,7 @@ class RaggedDotShape(Shape):
 
     OPS: ClassVar = ("ragged_dot",)
     LAYER: ClassVar = True
-    groups: int = size("groups, each with its own matrix of rhs")
+    groups: int = size("groups, each with its own matrix of rhs", most=MOST_GROUPS)
     m: int = size("rows of lhs, of all groups together")
     n: int = size("columns of the result")
     k: int = size("columns of lhs")

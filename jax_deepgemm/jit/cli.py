@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_deepgemm.cli.arguments import EXIT_CODES, input_file_or_stdin, read_text, refusing, whole
+from jax_deepgemm.cli.arguments import EXIT_CODES, input_file_or_stdin, read_text, refusing, spelt, whole
 from jax_deepgemm.cli.text import bytes_text, table
 
 from . import shapes
@@ -48,7 +48,7 @@ def read_shapes(path: Path) -> list[shapes.Shape]:
       UsageError: it cannot be read, or holds something else.
     """
     text = read_text(path)
-    with refusing(str(path)):
+    with refusing(spelt(path)):
         return shapes.parse_shapes(text)
 
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from jax_deepgemm.sm90.chip import H200
 
     wanted = read_shapes(args.shapes)
-    with refusing(str(args.shapes)):
+    with refusing(spelt(args.shapes)):
         records = precompile_records(wanted, chip=H200, jobs=args.jobs)
     rows = list({kernel.digest: describe(source, kernel) for source, kernel in records}.values())
     print(json.dumps(rows, indent=1) if args.json else _text(rows, len(wanted)))

@@ -143,7 +143,7 @@ def _naming(shape: Shape) -> Iterator[None]:
     """Says which shape it is that an op refuses."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{shape}: {error}") from error
 
 

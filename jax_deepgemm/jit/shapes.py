@@ -40,6 +40,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 FAMILIES = ("jax_deepgemm.gemm.shapes", "jax_deepgemm.grouped.shapes", "jax_deepgemm.moe.shapes")
 """Modules with a tuple SHAPES, the `Shape`s of a family of ops."""
 LARGEST = 2**31 - 1
+MOST_GROUPS = 1 << 20
 DTYPES = ("bfloat16", "float32")
 WEIGHTS = (*DTYPES, "fp8")
 RECIPES = ("fp8", "bf16")
@@ -124,9 +125,10 @@ def clipped(given: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def size(about: str, default: Any = MISSING) -> Any:
+def size(about: str, default: Any = MISSING, most: int = LARGEST) -> Any:
     """A field that is a whole number, at least 1."""
-    return field(default=default, metadata={"about": about, "read": _whole})
+    read = functools.partial(_whole, most)
+    return field(default=default, metadata={"about": about, "read": read})
 
 
 def choice(about: str, *allowed: str, default: Any = MISSING) -> Any:
@@ -140,9 +142,9 @@ def flag(about: str, default: bool = False) -> Any:
     return field(default=default, metadata={"about": f"{about}: true or false", "read": _flag})
 
 
-def _whole(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) <= 10 and 1 <= int(text) <= LARGEST):
-        raise ValueError(f"is {clipped(text)}, need a whole number from 1 to {LARGEST}")
+def _whole(most: int, text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10 and 1 <= int(text) <= most):
+        raise ValueError(f"is {clipped(text)}, need a whole number from 1 to {most}")
     return int(text)
 
 

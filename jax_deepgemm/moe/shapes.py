@@ -7,7 +7,19 @@ from typing import Any, ClassVar
 
 from jax_deepgemm.gemm.shapes import weight
 from jax_deepgemm.grouped.shapes import check_weights
-from jax_deepgemm.jit.shapes import DTYPES, RECIPES, WEIGHTS, Call, Shape, choice, flag, layer_calls, size
+from jax_deepgemm.jit.shapes import (
+    DTYPES,
+    LARGEST,
+    MOST_GROUPS,
+    RECIPES,
+    WEIGHTS,
+    Call,
+    Shape,
+    choice,
+    flag,
+    layer_calls,
+    size,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,7 @@ class LayerShape(Shape):
     tokens: int = size("rows of x")
     hidden: int = size("columns of x")
     intermediate: int = size("width of an expert: columns of gate, and of up")
-    experts: int = size("experts whose weights are on the device")
+    experts: int = size("experts whose weights are on the device", most=MOST_GROUPS)
     top_k: int = size("experts that each token goes to")
     recipe: str = choice("of the GEMMs", *RECIPES, default="fp8")
     dtype: str = choice("of x and of the result", *DTYPES, default="bfloat16")
@@ -48,7 +60,7 @@ class DecodeShape(Shape):
     tokens: int = size("rows of x")
     hidden: int = size("columns of x")
     intermediate: int = size("width of an expert: columns of gate, and of up")
-    experts: int = size("experts whose weights are on the device")
+    experts: int = size("experts whose weights are on the device", most=MOST_GROUPS)
     top_k: int = size("experts that each token goes to")
     max_rows: int | None = size("rows of an expert, as the call says it (default tokens)", None)
     recipe: str = choice("of the GEMMs", *RECIPES, default="fp8")
@@ -76,6 +88,12 @@ def check(shape: LayerShape | DecodeShape) -> None:
     """
     if shape.top_k > shape.experts:
         raise ValueError(f"top_k is {shape.top_k} and experts is {shape.experts}, need at most as many")
+    if isinstance(shape, DecodeShape):
+        rule, rows = "experts x max_rows", shape.experts * (shape.max_rows or shape.tokens)
+    else:
+        rule, rows = "tokens x top_k", shape.tokens * shape.top_k
+    if rows > LARGEST:
+        raise ValueError(f"{rule} is {rows}, need at most {LARGEST} rows")
     check_weights(shape.recipe, shape.weights)
 
 
