@@ -16,8 +16,10 @@ import pytest
 import jax_deepgemm
 from jax_deepgemm.bench.machine import ClockLog
 from jax_deepgemm.cli import COMMANDS, arguments, demo, main
+from jax_deepgemm.core import launch
 from jax_deepgemm.jit import compiler
 
+LARGEST = 2**31 - 1
 RESULT = {
     "schema": 1,
     "device": "cpu",
@@ -44,10 +46,10 @@ FILES = {
     "groups.csv": "op,groups,m,n,k\nm_grouped_bf16_gemm_nt_contiguous,4097,8192,64,64\n",
     "layer.csv": "op,tokens,hidden,intermediate,experts,top_k\nmoe_mlp,8,256,128,4,8\n",
     "tune layer.csv": "op,tokens,hidden,intermediate,experts,top_k\nmoe_mlp,8,256,128,4,2\n",
-    "copies.csv": f"op,tokens,hidden,intermediate,experts,top_k\nmoe_mlp,{2**31 - 1},8,8,4,2\n",
-    "rows.csv": f"op,tokens,hidden,intermediate,experts,top_k,max_rows\nmoe_mlp_decode,8,8,8,4,2,{2**31 - 1}\n",
+    "copies.csv": f"op,tokens,hidden,intermediate,experts,top_k\nmoe_mlp,{LARGEST},8,8,4,2\n",
+    "rows.csv": f"op,tokens,hidden,intermediate,experts,top_k,max_rows\nmoe_mlp_decode,8,8,8,4,2,{LARGEST}\n",
     "most.csv": "op,groups,m,n,k\nk_grouped_bf16_gemm_tn_contiguous,9999999,8,8,8\n",
-    "product.csv": f"bf16_gemm_nt,{2**31 - 1},8,{2**31 - 1}\n",
+    "product.csv": f"bf16_gemm_nt,{LARGEST},8,{LARGEST}\n",
     "list.json": "[]",
     "other.json": '{"schema": 1, "rows": []}',
     "row.json": json.dumps(RESULT),
@@ -271,24 +273,34 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
         main(["info"])
 
 
-def test_no_device_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Unable to initialize backend 'cuda'"), "Unable to initialize backend 'cuda'"),
+        (AssertionError(), "JAX says no more"),
+    ],
+    ids=("no plugin", "no GPU"),
+)
+def test_no_device_is_said(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import jax
 
     def devices(*_: Any) -> Any:
-        raise RuntimeError("Unable to initialize backend 'cuda'")
+        raise error
 
     monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("bf16_gemm_nt,8,8,8"))
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    message = f"JAX finds no device for JAX_PLATFORMS=cuda: {reason}. JAX_PLATFORMS=cpu needs none."
     explain = ["explain", "--m", "8", "--n", "8", "--k", "8"]
-    for command in (["demo"], explain, ["bench", "--tables", "bf16"], ["tune", "--tables", "bf16"]):
+    tables = ["--tables", "bf16"]
+    for command in (["demo"], explain, ["bench", *tables], ["tune", *tables], ["compile", "--shapes", "-"]):
         assert main(command) == 2
-        assert (
-            capsys.readouterr().err
-            == f"{command[0]}: JAX finds no device: Unable to initialize backend 'cuda'\n"
-        )
+        assert capsys.readouterr().err == f"{command[0]}: {message}\n"
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["devices"] == []
-    assert found["devices_error"] == "JAX finds no device: Unable to initialize backend 'cuda'"
+    assert (found["devices"], found["devices_error"]) == ([], message)
 
 
 def test_no_home_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,6 +316,7 @@ def test_no_home_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         "info: environment: no home directory is known for the kernel cache; "
         "set JAX_DEEPGEMM_CACHE_DIR to a folder.\n"
     )
+    assert [Path(one).name for one in launch.cubin_directories()] == ["cubins"]  # so that imports go on
 
 
 def test_output_that_nobody_reads_is_no_error() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jax_deepgemm.cli.arguments import UsageError
+from jax_deepgemm.cli.arguments import UsageError, one_line
 from jax_deepgemm.cli.text import bytes_text
 
 
@@ -213,8 +213,11 @@ def devices() -> list[Any]:
 
     try:
         return list(jax.devices())
-    except RuntimeError as error:
-        raise UsageError(f"JAX finds no device: {error}") from error
+    except (RuntimeError, AssertionError) as error:  # the second where a plugin is there, and no GPU
+        platforms = os.environ.get("JAX_PLATFORMS")
+        about = f" for JAX_PLATFORMS={platforms}" if platforms else ""
+        reason = one_line(str(error)) or "JAX says no more"
+        raise UsageError(f"JAX finds no device{about}: {reason}. JAX_PLATFORMS=cpu needs none.") from error
 
 
 def device(one: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_deepgemm.cli.arguments import EXIT_CODES, input_file_or_stdin, read_text, refusing, spelt, whole
+from jax_deepgemm.cli.info import devices
 from jax_deepgemm.cli.text import bytes_text, table
 
 from . import shapes
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from jax_deepgemm.sm90.chip import H200
 
     wanted = read_shapes(args.shapes)
+    devices()
     with refusing(spelt(args.shapes)):
         records = precompile_records(wanted, chip=H200, jobs=args.jobs)
     rows = list({kernel.digest: describe(source, kernel) for source, kernel in records}.values())
