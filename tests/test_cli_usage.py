@@ -121,7 +121,10 @@ REFUSED: list[tuple[list[str], str]] = [
     (["compile", "--shapes", "array.json"], "array.json: item 2 of the array is 3, need an object"),
     (["compile", "--shapes", "broken.json"], "broken.json: broken JSON in line 3, column 8: Expecting value"),
     (["compile", "--shapes", "lines.json"], "lines.json: line 2: "),
-    (["compile", "--shapes", "cut.json"], "cut.json: line 2: "),
+    (
+        ["compile", "--shapes", "cut.json"],
+        'cut.json: line 2: \'{"op": "bf16_gemm_nt", "m"\': broken JSON in column',
+    ),
     (["compile", "--shapes", "deep.json"], "deep.json: broken JSON: nested too deeply"),
     (["compile", "--shapes", "no op.csv"], "no op.csv: line 1: 'm,n,k': names fields, but not op"),
     (

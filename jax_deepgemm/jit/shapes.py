@@ -258,7 +258,10 @@ class _Lines:
         if line.startswith("["):
             raise ValueError("an array among lines, need an object a line, or the whole file as one array")
         if line.startswith("{"):
-            found: dict[str, Any] = parse_json(line)
+            try:
+                found: dict[str, Any] = parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{error} (an object a line, or the whole file as one array)") from None
             return found
         cells = _cells(line)
         if "op" in cells:
@@ -295,7 +298,7 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
+        where = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         raise ValueError(f"broken JSON in {where}: {error.msg}") from None
     except RecursionError:
         raise ValueError("broken JSON: nested too deeply") from None
