@@ -60,8 +60,8 @@ class ExplainedCall:
       candidates: (configuration, cost) of every candidate, cheapest first; an op takes any as `config=`.
       stages: slots of the shared-memory ring.
       scratch_bytes: memory that XLA gives to the call besides its result.
-      kernels: what is launched; empty where no compiler is installed.
-      note: why there are no kernels, or "".
+      kernels: what is launched; empty where no compiler is installed, or XLA runs the call.
+      note: why there are no kernels, and what to do about it, or "".
       origin: of the configuration: "given", "measured ... (FILE)" of a tuning file, or "cost model".
     """
 
@@ -79,7 +79,8 @@ class ExplainedCall:
         lines = [f"{self.op}: {self.problem}"]
         if self.config is not None:
             lines += [f"  config   {self.config}, {self.origin}", f"  stages   {self.stages}"]
-        lines.append(f"  scratch  {bytes_text(self.scratch_bytes)}")
+        if self.kernels or self.config is not None:
+            lines.append(f"  scratch  {bytes_text(self.scratch_bytes)}")
         for one in self.kernels:
             origin = "from the cache" if one.from_cache else "compiled now"
             lines += [
@@ -116,7 +117,8 @@ def explain(
       show: whether to print the explanation.
 
     Returns:
-      one `ExplainedCall` for each call of an op of this package, in order of appearance.
+      one `ExplainedCall` for each call of an op of this package that launches kernels, or leaves to XLA what
+      kernels could do of other operands (its note says why), in order of appearance.
 
     >>> import jax, jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_nt, explain
@@ -180,7 +182,7 @@ def _chip_here() -> Chip:
 
 def _op_calls(jaxpr: Any) -> Iterator[tuple[Op, list[Any], dict[str, Any]]]:
     """The calls of ops in a jaxpr and in those inside it: loops, branches, checkpoints, derivatives."""
-    known = {primitive: op for primitive, op in known_ops().items() if op.kernel is not None}
+    known = {primitive: op for primitive, op in known_ops().items() if op.kernel or op.without_kernel}
 
     def walk(one: Any) -> Iterator[tuple[Op, list[Any], dict[str, Any]]]:
         for equation in one.eqns:
@@ -199,6 +201,11 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> ExplainedCall:
+    refusal = kernel_rule.symbolic_shapes(op, avals)
+    if refusal:
+        raise ValueError(refusal)
+    if op.without_kernel is not None:
+        return _without_kernel(op, avals, params)
     ins, outs, carried, problem = _at_kernel(op, avals, params)
     kernels, scratch, note = _compiled(op, ins, outs, carried, chip, params)
     ranked: list[tuple[GemmConfig, Cost]] = []
@@ -210,10 +217,9 @@ def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> 
         chosen, origin = _choice(problem, usable, params.get("config"), ranked)
         if not kernels:
             note = f"{note} Shared memory would be {bytes_text(problem.shared_bytes(chosen))}."
-    types = ", ".join(f"{one.dtype.name}{list(one.shape)}" for one in ins)
     return ExplainedCall(
         op=op.name,
-        problem=types if problem is None else str(problem),
+        problem=_types(ins) if problem is None else str(problem),
         config=chosen,
         candidates=tuple(ranked),
         stages=chosen.stages if chosen else 0,
@@ -222,6 +228,16 @@ def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> 
         note=note,
         origin=origin,
     )
+
+
+def _types(avals: list[Any]) -> str:
+    return ", ".join(f"{one.dtype.name}{list(one.shape)}" for one in avals)
+
+
+def _without_kernel(op: Op, avals: list[Any], params: dict[str, Any]) -> ExplainedCall:
+    assert op.without_kernel is not None
+    note = op.without_kernel(avals, **params)
+    return ExplainedCall(op.name, _types(avals), None, (), 0, 0, (), note)
 
 
 def _choice(
