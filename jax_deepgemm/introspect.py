@@ -63,6 +63,8 @@ class ExplainedCall:
       kernels: what is launched; empty where no compiler is installed, or XLA runs the call.
       note: why there are no kernels, and what to do about it, or "".
       origin: of the configuration: "given", "measured ... (FILE)" of a tuning file, or "cost model".
+      flops: multiplications and additions of a product (a grouped one: if every row belongs to a group); 0 of
+        others. XLA's `cost_analysis` has no number for custom calls.
     """
 
     op: str
@@ -74,6 +76,7 @@ class ExplainedCall:
     kernels: tuple[KernelFacts, ...]
     note: str = ""
     origin: str = ""
+    flops: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.problem}"]
@@ -126,6 +129,9 @@ def explain(
     >>> [call] = explain(bf16_gemm_nt, a, a, show=False)
     >>> call.problem
     'bf16xbf16 nt m=4096 n=4096 k=2048 -> bfloat16'
+
+    >>> call.flops == 2 * 4096 * 4096 * 2048
+    True
 
     Another of the candidates is an op's `config=`:
 
@@ -227,6 +233,7 @@ def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> 
         kernels=kernels,
         note=note,
         origin=origin,
+        flops=problem.flops if problem is not None else 0,
     )
 
 

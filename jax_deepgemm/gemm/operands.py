@@ -142,10 +142,11 @@ def layer_weight(op: str, side: Side, w: Any) -> Any:
 def check_rank(op: str, name: str, x: Any, dims: str) -> None:
     rank = dims.count(",") + 1
     if len(x.shape) != rank:
-        raise ValueError(
-            f"{op}: {name} is {describe(x)}, need {rank} dimensions {dims}. "
-            "Use jax.vmap for leading batch dimensions."
+        more = len(x.shape) > rank
+        way_out = (
+            "Use jax.vmap for leading batch dimensions." if more else "Add one of size 1: jnp.expand_dims."
         )
+        raise ValueError(f"{op}: {name} is {describe(x)}, need {rank} dimensions {dims}. {way_out}")
 
 
 def _scale_shape(side: Side, values: Any, block: tuple[int, int]) -> list[int]:
@@ -153,17 +154,23 @@ def _scale_shape(side: Side, values: Any, block: tuple[int, int]) -> list[int]:
     return [*values.shape[:-2], *side.stored((-(-rows // block[0]), -(-k // block[1])))]
 
 
-def check_scale_dtype(op: str, side: Side, scales: Any) -> None:
+def _original(side: Side) -> str:
+    return f"jax_deepgemm.quantize({side.name}, {side.stored(side.blocks[0])})"
+
+
+def check_scale_dtype(op: str, side: Side, values: Any, scales: Any) -> None:
     dtype = np.dtype(scales.dtype)
     if dtype == FLOAT32:
         return
     name = side.name
     if jnp.issubdtype(dtype, jnp.floating):
-        way_out = f"Convert them: {name}.scales.astype(jnp.float32)."
+        way_out = "Convert them: scales.astype(jnp.float32)."
     elif dtype == np.dtype(np.int32):
-        way_out = "Packed UE8M0 words become float32 with unpack_ue8m0_from_int(scales)."
+        count = _scale_shape(side, values, side.blocks[0])[-1]
+        unpack = "jax_deepgemm.quantization.unpack_ue8m0_from_int"
+        way_out = f"Packed UE8M0 words become float32 with {unpack}(scales)[..., :{count}]."
     else:
-        way_out = f"Quantise again: jax_deepgemm.quantize({name}, {side.stored(side.blocks[0])})."
+        way_out = f"Quantise the bfloat16 or float32 array again: {_original(side)}."
     raise ValueError(f"{op}: scales of {name} are {dtype.name}, need float32. {way_out}")
 
 
@@ -198,7 +205,7 @@ def check_fp8_dtype(op: str, side: Side, values: Any) -> None:
         raise ValueError(
             f"{op}: values of {side.name} are {np.dtype(values.dtype).name}, "
             "need float8_e4m3fn or float8_e5m2. "
-            f"Quantise the operand: jax_deepgemm.quantize({side.name}, {side.stored(side.blocks[0])})."
+            f"Quantise the bfloat16 or float32 array: {_original(side)}."
         )
 
 
@@ -229,7 +236,7 @@ def check_fp8_parts(op: str, side: Side, x: Any) -> Parts:
     values, scales, block = pieces(op, side, x)
     check_rank(op, f"values of {side.name}", values, side.dims)
     check_fp8_dtype(op, side, values)
-    check_scale_dtype(op, side, scales)
+    check_scale_dtype(op, side, values, scales)
     return side, values, scales, block
 
 

@@ -136,6 +136,12 @@ class GroupedProblem:
         """Rows of tiles at most; the grid needs no more blocks than that makes tiles."""
         return self.m if self.grouping == ROWS else self.groups * self.m
 
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions if every row belongs to a group; how many do, only the run knows."""
+        matrices = 1 if self.grouping in (ROWS, INNER) else self.groups
+        return 2 * matrices * self.m * self.n * self.k
+
     def kernel_sources(self, chip: Chip) -> list[KernelSource]:
         """What `jax_deepgemm.precompile` compiles for this problem: the kernel that would be chosen."""
         return [grouped_source(self, choose_grouped(self, chip))]
