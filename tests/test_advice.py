@@ -5,6 +5,7 @@ Every refused call has an entry here: the call after its advice was followed, tr
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import pytest
 import jax_deepgemm as jdg
 import test_gemm_errors as dense
 import test_grouped_errors as grouped
+from jax_deepgemm.core import kernel_rule
 from jax_deepgemm.quantization import pack_ue8m0_to_int, unpack_ue8m0_from_int
 from test_gemm_errors import A, B, W, X
 from test_grouped_errors import AK, AM, XK, XM, YK
@@ -211,3 +213,133 @@ def test_unpacked_scales_are_those_that_were_packed() -> None:
     scales = jnp.array([[1.0, 2.0, 0.0, 0.0]] * 4)
     unpacked = unpack_ue8m0_from_int(pack_ue8m0_to_int(scales))[..., :2]
     np.testing.assert_array_equal(nt((A[0], unpacked), B), nt((A[0], scales[:, :2]), B))
+
+
+# Messages that have no table elsewhere: the refused call, what it says, and the calls after its advice
+
+BATCH = jax.lax.RaggedDotDimensionNumbers((((2,), (1,)), ((0,), (0,))), (0,), ())
+ROWS = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
+INNER = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+ragged, general = jdg.ragged_dot, jdg.ragged_dot_general
+layer = jdg.grouped_linear
+EITHER = (ValueError, TypeError)
+
+OTHERS: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
+    "ragged layout": (
+        lambda: ragged(X, G, S, rhs_layout="nk"),
+        r"rhs_layout is 'nk', need 'gkn' .* or 'gnk'",
+        (lambda: ragged(X, G_T, S, rhs_layout="gkn"), lambda: ragged(X, G, S, rhs_layout="gnk")),
+    ),
+    "ragged transpose": (
+        lambda: ragged(X, G_T, S, allow_transpose=True),
+        "leave it out",
+        (lambda: ragged(X, G_T, S),),
+    ),
+    "ragged half quantised": (
+        lambda: ragged(X, QG(), S, rhs_layout="gnk"),
+        r"rhs is quantised and lhs is not.*quantize\(lhs, \(1, 128\)\)",
+        (lambda: ragged(q(X, (1, 128)), QG(), S, rhs_layout="gnk"),),
+    ),
+    "ragged quantised k first": (
+        lambda: ragged(QA(), q(G_T, (128, 128)), S),
+        r"quantize\(rhs\.mT, \(128, 128\)\).*rhs_layout='gnk'.*allow_transpose=True",
+        (
+            lambda: ragged(QA(), q(G_T.mT, (128, 128)), S, rhs_layout="gnk"),
+            lambda: ragged(QA(), q(G_T, (128, 128)), S, allow_transpose=True),
+        ),
+    ),
+    "ragged_dot_general quantised": (
+        lambda: general(QA(), QG(), S, ROWS),
+        "ragged_dot takes quantised operands",
+        (lambda: ragged(QA(), QG(), S, rhs_layout="gnk"),),
+    ),
+    "ragged config": (
+        lambda: ragged(X.astype(F32), G_T.astype(F32), S, config=jdg.GemmConfig(64, 64, 4)),
+        "Leave config out, or convert",
+        (
+            lambda: ragged(X.astype(F32), G_T.astype(F32), S),
+            lambda: ragged(X, G_T, S, config=jdg.GemmConfig(64, 64, 4)),
+        ),
+    ),
+    "ragged groups": (
+        lambda: ragged(X, G_T, S[:2], group_offset=0),
+        "need the sizes of all groups",
+        (lambda: ragged(X, G_T, S, group_offset=0),),
+    ),
+    "ragged batch offset": (
+        lambda: general(XM, G_T, S, BATCH, group_offset=1),
+        r"group_offset with a ragged batch dimension.*Leave it out",
+        (lambda: general(XM, G_T, S, BATCH),),
+    ),
+    "ragged num_groups of rows": (
+        lambda: general(X, G_T, S, ROWS, num_groups=2),
+        "num_groups=2 is for a ragged contracting dimension.*Leave it out",
+        (lambda: general(X, G_T, S, ROWS),),
+    ),
+    "ragged offset alone": (
+        lambda: general(XK, YK, S, INNER, group_offset=1),
+        r"num_groups=\.\.\.",
+        (lambda: general(XK, YK, S, INNER, group_offset=1, num_groups=2),),
+    ),
+    "ragged num_groups": (
+        lambda: general(XK, YK, S, INNER, num_groups=2),
+        "give group_offset too",
+        (lambda: general(XK, YK, S, INNER, num_groups=2, group_offset=0),),
+    ),
+    "layer k": (lambda: layer(X, G_T, S), "passed as w.mT", (lambda: layer(X, G_T.mT, S),)),
+    "layer rank": (
+        lambda: layer(XM, G, S),
+        r"x\.reshape\(-1, x\.shape\[-1\]\), or use jax\.vmap",
+        (
+            lambda: layer(XM.reshape(-1, XM.shape[-1]), G, S),
+            lambda: jax.vmap(layer, (0, None, None))(XM, G, S),
+        ),
+    ),
+    "layer quantised x": (
+        lambda: layer(QA(), G, S),
+        "use m_grouped_fp8_gemm_nt_contiguous",
+        (lambda: m_fp8(QA(), QG(), S),),
+    ),
+    "layer recipe": (
+        lambda: layer(X, QG(), S, recipe="bf16"),
+        r"recipe='fp8', or dequantize\(w, jnp\.bfloat16\)",
+        (
+            lambda: layer(X, QG(), S, recipe="fp8"),
+            lambda: layer(X, jdg.dequantize(QG(), jnp.bfloat16), S, recipe="bf16"),
+        ),
+    ),
+    "layer block": (
+        lambda: layer(X, q(G, (128, 1)), S),
+        r"quantize\(w, \(128, 128\)\)",
+        (lambda: layer(X, q(G, (128, 128)), S), lambda: layer(X, q(G, (1, 128)), S)),
+    ),
+    "layer sizes": (
+        lambda: layer(X, G, S[:2]),
+        "with group_offset for a part of the weights",
+        (lambda: layer(X, G, S), lambda: layer(X, G[:1], S, group_offset=1)),
+    ),
+    "layer gradient": (
+        lambda: jax.grad(lambda x: layer(x, q(G, (1, 128)), S).astype(F32).sum())(X),
+        r"quantize\(w, \(128, 128\)\)",
+        (lambda: jax.grad(lambda x: layer(x, QG(), S).astype(F32).sum())(X),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_advice_works(name: str) -> None:
+    refused, says, calls = OTHERS[name]
+    with pytest.raises(EITHER, match=f"(?s){says}"):
+        jax.eval_shape(refused)
+    for call in calls:
+        jax.eval_shape(call)
+
+
+def test_another_gpu_may_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = types.SimpleNamespace(device_kind="Other GPU", compute_capability="10.0", core_count=148)
+    monkeypatch.setattr(kernel_rule, "device_of", lambda ctx: other)
+    lower = lambda: jax.jit(lambda a, b: bf16_nt(a, b)).trace(X, W).lower(lowering_platforms=("cuda",))  # noqa: E731
+    with pytest.raises(ValueError, match=r"config\.use\(fallback='reference'\)"):
+        lower()
+    with jdg.config.use(fallback="reference"):
+        assert "jax_deepgemm_launch" not in lower().as_text()
