@@ -174,11 +174,18 @@ def problems_with_grouped(p: GroupedProblem, c: GemmConfig) -> list[str]:
     return broken + problems_with(p.gemm, c)
 
 
+_IN_PARTS = {
+    ROWS: "a slice of b with group_offset= (group_sizes stay whole), and the sum of the results",
+    INNER: "num_groups= with group_offset= (group_sizes stay whole), and the results one behind the other",
+    MASKED_ROWS: "slices of the operands, and the results one behind the other",
+    MASKED_INNER: "slices of the operands, and the results one behind the other",
+}
+
+
 def _too_many(p: GroupedProblem) -> str:
     return (
         f"{p.held} groups (vmap's batch times its groups), and the kernel's table has room for "
-        f"{_MAX_SEGMENTS}. Take them in parts: a slice of b with group_offset= (group_sizes stay whole) and "
-        "the sum of the results, or jax.lax.map instead of jax.vmap"
+        f"{_MAX_SEGMENTS}. Take them in parts: {_IN_PARTS[p.grouping]}; or jax.lax.map instead of jax.vmap"
     )
 
 

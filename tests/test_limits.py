@@ -1,7 +1,10 @@
-"""Programs exported with a symbolic number of rows: right on a CPU, refused with a way out for GPUs."""
+"""What no kernel can take: symbolic sizes, other platforms, too many groups. Refused with a way out; symbolic
+sizes are right on a CPU.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -143,20 +146,66 @@ def test_other_platforms_are_refused(platform: str) -> None:
     assert make("cuda", "cpu").platforms == ("cuda", "cpu")
 
 
-def test_too_many_groups_for_one_kernel() -> None:
-    x, sizes = jax.ShapeDtypeStruct((64, 16), BF16), jax.ShapeDtypeStruct((2049,), jnp.int32)
-    experts = jax.ShapeDtypeStruct((2049, 8, 16), BF16)
+def rows_in_parts(x: Any, b: Any, sizes: Any) -> Any:
+    whole = jdg.m_grouped_bf16_gemm_nt_contiguous
+    return whole(x, b[:2000], sizes, group_offset=0) + whole(x, b[2000:], sizes, group_offset=2000)
 
-    def lower(function: Callable[..., Any], *types: Any) -> str:
+
+def inner_in_parts(x: Any, y: Any, sizes: Any) -> Any:
+    part = functools.partial(jdg.k_grouped_bf16_gemm_tn_contiguous, x, y, sizes)
+    return jnp.concatenate(
+        [part(num_groups=2000, group_offset=0), part(num_groups=49, group_offset=2000)], axis=0
+    )
+
+
+def masked_in_parts(x: Any, b: Any, sizes: Any) -> Any:
+    whole = jdg.m_grouped_bf16_gemm_nt_masked
+    return jnp.concatenate([whole(*(z[cut] for z in (x, b, sizes))) for cut in (np.s_[:2000], np.s_[2000:])])
+
+
+def one_after_the_other(x: Any, b: Any, sizes: Any) -> Any:
+    return jax.lax.map(lambda z: jdg.m_grouped_bf16_gemm_nt_contiguous(*z), (x, b, sizes))
+
+
+TOO_MANY: dict[str, tuple[Any, Any, list[tuple[int, ...]], str]] = {
+    "rows": (
+        jdg.m_grouped_bf16_gemm_nt_contiguous,
+        rows_in_parts,
+        [(64, 16), (2049, 8, 16), (2049,)],
+        r"2049 groups .*room for 2048\. .*a slice of b with group_offset=.*sum",
+    ),
+    "inner": (
+        jdg.k_grouped_bf16_gemm_tn_contiguous,
+        inner_in_parts,
+        [(64, 16), (64, 8), (2049,)],
+        r"2049 groups .*num_groups= with group_offset=",
+    ),
+    "masked": (
+        jdg.m_grouped_bf16_gemm_nt_masked,
+        masked_in_parts,
+        [(2049, 8, 16), (2049, 8, 16), (2049,)],
+        r"2049 groups .*slices of the operands",
+    ),
+    "vmap": (
+        jax.vmap(jdg.m_grouped_bf16_gemm_nt_contiguous),
+        one_after_the_other,
+        [(3, 64, 16), (3, 1000, 8, 16), (3, 1000)],
+        r"3000 groups .*jax\.lax\.map",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOO_MANY)
+def test_too_many_groups_for_one_kernel(name: str) -> None:
+    pytest.importorskip("cuda.core")
+    whole, in_parts, shapes, says = TOO_MANY[name]
+    types = [jax.ShapeDtypeStruct(shape, BF16) for shape in shapes[:2]]
+    types += [jax.ShapeDtypeStruct(shapes[2], jnp.int32)]
+
+    def lower(function: Callable[..., Any]) -> str:
         return jax.jit(function).trace(*types).lower(lowering_platforms=("cuda",)).as_text()
 
-    def in_parts(x: Any, b: Any, sizes: Any) -> Any:
-        whole = jdg.m_grouped_bf16_gemm_nt_contiguous
-        return whole(x, b[:2000], sizes, group_offset=0) + whole(x, b[2000:], sizes, group_offset=2000)
-
-    pytest.importorskip("cuda.core")
-    with pytest.raises(ValueError, match=r"2049 groups.*room for 2048\. .*group_offset=") as caught:
-        lower(jdg.m_grouped_bf16_gemm_nt_contiguous, x, experts, sizes)
+    with pytest.raises(ValueError, match=says) as caught:
+        lower(whole)
     assert "slabs" not in str(caught.value)
-    assert "4096" not in str(caught.value)
-    assert lower(in_parts, x, experts, sizes).count("@jax_deepgemm_launch") == 2
+    assert lower(in_parts).count("@jax_deepgemm_launch") == (1 if name == "vmap" else 2)
