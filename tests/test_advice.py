@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 import jax_deepgemm as jdg
+import op_checks
 import test_gemm_errors as dense
 import test_grouped_errors as grouped
 from jax_deepgemm.core import kernel_rule
@@ -343,3 +345,53 @@ def test_another_gpu_may_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> N
         lower()
     with jdg.config.use(fallback="reference"):
         assert "jax_deepgemm_launch" not in lower().as_text()
+
+
+# On a mesh
+
+ROW_CUT, K_CUT = jax.P("x", None), jax.P(None, "y")
+
+
+def placed(mode: str, *specs: jax.P) -> list[jax.Array]:
+    mesh = op_checks.make_mesh(mode)
+    arrays = (jnp.ones((8, 256), BF16), jnp.ones((16, 256), BF16))
+    return [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+
+
+def test_a_cut_sum_takes_the_out_sharding_that_is_asked_for() -> None:
+    a, b = placed("explicit", K_CUT, K_CUT)
+    with pytest.raises(ValueError, match=r"say out_sharding=jax\.P\(\.\.\.\)"):
+        jax.eval_shape(bf16_nt, a, b)
+    for spec in (jax.P(None, None), ROW_CUT):
+        assert jax.eval_shape(lambda a, b, s=spec: bf16_nt(a, b, out_sharding=s), a, b).sharding.spec == spec
+
+
+def test_an_out_sharding_that_cannot_be_is_a_reshard_of_one_that_can() -> None:
+    a, b = placed("explicit", jax.P(None, None), jax.P(None, None))
+    wanted = jax.P(None, ("x", "y"))
+    with pytest.raises(
+        ValueError, match=r"the op can give .*\. Ask for that, and reshard the result"
+    ) as caught:
+        jax.eval_shape(lambda a, b: bf16_nt(a, b, out_sharding=jax.P("x", "x")), a, b)
+    assert f"can give {ROW_CUT}:" in str(caught.value)
+
+    def followed(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.sharding.reshard(bf16_nt(a, b, out_sharding=ROW_CUT), wanted)
+
+    with jax.set_mesh(op_checks.make_mesh("explicit")):
+        assert jax.eval_shape(followed, a, b).sharding.spec == wanted
+
+
+def test_export_over_several_devices() -> None:
+    def export(function: Any, operands: list[jax.Array]) -> Any:
+        return jax.export.export(jax.jit(function), disabled_checks=jdg.export_checks)(*operands)
+
+    with pytest.raises(
+        NotImplementedError, match=r"Use Explicit axes, .* or jax\.shard_map over all mesh axes"
+    ):
+        export(lambda a, b: bf16_nt(a, b), placed("auto", ROW_CUT, jax.P()))
+    assert export(bf16_nt, placed("explicit", ROW_CUT, jax.P(None, None))).nr_devices == 8
+    operands = placed("auto", ROW_CUT, jax.P())
+    mesh = operands[0].sharding.mesh
+    mapped = jax.shard_map(bf16_nt, mesh=mesh, in_specs=(ROW_CUT, jax.P()), out_specs=ROW_CUT)
+    assert export(mapped, operands).nr_devices == 8
