@@ -207,11 +207,11 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> ExplainedCall:
+    if op.without_kernel is not None:
+        return _without_kernel(op, avals, params)
     refusal = kernel_rule.symbolic_shapes(op, avals)
     if refusal:
         raise ValueError(refusal)
-    if op.without_kernel is not None:
-        return _without_kernel(op, avals, params)
     ins, outs, carried, problem = _at_kernel(op, avals, params)
     kernels, scratch, note = _compiled(op, ins, outs, carried, chip, params)
     ranked: list[tuple[GemmConfig, Cost]] = []

@@ -126,6 +126,8 @@ def test_explain_says_so() -> None:
     (b,) = export.symbolic_shape("b")
     with pytest.raises(ValueError, match=r"bf16_gemm_nt: operands .*static shapes"):
         jdg.explain(lambda x: jdg.bf16_gemm_nt(x, W), jax.ShapeDtypeStruct((b, 160), BF16))
+    (call,) = jdg.explain(CASES["ragged_dot float32"][0], jax.ShapeDtypeStruct((b, 160), BF16), show=False)
+    assert "float32[b, 160]" in call.problem
 
 
 @pytest.mark.parametrize("platform", ["rocm", "tpu"])
