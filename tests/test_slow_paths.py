@@ -57,6 +57,17 @@ def test_an_algorithm_that_is_the_kernels_reaches_them(how: str, dtype: Any, not
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(jaxs, np.float32))
 
 
+def test_blocks_without_a_kernel_are_said(notes: Any) -> None:
+    x = operands()[0]
+    lowered(lambda x: jdg.quantize(x, (1, 32)).values, x)
+    assert len(notes()) == 1
+    assert "block (1, 32) runs on XLA: there are kernels for (1, 128), (128, 128), (128, 1)" in notes()[0]
+    lowered(lambda x: jdg.quantize(x, (1, 64)).values, x, platforms=("cpu",))
+    assert len(notes()) == 1
+    (call,) = jdg.explain(lambda x: jdg.quantize(x, (1, 32)).values, x, show=False)
+    assert call.note.endswith("(128, 1).")
+
+
 def test_float32_keeps_its_gradients_dtype() -> None:
     """Rounded to bfloat16 by the caller's word, forward and backward; gradients have the operands' dtype."""
     pytest.importorskip("cuda.core")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.quantization.array import FP8_MAX, Block, QuantizedArray, as_dtype, check_block
 from jax_deepgemm.quantization.ops import dequantize_op, quantize_op
 
@@ -113,6 +114,7 @@ def checked_input(
     x: Any, block: Any, dtype: Any, scale_format: str, where: str = "quantize"
 ) -> tuple[jax.Array, Block, np.dtype]:
     """x as an array, the block and the dtype, checked; `where` is the function that errors name."""
+    x = unwrapped(x)
     if isinstance(x, QuantizedArray):
         raise TypeError(
             f"{where}: x is a QuantizedArray already. For another block or type: quantize(dequantize(x), "

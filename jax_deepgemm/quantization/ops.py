@@ -75,7 +75,16 @@ def quantize_op(block: Block, dtype: np.dtype, scale_format: str, min_amax: floa
         blocks=_blocks(block),
         spmd=functools.partial(_quantize_shard, block, dtype, scale_format, min_amax),
         kernel=LazyKernel(KERNELS, "quantize", **form) if block in KERNEL_BLOCKS else None,
+        without_kernel=functools.partial(_on_xla, block),
         grad_hint=HINT,
+    )
+
+
+def _on_xla(block: Block, avals: Sequence[Any], **_: Any) -> str:
+    x = avals[0]
+    return (
+        f"quantize of {np.dtype(x.dtype).name} {list(x.shape)} with block {block} runs on XLA: there are kernels "
+        f"for {', '.join(map(str, KERNEL_BLOCKS))}."
     )
 
 
