@@ -182,13 +182,16 @@ class MoE(nnx.Module):
 
     def _through(self, experts: Any, x: Any, with_load: bool) -> Any:
         x = as_input("MoE", x, self.dtype)
-        tokens = Tokens.of(x if x.ndim > 1 else x[None])
-        flat = _cut(tokens.flatten(x if x.ndim > 1 else x[None]), tokens.flat_spec(()))
+        given = x if x.ndim > 1 else x[None]
+        tokens = Tokens.of(given)
+        whole = _cut(given, tokens.full_spec(()))  # every device has all features of its tokens
+        flat = tokens.flatten(whole)
         ids, weights = self._route(flat)
         y, dropped = experts(flat, ids, weights)
-        y = tokens.unflatten(_cut(y, tokens.flat_spec(()))).reshape(x.shape)
+        y = tokens.unflatten(_cut(y, tokens.flat_spec(())))
         if self.shared is not None:
-            y = y + self.shared(x)
+            y = y + self.shared(whole)
+        y = _cut(y, jax.typeof(given).sharding.spec).reshape(x.shape)
         return (y, Load(_count(ids, self.num_experts), dropped)) if with_load else y
 
     def _experts(self, *routed: jax.Array) -> tuple[jax.Array, jax.Array]:
