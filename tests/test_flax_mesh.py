@@ -23,7 +23,7 @@ def make_mesh(kind) -> jax.sharding.Mesh:
 
 def make_moe(**options) -> MoE:
     options = {"expert_axis": "expert", "recipe": "bf16", "rngs": nnx.Rngs(0), **options}
-    return MoE(128, 64, num_experts=8, top_k=2, shared_intermediate=64, **options)
+    return MoE(128, 64, num_experts=8, top_k=2, **options)
 
 
 def assert_cut(weight: nnx.Param, whole: nnx.Param, local: tuple[int, ...]) -> None:
@@ -85,7 +85,7 @@ def test_weights_that_the_mesh_cannot_cut_are_refused_with_a_way_out() -> None:
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])
 def test_a_linear_layer_cut_along_its_inputs_says_how_the_result_is_cut(recipe: str) -> None:
     x = jax.random.normal(jax.random.key(1), (4, 8, 512), jnp.bfloat16)
-    want = Linear(512, 256, recipe=recipe, rngs=nnx.Rngs(0))(x)
+    want, vector = Linear(512, 256, recipe=recipe, rngs=nnx.Rngs(0))(x), x[0, 0]
     mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
         layer = Linear(512, 256, recipe=recipe, sharding=P(None, "expert"), rngs=nnx.Rngs(0))
@@ -94,21 +94,35 @@ def test_a_linear_layer_cut_along_its_inputs_says_how_the_result_is_cut(recipe: 
             y = layer(x, out_sharding=spec)
             assert y.sharding.spec == spec
             np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(want, np.float32), atol=0.05)
-        assert layer(x[0, 0], out_sharding=P("expert")).sharding.spec == P("expert")
+        assert layer(vector, out_sharding=P("expert")).sharding.spec == P("expert")
 
 
-@pytest.mark.parametrize("spec", [P("data", None, None), P(None, "expert", None), P("data", None, "expert")])
+@pytest.mark.parametrize("spec", [P(None, "expert", None), P("data", None, "expert")])
 def test_results_of_experts_are_cut_as_the_tokens_on_explicit_axes(spec: P) -> None:
     x = jax.random.normal(jax.random.key(1), (8, 4, 128), jnp.bfloat16)
-    want, mesh = make_moe(expert_axis=None)(x), make_mesh(AxisType.Explicit)
+    want = make_moe(expert_axis=None, shared_intermediate=64)(x)
+    mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
-        graph, state = nnx.split(make_moe())
+        graph, state = nnx.split(make_moe(shared_intermediate=64))
 
         @jax.jit
-        def twice(state, x):
+        def in_a_loop(state, x):
             y, _ = jax.lax.scan(lambda x, _: (nnx.merge(graph, state)(x), None), x, length=1)
             return y
 
-        y = twice(state, jax.device_put(x, NamedSharding(mesh, spec)))
+        y = in_a_loop(state, jax.device_put(x, NamedSharding(mesh, spec)))
     assert y.sharding.spec == spec
     np.testing.assert_array_equal(y, want)
+
+
+def test_experts_without_an_axis_refuse_cut_tokens_on_explicit_axes_and_the_advice_works() -> None:
+    mesh = jax.make_mesh((8, 1), ("data", "expert"), axis_types=(AxisType.Explicit,) * 2)
+    x = jax.random.normal(jax.random.key(1), (16, 128), jnp.bfloat16)
+    with jax.set_mesh(mesh):
+        layer = make_moe(expert_axis=None)
+        cut = jax.device_put(x, NamedSharding(mesh, P("data")))
+        with pytest.raises(ValueError, match=r"cut over \('data',\) .* no expert_axis.*jax.shard_map"):
+            layer(cut)
+        assert jax.eval_shape(make_moe(), cut).sharding.spec == P("data", None)
+        local = jax.shard_map(layer, in_specs=P("data"), out_specs=P("data"))
+        assert jax.eval_shape(local, cut).shape == x.shape
