@@ -71,6 +71,18 @@ def test_no_device_ever_holds_all_experts(kind) -> None:
     assert memory.temp_size_in_bytes < 3 * part < 8 * 128 * 256 * 4
 
 
+@KINDS
+def test_moments_of_an_optimizer_are_cut_as_their_weights(kind) -> None:
+    optax = pytest.importorskip("optax")
+    with jax.set_mesh(make_mesh(kind)):
+        layer = Linear(128, 64, sharding=P("expert"), use_bias=False, recipe="bf16", rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(layer, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+        moments = optimizer.opt_state[0].trace["weight"]
+        assert moments.get_value().addressable_shards[0].data.shape == (16, 128)
+        optimizer.update(layer, jax.tree.map(jnp.ones_like, nnx.state(layer, nnx.Param)))
+        assert layer.weight.get_value().addressable_shards[0].data.shape == (16, 128)
+
+
 def test_weights_that_the_mesh_cannot_cut_are_refused_with_a_way_out() -> None:
     with jax.set_mesh(make_mesh(AxisType.Auto)):
         with pytest.raises(ValueError, match=r"MoE: a weight \[6, 128, 128\].*6 is no multiple of 4 devices"):

@@ -96,7 +96,7 @@ class Linear(nnx.Module):
         """
         x = as_input("Linear", x, self.dtype)
         y = linear(self.recipe, x, self.weight.get_value(), out_sharding)
-        return y if self.bias is None else (y + self.bias.get_value().astype(jnp.float32)).astype(y.dtype)
+        return y if self.bias is None else _add(y, self.bias.get_value())
 
     @classmethod
     def from_nnx(cls, linear: nnx.Linear, *, recipe: str = "fp8") -> Linear:
@@ -162,6 +162,12 @@ class Linear(nnx.Module):
         if self.bias is not None:
             linear.bias = self.bias.copy()
         return linear
+
+
+def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y [.., n] + bias [n], rounded once, without implicit promotion of dtypes or ranks."""
+    wide = jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+    return (y.astype(jnp.float32) + wide).astype(y.dtype)
 
 
 def _transposed(weight: nnx.Variable) -> nnx.Variable:

@@ -264,4 +264,5 @@ def _cut(x: jax.Array, spec: P) -> jax.Array:
 
 def _count(ids: jax.Array, experts: int) -> jax.Array:
     """How often each expert is in ids [t, top_k]."""
-    return jnp.sum(ids[..., None] == jnp.arange(experts), axis=(0, 1), dtype=jnp.int32)
+    each = jnp.arange(experts, dtype=ids.dtype)[None, None]
+    return jnp.sum(ids[..., None] == each, axis=(0, 1), dtype=jnp.int32)
