@@ -249,7 +249,7 @@ def test_layers_promote_nothing_implicitly(recipe: str) -> None:
     x = normal(1, 4, 128)
 
     def loss(layer, x: jax.Array) -> jax.Array:
-        y, load = layer(x, with_load=True) if isinstance(layer, MoE) else (layer(x), None)
+        y = layer(x, with_load=True)[0] if isinstance(layer, MoE) else layer(x)
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

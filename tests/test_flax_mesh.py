@@ -134,7 +134,10 @@ def test_experts_without_an_axis_refuse_cut_tokens_on_explicit_axes_and_the_advi
         layer = make_moe(expert_axis=None)
         cut = jax.device_put(x, NamedSharding(mesh, P("data")))
         with pytest.raises(ValueError, match=r"cut over \('data',\) .* no expert_axis.*jax.shard_map"):
-            layer(cut)
+            jax.eval_shape(layer, cut)
         assert jax.eval_shape(make_moe(), cut).sharding.spec == P("data", None)
-        local = jax.shard_map(layer, in_specs=P("data"), out_specs=P("data"))
-        assert jax.eval_shape(local, cut).shape == x.shape
+        graph, state = nnx.split(layer)
+        local = jax.shard_map(
+            lambda state, x: nnx.merge(graph, state)(x), in_specs=(P(), P("data")), out_specs=P("data")
+        )
+        assert jax.eval_shape(local, state, cut).shape == x.shape
