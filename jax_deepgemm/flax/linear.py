@@ -30,10 +30,10 @@ class Linear(nnx.Module):
     >>> y.shape, y.dtype.name
     ((2, 8, 512), 'bfloat16')
 
-    Arguments and the scale of the initial weights are those of `nnx.Linear`. What differs: the weight is
-    stored [out, in], as the kernels read it; y has the dtype of x where `nnx.Linear` promotes x with its
-    kernel (bfloat16 x and a float32 weight: bfloat16 here, float32 there); products are in FP8 or bfloat16,
-    whatever the dtypes, with float32 sums; float16 is no dtype of them.
+    Arguments that `nnx.Linear` has too mean the same, and equal seeds give equal initial weights. What
+    differs: the weight is stored [out, in], as the kernels read it; y has the dtype of x where `nnx.Linear`
+    promotes x with its kernel (bfloat16 x and a float32 weight: bfloat16 here, float32 there); products are
+    in FP8 or bfloat16, whatever the dtypes, with float32 sums; float16 is none of the dtypes.
 
     Attributes:
       weight: nnx.Param [out_features, in_features], the master weight; after `quantize_module` a
