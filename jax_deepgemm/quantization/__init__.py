@@ -23,6 +23,9 @@ from jax_deepgemm.quantization.scale_layout import (
     transform_sf_into_required_layout,
     unpack_ue8m0_from_int,
 )
+from jax_deepgemm.quantization.serialization import register as _register
+
+_register()
 
 __all__ = [
     "QuantizedArray",
