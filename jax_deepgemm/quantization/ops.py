@@ -83,8 +83,8 @@ def quantize_op(block: Block, dtype: np.dtype, scale_format: str, min_amax: floa
 def _on_xla(block: Block, avals: Sequence[Any], **_: Any) -> str:
     x = avals[0]
     return (
-        f"quantize of {np.dtype(x.dtype).name} {list(x.shape)} with block {block} runs on XLA: there are kernels "
-        f"for {', '.join(map(str, KERNEL_BLOCKS))}."
+        f"quantize of {np.dtype(x.dtype).name} {list(x.shape)} with block {block} runs on XLA: there are "
+        f"kernels for {', '.join(map(str, KERNEL_BLOCKS))}."
     )
 
 
