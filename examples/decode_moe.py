@@ -1,5 +1,6 @@
 """Generates text with the model of train_moe_lm.py, token by token: masked experts, KV cache, FP8 weights.
 
+    pip install '.[flax]'                         # in the clone; with a GPU '.[cuda13,flax]'
     python examples/decode_moe.py                                          # tiny, random weights, a CPU
     python examples/train_moe_lm.py --save && python examples/decode_moe.py --weights out/weights-fp8
     python examples/decode_moe.py --config h200 --batch 64                 # random weights of the full size
@@ -18,41 +19,45 @@ import time
 from pathlib import Path
 from typing import Any
 
+try:
+    from flax import nnx
+except ImportError as error:
+    sys.exit(f"{error}. Install it in the clone: pip install '.[flax]' (with a GPU: '.[cuda13,flax]')")
+
 import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from moe_lm import CONFIGS, Config, LanguageModel
 
+from jax_deepgemm.cli.arguments import Parser, from_zero, input_folder, whole
 from jax_deepgemm.flax import quantize_module
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    number = whole(1, 1 << 20)
     parser.add_argument("--config", choices=CONFIGS, default="tiny")
     parser.add_argument(
-        "--weights", type=Path, help="folder that train_moe_lm.py --save wrote (default: random)"
+        "--weights", type=input_folder, help="folder that train_moe_lm.py --save wrote (default: random)"
     )
     parser.add_argument(
         "--recipe", choices=("fp8", "bf16"), default="fp8", help="fp8: weights are quantised once"
     )
-    parser.add_argument("--layers", type=int, help="as in training (default: the configuration's)")
-    parser.add_argument("--batch", type=int, default=4, help="sequences at a time")
-    parser.add_argument("--tokens", type=int, default=64, help="bytes to generate for each")
+    parser.add_argument("--layers", type=number, help="as in training (default: the configuration's)")
+    parser.add_argument("--batch", type=number, default=4, help="sequences at a time")
+    parser.add_argument("--tokens", type=number, default=64, help="bytes to generate for each")
     parser.add_argument("--prompt", default="def main(", help="the same for all sequences")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte")
+    parser.add_argument("--temperature", type=from_zero, default=0.8, help="0 takes the likeliest byte")
     parser.add_argument(
         "--loop", choices=("step", "scan"), default="step", help="one program per token, or one for all"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0, 2**31 - 1), default=0)
     args = parser.parse_args(arguments)
-    if not args.prompt or args.tokens < 1:
-        parser.error("need a prompt of at least one byte and --tokens of at least 1")
+    if not args.prompt:
+        parser.error("argument --prompt: is empty, need at least one byte")
     return args
 
 

@@ -123,8 +123,8 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, recipe: str, rngs: nnx.Rngs) -> None:
         self.heads, self.head_dim = config.heads, config.head_dim
         inner = config.heads * config.head_dim
-        self.qkv = Linear(config.hidden, 3 * inner, recipe=recipe, rngs=rngs)
-        self.out = Linear(inner, config.hidden, recipe=recipe, rngs=rngs)
+        self.qkv = Linear(config.hidden, 3 * inner, use_bias=False, recipe=recipe, rngs=rngs)
+        self.out = Linear(inner, config.hidden, use_bias=False, recipe=recipe, rngs=rngs)
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         shape = (*x.shape[:-1], self.heads, self.head_dim)
@@ -163,6 +163,7 @@ class Block(nnx.Module):
             config.top_k,
             shared_intermediate=config.intermediate,
             recipe=recipe,
+            score="sigmoid",
             expert_axis=None if mesh is None else "expert",
             mesh=mesh,
             method=config.method,

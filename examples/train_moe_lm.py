@@ -1,5 +1,6 @@
 """Trains a small mixture-of-experts language model in BF16 and in FP8 from equal seeds and compares losses.
 
+    pip install '.[flax]'                                      # in the clone; with a GPU '.[cuda13,flax]'
     python examples/train_moe_lm.py                            # tiny: a CPU, two minutes
     python examples/train_moe_lm.py --config h200              # 64 experts, 1.7e9 parameters: one H200
     python examples/train_moe_lm.py --config h200 --mesh 2x2   # four: data x expert
@@ -33,15 +34,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+try:
+    import optax
+    from flax import nnx
+except ImportError as error:
+    sys.exit(f"{error}. Install it in the clone: pip install '.[flax]' (with a GPU: '.[cuda13,flax]')")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from moe_lm import CONFIGS, Config, LanguageModel, batches, parameter_count, standard_library
 
+from jax_deepgemm.cli.arguments import Parser, above_zero, names_of, output_folder, whole
 from jax_deepgemm.cli.text import Progress
 from jax_deepgemm.flax import Load, named_shardings
 
@@ -73,42 +79,53 @@ class Curve:
         return float(np.mean(self.loss[-math.ceil(len(self.loss) / 10) :]))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    number = whole(1, 2**31 - 1)
     parser.add_argument("--config", choices=CONFIGS, default="tiny")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: the configuration's)")
-    parser.add_argument("--layers", type=int, help="blocks of the model (default: the configuration's)")
-    parser.add_argument("--batch", type=int, help="sequences of a step (default: the configuration's)")
+    parser.add_argument("--steps", type=number, help="optimizer steps (default: the configuration's)")
+    parser.add_argument("--layers", type=number, help="blocks of the model (default: the configuration's)")
+    parser.add_argument("--batch", type=number, help="sequences of a step (default: the configuration's)")
     parser.add_argument(
         "--method", choices=("all_to_all", "ragged"), help="how tokens travel to their experts"
     )
     parser.add_argument(
-        "--capacity-factor", type=float, help="room for them, 1: a balanced load (default: any)"
+        "--capacity-factor", type=above_zero, help="room for them, 1: a balanced load (default: any)"
     )
-    parser.add_argument("--mesh", metavar="DATAxEXPERT", help="devices (default: all, 1 x all)")
-    parser.add_argument("--recipes", default="bf16,fp8", help="of bf16 and fp8, one or both")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for results")
+    parser.add_argument(
+        "--mesh", type=mesh_shape, metavar="DATAxEXPERT", help="devices (default: all, 1 x all)"
+    )
+    parser.add_argument(
+        "--recipes",
+        type=names_of(RECIPES, "recipe"),
+        default=list(RECIPES),
+        help="of bf16 and fp8, one or both (default bf16,fp8)",
+    )
+    parser.add_argument("--seed", type=whole(0, 2**31 - 1), default=0)
+    parser.add_argument("--out", type=output_folder, default=Path("out"), help="folder for results")
     parser.add_argument("--save", action="store_true", help="also write the trained weights (float32)")
     parser.add_argument("--distributed", action="store_true", help="this is one of several processes")
     environment = os.environ.get
     parser.add_argument("--coordinator", default=environment("COORDINATOR"), help="HOST:PORT of process 0")
-    parser.add_argument("--processes", type=int, default=environment("PROCESSES"))
-    parser.add_argument("--process", type=int, default=environment("PROCESS"), help="this one's number")
+    parser.add_argument("--processes", type=number, default=environment("PROCESSES"))
+    parser.add_argument(
+        "--process", type=whole(0, 2**31 - 1), default=environment("PROCESS"), help="this one's number"
+    )
+    return parser
+
+
+def mesh_shape(text: str) -> tuple[int, int]:
+    sizes = text.split("x")
+    if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"got {text!r}, need two numbers of devices, as 2x2")
+    return int(sizes[0]), int(sizes[1])
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(arguments)
-    args.recipes = args.recipes.split(",")
-    if not set(args.recipes) <= set(RECIPES):
-        parser.error(f"--recipes is {','.join(args.recipes)}, need bf16, fp8 or bf16,fp8")
-    if args.mesh is not None:
-        try:
-            data, expert = args.mesh.split("x")
-            args.mesh = int(data), int(expert)
-        except ValueError:
-            parser.error(f"--mesh is {args.mesh}, need two numbers, as 2x2")
     if args.distributed and None in (args.coordinator, args.processes, args.process):
-        parser.error("--distributed needs --coordinator, --processes and --process")
+        parser.error("argument --distributed: needs --coordinator, --processes and --process")
     return args
 
 
@@ -123,7 +140,10 @@ def start(args: argparse.Namespace) -> Mesh:
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
     shape = args.mesh or (1, jax.device_count())
     if math.prod(shape) > jax.device_count():
-        sys.exit(f"--mesh needs {math.prod(shape)} devices, there are {jax.device_count()}: {jax.devices()}")
+        make_parser().error(
+            f"argument --mesh: needs {math.prod(shape)} devices, there are {jax.device_count()}: "
+            f"{jax.devices()}"
+        )
     devices = jax.devices()[: math.prod(shape)]
     return jax.make_mesh(shape, ("data", "expert"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
@@ -181,8 +201,6 @@ class Training:
     def update(self, state: State, tokens: jax.Array) -> tuple[State, jax.Array]:
         """One step: the new state; [loss, largest load of an expert over the mean load, copies dropped]."""
         params, rest, moments = state
-        # Of the sum: scales of FP8 have a floor (an amax of 1e-4), which the gradients of a mean over many
-        # tokens fall below.
         (total, load), gradients = jax.value_and_grad(self.loss, has_aux=True)(params, rest, tokens)
         count = tokens[:, 1:].size
         gradients = jax.tree.map(lambda gradient: gradient / count, gradients)
@@ -250,7 +268,7 @@ def write(out: Path, config: Config, mesh: Mesh, seed: int, curves: dict[str, Cu
     try:
         import matplotlib
     except ImportError:
-        say("No loss.png: matplotlib is missing; pip install 'jax-deepgemm[bench]'")
+        say("No loss.png: matplotlib is missing; pip install matplotlib")
         return
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -292,7 +310,9 @@ def main(arguments: list[str] | None = None) -> int:
     }
     config = dataclasses.replace(CONFIGS[args.config], **given)
     if config.batch % mesh.size:
-        sys.exit(f"a batch of {config.batch} sequences cannot be cut over {mesh.size} devices; see --batch")
+        make_parser().error(
+            f"argument --batch: {config.batch} sequences cannot be cut over {mesh.size} devices"
+        )
     text = standard_library()
     shape = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
     say(f"{len(text) / 1e6:.1f} MB of text; mesh {shape} of {jax.devices()[0].device_kind}")

@@ -10,6 +10,9 @@ import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers of several tests
+
+from heartbeat import Heartbeat
+
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None)
@@ -24,6 +27,8 @@ def _asks_for_gpu(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_DEEPGEMM_TUNING_FILE", "off")  # a developer's own would change what is chosen
     config.addinivalue_line("markers", "gpu: runs on a CUDA device, and only when asked for by -m gpu")
+    if not hasattr(config, "workerinput"):  # the process that reports
+        config.pluginmanager.register(Heartbeat())
     if _asks_for_gpu(config):
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -22,7 +22,7 @@ PER_ROW, BLOCKED, PER_COLUMN = (1, 128), (128, 128), (128, 1)
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 6, 256, 128, 4, 2
 
 WITHOUT_ARRAYS = {
-    "GemmConfig", "GemmProblem", "QuantizedArray", "DispatchPlan", "__version__", "config", "embed_kernels",
+    "GemmConfig", "GemmProblem", "QuantizedArray", "DEEPSEEK_V3", "DispatchPlan", "__version__", "config", "embed_kernels",
     "explain", "export_checks", "precompile", "from_tuple", "to_tuple", "from_qwix", "to_qwix",
     "scales_shape", "scales_spec", "get_tma_aligned_size", "get_k_alignment_for_contiguous_layout",
     "get_m_alignment_for_contiguous_layout", "get_mk_alignment_for_contiguous_layout",
@@ -193,6 +193,7 @@ FORWARD = (
         functools.partial(quantization.per_custom_dims_cast_to_fp8, dims=(0,)),
         ("x",),
     ),
+    Call("concatenate", lambda *parts: quantization.concatenate(parts), ("q_w_rows", "q_w_rows")),
     Call("ceil_to_ue8m0", quantization.ceil_to_ue8m0, ("scales",)),
     Call("pack_ue8m0_to_int", quantization.pack_ue8m0_to_int, ("powers",)),
     Call("unpack_ue8m0_from_int", quantization.unpack_ue8m0_from_int, ("words",)),

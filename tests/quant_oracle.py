@@ -8,11 +8,11 @@ import numpy as np
 TOP = {"float8_e4m3fn": np.float32(448), "float8_e5m2": np.float32(57344)}
 
 
-def quantize(x, block, dtype="float8_e4m3fn", scale_format="f32"):
+def quantize(x, block, dtype="float8_e4m3fn", scale_format="f32", min_amax=0.0):
     """(values, scales) of a NumPy array of rank >= 2."""
     f8 = np.dtype(getattr(ml_dtypes, dtype))
     if x.ndim > 2:
-        parts = [quantize(part, block, dtype, scale_format) for part in x]
+        parts = [quantize(part, block, dtype, scale_format, min_amax) for part in x]
         if parts:
             return np.stack([v for v, _ in parts]), np.stack([s for _, s in parts])
         grid = tuple(-(-n // b) for n, b in zip(x.shape[-2:], block, strict=True))
@@ -22,14 +22,15 @@ def quantize(x, block, dtype="float8_e4m3fn", scale_format="f32"):
     scales = np.empty((-(-rows // r), -(-cols // c)), np.float32)
     for i, j in np.ndindex(scales.shape):
         here = np.s_[i * r : (i + 1) * r, j * c : (j + 1) * c]
-        values[here], scales[i, j] = quantize_block(x[here].astype(np.float32), f8, scale_format)
+        values[here], scales[i, j] = quantize_block(x[here].astype(np.float32), f8, scale_format, min_amax)
     return values, scales
 
 
-def quantize_block(x, f8, scale_format):
-    top = TOP[f8.name]
+def quantize_block(x, f8, scale_format, min_amax):
+    top, smallest = TOP[f8.name], np.finfo(np.float32).smallest_normal
+    x = np.where(np.abs(x) < smallest, np.copysign(np.float32(0), x), x)
     finite = np.isfinite(x)
-    amax = np.float32(max(np.abs(x[finite]).max(initial=0), np.float32(1e-4)))
+    amax = np.float32(max(np.abs(x[finite]).max(initial=0), np.float32(min_amax), top * smallest))
     scale = amax / top
     if scale_format == "ue8m0":
         mantissa, exponent = np.frexp(scale)

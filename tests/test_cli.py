@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import subprocess
 import sys
 
@@ -20,15 +19,11 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in shown for name in COMMANDS)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["nothing"], ["demo", "--no-such-option"], ["compile", "--shapes", "x", "--arch", "100a"]],
-)
-def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
-        main(arguments)
+        main([])
     assert leaving.value.code == 2
-    assert "usage" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("usage: python -m jax_deepgemm [-h] [--version]")
 
 
 @pytest.mark.parametrize("command", [["info"], ["explain", "--m", "1", "--n", "1", "--k", "1"]])
@@ -78,24 +73,14 @@ def test_demo_fails_when_a_result_is_wrong(
     assert "no kernel for this" in shown.err
 
 
-def test_demo_refuses_no_tokens(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--tokens", "0"]) == 2
-    assert "--tokens is 0, need at least 1" in capsys.readouterr().err
-
-
 def test_info_says_what_is_supported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     shown = capsys.readouterr().out
-    for section in ("versions", "toolchain", "cache", "configuration", "driver", "extension", "devices"):
+    sections = "versions toolchain cache tuning configuration environment driver extension devices"
+    for section in sections.split():
         assert f"{section}\n  " in shown
+    assert "num sms: all" in shown
     assert "reference only. Ops run in their float32 reference form" in shown
-
-
-def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["versions"]["jax"]
-    assert found["cache"]["folder"]
 
 
 @pytest.mark.parametrize(
@@ -132,11 +117,6 @@ def test_explain_prints_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
         "cubin",
     ):
         assert word in shown
-
-
-def test_explain_refuses_an_empty_problem(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "--m", "0", "--n", "1", "--k", "1"]) == 2
-    assert "--m is 0, need at least 1" in capsys.readouterr().err
 
 
 class Terminal(io.StringIO):

@@ -71,7 +71,7 @@ class Small(nnx.Module):
 
     def __init__(self, recipe: str = "fp8", rngs: nnx.Rngs | None = None) -> None:
         rngs = rngs or nnx.Rngs(0)
-        self.first = Linear(256, 128, recipe=recipe, use_bias=True, rngs=rngs)
+        self.first = Linear(256, 128, recipe=recipe, rngs=rngs)
         shared = 128 if recipe == "bf16" else 0
         self.experts = small_moe(recipe=recipe, shared_intermediate=shared, rngs=rngs)
         self.scale = nnx.Param(jnp.ones(128))
@@ -83,7 +83,7 @@ class Small(nnx.Module):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_linear_is_a_product_and_a_bias(recipe: str) -> None:
-    layer = Linear(256, 128, use_bias=True, recipe=recipe, rngs=nnx.Rngs(0))
+    layer = Linear(256, 128, recipe=recipe, rngs=nnx.Rngs(0))
     layer.bias.set_value(normal(1, 128, dtype=jnp.float32))
     x = normal(2, 3, 5, 256)
     want = x.astype(jnp.float32) @ layer.weight.get_value().T + layer.bias.get_value()
@@ -95,7 +95,7 @@ def test_linear_is_a_product_and_a_bias(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_linear_has_gradients_in_the_dtype_of_its_parameters(recipe: str) -> None:
-    layer = Linear(256, 128, use_bias=True, recipe=recipe, rngs=nnx.Rngs(0))
+    layer = Linear(256, 128, recipe=recipe, rngs=nnx.Rngs(0))
     x = normal(2, 6, 256)
 
     def exact(params: dict[str, jax.Array]) -> jax.Array:
@@ -281,7 +281,7 @@ def test_importing_the_package_does_not_import_flax() -> None:
 
 
 def test_a_routers_bias_moves_against_the_load() -> None:
-    layer = small_moe()
+    layer = small_moe(balance=True)
     layer.move_bias(jnp.array([6, 2, 4, 4]), 0.5)
     assert isinstance(layer.bias, RouterBias)
     assert layer.bias.get_value().tolist() == [-0.5, 0.5, 0.0, 0.0]

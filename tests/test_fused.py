@@ -315,13 +315,16 @@ PROBLEMS = [
         for x in ("bfloat16", "float32")
         for b in KERNEL_BLOCKS
     ),
+    *(QuantizeProblem("quantize", 256, 256, block=b, min_amax=1e-4) for b in KERNEL_BLOCKS),
     *(
         QuantizeProblem("quantize", 256, cols, x, fp8)
         for cols in (128, 131, 512, 1024, 1021)
         for x, fp8 in (("bfloat16", "float8_e4m3fn"), ("float16", "float8_e5m2"), ("float32", "float8_e5m2"))
     ),
     *(
-        QuantizeProblem("quantize", *shape, x, fp8, block, True, True, block == (1, 128))
+        QuantizeProblem(
+            "quantize", *shape, x, fp8, block, transposed=True, ue8m0=True, limited=block == (1, 128)
+        )
         for x, fp8, shape in (
             ("bfloat16", "float8_e4m3fn", (256, 256)),
             ("float16", "float8_e5m2", (256, 256)),

@@ -86,7 +86,7 @@ def test_reciprocals_are_correctly_rounded_for_every_mantissa():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_extreme_magnitudes(dtype, scale_format):
-    amax = np.array([3e38, 1e30, 448.0, 1e-4, 1e-20, 1e-44, 0.0], np.float32)
+    amax = np.array([3e38, 1e30, 448.0, 1e-4, 1e-20, 1e-33, 5e-36, 1e-38, 1e-44, 0.0], np.float32)
     x = amax[:, None] * np.linspace(-1, 1, 128, dtype=np.float32)
     assert_equals_oracle(
         quantize(x, (1, 128), getattr(jnp, dtype), scale_format), x, (1, 128), dtype, scale_format
@@ -95,8 +95,24 @@ def test_extreme_magnitudes(dtype, scale_format):
 
 def test_blocks_of_zeros_have_a_scale_that_is_not_zero():
     q = quantize(jnp.zeros((2, 128)))
-    assert np.asarray(q.scales).ravel().tolist() == [float(np.float32(1e-4) / np.float32(448))] * 2
+    assert np.asarray(q.scales).ravel().tolist() == [2.0**-126] * 2
+    assert not np.asarray(q.values.astype(jnp.float32)).any()
     assert not np.asarray(dequantize(q)).any()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_min_amax_is_a_lower_bound_of_amax(block):
+    x = draw((130, 200)) * np.float32(1e-5)
+    q = jax.jit(functools.partial(quantize, block=block, min_amax=1e-4))(x)
+    values, scales = quant_oracle.quantize(x, block, min_amax=1e-4)
+    np.testing.assert_array_equal(q.scales, scales)
+    np.testing.assert_array_equal(np.asarray(q.values).view(np.uint8), values.view(np.uint8))
+
+
+@pytest.mark.parametrize("min_amax", [-1.0, float("nan"), float("inf"), None, "1e-4", True])
+def test_min_amax_is_checked(min_amax):
+    with pytest.raises(ValueError, match=r"min_amax is .*need a Python number from 0 on"):
+        quantize(jnp.ones((2, 128)), min_amax=min_amax)
 
 
 def test_largest_values_are_used():
@@ -128,7 +144,7 @@ def test_nan_and_infinities_touch_no_other_element(dtype, scale_format):
 
 def test_a_block_without_finite_elements():
     q = quantize(jnp.full((1, 128), jnp.nan))
-    assert np.asarray(q.scales).item() == np.float32(1e-4) / np.float32(448)
+    assert np.asarray(q.scales).item() == 2.0**-126
     assert np.isnan(np.asarray(dequantize(q))).all()
 
 
@@ -333,7 +349,7 @@ X = np.ones((4, 256), np.float32)
         (
             lambda: dequantize(QuantizedArray(quantize(X).values, jnp.ones((4, 3)), (1, 128))),
             ValueError,
-            r"scales of q are \[4, 3\] for values \[4, 256\] with block \(1, 128\), need \[4, 2\].*Pass",
+            r"scales of operand are \[4, 3\] for values \[4, 256\] with .*, need \[4, 2\].*Pass",
         ),
     ],
 )

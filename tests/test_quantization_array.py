@@ -13,9 +13,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jax_deepgemm
 import op_checks
 from jax_deepgemm.quantization import (
     QuantizedArray,
+    concatenate,
     dequantize,
     from_qwix,
     from_tuple,
@@ -149,7 +151,7 @@ def test_leading_dimensions_can_be_indexed():
         (
             lambda q: QuantizedArray(q.values, q.scales, (1, -1)).check("f"),
             ValueError,
-            r"f: block is \(1, -1\)",
+            r"block is \(1, -1\), need two positive integers",
         ),
     ],
 )
@@ -290,8 +292,46 @@ def test_qwix(qwix, shape, block):
 def test_qwix_scale_of_a_whole_dimension(qwix):
     q = make(256, 100, block=(1, 100))
     array = qwix.QArray(qvalue=q.values, scale=q.scales)
-    assert from_qwix(array).block == (1, 100)
-    assert_equal(from_qwix(array, (1, 128)), QuantizedArray(q.values, q.scales, (1, 128)))
+    assert_equal(from_qwix(array), QuantizedArray(q.values, q.scales, (1, 128)))
+    assert_equal(from_qwix(array, (1, 100)), q)
+
+
+@pytest.mark.parametrize(
+    ("grid", "block"),
+    [((256, 1), (1, 128)), ((1, 300), (128, 1)), ((1, 1), (128, 128)), ((256, 3), (1, 100))],
+)
+def test_qwix_scales_are_repeated_to_blocks_that_multiply(qwix, grid, block):
+    """Channelwise along either dimension, and per tensor; tiles of 100 stay what they are."""
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.standard_normal((256, 300)), jnp.float8_e4m3fn)
+    scales = jnp.asarray(rng.uniform(1, 2, grid), jnp.float32)
+    got = from_qwix(qwix.QArray(qvalue=values, scale=scales))
+    assert got.block == block
+    wide = np.broadcast_to(np.repeat(scales, 300 // grid[1], 1), (256, 300))
+    np.testing.assert_array_equal(dequantize(got), values.astype(jnp.float32) * wide)
+
+
+def test_qwix_tiles_of_many_blocks(qwix):
+    q = make(4, 512, block=(1, 256))
+    got = from_qwix(qwix.QArray(qvalue=q.values, scale=q.scales))
+    assert got.block == (1, 128)
+    np.testing.assert_array_equal(dequantize(got), dequantize(q))
+
+
+def test_qwix_channelwise_weights_multiply(qwix):
+    x, w = make(8, 256), make(136, 256, block=(1, 256))
+    got = jax_deepgemm.fp8_gemm_nt(x, from_qwix(qwix.QArray(qvalue=w.values, scale=w.scales)))
+    want = dequantize(x) @ dequantize(w).T
+    np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e8m0fnu"])
+def test_qwix_narrow_scales_become_float32(qwix, dtype):
+    q = quantize(jnp.ones((4, 64)), (1, 32), scale_format="ue8m0")
+    narrow = q.scales.astype(getattr(jnp, dtype))
+    kind = "mxfp8" if dtype == "float8_e8m0fnu" else None
+    got = from_qwix(qwix.QArray(qvalue=q.values, scale=narrow, qtype=kind or q.values.dtype))
+    assert_equal(got, q)
 
 
 def test_qwix_scale_shared_by_a_batch(qwix):
@@ -306,8 +346,10 @@ def test_qwix_refusals(qwix):
         from_qwix(qwix.QArray(qvalue=q.values, scale=q.scales, zero_point=q.values[:1, :1]))
     with pytest.raises(TypeError, match=r"values of array are int8, need float8_e4m3fn"):
         from_qwix(qwix.QArray(qvalue=q.values.astype(jnp.int8), scale=q.scales))
-    with pytest.raises(TypeError, match=r"scales of array are bfloat16, need float32"):
-        from_qwix(qwix.QArray(qvalue=q.values, scale=q.scales.astype(jnp.bfloat16)))
+    with pytest.raises(TypeError, match=r"scales of array are int32, need float32"):
+        from_qwix(qwix.QArray(qvalue=q.values, scale=q.scales.astype(jnp.int32)))
+    with pytest.raises(TypeError, match=r"qtype nvfp4 is stored as float8_e4m3fn"):
+        from_qwix(qwix.QArray(qvalue=q.values, scale=q.scales, qtype="nvfp4"))
     with pytest.raises(TypeError, match=r"got builtins\.tuple, need a qwix\.QArray"):
         from_qwix(to_tuple(q))
     with pytest.raises(ValueError, match=r"ragged block in \[200, 512\]"):
@@ -322,3 +364,71 @@ def test_to_qwix_without_qwix(monkeypatch):
 
 def test_nothing_here_imports_qwix():
     assert not interop.is_qwix(functools)
+
+
+# What does not fit, and joining ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [64, 192])
+def test_scales_that_do_not_fit_are_refused_at_construction(rows):
+    """Gate and up joined leaf by leaf: a seam inside a block gives one scale too many."""
+    one = make(rows, 256, block=(128, 128))
+    joined = [jnp.concatenate([leaf, leaf]) for leaf in jax.tree.leaves(one)]
+    with pytest.raises(ValueError, match=rf"scales of operand are \[\d, 2\] for values \[{2 * rows}, 256\]"):
+        QuantizedArray(*joined, (128, 128))
+    leaf_by_leaf = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), one)  # JAX's own way: not checked
+    with pytest.raises(ValueError, match="one scale per block"):
+        dequantize(leaf_by_leaf)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axis", "block", "joined_block"),
+    [
+        ((256, 128), -2, (128, 128), (128, 128)),
+        ((128, 72), -2, (128, 128), (128, 128)),
+        ((200, 200), -2, (128, 128), (1, 128)),
+        ((192, 192), 1, (128, 128), (1, 128)),
+        ((5, 7), -2, (1, 128), (1, 128)),
+        ((256, 40), -1, (1, 128), (1, 128)),
+        ((3, 2), 0, (128, 128), (128, 128)),
+    ],
+)
+def test_concatenate_is_the_dequantised_arrays_side_by_side(sizes, axis, block, joined_block):
+    shapes = [[2, 144, 256] for _ in sizes]
+    for shape, size in zip(shapes, sizes, strict=True):
+        shape[axis] = size
+    scale = iter((1.0, 30.0))
+    parts = [
+        quantize(next(scale) * jax.random.normal(jax.random.key(i), s), block) for i, s in enumerate(shapes)
+    ]
+    joined = jax.jit(functools.partial(concatenate, axis=axis))(parts)
+    assert joined.block == joined_block
+    np.testing.assert_array_equal(
+        dequantize(joined), np.concatenate([dequantize(part) for part in parts], axis)
+    )
+
+
+@pytest.mark.parametrize("half", [200, 192, 256])
+def test_joined_gate_and_up_give_the_product_of_both(half):
+    x = make(6, 256)
+    gate, up = (
+        quantize((1 + 20 * i) * jax.random.normal(jax.random.key(i), (half, 256)), (128, 128)) for i in (0, 1)
+    )
+    got = jax_deepgemm.fp8_gemm_nt(x, concatenate([gate, up]), out_dtype=jnp.float32)
+    want = [jax_deepgemm.fp8_gemm_nt(x, part, out_dtype=jnp.float32) for part in (gate, up)]
+    np.testing.assert_allclose(got, np.concatenate(want, 1), rtol=1e-5, atol=1e-4)
+
+
+def test_what_concatenate_refuses():
+    q = make(200, 200, block=(128, 128))
+    with pytest.raises(ValueError, match=r"columns \[200, 200\] with blocks of 128: a seam falls inside"):
+        concatenate([q, q], axis=-1)
+    with pytest.raises(ValueError, match=r"differ in block: \(128, 128\), \(1, 128\)"):
+        concatenate([q, make(200, 200)])
+    with pytest.raises(ValueError, match="need equal dimensions but the one they are joined along, -2"):
+        concatenate([q, make(200, 256, block=(128, 128))])
+    with pytest.raises(ValueError, match="axis is 2 of arrays of rank 2"):
+        concatenate([q, q], axis=2)
+    for given in ([], q, [q, q.values]):
+        with pytest.raises(TypeError, match="need a list of QuantizedArrays"):
+            concatenate(given)

@@ -25,4 +25,14 @@ def swiglu(
 ) -> LaunchPlan:
     """The plan of `swiglu_quantize` and its gradient: operands `names` and perhaps the row limit."""
     kind = "swiglu_grad" if "dact" in names else "swiglu"
-    return plan(kind, names, avals_in, avals_out, batch, chip, PER_ROW, scale_format, transposed)
+    return plan(
+        kind,
+        names,
+        avals_in,
+        avals_out,
+        batch=batch,
+        chip=chip,
+        block=PER_ROW,
+        scale_format=scale_format,
+        transposed=transposed,
+    )

@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_deepgemm.bench import dense, grouped, shapes
 from jax_deepgemm.bench.rows import accumulator
-from jax_deepgemm.jit.cli import Shape, traceable
+from jax_deepgemm.jit.shapes import Shape
 
 _PERIOD = 1_000_003  # elements after which operands repeat: a prime, so that rows differ
 _LARGEST = 2.75  # of 128 standard normal numbers, on average
@@ -63,12 +63,17 @@ def of_problem(problem: dense.Problem | grouped.Problem) -> Work:
 def of_shape(shape: Shape) -> Work:
     """Returns the product of a line of a shapes file.
 
-    >>> of_shape(Shape("bf16_gemm_nn", 64, 128, 256)).operands[1].shape
+    >>> from jax_deepgemm.jit.shapes import shape_of
+    >>> of_shape(shape_of({"op": "bf16_gemm_nn", "m": 64, "n": 128, "k": 256})).operands[1].shape
     (256, 128)
+
+    Raises:
+      ValueError: a layer, which is several products.
     """
-    function, *operands = traceable(shape)
-    name = f"{shape.op} m={shape.m} n={shape.n} k={shape.k}"
-    return Work(name, function, tuple(operands), carry=2 if shape.accumulate else None)
+    if shape.LAYER:
+        raise ValueError(f"{shape} is a layer of several GEMMs, need one to tune: name each of them")
+    [call] = shape.calls()
+    return Work(str(shape), call.function, call.operands, call.carry)
 
 
 def drawn(calls: Sequence[tuple[Any, ...]]) -> list[Any]:

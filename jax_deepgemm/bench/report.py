@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from jax_deepgemm.bench import plots
 from jax_deepgemm.bench.catalog import ROOT, TABLES, Key, Row, Table, control, recorded
 from jax_deepgemm.cli.text import markdown_table, table
+from jax_deepgemm.jit.shapes import parse_json
 
 BEGIN, END = "<!-- begin generated: {} -->", "<!-- end generated: {} -->"
 COMMAND = "python -m jax_deepgemm bench --report benchmarks/results/*.json --write"
@@ -50,6 +49,9 @@ README_ROWS: tuple[tuple[Key, ...], ...] = (
 """Rows of README.md, a table of each tuple; all of one have the same columns."""
 
 
+HEAD = {"device": str, "gpu": dict, "versions": dict, "method": str, "started": str, "rows": list}
+
+
 def load(path: Path) -> dict[str, Any]:
     """Reads a result file.
 
@@ -57,14 +59,26 @@ def load(path: Path) -> dict[str, Any]:
       ValueError: not a result file of this version.
     """
     try:
-        result = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"bench: {path} is not a result file: {error}") from error
-    if not isinstance(result, dict) or result.get("schema") != 1 or "rows" not in result:
-        raise ValueError(
-            f"bench: {path} is not a result file of schema 1; measure again with python -m jax_deepgemm bench"
-        )
+        result: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+        _check(result)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a result file: {error}") from error
     return result
+
+
+def _check(result: Any) -> None:
+    if not isinstance(result, dict) or result.get("schema") != 1:
+        raise ValueError(
+            "not an object of schema 1; measure again with python -m jax_deepgemm bench --out FILE"
+        )
+    for name, kind in HEAD.items():
+        if not isinstance(result.get(name), kind):
+            raise ValueError(f"its {name} is {result.get(name)!r}, need a {kind.__name__}")
+    for number, row in enumerate(result["rows"], 1):
+        try:
+            TABLES[row["table"]].cells(row, {})
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"row {number} cannot be shown: {type(error).__name__}: {error}") from None
 
 
 def _rows(result: dict[str, Any]) -> Iterator[tuple[str, Table, list[Row]]]:
@@ -173,7 +187,7 @@ def replaced(document: str, section: str, content: str) -> str:
     """
     begin, end = BEGIN.format(section), END.format(section)
     if begin not in document or end not in document:
-        raise ValueError(f"bench: the document lacks the lines {begin} and {end}")
+        raise ValueError(f"the document lacks the lines {begin} and {end}")
     head, rest = document.split(begin, 1)
     return f"{head}{begin}\n{content.strip()}\n{end}{rest.split(end, 1)[1]}"
 
@@ -201,23 +215,23 @@ def run(paths: Sequence[Path], *, write: bool, plot: Path | None = None) -> int:
     """Prints the tables of result files, or writes the documents made from them.
 
     Plots of each family go to the folder `plot`, if any.
+
+    Raises:
+      ValueError: not a result file, or a document without a place for its tables.
+      OSError: a document that cannot be read or written.
     """
-    try:
-        results = [(path, load(path)) for path in paths]
-        for path, result in results if plot else ():
-            for target in plots.each(result, plot or Path(), path.stem):
-                print(f"wrote {_relative(target)}")
-        if not write:
-            print("\n\n".join(text(result) for _, result in results))
-            return 0
-        for target, content in documents(paths).items():
-            target.write_text(content)
+    results = [(path, load(path)) for path in paths]
+    for path, result in results if plot else ():
+        for target in plots.each(result, plot or Path(), path.stem):
             print(f"wrote {_relative(target)}")
-        for path, result in results:
-            target = ROOT / "docs" / "img" / f"{path.stem}.svg"
-            if result["gpu"] and plots.together(result, target):
-                print(f"wrote {_relative(target)}")
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if not write:
+        print("\n\n".join(text(result) for _, result in results))
+        return 0
+    for target, content in documents(paths).items():
+        target.write_text(content)
+        print(f"wrote {_relative(target)}")
+    for path, result in results:
+        target = ROOT / "docs" / "img" / f"{path.stem}.svg"
+        if result["gpu"] and plots.together(result, target):
+            print(f"wrote {_relative(target)}")
     return 0

@@ -13,6 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from jax_deepgemm import config
+from jax_deepgemm.cli.arguments import (
+    MOST_CALLS,
+    UsageError,
+    expression,
+    input_file,
+    names_of,
+    output_file,
+    output_folder,
+    refusing,
+    seconds,
+    whole,
+)
+from jax_deepgemm.cli.info import devices
 from jax_deepgemm.cli.text import Progress
 
 SCHEMA = 1
@@ -42,64 +55,89 @@ TRIAL = "Wall clock of small problems without a GPU: a trial of the machinery, n
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, help="result file to write (default: benchmarks/results/<device>.json, or here)"
+        "--out",
+        type=output_file,
+        metavar="FILE",
+        help="result file to write, after each group of rows (default: none, results are only printed)",
     )
     parser.add_argument(
-        "--tables", default="", help=f"comma-separated, of {', '.join(TABLES)} (default: all)"
+        "--tables",
+        type=names_of(list(TABLES), "table"),
+        default=[],
+        metavar="NAMES",
+        help=f"comma-separated, of {', '.join(TABLES)} (default: all)",
     )
-    parser.add_argument("--rows", default="", help="regular expression on rows, e.g. 'm=(1|128) n=4096 '")
-    parser.add_argument("--calls", type=int, default=12, help="timed calls of each function (default 12)")
-    parser.add_argument("--time-limit", type=float, default=900, help="seconds after which no new row starts")
+    parser.add_argument(
+        "--rows",
+        type=expression,
+        default=re.compile(""),
+        metavar="REGEX",
+        help="regular expression on rows, e.g. 'm=(1|128) n=4096 '",
+    )
+    parser.add_argument(
+        "--calls",
+        type=whole(1, MOST_CALLS),
+        default=12,
+        metavar="N",
+        help="timed calls of each function (default 12)",
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=seconds,
+        default=900.0,
+        metavar="SECONDS",
+        help="after which no new row starts (default 900)",
+    )
     parser.add_argument("--small", action="store_true", help="a few small problems, as without a GPU")
     parser.add_argument(
-        "--report", type=Path, nargs="+", metavar="FILE", help="print tables of result files; measure nothing"
+        "--report",
+        type=input_file,
+        nargs="+",
+        metavar="FILE",
+        help="print tables of result files; measure nothing",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="DIR", help="with --report: draw a plot of each family into this folder"
+        "--plot",
+        type=output_folder,
+        metavar="DIR",
+        help="with --report: draw a plot of each family into this folder",
     )
     parser.add_argument(
         "--write",
         action="store_true",
-        help="with --report: rewrite docs/benchmarks.md, its plot, and README.md",
+        help="with --report: rewrite docs/benchmarks.md, its plot, and README.md of this source tree",
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    for name in ("write", "plot"):
+        if getattr(args, name) and not args.report:
+            raise UsageError(f"--{name} needs --report with the result files to show")
     if args.report:
         from jax_deepgemm.bench import report
 
-        return report.run(args.report, write=args.write, plot=args.plot)
+        with refusing():
+            return report.run(args.report, write=args.write, plot=args.plot)
     return measure(args)
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Measures, writing the result file after every group of rows. Fails when a row of ours failed."""
+    """Measures, writing the result file, if any, after every group of rows; 1 when a row of ours failed."""
     import jax
 
     from jax_deepgemm.bench import catalog, dense, machine, timing
 
+    device = devices()[0]
     on_gpu = jax.default_backend() == "gpu"
-    if args.calls < 1:
-        print(f"bench: --calls is {args.calls}, need at least 1", file=sys.stderr)
-        return 2
+    chosen = list(_choose(args.tables or list(TABLES), args.rows, small=args.small or not on_gpu))
+    count = sum(len(problems) for _, problems in chosen)
+    if not count:
+        raise UsageError(f"no row matches {args.rows.pattern!r}; rows are as in 'm=(1|128) n=4096 '")
     if not on_gpu:
         print(
             "No GPU here: a few small problems in their float32 reference form, timed by the wall clock.",
             file=sys.stderr,
         )
-    wanted = [name for name in args.tables.split(",") if name] or list(TABLES)
-    unknown = sorted(set(wanted) - set(TABLES))
-    if unknown:
-        print(f"bench: no table {', '.join(unknown)}; there are {', '.join(TABLES)}", file=sys.stderr)
-        return 2
-    chosen = list(_choose(wanted, args.rows, small=args.small or not on_gpu))
-    count = sum(len(problems) for _, problems in chosen)
-    if not count:
-        print(f"bench: no row matches {args.rows!r}", file=sys.stderr)
-        return 2
-
-    device = jax.devices()[0]
-    out = args.out or default_path(device.device_kind)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "device": device.device_kind,
@@ -123,10 +161,12 @@ def measure(args: argparse.Namespace) -> int:
             if time.monotonic() - begin > args.time_limit:
                 print(f"bench: stopped at the time limit after {len(result['rows'])} rows", file=sys.stderr)
                 break
-            write(out, result)
+            if args.out:
+                write(args.out, result)
         result["clock"] = clocks.between(begin, time.monotonic()) if on_gpu else {}
     result["seconds"] = round(time.monotonic() - begin, 1)
-    write(out, result)
+    if args.out:
+        write(args.out, result)
 
     from jax_deepgemm.bench import report
 
@@ -134,7 +174,8 @@ def measure(args: argparse.Namespace) -> int:
     failed = [row for row in result["rows"] if row["status"] != "ok"]
     for row in failed:
         print(f"FAILED {catalog.name(row)}: {row['error']}", file=sys.stderr)
-    print(f"{len(result['rows'])} rows, {len(failed)} failed, {result['seconds']} s, written to {out}")
+    where = f"written to {args.out}" if args.out else "written to no file (--out FILE keeps them)"
+    print(f"{len(result['rows'])} rows, {len(failed)} failed, {result['seconds']} s, {where}")
     return 1 if failed else 0
 
 
@@ -144,23 +185,14 @@ def method(device_kind: str) -> str:
     return f"{METHOD} A tuning file was in force." if tuning and tuning.is_file() else METHOD
 
 
-def _choose(wanted: Sequence[str], rows: str, small: bool) -> Iterator[tuple[Callable[..., Any], list[Any]]]:
+def _choose(
+    wanted: Sequence[str], rows: re.Pattern[str], small: bool
+) -> Iterator[tuple[Callable[..., Any], list[Any]]]:
     """Yields, for each wanted table, the function that measures it and its problems."""
     for name in wanted:
         module = importlib.import_module(f"jax_deepgemm.bench.{TABLES[name]}")
         problems = (module.small_tables() if small else module.tables())[name]
-        yield module.measure, [row for row in problems if re.search(rows, f"{row} ")]
-
-
-def default_path(device_kind: str) -> Path:
-    """Returns where results of this device go.
-
-    >>> default_path("NVIDIA H200").name
-    'nvidia-h200.json'
-    """
-    name = re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json"
-    folder = Path("benchmarks/results")
-    return (folder if folder.is_dir() else Path()) / name
+        yield module.measure, [row for row in problems if rows.search(f"{row} ")]
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

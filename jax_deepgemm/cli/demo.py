@@ -13,10 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_deepgemm.cli.arguments import seconds, whole
+from jax_deepgemm.cli.info import devices, support
 from jax_deepgemm.cli.text import Progress, table
 
 HIDDEN, INTERMEDIATE = 7168, 2048
 TOKENS = {"gpu": 4096, "cpu": 64}
+MOST_TOKENS = 1 << 20  # 15 GB of activations
 HEADER = ("device", "op", "shape", "chosen kernel", "compile ms", "time", "TFLOP/s", "rel. error", "limit")
 
 
@@ -47,20 +50,18 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tokens", type=int, help="rows of the activations (default 4096 on a GPU, 64 on a CPU)"
+        "--tokens",
+        type=whole(1, MOST_TOKENS),
+        metavar="N",
+        help="rows of the activations (default 4096 on a GPU, 64 on a CPU)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=0.3, help="time to spend on measuring each row (default 0.3)"
+        "--seconds", type=seconds, default=0.3, help="time to spend on measuring each row (default 0.3)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    from jax_deepgemm.cli.info import support
-
-    if args.tokens is not None and args.tokens < 1:
-        print(f"demo: --tokens is {args.tokens}, need at least 1", file=sys.stderr)
-        return 2
-    device = jax.devices()[0]
+    device = devices()[0]
     supported, reason = support(device)
     if not supported and device.platform != "cpu":
         print(f"{device.device_kind}: {reason} The demo runs on the CPU instead.\n")

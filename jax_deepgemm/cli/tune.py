@@ -12,6 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_deepgemm.cli.arguments import (
+    MOST_CALLS,
+    UsageError,
+    input_file,
+    input_file_or_stdin,
+    names,
+    output_file,
+    refusing,
+    seconds,
+    spelt,
+    whole,
+)
+from jax_deepgemm.cli.info import devices
 from jax_deepgemm.cli.text import table
 
 if TYPE_CHECKING:
@@ -24,39 +37,56 @@ HEADER = ("problem", "of", "us", "best", "model us", "model's choice", "regret")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shapes", metavar="FILE", help="GEMMs, as JSON lines or CSV (see compile --help); - is stdin"
+        "--shapes",
+        metavar="FILE",
+        type=input_file_or_stdin,
+        help="dense and grouped GEMMs, as JSON or CSV (see compile --help); - is stdin",
     )
-    parser.add_argument("--tables", default="", help="comma-separated tables of bench: fp8, m_grouped, ...")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="tuning file to write (default: the one in use for this GPU)"
+        "--tables",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="comma-separated tables of bench: fp8, m_grouped, ...",
     )
-    parser.add_argument("--calls", type=int, default=12, help="timed calls of each candidate (default 12)")
+    parser.add_argument(
+        "--out",
+        type=output_file,
+        metavar="FILE",
+        help="tuning file to write (default: the one in use for this GPU)",
+    )
+    parser.add_argument(
+        "--calls",
+        type=whole(1, MOST_CALLS),
+        default=12,
+        metavar="N",
+        help="timed calls of each candidate (default 12)",
+    )
     parser.add_argument(
         "--time-limit",
-        type=float,
-        default=900,
-        help="seconds after which no new profiler session starts (default 900)",
+        type=seconds,
+        default=900.0,
+        metavar="SECONDS",
+        help="after which no new profiler session starts (default 900)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list with all that was measured")
     parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="print what a tuning file holds; measure nothing"
+        "--report", type=input_file, metavar="FILE", help="print what a tuning file holds; measure nothing"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tunes or reports; exit code 1 for candidates that could not be measured, 2 for wrong arguments."""
+    """Tunes or reports; exit code 1 for candidates that could not be measured."""
     from jax_deepgemm.bench import tune
 
+    if args.report:
+        return _report(args.report, args.json)
     begin = time.monotonic()
-    try:
-        if args.report:
-            return _report(args.report, args.json)
-        works = _works(args)
+    works = _works(args)
+    devices()
+    with refusing():
         out = args.out or tune.file_of(tune.chip_here())
         outcomes = tune.tune(works, out=out, calls=args.calls, time_limit=args.time_limit)
-    except (OSError, ValueError) as error:
-        print(f"tune: {error}", file=sys.stderr)
-        return 2
     if len(outcomes) < len(works) and time.monotonic() - begin > args.time_limit:
         print(f"tune: time limit: {len(outcomes)} of up to {len(works)} problems measured", file=sys.stderr)
     found = _entries(outcomes)
@@ -73,25 +103,21 @@ def _works(args: argparse.Namespace) -> list[Work]:
     """What to tune.
 
     Raises:
-      ValueError: nothing is asked for, or something that there is not.
+      UsageError: nothing is asked for, or something that there is not.
     """
     from jax_deepgemm.bench import products
-    from jax_deepgemm.jit.cli import parse_shapes
+    from jax_deepgemm.jit.cli import read_shapes
 
-    if args.calls < 1:
-        raise ValueError(f"--calls is {args.calls}, need at least 1")
     works: list[Work] = []
-    if args.shapes:
-        given = sys.stdin.read() if args.shapes == "-" else Path(args.shapes).read_text(encoding="utf-8")
-        works += map(products.of_shape, parse_shapes(given))
-    wanted = [name for name in args.tables.split(",") if name]
-    known = products.tables() if wanted else {}
-    unknown = sorted(set(wanted) - set(known))
-    if unknown:
-        raise ValueError(f"no table {', '.join(unknown)}; there are {', '.join(known)}")
-    works += [products.of_problem(problem) for name in wanted for problem in known[name]]
+    if args.shapes is not None:
+        with refusing(spelt(args.shapes)):
+            works += map(products.of_shape, read_shapes(args.shapes))
+    known = products.tables() if args.tables else {}
+    if unknown := [name for name in args.tables if name not in known]:
+        raise UsageError(f"no table {', '.join(unknown)}; there are {', '.join(known)}")
+    works += [products.of_problem(problem) for name in args.tables for problem in known[name]]
     if not works:
-        raise ValueError("nothing to tune; name a file with --shapes, or tables of bench with --tables")
+        raise UsageError("nothing to tune; name a file with --shapes, or tables of bench with --tables")
     return works
 
 
@@ -116,13 +142,11 @@ def _as_json(one: Outcome) -> dict[str, Any]:
 def _report(path: Path, as_json: bool) -> int:
     from jax_deepgemm.sm90.tuning import as_fields, parsed, read
 
-    try:
+    with refusing(str(path)):
         found = {
             device: {problem: parsed(fields) for problem, fields in entries.items()}
             for device, entries in read(path).items()
         }
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     rows = [
         {"device": device, "problem": problem} | as_fields(entry) | {"regret": entry.regret}
         for device, entries in found.items()

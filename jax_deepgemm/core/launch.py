@@ -90,8 +90,12 @@ def native() -> ModuleType:
 
 def cubin_directories() -> list[str]:
     """Where the native side looks for `<digest>.cubin`: the kernel cache, then the package."""
-    cache_dir = Path(os.environ.get("JAX_DEEPGEMM_CACHE_DIR") or "~/.cache/jax_deepgemm").expanduser()
-    return [str(cache_dir / "cubins"), str(Path(__file__).parent.parent / "cubins")]
+    shipped = str(Path(__file__).parent.parent / "cubins")
+    try:
+        cache_dir = Path(os.environ.get("JAX_DEEPGEMM_CACHE_DIR") or "~/.cache/jax_deepgemm").expanduser()
+    except RuntimeError:  # no home directory: compiling says so, importing this package does not fail
+        return [shipped]
+    return [str(cache_dir / "cubins"), shipped]
 
 
 @cache

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_deepgemm.activation import swiglu
-from jax_deepgemm.flax.variables import as_bf16, check_recipe, sharding_metadata
+from jax_deepgemm.core.sharding import entries
+from jax_deepgemm.flax.variables import as_bf16, as_input, check_dtype, check_recipe
+from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal, zeros
 from jax_deepgemm.gemm.api import bf16_gemm_nt
 from jax_deepgemm.gemm.linear import fp8_linear
 from jax_deepgemm.gemm.tokens import Tokens
 from jax_deepgemm.quantization import QuantizedArray
-
-Initializer = Callable[..., jax.Array]
-variance_scaling = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
 
 
 class Linear(nnx.Module):
@@ -32,23 +30,34 @@ class Linear(nnx.Module):
     >>> y.shape, y.dtype.name
     ((2, 8, 512), 'bfloat16')
 
+    Arguments that `nnx.Linear` has too mean the same, and equal seeds give equal initial weights. What
+    differs: the weight is stored [out, in], as the kernels read it; y has the dtype of x where `nnx.Linear`
+    promotes x with its kernel (bfloat16 x and a float32 weight: bfloat16 here, float32 there); products are
+    in FP8 or bfloat16, whatever the dtypes, with float32 sums; float16 is none of the dtypes.
+
     Attributes:
       weight: nnx.Param [out_features, in_features], the master weight; after `quantize_module` a
         QuantizedParam.
-      bias: nnx.Param [out_features] float32, or None.
+      bias: nnx.Param [out_features], or None.
 
     Args:
       in_features, out_features: sizes of the last dimension of x and y.
-      use_bias: whether there is a bias; float32, added to y.
+      use_bias: whether there is a bias.
+      dtype: of y, bfloat16 or float32; x of any other dtype is converted to it first. None: the dtype of x.
+      param_dtype: of the weight and the bias, float32 or bfloat16. Gradients have the same.
+      kernel_init: initialiser of the weight, called with (key, (in_features, out_features), param_dtype) as
+        `nnx.Linear` does, so that its fan-in is in_features; the result is stored transposed.
+      bias_init: initialiser of the bias, called with (key, (out_features,), param_dtype).
       recipe: "fp8" (`fp8_linear`) or "bf16" (`bf16_gemm_nt`); a quantised weight is used in FP8 either way.
-      param_dtype: of the master weight, float32 or bfloat16. Gradients have the same.
-      out_dtype: of y, bfloat16 or float32.
-      kernel_init: initializer of the weight, called with (key, (out_features, in_features), param_dtype).
-      sharding: PartitionSpec of the weight, kept as metadata for `named_shardings`; nothing is placed by it.
+      sharding: PartitionSpec of the weight [out, in]; the bias is cut as its first dimension. Under
+        `jax.set_mesh` each device makes its part only (`kernel_init` is traced for that). It is kept as
+        metadata, for `named_shardings` and Flax.
       rngs: source of the stream `params`.
 
     Raises:
-      ValueError: another recipe; and as `fp8_linear` or `bf16_gemm_nt` when called.
+      ValueError: another recipe or dtype, a sharding that does not fit the mesh or the sizes; and as
+        `fp8_linear` or `bf16_gemm_nt` when called.
+      TypeError: when called with x in neither bfloat16 nor float32 and without `dtype`.
     """
 
     quantized_weights = ("weight",)
@@ -58,25 +67,121 @@ class Linear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
-        use_bias: bool = False,
-        recipe: str = "fp8",
+        use_bias: bool = True,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        out_dtype: Any = jnp.bfloat16,
-        kernel_init: Initializer = variance_scaling,
+        kernel_init: Initializer = lecun_normal,
+        bias_init: Initializer = zeros,
+        recipe: str = "fp8",
         sharding: PartitionSpec | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
         self.recipe = check_recipe("Linear", recipe)
-        self.out_dtype = jnp.dtype(out_dtype)
-        weight = kernel_init(rngs.params(), (out_features, in_features), param_dtype)
-        self.weight = nnx.Param(weight, **sharding_metadata(sharding))
-        self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32)) if use_bias else None
+        self.dtype = None if dtype is None else check_dtype("Linear", "dtype", dtype)
+        self.param_dtype = check_dtype("Linear", "param_dtype", param_dtype)
+        shape = (in_features, out_features)
+        self.weight = draw("Linear", kernel_init, rngs.params(), shape, self.param_dtype, spec=sharding)
+        self.bias = nnx.data(None)
+        if use_bias:
+            rows = None if sharding is None else PartitionSpec(*sharding[:1])
+            self.bias = draw("Linear", bias_init, rngs.params(), shape[1:], self.param_dtype, spec=rows)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [.., in_features] bfloat16 or float32 -> [.., out_features]."""
-        y = linear(self.recipe, x, self.weight.get_value(), self.out_dtype)
-        return y if self.bias is None else (y + self.bias.get_value()).astype(y.dtype)
+    def __call__(self, x: Any, out_sharding: PartitionSpec | NamedSharding | None = None) -> jax.Array:
+        """x [.., in_features] -> [.., out_features].
+
+        Args:
+          x: bfloat16 or float32; any dtype if the layer has one.
+          out_sharding: y's sharding on a mesh with Explicit axes; needed there if in_features is cut.
+        """
+        x = as_input("Linear", x, self.dtype)
+        y = linear(self.recipe, x, self.weight.get_value(), out_sharding)
+        return y if self.bias is None else _add(y, self.bias.get_value())
+
+    @classmethod
+    def from_nnx(cls, linear: nnx.Linear, *, recipe: str = "fp8") -> Linear:
+        """The layer with the weights, dtypes and metadata (shardings among them) of an `nnx.Linear`.
+
+        >>> dense = nnx.Linear(256, 128, rngs=nnx.Rngs(0))
+        >>> layer = Linear.from_nnx(dense)
+        >>> layer.weight.shape, bool((layer.to_nnx().kernel[...] == dense.kernel[...]).all())
+        ((128, 256), True)
+
+        Its precision, dot_general, promote_dtype and preferred_element_type say how it multiplies, and are
+        left behind.
+
+        Raises:
+          TypeError: another class, also one derived from `nnx.Linear`, or a kernel that is no variable.
+          ValueError: a recipe or dtype that this layer has not.
+        """
+        if type(linear) is not nnx.Linear or not isinstance(linear.kernel, nnx.Variable):
+            kernel = type(getattr(linear, "kernel", None)).__name__
+            raise TypeError(
+                f"Linear.from_nnx: linear is a {type(linear).__name__} whose kernel is a {kernel}, need an "
+                "nnx.Linear with an nnx.Param. Others compute something else: set the weight of a Linear of "
+                "your own, layer.weight.set_value(kernel.T)."
+            )
+        layer = nnx.eval_shape(
+            lambda: cls(
+                linear.in_features,
+                linear.out_features,
+                use_bias=linear.bias is not None,
+                dtype=linear.dtype,
+                param_dtype=linear.param_dtype,
+                recipe=recipe,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        layer.weight = _transposed(linear.kernel)
+        if linear.bias is not None:
+            layer.bias = linear.bias.copy()
+        return layer
+
+    def to_nnx(self) -> nnx.Linear:
+        """An `nnx.Linear` with the same weights, dtypes and metadata: what `from_nnx` takes, exactly.
+
+        Raises:
+          ValueError: the weight is quantised.
+        """
+        if isinstance(self.weight.get_value(), QuantizedArray):
+            raise ValueError(
+                "Linear.to_nnx: the weight is quantised, need a master weight. Make one first: "
+                "layer.weight = nnx.Param(jax_deepgemm.dequantize(layer.weight.get_value(), jnp.float32))."
+            )
+        linear = nnx.eval_shape(
+            lambda: nnx.Linear(
+                self.in_features,
+                self.out_features,
+                use_bias=self.bias is not None,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        linear.kernel = _transposed(self.weight)
+        if self.bias is not None:
+            linear.bias = self.bias.copy()
+        return linear
+
+
+def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y [.., n] + bias [n], rounded once, without implicit promotion of dtypes or ranks."""
+    wide = jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+    return (y.astype(jnp.float32) + wide).astype(y.dtype)
+
+
+def _transposed(weight: nnx.Variable) -> nnx.Variable:
+    """The same variable of weight.T, its sharding turned too."""
+    value, sharding = weight.get_value().T, weight.get_metadata().get("out_sharding")
+    return weight.replace(value) if not sharding else weight.replace(value, out_sharding=_turned(sharding))
+
+
+def _turned(sharding: Any) -> Any:
+    """Of a PartitionSpec, a tuple of names or a NamedSharding of two dimensions."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, _turned(sharding.spec))
+    rows, columns = (*sharding, None, None)[:2]
+    return type(sharding)(columns, rows) if isinstance(sharding, PartitionSpec) else (columns, rows)
 
 
 class SwiGLU(nnx.Module):
@@ -95,7 +200,8 @@ class SwiGLU(nnx.Module):
     Args:
       hidden: size of the last dimension of x and y.
       intermediate: width of the MLP.
-      recipe, param_dtype, kernel_init, rngs: as in `Linear`.
+      dtype, param_dtype, recipe, rngs: as in `Linear`; gate, up and y have one dtype.
+      kernel_init: as in `Linear`; gate and up are drawn as two matrices (hidden, intermediate).
     """
 
     def __init__(
@@ -103,30 +209,40 @@ class SwiGLU(nnx.Module):
         hidden: int,
         intermediate: int,
         *,
-        recipe: str = "fp8",
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        kernel_init: Initializer = variance_scaling,
+        kernel_init: Initializer = lecun_normal,
+        recipe: str = "fp8",
         rngs: nnx.Rngs,
     ) -> None:
-        options: dict[str, Any] = {"recipe": recipe, "param_dtype": param_dtype, "kernel_init": kernel_init}
-        self.w13 = Linear(hidden, 2 * intermediate, **options, rngs=rngs)
-        self.w2 = Linear(intermediate, hidden, **options, rngs=rngs)
+        options: dict[str, Any] = {
+            "use_bias": False,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "recipe": recipe,
+        }
+        self.w13 = Linear(hidden, 2 * intermediate, kernel_init=GateUp(kernel_init), **options, rngs=rngs)
+        self.w2 = Linear(intermediate, hidden, kernel_init=kernel_init, **options, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [.., hidden] bfloat16 or float32 -> [.., hidden] bfloat16."""
+    def __call__(self, x: Any) -> jax.Array:
+        """x [.., hidden] -> [.., hidden], dtypes as in `Linear`."""
         return self.w2(swiglu(self.w13(x)))
 
 
-def linear(recipe: str, x: jax.Array, w: Any, out_dtype: Any = jnp.bfloat16) -> jax.Array:
-    """x [.., k] @ w.T for w [n, k], master weight or QuantizedArray."""
+def linear(recipe: str, x: jax.Array, w: Any, out_sharding: Any = None) -> jax.Array:
+    """x [.., k] @ w.T in the dtype of x, for w [n, k], master weight or QuantizedArray."""
     if recipe == "fp8" or isinstance(w, QuantizedArray):
-        return fp8_linear(x, w, out_dtype=out_dtype)
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        raise TypeError(
-            f"Linear: x is {x.dtype.name}, need bfloat16 or float32, which the layer rounds to bfloat16. "
-            "Convert it: x.astype(jnp.bfloat16)."
-        )
-    tokens = Tokens.of(x if x.ndim > 1 else x[None])
-    flat = tokens.flatten(x if x.ndim > 1 else x[None])
-    y = tokens.unflatten(bf16_gemm_nt(as_bf16(flat), as_bf16(w), out_dtype=out_dtype))
-    return y if x.ndim > 1 else y[0]
+        return fp8_linear(x, w, out_dtype=x.dtype, out_sharding=out_sharding)
+    spec = out_sharding.spec if isinstance(out_sharding, NamedSharding) else out_sharding
+    if x.ndim < 2:
+        return linear(recipe, x[None], w, None if spec is None else PartitionSpec(None, *spec))[0]
+    tokens = Tokens.of(x)
+    flat_spec = None
+    if spec is not None:
+        features = entries(spec, x.ndim)[-1]
+        flat_spec = tokens.flat_spec(tuple(axis for axis in features if axis not in tokens.axes))
+    y = bf16_gemm_nt(as_bf16(tokens.flatten(x)), as_bf16(w), out_dtype=x.dtype, out_sharding=flat_spec)
+    y = tokens.unflatten(y)
+    if spec is not None and jax.typeof(y).sharding.mesh.explicit_axes:
+        y = jax.sharding.reshard(y, out_sharding)
+    return y

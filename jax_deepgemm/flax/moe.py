@@ -6,13 +6,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.extend.core.primitives import dot_general_p
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_deepgemm.flax.linear import Initializer, SwiGLU, variance_scaling
-from jax_deepgemm.flax.variables import check_recipe, sharding_metadata
+from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.sharding import entries
+from jax_deepgemm.flax.linear import SwiGLU
+from jax_deepgemm.flax.variables import as_input, check_dtype, check_recipe
+from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal
+from jax_deepgemm.gemm.tokens import Tokens
 from jax_deepgemm.moe import expert_parallel_moe, moe_layer, moe_mlp, moe_mlp_decode, route
 from jax_deepgemm.quantization import QuantizedArray
 
@@ -41,11 +47,13 @@ class MoE(nnx.Module):
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
     >>> from jax_deepgemm.flax import MoE
-    >>> layer = MoE(256, 128, num_experts=8, top_k=2, shared_intermediate=128, rngs=nnx.Rngs(0))
+    >>> layer = MoE(256, 128, num_experts=8, top_k=2, shared_intermediate=128, balance=True, rngs=nnx.Rngs(0))
     >>> y, load = layer(jnp.ones((2, 16, 256), jnp.bfloat16), with_load=True)
     >>> y.shape, y.dtype.name, int(load.tokens.sum())
     ((2, 16, 256), 'bfloat16', 64)
     >>> layer.move_bias(load.tokens, 1e-3)  # after a training step
+
+    The router is a softmax unless said otherwise. DeepSeek-V3's: `MoE(.., **jax_deepgemm.moe.DEEPSEEK_V3)`.
 
     Attributes:
       gate: nnx.Param [experts, hidden] float32, the router; its logits are computed in float32.
@@ -62,21 +70,28 @@ class MoE(nnx.Module):
       num_experts, top_k: experts there are, and experts of a token.
       shared_intermediate: width of the shared expert; 0: there is none.
       recipe: "fp8" or "bf16", of all products but the router's; quantised weights are used in FP8 either way.
-      score, num_groups, top_groups, renormalize, scale: as in `jax_deepgemm.moe.route`.
-      balance: whether the router has a bias that `move_bias` moves, DeepSeek-V3's way to equal load.
+      score, num_groups, top_groups, scale: as in `jax_deepgemm.moe.route`.
+      renormalize: as in `route`. None: where top_k > 1; a single weight divided by itself would leave the
+        router without a gradient.
+      balance: whether the router has a bias that `move_bias` moves, DeepSeek-V3's way to equal load. None:
+        where the scores are sigmoids.
       expert_axis: mesh axis that cuts the experts, by `jax_deepgemm.moe.moe_layer`; all axes of the mesh cut
         the tokens. Inside a `jax.shard_map` of yours over this axis: w13 and w2 are this device's part.
-        None: all experts on each device. w13 and w2 carry it as metadata, for `named_shardings`.
+        None: all experts on each device. With a mesh each device makes its own experts only, the same as
+        without one; w13 and w2 carry the axis as metadata, for `named_shardings` and Flax.
       mesh: the mesh; default: that of `jax.set_mesh`.
       method, capacity_factor: as in `jax_deepgemm.moe.expert_parallel_moe`: how tokens travel, and how many
         have room; by default all.
+      dtype: of y, bfloat16 or float32; x of any other dtype is converted to it first. None: the dtype of x.
       param_dtype: of the master weights, float32 or bfloat16. Gradients have the same.
-      kernel_init: initializer of all weights, called with (key, shape, dtype); the last dimension of a shape
-        is summed over.
+      kernel_init: initialiser of all weights, called as by `nnx.Linear` with (key, (in, out), dtype) for
+        every matrix: for each expert its gate, its up and its down projection. Stored transposed.
       rngs: source of the stream `params`.
 
     Raises:
-      ValueError: another recipe; and as `route`, `moe_mlp` and `moe_layer` when called.
+      ValueError: another recipe or dtype, experts that the mesh cannot cut; and as `route`, `moe_mlp` and
+        `moe_layer` when called.
+      TypeError: when called with x in neither bfloat16 nor float32 and without `dtype`.
     """
 
     quantized_weights = ("w13", "w2")
@@ -90,62 +105,67 @@ class MoE(nnx.Module):
         *,
         shared_intermediate: int = 0,
         recipe: str = "fp8",
-        score: str | None = "sigmoid",
+        score: str | None = "softmax",
         num_groups: int | None = None,
         top_groups: int | None = None,
-        renormalize: bool = True,
+        renormalize: bool | None = None,
         scale: float = 1.0,
-        balance: bool = True,
+        balance: bool | None = None,
         expert_axis: str | None = None,
         mesh: Mesh | None = None,
         method: str = "all_to_all",
         capacity_factor: float | None = None,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
-        kernel_init: Initializer = variance_scaling,
+        kernel_init: Initializer = lecun_normal,
         rngs: nnx.Rngs,
     ) -> None:
         self.num_experts, self.top_k = num_experts, top_k
         self.recipe = check_recipe("MoE", recipe)
+        self.dtype = None if dtype is None else check_dtype("MoE", "dtype", dtype)
         self.score, self.num_groups, self.top_groups = score, num_groups, top_groups
-        self.renormalize, self.scale = renormalize, scale
+        self.renormalize, self.scale = top_k > 1 if renormalize is None else renormalize, scale
         self.expert_axis, self.mesh = expert_axis, mesh
         self.method, self.capacity_factor = method, capacity_factor
-        cut = sharding_metadata(None if expert_axis is None else P(expert_axis, None, None))
+        param_dtype = check_dtype("MoE", "param_dtype", param_dtype)
 
-        def weight(*shape: int, dtype: Any = param_dtype) -> jax.Array:
-            return kernel_init(rngs.params(), shape, dtype)
+        def experts(init: Initializer, *shape: int) -> nnx.Param:
+            spec = None if expert_axis is None else P(expert_axis, None, None)
+            shape = (num_experts, *shape)
+            return draw("MoE", init, rngs.params(), shape, param_dtype, spec=spec, mesh=mesh)
 
-        self.gate = nnx.Param(weight(num_experts, hidden, dtype=jnp.float32))
-        self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32)) if balance else None
-        self.w13 = nnx.Param(weight(num_experts, 2 * intermediate, hidden), **cut)
-        self.w2 = nnx.Param(weight(num_experts, hidden, intermediate), **cut)
-        self.shared = (
-            None
-            if not shared_intermediate
-            else SwiGLU(
+        self.gate = draw("MoE", kernel_init, rngs.params(), (hidden, num_experts), jnp.float32)
+        balance = score == "sigmoid" if balance is None else balance
+        self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32)) if balance else nnx.data(None)
+        self.w13 = experts(GateUp(kernel_init), hidden, 2 * intermediate)
+        self.w2 = experts(kernel_init, intermediate, hidden)
+        self.shared = nnx.data(None)
+        if shared_intermediate:
+            self.shared = SwiGLU(
                 hidden,
                 shared_intermediate,
-                recipe=recipe,
+                dtype=dtype,
                 param_dtype=param_dtype,
                 kernel_init=kernel_init,
+                recipe=recipe,
                 rngs=rngs,
             )
-        )
 
-    def __call__(self, x: jax.Array, *, with_load: bool = False) -> Any:
+    def __call__(self, x: Any, *, with_load: bool = False) -> Any:
         """Any number of tokens, for training and prefill.
 
         Args:
-          x: [.., hidden] bfloat16 or float32. With `expert_axis` on Auto axes, cut the first dimension.
+          x: [.., hidden] bfloat16 or float32; any dtype if the layer has one. With `expert_axis` on Auto
+            axes, cut the first dimension.
           with_load: also return the load.
 
         Returns:
-          [.., hidden] in the dtype of x; or (that, `Load`). Inside `jax.shard_map` the load is that of this
-          device's tokens.
+          [.., hidden] in the dtype of the layer or of x; or (that, `Load`). Inside `jax.shard_map` the load
+          is that of this device's tokens.
         """
         return self._through(self._experts, x, with_load)
 
-    def decode(self, x: jax.Array, *, with_load: bool = False) -> Any:
+    def decode(self, x: Any, *, with_load: bool = False) -> Any:
         """As a call, for few tokens on one device: `jax_deepgemm.moe.moe_mlp_decode`, without gradients."""
         return self._through(self._few_tokens, x, with_load)
 
@@ -161,13 +181,18 @@ class MoE(nnx.Module):
         tokens = tokens.astype(jnp.float32)
         self.bias.set_value(self.bias.get_value() + rate * jnp.sign(tokens.mean() - tokens))
 
-    def _through(self, experts: Any, x: jax.Array, with_load: bool) -> Any:
-        tokens = x.reshape(-1, x.shape[-1])
-        ids, weights = self._route(tokens)
-        y, dropped = experts(tokens, ids, weights)
-        y = y.reshape(x.shape)
+    def _through(self, experts: Any, x: Any, with_load: bool) -> Any:
+        x = as_input("MoE", x, self.dtype)
+        given = x if x.ndim > 1 else x[None]
+        tokens = Tokens.of(given)
+        whole = _cut(given, tokens.full_spec(()))  # every device has all features of its tokens
+        flat = tokens.flatten(whole)
+        ids, weights = self._route(flat)
+        y, dropped = experts(flat, ids, weights)
+        y = tokens.unflatten(_cut(y, tokens.flat_spec(())))
         if self.shared is not None:
-            y = y + self.shared(x).astype(y.dtype)
+            y = y + self.shared(whole)
+        y = _cut(y, jax.typeof(given).sharding.spec).reshape(x.shape)
         return (y, Load(_count(ids, self.num_experts), dropped)) if with_load else y
 
     def _experts(self, *routed: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -175,6 +200,7 @@ class MoE(nnx.Module):
         operands: Any = (*routed, self.w13.get_value(), self.w2.get_value())
         recipe = self._recipe()
         if self.expert_axis is None:
+            _require_whole(routed[0])
             return moe_mlp(*operands, recipe=recipe), jnp.zeros((), jnp.int32)
         options: dict[str, Any] = {"method": self.method, "capacity_factor": self.capacity_factor}
         if self.expert_axis in jax.sharding.get_abstract_mesh().manual_axes:
@@ -190,12 +216,7 @@ class MoE(nnx.Module):
         return "fp8" if isinstance(self.w13.get_value(), QuantizedArray) else self.recipe
 
     def _route(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.einsum(
-            "th,eh->te",
-            tokens.astype(jnp.float32),
-            self.gate.get_value(),
-            precision=lax.Precision.HIGHEST,
-        )
+        logits = _logits(tokens, self.gate.get_value())
         return route(
             logits,
             self.top_k,
@@ -208,6 +229,40 @@ class MoE(nnx.Module):
         )
 
 
+def _logits(tokens: jax.Array, gate: jax.Array) -> jax.Array:
+    """tokens [t, hidden] @ gate.T in float32.
+
+    The primitive itself, because libraries that quantise models (qwix) replace `jax.numpy.einsum` and
+    `jax.lax.dot_general` while a model runs.
+    """
+    tokens, gate = same_varying_axes([tokens.astype(jnp.float32), gate.astype(jnp.float32)])
+    return dot_general_p.bind(
+        tokens,
+        gate,
+        dimension_numbers=(((1,), (1,)), ((), ())),
+        precision=(lax.Precision.HIGHEST, lax.Precision.HIGHEST),
+        preferred_element_type=np.dtype(np.float32),
+        out_sharding=None,
+    )
+
+
+def _require_whole(tokens: jax.Array) -> None:
+    cut = entries(jax.typeof(tokens).sharding.spec, 2)[0]
+    if cut and jax.typeof(tokens).sharding.mesh.explicit_axes:
+        raise ValueError(
+            f"MoE: tokens are cut over {cut} by Explicit axes, and the layer has no expert_axis. Make it "
+            "with one, an axis of the mesh (of size 1 where each device has all experts), or call it inside "
+            "jax.shard_map."
+        )
+
+
+def _cut(x: jax.Array, spec: P) -> jax.Array:
+    """x cut so, on Explicit axes."""
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if mesh.explicit_axes else x
+
+
 def _count(ids: jax.Array, experts: int) -> jax.Array:
     """How often each expert is in ids [t, top_k]."""
-    return jnp.sum(ids[..., None] == jnp.arange(experts), axis=(0, 1), dtype=jnp.int32)
+    each = jnp.arange(experts, dtype=ids.dtype)[None, None]
+    return jnp.sum(ids[..., None] == each, axis=(0, 1), dtype=jnp.int32)

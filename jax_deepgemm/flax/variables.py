@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax_deepgemm.quantization import QuantizedArray, quantize
 
 RECIPES = ("fp8", "bf16")
+DTYPES = ("bfloat16", "float32")
 Module = TypeVar("Module", bound=nnx.Module)
 
 
@@ -75,7 +77,7 @@ def quantize_module(module: Module) -> Module:
 
 def _frozen(weight: nnx.Param) -> QuantizedParam:
     value = quantize(weight.get_value(), (128, 128))
-    return QuantizedParam(value, **sharding_metadata(partition_spec(weight)))
+    return QuantizedParam(value, **sharding_metadata(weight.get_metadata().get("out_sharding")))
 
 
 def sharding_metadata(spec: P | None) -> dict[str, Any]:
@@ -84,7 +86,10 @@ def sharding_metadata(spec: P | None) -> dict[str, Any]:
 
 
 def partition_spec(variable: nnx.Variable) -> P | None:
-    return variable.get_metadata().get("out_sharding")
+    """Its `out_sharding` in axes of the mesh: Flax's rules of logical axes apply."""
+    if not variable.get_metadata().get("out_sharding"):
+        return None
+    return nnx.get_partition_spec(variable).get_value()
 
 
 def named_shardings(state: Any, mesh: Mesh) -> Any:
@@ -121,6 +126,24 @@ def check_recipe(where: str, recipe: str) -> str:
     if recipe not in RECIPES:
         raise ValueError(f"{where}: recipe is {recipe!r}, need 'fp8' or 'bf16'.")
     return recipe
+
+
+def check_dtype(where: str, name: str, dtype: Any) -> np.dtype[Any]:
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in DTYPES:
+        raise ValueError(f"{where}: {name} is {dtype.name}, need bfloat16 or float32.")
+    return dtype
+
+
+def as_input(where: str, x: Any, dtype: np.dtype[Any] | None) -> jax.Array:
+    """x in the dtype of a layer, if it has one; bfloat16 or float32 in any case."""
+    x = jnp.asarray(x, dtype)
+    if x.dtype.name not in DTYPES:
+        raise TypeError(
+            f"{where}: x is {x.dtype.name}, need bfloat16 or float32. Convert it, or make the layer with a "
+            "dtype, which it converts x to: dtype=jnp.bfloat16."
+        )
+    return x
 
 
 def as_bf16(x: jax.Array) -> jax.Array:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from .compiler import compile_kernel, record_kernels
 from .report import CompiledKernel, KernelSource
+from .shapes import Call, Shape, shape_of
 
 if TYPE_CHECKING:
     from jax_deepgemm.cli.text import Progress
@@ -49,7 +51,7 @@ def compile_many(
 
 
 def precompile(
-    items: Iterable[Problem | KernelSource | tuple[Any, ...]],
+    items: Iterable[Mapping[str, Any] | Shape | Problem | KernelSource | tuple[Any, ...]],
     *,
     chip: Chip | None = None,
     jobs: int | None = None,
@@ -60,9 +62,12 @@ def precompile(
     Needs no GPU: a build machine can fill a cache directory that training jobs mount.
 
     Args:
-      items: each a problem (an object with `kernel_sources(chip)`), or a tuple (function, *arguments) with a
-        jitted or plain function and arrays or `jax.ShapeDtypeStruct`s; functions are lowered for platform
-        "cuda", not run.
+      items: each one of
+        a shape, as a dict with the fields of a line of a shapes file (`python -m jax_deepgemm compile
+        --help` lists them): a dense or grouped GEMM, or a layer of experts, forward and backward;
+        a tuple (function, *arguments) with a jitted or plain function and arrays or
+        `jax.ShapeDtypeStruct`s; functions are lowered for platform "cuda", not run;
+        a problem (an object with `kernel_sources(chip)`).
       chip: the GPU model to choose configurations for, by default an H200.
       jobs: threads, by default one per core. Functions are traced in the calling thread and lowered in the
         others, which know nothing of contexts such as `jax.enable_x64`; jobs=1 stays in the calling thread.
@@ -71,6 +76,11 @@ def precompile(
     Returns:
       The kernels, without repetition.
 
+    Raises:
+      ValueError: a shape that cannot be; the message says what it needs.
+      TypeError: an item of another kind.
+      CompileError, CompilerNotFoundError: see `jax_deepgemm.jit.compile_kernel`.
+
     >>> import jax, jax.numpy as jnp
     >>> from jax_deepgemm import GemmProblem, bf16_gemm_nt
     >>> a = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
@@ -78,6 +88,8 @@ def precompile(
     >>> kernel.arch, kernel.report.spill_store_bytes
     ('90a', 0)
     >>> precompile([GemmProblem(m=256, n=256, k=512, a="bf16", b="bf16", b_scales="none")]) == [kernel]
+    True
+    >>> precompile([{"op": "bf16_gemm_nt", "m": 256, "n": 256, "k": 512}]) == [kernel]
     True
     """
     kernels = [kernel for _, kernel in precompile_records(items, chip=chip, jobs=jobs, progress=progress)]
@@ -90,23 +102,49 @@ def precompile_records(
     """`precompile`, with the source of each kernel."""
     from jax_deepgemm.sm90.chip import H200
 
-    tasks = [_task(item, chip or H200) for item in items]
+    tasks = [task for item in items for task in _tasks(item, chip or H200)]
     return [record for records in _parallel(tasks, jobs, progress) for record in records]
 
 
-def _task(item: Any, chip: Chip) -> Callable[[], list[tuple[KernelSource, CompiledKernel]]]:
+_Records: TypeAlias = list[tuple[KernelSource, CompiledKernel]]
+
+
+def _tasks(item: Any, chip: Chip) -> list[Callable[[], _Records]]:
+    """Traces what is to be traced, in this thread; the rest may run in any."""
+    if isinstance(item, Mapping):
+        item = shape_of(item)
+    if isinstance(item, Shape):
+        return [functools.partial(_lower_call, item, _traced(item, call)) for call in item.calls()]
     if isinstance(item, tuple) and item and callable(item[0]):
-        return functools.partial(_lower, _trace(item[0], item[1:]))
+        return [functools.partial(_lower, _trace(item[0], item[1:]))]
     if isinstance(item, KernelSource):
-        return lambda: [(item, compile_kernel(item, arch=chip.arch))]
+        return [lambda: [(item, compile_kernel(item, arch=chip.arch))]]
     if hasattr(item, "kernel_sources"):
-        return lambda: [
-            (source, compile_kernel(source, arch=chip.arch)) for source in item.kernel_sources(chip)
-        ]
+        return [lambda: [(one, compile_kernel(one, arch=chip.arch)) for one in item.kernel_sources(chip)]]
     raise TypeError(
-        f"precompile: got {item!r}, need a problem (an object with kernel_sources(chip)) or a tuple "
-        "(function, *arguments) with arrays or jax.ShapeDtypeStructs."
+        f"precompile: got {item!r}, need a shape (a dict with op and its sizes), a tuple (function, "
+        "*arguments) with arrays or jax.ShapeDtypeStructs, or a problem (an object with "
+        "kernel_sources(chip))."
     )
+
+
+def _traced(shape: Shape, call: Call) -> Any:
+    with _naming(shape):
+        return _trace(call.function, call.operands)
+
+
+def _lower_call(shape: Shape, traced: Any) -> _Records:
+    with _naming(shape):
+        return _lower(traced)
+
+
+@contextlib.contextmanager
+def _naming(shape: Shape) -> Iterator[None]:
+    """Says which shape it is that an op refuses."""
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{shape}: {error}") from error
 
 
 def _trace(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -116,7 +154,7 @@ def _trace(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return jitted.trace(*args)
 
 
-def _lower(traced: Any) -> list[tuple[KernelSource, CompiledKernel]]:
+def _lower(traced: Any) -> _Records:
     with record_kernels() as records:
         traced.lower(lowering_platforms=("cuda",))
     return records

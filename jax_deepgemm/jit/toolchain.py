@@ -78,7 +78,7 @@ class Toolchain:
 def read_settings() -> Settings:
     """The settings of this moment; a value outside its rule is a ValueError that names the variable."""
     return Settings(
-        cache_dir=Path(os.environ.get(PREFIX + "CACHE_DIR") or "~/.cache/jax_deepgemm").expanduser(),
+        cache_dir=_cache_dir(),
         compiler=_choice("COMPILER", COMPILERS) or "nvrtc",
         nvcc=os.environ.get(PREFIX + "NVCC") or None,
         print_configs=_switch("PRINT_CONFIGS"),
@@ -90,6 +90,15 @@ def read_settings() -> Settings:
         log=_choice("LOG", LEVELS),
         print_load_time=_switch("PRINT_LOAD_TIME"),
     )
+
+
+def _cache_dir() -> Path:
+    given = os.environ.get(PREFIX + "CACHE_DIR")
+    try:
+        return Path(given or "~/.cache/jax_deepgemm").expanduser()
+    except RuntimeError:  # no HOME, and no entry of this user in the system's list
+        way_out = f"{PREFIX}CACHE_DIR is {given!r}" if given else f"set {PREFIX}CACHE_DIR to a folder"
+        raise ValueError(f"no home directory is known for the kernel cache; {way_out}.") from None
 
 
 def say(text: str) -> None:
@@ -144,23 +153,6 @@ def _find_nvrtc() -> Toolchain:
     if int(status):
         raise CompilerNotFoundError(f"NVRTC at {path} does not tell its version: {status!r}. Reinstall it.")
     return Toolchain("nvrtc", f"{major}.{minor}", str(path))
-
-
-def describe() -> dict[str, str]:
-    """What `python -m jax_deepgemm info` says: the compiler in use, or why there is none, and its helpers."""
-    try:
-        settings = read_settings()
-        compiler = str(find_toolchain(settings))
-    except (CompilerNotFoundError, ValueError) as error:
-        return {"compiler": f"none: {error}"}
-    cuda_core = import_cuda_core()
-    disassembler = find_disassembler()
-    return {
-        "compiler": compiler,
-        "cuda-core": cuda_core.__version__,
-        "headers": str(INCLUDE_DIR),
-        "disassembler": disassembler[0] if disassembler else "none (pip install nvidia-cuda-nvdisasm)",
-    }
 
 
 def find_nvcc(settings: Settings) -> str:

@@ -12,6 +12,7 @@ from jax_deepgemm.quantization.casts import (
 )
 from jax_deepgemm.quantization.fused import quantize_both, quantize_weight
 from jax_deepgemm.quantization.interop import from_qwix, from_tuple, to_qwix, to_tuple
+from jax_deepgemm.quantization.join import concatenate
 from jax_deepgemm.quantization.scale_layout import (
     ceil_to_ue8m0,
     get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor,
@@ -22,10 +23,14 @@ from jax_deepgemm.quantization.scale_layout import (
     transform_sf_into_required_layout,
     unpack_ue8m0_from_int,
 )
+from jax_deepgemm.quantization.serialization import register as _register
+
+_register()
 
 __all__ = [
     "QuantizedArray",
     "ceil_to_ue8m0",
+    "concatenate",
     "dequantize",
     "from_qwix",
     "from_tuple",

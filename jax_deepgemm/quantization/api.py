@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.quantization.array import FP8_MAX, Block, QuantizedArray, as_dtype, check_block
 from jax_deepgemm.quantization.ops import dequantize_op, quantize_op
 
@@ -18,13 +19,22 @@ FLOATS = tuple(np.dtype(t) for t in (jnp.bfloat16, jnp.float16, jnp.float32))
 
 
 def quantize(
-    x: Any, block: Block = (1, 128), dtype: Any = jnp.float8_e4m3fn, scale_format: str = "f32"
+    x: Any,
+    block: Block = (1, 128),
+    dtype: Any = jnp.float8_e4m3fn,
+    scale_format: str = "f32",
+    *,
+    min_amax: float = 0.0,
 ) -> QuantizedArray:
     """FP8 values of x with one scale per block.
 
-    For each block: amax = max |x| in float32, at least 1e-4; scale = amax / 448 (57344 for float8_e5m2), with
-    "ue8m0" rounded up to a power of two; value = x * (1 / scale), saturated, rounded to nearest even. Each
-    operation is correctly rounded, so eager, jit, every device and every sharding give the same bits.
+    For each block: amax = max |x| in float32; scale = amax / 448 (57344 for float8_e5m2), with "ue8m0"
+    rounded up to a power of two; value = x * (1 / scale), saturated, rounded to nearest even. Each operation
+    is correctly rounded, so eager, jit, every device and every sharding give the same bits.
+
+    Scales follow the data: the relative error is the same at any magnitude, down to an amax of 5.3e-36
+    (6.8e-34 for float8_e5m2), where a scale is the smallest normal float32, 2**-126. It does not get smaller,
+    so blocks of zeros have that scale. Subnormal numbers count as zeros.
 
     NaN and infinities do not count in amax and touch no other element: NaN stays NaN, infinities stay what
     they are in float8_e5m2 and become NaN in float8_e4m3fn, which has none.
@@ -36,6 +46,8 @@ def quantize(
         ragged.
       dtype: float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for powers of two. Both are held in float32.
+      min_amax: what the amax of a block counts as at least. 1e-4 gives the bits of DeepGEMM's casts, in which
+        blocks of numbers far below that lose digits and become zeros.
 
     Returns:
       QuantizedArray with values of x's shape and scales [.., ceil(rows / block[0]), ceil(cols / block[1])].
@@ -55,7 +67,8 @@ def quantize(
     [[0.0078125, 0.015625]]
     """
     x, block, dtype = checked_input(x, block, dtype, scale_format)
-    values, scales = over_leading(quantize_op(block, dtype, scale_format), x.ndim - 2)(x)
+    op = quantize_op(block, dtype, scale_format, _checked_amax(min_amax))
+    values, scales = over_leading(op, x.ndim - 2)(x)
     return QuantizedArray(values, scales, block)
 
 
@@ -101,6 +114,7 @@ def checked_input(
     x: Any, block: Any, dtype: Any, scale_format: str, where: str = "quantize"
 ) -> tuple[jax.Array, Block, np.dtype]:
     """x as an array, the block and the dtype, checked; `where` is the function that errors name."""
+    x = unwrapped(x)
     if isinstance(x, QuantizedArray):
         raise TypeError(
             f"{where}: x is a QuantizedArray already. For another block or type: quantize(dequantize(x), "
@@ -124,6 +138,15 @@ def checked_input(
             f"{where}: scale_format is {scale_format!r}, need 'f32' (any float32) or 'ue8m0' (powers of two)."
         )
     return jnp.asarray(x), check_block(block, where), dtype
+
+
+def _checked_amax(min_amax: Any) -> float:
+    if isinstance(min_amax, bool) or not isinstance(min_amax, (int, float)) or not 0 <= min_amax < 2.0**126:
+        raise ValueError(
+            f"quantize: min_amax is {min_amax!r}, need a Python number from 0 on: 0 for scales that follow "
+            "the data, 1e-4 for DeepGEMM's."
+        )
+    return float(min_amax)
 
 
 def _checked_dtype(where: str, value: Any, allowed: Collection[np.dtype]) -> np.dtype:

@@ -26,7 +26,6 @@ _NO_TRANSPOSE = (
 )
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedArray:
     """FP8 values and the float32 scale of each of their blocks: element = stored value * scale of its block.
@@ -38,8 +37,15 @@ class QuantizedArray:
       block: (rows, cols) of a block, static: it is part of the pytree's structure.
 
     It goes through ``jit``, ``vmap``, ``scan``, ``shard_map``, ``jax.tree.map`` (also with leaves that are no
-    arrays, as PartitionSpecs or None) and checkpoints like a pair of arrays. The constructor therefore checks
-    nothing; `check` does, and every function of this package calls it.
+    arrays, as PartitionSpecs or None) and checkpoints like a pair of arrays. What JAX puts together from
+    leaves is therefore not checked; what the constructor is given is, in its last two dimensions (leading
+    ones may be those of a vmap), and every function of this package calls `check`.
+
+    To join arrays use `concatenate` of this package: joining the leaves by ``jax.tree.map`` is wrong where a
+    block does not end at the seam, and no shape may show it.
+
+    Raises:
+      ValueError: FP8 values and scales whose shapes do not fit each other with this block.
 
     FP8 leaves count as floating point in ``jax.grad``: keep quantised weights out of the differentiated
     arguments, and the master weights in bfloat16 or float32.
@@ -61,6 +67,10 @@ class QuantizedArray:
     def __post_init__(self) -> None:
         if isinstance(self.block, list):  # static fields are hashed
             object.__setattr__(self, "block", tuple(self.block))
+        if _is_shaped(self.values) and _is_shaped(self.scales) and np.dtype(self.values.dtype) in FP8_MAX:
+            check_block(self.block, "QuantizedArray")
+            if min(len(self.values.shape), len(self.scales.shape)) >= 2:
+                _check_shapes(self, "QuantizedArray", "operand", whole=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -172,6 +182,26 @@ class QuantizedArray:
         )
 
 
+def _flatten_with_keys(q: QuantizedArray) -> tuple[tuple[tuple[Any, Any], ...], Block]:
+    key = jax.tree_util.GetAttrKey
+    return ((key("values"), q.values), (key("scales"), q.scales)), q.block
+
+
+def _flatten(q: QuantizedArray) -> tuple[tuple[Any, Any], Block]:
+    return (q.values, q.scales), q.block
+
+
+def _unflatten(block: Block, leaves: tuple[Any, Any]) -> QuantizedArray:
+    """Unchecked: JAX makes trees of placeholders, and of pieces that mean nothing alone."""
+    q = object.__new__(QuantizedArray)
+    for name, value in (("values", leaves[0]), ("scales", leaves[1]), ("block", block)):
+        object.__setattr__(q, name, value)
+    return q
+
+
+jax.tree_util.register_pytree_with_keys(QuantizedArray, _flatten_with_keys, _unflatten, _flatten)
+
+
 def scales_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
     """Shape of the scales of values of this shape.
 
@@ -227,6 +257,8 @@ def as_dtype(where: str, name: str, value: Any, need: str) -> np.dtype:
     >>> as_dtype("quantize", "dtype", jnp.float8_e5m2, "float8_e5m2").name
     'float8_e5m2'
     """
+    if value is None:  # np.dtype(None) is float64
+        raise TypeError(f"{where}: {name} is None, need {need}.")
     try:
         return np.dtype(value)
     except TypeError:
@@ -236,7 +268,7 @@ def as_dtype(where: str, name: str, value: Any, need: str) -> np.dtype:
 def _check(q: QuantizedArray, where: str, name: str) -> None:
     check_block(q.block, where)
     for part, leaf in (("values", q.values), ("scales", q.scales)):
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        if not _is_shaped(leaf):
             raise TypeError(
                 f"{where}: {part} of {name} are a {type(leaf).__name__}, need a JAX or NumPy array."
             )
@@ -250,13 +282,22 @@ def _check(q: QuantizedArray, where: str, name: str) -> None:
         raise TypeError(
             f"{where}: scales of {name} are {np.dtype(q.scales.dtype).name}, need float32. {_way_out(q)}"
         )
+    _check_shapes(q, where, name)
+
+
+def _is_shaped(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _check_shapes(q: QuantizedArray, where: str, name: str, whole: bool = True) -> None:
+    """One scale per block; not `whole`: of the last two dimensions."""
     if len(q.values.shape) < 2:
         raise ValueError(
             f"{where}: values of {name} are {_show(q.values)}, need rank >= 2. For a vector use "
             "values[None], scales[None]."
         )
     want = scales_shape(q.shape, q.block)
-    if tuple(q.scales.shape) != want:
+    if tuple(q.scales.shape) != want and (whole or tuple(q.scales.shape[-2:]) != want[-2:]):
         raise ValueError(
             f"{where}: scales of {name} are {list(q.scales.shape)} for values {list(q.shape)} with block "
             f"{q.block}, need {list(want)}: one scale per block, ceil(rows / {q.block[0]}) x ceil(cols / "

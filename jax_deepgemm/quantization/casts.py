@@ -1,4 +1,8 @@
-"""DeepGEMM's cast helpers: (values, scales) tuples, float8_e4m3fn, made by `quantize`."""
+"""DeepGEMM's cast helpers: (values, scales) tuples, float8_e4m3fn, made by `quantize`.
+
+With its bits: an amax counts as at least 1e-4, so numbers far below that lose digits and vanish. `quantize`
+has no such bound.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from jax_deepgemm.quantization.array import Block
 from jax_deepgemm.quantization.scale_layout import WORD, pack_ue8m0_to_int
 
 Pair = tuple[jax.Array, jax.Array]
+MIN_AMAX = 1e-4
 
 
 def per_token_cast_to_fp8(
@@ -93,5 +98,5 @@ def per_custom_dims_cast_to_fp8(x: Any, dims: Sequence[int], use_ue8m0: bool = F
 
 
 def _cast(x: Any, block: Block, use_ue8m0: bool) -> Pair:
-    q = quantize(x, block, scale_format="ue8m0" if use_ue8m0 else "f32")
+    q = quantize(x, block, scale_format="ue8m0" if use_ue8m0 else "f32", min_amax=MIN_AMAX)
     return q.values, q.scales

@@ -12,6 +12,9 @@ import numpy as np
 
 from jax_deepgemm.quantization.array import Block, QuantizedArray, check_block, scales_shape
 
+EXACT_IN_FLOAT32 = tuple(np.dtype(t) for t in (jnp.bfloat16, jnp.float16, jnp.float8_e8m0fnu))
+MX_VALUES = {"mxfp8": jnp.float8_e4m3fn}
+"""What qwix calls its own types of array -> the type of the values."""
 KNOWN_BLOCKS: tuple[Block, ...] = ((1, 128), (128, 128), (128, 1), (1, 32))
 
 
@@ -55,15 +58,18 @@ def to_tuple(q: QuantizedArray) -> tuple[jax.Array, jax.Array]:
 
 
 def from_qwix(array: Any, block: Block | None = None) -> QuantizedArray:
-    """A QuantizedArray of a qwix QArray with FP8 values, float32 scales and no zero point.
+    """A QuantizedArray of a qwix QArray with FP8 values and no zero point.
 
-    Tiles become blocks; a scale for a whole dimension becomes a block as large as the dimension. Scales
-    shared by leading dimensions are repeated.
+    Tiles become blocks. A scale for a whole dimension, or for tiles of a multiple of 128, is repeated for
+    each 128 of it, so that channelwise and per-tensor arrays can be multiplied; so are scales shared by
+    leading dimensions. Scales of bfloat16, float16 or float8_e8m0fnu ("mxfp8") become float32, exactly.
 
     Args:
-      array: qwix.QArray; its values and scales are used as they are.
-      block: the block to state where several fit, as (128, 128) for a weight of one row or of one block of
-      columns.
+      array: qwix.QArray; its values are used as they are.
+      block: the block that the scales, as they are, were made with, where the shapes allow several.
+
+    Raises:
+      TypeError, ValueError: another type, a zero point, values that are not FP8, tiled leading dimensions.
 
     >>> from jax_deepgemm.quantization import quantize
     >>> q = quantize(jnp.ones((4, 256)), (1, 128))
@@ -74,16 +80,12 @@ def from_qwix(array: Any, block: Block | None = None) -> QuantizedArray:
         raise TypeError(
             f"from_qwix: got {type(array).__module__}.{type(array).__name__}, need a qwix.QArray."
         )
-    values, scales = array.qvalue, array.scale
     if array.zero_point is not None:
         raise ValueError(
             "from_qwix: the array has a zero point; FP8 scales are symmetric. Quantise without one."
         )
-    if array.qtype is not None and np.dtype(array.qtype) != np.dtype(values.dtype):
-        raise TypeError(
-            f"from_qwix: qtype {np.dtype(array.qtype).name} is stored as {np.dtype(values.dtype).name}. "
-            "Quantise with qtype=jnp.float8_e4m3fn."
-        )
+    values, scales = array.qvalue, array.scale
+    _check_qtype(array.qtype, values.dtype)
     if len(values.shape) < 2 or len(scales.shape) != len(values.shape):
         raise ValueError(
             f"from_qwix: values {list(values.shape)} and scales {list(scales.shape)}; need equal ranks >= 2."
@@ -96,8 +98,38 @@ def from_qwix(array: Any, block: Block | None = None) -> QuantizedArray:
         )
     if scales.shape[:-2] != lead:
         scales = jnp.broadcast_to(scales, lead + scales.shape[-2:])
-    chosen = (max(tile[-2], 1), max(tile[-1], 1)) if block is None else check_block(block, "from_qwix")
-    return QuantizedArray(values, scales, chosen).check("from_qwix", "array")
+    if np.dtype(scales.dtype) in EXACT_IN_FLOAT32:
+        scales = scales.astype(jnp.float32)
+    if block is not None:
+        return QuantizedArray(values, scales, check_block(block, "from_qwix")).check("from_qwix", "array")
+    steps = [_step(n, s, t) for n, s, t in zip(values.shape[-2:], scales.shape[-2:], tile[-2:])]
+    for axis, step in zip((-2, -1), steps):
+        scales = _scales_per_block(scales, axis, values.shape[axis], max(tile[axis], 1), step)
+    return QuantizedArray(values, scales, (steps[0], steps[1])).check("from_qwix", "array")
+
+
+def _check_qtype(qtype: Any, stored: Any) -> None:
+    try:
+        wanted = np.dtype(MX_VALUES.get(qtype, qtype) if isinstance(qtype, str) else qtype)
+    except TypeError:
+        wanted = None
+    if qtype is not None and wanted != np.dtype(stored):
+        raise TypeError(
+            f"from_qwix: qtype {qtype if isinstance(qtype, str) else np.dtype(qtype).name} is stored as "
+            f"{np.dtype(stored).name}. Quantise with qtype=jnp.float8_e4m3fn."
+        )
+
+
+def _step(size: int, scales: int, tile: int) -> int:
+    """Elements per scale along one dimension, after repeating: 128 where the tile is whole blocks of 128."""
+    whole = scales == 1 and size > 1
+    return 128 if whole or tile % 128 == 0 else max(tile, 1)
+
+
+def _scales_per_block(scales: Any, axis: int, size: int, tile: int, step: int) -> Any:
+    """Scales of tiles along an axis as scales of blocks of `step`, none of which holds an edge of a tile."""
+    count = -(-size // step)
+    return scales if scales.shape[axis] == count else jnp.take(scales, np.arange(count) * step // tile, axis)
 
 
 def to_qwix(q: QuantizedArray) -> Any:

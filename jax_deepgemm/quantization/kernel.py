@@ -24,10 +24,22 @@ def quantize(
     block: Block,
     scale_format: str,
     transposed: bool = False,
+    min_amax: float = 0.0,
     **_: Any,
 ) -> LaunchPlan:
     """The plan of `quantize`, `quantize_both` and `quantize_weight`: operands (x[, rows])."""
-    return plan("quantize", ["x"], avals_in, avals_out, batch, chip, block, scale_format, transposed)
+    return plan(
+        "quantize",
+        ["x"],
+        avals_in,
+        avals_out,
+        batch=batch,
+        chip=chip,
+        block=block,
+        scale_format=scale_format,
+        transposed=transposed,
+        min_amax=min_amax,
+    )
 
 
 def plan(
@@ -35,27 +47,30 @@ def plan(
     names: list[str],
     avals_in: Sequence[Any],
     avals_out: Sequence[Any],
+    *,
     batch: Batch,
     chip: Chip,
     block: Block,
     scale_format: str,
     transposed: bool,
+    min_amax: float = 0.0,
 ) -> LaunchPlan:
     """The plan of a quantising op whose operands are `names` and perhaps the row limit."""
     limited = len(avals_in) > len(names)
     carried = dict(zip([*names, "limit"], batch or (False,) * len(avals_in), strict=False))
     *batches, rows, cols = avals_out[0].shape
     problem = QuantizeProblem(
-        kind,
-        rows,
-        cols,
-        np.dtype(avals_in[0].dtype).name,
-        np.dtype(avals_out[0].dtype).name,
-        block,
-        transposed,
-        scale_format == "ue8m0",
-        limited,
-        "weight" in names,
-        batches[0] if batches else 1,
+        kind=kind,
+        rows=rows,
+        cols=cols,
+        x=np.dtype(avals_in[0].dtype).name,
+        fp8=np.dtype(avals_out[0].dtype).name,
+        block=block,
+        transposed=transposed,
+        ue8m0=scale_format == "ue8m0",
+        min_amax=min_amax,
+        limited=limited,
+        weighted="weight" in names,
+        batches=batches[0] if batches else 1,
     )
     return quantize_plan(problem, chip, carried)

@@ -59,23 +59,32 @@ class BlockOp(Op):
 
 
 @functools.cache
-def quantize_op(block: Block, dtype: np.dtype, scale_format: str) -> Op:
+def quantize_op(block: Block, dtype: np.dtype, scale_format: str, min_amax: float = 0.0) -> Op:
     """x -> [values, scales]."""
+    form: dict[str, Any] = {"block": block, "scale_format": scale_format, "min_amax": min_amax}
+    suffix = f"_amax{min_amax:g}" if min_amax else ""
 
     def result(x: Shape) -> list[tuple[Shape, Any]]:
         return [(x, dtype), (scales_shape(x, block), np.dtype(np.float32))]
 
     return BlockOp(
-        f"quantize_{block[0]}x{block[1]}_{dtype.name}_{scale_format}",
+        f"quantize_{block[0]}x{block[1]}_{dtype.name}_{scale_format}{suffix}",
         f"r c -> r c, {_grid(block)}",
         result,
-        functools.partial(reference.quantize, block=block, dtype=dtype, scale_format=scale_format),
+        functools.partial(reference.quantize, dtype=dtype, **form),
         blocks=_blocks(block),
-        spmd=functools.partial(_quantize_shard, block, dtype, scale_format),
-        kernel=LazyKernel(KERNELS, "quantize", block=block, scale_format=scale_format)
-        if block in KERNEL_BLOCKS
-        else None,
+        spmd=functools.partial(_quantize_shard, block, dtype, scale_format, min_amax),
+        kernel=LazyKernel(KERNELS, "quantize", **form) if block in KERNEL_BLOCKS else None,
+        without_kernel=functools.partial(_on_xla, block),
         grad_hint=HINT,
+    )
+
+
+def _on_xla(block: Block, avals: Sequence[Any], **_: Any) -> str:
+    x = avals[0]
+    return (
+        f"quantize of {np.dtype(x.dtype).name} {list(x.shape)} with block {block} runs on XLA: there are "
+        f"kernels for {', '.join(map(str, KERNEL_BLOCKS))}."
     )
 
 
@@ -167,6 +176,7 @@ def _quantize_shard(
     block: Block,
     dtype: np.dtype,
     scale_format: str,
+    min_amax: float,
     plan: ShardingPlan,
     local: Callable[..., Any],
     x: jax.Array,
@@ -174,18 +184,24 @@ def _quantize_shard(
     windows = shared_windows(plan, block)
     if not windows:
         return (x,), None
-    return None, quantize_shared(reference.exact_float32(x), windows, block, dtype, scale_format)
+    wide = reference.exact_float32(x)
+    return None, quantize_shared(wide, windows, block, dtype, scale_format, min_amax)
 
 
 def quantize_shared(
-    x: jax.Array, windows: Sequence[_Window], block: Block, dtype: np.dtype, scale_format: str
+    x: jax.Array,
+    windows: Sequence[_Window],
+    block: Block,
+    dtype: np.dtype,
+    scale_format: str,
+    min_amax: float = 0.0,
 ) -> list[jax.Array]:
     """[values, scales] of one device's piece of x, float32, whose blocks it shares along `windows`."""
     grid = reference.block_amax(functools.reduce(lambda y, window: window.align(y), windows, x), block)
     if windows:
         grid = functools.reduce(lambda g, window: window.place(g), windows, grid)
         grid = lax.pmax(grid, tuple(axis for window in windows for axis in window.axes))
-    scales = reference.scales_from_amax(grid, dtype, scale_format)
+    scales = reference.scales_from_amax(grid, dtype, scale_format, min_amax)
     inverse = functools.reduce(lambda g, window: window.per_element(g), windows, reference.reciprocal(scales))
     inverse = reference.expand(inverse, x.shape, _without(block, windows))
     return [reference.cast_scaled(x, inverse, dtype), scales]

@@ -1,8 +1,11 @@
 """Block quantisation in jax.numpy: the exact arithmetic, on every platform.
 
-    amax  = max |x| over the finite elements of the block, at least 1e-4
-    scale = amax / largest finite FP8 value, rounded to nearest even; "ue8m0": then up to a power of two
+    amax  = max |x| over the finite elements of the block, at least top * 2**-126, top the largest FP8 value
+    scale = amax / top, rounded to nearest even; "ue8m0": then up to a power of two
     value = round_to_nearest_even(x * (1 / scale))
+
+So a scale is at least 2**-126, the smallest normal float32: its inverse is finite, and a block of zeros stays
+zeros. Subnormal x count as zeros of their sign, as some devices flush them and others do not.
 
 Both quotients are correctly rounded by integer arithmetic on their bits. Compilers may turn a / (b / c) into
 a * c / b, a division by a constant into a product, and GPU divisions may be 2 ulp off; none of that can
@@ -18,18 +21,29 @@ from jax import lax
 
 from jax_deepgemm.quantization.array import FP8_MAX, Block
 
-SMALLEST_AMAX = 1e-4
-"""Lower bound of a block's amax: blocks of zeros get a scale that is not zero."""
+SMALLEST_NORMAL = 2.0**-126
+"""Of float32, and of scales."""
 
 
-def quantize(x: jax.Array, *, block: Block, dtype: np.dtype, scale_format: str) -> list[jax.Array]:
+def smallest_amax(dtype: np.dtype) -> float:
+    """What the amax of a block counts as at least: its scale is then the smallest normal number."""
+    return FP8_MAX[np.dtype(dtype)] * SMALLEST_NORMAL
+
+
+def quantize(
+    x: jax.Array, *, block: Block, dtype: np.dtype, scale_format: str, min_amax: float = 0.0
+) -> list[jax.Array]:
     """[values, scales] of x [.., rows, cols]."""
-    return quantize_float32(exact_float32(x), block=block, dtype=dtype, scale_format=scale_format)
+    return quantize_float32(
+        exact_float32(x), block=block, dtype=dtype, scale_format=scale_format, min_amax=min_amax
+    )
 
 
-def quantize_float32(x: jax.Array, *, block: Block, dtype: np.dtype, scale_format: str) -> list[jax.Array]:
+def quantize_float32(
+    x: jax.Array, *, block: Block, dtype: np.dtype, scale_format: str, min_amax: float = 0.0
+) -> list[jax.Array]:
     """[values, scales] of x in float32."""
-    scales = scales_from_amax(block_amax(x, block), dtype, scale_format)
+    scales = scales_from_amax(block_amax(x, block), dtype, scale_format, min_amax)
     return [cast_scaled(x, expand(reciprocal(scales), x.shape, block), dtype), scales]
 
 
@@ -79,9 +93,9 @@ def expand(grid: jax.Array, shape: tuple[int, ...], block: Block) -> jax.Array:
     return wide[..., : shape[-2], : shape[-1]]
 
 
-def scales_from_amax(amax: jax.Array, dtype: np.dtype, scale_format: str) -> jax.Array:
-    """Scales of blocks with this amax."""
-    scales = divide_by_fp8_max(jnp.maximum(amax, jnp.float32(SMALLEST_AMAX)), dtype)
+def scales_from_amax(amax: jax.Array, dtype: np.dtype, scale_format: str, min_amax: float = 0.0) -> jax.Array:
+    """Scales of blocks with this amax, which counts as at least min_amax."""
+    scales = divide_by_fp8_max(jnp.maximum(amax, jnp.float32(max(min_amax, smallest_amax(dtype)))), dtype)
     return ceil_to_power_of_two(scales) if scale_format == "ue8m0" else scales
 
 
@@ -90,10 +104,16 @@ def cast_scaled(x: jax.Array, inverse: jax.Array, dtype: np.dtype) -> jax.Array:
     top = jnp.float32(FP8_MAX[np.dtype(dtype)])
     infinite = x if np.dtype(dtype) == np.dtype(jnp.float8_e5m2) else jnp.full_like(x, jnp.nan)
     special = jnp.where(jnp.isnan(x), jnp.float32(jnp.nan), infinite)
-    rounded = jnp.where(jnp.isfinite(x), jnp.clip(x * inverse, -top, top), special).astype(dtype)
+    scaled = jnp.clip(_without_subnormals(x) * inverse, -top, top)
+    rounded = jnp.where(jnp.isfinite(x), scaled, special).astype(dtype)
     # XLA for GPUs allows excess precision: it would drop the rounding where a dequantisation follows in the
     # same program.
     return lax.optimization_barrier(rounded)
+
+
+def _without_subnormals(x: jax.Array) -> jax.Array:
+    """x, and a zero of its sign where it is subnormal."""
+    return jnp.where(jnp.abs(x) < jnp.float32(SMALLEST_NORMAL), jnp.copysign(jnp.float32(0), x), x)
 
 
 def divide_by_fp8_max(amax: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -103,7 +123,7 @@ def divide_by_fp8_max(amax: jax.Array, dtype: np.dtype) -> jax.Array:
     up = jnp.where(mantissa * 4 < 7 << 23, jnp.uint32(3), jnp.uint32(2))  # so that the quotient has 24 bits
     dividend = mantissa << up
     quotient = dividend // jnp.uint32(7)
-    quotient += dividend - quotient * 7 > 3
+    quotient += (dividend - quotient * 7 > 3).astype(jnp.uint32)
     return _join(exponent - up.astype(jnp.int32) - shift, quotient)
 
 
@@ -118,14 +138,14 @@ def reciprocal(scales: jax.Array) -> jax.Array:
     signed = mantissa.astype(jnp.int32)
     step = jnp.floor_divide(rest, signed)
     quotient = lax.bitcast_convert_type(quotient, jnp.int32) + step
-    quotient += 2 * (rest - step * signed) > signed
+    quotient += (2 * (rest - step * signed) > signed).astype(jnp.int32)
     return _join(jnp.int32(254 - 1) - exponent, lax.bitcast_convert_type(quotient, jnp.uint32))
 
 
 def ceil_to_power_of_two(scales: jax.Array) -> jax.Array:
     """The smallest power of two >= |scales|, its biased exponent held to [1, 254] (UE8M0)."""
     bits = lax.bitcast_convert_type(scales.astype(jnp.float32), jnp.uint32) & jnp.uint32(0x7FFFFFFF)
-    exponent = (bits >> 23) + ((bits & jnp.uint32(0x7FFFFF)) != 0)
+    exponent = (bits >> 23) + ((bits & jnp.uint32(0x7FFFFF)) != 0).astype(jnp.uint32)
     return lax.bitcast_convert_type(jnp.clip(exponent, 1, 254).astype(jnp.uint32) << 23, jnp.float32)
 
 

@@ -1,6 +1,6 @@
 """What a configuration costs on a problem, in microseconds, as terms that can be read.
 
-The constants were fitted to sweeps on an H200 (docs/performance.md says how well they choose). They rank
+The constants were fitted to sweeps on an H200 (docs/performance_log.md says how well they choose). They rank
 configurations; they do not promise a time.
 """
 

@@ -20,7 +20,7 @@ from jax_deepgemm.sm90.config import (
 )
 from jax_deepgemm.sm90.source import INTEGERS, kernel_source, reads_c, sides
 
-_STRIPE_BYTES = 8 << 20  # rows of A that stay in L2 beside B and D; see docs/performance.md
+_STRIPE_BYTES = 8 << 20  # rows of A that stay in L2 beside B and D; see docs/performance_log.md
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Param, Result, Scalar, Scratch
 from jax_deepgemm.jit import KernelSource, compile_kernel
 from jax_deepgemm.sm90.chip import Chip
@@ -24,6 +26,7 @@ struct Config {{
   using Fp8 = jdg::{fp8};
   static constexpr jdg::Scales SCALES = jdg::Scales::{scales};
   static constexpr int TILES = {tiles}, HEIGHT = {height}, ROWS = {rows_of_a_thread};
+  static constexpr float MIN_AMAX = {min_amax};
   static constexpr bool UE8M0 = {ue8m0}, TRANSPOSED = {transposed}, LIMITED = {limited};
   static constexpr bool WEIGHTED = {weighted}, ALIGNED = {aligned}, ALIGNED_T = {aligned_t};
 }};
@@ -67,6 +70,7 @@ class QuantizeProblem:
       block: elements per scale, (1, 128), (128, 1) or (128, 128).
       transposed: write the transposed copy too; with block (1, 128) it has scales of its own, (128, 1).
       ue8m0: scales are powers of two.
+      min_amax: what the amax of a block counts as at least; 0: as little as a normal scale allows.
       limited: an operand says from which row on x counts as zeros.
       weighted: "swiglu" and its gradient have a factor per row.
       batches: number of matrices.
@@ -80,6 +84,7 @@ class QuantizeProblem:
     block: tuple[int, int] = (1, TILE)
     transposed: bool = False
     ue8m0: bool = False
+    min_amax: float = 0.0
     limited: bool = False
     weighted: bool = False
     batches: int = 1
@@ -178,7 +183,13 @@ def kernel_name(p: QuantizeProblem) -> str:
     parts = ["jdg", kind, f"{p.block[0]}x{p.block[1]}", _SHORT[p.x], _FP8[p.fp8].lower()]
     shape = shape_of(p)
     parts += [f"tile{shape.height}x{shape.across * TILE}"] if shape.height != TILE else []
-    flags = {"t": p.transposed, "ue8m0": p.ue8m0, "rows": p.limited, "w": p.weighted}
+    flags = {
+        "t": p.transposed,
+        "ue8m0": p.ue8m0,
+        "clamped": p.min_amax > 0,
+        "rows": p.limited,
+        "w": p.weighted,
+    }
     parts += [name for name, on in flags.items() if on]
     parts += [] if p.aligned and (p.aligned_t or not p.transposed) else ["unaligned"]
     return "_".join(parts)
@@ -223,6 +234,7 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
         x=_TYPES[p.x],
         fp8=_FP8[p.fp8],
         scales=_SCALES[p.block],
+        min_amax=f"{np.float32(p.min_amax).item().hex()}f",
         tiles=2 if p.pairs else shape.across,
         height=shape.height,
         rows_of_a_thread=shape.rows,

@@ -115,12 +115,19 @@ def test_specials(dtype, x_dtype):
 
 
 def test_extreme_magnitudes():
-    tops = np.array([3e38, 1e30, 448.0, 1e-4, 0.99e-4, 1e-20, 1e-44, 0.0], np.float32)
+    tops = np.array([3e38, 1e30, 448.0, 1e-4, 1e-20, 7e-34, 6e-36, 5e-36, 1e-38, 1e-44, 0.0], np.float32)
     x = np.repeat(tops[:, None] * np.linspace(-1, 1, 128, dtype=np.float32), 128, axis=0)
     for block in BLOCKS:
         for dtype in DTYPES:
             for scale_format in FORMATS:
                 assert_bits(*on_both(quantize(block, dtype, scale_format), x))
+
+
+def test_min_amax():
+    x = draw((264, 392)) * np.float32(1e-6)
+    for block in BLOCKS:
+        function = functools.partial(jdg.quantize, block=block, min_amax=1e-4)
+        assert_bits(*on_both(function, x))
 
 
 def test_every_rounding():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from jax_deepgemm import jit
-from jax_deepgemm.jit import CompileError, KernelSource, cli, report
+from jax_deepgemm.cli import main
+from jax_deepgemm.jit import CompileError, KernelSource, report, shapes
 from jax_deepgemm.jit.precompile import precompile_records
 from jit_kernels import HOPPER, fill, forget, python
 
@@ -53,9 +56,6 @@ def test_precompile_problems_sources_and_functions() -> None:
 
 def test_precompile_sees_kernels_of_lowering_rules() -> None:
     """A function's kernels are those that its cuda lowering asks for, in whichever thread that runs."""
-    from jax.extend.core import Primitive
-    from jax.interpreters import mlir
-
     primitive = Primitive("jit_test_copy")
     primitive.def_abstract_eval(lambda x: x)
 
@@ -72,11 +72,15 @@ def test_precompile_sees_kernels_of_lowering_rules() -> None:
 
 
 def test_precompile_rejects_others() -> None:
-    with pytest.raises(TypeError, match=r"got 3, need a problem"):
+    with pytest.raises(TypeError, match=r"got 3, need a shape"):
         jit.precompile([3])  # type: ignore[list-item]
 
 
 # --- python -m jax_deepgemm compile ---
+
+
+def dense(op: str, m: int, n: int, k: int, **more: Any) -> dict[str, Any]:
+    return {"op": op, "m": m, "n": n, "k": k} | more
 
 
 def test_shapes_file() -> None:
@@ -88,39 +92,66 @@ bf16_gemm_tn, 1, 8, 16, float32, 1
 k,op,m,n
 7,fp8_gemm_nt,5,6
 """
-    assert cli.parse_shapes(text) == [
-        cli.Shape("fp8_gemm_nt", 4096, 7168, 2048),
-        cli.Shape("bf16_gemm_tn", 1, 8, 16, "float32", True),
-        cli.Shape("fp8_gemm_nn", 5, 6, 7, b_block="1x128", accumulate=True),
-        cli.Shape("fp8_gemm_nt", 5, 6, 7),
+    wanted = [
+        dense("fp8_gemm_nt", 4096, 7168, 2048),
+        dense("bf16_gemm_tn", 1, 8, 16, out_dtype="float32", accumulate=True),
+        dense("fp8_gemm_nn", 5, 6, 7, b_block="1x128", accumulate=True),
+        dense("fp8_gemm_nt", 5, 6, 7),
     ]
+    assert shapes.parse_shapes(text) == [shapes.shape_of(row) for row in wanted]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("fp4_gemm_nt,1,2,3", "op is 'fp4_gemm_nt', need fp8_gemm_ or bf16_gemm_"),
-        ("fp8_gemm_nt,1,2", "k is missing"),
+        ("fp4_gemm_nt,1,2,3", "op is 'fp4_gemm_nt', need one of fp8_gemm_nt, fp8_gemm_nn"),
+        ("fp8_gemm_nt,1,2", "k is missing; fp8_gemm_nt needs m, n, k"),
+        ("m_grouped_bf16_gemm_nt_masked,1,2,3", "groups is missing; m_grouped_bf16_gemm_nt_masked needs"),
         ("fp8_gemm_nt,1,two,3", "n is 'two', need a whole number"),
         ("fp8_gemm_nt,1,2,3,float16", "out_dtype is 'float16', need bfloat16 or float32"),
-        ("fp8_gemm_nt,1,2,3,float32,maybe", "accumulate is 'maybe'"),
+        ("fp8_gemm_nt,1,2,3,float32,maybe", "accumulate is 'maybe', need 0 or 1 or false or true"),
         ("fp8_gemm_nt,1,2,3,float32,0,64x64", "b_block is '64x64', need 128x128 or 1x128"),
         ("fp8_gemm_nt,1,2,3,float32,0,1x128,9", "8 cells, need at most 7"),
-        ('{"op": "fp8_gemm_nt", "m": 1, "n": 2, "k": 3, "size": 4}', "unknown field size"),
-        ('{"op": "fp8_gemm_nt", "m": 0, "n": 2, "k": 3}', "m is missing or 0"),
+        ('{"op": "fp8_gemm_nt", "m": 1, "n": 2, "k": 3, "size": 4}', "fp8_gemm_nt has no field size"),
+        ('{"op": "fp8_gemm_nt", "m": 0, "n": 2, "k": 3}', "m is '0', need a whole number from 1"),
+        ('{"op": "fp8_gemm_nt", "m": 4096.5, "n": 2, "k": 3}', "m is '4096.5', need a whole number"),
+        ('{"op": ["fp8_gemm_nt"]}', "need one of fp8_gemm_nt"),
+        ('{"m": 1}', "op is missing; there are fp8_gemm_nt"),
         ('{"op": ', "Expecting value"),
     ],
 )
 def test_shapes_file_errors(line: str, message: str) -> None:
     with pytest.raises(ValueError, match="line 2: ") as error:
-        cli.parse_shapes("\n" + line)
+        shapes.parse_shapes("\n" + line)
     assert message in str(error.value)
 
 
 def run_command(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    return cli.run(parser.parse_args(arguments))
+    return main(["compile", *arguments])
+
+
+@dataclass(frozen=True)
+class OneKernel(shapes.Shape):
+    """A shape whose function asks for one kernel."""
+
+    source: KernelSource
+
+    def calls(self) -> list[shapes.Call]:
+        """A primitive whose lowering compiles it."""
+        primitive = Primitive(f"jit_test_{self.source.name}")
+        primitive.def_abstract_eval(lambda x: x)
+
+        def lower(ctx: Any, x: Any) -> list[Any]:
+            jit.compile_kernel(self.source)
+            return [x]
+
+        mlir.register_lowering(primitive, lower, platform="cuda")
+        return [shapes.Call("one", lambda x: primitive.bind(x), (jax.ShapeDtypeStruct((8,), jnp.float32),))]
+
+
+def use(monkeypatch: pytest.MonkeyPatch, source: KernelSource) -> None:
+    """Lets each line of a shapes file be this kernel."""
+    monkeypatch.setattr(shapes, "shape_of", lambda row: OneKernel("one", source))
 
 
 def test_compile_command(
@@ -129,10 +160,10 @@ def test_compile_command(
     source = KernelSource(
         "hopper", HOPPER, (("block_m", 64), ("out", jnp.dtype("float32"))), shared_memory=4096
     )
-    monkeypatch.setattr(cli, "traceable", lambda shape: source)
-    shapes = tmp_path / "shapes.csv"
-    shapes.write_text("fp8_gemm_nt,1,2,3\nfp8_gemm_nt,1,2,4\n")
-    assert run_command("--shapes", str(shapes), "--json", "--jobs", "1") == 0
+    use(monkeypatch, source)
+    path = tmp_path / "shapes.csv"
+    path.write_text("fp8_gemm_nt,1,2,3\nfp8_gemm_nt,1,2,4\n")
+    assert run_command("--shapes", str(path), "--json", "--jobs", "1") == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["name"] == "hopper"
     assert row["parameters"] == {"block_m": 64, "out": "float32"}
@@ -143,7 +174,7 @@ def test_compile_command(
     assert row["from_cache"] is False
     assert row["warnings"] == []
     forget()
-    assert run_command("--shapes", str(shapes)) == 0
+    assert run_command("--shapes", str(path)) == 0
     out = capsys.readouterr().out
     assert "hopper" in out
     assert "disk" in out
@@ -153,13 +184,12 @@ def test_compile_command(
 def test_compile_command_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shapes = tmp_path / "shapes.csv"
-    assert run_command("--shapes", str(shapes)) == 2
-    shapes.write_text("fp8_gemm_nt,1\n")
-    assert run_command("--shapes", str(shapes)) == 2
-    shapes.write_text("fp8_gemm_nt,1,2,3\n")
-    monkeypatch.setattr(cli, "traceable", lambda shape: KernelSource("bad", "?"))
-    assert run_command("--shapes", str(shapes)) == 1
+    path = tmp_path / "shapes.csv"
+    path.write_text("fp8_gemm_nt,1\n")
+    assert run_command("--shapes", str(path)) == 2
+    path.write_text("fp8_gemm_nt,1,2,3\n")
+    use(monkeypatch, KernelSource("bad", "?"))
+    assert run_command("--shapes", str(path)) == 1
     assert "kernel bad does not compile" in capsys.readouterr().err
 
 
@@ -167,10 +197,10 @@ def test_compile_command_says_that_nothing_is_kept(
     cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache_dir.write_text("a file, not a directory")
-    shapes = tmp_path / "shapes.csv"
-    shapes.write_text("fp8_gemm_nt,1,2,3\n")
-    monkeypatch.setattr(cli, "traceable", lambda shape: fill())
-    assert run_command("--shapes", str(shapes)) == 1
+    path = tmp_path / "shapes.csv"
+    path.write_text("fp8_gemm_nt,1,2,3\n")
+    use(monkeypatch, fill())
+    assert run_command("--shapes", str(path)) == 1
     assert f"not all kernels are kept: {cache_dir} cannot be written" in capsys.readouterr().err
 
 

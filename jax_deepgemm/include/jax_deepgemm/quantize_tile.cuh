@@ -14,8 +14,9 @@
 //   transposed       through shared memory [column][row], where 8-byte words of a column are exchanged by
 //                    w ^ column / 8, so that neither side has bank conflicts; then as above
 //
-// Arithmetic is that of quantization/reference.py, bit for bit: amax over the finite numbers and at least
-// 1e-4, scale = amax / FP8_MAX and its inverse correctly rounded, value = round(x * inverse).
+// Arithmetic is that of quantization/reference.py, bit for bit: amax over the finite numbers, at least
+// MIN_AMAX and what makes the scale a normal number; scale = amax / FP8_MAX and its inverse, correctly
+// rounded; value = round(x * inverse), where subnormal x count as zeros.
 //
 // An infinity does not count in amax, and FP8 conversion would saturate it: a thread that finds one as its
 // maximum goes over its numbers once more (E4M3 has no infinity, so there it becomes NaN). NaN needs no care:
@@ -30,7 +31,7 @@ enum class Scales { kRow, kColumn, kBlock };
 
 constexpr int kTile = 128;  // rows and columns of a tile, unless it is lower, and elements per scale
 constexpr int kWide = 8;    // columns of a thread
-constexpr float kInfinity = __builtin_bit_cast(float, 0x7F800000), kSmallestAmax = 1e-4f;
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7F800000);
 constexpr u32 kEveryLane = 0xFFFFFFFF;
 
 struct E4m3 {
@@ -177,8 +178,9 @@ struct Quantized {
   }
 };
 
-// C: Fp8, UE8M0, SCALES (of values), TRANSPOSED, TILES (that a block holds at once), HEIGHT (rows of a tile),
-// ROWS (of a thread in each), ALIGNED (8-byte stores of values are), ALIGNED_T (those of values_t).
+// C: Fp8, UE8M0, MIN_AMAX, SCALES (of values), TRANSPOSED, TILES (that a block holds at once), HEIGHT (rows
+// of a tile), ROWS (of a thread in each), ALIGNED (8-byte stores of values are), ALIGNED_T (those of
+// values_t).
 template <class C>
 struct TileShared {
   static_assert(C::HEIGHT == kTile || (C::SCALES == Scales::kRow && !C::TRANSPOSED));
@@ -191,7 +193,8 @@ struct TileShared {
 
 template <class C>
 __device__ __forceinline__ float scale_of(float amax) {
-  const float scale = ptx::div_rn(fmaxf(amax, kSmallestAmax), C::Fp8::kMax);
+  constexpr float kNormal = C::Fp8::kMax * 0x1p-126f, kLeast = C::MIN_AMAX > kNormal ? C::MIN_AMAX : kNormal;
+  const float scale = ptx::div_rn(fmaxf(amax, kLeast), C::Fp8::kMax);
   if constexpr (!C::UE8M0) return scale;
   const u32 bits = __float_as_uint(scale);  // positive and normal
   return __uint_as_float((bits + 0x7FFFFF) & 0x7F800000);
@@ -308,7 +311,7 @@ __device__ __forceinline__ void store_values(const Chunk<T> (&x)[C::ROWS], const
   for (int j = 0; j < C::ROWS; ++j, line += to.cols) {
     float v[kWide];
 #pragma unroll
-    for (int i = 0; i < kWide; ++i) v[i] = x[j][i] * (C::SCALES == Scales::kRow ? row[j] : col[i]);
+    for (int i = 0; i < kWide; ++i) v[i] = ptx::mul_ftz(x[j][i], C::SCALES == Scales::kRow ? row[j] : col[i]);
     const uint2 bytes = {pack_four<typename C::Fp8>(v[0], v[1], v[2], v[3]),
                          pack_four<typename C::Fp8>(v[4], v[5], v[6], v[7])};
     if (at.row + j < to.rows) store_bytes<C::ALIGNED>(line, bytes, to.cols - at.col);
@@ -392,7 +395,7 @@ __device__ __forceinline__ void transpose(const Chunk<T> (&x)[C::ROWS], float bl
     u8* const word = tile + (first + i) * kTile + ((rows / 8) ^ group) * 8 + rows % 8;
     float v[C::ROWS];
 #pragma unroll
-    for (int j = 0; j < C::ROWS; ++j) v[j] = x[j][i] * col[i];
+    for (int j = 0; j < C::ROWS; ++j) v[j] = ptx::mul_ftz(x[j][i], col[i]);
     const u32 low = pack_four<typename C::Fp8>(v[0], v[1], v[2], v[3]);
     if constexpr (C::ROWS == 8)
       *reinterpret_cast<uint2*>(word) = {low, pack_four<typename C::Fp8>(v[4], v[5], v[6], v[7])};

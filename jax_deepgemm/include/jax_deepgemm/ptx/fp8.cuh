@@ -22,6 +22,13 @@ __device__ __forceinline__ float rcp_rn(float a) {
   return r;
 }
 
+// A product that takes subnormal numbers for zeros of their sign.
+__device__ __forceinline__ float mul_ftz(float a, float b) {
+  float product;
+  asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+  return product;
+}
+
 __device__ __forceinline__ float rcp_approx(float a) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
