@@ -11,6 +11,7 @@ from jax_deepgemm.grouped import recipe as fp8
 from jax_deepgemm.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
+    is_known,
     plan_dispatch,
     sum_copies,
     take_quantized,
@@ -74,11 +75,17 @@ def moe_mlp_decode(
     if rows < 0 or (rows == 0 and tokens):
         raise ValueError(f"moe_mlp_decode: max_rows is {max_rows}, need a positive number, or None.")
     plan = with_capacity(plan_dispatch(ids, experts), ids, rows)
-    expected_m = min(expected_rows(ids.size, experts), max(rows, 1)) if expected_m is None else expected_m
+    expected_m = _expected_rows(ids.size, experts, rows) if expected_m is None else expected_m
     row_weights = take_rows(weights.reshape(-1), plan.source)
     run = _bf16 if recipe == "bf16" else _fp8
     y = run(x, w13, w2, plan, row_weights, expected_m, num_sms)
     return sum_copies(y.reshape(experts * rows, x.shape[1]), plan.position)
+
+
+def _expected_rows(copies: int, experts: int, rows: int) -> int | None:
+    """Those of a balanced load that find room."""
+    balanced = expected_rows(copies, experts)
+    return balanced if balanced is None or not is_known(rows) else min(balanced, max(rows, 1))
 
 
 def _fp8(

@@ -72,8 +72,7 @@ def plan_dispatch(ids: jax.Array, num_experts: int) -> DispatchPlan:
     flat = ids.reshape(copies)
     expert = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.uint32)
     expert, source = sort_copies(expert, num_experts)
-    edges = jnp.arange(num_experts + 1, dtype=jnp.uint32)
-    starts = jnp.searchsorted(expert, edges, method="scan_unrolled").astype(jnp.int32)
+    starts = count_below(expert, num_experts)
     row = jnp.arange(copies, dtype=jnp.int32)
     filled = row < starts[-1]
     position = jnp.zeros_like(source).at[source].set(jnp.where(filled, row, copies), unique_indices=True)
@@ -88,12 +87,32 @@ def sort_copies(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Arr
     """(sorted experts, where each was), stable. One 32-bit key, where it fits: the fast sort of GPUs."""
     copies = expert.shape[0]
     index = lax.iota(jnp.uint32, copies)
-    if (num_experts + 1) * copies <= 2**32:
+    if is_known(copies) and (num_experts + 1) * copies <= 2**32:
         packed = lax.sort(expert * jnp.uint32(copies) + index, is_stable=False)  # no two are equal
         expert, index = packed // max(copies, 1), packed % max(copies, 1)
     else:
         expert, index = lax.sort((expert, index), num_keys=2)
     return expert, index.astype(jnp.int32)
+
+
+def count_below(expert: jax.Array, num_experts: int) -> jax.Array:
+    """int32 [num_experts + 1]: how many of the sorted experts are less than 0, 1, .. num_experts.
+
+    A binary search, from the highest bit of each count to the lowest, of gathers that every mesh takes.
+    """
+    copies = expert.shape[0]
+    edges = lax.iota(jnp.uint32, num_experts + 1)
+    count = jnp.zeros_like(edges, jnp.int32)
+    for bit in reversed(range(copies.bit_length() if is_known(copies) else 31)):
+        more = count + jnp.int32(1 << bit)
+        last = expert.at[more - 1].get(mode="fill", fill_value=num_experts)  # which is no less than any
+        count = jnp.where(last < edges, more, count)
+    return count
+
+
+def is_known(size: Any) -> bool:
+    """Whether a size is a number; in `jax.export` it can be a symbol."""
+    return isinstance(size, int)
 
 
 def with_capacity(plan: DispatchPlan, ids: jax.Array, capacity: int) -> DispatchPlan:
@@ -105,7 +124,7 @@ def with_capacity(plan: DispatchPlan, ids: jax.Array, capacity: int) -> Dispatch
     copies, groups = plan.source.shape[0], plan.group_sizes.shape[0]
     starts = jnp.cumsum(plan.group_sizes) - plan.group_sizes
     sizes = jnp.minimum(plan.group_sizes, capacity)
-    slot = jnp.arange(capacity, dtype=jnp.int32)
+    slot = jnp.arange(capacity, dtype=jnp.int32)[None, :]
     row = jnp.where(slot < sizes[:, None], starts[:, None] + slot, copies).reshape(-1)
     rank = plan.position - starts.at[ids].get(mode="fill", fill_value=0)
     kept = (plan.position < copies) & (rank < capacity)

@@ -16,6 +16,7 @@ from jax_deepgemm.moe import experts
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
     combine,
+    is_known,
     plan_dispatch,
     spread,
     spread_weights,
@@ -136,9 +137,9 @@ def _fp8_bwd(static: Experts, residuals: tuple[experts.Kept, DispatchPlan], dy: 
 _fp8.defvjp(_fp8_fwd, _fp8_bwd)
 
 
-def expected_rows(copies: int, experts: int) -> int:
-    """Rows of an expert if all have the same load."""
-    return max(-(-copies // max(experts, 1)), 1)
+def expected_rows(copies: int, experts: int) -> int | None:
+    """Rows of an expert if all have the same load; None of a symbolic number of copies."""
+    return max(-(-copies // max(experts, 1)), 1) if is_known(copies) else None
 
 
 def check_tokens(where: str, x: Any, ids: Any, weights: Any) -> None:

@@ -85,7 +85,7 @@ def expert_parallel_moe(
         dropped; with "all_to_all" that much travels too. What has no room is dropped, the copies of later
         tokens first ("ragged": those of later devices); weights are not scaled up for it.
       recipe, expected_m, num_sms: as in `moe_mlp`.
-      emulate_ragged: "ragged" by an all-gather, for tests; default: where JAX's default backend is the CPU.
+      emulate_ragged: "ragged" by an all-gather, for tests; default: in programs for CPUs.
 
     Returns:
       (y [t, h] in the dtype of x, dropped): dropped is int32 [], how many copies of this device's tokens
