@@ -60,9 +60,11 @@ class ExplainedCall:
       candidates: (configuration, cost) of every candidate, cheapest first; an op takes any as `config=`.
       stages: slots of the shared-memory ring.
       scratch_bytes: memory that XLA gives to the call besides its result.
-      kernels: what is launched; empty where no compiler is installed.
-      note: why there are no kernels, or "".
+      kernels: what is launched; empty where no compiler is installed, or XLA runs the call.
+      note: why there are no kernels, and what to do about it, or "".
       origin: of the configuration: "given", "measured ... (FILE)" of a tuning file, or "cost model".
+      flops: multiplications and additions of a product (a grouped one: if every row belongs to a group); 0 of
+        others. XLA's `cost_analysis` has no number for custom calls.
     """
 
     op: str
@@ -74,12 +76,14 @@ class ExplainedCall:
     kernels: tuple[KernelFacts, ...]
     note: str = ""
     origin: str = ""
+    flops: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.problem}"]
         if self.config is not None:
             lines += [f"  config   {self.config}, {self.origin}", f"  stages   {self.stages}"]
-        lines.append(f"  scratch  {bytes_text(self.scratch_bytes)}")
+        if self.kernels or self.config is not None:
+            lines.append(f"  scratch  {bytes_text(self.scratch_bytes)}")
         for one in self.kernels:
             origin = "from the cache" if one.from_cache else "compiled now"
             lines += [
@@ -116,7 +120,8 @@ def explain(
       show: whether to print the explanation.
 
     Returns:
-      one `ExplainedCall` for each call of an op of this package, in order of appearance.
+      one `ExplainedCall` for each call of an op of this package that launches kernels, or leaves to XLA what
+      kernels could do of other operands (its note says why), in order of appearance.
 
     >>> import jax, jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_nt, explain
@@ -124,6 +129,9 @@ def explain(
     >>> [call] = explain(bf16_gemm_nt, a, a, show=False)
     >>> call.problem
     'bf16xbf16 nt m=4096 n=4096 k=2048 -> bfloat16'
+
+    >>> call.flops == 2 * 4096 * 4096 * 2048
+    True
 
     Another of the candidates is an op's `config=`:
 
@@ -180,7 +188,7 @@ def _chip_here() -> Chip:
 
 def _op_calls(jaxpr: Any) -> Iterator[tuple[Op, list[Any], dict[str, Any]]]:
     """The calls of ops in a jaxpr and in those inside it: loops, branches, checkpoints, derivatives."""
-    known = {primitive: op for primitive, op in known_ops().items() if op.kernel is not None}
+    known = {primitive: op for primitive, op in known_ops().items() if op.kernel or op.without_kernel}
 
     def walk(one: Any) -> Iterator[tuple[Op, list[Any], dict[str, Any]]]:
         for equation in one.eqns:
@@ -199,6 +207,11 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> ExplainedCall:
+    refusal = kernel_rule.symbolic_shapes(op, avals)
+    if refusal:
+        raise ValueError(refusal)
+    if op.without_kernel is not None:
+        return _without_kernel(op, avals, params)
     ins, outs, carried, problem = _at_kernel(op, avals, params)
     kernels, scratch, note = _compiled(op, ins, outs, carried, chip, params)
     ranked: list[tuple[GemmConfig, Cost]] = []
@@ -210,10 +223,9 @@ def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> 
         chosen, origin = _choice(problem, usable, params.get("config"), ranked)
         if not kernels:
             note = f"{note} Shared memory would be {bytes_text(problem.shared_bytes(chosen))}."
-    types = ", ".join(f"{one.dtype.name}{list(one.shape)}" for one in ins)
     return ExplainedCall(
         op=op.name,
-        problem=types if problem is None else str(problem),
+        problem=_types(ins) if problem is None else str(problem),
         config=chosen,
         candidates=tuple(ranked),
         stages=chosen.stages if chosen else 0,
@@ -221,7 +233,18 @@ def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> 
         kernels=kernels,
         note=note,
         origin=origin,
+        flops=problem.flops if problem is not None else 0,
     )
+
+
+def _types(avals: list[Any]) -> str:
+    return ", ".join(f"{one.dtype.name}{list(one.shape)}" for one in avals)
+
+
+def _without_kernel(op: Op, avals: list[Any], params: dict[str, Any]) -> ExplainedCall:
+    assert op.without_kernel is not None
+    note = op.without_kernel(avals, **params)
+    return ExplainedCall(op.name, _types(avals), None, (), 0, 0, (), note)
 
 
 def _choice(

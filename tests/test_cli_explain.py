@@ -94,3 +94,18 @@ def test_grouped_and_quantising_ops_are_explained() -> None:
     assert made.config is None
     assert made.candidates == ()
     assert made.problem in str(made)
+
+
+def test_flops_are_those_of_the_whole_product() -> None:
+    """XLA's cost_analysis has no number for a custom call."""
+    x, experts, sizes = shape(24, 32), shape(3, 16, 32), shape(3, dtype=jnp.int32)
+    once = 2 * 24 * 16 * 32
+    products = (
+        (jax.vmap(jdg.bf16_gemm_nt, (0, None)), (shape(3, 8, 32), shape(16, 32)), once),
+        (jdg.m_grouped_bf16_gemm_nt_contiguous, (x, experts, sizes), once),
+        (jdg.m_grouped_bf16_gemm_nt_masked, (shape(3, 24, 32), experts, sizes), 3 * once),
+        (jdg.k_grouped_bf16_gemm_tn_contiguous, (shape(24, 16), x, sizes), once),
+        (jdg.quantize, (x,), 0),
+    )
+    for function, types, flops in products:
+        assert [call.flops for call in jdg.explain(function, *types, show=False)] == [flops]

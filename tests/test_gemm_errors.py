@@ -121,7 +121,7 @@ BAD = (
     fp8(
         "scale-dtype",
         "scales of b are bfloat16, need float32",
-        "b.scales.astype(jnp.float32)",
+        "scales.astype(jnp.float32)",
         b=pair((300, 256), (3, 2), scale_dtype=BF16),
     ),
     fp8(
@@ -133,7 +133,7 @@ BAD = (
     fp8(
         "scale-packed",
         "scales of a are int32",
-        "unpack_ue8m0_from_int",
+        "unpack_ue8m0_from_int(scales)[..., :2]",
         a=pair((4, 256), (4, 1), scale_dtype=jnp.int32),
     ),
     fp8(
@@ -217,6 +217,8 @@ BAD = (
         out_dtype="bf17",
         error=TypeError,
     ),
+    fp8("out-dtype-none", "out_dtype is None", "Leave it out", out_dtype=None, error=TypeError),
+    fp8("reduce-dtype-none", "reduce_dtype is None", "Leave it out", reduce_dtype=None, error=TypeError),
     fp8(
         "reduce-dtype",
         "reduce_dtype is bfloat16 and out_dtype is float32",
@@ -248,7 +250,7 @@ BAD = (
         error=TypeError,
     ),
     bf16("tuple", "b is a tuple of 2", "bfloat16 array [n, k]", "fp8_gemm_nt", b=B, error=TypeError),
-    bf16("rank", "a is bfloat16 [256], need 2 dimensions [m, k]", a=array(256)),
+    bf16("rank", "a is bfloat16 [256], need 2 dimensions [m, k]", "jnp.expand_dims", a=array(256)),
     bf16("k", "k differs (256 and 300)", "bf16_gemm_nn (a [m, k], b [k, n])", b=array(256, 300)),
     bf16(
         "k-tn",
@@ -274,7 +276,10 @@ BAD = (
     linear(
         "x-quantised", "x is float8_e4m3fn", "fp8_gemm_nt", x=QuantizedArray(*A, (1, 128)), error=TypeError
     ),
-    linear("w-tuple", "w is tuple", "QuantizedArray(values, scales, (128, 128))", w=B, error=TypeError),
+    linear(
+        "w-triple", "w is tuple", "QuantizedArray or (values, scales) tuple", w=(*B, None), error=TypeError
+    ),
+    linear("w-tuple", "scales of w are [2, 3], need [3, 2]", w=pair((300, 256), (2, 3))),
     linear(
         "w-block",
         "w has one scale per block (128, 1)",
@@ -284,6 +289,8 @@ BAD = (
     linear("grad-dtype", "grad_dtype is bfloat16", "float8_e4m3fn or float8_e5m2", grad_dtype=BF16),
     linear("grad-dtype-junk", "grad_dtype is 'fp8'", "float8_e4m3fn or", grad_dtype="fp8", error=TypeError),
     linear("out-dtype", "out_dtype is float16", out_dtype=jnp.float16),
+    linear("out-dtype-none", "out_dtype is None", "Leave it out", out_dtype=None, error=TypeError),
+    linear("grad-dtype-none", "grad_dtype is None", "Leave it out", grad_dtype=None, error=TypeError),
     Bad(
         "linear-frozen-rows",
         lambda: jax.grad(lambda x: jdg.fp8_linear(x, jdg.quantize(W, (1, 128))).sum().astype(F32))(X),

@@ -131,7 +131,7 @@ BAD = (
     k_bf16("num_groups dtype", "num_groups is True", num_groups=True),
     # Matrices
     m_bf16("no groups", "b is [0, 300, 256] [g, n, k]: there are no groups", b=W[:0], group_sizes=S[:0]),
-    m_bf16("b rank", "b is bfloat16 [300, 256], need 3 dimensions [g, n, k]", b=W[0]),
+    m_bf16("b rank", "b is bfloat16 [300, 256], need 3 dimensions [g, n, k]", "jnp.expand_dims", b=W[0]),
     m_bf16("a rank", "a is bfloat16 [3, 4, 256], need 2 dimensions [m, k]", "jax.vmap", a=XM),
     m_bf16(
         "k",

@@ -350,9 +350,7 @@ def test_bfloat16_runs_on_the_grouped_op_at_any_precision(precision: Any) -> Non
 @pytest.mark.parametrize("how", ["float16", "mixed", "float16 result", "algorithm", "named algorithm"])
 def test_the_rest_runs_on_jax(how: str) -> None:
     left, right = arrays_of("rk", "gkn")
-    precision = {"algorithm": lax.DotAlgorithmPreset.BF16_BF16_F32, "named algorithm": "BF16_BF16_F32"}.get(
-        how
-    )
+    precision = {"algorithm": lax.DotAlgorithmPreset.F32_F32_F32, "named algorithm": "F32_F32_F32"}.get(how)
     preferred = F16 if how == "float16 result" else None
     left = left.astype({"float16": F16, "mixed": F32}.get(how, BF16))
     right = right.astype(left.dtype if how == "float16" else BF16)

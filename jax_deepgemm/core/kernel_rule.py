@@ -1,4 +1,8 @@
-"""The cuda lowering of an op on one device: vmap folded, operands prepared, a kernel planned and emitted."""
+"""The lowerings of an op on one device.
+
+cuda: vmap folded, operands prepared, a kernel planned and emitted. Everything else: the reference, which
+stands in for the kernel on a CPU, and elsewhere only where `config.fallback` allows it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from jax.interpreters import mlir
 
 from jax_deepgemm.core import _private
 from jax_deepgemm.core.sharding import Batch
+from jax_deepgemm.log import logger
 from jax_deepgemm.sm90.chip import H200, Chip
 
 if TYPE_CHECKING:
@@ -53,21 +58,45 @@ def make(op: Op) -> Callable[..., Any]:
     primitive = _kernel_primitive(op)
 
     def rule(ctx: Any, *args: Any, batch: Batch, fallback: str = "error", **params: Any) -> Any:
-        reference = functools.partial(op.run_reference, batch=batch, **params)
         device = device_of(ctx)
-        capability = getattr(device, "compute_capability", None)
-        if capability is not None and capability != COMPUTE_CAPABILITY:
-            message = _unsupported(op, device, capability)
-            if fallback != "reference":
-                raise ValueError(message)
-            _private.log_once(f"{message} Running the reference.")
-            return mlir.lower_fun(reference, multiple_results=True)(ctx, *args)
-        if any(0 in aval.shape for aval in ctx.avals_in):  # nothing to compute, and no kernel counts on it
+        refusal = _other_gpu(op, device) or symbolic_shapes(op, ctx.avals_in)
+        _stand_in(refusal, fallback)
+        nothing = any(0 in aval.shape for aval in ctx.avals_in)  # nothing to compute: no kernel counts on it
+        if refusal or nothing:
+            reference = functools.partial(op.run_reference, batch=batch, **params)
             return mlir.lower_fun(reference, multiple_results=True)(ctx, *args)
         body = functools.partial(_body, op, primitive, chip_of(device), batch, params)
         return mlir.lower_fun(body, multiple_results=True)(ctx, *args)
 
     return rule
+
+
+def make_reference(op: Op) -> Callable[..., Any]:
+    """The lowering rule for every platform that has no other."""
+    lower = mlir.lower_fun(op.run_reference, multiple_results=True)
+
+    def rule(ctx: Any, *args: Any, **params: Any) -> Any:
+        platforms = set(ctx.platforms or ctx.module_context.platforms)
+        if op.kernel is not None:
+            _stand_in(_other_platform(op, platforms - {"cpu"}), params.get("fallback", "error"))
+        elif op.without_kernel is not None and "cuda" in platforms:
+            _note(op.without_kernel(ctx.avals_in, **params))
+        return lower(ctx, *args, **params)
+
+    return rule
+
+
+def _stand_in(refusal: str, fallback: str) -> None:
+    """Whether the reference may run where a kernel cannot: if not, the refusal is raised."""
+    if refusal and fallback != "reference":
+        raise ValueError(refusal)
+    if refusal:
+        _private.log_once(f"{refusal} Running the reference.")
+
+
+@functools.cache
+def _note(message: str) -> None:
+    logger.info("%s", message)
 
 
 def device_of(ctx: Any) -> Any | None:
@@ -158,9 +187,38 @@ def _kernel_primitive(op: Op) -> Primitive:
     return primitive
 
 
-def _unsupported(op: Op, device: Any, capability: str) -> str:
+# Why no kernel can run: "" if one can
+
+_PLAIN_FORM = "the plain jnp form, which is slow: jax_deepgemm.config.use(fallback='reference')."
+
+
+def _other_gpu(op: Op, device: Any | None) -> str:
+    capability = getattr(device, "compute_capability", None)
+    if device is None or capability == COMPUTE_CAPABILITY:
+        return ""
     return (
         f"{op.name}: {device.device_kind} has compute capability {capability}; the kernels are for "
-        f"{COMPUTE_CAPABILITY} (Hopper). Run there, or let this GPU run the plain jnp form, which is slow: "
-        f"jax_deepgemm.config.use(fallback='reference')."
+        f"{COMPUTE_CAPABILITY} (Hopper). Run there, or let this GPU run {_PLAIN_FORM}"
+    )
+
+
+def _other_platform(op: Op, platforms: set[str]) -> str:
+    if not platforms:
+        return ""
+    return (
+        f"{op.name}: lowered for {', '.join(sorted(platforms))}; the kernels are for cuda, and on cpu plain "
+        f"jnp stands in for them. Lower or export for those, platforms=['cuda', 'cpu'], or let it be "
+        f"{_PLAIN_FORM}"
+    )
+
+
+def symbolic_shapes(op: Op, avals: Sequence[Any]) -> str:
+    """Why a kernel cannot take operands of these types: a size is a symbol (`jax.export.symbolic_shape`)."""
+    if all(isinstance(size, int) for aval in avals for size in aval.shape):
+        return ""
+    shapes = ", ".join(f"[{', '.join(map(str, aval.shape))}]" for aval in avals)
+    return (
+        f"{op.name}: operands {shapes} have symbolic sizes; the kernels need static shapes. Export one "
+        f"program for each size, or for each of a few sizes to which rows are padded; for platforms=['cpu'] "
+        f"symbolic sizes work. Or let the GPU run {_PLAIN_FORM}"
     )

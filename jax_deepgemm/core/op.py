@@ -86,6 +86,8 @@ class Op:
       kernel: (avals_in, avals_out, *, batch, chip, **params) -> LaunchPlan, for cuda. None: the reference.
       kernel_prepare: (*arrays, **params) -> arrays, traced before the kernel on one device's shapes: padding,
         layouts. Arrays may have one leading dimension of vmap, so it addresses dimensions from the end.
+      without_kernel: (avals_in, **params) -> why cuda runs the reference, and what would avoid it, of an op
+        without a kernel whose reference is slow there: logged once per message, and shown by `explain`.
       aliases: operand -> result that may use its buffer.
       addend: index of an operand that is added to the result, in the result's dtype.
       base: the op without the addend (the addend is its last operand); runs where partial results are summed,
@@ -109,6 +111,7 @@ class Op:
         recut: Callable[..., tuple[Sequence[jax.Array], Params]] | None = None,
         kernel: Callable[..., Any] | None = None,
         kernel_prepare: Callable[..., Sequence[jax.Array]] | None = None,
+        without_kernel: Callable[..., str] | None = None,
         aliases: Mapping[int, int] | None = None,
         addend: int | None = None,
         base: Op | None = None,
@@ -124,6 +127,7 @@ class Op:
         self.recut = recut
         self.kernel = kernel
         self.kernel_prepare = kernel_prepare
+        self.without_kernel = without_kernel
         self.aliases = dict(aliases or {})
         self.base = base
         self.jvp = jvp
@@ -171,7 +175,7 @@ class Op:
             primitive.def_abstract_eval(types)
         _private.require_devices(self.outer)
         mlir.register_lowering(self.outer, self._lower)
-        mlir.register_lowering(self.inner, mlir.lower_fun(self.run_reference, multiple_results=True))
+        mlir.register_lowering(self.inner, kernel_rule.make_reference(self))
         if self.kernel is not None:
             mlir.register_lowering(self.inner, kernel_rule.make(self), platform="cuda")
         batching.primitive_batchers[self.outer] = self._vmap

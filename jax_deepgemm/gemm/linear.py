@@ -22,13 +22,23 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.sharding import entries
 from jax_deepgemm.gemm.api import fp8_gemm_nt
-from jax_deepgemm.gemm.operands import BLOCKED, FLOAT32, FP8_DTYPES, OUT_DTYPES, PER_ROW, check_options
+from jax_deepgemm.gemm.operands import (
+    BLOCKED,
+    FLOAT32,
+    FP8_DTYPES,
+    OUT_DTYPES,
+    PER_ROW,
+    Side,
+    check_options,
+    dtype_option,
+    layer_weight,
+)
 from jax_deepgemm.gemm.tokens import Tokens
 from jax_deepgemm.quantization import QuantizedArray, quantize
-from jax_deepgemm.quantization.array import as_dtype
 from jax_deepgemm.quantization.fused import quantize_both, quantize_weight
 
 LINEAR_OUT = "jdg_linear_out"
@@ -38,6 +48,7 @@ ACT_FP8 = "jdg_act_fp8"
 WEIGHT_FP8 = "jdg_weight_fp8"
 """checkpoint_name of the FP8 weight kept for the input gradient."""
 
+_WEIGHT = Side("w", "n", False, (BLOCKED, PER_ROW))
 _Bytes: TypeAlias = tuple[jax.Array, jax.Array]
 E4M3 = np.dtype(jnp.float8_e4m3fn)
 
@@ -83,7 +94,7 @@ class _Recipe:
 
 def fp8_linear(
     x: jax.Array,
-    w: jax.Array | QuantizedArray,
+    w: jax.Array | QuantizedArray | tuple[jax.Array, jax.Array],
     *,
     out_dtype: Any = jnp.bfloat16,
     grad_dtype: Any = jnp.float8_e4m3fn,
@@ -115,8 +126,8 @@ def fp8_linear(
 
     Args:
       x: [.., k] bfloat16 or float32. The leading dimensions are tokens; any of them may be 0.
-      w: [n, k] bfloat16 or float32 master weight, or QuantizedArray [n, k] of block (128, 128). Block (1,
-        128) works in the forward pass only.
+      w: [n, k] bfloat16 or float32 master weight, or a QuantizedArray or (values, scales) tuple [n, k] of
+        block (128, 128). Block (1, 128) works in the forward pass only.
       out_dtype: dtype of y, bfloat16 or float32. dx and dw have the dtypes of x and w.
       grad_dtype: dtype of the quantised dy, float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for scales that are powers of two.
@@ -140,9 +151,10 @@ def fp8_linear(
     dimensions are merged, and XLA moves data if an inner one of them is cut. Explicit axes have no such
     limit.
     """
+    x, w = unwrapped(x), layer_weight("fp8_linear", _WEIGHT, w)
     _check_shapes(x, w)
     options = check_options("fp8_linear", out_dtype, reduce_dtype, out_sharding, config, num_sms)
-    grad_dtype = as_dtype("fp8_linear", "grad_dtype", grad_dtype, "float8_e4m3fn or float8_e5m2")
+    grad_dtype = dtype_option("fp8_linear", "grad_dtype", grad_dtype, "float8_e4m3fn or float8_e5m2")
     if grad_dtype not in FP8_DTYPES:
         raise ValueError(
             f"fp8_linear: grad_dtype is {grad_dtype.name}, need float8_e4m3fn or float8_e5m2. "
@@ -183,8 +195,7 @@ def _check_shapes(x: Any, w: Any) -> None:
         given = np.dtype(w.dtype).name if hasattr(w, "dtype") else type(w).__name__
         raise TypeError(
             f"fp8_linear: w is {given}, need a bfloat16 or float32 master weight, "
-            "or a QuantizedArray for a frozen one. "
-            "A (values, scales) tuple becomes one by QuantizedArray(values, scales, (128, 128))."
+            "or a QuantizedArray or (values, scales) tuple for a frozen one."
         )
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[-1]:
         raise ValueError(

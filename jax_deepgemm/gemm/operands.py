@@ -14,9 +14,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_deepgemm import config as settings
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.quantization import QuantizedArray
 from jax_deepgemm.quantization.array import as_dtype
+from jax_deepgemm.quantization.interop import is_qwix
 from jax_deepgemm.sm90.config import GemmConfig
 
 FP8_DTYPES = tuple(np.dtype(d) for d in (jnp.float8_e4m3fn, jnp.float8_e5m2))
@@ -84,6 +86,8 @@ class Options:
 def describe(x: Any) -> str:
     if isinstance(x, QuantizedArray):
         return f"a QuantizedArray of {describe(x.values)}"
+    if is_qwix(x):
+        return f"a qwix QArray of {describe(x.qvalue)}"
     if isinstance(x, (tuple, list)):
         return f"a {type(x).__name__} of {len(x)}"
     if hasattr(x, "shape") and hasattr(x, "dtype"):
@@ -101,32 +105,48 @@ def raise_type_error(op: str, name: str, given: Any, rule: str, way_out: str) ->
 
 def pieces(op: str, side: Side, x: Any) -> tuple[Any, Any, tuple[int, int] | None]:
     """(values, scales, stored block or None) of a QuantizedArray or a tuple."""
+    x = unwrapped(x)
     if isinstance(x, QuantizedArray):
-        return x.values, x.scales, tuple(x.block)  # type: ignore[return-value]
+        return unwrapped(x.values), unwrapped(x.scales), tuple(x.block)  # type: ignore[return-value]
     if isinstance(x, (tuple, list)) and len(x) == 2:
-        values, scales = x
+        values, scales = map(unwrapped, x)
         for part, array in (("values", values), ("scales", scales)):
             if not is_array(array):
                 raise_type_error(op, f"{part} of {side.name}", array, "an array", "Pass jax or numpy arrays.")
         return values, scales, None
-    block = side.stored(side.blocks[0])
-    raise_type_error(
-        op,
-        side.name,
-        x,
-        "a QuantizedArray or a (values, scales) tuple",
-        f"Quantise it: jax_deepgemm.quantize({side.name}, {block}); unquantised bfloat16 operands go to "
-        f"{op.replace('fp8', 'bf16')}.",
+    way_out = (
+        f"Quantise it: jax_deepgemm.quantize({side.name}, {side.stored(side.blocks[0])}); unquantised "
+        f"bfloat16 operands go to {op.replace('fp8', 'bf16')}."
     )
+    if is_qwix(x):
+        way_out = _from_qwix(side.name)
+    raise_type_error(op, side.name, x, "a QuantizedArray or a (values, scales) tuple", way_out)
+
+
+def _from_qwix(name: str) -> str:
+    return f"Convert it: jax_deepgemm.quantization.from_qwix({name})."
+
+
+def layer_weight(op: str, side: Side, w: Any) -> Any:
+    """The weight of a layer: a master weight as it is, a (values, scales) tuple as a QuantizedArray."""
+    w = unwrapped(w)
+    if is_qwix(w):
+        need = "a bfloat16 or float32 array, or a QuantizedArray for a frozen weight"
+        raise_type_error(op, side.name, w, need, _from_qwix(side.name))
+    if not isinstance(w, (tuple, list)) or len(w) != 2:
+        return w
+    frozen = quantized(op, check_fp8_parts(op, side, w))
+    return QuantizedArray(frozen.values, frozen.scales, frozen.block)
 
 
 def check_rank(op: str, name: str, x: Any, dims: str) -> None:
     rank = dims.count(",") + 1
     if len(x.shape) != rank:
-        raise ValueError(
-            f"{op}: {name} is {describe(x)}, need {rank} dimensions {dims}. "
-            "Use jax.vmap for leading batch dimensions."
+        more = len(x.shape) > rank
+        way_out = (
+            "Use jax.vmap for leading batch dimensions." if more else "Add one of size 1: jnp.expand_dims."
         )
+        raise ValueError(f"{op}: {name} is {describe(x)}, need {rank} dimensions {dims}. {way_out}")
 
 
 def _scale_shape(side: Side, values: Any, block: tuple[int, int]) -> list[int]:
@@ -134,17 +154,23 @@ def _scale_shape(side: Side, values: Any, block: tuple[int, int]) -> list[int]:
     return [*values.shape[:-2], *side.stored((-(-rows // block[0]), -(-k // block[1])))]
 
 
-def check_scale_dtype(op: str, side: Side, scales: Any) -> None:
+def _original(side: Side) -> str:
+    return f"jax_deepgemm.quantize({side.name}, {side.stored(side.blocks[0])})"
+
+
+def check_scale_dtype(op: str, side: Side, values: Any, scales: Any) -> None:
     dtype = np.dtype(scales.dtype)
     if dtype == FLOAT32:
         return
     name = side.name
     if jnp.issubdtype(dtype, jnp.floating):
-        way_out = f"Convert them: {name}.scales.astype(jnp.float32)."
+        way_out = "Convert them: scales.astype(jnp.float32)."
     elif dtype == np.dtype(np.int32):
-        way_out = "Packed UE8M0 words become float32 with unpack_ue8m0_from_int(scales)."
+        count = _scale_shape(side, values, side.blocks[0])[-1]
+        unpack = "jax_deepgemm.quantization.unpack_ue8m0_from_int"
+        way_out = f"Packed UE8M0 words become float32 with {unpack}(scales)[..., :{count}]."
     else:
-        way_out = f"Quantise again: jax_deepgemm.quantize({name}, {side.stored(side.blocks[0])})."
+        way_out = f"Quantise the bfloat16 or float32 array again: {_original(side)}."
     raise ValueError(f"{op}: scales of {name} are {dtype.name}, need float32. {way_out}")
 
 
@@ -179,7 +205,7 @@ def check_fp8_dtype(op: str, side: Side, values: Any) -> None:
         raise ValueError(
             f"{op}: values of {side.name} are {np.dtype(values.dtype).name}, "
             "need float8_e4m3fn or float8_e5m2. "
-            f"Quantise the operand: jax_deepgemm.quantize({side.name}, {side.stored(side.blocks[0])})."
+            f"Quantise the bfloat16 or float32 array: {_original(side)}."
         )
 
 
@@ -210,7 +236,7 @@ def check_fp8_parts(op: str, side: Side, x: Any) -> Parts:
     values, scales, block = pieces(op, side, x)
     check_rank(op, f"values of {side.name}", values, side.dims)
     check_fp8_dtype(op, side, values)
-    check_scale_dtype(op, side, scales)
+    check_scale_dtype(op, side, values, scales)
     return side, values, scales, block
 
 
@@ -222,6 +248,7 @@ def quantized(op: str, parts: Parts) -> Quantized:
 
 def check_bf16_operand(op: str, side: Side, x: Any) -> jax.Array:
     """One BF16 operand; its sizes are not looked at."""
+    x = unwrapped(x)
     if not is_array(x):
         way_out = f"Quantised operands go to {op.replace('bf16', 'fp8')}."
         raise_type_error(op, side.name, x, f"a bfloat16 array {side.dims}", way_out)
@@ -254,6 +281,7 @@ def check_c(op: str, c: Any, m: int, n: int, out_dtype: np.dtype[Any]) -> jax.Ar
     """C has the result's shape and dtype: it is not broadcast and not converted."""
     if c is None:
         return None
+    c = unwrapped(c)
     need = f"{out_dtype.name} [{m}, {n}]"
     if not is_array(c):
         raise_type_error(op, "c", c, need, "Pass an array or None.")
@@ -270,8 +298,15 @@ def check_c(op: str, c: Any, m: int, n: int, out_dtype: np.dtype[Any]) -> jax.Ar
     return jnp.asarray(c)
 
 
+def dtype_option(op: str, name: str, value: Any, need: str) -> np.dtype[Any]:
+    """np.dtype of a keyword argument; None, which NumPy takes for float64, is refused by its name."""
+    if value is None:
+        raise TypeError(f"{op}: {name} is None, need {need}. Leave it out for the default.")
+    return as_dtype(op, name, value, need)
+
+
 def _check_dtype_option(op: str, name: str, value: Any) -> np.dtype[Any]:
-    dtype = as_dtype(op, name, value, "jnp.bfloat16 or jnp.float32")
+    dtype = dtype_option(op, name, value, "jnp.bfloat16 or jnp.float32")
     if dtype not in OUT_DTYPES:
         raise ValueError(
             f"{op}: {name} is {dtype.name}, need bfloat16 or float32. "

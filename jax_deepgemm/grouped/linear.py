@@ -16,8 +16,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
-from jax_deepgemm.gemm.operands import BLOCKED, OUT_DTYPES, PER_ROW, check_options
+from jax_deepgemm.gemm.operands import BLOCKED, OUT_DTYPES, PER_ROW, Side, check_options, layer_weight
 from jax_deepgemm.grouped import recipe as fp8
 from jax_deepgemm.grouped.api import m_grouped_bf16_gemm_nt_contiguous
 from jax_deepgemm.quantization import QuantizedArray, quantize
@@ -29,6 +30,7 @@ GROUPED_ACT_FP8 = "jdg_grouped_act_fp8"
 GROUPED_WEIGHT_FP8 = "jdg_grouped_weight_fp8"
 """checkpoint_name of the FP8 weights kept for the input gradient."""
 
+_WEIGHT = Side("w", "n", False, (BLOCKED, PER_ROW), ("g",))
 _Like: TypeAlias = tuple[np.dtype[Any], PartitionSpec | None]
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
@@ -48,7 +50,7 @@ class _Layer:
 
 def grouped_linear(
     x: jax.Array,
-    w: jax.Array | QuantizedArray,
+    w: jax.Array | QuantizedArray | tuple[jax.Array, jax.Array],
     group_sizes: jax.Array,
     *,
     recipe: str = "fp8",
@@ -84,8 +86,8 @@ def grouped_linear(
 
     Args:
       x: [m, k] bfloat16 or float32; the rows of group 0, then those of group 1, and so on.
-      w: [g, n, k] bfloat16 or float32 master weights, or QuantizedArray [g, n, k] of block (128, 128), for
-        "fp8". Block (1, 128) works in the forward pass only.
+      w: [g, n, k] bfloat16 or float32 master weights, or for "fp8" a QuantizedArray or (values, scales)
+        tuple [g, n, k] of block (128, 128). Block (1, 128) works in the forward pass only.
       group_sizes: integer [g_all], g_all >= g. Any sizes; negative ones count as 0.
       recipe: "fp8" or "bf16".
       group_offset: the group of w[0], for a part of the weights; int or int32 array, default 0. Rows of
@@ -107,6 +109,7 @@ def grouped_linear(
     and the kept FP8 weights "jdg_grouped_weight_fp8".
     """
     check_recipe("grouped_linear", recipe)
+    x, w, group_sizes = unwrapped(x), layer_weight("grouped_linear", _WEIGHT, w), unwrapped(group_sizes)
     check_rows("grouped_linear", "x", x)
     check_weight("grouped_linear", "w", w, recipe)
     if x.shape[1] != w.shape[2]:

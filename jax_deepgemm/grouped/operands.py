@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.gemm.operands import (
     BLOCKED,
     OUT_DTYPES,
@@ -116,7 +117,7 @@ def _other_form(op: str, k: int, n: int) -> str:
 
 def as_int32(op: str, name: str, x: Any, shape: str) -> jax.Array:
     """An array of integers as int32; larger numbers are cut at int32's limits, not wrapped."""
-    need = f"an int32 array {shape}"
+    x, need = unwrapped(x), f"an int32 array {shape}"
     if not is_array(x):
         raise_type_error(op, name, x, need, f"Write jnp.array({name}, jnp.int32).")
     dtype = np.dtype(x.dtype)
@@ -220,6 +221,7 @@ def check_c(op: str, c: Any, shape: tuple[int, ...], out_dtype: np.dtype[Any]) -
     """C has the result's shape and dtype: it is not broadcast and not converted."""
     if c is None:
         return None
+    c = unwrapped(c)
     need = f"{out_dtype.name} {list(shape)}"
     if not is_array(c):
         raise_type_error(op, "c", c, need, "Pass an array or None.")

@@ -11,6 +11,7 @@ An operand that is stored in another order is transposed in front, and a note is
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -23,9 +24,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.sharding import Axes, as_spec, entries
 from jax_deepgemm.gemm.api import Quantized, Sharding
-from jax_deepgemm.gemm.operands import BFLOAT16, OUT_DTYPES, check_options
+from jax_deepgemm.gemm.operands import BFLOAT16, FLOAT32, check_options, is_qwix
 from jax_deepgemm.grouped import api, ops, ragged_ops
 from jax_deepgemm.grouped.operands import check_offset
 from jax_deepgemm.grouped.ragged_plan import RaggedPlan, mode_of, plan_contraction, plan_rows
@@ -82,7 +84,8 @@ def ragged_dot(
       group_sizes: [g] integers. Rows after the last group give zeros, and what they hold is not read.
         Negative sizes count as zero; groups end with lhs.
       precision: as in jax.lax.ragged_dot; the kernels' products of bfloat16 are exact and summed in float32,
-        whatever Precision is asked for. A DotAlgorithm leaves the choice to XLA.
+        whatever Precision is asked for. BF16_BF16_F32 is that too, and rounds float32 operands to bfloat16.
+        Another DotAlgorithm is XLA's to run.
       preferred_element_type: the result's dtype; default that of jax.lax.ragged_dot, bfloat16 for quantised
         operands.
       group_offset: int32 scalar or [1]: rhs holds the groups [group_offset, group_offset + g) of a longer
@@ -104,7 +107,8 @@ def ragged_dot(
 
     What runs: bfloat16 with a bfloat16 or float32 result, and quantised operands, run on the grouped kernels.
     Everything else (float16, float32, float64, integers, mixed dtypes, other results) is computed by
-    jax.lax.ragged_dot_general on one device's operands: nothing is converted. Gradients are ragged products,
+    jax.lax.ragged_dot_general on one device's operands: nothing is converted. That is slow on a GPU, so the
+    log (level info) says why once, and `explain` shows it. Gradients are ragged products,
     so nothing is expanded for them either; the cotangent of a float32 result is rounded to bfloat16 for
     bfloat16 operands. Quantised operands have no derivative; `grouped_linear` has.
     """
@@ -113,6 +117,7 @@ def ragged_dot(
             f"ragged_dot: rhs_layout is {rhs_layout!r}, need 'gkn' (rhs is [g, k, n]) or 'gnk' ([g, n, k])."
         )
     options = {"expected_m": expected_m, "config": config, "num_sms": num_sms}
+    lhs, rhs = unwrapped(lhs), unwrapped(rhs)
     if _is_quantized(lhs) or _is_quantized(rhs):
         return _quantized(
             lhs,
@@ -226,13 +231,17 @@ def _is_quantized(x: Any) -> bool:
 
 
 def _array(name: str, what: str, x: Any) -> jax.Array:
+    x = unwrapped(x)
     if isinstance(x, (jax.Array, np.ndarray)):
         return jnp.asarray(x)
     if _is_quantized(x):
         raise TypeError(
             f"{name}: {what} is quantised, need an array. ragged_dot takes quantised operands, if both are."
         )
-    raise TypeError(f"{name}: {what} is a {type(x).__name__}, need a jax or numpy array.")
+    convert = (
+        f" jax_deepgemm.quantization.from_qwix({what}) makes a QuantizedArray of it." if is_qwix(x) else ""
+    )
+    raise TypeError(f"{name}: {what} is a {type(x).__name__}, need a jax or numpy array.{convert}")
 
 
 def _held_groups(
@@ -299,9 +308,20 @@ def _result_type(
         )
 
 
-def _has_algorithm(precision: Any) -> bool:
-    named = isinstance(precision, str) and precision in lax.DotAlgorithmPreset.__members__
-    return named or isinstance(precision, (lax.DotAlgorithm, lax.DotAlgorithmPreset))
+def _one_precision(precision: Any) -> Any:
+    """A pair of equal precisions as one: JAX has no pairs of algorithms."""
+    pair = isinstance(precision, (tuple, list)) and len(precision) == 2
+    return precision[0] if pair and precision[0] == precision[1] else precision
+
+
+def _asks_for_bfloat16(precision: Any, lhs: jax.Array, rhs: jax.Array) -> bool:
+    """Whether float32 operands are to be multiplied in bfloat16, as the kernels do, by the caller's word."""
+    default = jax.config.jax_default_matmul_precision
+    asked = ragged_ops.algorithm(default if precision is None else precision)
+    types = {lhs.dtype, rhs.dtype}
+    if FLOAT32 not in types or not types <= {FLOAT32, BFLOAT16}:
+        return False
+    return asked not in (None, lax.DotAlgorithmPreset.DEFAULT) and ragged_ops.is_kernels(asked)
 
 
 def _options(call: _Call, dtype: np.dtype[Any], on_kernels: bool) -> dict[str, Any]:
@@ -321,8 +341,8 @@ def _options(call: _Call, dtype: np.dtype[Any], on_kernels: bool) -> dict[str, A
     if call.config is not None:
         raise ValueError(
             f"{name}: config is given, but no kernel of this package runs these operands: the kernels take "
-            "bfloat16 (not mixed), give bfloat16 or float32, and choose no DotAlgorithm. Leave config out, "
-            "or convert the operands."
+            "bfloat16 (not mixed), give bfloat16 or float32, and sum in float32. Leave config out, or "
+            "convert the operands."
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
         reduce_dtype = dtype
@@ -354,13 +374,15 @@ def _ragged_dot(
         )
     operands = {"lhs": lhs, "rhs": rhs, "group_sizes": group_sizes}
     lhs, rhs, sizes = (_array(call.name, what, x) for what, x in operands.items())
+    call = dataclasses.replace(call, precision=_one_precision(call.precision))
     offset = None if group_offset is None else check_offset(call.name, group_offset)
     result = _result_type(call, lhs, rhs, sizes, numbers, offset)
     mode, all_groups = mode_of(numbers), sizes.shape[-1]
     held = rhs.shape[numbers.rhs_group_dimensions[0]] if mode == "rows" else all_groups
     count = _held_groups(call.name, mode, held, all_groups, offset, num_groups)
-    on_kernels = lhs.dtype == rhs.dtype == BFLOAT16 and result.dtype in OUT_DTYPES
-    on_kernels = on_kernels and not _has_algorithm(call.precision)
+    if _asks_for_bfloat16(call.precision, lhs, rhs):
+        lhs, rhs = lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)
+    on_kernels = not ragged_ops.why_no_kernel(lhs.dtype, rhs.dtype, result.dtype, call.precision)
     params = _options(call, result.dtype, on_kernels)
     if mode == "batch":
         return lax.dot_general(

@@ -21,10 +21,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import Batch, ShardingPlan
+from jax_deepgemm.gemm.operands import BFLOAT16, OUT_DTYPES
 from jax_deepgemm.grouped import segments
 
 Params = dict[str, Any]
@@ -40,6 +42,57 @@ BATCHED = {
     "tn": lax.RaggedDotDimensionNumbers((((1,), (1,)), ((0,), (0,))), (1,), ()),
 }
 """The same with a batch in front of every operand; of the result of "tn", behind the groups."""
+
+
+_KERNEL_ALGORITHMS = (lax.DotAlgorithmPreset.BF16_BF16_F32, lax.DotAlgorithmPreset.DEFAULT)
+
+
+def algorithm(precision: Any) -> lax.DotAlgorithm | lax.DotAlgorithmPreset | None:
+    """The dot algorithm that a precision names; None of a Precision."""
+    if isinstance(precision, str):
+        return lax.DotAlgorithmPreset.__members__.get(precision)
+    return precision if isinstance(precision, (lax.DotAlgorithm, lax.DotAlgorithmPreset)) else None
+
+
+def is_kernels(asked: lax.DotAlgorithm | lax.DotAlgorithmPreset) -> bool:
+    """Whether the kernels compute by this algorithm: products of bfloat16, summed in float32."""
+    if isinstance(asked, lax.DotAlgorithmPreset):
+        return asked in _KERNEL_ALGORITHMS
+    types = (asked.lhs_precision_type, asked.rhs_precision_type, asked.accumulation_type)
+    counts = (asked.lhs_component_count, asked.rhs_component_count, asked.num_primitive_operations)
+    return tuple(map(np.dtype, types)) == (BFLOAT16, BFLOAT16, np.dtype(np.float32)) and counts == (1, 1, 1)
+
+
+def why_no_kernel(lhs: Any, rhs: Any, out: Any, precision: Any) -> str:
+    """Why the grouped kernels cannot multiply these dtypes, and the way out; "" if they can."""
+    lhs, rhs, out = map(np.dtype, (lhs, rhs, out))
+    asked = algorithm(precision)
+    if asked is not None and not is_kernels(asked):
+        return (
+            f"the kernels multiply bfloat16 and sum in float32, and precision asks for {asked}. Leave it "
+            "out, or say precision='BF16_BF16_F32'."
+        )
+    if not lhs == rhs == BFLOAT16:
+        return (
+            f"the kernels take bfloat16 operands, not {lhs.name} and {rhs.name}. Convert both, "
+            ".astype(jnp.bfloat16); of float32, precision='BF16_BF16_F32' does it."
+        )
+    if out not in OUT_DTYPES:
+        return (
+            f"the kernels write bfloat16 or float32, not {out.name}. Ask for "
+            "preferred_element_type=jnp.float32, and convert the result."
+        )
+    return ""
+
+
+def _on_xla(avals: Any, *, form: str, out_dtype: Any, precision: Any, **_: Any) -> str:
+    """What is said where XLA runs the product on a GPU."""
+    lhs, rhs = avals[:2]
+    operands = " x ".join(f"{x.dtype.name}{list(x.shape)}" for x in (lhs, rhs))
+    return (
+        f"ragged_dot ({form}) of {operands} runs on XLA, which is slow on a GPU: "
+        f"{why_no_kernel(lhs.dtype, rhs.dtype, out_dtype, precision)}"
+    )
 
 
 class _RaggedOp(Op):
@@ -159,6 +212,7 @@ def _op(form: str, rule: str, rows: str, reduces: tuple[str, ...], result: Calla
         _reference,
         reduces=reduces,
         recut=lambda plan, *arrays, **_: (_my_rows(plan, rows, *arrays), {}),
+        without_kernel=_on_xla,
         jvp=_jvp,
         transpose=_transpose,
     )

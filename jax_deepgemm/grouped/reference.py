@@ -18,6 +18,8 @@ from jax_deepgemm.gemm.reference import SCALE_BLOCK, dequantize_blocks, dequanti
 from jax_deepgemm.grouped.segments import Segments, local_groups, read, take_groups
 
 MIN_TILE, MAX_TILE = 8, 128
+SOME_TILE = 32
+"""Rows of a tile where the number of rows is symbolic."""
 
 Tile = tuple[jax.Array, jax.Array, jax.Array]
 """First row of a tile, which of its rows count ([rows, 1] bool), and its group."""
@@ -43,6 +45,8 @@ def _over_tiles(
 
 def _tile_size(segments: Segments, extent: int) -> int:
     """Rows of a tile: about those of an average group, so that little is computed in vain."""
+    if not isinstance(extent, int):
+        return SOME_TILE
     average = max(extent // segments.starts.shape[0], 1)
     return min(max(1 << (average.bit_length() - 1), MIN_TILE), MAX_TILE)
 

@@ -126,6 +126,7 @@ class GemmProblem:
 
     @property
     def flops(self) -> int:
+        """Multiplications and additions."""
         return 2 * self.batches * self.m * self.n * self.k
 
     @property

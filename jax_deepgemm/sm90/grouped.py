@@ -99,8 +99,12 @@ class GroupedProblem:
     @cached_property
     def capacity(self) -> int:
         """Segments that the table in shared memory has room for: a power of two, to share kernels."""
-        used = self.segments if self.grouping == ROWS and self.segmented else self.groups
-        return max(32, 1 << (used - 1).bit_length())
+        return max(32, 1 << (self.held - 1).bit_length())
+
+    @property
+    def held(self) -> int:
+        """Segments in the table."""
+        return self.segments if self.grouping == ROWS and self.segmented else self.groups
 
     @cached_property
     def gemm(self) -> GemmProblem:
@@ -132,6 +136,12 @@ class GroupedProblem:
         """Rows of tiles at most; the grid needs no more blocks than that makes tiles."""
         return self.m if self.grouping == ROWS else self.groups * self.m
 
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions if every row belongs to a group; how many do, only the run knows."""
+        matrices = 1 if self.grouping in (ROWS, INNER) else self.groups
+        return 2 * matrices * self.m * self.n * self.k
+
     def kernel_sources(self, chip: Chip) -> list[KernelSource]:
         """What `jax_deepgemm.precompile` compiles for this problem: the kernel that would be chosen."""
         return [grouped_source(self, choose_grouped(self, chip))]
@@ -157,11 +167,26 @@ class GroupedProblem:
 
 def problems_with_grouped(p: GroupedProblem, c: GemmConfig) -> list[str]:
     """Why a configuration cannot run a problem: one line for each rule that it breaks."""
-    table = f"{p.capacity} groups, the kernel's table in shared memory holds {_MAX_SEGMENTS}"
-    broken = [] if p.capacity <= _MAX_SEGMENTS else [table]
-    broken += ["swap_ab and split_k are for dense GEMMs"] if c.one_tile else []
+    if p.held > _MAX_SEGMENTS:
+        return [_too_many(p)]
+    broken = ["swap_ab and split_k are for dense GEMMs"] if c.one_tile else []
     broken += [f"n is {p.n}, a tile's record has room for {_MAX_N}"] if p.n > _MAX_N else []
     return broken + problems_with(p.gemm, c)
+
+
+_IN_PARTS = {
+    ROWS: "a slice of b with group_offset= (group_sizes stay whole), and the sum of the results",
+    INNER: "num_groups= with group_offset= (group_sizes stay whole), and the results one behind the other",
+    MASKED_ROWS: "slices of the operands, and the results one behind the other",
+    MASKED_INNER: "slices of the operands, and the results one behind the other",
+}
+
+
+def _too_many(p: GroupedProblem) -> str:
+    return (
+        f"{p.held} groups (vmap's batch times its groups), and the kernel's table has room for "
+        f"{_MAX_SEGMENTS}. Take them in parts: {_IN_PARTS[p.grouping]}; or jax.lax.map instead of jax.vmap"
+    )
 
 
 # Tiles that can win -> microseconds that 128 bytes of k of one tile take on one SM, as in cost.py, but of
