@@ -36,9 +36,7 @@ def test_training_step_over_experts(method):
     args = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, spec)) for s, d, spec in types]
 
     def loss(*args: jax.Array) -> jax.Array:
-        y, _ = moe_layer(
-            *args, mesh=mesh, expert_axis="y", method=method, capacity_factor=1.5
-        )
+        y, _ = moe_layer(*args, mesh=mesh, expert_axis="y", method=method, capacity_factor=1.5)
         return jnp.sum(jnp.sin(y.astype(F32)))
 
     hlo = jax.jit(jax.grad(loss, (0, 2, 3, 4))).lower(*args).compile().as_text()

@@ -68,9 +68,7 @@ def test_the_emulation_is_chosen_under_transformations(form):
 def test_export_for_both_platforms():
     """One artefact for CPUs and GPUs, made and run here."""
     x = normal(0, T, H, dtype=F32)
-    exported = export.export(
-        jax.jit(gradient), platforms=["cpu", "cuda"], disabled_checks=export_checks
-    )(x)
+    exported = export.export(jax.jit(gradient), platforms=["cpu", "cuda"], disabled_checks=export_checks)(x)
     assert "ragged_all_to_all" in exported.mlir_module()
     mesh = op_checks.make_mesh("auto", (DEVICES,), ("expert",))
     placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, CUT))

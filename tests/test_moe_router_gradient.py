@@ -39,7 +39,9 @@ def run(ready: bool, **options: Any) -> Any:
     """(ids, weights, gradient by the logits, Hessian-vector product), in one program."""
 
     def weights(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ids, w = route(jax.nn.sigmoid(z) if ready else z, TOP_K, score=None if ready else "sigmoid", **options)
+        ids, w = route(
+            jax.nn.sigmoid(z) if ready else z, TOP_K, score=None if ready else "sigmoid", **options
+        )
         return w, ids
 
     def all_of(z: jax.Array, by: jax.Array, v: jax.Array) -> Any:
@@ -95,7 +97,11 @@ def test_padding_scores_of_zero_do_not_touch_other_tokens(options):
 
 def test_one_saturated_token_in_a_layer():
     """Its logits are -95 for every expert: loss and router's gradient are finite."""
-    gate, w13, w2 = normal(1, 4, 32, dtype=F32), normal(2, 4, 32, 32, dtype=F32), normal(3, 4, 32, 16, dtype=F32)
+    gate, w13, w2 = (
+        normal(1, 4, 32, dtype=F32),
+        normal(2, 4, 32, 32, dtype=F32),
+        normal(3, 4, 32, 16, dtype=F32),
+    )
     x = np.array(normal(0, 8, 32, dtype=F32))
     x[3] = np.linalg.lstsq(np.asarray(gate), np.full(4, -95.0), rcond=None)[0]
 

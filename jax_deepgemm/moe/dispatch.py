@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.grouped.operands import as_int32
+from jax_deepgemm.moe.placement import check_uncut
 from jax_deepgemm.quantization import QuantizedArray
 
 
@@ -62,12 +64,14 @@ def plan_dispatch(ids: jax.Array, num_experts: int) -> DispatchPlan:
     Raises:
       ValueError: ids that are no [t, top_k] integers.
     """
+    ids = unwrapped(ids)
     if not hasattr(ids, "dtype") or ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         given = (
             f"{np.dtype(ids.dtype).name} {list(ids.shape)}" if hasattr(ids, "dtype") else type(ids).__name__
         )
         raise ValueError(f"dispatch: ids are {given}, need integers [t, top_k]: the experts of each token.")
     ids = as_int32("dispatch", "ids", ids, "[t, top_k]")
+    check_uncut("dispatch", ids=ids)
     copies = ids.size
     flat = ids.reshape(copies)
     expert = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.uint32)
@@ -267,7 +271,7 @@ def dispatch(x: jax.Array, ids: jax.Array, num_experts: int) -> tuple[jax.Array,
 
     The gradient sums a token's copies in float32, by gathers. Inside a mesh use it under `jax.shard_map`.
     """
-    plan = plan_dispatch(ids, num_experts)
+    x, plan = unwrapped(x), plan_dispatch(ids, num_experts)
     _check_tokens("dispatch", "x", x, plan.position.shape[0])
     return spread(x, plan), plan
 
@@ -286,6 +290,7 @@ def spread_weights(weights: jax.Array, plan: DispatchPlan) -> jax.Array:
     >>> spread_weights(jnp.array([[0.25, 0.75], [0.5, 0.5]]), plan).tolist()
     [0.75, 0.5, 0.25, 0.0]
     """
+    weights = unwrapped(weights)
     weights, source, position, _ = same_varying_axes([weights, *jax.tree.leaves(plan)])
     return permute(weights.reshape(-1), source, position.reshape(-1))
 
@@ -312,6 +317,7 @@ def combine(y: jax.Array, plan: DispatchPlan, weights: jax.Array | None = None) 
     >>> combine(rows, plan, jnp.array([[0.25, 0.75], [1.0, 0.5]]))[:, 0].tolist()
     [1.0, 3.0]
     """
+    y, weights = unwrapped(y), unwrapped(weights)
     _check_tokens("combine", "y", y, plan.source.shape[0])
     if weights is not None and tuple(weights.shape) != tuple(plan.position.shape):
         raise ValueError(
@@ -329,3 +335,4 @@ def combine(y: jax.Array, plan: DispatchPlan, weights: jax.Array | None = None) 
 def _check_tokens(where: str, name: str, x: Any, rows: int) -> None:
     if x.ndim != 2 or x.shape[0] != rows:
         raise ValueError(f"{where}: {name} is {list(x.shape)}, need [{rows}, h] for these ids.")
+    check_uncut(where, **{name: x})

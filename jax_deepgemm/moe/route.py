@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_deepgemm.core.arrays import unwrapped
+
 SCORES = ("softmax", "sigmoid", None)
 
 DEEPSEEK_V3: Mapping[str, Any] = types.MappingProxyType(
@@ -85,6 +87,7 @@ def route(
     all numbers, so ids are in range and distinct whatever the logits are; the weights of a token with a NaN
     are NaN where its scores are (with softmax or renormalize: all of them), so it does not go unseen.
     """
+    logits, bias = unwrapped(logits), unwrapped(bias)
     experts = _check(logits, top_k, score, num_groups, top_groups, bias)
     scores = _scores(logits.astype(jnp.float32), score)
     ranking = lax.stop_gradient(scores if bias is None else scores + jnp.asarray(bias, jnp.float32)[None, :])
@@ -126,9 +129,7 @@ def _total(weights: jax.Array) -> jax.Array:
 
 
 @_shares.defjvp
-def _shares_jvp(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+def _shares_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """(tangent - share * sum of tangents) / total, which never squares the total.
 
     Where all scores vanish, the second derivative is larger than a float32 can be, and counts as zero.
