@@ -54,8 +54,8 @@ def _check_experts(where: str, name: str, w: Any) -> None:
         axis = repr(axes[0] if len(axes) == 1 else axes)
         raise ValueError(
             f"{where}: {name} is {list(w.shape)}, its experts cut over {axis} of the mesh, need all experts "
-            f"on each device. Use moe_layer(x, ids, weights, w13, w2, expert_axis={axis}), which sends tokens "
-            f"to the devices of their experts, or gather them: jax.sharding.reshard({name}, jax.P())."
+            f"on each device. Use moe_layer(x, ids, weights, w13, w2, expert_axis={axis}), which sends tokens"
+            f" to the devices of their experts, or gather them: jax.sharding.reshard({name}, jax.P())."
         )
 
 
