@@ -145,9 +145,12 @@ def take_rows(x: Any, index: jax.Array, fill: int = 0) -> jax.Array:
 
 
 def as_words(values: jax.Array) -> jax.Array:
-    """FP8 [rows, n] as uint32 [rows, n / 4] (uint8 if 4 does not divide n), which move faster."""
+    """FP8 [rows, n] as uint32 [rows, n / 4], which move faster; uint8 if 4 does not divide n.
+
+    So too of symbolic rows: a program with a wider bitcast of them cannot be loaded.
+    """
     rows, n = values.shape
-    if n % 4:
+    if n % 4 or not is_known(rows):
         return lax.bitcast_convert_type(values, jnp.uint8)
     return lax.bitcast_convert_type(values.reshape(rows, n // 4, 4), jnp.uint32)
 
