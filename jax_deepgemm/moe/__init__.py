@@ -7,9 +7,10 @@ from jax_deepgemm.moe.dispatch import DispatchPlan, combine, dispatch, plan_disp
 from jax_deepgemm.moe.experts import expert_mlp
 from jax_deepgemm.moe.layer import moe_mlp
 from jax_deepgemm.moe.parallel import expert_parallel_moe, moe_layer
-from jax_deepgemm.moe.route import route
+from jax_deepgemm.moe.route import DEEPSEEK_V3, route
 
 __all__ = [
+    "DEEPSEEK_V3",
     "DispatchPlan",
     "combine",
     "dispatch",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from jax_deepgemm.activation import swiglu, swiglu_quantize
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.gemm.operands import PER_ROW
 from jax_deepgemm.grouped import recipe as fp8
 from jax_deepgemm.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
+    is_known,
     plan_dispatch,
     sum_copies,
     take_quantized,
@@ -19,6 +23,7 @@ from jax_deepgemm.moe.dispatch import (
 )
 from jax_deepgemm.moe.experts import Weight, check_weights
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
+from jax_deepgemm.moe.placement import on_each_device
 from jax_deepgemm.quantization import QuantizedArray, quantize
 
 
@@ -65,20 +70,43 @@ def moe_mlp_decode(
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
 
-    For inference: with "fp8" differentiation raises; train with `moe_mlp`.
+    For inference: with "fp8" differentiation raises; train with `moe_mlp`. On a mesh as `moe_mlp`; max_rows
+    are then those of one device.
     """
+    x, ids, weights, w13, w2 = map(unwrapped, (x, ids, weights, w13, w2))
     check_tokens("moe_mlp_decode", x, ids, weights)
     check_weights("moe_mlp_decode", x, w13, w2, recipe)
+    if max_rows is not None and (max_rows < 0 or (max_rows == 0 and x.shape[0])):
+        raise ValueError(f"moe_mlp_decode: max_rows is {max_rows}, need a positive number, or None.")
+    layer = functools.partial(_moe_mlp_decode, recipe, max_rows, expected_m, num_sms)
+    return on_each_device("moe_mlp_decode", layer, (x, ids, weights, w13, w2))
+
+
+def _moe_mlp_decode(
+    recipe: str,
+    max_rows: int | None,
+    expected_m: int | None,
+    num_sms: int | None,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+) -> jax.Array:
     experts, tokens = w13.shape[0], x.shape[0]
     rows = tokens if max_rows is None else max_rows
-    if rows < 0 or (rows == 0 and tokens):
-        raise ValueError(f"moe_mlp_decode: max_rows is {max_rows}, need a positive number, or None.")
     plan = with_capacity(plan_dispatch(ids, experts), ids, rows)
-    expected_m = min(expected_rows(ids.size, experts), max(rows, 1)) if expected_m is None else expected_m
+    expected_m = _expected_rows(ids.size, experts, rows) if expected_m is None else expected_m
     row_weights = take_rows(weights.reshape(-1), plan.source)
     run = _bf16 if recipe == "bf16" else _fp8
     y = run(x, w13, w2, plan, row_weights, expected_m, num_sms)
     return sum_copies(y.reshape(experts * rows, x.shape[1]), plan.position)
+
+
+def _expected_rows(copies: int, experts: int, rows: int) -> int | None:
+    """Those of a balanced load that find room."""
+    balanced = expected_rows(copies, experts)
+    return balanced if balanced is None or not is_known(rows) else min(balanced, max(rows, 1))
 
 
 def _fp8(
@@ -87,7 +115,7 @@ def _fp8(
     w2: Weight,
     plan: DispatchPlan,
     row_weights: jax.Array,
-    expected_m: int,
+    expected_m: int | None,
     num_sms: int | None,
 ) -> jax.Array:
     experts = w13.shape[0]
@@ -118,7 +146,7 @@ def _bf16(
     w2: Weight,
     plan: DispatchPlan,
     row_weights: jax.Array,
-    expected_m: int,
+    expected_m: int | None,
     num_sms: int | None,
 ) -> jax.Array:
     experts = w13.shape[0]

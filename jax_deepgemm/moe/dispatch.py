@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.grouped.operands import as_int32
+from jax_deepgemm.moe.placement import check_uncut
 from jax_deepgemm.quantization import QuantizedArray
 
 
@@ -62,18 +64,19 @@ def plan_dispatch(ids: jax.Array, num_experts: int) -> DispatchPlan:
     Raises:
       ValueError: ids that are no [t, top_k] integers.
     """
+    ids = unwrapped(ids)
     if not hasattr(ids, "dtype") or ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         given = (
             f"{np.dtype(ids.dtype).name} {list(ids.shape)}" if hasattr(ids, "dtype") else type(ids).__name__
         )
         raise ValueError(f"dispatch: ids are {given}, need integers [t, top_k]: the experts of each token.")
     ids = as_int32("dispatch", "ids", ids, "[t, top_k]")
+    check_uncut("dispatch", ids=ids)
     copies = ids.size
     flat = ids.reshape(copies)
     expert = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.uint32)
     expert, source = sort_copies(expert, num_experts)
-    edges = jnp.arange(num_experts + 1, dtype=jnp.uint32)
-    starts = jnp.searchsorted(expert, edges, method="scan_unrolled").astype(jnp.int32)
+    starts = count_below(expert, num_experts)
     row = jnp.arange(copies, dtype=jnp.int32)
     filled = row < starts[-1]
     position = jnp.zeros_like(source).at[source].set(jnp.where(filled, row, copies), unique_indices=True)
@@ -88,12 +91,32 @@ def sort_copies(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Arr
     """(sorted experts, where each was), stable. One 32-bit key, where it fits: the fast sort of GPUs."""
     copies = expert.shape[0]
     index = lax.iota(jnp.uint32, copies)
-    if (num_experts + 1) * copies <= 2**32:
+    if is_known(copies) and (num_experts + 1) * copies <= 2**32:
         packed = lax.sort(expert * jnp.uint32(copies) + index, is_stable=False)  # no two are equal
         expert, index = packed // max(copies, 1), packed % max(copies, 1)
     else:
         expert, index = lax.sort((expert, index), num_keys=2)
     return expert, index.astype(jnp.int32)
+
+
+def count_below(expert: jax.Array, num_experts: int) -> jax.Array:
+    """int32 [num_experts + 1]: how many of the sorted experts are less than 0, 1, .. num_experts.
+
+    A binary search, from the highest bit of each count to the lowest, of gathers that every mesh takes.
+    """
+    copies = expert.shape[0]
+    edges = lax.iota(jnp.uint32, num_experts + 1)
+    count = jnp.zeros_like(edges, jnp.int32)
+    for bit in reversed(range(copies.bit_length() if is_known(copies) else 31)):
+        more = count + jnp.int32(1 << bit)
+        last = expert.at[more - 1].get(mode="fill", fill_value=num_experts)  # which is no less than any
+        count = jnp.where(last < edges, more, count)
+    return count
+
+
+def is_known(size: Any) -> bool:
+    """Whether a size is a number; in `jax.export` it can be a symbol."""
+    return isinstance(size, int)
 
 
 def with_capacity(plan: DispatchPlan, ids: jax.Array, capacity: int) -> DispatchPlan:
@@ -105,7 +128,7 @@ def with_capacity(plan: DispatchPlan, ids: jax.Array, capacity: int) -> Dispatch
     copies, groups = plan.source.shape[0], plan.group_sizes.shape[0]
     starts = jnp.cumsum(plan.group_sizes) - plan.group_sizes
     sizes = jnp.minimum(plan.group_sizes, capacity)
-    slot = jnp.arange(capacity, dtype=jnp.int32)
+    slot = jnp.arange(capacity, dtype=jnp.int32)[None, :]
     row = jnp.where(slot < sizes[:, None], starts[:, None] + slot, copies).reshape(-1)
     rank = plan.position - starts.at[ids].get(mode="fill", fill_value=0)
     kept = (plan.position < copies) & (rank < capacity)
@@ -122,9 +145,12 @@ def take_rows(x: Any, index: jax.Array, fill: int = 0) -> jax.Array:
 
 
 def as_words(values: jax.Array) -> jax.Array:
-    """FP8 [rows, n] as uint32 [rows, n / 4] (uint8 if 4 does not divide n), which move faster."""
+    """FP8 [rows, n] as uint32 [rows, n / 4], which move faster; uint8 if 4 does not divide n.
+
+    So too of symbolic rows: a program with a wider bitcast of them cannot be loaded.
+    """
     rows, n = values.shape
-    if n % 4:
+    if n % 4 or not is_known(rows):
         return lax.bitcast_convert_type(values, jnp.uint8)
     return lax.bitcast_convert_type(values.reshape(rows, n // 4, 4), jnp.uint32)
 
@@ -248,7 +274,7 @@ def dispatch(x: jax.Array, ids: jax.Array, num_experts: int) -> tuple[jax.Array,
 
     The gradient sums a token's copies in float32, by gathers. Inside a mesh use it under `jax.shard_map`.
     """
-    plan = plan_dispatch(ids, num_experts)
+    x, plan = unwrapped(x), plan_dispatch(ids, num_experts)
     _check_tokens("dispatch", "x", x, plan.position.shape[0])
     return spread(x, plan), plan
 
@@ -267,6 +293,7 @@ def spread_weights(weights: jax.Array, plan: DispatchPlan) -> jax.Array:
     >>> spread_weights(jnp.array([[0.25, 0.75], [0.5, 0.5]]), plan).tolist()
     [0.75, 0.5, 0.25, 0.0]
     """
+    weights = unwrapped(weights)
     weights, source, position, _ = same_varying_axes([weights, *jax.tree.leaves(plan)])
     return permute(weights.reshape(-1), source, position.reshape(-1))
 
@@ -293,6 +320,7 @@ def combine(y: jax.Array, plan: DispatchPlan, weights: jax.Array | None = None) 
     >>> combine(rows, plan, jnp.array([[0.25, 0.75], [1.0, 0.5]]))[:, 0].tolist()
     [1.0, 3.0]
     """
+    y, weights = unwrapped(y), unwrapped(weights)
     _check_tokens("combine", "y", y, plan.source.shape[0])
     if weights is not None and tuple(weights.shape) != tuple(plan.position.shape):
         raise ValueError(
@@ -310,3 +338,4 @@ def combine(y: jax.Array, plan: DispatchPlan, weights: jax.Array | None = None) 
 def _check_tokens(where: str, name: str, x: Any, rows: int) -> None:
     if x.ndim != 2 or x.shape[0] != rows:
         raise ValueError(f"{where}: {name} is {list(x.shape)}, need [{rows}, h] for these ids.")
+    check_uncut(where, **{name: x})

@@ -42,7 +42,8 @@ class Wire:
       devices: devices along the axis.
       sends: slots of the send buffer, S.
       receives: slots of the receive buffer, R.
-      emulate: "ragged" by all_gather and take, for platforms without ragged_all_to_all (CPU).
+      emulate: "ragged" by all_gather and take; None: on platforms without ragged_all_to_all (CPU), which is
+        decided where a program is lowered, as it may be traced for another platform than it is traced on.
     """
 
     axis: Axis
@@ -50,7 +51,7 @@ class Wire:
     devices: int
     sends: int
     receives: int
-    emulate: bool = False
+    emulate: bool | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -111,7 +112,6 @@ def plan_wire(
     space = devices * most
     if capacity_factor is not None:
         space = min(math.ceil(capacity_factor * copies), space)
-    emulate = jax.default_backend() == "cpu" if emulate is None else emulate
     return Wire(axis, method, devices, copies, max(space, 1), emulate)
 
 
@@ -165,23 +165,29 @@ def _collective_back(wire: Wire, transfer: Transfer | None, y: jax.Array) -> jax
 
 
 def _ragged_all_to_all(wire: Wire, transfer: Transfer, x: jax.Array, rows: int) -> jax.Array:
+    ragged, emulated = (functools.partial(way, wire, rows) for way in (_ragged_collective, _by_all_gather))
+    if wire.emulate is None:
+        return lax.platform_dependent(transfer, x, cpu=emulated, default=ragged)
+    return emulated(transfer, x) if wire.emulate else ragged(transfer, x)
+
+
+def _ragged_collective(wire: Wire, rows: int, transfer: Transfer, x: jax.Array) -> jax.Array:
     me = lax.axis_index(wire.axis)
-    if not wire.emulate:
-        result = jnp.zeros((rows, *x.shape[1:]), x.dtype)
-        x, result, *where = same_varying_axes(
-            [x, result, transfer.read[me], transfer.sizes[me], transfer.write[me], transfer.sizes[:, me]]
-        )
-        return lax.ragged_all_to_all(x, result, *where, axis_name=wire.axis)
+    result = jnp.zeros((rows, *x.shape[1:]), x.dtype)
+    zero = jnp.int32(jnp.any(x != 0) & False)  # with x's dimension of vmap, which JAX wants of all or of none
+    numbers = transfer.read[me], transfer.sizes[me], transfer.write[me], transfer.sizes[:, me]
+    x, result, *where = same_varying_axes([x, result, *(number + zero for number in numbers)])
+    return lax.ragged_all_to_all(x, result, *where, axis_name=wire.axis)
+
+
+def _by_all_gather(wire: Wire, rows: int, transfer: Transfer, x: jax.Array) -> jax.Array:
+    me = lax.axis_index(wire.axis)
     everything = _gather(wire, x)
-    begin, size = transfer.write[:, me], transfer.sizes[:, me]
-    row = jnp.arange(rows, dtype=jnp.int32)
-    from_ = (row[:, None] >= begin) & (row[:, None] < begin + size)  # [rows, source]
-    flat = jnp.sum(
-        jnp.where(
-            from_, jnp.arange(wire.devices) * x.shape[0] + transfer.read[:, me] + row[:, None] - begin, 0
-        ),
-        axis=1,
-    )
+    begin, size = (part[:, me][None, :] for part in (transfer.write, transfer.sizes))
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    from_ = (row >= begin) & (row < begin + size)  # [rows, source]
+    buffer = jnp.arange(wire.devices, dtype=jnp.int32) * x.shape[0]  # where a source's begins
+    flat = jnp.sum(jnp.where(from_, (buffer + transfer.read[:, me])[None, :] + row - begin, 0), axis=1)
     index = jnp.where(jnp.any(from_, axis=1), flat, everything.shape[0] * x.shape[0])
     return take_rows(everything.reshape(-1, *x.shape[1:]), index)
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepgemm.activation import swiglu, swiglu_grad_quantize, swiglu_quantize
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.gemm.operands import BLOCKED, PER_ROW
@@ -116,16 +117,17 @@ def expert_mlp(
     `jax.checkpoint` policies the kept FP8 activations are named "jdg_grouped_act_fp8", the kept FP8 weights
     "jdg_grouped_weight_fp8", and the first GEMM's result "jdg_moe_hidden".
     """
+    rows, w13, w2, group_sizes, row_weights = map(unwrapped, (rows, w13, w2, group_sizes, row_weights))
     check("expert_mlp", rows, w13, w2, group_sizes, row_weights, recipe)
     if row_weights is None:
         row_weights = jnp.ones(rows.shape[:1], jnp.float32)
     groups = fp8.Groups.of(group_sizes, group_offset)
     gemms = fp8.Options(expected_m, num_sms)
-    if recipe == "bf16":
-        return _bf16(rows, w13, w2, groups, row_weights, gemms)
-    static = Experts.of(rows.dtype, w13, w2, gemms)
     leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups))
-    return _fp8(static, *jax.tree.unflatten(tree, same_varying_axes(leaves)))
+    rows, w13, w2, row_weights, groups = jax.tree.unflatten(tree, same_varying_axes(leaves))
+    if recipe == "bf16":  # gradients of replicated weights are summed in their own dtype, not in bfloat16
+        return _bf16(rows, w13, w2, groups, row_weights, gemms)
+    return _fp8(Experts.of(rows.dtype, w13, w2, gemms), rows, w13, w2, row_weights, groups)
 
 
 def check(where: str, rows: Any, w13: Any, w2: Any, sizes: Any, row_weights: Any, recipe: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.gemm.operands import PER_ROW
@@ -17,6 +18,7 @@ from jax_deepgemm.moe import experts
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
     combine,
+    is_known,
     plan_dispatch,
     spread,
     spread_weights,
@@ -25,6 +27,7 @@ from jax_deepgemm.moe.dispatch import (
     take_rows,
 )
 from jax_deepgemm.moe.experts import Experts, Weight, check_weights, expert_mlp
+from jax_deepgemm.moe.placement import on_each_device
 from jax_deepgemm.quantization import quantize
 
 
@@ -76,14 +79,32 @@ def moe_mlp(
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
 
-    Which tokens go where is data: another routing does not compile again. Deterministic. On a mesh:
-    `moe_layer`, or, inside `jax.shard_map`, this function (all experts on each device) and
-    `expert_parallel_moe`.
+    Which tokens go where is data: another routing does not compile again. Deterministic. On a mesh with
+    Explicit axes each device dispatches the tokens it has, through all experts: y is cut as x is, and w13 and
+    w2 are gathered where other dimensions than the experts are cut. On Auto axes do that inside
+    `jax.shard_map`. Experts cut over devices: `moe_layer`, or inside `jax.shard_map` `expert_parallel_moe`.
     """
+    x, ids, weights, w13, w2 = map(unwrapped, (x, ids, weights, w13, w2))
     check_tokens("moe_mlp", x, ids, weights)
     check_weights("moe_mlp", x, w13, w2, recipe)
+    layer = functools.partial(_moe_mlp, recipe, expected_m, num_sms)
+    return on_each_device("moe_mlp", layer, (x, ids, weights, w13, w2))
+
+
+def _moe_mlp(
+    recipe: str,
+    expected_m: int | None,
+    num_sms: int | None,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+) -> jax.Array:
     plan = plan_dispatch(ids, w13.shape[0])
     expected_m = expected_rows(ids.size, w13.shape[0]) if expected_m is None else expected_m
+    leaves, tree = jax.tree.flatten((x, weights, w13, w2, plan))
+    x, weights, w13, w2, plan = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16":
         y = expert_mlp(
             spread(x, plan),
@@ -97,8 +118,7 @@ def moe_mlp(
         )
         return combine(y, plan)
     static = Experts.of(x.dtype, w13, w2, fp8.Options(expected_m, num_sms))
-    leaves, tree = jax.tree.flatten((x, weights, w13, w2, plan))
-    return _fp8(static, *jax.tree.unflatten(tree, same_varying_axes(leaves)))
+    return _fp8(static, x, weights, w13, w2, plan)
 
 
 def _groups(plan: DispatchPlan) -> fp8.Groups:
@@ -137,9 +157,9 @@ def _fp8_bwd(static: Experts, residuals: tuple[experts.Kept, DispatchPlan], dy: 
 _fp8.defvjp(_fp8_fwd, _fp8_bwd)
 
 
-def expected_rows(copies: int, experts: int) -> int:
-    """Rows of an expert if all have the same load."""
-    return max(-(-copies // max(experts, 1)), 1)
+def expected_rows(copies: int, experts: int) -> int | None:
+    """Rows of an expert if all have the same load; None of a symbolic number of copies."""
+    return max(-(-copies // max(experts, 1)), 1) if is_known(copies) else None
 
 
 def check_tokens(where: str, x: Any, ids: Any, weights: Any) -> None:

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
+from jax_deepgemm.core.sharding import as_spec, entries
 from jax_deepgemm.gemm.operands import PER_ROW
 from jax_deepgemm.grouped import recipe as fp8
 from jax_deepgemm.moe import exchange as way
@@ -36,6 +38,7 @@ from jax_deepgemm.moe.experts import (
     is_frozen,
 )
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
+from jax_deepgemm.moe.placement import cuts
 from jax_deepgemm.quantization import QuantizedArray, dequantize, quantize
 
 
@@ -87,7 +90,7 @@ def expert_parallel_moe(
         dropped; with "all_to_all" that much travels too. What has no room is dropped, the copies of later
         tokens first ("ragged": those of later devices); weights are not scaled up for it.
       recipe, expected_m, num_sms: as in `moe_mlp`.
-      emulate_ragged: "ragged" by an all-gather, for tests; default: where JAX's default backend is the CPU.
+      emulate_ragged: "ragged" by an all-gather, for tests; default: in programs for CPUs.
 
     Returns:
       (y [t, h] in the dtype of x, dropped): dropped is int32 [], how many copies of this device's tokens
@@ -100,6 +103,7 @@ def expert_parallel_moe(
     sum over them. In FP8 the weights' gradients see the tokens (and the gradients of the results) as they
     travelled: quantised per token, then once more along tokens. Deterministic.
     """
+    x, ids, weights, w13, w2 = map(unwrapped, (x, ids, weights, w13, w2))
     check_tokens("expert_parallel_moe", x, ids, weights)
     check_weights("expert_parallel_moe", x, w13, w2, recipe)
     way.check_method("expert_parallel_moe", method, capacity_factor)
@@ -164,13 +168,16 @@ def moe_layer(
       method, capacity_factor, recipe, expected_m, num_sms, emulate_ragged: as in `expert_parallel_moe`.
 
     Returns:
-      (y [t, h], dropped int32 []: copies of all tokens that had no room). y is cut as the tokens are.
+      (y [t, h], dropped int32 []: copies of all tokens that had no room). On Explicit axes y is cut as x
+      is, so that layers can follow each other in a `lax.scan`.
     """
+    x, ids, weights, w13, w2 = map(unwrapped, (x, ids, weights, w13, w2))
     check_tokens("moe_layer", x, ids, weights)
     check_weights("moe_layer", x, w13, w2, recipe)
     axes = mesh or jax.sharding.get_abstract_mesh()
     experts_over = way.axis_names(expert_axis)
-    tokens_over = tuple(axes.axis_names) if token_axes is None else way.axis_names(token_axes)
+    free = [name for name in axes.axis_names if name not in axes.manual_axes]
+    tokens_over = tuple(free) if token_axes is None else way.axis_names(token_axes)
     _check_mesh(dict(axes.shape), experts_over, tokens_over, x.shape[0], w13.shape[0])
 
     def local(*args: Any) -> tuple[jax.Array, jax.Array]:
@@ -189,20 +196,18 @@ def moe_layer(
     tokens, experts = P(tokens_over), P(experts_over)
     specs = (tokens, tokens, tokens, experts, experts)
     args = (x, ids, weights, w13, w2)
-    if any(kind == AxisType.Explicit for kind in axes.axis_types):
-        args = jax.tree.map(
-            lambda spec, part: jax.tree.map(
-                lambda leaf: jax.sharding.reshard(leaf, _place(mesh, spec)), part
-            ),
-            specs,
-            args,
-            is_leaf=lambda node: isinstance(node, P),
-        )
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, P()))(*args)
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, P()), axis_names=set(free))
+    if not axes.explicit_axes:
+        return run(*args)
+    y, dropped = run(*(_placed(axes, mesh, spec, part) for spec, part in zip(specs, args, strict=True)))
+    return _placed(axes, mesh, as_spec(cuts(x)), y), dropped
 
 
-def _place(mesh: Mesh | None, spec: P) -> Any:
-    return spec if mesh is None else NamedSharding(mesh, spec)
+def _placed(axes: Any, mesh: Mesh | None, spec: P, tree: Any) -> Any:
+    """Arrays with the dimensions that a spec says cut over the Explicit axes of the mesh."""
+    kept = as_spec([tuple(a for a in dim if a in axes.explicit_axes) for dim in entries(spec, len(spec))])
+    to = kept if mesh is None else NamedSharding(mesh, kept)
+    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, to), tree)
 
 
 def _check_mesh(
@@ -223,9 +228,16 @@ def _check_mesh(
         devices = functools.reduce(lambda n, axis: n * mesh[axis], over, 1)
         if count % devices:
             raise ValueError(
-                f"moe_layer: {count} {name} over {devices} devices ({over}): need a multiple. Pad tokens, "
-                "with ids of -1."
+                f"moe_layer: {count} {name} over {devices} devices ({over}): need a multiple. "
+                f"{_PADDING[name].format(-count % devices)}"
             )
+
+
+_PADDING = {
+    "tokens": "Pad x and weights by {} rows of zeros, ids by rows of -1, and drop these rows of the result.",
+    "experts": "Pad w13 and w2 by {} experts of zeros, to which no token goes, or cut the experts over fewer "
+    "devices: expert_axis=.",
+}
 
 
 # FP8

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+import warnings
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -9,8 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_deepgemm.core.arrays import unwrapped
+
 SCORES = ("softmax", "sigmoid", None)
-_LOWEST = np.finfo(np.float32).min
+
+DEEPSEEK_V3: Mapping[str, Any] = types.MappingProxyType(
+    {"score": "sigmoid", "num_groups": 8, "top_groups": 4, "renormalize": True, "scale": 2.5}
+)
+"""DeepSeek-V3's router, for 256 experts and top_k=8: route(logits, 8, bias=bias, **DEEPSEEK_V3)."""
+
+_TINY = np.float32(1e-20)
+_FAINT = np.float32(1e-18)
+"""What chosen scores may sum to before one over its square is no float32."""
+_CLOSED = np.finfo(np.float32).min
+_LOWEST = np.nextafter(_CLOSED, np.float32(0))
 
 
 def route(
@@ -21,7 +36,7 @@ def route(
     num_groups: int | None = None,
     top_groups: int | None = None,
     bias: jax.Array | None = None,
-    renormalize: bool = True,
+    renormalize: bool | None = None,
     scale: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """The top_k experts of every token, and their weights.
@@ -36,45 +51,54 @@ def route(
     >>> ids.tolist(), weights.tolist()
     ([[1, 2]], [[0.5, 0.25]])
 
-    DeepSeek-V3's router: sigmoid, 8 groups of 32 experts, the 8 best experts of the 4 best groups.
+    DeepSeek-V3's router by name: sigmoid, 8 groups of 32 experts, the 8 best experts of the 4 best groups.
 
+    >>> import jax
+    >>> from jax_deepgemm.moe import DEEPSEEK_V3
     >>> logits = jax.random.normal(jax.random.key(0), (5, 256))
-    >>> ids, weights = route(logits, 8, score="sigmoid", num_groups=8, top_groups=4,
-    ...                      bias=jnp.zeros(256), scale=2.5)
+    >>> ids, weights = route(logits, 8, bias=jnp.zeros(256), **DEEPSEEK_V3)
     >>> ids.shape, bool(jnp.all(jnp.abs(weights.sum(-1) - 2.5) < 1e-5))
     ((5, 8), True)
+    >>> dict(DEEPSEEK_V3)
+    {'score': 'sigmoid', 'num_groups': 8, 'top_groups': 4, 'renormalize': True, 'scale': 2.5}
 
     Args:
       logits: [t, experts], any floating dtype; computed in float32.
       top_k: experts per token.
-      score: "softmax" over all experts, "sigmoid", or None if `logits` are scores already.
+      score: "softmax" over all experts, "sigmoid", or None if `logits` are scores already, none negative.
       num_groups, top_groups: group-limited choice; both or neither.
       bias: [experts] float32, added to the scores in the choice only; it has no gradient.
-      renormalize: divide the chosen weights by their sum.
+      renormalize: divide the chosen weights by their sum (plus 1e-20, as DeepSeek-V3 does). None: where
+        top_k > 1. A single weight divided by itself is 1, through which no router learns.
       scale: factor of all weights, after that.
 
     Returns:
       (ids int32 [t, top_k], weights float32 [t, top_k]), best expert first. A token's ids are distinct. The
-      weights are differentiable with respect to the logits, through the scores of the chosen experts.
+      weights are differentiable with respect to the logits, through the scores of the chosen experts:
+      finite for all finite scores, those of a token whose scores are all zero included.
 
     Raises:
       ValueError, TypeError: shapes and counts that do not fit; the message names both sides.
+
+    Warns:
+      UserWarning: renormalize=True with top_k=1.
 
     Deterministic: of equal scores the lowest id comes first, of equal groups the first. NaN scores rank below
     all numbers, so ids are in range and distinct whatever the logits are; the weights of a token with a NaN
     are NaN where its scores are (with softmax or renormalize: all of them), so it does not go unseen.
     """
+    logits, bias = unwrapped(logits), unwrapped(bias)
     experts = _check(logits, top_k, score, num_groups, top_groups, bias)
     scores = _scores(logits.astype(jnp.float32), score)
-    ranking = lax.stop_gradient(scores if bias is None else scores + bias)
+    ranking = lax.stop_gradient(scores if bias is None else scores + jnp.asarray(bias, jnp.float32)[None, :])
     ranking = jnp.maximum(jnp.where(jnp.isnan(ranking), _LOWEST, ranking), _LOWEST)
     ranking = jnp.where(ranking == 0, jnp.float32(0), ranking)  # top_k ranks -0 below 0
     if num_groups is not None and top_groups is not None:
         ranking = _limit_groups(ranking, num_groups, top_groups, experts // num_groups)
     _, ids = lax.top_k(ranking, top_k)
     weights = jnp.take_along_axis(scores, ids, axis=-1)
-    if renormalize:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.float32(1e-20))
+    if _renormalizes(renormalize, top_k):
+        weights = _shares(weights)
     return ids.astype(jnp.int32), weights * jnp.float32(scale)
 
 
@@ -84,13 +108,47 @@ def _scores(logits: jax.Array, score: str | None) -> jax.Array:
     return jax.nn.sigmoid(logits) if score == "sigmoid" else logits
 
 
+def _renormalizes(asked: bool | None, top_k: int) -> bool:
+    if asked and top_k == 1:
+        warnings.warn(
+            "route: renormalize=True with top_k=1 makes every weight 1, so the router has no gradient. Leave "
+            "renormalize out, or pass renormalize=False: the score itself is the weight.",
+            stacklevel=3,
+        )
+    return top_k > 1 if asked is None else asked
+
+
+@jax.custom_jvp
+def _shares(weights: jax.Array) -> jax.Array:
+    """Each row's weights divided by their sum."""
+    return weights / _total(weights)
+
+
+def _total(weights: jax.Array) -> jax.Array:
+    return jnp.sum(weights, axis=-1, keepdims=True) + _TINY
+
+
+@_shares.defjvp
+def _shares_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(tangent - share * sum of tangents) / total, which never squares the total.
+
+    Where all scores vanish, the second derivative is larger than a float32 can be, and counts as zero.
+    """
+    (weights,), (tangent,) = primals, tangents
+    shares, total = _shares(weights), _total(weights)
+    faint = jnp.abs(total) < _FAINT
+    inverse = jnp.where(faint, 1 / lax.stop_gradient(total), 1 / jnp.where(faint, 1, total))
+    fixed = jnp.where(faint, lax.stop_gradient(shares), shares)
+    return shares, (tangent - fixed * jnp.sum(tangent, axis=-1, keepdims=True)) * inverse
+
+
 def _limit_groups(ranking: jax.Array, num_groups: int, top_groups: int, size: int) -> jax.Array:
-    """-inf for the experts of all but the best groups."""
-    grouped = ranking.reshape(-1, num_groups, size)
+    """Less than all scores for the experts of all but the best groups."""
+    grouped = ranking.reshape(ranking.shape[0], num_groups, size)
     best, _ = lax.top_k(grouped, min(2, size))
-    _, chosen = lax.top_k(jnp.sum(best, axis=-1), top_groups)
-    open_ = jnp.any(chosen[:, :, None] == jnp.arange(num_groups), axis=1)
-    return jnp.where(open_[:, :, None], grouped, -jnp.inf).reshape(ranking.shape)
+    _, chosen = lax.top_k(jnp.sum(0.5 * best, axis=-1), top_groups)  # halves: the sum of two is finite
+    open_ = jnp.any(chosen[:, :, None] == jnp.arange(num_groups)[None, None], axis=1)
+    return jnp.where(open_[:, :, None], grouped, _CLOSED).reshape(ranking.shape)
 
 
 def _check(

@@ -88,7 +88,7 @@ def unpack_ue8m0_from_int(packed: Any) -> jax.Array:
             f"unpack_ue8m0_from_int: got {packed.dtype.name}{list(packed.shape)}, need int32 [.., words]."
         )
     words = lax.bitcast_convert_type(packed, jnp.uint32)[..., None]
-    codes = (words >> (8 * jnp.arange(WORD, dtype=jnp.uint32))) & jnp.uint32(0xFF)
+    codes = (words >> _shifts(words.ndim)) & jnp.uint32(0xFF)
     return lax.bitcast_convert_type(codes << 23, jnp.float32).reshape(
         *packed.shape[:-1], WORD * packed.shape[-1]
     )
@@ -155,9 +155,10 @@ def _k_grouped_rows(rows: jax.Array, words: int) -> tuple[jax.Array, jax.Array]:
     """For each byte of each word [words, 4]: the row of sf it comes from, and whether there is one."""
     row_end, word_end = jnp.cumsum(rows), jnp.cumsum(-(-rows // WORD))
     word = jnp.arange(words, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(word_end, word, side="right"), rows.shape[0] - 1)
+    group = jnp.cumsum(jnp.zeros(words + 1, jnp.int32).at[word_end].add(1)[:words], dtype=jnp.int32)
+    group = jnp.minimum(group, rows.shape[0] - 1)
     first_word = (word_end - (-(-rows // WORD)))[group]
-    in_group = WORD * (word - first_word)[:, None] + jnp.arange(WORD, dtype=jnp.int32)
+    in_group = WORD * (word - first_word)[:, None] + jnp.arange(WORD, dtype=jnp.int32)[None]
     source = (row_end - rows)[group][:, None] + in_group
     return source, (in_group < rows[group][:, None]) & (word < word_end[-1])[:, None]
 
@@ -248,8 +249,13 @@ def _granularity(recipe: Sequence[int], is_sfa: bool | None, where: str) -> tupl
 def _pack(sf: jax.Array) -> jax.Array:
     codes = (lax.bitcast_convert_type(sf, jnp.uint32) >> 23) & jnp.uint32(0xFF)
     bytes_ = codes.reshape(*sf.shape[:-1], sf.shape[-1] // WORD, WORD)
-    words = jnp.sum(bytes_ << (8 * jnp.arange(WORD, dtype=jnp.uint32)), axis=-1, dtype=jnp.uint32)
+    words = jnp.sum(bytes_ << _shifts(bytes_.ndim), axis=-1, dtype=jnp.uint32)
     return lax.bitcast_convert_type(words, jnp.int32)
+
+
+def _shifts(rank: int) -> jax.Array:
+    """By how many bits each byte of a word is shifted, along the last of `rank` dimensions."""
+    return 8 * jnp.arange(WORD, dtype=jnp.uint32).reshape((1,) * (rank - 1) + (WORD,))
 
 
 def _pad_last(x: jax.Array, size: int) -> jax.Array:
