@@ -194,22 +194,20 @@ class Training:
         self.state = jax.jit(self.initial, out_shardings=self.shardings)()
 
     def loss(self, params: Any, rest: Any, tokens: jax.Array) -> tuple[jax.Array, Load]:
-        """Sum of the cross-entropies of all tokens but the first."""
+        """Mean cross-entropy of all tokens but the first."""
         logits, load = nnx.merge(self.graph, params, rest)(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).sum(), load
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean(), load
 
     def update(self, state: State, tokens: jax.Array) -> tuple[State, jax.Array]:
         """One step: the new state; [loss, largest load of an expert over the mean load, copies dropped]."""
         params, rest, moments = state
-        (total, load), gradients = jax.value_and_grad(self.loss, has_aux=True)(params, rest, tokens)
-        count = tokens[:, 1:].size
-        gradients = jax.tree.map(lambda gradient: gradient / count, gradients)
+        (loss, load), gradients = jax.value_and_grad(self.loss, has_aux=True)(params, rest, tokens)
         updates, moments = self.optimizer.update(gradients, moments, params)
         model = nnx.merge(self.graph, optax.apply_updates(params, updates), rest)
         model.move_biases(load)
         _, params, rest = nnx.split(model, nnx.Param, ...)
         share = load.tokens / load.tokens.mean(axis=-1, keepdims=True)
-        return (params, rest, moments), jnp.stack([total / count, share.max(), load.dropped.sum()])
+        return (params, rest, moments), jnp.stack([loss, share.max(), load.dropped.sum()])
 
     def step(self, tokens: np.ndarray) -> jax.Array:
         """Takes tokens [batch, context + 1], the same in all processes; returns what `update` measured."""
