@@ -102,16 +102,17 @@ def sort_copies(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Arr
 def count_below(expert: jax.Array, num_experts: int) -> jax.Array:
     """int32 [num_experts + 1]: how many of the sorted experts are less than 0, 1, .. num_experts.
 
-    A binary search, from the highest bit of each count to the lowest, of gathers that every mesh takes.
+    A binary search of gathers that every mesh takes; XLA makes one kernel of it.
     """
     copies = expert.shape[0]
     edges = lax.iota(jnp.uint32, num_experts + 1)
-    count = jnp.zeros_like(edges, jnp.int32)
-    for bit in reversed(range(copies.bit_length() if is_known(copies) else 31)):
-        more = count + jnp.int32(1 << bit)
-        last = expert.at[more - 1].get(mode="fill", fill_value=num_experts)  # which is no less than any
-        count = jnp.where(last < edges, more, count)
-    return count
+    low = jnp.zeros_like(edges, jnp.int32)
+    high = low + copies
+    for _ in range(copies.bit_length() if is_known(copies) else 31):
+        middle = (low + high) >> 1
+        above = expert.at[middle].get(mode="promise_in_bounds") >= edges
+        low, high = jnp.where(above, low, middle), jnp.where(above, middle, high)
+    return high
 
 
 def is_known(size: Any) -> bool:
