@@ -13,7 +13,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_oracle as oracle
-from jax_deepgemm.moe import combine, dispatch, expert_parallel_moe, moe_layer, moe_mlp, moe_mlp_decode
+from jax_deepgemm.moe import (
+    combine,
+    dispatch,
+    expert_mlp,
+    expert_parallel_moe,
+    moe_layer,
+    moe_mlp,
+    moe_mlp_decode,
+)
 from moe_oracle import normal, relative
 
 F32 = jnp.float32
@@ -79,8 +87,28 @@ def test_gradients_and_weights_cut_along_features(mesh):
         assert one.sharding.is_equivalent_to(arg.sharding, one.ndim)
 
 
-def test_a_mesh_that_was_not_set():
-    assert relative(moe_mlp(*placed(EXPLICIT, ROWS)), alone("fp8")) < 1e-2
+@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+def test_rows_of_experts_that_are_cut(recipe):
+    """Rows of one expert on several devices: gradients have their arguments' shardings."""
+    sizes = jnp.array([3, 0, 8, 4])
+
+    def pull(rows: jax.Array, w13: jax.Array, w2: jax.Array, sizes: jax.Array) -> Any:
+        layer = functools.partial(expert_mlp, group_sizes=sizes, recipe=recipe)
+        return jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(layer(*args))), (0, 1, 2))(rows, w13, w2)
+
+    want = jax.jit(pull)(X, W13, W2, sizes)
+    args = [jax.device_put(x, NamedSharding(EXPLICIT, s)) for x, s in ((X, ROWS), (W13, P()), (W2, P()))]
+    with jax.set_mesh(EXPLICIT):
+        got = jax.jit(pull)(*args, jax.device_put(sizes, NamedSharding(EXPLICIT, P())))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative(one, other) < 1e-2
+    for one, arg in zip(got[1], args, strict=True):
+        assert one.sharding.is_equivalent_to(arg.sharding, one.ndim)
+
+
+@pytest.mark.parametrize("mesh", [EXPLICIT, MIXED], ids=["explicit", "mixed"])
+def test_a_mesh_that_was_not_set(mesh):
+    assert relative(moe_mlp(*placed(mesh, ROWS)), alone("fp8")) < 1e-2
 
 
 @pytest.mark.parametrize("name", ["fp8", "decode"])

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jax_deepgemm.activation import swiglu, swiglu_grad_quantize, swiglu_quantize
 from jax_deepgemm.core.arrays import unwrapped
@@ -50,10 +51,13 @@ class Experts:
     """dtype of the rows, their gradient, and the result."""
     w13: np.dtype[Any]
     w2: np.dtype[Any]
+    specs: tuple[PartitionSpec | None, PartitionSpec | None]
+    """Of w13 and w2 on Explicit axes, for their gradients."""
 
     @classmethod
     def of(cls, rows: np.dtype[Any], w13: Weight, w2: Weight, gemms: fp8.Options) -> Experts:
-        return cls(gemms, w13.shape[0], np.dtype(rows), np.dtype(w13.dtype), np.dtype(w2.dtype))
+        first, second = (linear.like(w.values if isinstance(w, QuantizedArray) else w) for w in (w13, w2))
+        return cls(gemms, w13.shape[0], np.dtype(rows), first[0], second[0], (first[1], second[1]))
 
 
 class Kept(NamedTuple):
@@ -121,6 +125,9 @@ def expert_mlp(
     check("expert_mlp", rows, w13, w2, group_sizes, row_weights, recipe)
     if row_weights is None:
         row_weights = jnp.ones(rows.shape[:1], jnp.float32)
+    spec = linear.like(rows)[1]
+    if spec is not None:
+        row_weights = jax.sharding.reshard(row_weights, PartitionSpec(*spec[:1]))
     groups = fp8.Groups.of(group_sizes, group_offset)
     gemms = fp8.Options(expected_m, num_sms)
     leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups))
@@ -226,8 +233,8 @@ def backward(
     dh_rows = QuantizedArray(dh, dh_scales, PER_ROW)
     drows = fp8.m_grouped(dh_rows, _for_dgrad(kept.w13, static.w13), groups, gemms, static.rows)
     dh_along_rows = fp8.AlongRows(*dh_t) if dh_t else None
-    dw13 = _weight_gradient(static, dh_along_rows, kept.rows, groups, static.w13)
-    dw2 = _weight_gradient(static, dy_along_rows, kept.act, groups, static.w2)
+    dw13 = _weight_gradient(static, dh_along_rows, kept.rows, groups, static.w13, static.specs[0])
+    dw2 = _weight_gradient(static, dy_along_rows, kept.act, groups, static.w2, static.specs[1])
     return drows, dw13, dw2, dweights
 
 
@@ -252,11 +259,12 @@ def _weight_gradient(
     kept: _Pair | None,
     groups: fp8.Groups,
     dtype: np.dtype[Any],
+    spec: PartitionSpec | None,
 ) -> jax.Array | None:
     if kept is None or dy is None:
         return None
     x = fp8.AlongRows(*fp8.kept(kept))
-    return fp8.k_grouped(dy, x, groups, static.num_groups, static.gemms, dtype)
+    return fp8.k_grouped(dy, x, groups, static.num_groups, static.gemms, dtype, spec)
 
 
 @functools.partial(ReverseOnly, "expert_mlp", fp8.HIGHER_ORDER)

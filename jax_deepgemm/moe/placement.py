@@ -44,8 +44,17 @@ def on_each_device(where: str, layer: Callable[..., jax.Array], operands: Sequen
 
     if not jax.sharding.get_abstract_mesh().empty:
         return placed(*operands)
-    with jax.sharding.use_abstract_mesh(mesh):  # arrays that are on a mesh which was not set
+    with _context(mesh, leaves):  # arrays that are on a mesh which was not set
         return jax.jit(placed)(*operands)
+
+
+def _context(mesh: Any, leaves: Sequence[Any]) -> Any:
+    """Of the devices themselves where they are known, which partitioning over Auto axes asks for."""
+    for leaf in leaves:
+        devices = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf.sharding, "mesh", None)
+        if devices is not None and getattr(devices, "abstract_mesh", None) == mesh:
+            return jax.set_mesh(devices)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _check_experts(where: str, name: str, w: Any) -> None:
