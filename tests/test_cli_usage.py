@@ -334,7 +334,8 @@ def test_output_that_nobody_reads_is_no_error() -> None:
         [sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120
     )
     os.close(writing)
-    assert (done.returncode, done.stderr) == (0, "[141, 0]\n")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "[141, 0]")  # jaxlib may log before it
+    assert "Traceback" not in done.stderr
 
 
 def test_closed_output_streams_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,17 +340,6 @@ def test_constants_are_not_differentiated():
     assert float(grad) == 4 * 300 * 256
 
 
-def test_forward_mode_through_the_layer_raises():
-    with pytest.raises(TypeError):
-        jax.jvp(lambda x: jdg.fp8_linear(x, W), (X,), (X,))
-
-
-def test_second_derivative_through_the_layer_names_what_has_one():
-    gradient = jax.grad(lambda x: jdg.fp8_linear(x, W).astype(F32).sum())
-    with pytest.raises(NotImplementedError, match=r"first order.*BF16 GEMMs"):
-        jax.jvp(gradient, (X,), (X,))
-
-
 def test_config_that_breaks_a_rule_is_refused_while_lowering():
     pytest.importorskip("cuda.core")
     for config, rule in (

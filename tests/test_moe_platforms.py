@@ -65,6 +65,9 @@ def test_the_emulation_is_chosen_under_transformations(form):
     np.testing.assert_allclose(jax.jit(FORMS[form])(x), plain[form](x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="jax 0.10 compiles branches of other platforms too"
+)
 def test_export_for_both_platforms():
     """One artefact for CPUs and GPUs, made and run here."""
     x = normal(0, T, H, dtype=F32)
