@@ -106,13 +106,13 @@ def count_below(expert: jax.Array, num_experts: int) -> jax.Array:
     """
     copies = expert.shape[0]
     edges = lax.iota(jnp.uint32, num_experts + 1)
-    low = jnp.zeros_like(edges, jnp.int32)
-    high = low + copies
+    low = jnp.zeros_like(edges)  # unsigned, as indices that cannot be negative are used as they are
+    high = low + jnp.asarray(copies, jnp.uint32)
     for _ in range(copies.bit_length() if is_known(copies) else 31):
         middle = (low + high) >> 1
         above = expert.at[middle].get(mode="promise_in_bounds") >= edges
         low, high = jnp.where(above, low, middle), jnp.where(above, middle, high)
-    return high
+    return high.astype(jnp.int32)
 
 
 def is_known(size: Any) -> bool:
