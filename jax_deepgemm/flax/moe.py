@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_deepgemm.core.derivatives import same_varying_axes
-from jax_deepgemm.core.sharding import entries
 from jax_deepgemm.flax.linear import SwiGLU
 from jax_deepgemm.flax.variables import as_input, check_dtype, check_recipe
 from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal
@@ -124,7 +123,7 @@ class MoE(nnx.Module):
         self.recipe = check_recipe("MoE", recipe)
         self.dtype = None if dtype is None else check_dtype("MoE", "dtype", dtype)
         self.score, self.num_groups, self.top_groups = score, num_groups, top_groups
-        self.renormalize, self.scale = top_k > 1 if renormalize is None else renormalize, scale
+        self.renormalize, self.scale = renormalize, scale
         self.expert_axis, self.mesh = expert_axis, mesh
         self.method, self.capacity_factor = method, capacity_factor
         param_dtype = check_dtype("MoE", "param_dtype", param_dtype)
@@ -200,7 +199,6 @@ class MoE(nnx.Module):
         operands: Any = (*routed, self.w13.get_value(), self.w2.get_value())
         recipe = self._recipe()
         if self.expert_axis is None:
-            _require_whole(routed[0])
             return moe_mlp(*operands, recipe=recipe), jnp.zeros((), jnp.int32)
         options: dict[str, Any] = {"method": self.method, "capacity_factor": self.capacity_factor}
         if self.expert_axis in jax.sharding.get_abstract_mesh().manual_axes:
@@ -244,16 +242,6 @@ def _logits(tokens: jax.Array, gate: jax.Array) -> jax.Array:
         preferred_element_type=np.dtype(np.float32),
         out_sharding=None,
     )
-
-
-def _require_whole(tokens: jax.Array) -> None:
-    cut = entries(jax.typeof(tokens).sharding.spec, 2)[0]
-    if cut and jax.typeof(tokens).sharding.mesh.explicit_axes:
-        raise ValueError(
-            f"MoE: tokens are cut over {cut} by Explicit axes, and the layer has no expert_axis. Make it "
-            "with one, an axis of the mesh (of size 1 where each device has all experts), or call it inside "
-            "jax.shard_map."
-        )
 
 
 def _cut(x: jax.Array, spec: P) -> jax.Array:
