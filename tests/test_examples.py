@@ -40,6 +40,8 @@ def test_examples_run(name: str) -> None:
         pytest.importorskip("jax_deepgemm._ffi")
     if name.startswith("jax_deepgemm.flax"):
         pytest.importorskip("flax.nnx")
+    if name == "jax_deepgemm.quantization.interop":
+        pytest.importorskip("qwix")
     module = importlib.import_module(name)
     assert doctest.testmod(module).failed == 0
 

@@ -23,16 +23,22 @@ from jax_deepgemm.jit.shapes import (
 
 
 @dataclass(frozen=True)
-class LayerShape(Shape):
-    """A layer of experts, with all that it runs: quantising, grouped GEMMs, SwiGLU, and their gradients."""
+class _Experts(Shape):
+    """The sizes of a layer of experts."""
 
-    OPS: ClassVar = ("moe_mlp",)
-    LAYER: ClassVar = True
     tokens: int = size("rows of x")
     hidden: int = size("columns of x")
     intermediate: int = size("width of an expert: columns of gate, and of up")
     experts: int = size("experts whose weights are on the device", most=MOST_GROUPS)
     top_k: int = size("experts that each token goes to")
+
+
+@dataclass(frozen=True)
+class LayerShape(_Experts):
+    """A layer of experts, with all that it runs: quantising, grouped GEMMs, SwiGLU, and their gradients."""
+
+    OPS: ClassVar = ("moe_mlp",)
+    LAYER: ClassVar = True
     recipe: str = choice("of the GEMMs", *RECIPES, default="fp8")
     dtype: str = choice("of x and of the result", *DTYPES, default="bfloat16")
     weights: str = choice("master weights, or quantised ones", *WEIGHTS, default="bfloat16")
@@ -52,16 +58,11 @@ class LayerShape(Shape):
 
 
 @dataclass(frozen=True)
-class DecodeShape(Shape):
+class DecodeShape(_Experts):
     """A layer of experts for decoding, with all that it runs: quantising, the masked GEMMs, SwiGLU."""
 
     OPS: ClassVar = ("moe_mlp_decode",)
     LAYER: ClassVar = True
-    tokens: int = size("rows of x")
-    hidden: int = size("columns of x")
-    intermediate: int = size("width of an expert: columns of gate, and of up")
-    experts: int = size("experts whose weights are on the device", most=MOST_GROUPS)
-    top_k: int = size("experts that each token goes to")
     max_rows: int | None = size("rows of an expert, as the call says it (default tokens)", None)
     recipe: str = choice("of the GEMMs", *RECIPES, default="fp8")
     dtype: str = choice("of x and of the result", *DTYPES, default="bfloat16")
