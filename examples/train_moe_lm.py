@@ -48,7 +48,7 @@ from jax.sharding import PartitionSpec as P
 from moe_lm import CONFIGS, Config, LanguageModel, batches, parameter_count, standard_library
 
 from jax_deepgemm.cli.arguments import Parser, above_zero, names_of, output_folder, whole
-from jax_deepgemm.cli.text import Progress
+from jax_deepgemm.tools.text import Progress
 from jax_deepgemm.flax import Load, named_shardings
 
 TOLERANCE = 0.01

@@ -17,7 +17,7 @@ from jax_deepgemm.core import launch as _launch  # noqa: F401 - registers the cu
 if TYPE_CHECKING:
     from jax_deepgemm.core.export import export_checks
     from jax_deepgemm.core.launch import embed_kernels
-    from jax_deepgemm.gemm.api import (
+    from jax_deepgemm.ops.gemm.api import (
         bf16_gemm_nn,
         bf16_gemm_nt,
         bf16_gemm_tn,
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
         fp8_gemm_tn,
         fp8_gemm_tt,
     )
-    from jax_deepgemm.gemm.linear import fp8_linear
-    from jax_deepgemm.grouped.api import (
+    from jax_deepgemm.ops.gemm.family import GemmConfig, GemmProblem
+    from jax_deepgemm.ops.gemm.linear import fp8_linear
+    from jax_deepgemm.ops.grouped.api import (
         k_grouped_bf16_gemm_tn_contiguous,
         k_grouped_fp8_gemm_nt_contiguous,
         k_grouped_fp8_gemm_tn_contiguous,
@@ -39,42 +40,41 @@ if TYPE_CHECKING:
         m_grouped_fp8_gemm_nt_contiguous,
         m_grouped_fp8_gemm_nt_masked,
     )
-    from jax_deepgemm.grouped.linear import grouped_linear
-    from jax_deepgemm.grouped.ragged import ragged_dot, ragged_dot_general
-    from jax_deepgemm.introspect import explain
-    from jax_deepgemm.jit.precompile import precompile
-    from jax_deepgemm.quantization import QuantizedArray, dequantize, quantize
-    from jax_deepgemm.sm90.config import GemmConfig, GemmProblem
+    from jax_deepgemm.ops.grouped.linear import grouped_linear
+    from jax_deepgemm.ops.quantize import QuantizedArray, dequantize, quantize
+    from jax_deepgemm.ops.ragged_dot.api import ragged_dot, ragged_dot_general
+    from jax_deepgemm.tools.explain import explain
+    from jax_deepgemm.tools.precompile import precompile
 
 _HOME = {
-    "bf16_gemm_nn": "gemm.api",
-    "bf16_gemm_nt": "gemm.api",
-    "bf16_gemm_tn": "gemm.api",
-    "bf16_gemm_tt": "gemm.api",
-    "fp8_gemm_nn": "gemm.api",
-    "fp8_gemm_nt": "gemm.api",
-    "fp8_gemm_tn": "gemm.api",
-    "fp8_gemm_tt": "gemm.api",
-    "fp8_linear": "gemm.linear",
-    "GemmConfig": "sm90.config",
-    "GemmProblem": "sm90.config",
-    "QuantizedArray": "quantization",
-    "quantize": "quantization",
-    "dequantize": "quantization",
-    "k_grouped_bf16_gemm_tn_contiguous": "grouped.api",
-    "k_grouped_fp8_gemm_nt_contiguous": "grouped.api",
-    "k_grouped_fp8_gemm_tn_contiguous": "grouped.api",
-    "m_grouped_bf16_gemm_nn_contiguous": "grouped.api",
-    "m_grouped_bf16_gemm_nt_contiguous": "grouped.api",
-    "m_grouped_bf16_gemm_nt_masked": "grouped.api",
-    "m_grouped_fp8_gemm_nn_contiguous": "grouped.api",
-    "m_grouped_fp8_gemm_nt_contiguous": "grouped.api",
-    "m_grouped_fp8_gemm_nt_masked": "grouped.api",
-    "grouped_linear": "grouped.linear",
-    "ragged_dot": "grouped.ragged",
-    "ragged_dot_general": "grouped.ragged",
-    "explain": "introspect",
-    "precompile": "jit.precompile",
+    "bf16_gemm_nn": "ops.gemm.api",
+    "bf16_gemm_nt": "ops.gemm.api",
+    "bf16_gemm_tn": "ops.gemm.api",
+    "bf16_gemm_tt": "ops.gemm.api",
+    "fp8_gemm_nn": "ops.gemm.api",
+    "fp8_gemm_nt": "ops.gemm.api",
+    "fp8_gemm_tn": "ops.gemm.api",
+    "fp8_gemm_tt": "ops.gemm.api",
+    "fp8_linear": "ops.gemm.linear",
+    "GemmConfig": "ops.gemm.family",
+    "GemmProblem": "ops.gemm.family",
+    "QuantizedArray": "ops.quantize",
+    "quantize": "ops.quantize",
+    "dequantize": "ops.quantize",
+    "k_grouped_bf16_gemm_tn_contiguous": "ops.grouped.api",
+    "k_grouped_fp8_gemm_nt_contiguous": "ops.grouped.api",
+    "k_grouped_fp8_gemm_tn_contiguous": "ops.grouped.api",
+    "m_grouped_bf16_gemm_nn_contiguous": "ops.grouped.api",
+    "m_grouped_bf16_gemm_nt_contiguous": "ops.grouped.api",
+    "m_grouped_bf16_gemm_nt_masked": "ops.grouped.api",
+    "m_grouped_fp8_gemm_nn_contiguous": "ops.grouped.api",
+    "m_grouped_fp8_gemm_nt_contiguous": "ops.grouped.api",
+    "m_grouped_fp8_gemm_nt_masked": "ops.grouped.api",
+    "grouped_linear": "ops.grouped.linear",
+    "ragged_dot": "ops.ragged_dot.api",
+    "ragged_dot_general": "ops.ragged_dot.api",
+    "explain": "tools.explain",
+    "precompile": "tools.precompile",
     "embed_kernels": "core.launch",
     "export_checks": "core.export",
 }

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax_deepgemm.jit.toolchain import read_settings
+
 TUNING_FILE = "JAX_DEEPGEMM_TUNING_FILE"
 FALLBACKS = ("error", "reference")
 
@@ -129,8 +131,6 @@ def tuning_file(device: str, named: str | None = None) -> Path | None:
     >>> config.tuning_file("NVIDIA H200", "off") is None
     True
     """
-    from jax_deepgemm.jit.toolchain import read_settings
-
     wanted = (os.environ.get(TUNING_FILE, "") if named is None else named).strip()
     if wanted.lower() == "off":
         return None

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # helpers of several tests
-
-from heartbeat import Heartbeat
+from tests.shared.heartbeat import Heartbeat
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 

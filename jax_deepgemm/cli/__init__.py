@@ -18,7 +18,7 @@ COMMANDS = {
     "demo": ("jax_deepgemm.cli.demo", "run an MLP block in BF16 and FP8, forward and backward, and check it"),
     "info": ("jax_deepgemm.cli.info", "versions, toolchain, cache, devices, and what is supported here"),
     "explain": ("jax_deepgemm.cli.explain", "the kernels chosen for a GEMM or a layer of experts, and why"),
-    "compile": ("jax_deepgemm.jit.cli", "compile kernels ahead of time into the cache"),
+    "compile": ("jax_deepgemm.cli.compile", "compile kernels ahead of time into the cache"),
     "bench": ("jax_deepgemm.cli.bench", "measure the kernels on this machine, or report on measurements"),
     "tune": ("jax_deepgemm.cli.tune", "measure all configurations of given GEMMs, and keep the best of each"),
 }

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jax_deepgemm.jit.shapes import clipped
+from jax_deepgemm.core.shapes import clipped
 
 EXIT_CODES = """exit codes:
   0    success

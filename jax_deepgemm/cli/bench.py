@@ -26,7 +26,7 @@ from jax_deepgemm.cli.arguments import (
     whole,
 )
 from jax_deepgemm.cli.info import devices
-from jax_deepgemm.cli.text import Progress
+from jax_deepgemm.tools.text import Progress
 
 SCHEMA = 1
 TABLES = {
@@ -44,7 +44,7 @@ TABLES = {
     "sustained": "sustained",
     "op": "op",
 }
-"""Each table, and the module of jax_deepgemm.bench that measures it."""
+"""Each table, and the module of jax_deepgemm.tools.bench that measures it."""
 METHOD = (
     "Device time of the kernels alone, from the CUPTI activity records of the JAX profiler; median of the "
     "calls; L2 flushed before each call by writing 8 GiB; standard normal inputs; SM clock sampled "
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) and not args.report:
             raise UsageError(f"--{name} needs --report with the result files to show")
     if args.report:
-        from jax_deepgemm.bench import report
+        from jax_deepgemm.tools.bench import report
 
         with refusing():
             return report.run(args.report, write=args.write, plot=args.plot)
@@ -125,7 +125,7 @@ def measure(args: argparse.Namespace) -> int:
     """Measures, writing the result file, if any, after every group of rows; 1 when a row of ours failed."""
     import jax
 
-    from jax_deepgemm.bench import catalog, dense, machine, timing
+    from jax_deepgemm.tools.bench import catalog, dense, machine, timing
 
     device = devices()[0]
     on_gpu = jax.default_backend() == "gpu"
@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace) -> int:
     if args.out:
         write(args.out, result)
 
-    from jax_deepgemm.bench import report
+    from jax_deepgemm.tools.bench import report
 
     print(report.text(result))
     failed = [row for row in result["rows"] if row["status"] != "ok"]
@@ -190,7 +190,7 @@ def _choose(
 ) -> Iterator[tuple[Callable[..., Any], list[Any]]]:
     """Yields, for each wanted table, the function that measures it and its problems."""
     for name in wanted:
-        module = importlib.import_module(f"jax_deepgemm.bench.{TABLES[name]}")
+        module = importlib.import_module(f"jax_deepgemm.tools.bench.{TABLES[name]}")
         problems = (module.small_tables() if small else module.tables())[name]
         yield module.measure, [row for row in problems if rows.search(f"{row} ")]
 

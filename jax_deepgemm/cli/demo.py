@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jax_deepgemm.cli.arguments import seconds, whole
 from jax_deepgemm.cli.info import devices, support
-from jax_deepgemm.cli.text import Progress, table
+from jax_deepgemm.tools.text import Progress, table
 
 HIDDEN, INTERMEDIATE = 7168, 2048
 TOKENS = {"gpu": 4096, "cpu": 64}
@@ -219,6 +219,6 @@ def chosen_kernel(function: Callable[..., Any], arguments: tuple[Any, ...], devi
     """Returns the names of the kernels the function launches on the device."""
     if device.platform == "cpu":
         return "reference (float32)"
-    from jax_deepgemm.introspect import kernel_names
+    from jax_deepgemm.tools.explain import kernel_names
 
     return ", ".join(kernel_names(function, *arguments)) or "XLA"

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax_deepgemm.cli.arguments import EXIT_CODES, UsageError, input_file_or_stdin, refusing
 from jax_deepgemm.cli.info import devices
-from jax_deepgemm.jit.shapes import Shape, kinds, shape_of
+from jax_deepgemm.core.shapes import Shape
+from jax_deepgemm.tools.shape_files import kinds, shape_of
 
 if TYPE_CHECKING:
-    from jax_deepgemm.introspect import ExplainedCall
+    from jax_deepgemm.tools.explain import ExplainedCall
 
 SCHEMA = 1
 """Of the JSON document; it grows where fields only come in addition."""
@@ -62,7 +63,7 @@ class Explained(NamedTuple):
 
     @classmethod
     def of(cls, shape: Shape) -> Explained:
-        from jax_deepgemm.introspect import explain
+        from jax_deepgemm.tools.explain import explain
 
         with refusing(str(shape)):
             calls = shape.calls()
@@ -97,7 +98,7 @@ def shapes_of(args: argparse.Namespace) -> list[Shape]:
     Raises:
       UsageError: no shape, a wrong one, or a file and flags at once.
     """
-    from jax_deepgemm.jit.cli import read_shapes
+    from jax_deepgemm.cli.compile import read_shapes
 
     names = ("op", *_fields())
     row = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -113,9 +114,9 @@ def shapes_of(args: argparse.Namespace) -> list[Shape]:
 
 def document(explained: list[Explained]) -> dict[str, Any]:
     """Returns what `explain --json` prints: for each shape its functions, for each its calls of ops."""
-    from jax_deepgemm.introspect import _chip_here
+    from jax_deepgemm.tools.explain import chip_here
 
-    chip = _chip_here()
+    chip = chip_here()
     return {
         "schema": SCHEMA,
         "device": {"name": chip.name, "sms": chip.num_sms},

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_deepgemm.cli.arguments import UsageError, one_line
-from jax_deepgemm.cli.text import bytes_text
+from jax_deepgemm.tools.text import bytes_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """Returns everything `info` shows, as sections of typed values; None is what there is not."""
-    from jax_deepgemm.bench import machine
+    from jax_deepgemm.tools.bench import machine
 
     found, problem = [], None
     try:
@@ -128,7 +128,7 @@ def _writable(folder: Path) -> bool:
 
 def _tunable(devices: list[Any]) -> list[str]:
     """The kinds of device that kernels are chosen for: those here, or what is compiled for ahead of time."""
-    from jax_deepgemm.sm90.chip import H200
+    from jax_deepgemm.core.chip import H200
 
     return list(dict.fromkeys(one.device_kind for one in devices if support(one)[0])) or [H200.name]
 
@@ -140,7 +140,7 @@ def tuning(kind: str) -> dict[str, Any]:
     ['device', 'entries', 'error', 'exists', 'path']
     """
     from jax_deepgemm import config
-    from jax_deepgemm.sm90 import tuning as files
+    from jax_deepgemm.core import tuning as files
 
     path = config.tuning_file(kind)
     found: dict[str, Any] = {"device": kind, "path": None, "exists": False, "entries": 0, "error": None}
@@ -238,20 +238,24 @@ def support(device: Any) -> tuple[bool, str]:
 
     >>> import jax
     >>> support(jax.devices("cpu")[0])
-    (False, 'Ops run in their float32 reference form: kernels need an NVIDIA GPU of compute capability 9.0.')
+    (False, 'Ops run in their float32 reference form: kernels need compute capability 9.0 (Hopper).')
     """
+    from jax_deepgemm.tools import registry
+
+    there = " or ".join(registry.capabilities())
     if device.platform != "gpu":
         return (
             False,
-            "Ops run in their float32 reference form: kernels need an NVIDIA GPU of compute capability 9.0.",
+            f"Ops run in their float32 reference form: kernels need compute capability {there}.",
         )
     capability = getattr(device, "compute_capability", None)
     if capability is None or "rocm" in str(getattr(device.client, "platform_version", "")).lower():
         return False, "Kernels need an NVIDIA GPU; config fallback='reference' allows the float32 form."
-    if str(capability) != "9.0":
+    families = [family.name for family in registry.families() if family.runs_on(str(capability))]
+    if not families:
         return (
             False,
-            f"Compute capability {capability} has no kernels, 9.0 has; "
+            f"Compute capability {capability} has no kernels, {there} has; "
             "config fallback='reference' allows the float32 form.",
         )
-    return True, "FP8 and BF16 GEMMs, dense and grouped, for compute capability 9.0."
+    return True, f"Kernels for compute capability {capability}: {', '.join(families)}."

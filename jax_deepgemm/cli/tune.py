@@ -25,12 +25,12 @@ from jax_deepgemm.cli.arguments import (
     whole,
 )
 from jax_deepgemm.cli.info import devices
-from jax_deepgemm.cli.text import table
+from jax_deepgemm.tools.text import table
 
 if TYPE_CHECKING:
-    from jax_deepgemm.bench.products import Work
-    from jax_deepgemm.bench.tune import Outcome
-    from jax_deepgemm.sm90.tuning import Entry
+    from jax_deepgemm.core.tuning import Entry
+    from jax_deepgemm.tools.bench.products import Work
+    from jax_deepgemm.tools.tune import Outcome
 
 HEADER = ("problem", "of", "us", "best", "model us", "model's choice", "regret")
 
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tunes or reports; exit code 1 for candidates that could not be measured."""
-    from jax_deepgemm.bench import tune
+    from jax_deepgemm.tools import tune
 
     if args.report:
         return _report(args.report, args.json)
@@ -105,8 +105,8 @@ def _works(args: argparse.Namespace) -> list[Work]:
     Raises:
       UsageError: nothing is asked for, or something that there is not.
     """
-    from jax_deepgemm.bench import products
-    from jax_deepgemm.jit.cli import read_shapes
+    from jax_deepgemm.cli.compile import read_shapes
+    from jax_deepgemm.tools.bench import products
 
     works: list[Work] = []
     if args.shapes is not None:
@@ -130,7 +130,7 @@ def _entries(outcomes: list[Outcome]) -> dict[str, dict[str, Entry]]:
 
 
 def _as_json(one: Outcome) -> dict[str, Any]:
-    from jax_deepgemm.sm90.tuning import as_fields
+    from jax_deepgemm.core.tuning import as_fields
 
     entry = as_fields(one.entry) | {"regret": one.entry.regret} if one.entry else {}
     measured = [dataclasses.asdict(config) | {"us": us} for config, us in one.measured]
@@ -140,11 +140,12 @@ def _as_json(one: Outcome) -> dict[str, Any]:
 
 
 def _report(path: Path, as_json: bool) -> int:
-    from jax_deepgemm.sm90.tuning import as_fields, parsed, read
+    from jax_deepgemm.core.tuning import as_fields, read
+    from jax_deepgemm.tools.registry import read_entry
 
     with refusing(str(path)):
         found = {
-            device: {problem: parsed(fields) for problem, fields in entries.items()}
+            device: {problem: read_entry(problem, fields) for problem, fields in entries.items()}
             for device, entries in read(path).items()
         }
     rows = [
@@ -159,8 +160,8 @@ def _report(path: Path, as_json: bool) -> int:
 def text(found: Mapping[str, Mapping[str, Entry]]) -> str:
     """Returns a table of what was measured on each device, and how far the cost model is from it.
 
-    >>> from jax_deepgemm.sm90.config import GemmConfig
-    >>> from jax_deepgemm.sm90.tuning import Entry
+    >>> from jax_deepgemm import GemmConfig
+    >>> from jax_deepgemm.core.tuning import Entry
     >>> entry = Entry(GemmConfig(64, 128, 6), 5.0, GemmConfig(128, 128, 5), 5.5, candidates=9)
     >>> print(text({"NVIDIA H200, 132 SMs": {"GemmProblem m=64 n=512 k=512": entry}}).split("\\n\\n")[-1])
     The cost model's choice is 10.0% slower than the best measured on average, 10.0% at worst:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,10 @@ from jax import lax
 from jax.interpreters import ad
 from jax.sharding import PartitionSpec
 
+from jax_deepgemm.core.batch import over_levels
+from jax_deepgemm.core.declaration import Declaration
 from jax_deepgemm.core.dtypes import wider
 from jax_deepgemm.core.sharding import Axes, Batch, as_spec, entries
-
-if TYPE_CHECKING:
-    from jax_deepgemm.core.op import Op
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,19 @@ def same_varying_axes(arrays: Sequence[Any]) -> list[jax.Array]:
     ]
 
 
-def jvp_rule(op: Op, primals: Sequence[Any], tangents: Sequence[Any], *, batch: Batch, **params: Any) -> Any:
-    """The primitive's jvp: the op's rule under the recorded vmap levels."""
+def jvp_rule(
+    op: Declaration,
+    bind: Callable[..., Any],
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    *,
+    batch: Batch,
+    **params: Any,
+) -> Any:
+    """The jvp of the primitive that `bind` binds: the op's rule under the recorded vmap levels."""
     if op.jvp is None:
         raise NotImplementedError(f"{op.name} has no derivative. {op.grad_hint}".rstrip())
-    results = op.outer.bind(*primals, batch=batch, **params)
+    results = bind(*primals, batch=batch, **params)
     live = [i for i, tangent in enumerate(tangents) if not _is_zero(tangent)]
     count = len(primals)
     rule = op.jvp
@@ -69,7 +76,7 @@ def jvp_rule(op: Op, primals: Sequence[Any], tangents: Sequence[Any], *, batch: 
 
 
 def transpose_rule(
-    op: Op, cotangents: Sequence[Any], *operands: Any, batch: Batch, **params: Any
+    op: Declaration, cotangents: Sequence[Any], *operands: Any, batch: Batch, **params: Any
 ) -> list[Any]:
     """The primitive's transpose: the op's rule for each unknown operand, summed over levels it lacks."""
     params.pop("out_sharding", None)
@@ -81,7 +88,7 @@ def transpose_rule(
 
 
 def _cotangent(
-    op: Op,
+    op: Declaration,
     index: int,
     cotangents: Sequence[jax.Array],
     operands: Sequence[Any],
@@ -128,9 +135,8 @@ def _over_levels(function: Any, arrays: list[Any], carried: list[tuple[bool, ...
     if aval.sharding.mesh.explicit_axes:
         cuts = entries(aval.sharding.spec, aval.ndim)[:levels]
         arrays = [_recut(array, on, cuts) for array, on in zip(arrays, carried, strict=True)]
-    for level in reversed(range(levels)):
-        function = jax.vmap(function, tuple(0 if on[level] else None for on in carried))
-    return function(*arrays)
+    recorded = tuple(tuple(on[level] for on in carried) for level in range(levels))
+    return over_levels(function, recorded)(*arrays)
 
 
 def _recut(array: Any, carried: tuple[bool, ...], cuts: Sequence[Axes]) -> Any:

@@ -7,53 +7,25 @@ stands in for the kernel on a CPU, and elsewhere only where `config.fallback` al
 from __future__ import annotations
 
 import functools
-import importlib
-import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from jax_deepgemm.core import _private
+from jax_deepgemm.core import _private, launch
+from jax_deepgemm.core.batch import Carried, fold, own_shapes, without_batch
+from jax_deepgemm.core.chip import Chip, chip_of
+from jax_deepgemm.core.declaration import Declaration, own
 from jax_deepgemm.core.sharding import Batch
 from jax_deepgemm.log import logger
-from jax_deepgemm.sm90.chip import H200, Chip
 
-if TYPE_CHECKING:
-    from jax_deepgemm.core.op import Op
-
-COMPUTE_CAPABILITY = "9.0"
+Types = tuple[tuple[tuple[int, ...], Any], ...]
+"""Shape and dtype of each result."""
 
 
-class LazyKernel:
-    """A family's plan function, (avals_in, avals_out, *, batch, chip, **params) -> LaunchPlan, which is
-    imported when CUDA first asks: what only CUDA needs costs others nothing.
-
-    Args:
-      module: full name of the module.
-      name: of the function, or of an object that is called like one and may have `problem`.
-      form: parameters that the op fixes.
-    """
-
-    def __init__(self, module: str, name: str, **form: Any) -> None:
-        self._module, self._name, self._form = module, name, form
-
-    def _function(self) -> Any:
-        return getattr(importlib.import_module(self._module), self._name)
-
-    def __call__(self, *avals: Any, **params: Any) -> Any:
-        return self._function()(*avals, **self._form, **params)
-
-    def problem(self, *avals: Any, **params: Any) -> Any | None:
-        """What a configuration is chosen for; None of a kernel without configurations."""
-        describe = getattr(self._function(), "problem", None)
-        return None if describe is None else describe(*avals, **self._form, **params)
-
-
-def make(op: Op) -> Callable[..., Any]:
+def make(op: Declaration) -> Callable[..., Any]:
     """The lowering rule for cuda."""
     primitive = _kernel_primitive(op)
 
@@ -65,13 +37,19 @@ def make(op: Op) -> Callable[..., Any]:
         if refusal or nothing:
             reference = functools.partial(op.run_reference, batch=batch, **params)
             return mlir.lower_fun(reference, multiple_results=True)(ctx, *args)
-        body = functools.partial(_body, op, primitive, chip_of(device), batch, params)
+        chip, family_params = chip_of(device), own(params)
+
+        def call(arrays: list[jax.Array], results: Types, carried: Carried | None) -> list[jax.Array]:
+            given = tuple(sorted(family_params.items()))
+            return primitive.bind(*arrays, results=results, batch=carried, chip=chip, params=given)
+
+        body = functools.partial(on_kernel, op, call, batch, family_params)
         return mlir.lower_fun(body, multiple_results=True)(ctx, *args)
 
     return rule
 
 
-def make_reference(op: Op) -> Callable[..., Any]:
+def make_reference(op: Declaration) -> Callable[..., Any]:
     """The lowering rule for every platform that has no other."""
     lower = mlir.lower_fun(op.run_reference, multiple_results=True)
 
@@ -108,59 +86,57 @@ def device_of(ctx: Any) -> Any | None:
     return device if getattr(device, "compute_capability", None) is not None else None
 
 
-def chip_of(device: Any | None) -> Chip:
-    """What a plan must know about the device; an H200 where there is none."""
-    if device is None:
-        return H200
-    return Chip(
-        name=device.device_kind, arch=H200.arch, num_sms=device.core_count, smem_per_block=H200.smem_per_block
-    )
-
-
-def fold(arrays: Sequence[jax.Array], batch: Batch) -> tuple[list[jax.Array], tuple[bool, ...] | None]:
-    """Merges vmap levels into one leading dimension.
-
-    An operand without any level stays as it is (one copy serves the whole batch); one with some levels is
-    repeated along the others.
-
-    Returns:
-      The arrays, and for each whether it has the leading dimension (None if there are no levels).
-    """
-    if not batch:
-        return list(arrays), None
-    levels = [
-        next(x.shape[sum(on[i] for on in batch[:level])] for i, x in enumerate(arrays) if carried[i])
-        for level, carried in enumerate(batch)
-    ]
-    folded = []
-    for i, x in enumerate(arrays):
-        carried_levels = [on[i] for on in batch]
-        if any(carried_levels):
-            own = x.shape[sum(carried_levels) :]
-            x = jnp.expand_dims(x, [level for level, on in enumerate(carried_levels) if not on])
-            x = jnp.broadcast_to(x, (*levels, *own)).reshape((math.prod(levels), *own))
-        folded.append(x)
-    return folded, tuple(any(on[i] for on in batch) for i in range(len(arrays)))
-
-
-def _body(
-    op: Op, primitive: Primitive, chip: Chip, batch: Batch, params: dict[str, Any], *arrays: jax.Array
+def on_kernel(
+    op: Declaration,
+    call: Callable[..., list[jax.Array]],
+    batch: Batch,
+    params: dict[str, Any],
+    *arrays: jax.Array,
 ) -> list[jax.Array]:
-    types = op._result_types(arrays, batch, params)
+    """The op as calls of its kernel: vmap's levels folded, operands prepared.
+
+    Args:
+      op: has a kernel.
+      call: (arrays, results, carried) -> arrays: the kernel on prepared operands, of which some carry a
+        leading dimension of vmap (None: there is none); `results` are the types it gives.
+      batch: the recorded levels.
+      params: of the family.
+      arrays: the operands, levels in front.
+    """
+    assert op.kernel is not None
+    types = op.result_types(arrays, batch, params)
     folded, carried = fold(arrays, batch)
-    if op.kernel_prepare is not None:
-        folded = list(op.kernel_prepare(*folded, **params))
-    count = len(batch)
-    kernel_types = tuple(
-        ((math.prod(shape[:count]), *shape[count:]) if count else shape, dtype) for shape, dtype in types
-    )
-    results = primitive.bind(
-        *folded, results=kernel_types, batch=carried, chip=chip, params=tuple(sorted(params.items()))
-    )
+    own_types = op.result(*own_shapes([x.shape for x in arrays], batch), **params)
+    if carried is None or op.kernel.batched:
+        count = next((x.shape[0] for x, on in zip(folded, carried or ()) if on), None)
+        lead = () if count is None else (count,)
+        results = _call(op, call, params, folded, tuple(((*lead, *s), d) for s, d in own_types), carried)
+    else:
+        results = without_batch(
+            op.rule,
+            lambda *one: _call(
+                op, call, params, one, tuple(op.result(*(x.shape for x in one), **params)), None
+            ),
+            folded,
+            carried,
+            local=op.local,
+        )
     return [result.reshape(shape) for result, (shape, _) in zip(results, types, strict=True)]
 
 
-def _kernel_primitive(op: Op) -> Primitive:
+def _call(
+    op: Declaration,
+    call: Callable[..., list[jax.Array]],
+    params: dict[str, Any],
+    arrays: Sequence[jax.Array],
+    results: Types,
+    carried: Carried | None,
+) -> list[jax.Array]:
+    prepared = op.kernel_prepare(*arrays, **params) if op.kernel_prepare is not None else arrays
+    return call(list(prepared), results, carried)
+
+
+def _kernel_primitive(op: Declaration) -> Primitive:
     """The kernel on folded, prepared operands: the one thing that becomes a custom call."""
     primitive = Primitive(f"{op.name}_kernel")
     primitive.multiple_results = True
@@ -170,12 +146,10 @@ def _kernel_primitive(op: Op) -> Primitive:
         return [jax.core.ShapedArray(shape, dtype) for shape, dtype in results]
 
     def lower(ctx: Any, *args: Any, results: Any, batch: Any, chip: Chip, params: Any) -> Any:
-        from jax_deepgemm.core import launch
-
         assert op.kernel is not None
         ins = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in ctx.avals_in]
         outs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in ctx.avals_out]
-        plan = op.kernel(ins, outs, batch=batch, chip=chip, **dict(params))
+        plan = op.kernel.plan(ins, outs, batch=batch, chip=chip, **dict(params))
         aliases = {
             i: o
             for i, o in op.aliases.items()
@@ -192,17 +166,20 @@ def _kernel_primitive(op: Op) -> Primitive:
 _PLAIN_FORM = "the plain jnp form, which is slow: jax_deepgemm.config.use(fallback='reference')."
 
 
-def _other_gpu(op: Op, device: Any | None) -> str:
-    capability = getattr(device, "compute_capability", None)
-    if device is None or capability == COMPUTE_CAPABILITY:
+def _other_gpu(op: Declaration, device: Any | None) -> str:
+    if device is None:
+        return ""
+    assert op.kernel is not None
+    capability, family = device.compute_capability, op.kernel.family
+    if family.runs_on(capability):
         return ""
     return (
-        f"{op.name}: {device.device_kind} has compute capability {capability}; the kernels are for "
-        f"{COMPUTE_CAPABILITY} (Hopper). Run there, or let this GPU run {_PLAIN_FORM}"
+        f"{op.name}: {device.device_kind} has compute capability {capability}; {family.supported()}. "
+        f"Run there, or let this GPU run {_PLAIN_FORM}"
     )
 
 
-def _other_platform(op: Op, platforms: set[str]) -> str:
+def _other_platform(op: Declaration, platforms: set[str]) -> str:
     if not platforms:
         return ""
     return (
@@ -212,7 +189,7 @@ def _other_platform(op: Op, platforms: set[str]) -> str:
     )
 
 
-def symbolic_shapes(op: Op, avals: Sequence[Any]) -> str:
+def symbolic_shapes(op: Declaration, avals: Sequence[Any]) -> str:
     """Why a kernel cannot take operands of these types: a size is a symbol (`jax.export.symbolic_shape`)."""
     if all(isinstance(size, int) for aval in avals for size in aval.shape):
         return ""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,13 +30,13 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jax_deepgemm import config
 from jax_deepgemm.core import _private, derivatives, kernel_rule
+from jax_deepgemm.core.declaration import MACHINERY, Arrays, Declaration, Dims, Params, own
 from jax_deepgemm.core.dtypes import wider
 from jax_deepgemm.core.export import export_checks
 from jax_deepgemm.core.sharding import (
     Axes,
     Batch,
     ShardingPlan,
-    ShardingRule,
     as_spec,
     entries,
     plan_sharding,
@@ -45,9 +45,6 @@ from jax_deepgemm.core.version import fingerprint
 
 __all__ = ["Op", "export_checks", "mesh_of"]
 
-Params = dict[str, Any]
-Arrays = list[jax.Array]
-Shape = tuple[int, ...]
 
 _made: dict[Primitive, Op] = {}
 
@@ -57,10 +54,7 @@ def known_ops() -> dict[Primitive, Op]:
     return dict(_made)
 
 
-_FOR_THE_MACHINERY = ("batch", "out_sharding", "reduce_dtype", "fallback")
-
-
-class Op:
+class Op(Declaration):
     """An operation on arrays that works under every transformation of JAX.
 
     >>> import jax.numpy as jnp, numpy as np
@@ -84,7 +78,7 @@ class Op:
         `local(*arrays)` is the op on one device.
       recut: (plan, *arrays, **params) -> (arrays, params that change), as spmd, for ops whose static
         parameters depend on the cut too (how many groups a device has, say).
-      kernel: (avals_in, avals_out, *, batch, chip, **params) -> LaunchPlan, for cuda. None: the reference.
+      kernel: for cuda, see core/family.py. None: the reference.
       kernel_prepare: (*arrays, **params) -> arrays, traced before the kernel on one device's shapes: padding,
         layouts. Arrays may have one leading dimension of vmap, so it addresses dimensions from the end.
       without_kernel: (avals_in, **params) -> why cuda runs the reference, and what would avoid it, of an op
@@ -98,51 +92,6 @@ class Op:
         linear; operands[index] is a `derivatives.Wanted`.
       grad_hint: what to use instead, for the error of an op without derivative.
     """
-
-    def __init__(
-        self,
-        name: str,
-        rule: str,
-        result: Callable[..., list[tuple[Shape, Any]]],
-        reference: Callable[..., Arrays],
-        *,
-        reduces: Sequence[str] = (),
-        blocks: Mapping[str, tuple[str, int]] | None = None,
-        spmd: Callable[..., tuple[Sequence[jax.Array] | None, Arrays | None]] | None = None,
-        recut: Callable[..., tuple[Sequence[jax.Array], Params]] | None = None,
-        kernel: Callable[..., Any] | None = None,
-        kernel_prepare: Callable[..., Sequence[jax.Array]] | None = None,
-        without_kernel: Callable[..., str] | None = None,
-        aliases: Mapping[int, int] | None = None,
-        addend: int | None = None,
-        base: Op | None = None,
-        jvp: Callable[..., Arrays] | None = None,
-        transpose: Callable[..., jax.Array] | None = None,
-        grad_hint: str = "",
-    ) -> None:
-        self.name = name
-        self.rule = ShardingRule.parse(rule, reduces=reduces, blocks=blocks, addend=addend)
-        self.result = result
-        self.reference = reference
-        self.spmd = spmd
-        self.recut = recut
-        self.kernel = kernel
-        self.kernel_prepare = kernel_prepare
-        self.without_kernel = without_kernel
-        self.aliases = dict(aliases or {})
-        self.base = base
-        self.jvp = jvp
-        self.transpose = transpose
-        self.grad_hint = grad_hint
-        if reduces and len(self.rule.results) != 1:
-            raise ValueError(
-                f"{name}: an op that sums over {list(reduces)} has one result, not {len(self.rule.results)}."
-            )
-        if reduces and addend is not None and (base is None or addend != len(self.rule.operands) - 1):
-            raise ValueError(
-                f"{name}: an op that sums and adds needs the addend last and base=, the op without it."
-            )
-        self._make_primitives()
 
     def __call__(self, *arrays: jax.typing.ArrayLike, **params: Any) -> Arrays:
         """Binds the op.
@@ -162,12 +111,9 @@ class Op:
         static = self._canonical(params)
         return self.outer.bind(*derivatives.same_varying_axes(arrays), batch=(), **static)
 
-    def __repr__(self) -> str:
-        return f"Op({self.name!r}, {self.rule.text()!r})"
-
     # Declaration -------------------------------------------------------------------------------------------
 
-    def _make_primitives(self) -> None:
+    def _declared(self) -> None:
         self.outer, self.inner = Primitive(self.name), Primitive(f"{self.name}_local")
         _made[self.outer] = self
         for primitive, types in ((self.outer, self._outer_types), (self.inner, self._inner_types)):
@@ -180,17 +126,13 @@ class Op:
         if self.kernel is not None:
             mlir.register_lowering(self.inner, kernel_rule.make(self), platform="cuda")
         batching.primitive_batchers[self.outer] = self._vmap
-        ad.primitive_jvps[self.outer] = functools.partial(derivatives.jvp_rule, self)
+        ad.primitive_jvps[self.outer] = functools.partial(derivatives.jvp_rule, self, self.outer.bind)
         if self.transpose is not None:
             ad.primitive_transposes[self.outer] = functools.partial(derivatives.transpose_rule, self)
 
     def _canonical(self, params: Params) -> Params:
         """Static parameters in one form, as they key caches: np.dtypes, tuples of specs, no defaults."""
-        static = {
-            name: value
-            for name, value in params.items()
-            if value is not None or name not in _FOR_THE_MACHINERY
-        }
+        static = {name: value for name, value in params.items() if value is not None or name not in MACHINERY}
         for name in ("out_dtype", "reduce_dtype"):
             if static.get(name) is not None:
                 static[name] = np.dtype(static[name])
@@ -232,33 +174,16 @@ class Op:
 
     # Types -------------------------------------------------------------------------------------------------
 
-    def _result_types(
-        self, avals: Sequence[Any], batch: Batch, params: Params
-    ) -> list[tuple[Shape, np.dtype]]:
-        levels = tuple(
-            next(aval.shape[sum(on[i] for on in batch[:level])] for i, aval in enumerate(avals) if carried[i])
-            for level, carried in enumerate(batch)
-        )
-        shapes = [tuple(aval.shape[sum(on[i] for on in batch) :]) for i, aval in enumerate(avals)]
-        for i, (shape, factors) in enumerate(zip(shapes, self.rule.operands, strict=True)):
-            if len(shape) != len(factors):
-                raise ValueError(
-                    f"{self.name}: operand {i} is {list(shape)}, need dimensions [{', '.join(factors)}]."
-                )
-        return [
-            (levels + tuple(shape), np.dtype(dtype)) for shape, dtype in self.result(*shapes, **_own(params))
-        ]
-
     def _inner_types(self, *avals: Any, batch: Batch, **params: Any) -> list[Any]:
         return [
-            jax.core.ShapedArray(shape, dtype) for shape, dtype in self._result_types(avals, batch, params)
+            jax.core.ShapedArray(shape, dtype) for shape, dtype in self.result_types(avals, batch, params)
         ]
 
     def _outer_types(self, *avals: Any, batch: Batch, **params: Any) -> list[Any]:
         for i, aval in enumerate(avals):
             if getattr(aval.sharding.spec, "unreduced", None):
                 raise ValueError(f"{self.name}: operand {i} is {aval}, unreduced; reshard it first.")
-        types = self._result_types(avals, batch, params)
+        types = self.result_types(avals, batch, params)
         mesh = mesh_of(avals)
         if mesh.explicit_axes:
             specs = list(self._explicit_plan(mesh, avals, batch, params).out_specs)
@@ -300,13 +225,13 @@ class Op:
             if wanted is not None:
                 follow[len(batch) :] = entries(wanted[i], len(factors) - len(batch))
             asked.append(follow)
-        shapes = [shape for shape, _ in self._result_types(avals, batch, params)]
+        shapes = [shape for shape, _ in self.result_types(avals, batch, params)]
         plan = plan_sharding(rule, [aval.shape for aval in avals], specs, shapes, asked, dict(mesh.shape))
         if wanted is not None:
             self._check_out_sharding(plan, asked, shapes)
         return plan
 
-    def _check_out_sharding(self, plan: ShardingPlan, asked: list[list[Axes]], shapes: list[Shape]) -> None:
+    def _check_out_sharding(self, plan: ShardingPlan, asked: list[list[Axes]], shapes: list[Dims]) -> None:
         for spec, want, shape in zip(plan.out_specs, asked, shapes, strict=True):
             if spec != as_spec(want):
                 raise ValueError(
@@ -326,10 +251,6 @@ class Op:
         results = self.outer.bind(*moved, batch=(level, *batch), **params)
         return results, [0] * len(results)
 
-    def run_reference(self, *arrays: jax.Array, batch: Batch, **params: Any) -> Arrays:
-        """The reference, under the recorded levels."""
-        return over_levels(functools.partial(self.reference, **_own(params)), batch)(*arrays)
-
     # Lowering ----------------------------------------------------------------------------------------------
 
     def _lower(self, ctx: Any, *args: Any, batch: Batch, **params: Any) -> Any:
@@ -339,7 +260,7 @@ class Op:
             return self._lower_named(body)(ctx, *args)
         params.pop("out_sharding", None)
         static = tuple(sorted({"batch": batch, **params}.items()))
-        made_of = repr((self.name, fingerprint(), config.tuning_state(), static))
+        made_of = repr((self.name, fingerprint(self.modules), config.tuning_state(), static))
         content = hashlib.sha256(made_of.encode()).hexdigest()
         salt = np.uint32(
             int(content[:8], 16)
@@ -447,7 +368,7 @@ class Op:
         """The op on one device's pieces, with the collectives of the plan."""
         pieces: Sequence[jax.Array] = arrays
         if self.recut is not None:
-            pieces, changed = self.recut(plan, *pieces, **_own(params))
+            pieces, changed = self.recut(plan, *pieces, **own(params))
             params = {**params, **changed}
         inner = _for_inner(params)
         if self.spmd is not None:
@@ -487,11 +408,6 @@ class Op:
         return total.astype(out_dtype)
 
 
-def _own(params: Params) -> Params:
-    """The parameters the family declared."""
-    return {name: value for name, value in params.items() if name not in _FOR_THE_MACHINERY}
-
-
 def _for_inner(params: Params) -> Params:
     return {name: value for name, value in params.items() if name not in ("out_sharding", "reduce_dtype")}
 
@@ -517,13 +433,6 @@ mlir.register_lowering(_body_p, _lower_body, cacheable=False)
 def _with_levels(x: jax.Array, carried: tuple[bool, ...]) -> jax.Array:
     """Gives x a dimension of one for each vmap level it does not carry."""
     return jnp.expand_dims(x, [level for level, on in enumerate(carried) if not on])
-
-
-def over_levels(function: Callable[..., Any], batch: Batch) -> Callable[..., Any]:
-    """vmap of a function of positional arrays over recorded levels."""
-    for carried in reversed(batch):
-        function = jax.vmap(function, tuple(0 if on else None for on in carried))
-    return function
 
 
 def mesh_of(avals: Sequence[Any]) -> AbstractMesh:

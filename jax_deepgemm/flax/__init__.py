@@ -12,7 +12,7 @@ except ImportError as error:
 from jax_deepgemm.flax.linear import Linear, SwiGLU
 from jax_deepgemm.flax.moe import Load, MoE, RouterBias
 from jax_deepgemm.flax.variables import QuantizedParam, named_shardings, quantize_module
-from jax_deepgemm.quantization.serialization import register as _register
+from jax_deepgemm.ops.quantize.serialization import register as _register
 
 _register()
 

@@ -6,17 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_deepgemm.activation import swiglu
+from flax import nnx
 from jax_deepgemm.core.sharding import entries
 from jax_deepgemm.flax.variables import as_bf16, as_input, check_dtype, check_recipe
 from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal, zeros
-from jax_deepgemm.gemm.api import bf16_gemm_nt
-from jax_deepgemm.gemm.linear import fp8_linear
-from jax_deepgemm.gemm.tokens import Tokens
-from jax_deepgemm.quantization import QuantizedArray
+from jax_deepgemm.ops.gemm.api import bf16_gemm_nt
+from jax_deepgemm.ops.gemm.linear import fp8_linear
+from jax_deepgemm.ops.gemm.tokens import Tokens
+from jax_deepgemm.ops.quantize import QuantizedArray
+from jax_deepgemm.ops.swiglu import swiglu
 
 
 class Linear(nnx.Module):

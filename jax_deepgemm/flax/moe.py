@@ -7,19 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.extend.core.primitives import dot_general_p
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from flax import nnx
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.flax.linear import SwiGLU
 from jax_deepgemm.flax.variables import as_input, check_dtype, check_recipe
 from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal
-from jax_deepgemm.gemm.tokens import Tokens
 from jax_deepgemm.moe import expert_parallel_moe, moe_layer, moe_mlp, moe_mlp_decode, route
-from jax_deepgemm.quantization import QuantizedArray
+from jax_deepgemm.ops.gemm.tokens import Tokens
+from jax_deepgemm.ops.quantize import QuantizedArray
 
 
 class Load(NamedTuple):

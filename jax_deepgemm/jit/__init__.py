@@ -1,7 +1,6 @@
 """Kernel sources to cubins: compiler, cache, diagnostics. See `toolchain` for the environment variables."""
 
 from .compiler import CompileError, PtxasCheckError, compile_kernel, record_kernels
-from .precompile import compile_many, precompile
 from .report import CompiledKernel, KernelReport, KernelSource
 from .toolchain import CompilerNotFoundError
 
@@ -13,7 +12,5 @@ __all__ = [
     "KernelSource",
     "PtxasCheckError",
     "compile_kernel",
-    "compile_many",
-    "precompile",
     "record_kernels",
 ]

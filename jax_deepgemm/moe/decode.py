@@ -7,11 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_deepgemm.activation import swiglu, swiglu_quantize
 from jax_deepgemm.core.arrays import unwrapped
-from jax_deepgemm.gemm.operands import PER_ROW
-from jax_deepgemm.grouped import recipe as fp8
-from jax_deepgemm.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
     is_known,
@@ -24,7 +20,11 @@ from jax_deepgemm.moe.dispatch import (
 from jax_deepgemm.moe.experts import Weight, check_weights
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
 from jax_deepgemm.moe.placement import on_each_device
-from jax_deepgemm.quantization import QuantizedArray, quantize
+from jax_deepgemm.ops.gemm.checks import PER_ROW
+from jax_deepgemm.ops.grouped import recipe as fp8
+from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
+from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.swiglu import swiglu, swiglu_quantize
 
 
 def moe_mlp_decode(

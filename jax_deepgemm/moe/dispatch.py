@@ -18,9 +18,9 @@ from jax import lax
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
-from jax_deepgemm.grouped.operands import as_int32
 from jax_deepgemm.moe.placement import check_uncut
-from jax_deepgemm.quantization import QuantizedArray
+from jax_deepgemm.ops.grouped.checks import as_int32
+from jax_deepgemm.ops.quantize import QuantizedArray
 
 
 @jax.tree_util.register_dataclass

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepgemm.core.derivatives import same_varying_axes
-from jax_deepgemm.grouped.operands import as_int32
 from jax_deepgemm.moe.dispatch import DispatchPlan, plan_dispatch, sum_copies, take_rows, with_capacity
+from jax_deepgemm.ops.grouped.checks import as_int32
 
 METHODS = ("all_to_all", "ragged")
 Axis: TypeAlias = str | tuple[str, ...]

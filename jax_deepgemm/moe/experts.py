@@ -21,16 +21,16 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from jax_deepgemm.activation import swiglu, swiglu_grad_quantize, swiglu_quantize
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
-from jax_deepgemm.gemm.operands import BLOCKED, PER_ROW
-from jax_deepgemm.grouped import linear
-from jax_deepgemm.grouped import recipe as fp8
-from jax_deepgemm.grouped.api import m_grouped_bf16_gemm_nt_contiguous
-from jax_deepgemm.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
-from jax_deepgemm.quantization import QuantizedArray, quantize
+from jax_deepgemm.ops.gemm.checks import BLOCKED, PER_ROW
+from jax_deepgemm.ops.grouped import linear
+from jax_deepgemm.ops.grouped import recipe as fp8
+from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_contiguous
+from jax_deepgemm.ops.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
+from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.swiglu import swiglu, swiglu_grad_quantize, swiglu_quantize
 
 HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, as in jax.hessian)"
 """The same for layers that dispatch."""

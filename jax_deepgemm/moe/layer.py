@@ -11,9 +11,6 @@ import jax.numpy as jnp
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
-from jax_deepgemm.gemm.operands import PER_ROW
-from jax_deepgemm.grouped import linear
-from jax_deepgemm.grouped import recipe as fp8
 from jax_deepgemm.moe import experts
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
@@ -28,7 +25,10 @@ from jax_deepgemm.moe.dispatch import (
 )
 from jax_deepgemm.moe.experts import Experts, Weight, check_weights, expert_mlp
 from jax_deepgemm.moe.placement import on_each_device
-from jax_deepgemm.quantization import quantize
+from jax_deepgemm.ops.gemm.checks import PER_ROW
+from jax_deepgemm.ops.grouped import linear
+from jax_deepgemm.ops.grouped import recipe as fp8
+from jax_deepgemm.ops.quantize import quantize
 
 
 def moe_mlp(

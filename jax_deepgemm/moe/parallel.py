@@ -20,8 +20,6 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.core.sharding import as_spec, entries
-from jax_deepgemm.gemm.operands import PER_ROW
-from jax_deepgemm.grouped import recipe as fp8
 from jax_deepgemm.moe import exchange as way
 from jax_deepgemm.moe.dispatch import as_words, from_words
 from jax_deepgemm.moe.exchange import Axis, Exchange
@@ -39,7 +37,9 @@ from jax_deepgemm.moe.experts import (
 )
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
 from jax_deepgemm.moe.placement import cuts
-from jax_deepgemm.quantization import QuantizedArray, dequantize, quantize
+from jax_deepgemm.ops.gemm.checks import PER_ROW
+from jax_deepgemm.ops.grouped import recipe as fp8
+from jax_deepgemm.ops.quantize import QuantizedArray, dequantize, quantize
 
 
 def expert_parallel_moe(

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jax_deepgemm.gemm.shapes import weight
-from jax_deepgemm.grouped.shapes import check_weights
-from jax_deepgemm.jit.shapes import (
+from jax_deepgemm.core.shapes import (
     DTYPES,
     LARGEST,
     MOST_GROUPS,
@@ -20,6 +18,8 @@ from jax_deepgemm.jit.shapes import (
     layer_calls,
     size,
 )
+from jax_deepgemm.ops.gemm.shapes import weight
+from jax_deepgemm.ops.grouped.shapes import check_weights
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ import numpy as np
 
 import jax_deepgemm as jdg
 from jax_deepgemm.activation import swiglu_grad_quantize, swiglu_quantize
-from jax_deepgemm.quantization import fused
-from jax_deepgemm.sm90.chip import H200
-from jax_deepgemm.sm90.config import GemmConfig, GemmProblem
-from jax_deepgemm.sm90.cost import candidates, cost
+from jax_deepgemm.core.chip import H200
+from jax_deepgemm.ops.gemm.family import GemmConfig
+from jax_deepgemm.ops.gemm.problem import GemmProblem
+from jax_deepgemm.ops.gemm.sm90.cost import candidates, cost
+from jax_deepgemm.ops.quantize import fused
 
 M, N, K = 520, 272, 1088  # tails in every dimension
 FEW_SMS = 3  # so that persistent blocks compute several tiles

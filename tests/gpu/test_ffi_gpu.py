@@ -32,7 +32,7 @@ from jax_deepgemm.core.launch import (
     TensorMap,
 )
 from jax_deepgemm.jit import KernelSource, compile_kernel
-from launch_plans import FakeKernel
+from tests.shared.launch_plans import FakeKernel
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent.parent
@@ -404,11 +404,11 @@ def test_parameters_that_do_not_fit():
 
 EXPORT = """
 import sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/gpu"]
+sys.path[:0] = [{root!r}]
 import jax, jax.numpy as jnp
 from jax import export
 from pathlib import Path
-from test_ffi_gpu import axpy_plan, caller
+from tests.gpu.test_ffi_gpu import axpy_plan, caller
 import jax_deepgemm
 checks = jax_deepgemm.export_checks
 exported = export.export(caller(axpy_plan(8)), platforms=["cuda"], disabled_checks=checks)

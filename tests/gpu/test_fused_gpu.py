@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import jax_deepgemm as jdg
-from jax_deepgemm.activation import reference as swiglu_reference
 from jax_deepgemm.activation import swiglu_grad_quantize, swiglu_quantize
-from jax_deepgemm.quantization.fused import quantize_both, quantize_weight
+from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
+from jax_deepgemm.ops.swiglu import reference as swiglu_reference
 
 F32 = jnp.float32
 BLOCKS = ((1, 128), (128, 128), (128, 1))

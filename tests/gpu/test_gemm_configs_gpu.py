@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 from jax import lax
 
-import gemm_oracle as oracle
-from cases import ROW, Case
-from gemm_products import bf16_gemm, check_bf16, check_fp8, fp8_gemm, problem
-from gpu_programs import program
-from jax_deepgemm.sm90.chip import H200
-from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, fit_stages
-from jax_deepgemm.sm90.cost import _PER_BLOCK, candidates, choose, persistent_tiles
+from jax_deepgemm.core.chip import H200
+from jax_deepgemm.ops.gemm.family import GemmConfig
+from jax_deepgemm.ops.gemm.problem import GemmProblem
+from jax_deepgemm.ops.gemm.sm90.config import fit_stages
+from jax_deepgemm.ops.gemm.sm90.cost import _PER_BLOCK, candidates, persistent_tiles
+from tests.shared import gemm_oracle as oracle
+from tests.shared.cases import ROW, Case
+from tests.shared.choosing import choose
+from tests.shared.gemm_products import bf16_gemm, check_bf16, check_fp8, fp8_gemm, problem
+from tests.shared.gpu_programs import program
 
 REPEATED = (
     Case(1, 2112, 7168),

@@ -19,11 +19,17 @@ import numpy as np
 import pytest
 from jax import lax
 
-import cases
-import gemm_oracle as oracle
 import jax_deepgemm as jdg
-from cases import BLOCK, EDGE_SHAPES, FP8_PAIRS, LAYOUTS, ROW, ZERO_SHAPES, Case
-from gemm_products import (
+from jax_deepgemm.core.chip import H200
+from jax_deepgemm.ops.gemm import reference
+from jax_deepgemm.ops.gemm.sm90.config import tma_store
+from jax_deepgemm.ops.gemm.sm90.source import kernel_source
+from jax_deepgemm.tools.precompile import compile_many
+from tests.shared import cases
+from tests.shared import gemm_oracle as oracle
+from tests.shared.cases import BLOCK, EDGE_SHAPES, FP8_PAIRS, LAYOUTS, ROW, ZERO_SHAPES, Case
+from tests.shared.choosing import choose, ranked
+from tests.shared.gemm_products import (
     BF16_LIMIT,
     FP8_LIMIT,
     ORACLE_LIMIT,
@@ -36,13 +42,7 @@ from gemm_products import (
     fp8_want,
     problem,
 )
-from gpu_programs import C_ELSEWHERE, chain, difference, program, with_c_elsewhere
-from jax_deepgemm.gemm import reference
-from jax_deepgemm.jit import compile_many
-from jax_deepgemm.sm90.chip import H200
-from jax_deepgemm.sm90.config import tma_store
-from jax_deepgemm.sm90.cost import choose
-from jax_deepgemm.sm90.source import kernel_source
+from tests.shared.gpu_programs import C_ELSEWHERE, chain, difference, program, with_c_elsewhere
 
 BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 
@@ -352,7 +352,7 @@ def test_vmap_bf16_with_one_c_for_all(layout):
     """A C that is shared is read by the epilogue, and D leaves through TMA all the same."""
     case = Case(200, 264, 328, out="float32", accumulate=True, layout=layout)
     shared = dataclasses.replace(problem(case, False), batches=3, batched=(True, True, False))
-    config = next(config for config, _ in shared.ranked(H200) if tma_store(shared, config))
+    config = next(config for config, _ in ranked(shared, H200) if tma_store(shared, config))
     each = [oracle.bf16_operands(case, seed) for seed in range(3)]
     a, b = (jnp.stack([arrays[i] for arrays in each]) for i in range(2))
     c = each[0][2]

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import jax_deepgemm as jdg
-from gpu_programs import chain, difference
-from grouped_products import same
 from jax_deepgemm.core import launch
+from tests.shared.gpu_programs import chain, difference
+from tests.shared.grouped_products import same
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 BLOCK = (128, 128)

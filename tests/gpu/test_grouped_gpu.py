@@ -26,16 +26,18 @@ import numpy as np
 import pytest
 from jax import lax
 
-import grouped_cases as cases
-import grouped_products as oracle
 import jax_deepgemm as jdg
-from gpu_programs import C_ELSEWHERE, difference, program, with_c_elsewhere
-from grouped_cases import FP8, NN, NT, Contiguous, KGrouped, Masked
-from grouped_products import same
-from jax_deepgemm.grouped import kernel
-from jax_deepgemm.sm90.chip import H200
-from jax_deepgemm.sm90.config import GemmConfig, GemmProblem, fit_stages
-from jax_deepgemm.sm90.grouped import choose_grouped, grouped_candidates
+from jax_deepgemm.core.chip import H200
+from jax_deepgemm.ops.gemm.family import GemmConfig
+from jax_deepgemm.ops.gemm.problem import GemmProblem
+from jax_deepgemm.ops.gemm.sm90.config import fit_stages
+from jax_deepgemm.ops.grouped.sm90.cost import grouped_candidates
+from jax_deepgemm.tools.explain import problems
+from tests.shared import grouped_cases as cases
+from tests.shared import grouped_products as oracle
+from tests.shared.gpu_programs import C_ELSEWHERE, difference, program, with_c_elsewhere
+from tests.shared.grouped_cases import FP8, NN, NT, Contiguous, KGrouped, Masked
+from tests.shared.grouped_products import same
 
 BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 
@@ -484,18 +486,11 @@ def test_hints_and_fewer_sms():
 
 
 @pytest.mark.parametrize("name", ["m fp8", "m fp8 rows", "m bf16 nn", "masked bf16", "k fp8", "k bf16 + c"])
-def test_every_configuration_gives_the_same(name, monkeypatch):
+def test_every_configuration_gives_the_same(name):
     """Also those that the cost model would never choose."""
     function, operands = small_calls()[name]
-    seen = []
-
-    def choose(problem: Any, chip: Any) -> Any:
-        seen.append((problem, chip))
-        return choose_grouped(problem, chip)
-
-    monkeypatch.setattr(kernel, "choose_grouped", choose)
-    jax.jit(lambda *x: function(*x)).lower(*operands)
-    calls = [functools.partial(function, config=config) for config in grouped_candidates(*seen[0])]
+    [(problem, chip)] = problems(function, *operands)
+    calls = [functools.partial(function, config=config) for config in grouped_candidates(problem, chip)]
     assert len(calls) > 1
     jdg.precompile([(call, *operands) for call in calls], progress=False)
     want = function(*operands)

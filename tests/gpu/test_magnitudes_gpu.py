@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-import magnitudes
-from magnitudes import layers
+from tests.shared import magnitudes
+from tests.shared.magnitudes import layers
 
 
 @pytest.mark.parametrize("name", tuple(layers()))

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grouped_products as oracle
 import jax_deepgemm as jdg
-import moe_oracle
-from gpu_programs import difference
 from jax_deepgemm import moe
-from moe_oracle import normal, random_ids
+from tests.shared import grouped_products as oracle
+from tests.shared import moe_oracle
+from tests.shared.gpu_programs import difference
+from tests.shared.moe_oracle import normal, random_ids
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 LINEAR_LIMIT = {"fp8": 1e-3, "bf16": 2e-5}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jax_deepgemm.moe import moe_layer, moe_mlp, route
-from moe_oracle import normal, pull, random_ids, relative
+from tests.shared.moe_oracle import normal, pull, random_ids, relative
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 T, H, I, E, K = 512, 512, 256, 8, 3

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
 from jax_deepgemm import moe
-from moe_oracle import random_ids
+from tests.shared.moe_oracle import random_ids
 
 M, N, K = 512, 768, 1024
 CUTS = {  # dimension cut -> specs of A, B and D

@@ -6,8 +6,6 @@ Run: pytest -m gpu tests/gpu/test_train_gpu.py        (about a minute)
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +15,6 @@ from jax.sharding import AxisType
 pytest.importorskip("flax.nnx")
 pytest.importorskip("optax")
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 import decode_moe
 import moe_lm
 import train_moe_lm

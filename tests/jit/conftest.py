@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jax_deepgemm.jit import compiler, toolchain
-from jit_kernels import forget
+from tests.shared.jit_kernels import forget
 
 
 @pytest.fixture(autouse=True)

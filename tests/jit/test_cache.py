@@ -15,7 +15,8 @@ import pytest
 
 from jax_deepgemm import jit
 from jax_deepgemm.jit import KernelSource, cache, compiler, toolchain
-from jit_kernels import HOPPER, LOCAL_MEMORY, fill, forget, python
+from jax_deepgemm.tools.precompile import compile_many
+from tests.shared.jit_kernels import HOPPER, LOCAL_MEMORY, fill, forget, python
 
 
 def test_second_process_reads_from_disk(cache_dir: Path) -> None:
@@ -167,7 +168,7 @@ def test_unusable_directory(cache_dir: Path, count: list[str], caplog: pytest.Lo
 
 def test_threads_warn_once(cache_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache_dir.write_text("a file, not a directory")
-    jit.compile_many([fill(value) for value in range(4)], jobs=4)
+    compile_many([fill(value) for value in range(4)], jobs=4)
     check_one_warning(caplog, cache_dir)
 
 

@@ -13,7 +13,7 @@ import pytest
 from jax_deepgemm import config, jit
 from jax_deepgemm.jit import CompileError, KernelSource, toolchain
 from jax_deepgemm.jit.report import parse_log
-from jit_kernels import HOPPER, IGNORED_SETMAXNREG, LOCAL_MEMORY, fill, forget
+from tests.shared.jit_kernels import HOPPER, IGNORED_SETMAXNREG, LOCAL_MEMORY, fill, forget
 
 # --- compiling ---
 

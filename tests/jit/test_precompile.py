@@ -15,43 +15,55 @@ from jax.interpreters import mlir
 
 from jax_deepgemm import jit
 from jax_deepgemm.cli import main
-from jax_deepgemm.jit import CompileError, KernelSource, report, shapes
-from jax_deepgemm.jit.precompile import precompile_records
-from jit_kernels import HOPPER, fill, forget, python
+from jax_deepgemm.core.family import Family, Kernels
+from jax_deepgemm.core.shapes import Call, Shape
+from jax_deepgemm.jit import CompileError, KernelSource, report
+from jax_deepgemm.tools import registry
+from jax_deepgemm.tools import shape_files as shapes
+from jax_deepgemm.tools.precompile import compile_many, precompile, precompile_records
+from tests.shared.jit_kernels import HOPPER, fill, forget, python
 
 # --- ahead of time ---
 
 
 def test_compile_many(count: list[str]) -> None:
     sources = [fill(1), KernelSource("hopper", HOPPER), fill(2), fill(1)]
-    kernels = jit.compile_many(sources, jobs=4, progress=False)
+    kernels = compile_many(sources, jobs=4, progress=False)
     assert [kernel.name for kernel in kernels] == ["fill", "hopper", "fill", "fill"]
     assert kernels[0] is kernels[3]
     assert kernels[0] != kernels[2]
     assert sorted(count) == ["fill", "fill", "hopper"]
-    assert jit.compile_many([]) == []
+    assert compile_many([]) == []
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_compile_many_raises_the_first_error(jobs: int) -> None:
     with pytest.raises(CompileError, match="kernel bad does not compile"):
-        jit.compile_many([fill(1), KernelSource("bad", "?"), fill(2)], jobs=jobs)
+        compile_many([fill(1), KernelSource("bad", "?"), fill(2)], jobs=jobs)
 
 
-class TwoKernels:
-    def kernel_sources(self, chip: Any) -> list[KernelSource]:
-        return [fill(chip.num_sms), fill(2)]
+@dataclass(frozen=True)
+class Fills:
+    """A problem of two kernels."""
+
+    flops: int = 0
 
 
-def test_precompile_problems_sources_and_functions() -> None:
+KERNELS = Kernels[Fills, None](sources=lambda p, config: [fill(132), fill(2)], plan=lambda *_: None)
+FAMILY = Family("fills", Fills, {"9.0": __name__})
+
+
+def test_precompile_problems_sources_and_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "families", lambda: [FAMILY])
+
     def function(x: jax.Array) -> jax.Array:
         return x + 1
 
     shape = jax.ShapeDtypeStruct((8,), jnp.float32)
-    kernels = jit.precompile([TwoKernels(), fill(2), (jax.jit(function), shape), (function, shape)])
+    kernels = precompile([Fills(), fill(2), (jax.jit(function), shape), (function, shape)])
     assert len(kernels) == 2
     forget()
-    assert all(kernel.report.from_cache for kernel in jit.precompile([TwoKernels()]))
+    assert all(kernel.report.from_cache for kernel in precompile([Fills()]))
 
 
 def test_precompile_sees_kernels_of_lowering_rules() -> None:
@@ -73,7 +85,7 @@ def test_precompile_sees_kernels_of_lowering_rules() -> None:
 
 def test_precompile_rejects_others() -> None:
     with pytest.raises(TypeError, match=r"got 3, need a shape"):
-        jit.precompile([3])  # type: ignore[list-item]
+        precompile([3])  # type: ignore[list-item]
 
 
 # --- python -m jax_deepgemm compile ---
@@ -131,12 +143,12 @@ def run_command(*arguments: str) -> int:
 
 
 @dataclass(frozen=True)
-class OneKernel(shapes.Shape):
+class OneKernel(Shape):
     """A shape whose function asks for one kernel."""
 
     source: KernelSource
 
-    def calls(self) -> list[shapes.Call]:
+    def calls(self) -> list[Call]:
         """A primitive whose lowering compiles it."""
         primitive = Primitive(f"jit_test_{self.source.name}")
         primitive.def_abstract_eval(lambda x: x)
@@ -146,7 +158,7 @@ class OneKernel(shapes.Shape):
             return [x]
 
         mlir.register_lowering(primitive, lower, platform="cuda")
-        return [shapes.Call("one", lambda x: primitive.bind(x), (jax.ShapeDtypeStruct((8,), jnp.float32),))]
+        return [Call("one", lambda x: primitive.bind(x), (jax.ShapeDtypeStruct((8,), jnp.float32),))]
 
 
 def use(monkeypatch: pytest.MonkeyPatch, source: KernelSource) -> None:

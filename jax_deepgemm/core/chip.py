@@ -1,0 +1,95 @@
+"""What a plan must know about the GPU, and the one table of what generations of GPUs have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+
+class Generation(NamedTuple):
+    """What all GPUs of one compute capability have in common.
+
+    Attributes:
+      name: what people call it.
+      arch: the compilation target; the tensor-core and TMA instructions of Hopper and later need the variant
+        with "a".
+      smem_per_block: largest dynamic shared memory of one block of threads, in bytes (CUDA C++ Programming
+        Guide, table "Technical Specifications per Compute Capability").
+    """
+
+    name: str
+    arch: str
+    smem_per_block: int
+
+
+GENERATIONS = {
+    "8.0": Generation("Ampere", "80", 166_912),
+    "8.6": Generation("Ampere", "86", 101_376),
+    "8.9": Generation("Ada", "89", 101_376),
+    "9.0": Generation("Hopper", "90a", 232_448),
+    "10.0": Generation("Blackwell", "100a", 232_448),
+    "12.0": Generation("Blackwell", "120a", 101_376),
+}
+"""By compute capability, the oldest first."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Facts of one GPU model that decide a configuration.
+
+    Attributes:
+      name: the product, for messages.
+      arch: the compilation target, see `Generation`.
+      num_sms: streaming multiprocessors a persistent grid may use.
+      smem_per_block: largest dynamic shared memory of one block, in bytes.
+    """
+
+    name: str = "NVIDIA H200"
+    arch: str = GENERATIONS["9.0"].arch
+    num_sms: int = 132
+    smem_per_block: int = GENERATIONS["9.0"].smem_per_block
+
+    @property
+    def capability(self) -> str:
+        """The compute capability.
+
+        >>> Chip().capability, Chip(arch="120a").capability
+        ('9.0', '12.0')
+        """
+        digits = self.arch.rstrip("af")
+        return f"{digits[:-1]}.{digits[-1]}"
+
+
+H200 = Chip()
+
+
+def chip_of(device: Any | None) -> Chip:
+    """Returns what a plan must know about a CUDA device of JAX; an H200 where there is none, or of a
+    generation that the table lacks (no kernel is chosen for such a one)."""
+    generation = GENERATIONS.get(getattr(device, "compute_capability", ""))
+    if device is None or generation is None:
+        return H200
+    return Chip(device.device_kind, generation.arch, device.core_count, generation.smem_per_block)
+
+
+def with_sms(chip: Chip, num_sms: int | None) -> Chip:
+    """The chip of which a kernel may use so many SMs."""
+    return chip if num_sms is None else replace(chip, num_sms=min(num_sms, chip.num_sms))
+
+
+def best_for(capability: str, available: Any) -> str | None:
+    """Returns which of some compute capabilities a GPU uses: its own, or else the newest before it.
+
+    Code for a variant with "a" runs on its own generation only, so a family that is to serve later GPUs
+    registers its portable kernels under the capability that they need at least; they are compiled for the
+    GPU at hand.
+
+    >>> best_for("9.0", ("8.0", "9.0")), best_for("8.9", ("8.0", "9.0")), best_for("7.5", ("8.0",))
+    ('9.0', '8.0', None)
+    """
+    older = [one for one in available if _number(one) <= _number(capability)]
+    return max(older, key=_number, default=None)
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))

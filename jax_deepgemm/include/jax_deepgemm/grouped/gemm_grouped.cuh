@@ -1,0 +1,224 @@
+// Grouped GEMMs: a persistent grid over the tiles of all groups, whose sizes are only known on the device.
+//
+//   warp 0                group_sizes -> table of segments in shared memory (group_table.cuh), then all wait
+//   warpgroups 0 .. W-1   consumers, as in gemm.cuh: multiply, promote, epilogue
+//   warpgroup W           one thread of it is the TMA producer: tile number -> segment -> rows, k range
+//
+//   rows in groups:  tiles begin at each group's first row, whatever it is. Rows of the last tile beyond
+//                    the group are multiplied and not stored; rows beyond all groups are stored as zeros.
+//   k in groups:     every D[i] has all its tiles. What a slot holds beside the group's range of k is
+//                    zeroed in shared memory, in both operands (mask_slot).
+//
+//   shared memory:   as gemm.cuh | table
+#pragma once
+
+#include <jax_deepgemm/gemm/gemm.cuh>
+#include <jax_deepgemm/grouped/group_table.cuh>
+
+namespace jdg {
+
+// A condition that is the same for a whole warp, which the compiler cannot know of what was read from the
+// table. Where it must take a branch around the main loop for divergent, it computes descriptors in vector
+// registers (R2UR) and synchronises before each multiplication (WARPSYNC): some 30 instructions a block of k.
+__device__ __forceinline__ bool whole_warp(bool condition) { return __shfl_sync(0xFFFFFFFF, condition, 0); }
+
+// Which tile: what the producer publishes and consumers keep; it comes by shuffle, so a warp agrees on it.
+// The rest is read from the table where it is needed, since no registers are free beside an accumulator.
+struct Place {
+  static constexpr int kIndexBits = 12;  // sm90/grouped.py allows no more segments
+  int row, packed, blocks;
+  bool half;
+
+  __device__ __forceinline__ int index() const { return packed & ((1 << kIndexBits) - 1); }
+  __device__ __forceinline__ int col() const { return (packed >> kIndexBits) * 8; }
+};
+
+struct GroupTile {
+  Tile tile;
+  int rows_end;   // rows up to here hold products, ...
+  int zeros_end;  // ... and up to here zeros; what is beyond belongs to others
+};
+
+template <class C>
+__device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, const Place& at, const Problem& p,
+                                                int k_blocks) {
+  const Segment s = table[at.index()];
+  GroupTile out{{at.row, at.col(), at.index(), 0, 0, s.group}, p.m, p.m};
+  Tile& tile = out.tile;
+  tile.half = at.half;
+  if constexpr (GroupTable<C>::kInner) {
+    tile.k_first =
+        Layout<C>::kFp8 ? s.start / 128 * 128 : s.start;  // blocks of scales are those of the operand
+    tile.k_skip = s.start - tile.k_first;
+    tile.k_end = s.end > s.start ? ceil_div(s.end - tile.k_first, C::BLOCK_K) : 0;
+    tile.k_stop = s.end - tile.k_first - (tile.k_end - 1) * C::BLOCK_K;
+  } else {
+    out.rows_end = s.group >= 0 ? s.end : s.start;
+    // Rows of a masked group behind its last one may hold anything, so its last warp need not stop at it.
+    out.zeros_end = GroupTable<C>::kRowsInGroups ? table.word(at.index() + 1, 0)
+                    : C::ZERO_ROWS               ? p.m
+                                                 : min(align_up(s.end, 16), p.m);
+    tile.k_end = at.row < out.rows_end ? k_blocks : 0;
+  }
+  return out;
+}
+
+// What is computed, in rounds of one tile for each block of threads. If the last round would leave half of
+// the blocks idle, its tiles are cut in two (HALVES).
+template <class C>
+struct Rounds {
+  int tiles, whole;  // numbers from `whole` on are halves
+
+  __device__ __forceinline__ explicit Rounds(int tiles) : tiles(tiles), whole(tiles) {
+    const int rest = tiles % gridDim.x;
+    if (C::HALVES && 2 * rest <= gridDim.x) whole -= rest;
+  }
+  __device__ __forceinline__ int count() const { return C::HALVES ? 2 * tiles - whole : tiles; }
+  __device__ __forceinline__ bool half(int number) const { return C::HALVES && number >= whole; }
+  __device__ __forceinline__ int tile(int number) const {
+    return half(number) ? whole + (number - whole) / 2 : number;
+  }
+  // The first column of a half within its tile.
+  __device__ __forceinline__ int shift(int number) const {
+    return half(number) ? (number - whole) % 2 * (C::COLS / 2) : 0;
+  }
+};
+
+// Where the tile of a round lies, in the order of gemm.cuh within a segment.
+template <class C>
+__device__ __forceinline__ Place nth_tile(const GroupTable<C>& table, const Rounds<C>& rounds, int number,
+                                          const Problem& p) {
+  const int tile = rounds.tile(number), index = table.find(tile);
+  Problem mine = p;
+  mine.m = covered_rows(table, index, p);
+  const Tile within = tile_at<C>(tile - table.word(index, 2), mine, 0);
+  const int row = (GroupTable<C>::kRowsInGroups ? table.word(index, 0) : 0) + within.row;
+  const int col = within.col + rounds.shift(number);
+  return {row, col / 8 << Place::kIndexBits | index, 0, rounds.half(number)};
+}
+
+template <class C>
+__device__ __forceinline__ Place receive_place(const Position<C>& at) {
+  const Tile record = receive_tile<C>(at, 0);
+  return {record.row, record.col, record.batch, record.half};
+}
+
+// What begin() must know of a tile: where its k begins and ends.
+template <class C>
+__device__ __forceinline__ Tile k_range(const GroupTable<C>& table, const Place& at, const Problem& p) {
+  if constexpr (GroupTable<C>::kInner && Layout<C>::kFp8)
+    if (at.row != kNoTile) return group_tile<C>(table, at, p, 0).tile;
+  return {};
+}
+
+template <class C>
+__device__ __forceinline__ void clear_rows_from(float (&acc)[kCols<C> / 2], int first_row, int rows_end) {
+  if (first_row + 64 <= rows_end) return;
+  const Fragment mine;
+  const bool upper = first_row + mine.row < rows_end, lower = first_row + mine.row + 8 < rows_end;
+#pragma unroll
+  for (int i = 0; i < kCols<C> / 2; ++i) acc[i] = (i / 2 % 2 ? lower : upper) ? acc[i] : 0.0f;
+}
+
+// A warp's 16 rows go out whole through TMA where they all belong to this tile, else row by row.
+template <class C>
+__device__ __forceinline__ void store_group_tile(float (&acc)[kCols<C> / 2], const TensorMap* d_map,
+                                                 typename C::Out* d, const typename C::Out* c, u32 slabs,
+                                                 const Problem& p, const GroupTile& mine, int first_row) {
+  const int warp_row = first_row + ptx::thread_index() / 32 % 4 * 16;
+  if (whole_warp(warp_row >= mine.zeros_end)) return;
+  if (C::REDUCE && whole_warp(mine.tile.k_end == 0)) return;
+  const bool cut = whole_warp(warp_row + 16 > mine.zeros_end && mine.zeros_end < p.m);
+  Tile tile = mine.tile;
+  if constexpr (GroupTable<C>::kRowsInGroups) tile.batch = 0;
+  Problem bounded = p;
+  bounded.m = mine.zeros_end;
+  typename C::Out* out = matrix_of(d, p, tile.batch);
+  if (C::TMA_STORE && cut)
+    store_direct<C>(acc, out, bounded, tile, first_row);
+  else
+    store_tile<C>(acc, d_map, out, matrix_of(c, p, tile.batch), slabs, bounded, tile, first_row);
+}
+
+template <class C>
+__device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& groups, const Problem& p,
+                                             const TensorMap* d_map, typename C::Out* d,
+                                             const typename C::Out* c) {
+  extern __shared__ __align__(1024) char shared[];
+  const u32 smem = smem_address(shared);
+  const int warpgroup = warpgroup_index();
+
+  init_barriers<C>(smem);
+  ptx::wait_for_previous_kernel();
+  const GroupTable<C> table = make_table<C>(groups, p, smem);
+  Position<C> at(smem);
+
+  if (warpgroup == C::WARPGROUPS) {
+    if constexpr (C::WARPGROUPS > 1) ptx::lower_registers<C::PRODUCER_REGISTERS>();
+    if (warp_index() % 4 == 0 && ptx::elect()) {
+      const Rounds<C> rounds(table.tiles);
+      for (int number = blockIdx.x; number < rounds.count(); number += gridDim.x) {
+        const Place place = nth_tile<C>(table, rounds, number, p);
+        const GroupTile next = group_tile<C>(table, place, p, in.k_blocks);
+        if (next.tile.k_end > 0)
+          load_blocks<C>(at, in, next.tile, place.row, place.packed, next.tile.k_end);
+        else
+          publish_empty_tile<C>(at, place.row, place.packed, place.half);
+      }
+      publish_end<C>(at);
+    }
+  } else {
+    if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
+    Accumulator<C> acc;
+    MainLoop<C> loop(acc, at, warpgroup);
+    if (warpgroup > 0) await_turn<C>(at, warpgroup);
+    Place place = receive_place(at);
+    loop.begin(k_range<C>(table, place, p));
+    while (place.row != kNoTile) {
+      {
+        Tile tile = group_tile<C>(table, place, p, in.k_blocks).tile;
+        tile.col += first_col<C>(warpgroup);
+#pragma unroll
+        for (int part = 0; part < kParts<C>; ++part) {
+          if constexpr (C::ADD && Layout<C>::kFp8)
+            add_c<C, true>(acc[part], matrix_of(c, p, tile.batch), p, tile,
+                           place.row + (first_part<C>(warpgroup) + part) * 64);
+          else
+            clear(acc[part]);
+        }
+        if (place.blocks > 0) {
+          tile.k_end = GroupTable<C>::kInner ? place.blocks : in.k_blocks;  // the latter needs no register
+          loop.finish(tile);
+        } else {
+          loop.skip();
+        }
+      }
+      Place next;
+      if constexpr (!C::PING_PONG) {
+        next = receive_place(at);
+        loop.begin(k_range<C>(table, next, p));
+      }
+
+      GroupTile mine = group_tile<C>(table, place, p, in.k_blocks);
+      mine.tile.col += first_col<C>(ptx::thread_index() / 128);
+      const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
+#pragma unroll
+      for (int part = 0; part < kParts<C>; ++part) {
+        const int first_row = place.row + (first_part<C>(ptx::thread_index() / 128) + part) * 64;
+        if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(acc[part], first_row, mine.rows_end);
+        store_group_tile<C>(acc[part], d_map, d, c, slabs, p, mine, first_row);
+      }
+      if constexpr (C::PING_PONG) {
+        await_turn<C>(at, warpgroup);
+        next = receive_place(at);
+      }
+      place = next;
+    }
+    pass_turn<C>(at, warpgroup);  // as in gemm.cuh
+    loop.drop();
+    // The block's memory outlives its readers.
+    if (C::TMA_STORE) ptx::tma_store_wait_read();
+  }
+}
+
+}  // namespace jdg

@@ -1,0 +1,227 @@
+// SwiGLU and its gradient, quantised as they are computed. h [rows, 2 i] = gate | up.
+//
+//   act  = silu(gate) * up * weight[row]                              float32, then quantize_tile.cuh
+//   dh   = dact * weight[row] * [up * silu'(gate) | silu(gate)]       as [rows, 2 i]
+//   dweight[row] = sum over i of dact * silu(gate) * up               partial sums of each tile, then in
+//   order
+//
+// swiglu       one tile of act per block of 256 threads
+// swiglu_grad  one tile of dh per block of 256 threads, for any i and any type
+// swiglu_grad_pairs (bf16, i a multiple of 128)  the tile of dgate and that of dup of the same features
+//              together, so that inputs are read and silu is computed once; 512 threads, one block per SM
+//              walks over the tiles, and cp.async brings the next tile's inputs while this one is stored.
+//              A thread copies what it will read itself: no barrier between.
+//
+//   shared memory of swiglu_grad_pairs:  gate, up, dact [4 rows][512 threads] of 16 bytes | TileShared
+#pragma once
+
+#include <jax_deepgemm/quantize/quantize.cuh>
+
+namespace jdg {
+
+struct Silu {
+  float sigmoid, value;
+  __device__ __forceinline__ explicit Silu(float x) {
+    constexpr float kLog2E = 1.4426950408889634f;
+    sigmoid = ptx::rcp_approx(1.0f + ptx::ex2_approx(-kLog2E * x));
+    value = x * sigmoid;
+  }
+  __device__ __forceinline__ float slope() const { return sigmoid + value * (1.0f - sigmoid); }
+};
+
+// What is read: h, the weights (or null), and for the gradient dact [rows, i].
+template <class In>
+struct SwigluInputs {
+  const In* h;
+  const float* weight;
+  const In* dact;
+  const int* limit;
+  int batched_h, batched_weight, batched_dact, batched_limit;
+  int width;  // i
+
+  __device__ __forceinline__ SwigluInputs of_batch(int batch, int rows) const {
+    const i64 before = static_cast<i64>(batch) * rows;
+    SwigluInputs own = *this;
+    own.h += before * batched_h * width * 2;
+    own.dact += before * batched_dact * width;
+    own.weight += before * batched_weight;
+    own.limit += batch * batched_limit;
+    return own;
+  }
+};
+
+// weight[row]; 0 where the row does not count, as 0 * NaN is NaN.
+template <class C>
+__device__ __forceinline__ float weight_of(const float* weight, int row, int rows) {
+  if constexpr (!C::WEIGHTED) return 1.0f;
+  return row < rows ? weight[row] : 0.0f;
+}
+
+template <class C>
+__device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In>& in, const Quantized& all) {
+  __shared__ TileShared<C> shared;
+  using In = typename C::In;
+  const Place at = Place::of<C>(blockIdx.x, all.rows, all.cols);
+  const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
+  const SwigluInputs<In> own = in.of_batch(at.batch, all.rows);
+  const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all.rows), left = in.width - at.col;
+
+  const In* line = own.h + static_cast<i64>(at.row) * in.width * 2 + at.col;
+  Chunk<In> gate[C::ROWS], up[C::ROWS];
+#pragma unroll
+  for (int j = 0; j < C::ROWS; ++j) {
+    load_chunk<In, C::ALIGNED>(gate[j], line, at.row + j < rows, left);
+    line += in.width;
+    load_chunk<In, C::ALIGNED>(up[j], line, at.row + j < rows, left);
+    line += in.width;
+  }
+  Chunk<float> act[1][C::ROWS];
+#pragma unroll
+  for (int j = 0; j < C::ROWS; ++j) {
+    const float weight = weight_of<C>(own.weight, at.row + j, rows);
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) act[0][j].v[i] = Silu(gate[j][i]).value * up[j][i] * weight;
+    act[0][j].forget();  // keeps the rows in order, and with them the registers few
+  }
+  quantize_tiles<C>(act, shared, to, at, 0);
+}
+
+// Sums of the thread's rows over the tile's columns, into parts [tile of columns, rows].
+template <class C>
+__device__ __forceinline__ void store_parts(float (&sums)[C::ROWS], float* parts, int tile, const Place& at,
+                                            int rows) {
+  const float sum = combine_lanes(sums, [](float a, float b) { return a + b; });
+  const int lane = threadIdx.x % 16, row = at.row + lane;
+  if (lane < C::ROWS && row < rows) parts[static_cast<i64>(tile) * rows + row] = sum;
+}
+
+template <class C>
+__device__ __forceinline__ float* parts_of(float* parts, int batch, int width, int rows) {
+  return parts + static_cast<i64>(batch) * ceil_div(width, kTile) * rows;
+}
+
+template <class C>
+__device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In>& in, const Quantized& all,
+                                            float* parts) {
+  __shared__ TileShared<C> shared;
+  using In = typename C::In;
+  const Place at = Place::of<C>(blockIdx.x, all.rows, all.cols);
+  const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
+  const SwigluInputs<In> own = in.of_batch(at.batch, all.rows);
+  const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all.rows), width = in.width;
+
+  Chunk<float> dh[1][C::ROWS];
+  float sums[C::ROWS];
+#pragma unroll
+  for (int j = 0; j < C::ROWS; ++j) {
+    const int row = at.row + j;
+    const float weight = weight_of<C>(own.weight, row, rows);
+    const i64 line = static_cast<i64>(row) * width;
+    Chunk<In> gate, up, dact;
+    gate.clear(), up.clear(), dact.clear();
+    const auto load = [&](int i, auto take) {  // of column at.col + i, which is one of feature f
+      const int col = at.col + i, f = col < width ? col : col - width;
+      if (row < rows && col < 2 * width) take(own.h + 2 * line + f, own.dact + line + f);
+    };
+    if constexpr (C::ALIGNED) {
+      load(0, [&](const In* h, const In* d) { gate.load(h), up.load(h + width), dact.load(d); });
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWide; ++i)
+        load(i, [&](const In* h, const In* d) { gate.set(i, h[0]), up.set(i, h[width]), dact.set(i, d[0]); });
+    }
+    sums[j] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) {
+      const Silu silu(gate[i]);
+      const bool of_gate = at.col + i < width;
+      dh[0][j].v[i] = dact[i] * weight * (of_gate ? up[i] * silu.slope() : silu.value);
+      if (of_gate) sums[j] += dact[i] * silu.value * up[i];
+    }
+  }
+  if (C::WEIGHTED && at.tile_col < width)
+    store_parts<C>(sums, parts_of<C>(parts, at.batch, width, all.rows), at.tile_col / kTile, at, all.rows);
+  quantize_tiles<C>(dh, shared, to, at, 0);
+}
+
+template <class C>
+struct PairsShared {
+  static constexpr int kThreads = kTile / C::ROWS * 16;
+  uint4 slots[3][C::ROWS][kThreads];
+  TileShared<C> tile;
+};
+
+template <class C>
+__device__ __forceinline__ void request_inputs(const SwigluInputs<typename C::In>& in, PairsShared<C>& shared,
+                                               const Place& at, int all_rows) {
+  const SwigluInputs<typename C::In> own = in.of_batch(at.batch, all_rows);
+  const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all_rows);
+#pragma unroll
+  for (int j = 0; j < C::ROWS; ++j) {
+    const int row = at.row + j < rows ? at.row + j : 0, bytes = at.row + j < rows ? 16 : 0;
+    const i64 line = static_cast<i64>(row) * in.width;
+    ptx::copy_async(smem_address(&shared.slots[0][j][threadIdx.x]), own.h + 2 * line + at.col, bytes);
+    ptx::copy_async(smem_address(&shared.slots[1][j][threadIdx.x]), own.h + 2 * line + in.width + at.col,
+                    bytes);
+    ptx::copy_async(smem_address(&shared.slots[2][j][threadIdx.x]), own.dact + line + at.col, bytes);
+  }
+  ptx::copy_async_commit();
+}
+
+template <class C>
+__device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C::In>& in,
+                                                  const Quantized& all, float* parts, int tiles) {
+  extern __shared__ __align__(16) char memory[];
+  PairsShared<C>& shared = *reinterpret_cast<PairsShared<C>*>(memory);
+  int index = blockIdx.x;
+  Place next = Place::of<C>(index, all.rows, in.width);
+  if (index < tiles) request_inputs<C>(in, shared, next, all.rows);
+  for (; index < tiles; index += gridDim.x) {
+    const Place at = next;
+    const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
+    const SwigluInputs<typename C::In> own = in.of_batch(at.batch, all.rows);
+    const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all.rows);
+
+    Chunk<float> dh[2][C::ROWS];  // of gate, of up
+    float sums[C::ROWS];
+    ptx::copy_async_wait();
+#pragma unroll
+    for (int j = 0; j < C::ROWS; ++j) {
+      Chunk<typename C::In> gate, up, dact;
+      gate.take(ptx::load_shared_16(smem_address(&shared.slots[0][j][threadIdx.x])));
+      up.take(ptx::load_shared_16(smem_address(&shared.slots[1][j][threadIdx.x])));
+      dact.take(ptx::load_shared_16(smem_address(&shared.slots[2][j][threadIdx.x])));
+      const float weight = weight_of<C>(own.weight, at.row + j, rows);
+      sums[j] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) {
+        const Silu silu(gate[i]);
+        const float scaled = dact[i] * weight;
+        dh[0][j].v[i] = scaled * (up[i] * silu.slope());
+        dh[1][j].v[i] = scaled * silu.value;
+        sums[j] += dact[i] * silu.value * up[i];
+      }
+    }
+    if (C::WEIGHTED)
+      store_parts<C>(sums, parts_of<C>(parts, at.batch, in.width, all.rows), at.tile_col / kTile, at,
+                     all.rows);
+    if (index + gridDim.x < tiles) {
+      next = Place::of<C>(index + gridDim.x, all.rows, in.width);
+      request_inputs<C>(in, shared, next, all.rows);
+    }
+    quantize_tiles<C>(dh, shared.tile, to, at, in.width);
+  }
+}
+
+// sums[batch, row] = parts[batch, 0, row] + parts[batch, 1, row] + ..: in this order, so equal bits each
+// time.
+__device__ __forceinline__ void add_parts(const float* parts, float* sums, int tiles, int rows, int batches) {
+  const i64 index = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index >= static_cast<i64>(rows) * batches) return;
+  const float* at = parts + index / rows * tiles * rows + index % rows;
+  float sum = 0.0f;
+  for (int tile = 0; tile < tiles; ++tile) sum += at[static_cast<i64>(tile) * rows];
+  sums[index] = sum;
+}
+
+}  // namespace jdg

@@ -1,0 +1,72 @@
+"""From the operands of the dense ops to the problem that their kernels solve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_deepgemm.core.family import OpKernel
+from jax_deepgemm.ops.gemm.family import FAMILY
+from jax_deepgemm.ops.gemm.problem import GemmProblem
+
+_TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "bfloat16": "bf16"}
+
+
+def type_name(aval: Any) -> str:
+    """The element type as problems name it."""
+    return _TYPES[np.dtype(aval.dtype).name]
+
+
+def fp8_problem(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: tuple[bool, ...] | None, **_: Any
+) -> GemmProblem:
+    """The problem of operands (a, a scales, b, b scales[, c]) as the kernel sees them: padded for TMA."""
+    a, _, b, sb = avals_in[:4]
+    *batches, m, n = avals_out[0].shape
+    per_row = sb.shape[-2] == n and n > 1
+    return GemmProblem(
+        m=m,
+        n=n,
+        k=a.shape[-1],
+        a=type_name(a),
+        b=type_name(b),
+        out=np.dtype(avals_out[0].dtype).name,
+        add_c=len(avals_in) > 4,
+        b_scales="vector" if per_row else "block",
+        batches=batches[0] if batches else 1,
+        batched=batch or (),
+    )
+
+
+def bf16_problem(
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    batch: tuple[bool, ...] | None,
+    layout: str,
+    **_: Any,
+) -> GemmProblem:
+    """The problem of operands (a, b[, c]) stored as `layout` says."""
+    a = avals_in[0]
+    *batches, m, n = avals_out[0].shape
+    return GemmProblem(
+        m=m,
+        n=n,
+        k=a.shape[-1 if layout[0] == "n" else -2],
+        a="bf16",
+        b="bf16",
+        layout=layout,
+        out=np.dtype(avals_out[0].dtype).name,
+        add_c=len(avals_in) > 2,
+        b_scales="none",
+        batches=batches[0] if batches else 1,
+        batched=batch or (),
+    )
+
+
+fp8_gemm = OpKernel(FAMILY, fp8_problem, ("a", "a_scales", "b", "b_scales", "c"))
+"""The kernel of `fp8_gemm_block`, `fp8_gemm_row` and their `_add` forms."""
+bf16_gemm = OpKernel(FAMILY, bf16_problem, ("a", "b", "c"))
+"""The kernel of `bf16_gemm` and `bf16_gemm_add`."""

@@ -1,0 +1,118 @@
+"""GemmProblem + Sm90Config -> LaunchPlan: tensor maps, grid and scalars of one launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jax_deepgemm.core.chip import Chip
+from jax_deepgemm.core.family import Given, Operands
+from jax_deepgemm.core.launch import Copy, Launch, LaunchPlan, Operand, Result, Scalar, TensorMap
+from jax_deepgemm.jit import compile_kernel
+from jax_deepgemm.ops.gemm.problem import GemmProblem, ceil_div
+from jax_deepgemm.ops.gemm.sm90.config import (
+    SLAB_ROW_BYTES,
+    SLAB_ROWS,
+    Sm90Config,
+    scale_blocks,
+    shared_memory,
+    tma_store,
+)
+from jax_deepgemm.ops.gemm.sm90.source import INTEGERS, kernel_source, reads_c, sides
+
+_STRIPE_BYTES = 8 << 20  # rows of A that stay in L2 beside B and D; see docs/performance_log.md
+
+
+@dataclass(frozen=True)
+class GemmOperands:
+    """Which operands of the custom call play which part; scales are None for BF16, c without accumulation."""
+
+    a: Given
+    b: Given
+    a_scales: Given | None = None
+    b_scales: Given | None = None
+    c: Given | None = None
+
+
+def tensor_map(
+    base: Operand | Result, shape: tuple[int, ...], dtype: str, size: int, box: tuple[int, int], swizzle: int
+) -> TensorMap:
+    """A three-dimensional map (columns, rows, batch); boxes that reach outside are filled with zeros."""
+    *batch, rows, cols = shape
+    strides = (cols * size, rows * cols * size)
+    return TensorMap(base, dtype, (cols, rows, *(batch or (1,))), strides, (*box, 1), swizzle)
+
+
+def matrix_map(p: GemmProblem, x: Given, k_major: bool, tile: int) -> TensorMap:
+    box = (p.block_k, tile) if k_major else (64, 64)
+    dtype, size = ("uint8", 1) if p.is_fp8 else ("bfloat16", 2)
+    return tensor_map(Operand(x.index), x.shape, dtype, size, box, 128)
+
+
+def scale_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands) -> list[TensorMap]:
+    """Of A's and B's scales: a box is what a tile needs for a quad of blocks of k (slices: for one block)."""
+    maps = []
+    for side, scales, tile in zip(sides(p), (x.a_scales, x.b_scales), (c.block_m, c.block_n), strict=True):
+        if scales is not None:
+            quad = (4, scale_blocks(c) if side.scales == "block" else tile)
+            box = (tile, 1) if side.scales == "slices" else quad
+            maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, box, 0))
+    return maps
+
+
+def tensor_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands, result: tuple[int, ...]) -> list[TensorMap]:
+    """Of A, B, their scales, and D, whose boxes are slabs of the epilogue: as `leading_parameters` has it."""
+    maps = [matrix_map(p, x.a, p.a_k_major, c.block_m), matrix_map(p, x.b, p.b_k_major, c.block_n)]
+    maps += scale_maps(p, c, x)
+    if tma_store(p, c):
+        box = (SLAB_ROW_BYTES // p.out_bytes, SLAB_ROWS)
+        maps.append(tensor_map(Result(0), result, p.out, p.out_bytes, box, 128))
+    return maps
+
+
+def pointers(p: GemmProblem, x: GemmOperands) -> list[Operand | Result]:
+    """D, and C where the kernel reads it."""
+    return [Result(0), *([Operand(x.c.index)] if x.c and reads_c(p) else [])]
+
+
+def copy_of_c(p: GemmProblem, c: Given | None, matrices: int) -> list[Copy]:
+    """Where the kernel adds to what lies in D: C comes there, if it is not there already."""
+    if c is None or not p.reduces:
+        return []
+    return [Copy(Operand(c.index), Result(0), matrices * p.m * p.n * p.out_bytes)]
+
+
+def stripe_height(p: GemmProblem, c: Sm90Config, chip: Chip) -> int:
+    """Row tiles walked together: so many that one wave reads the fewest bytes of A and B, up to twice as many
+    where their rows of A are small enough to stay in L2, so that B is read from memory less often."""
+    best = round((chip.num_sms * c.block_n / c.block_m) ** 0.5)
+    in_l2 = _STRIPE_BYTES // max(1, c.block_m * p.row_bytes)
+    return max(1, min(ceil_div(p.m, c.block_m), max(best, min(2 * best, in_l2))))
+
+
+def gemm_plan(p: GemmProblem, c: Sm90Config, chip: Chip, operands: Operands) -> LaunchPlan:
+    """One launch that computes `p` with `c`."""
+    x = GemmOperands(**operands)
+    batch = (p.batches,) if p.batches > 1 else ()
+    maps = tensor_maps(p, c, x, (*batch, p.m, p.n))
+    integers = {
+        "m": p.m,
+        "n": p.n,
+        "batches": p.batches,
+        "k_blocks": p.k_blocks,
+        "stripe": stripe_height(p, c, chip),
+        "batched_a": int(x.a.batched),
+        "batched_b": int(x.b.batched),
+        "batched_a_scales": int(x.a_scales is not None and x.a_scales.batched),
+        "batched_b_scales": int(x.b_scales is not None and x.b_scales.batched),
+        "batched_c": int(x.c is not None and x.c.batched),
+    }
+    tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
+    launch = Launch(
+        kernel=compile_kernel(kernel_source(p, c), arch=chip.arch),
+        grid=(tiles * c.split_k if c.one_tile else min(tiles, chip.num_sms), 1, 1),
+        block=c.threads,
+        params=(*maps, *pointers(p, x), *(Scalar(integers[name], "int32") for name in INTEGERS)),
+        cluster=c.split_k,
+        shared_memory=shared_memory(p, c).total,
+    )
+    return LaunchPlan((*copy_of_c(p, x.c, p.batches), launch), label=str(p))

@@ -1,0 +1,202 @@
+"""The translation unit of one kernel: the wgmma of its width, its configuration, its entry point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jax_deepgemm.jit import KernelSource
+from jax_deepgemm.jit.wgmma import wgmma_wrapper
+from jax_deepgemm.ops.gemm.problem import GemmProblem
+from jax_deepgemm.ops.gemm.sm90.config import Sm90Config, passes, shared_memory, tma_store
+
+_CONFIG = """\
+struct Config {{
+  using Mma = ::Mma;
+  using Out = {out};
+  static constexpr int ROWS = {rows}, COLS = {cols}, BLOCK_K = {block_k}, STAGES = {stages};
+  static constexpr int PASSES = {passes}, SPLITS = {splits}, ACROSS = {across};
+  static constexpr bool HALVES = {halves};
+  static constexpr int WARPGROUPS = {warpgroups}, SCALE_SLOTS = {scale_slots};
+  static constexpr bool SWAP_AB = {swap_ab}, PING_PONG = {ping_pong};
+  static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging};
+  static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
+  static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
+  static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, MASK_K = {mask_k};
+  static constexpr bool ROWS_ONCE = {rows_once}, COLS_ONCE = {cols_once};
+  static constexpr bool ADD = {add}, REDUCE = {reduce}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
+  static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
+}};
+"""
+
+_TEXT = """\
+#include <jax_deepgemm/gemm/{header}.cuh>
+
+{mma}
+{config}
+extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
+  const jdg::Operands operands = {{{operands}}};
+  const jdg::Problem problem = {{m, n, batches, batched_c, stripe}};
+  jdg::{header}<Config>(operands, problem, {d_map}, d, {c});
+}}
+"""
+
+_SCALES = {"vector": "kVector", "slices": "kSlices", "block": "kBlock", "none": "kNone"}
+
+
+def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
+    """The name that profilers show: operand types, layout, tile, stages; shapes are run-time parameters,
+    but for D's alignment and `b_once`."""
+    types = p.a if p.a == p.b else f"{p.a}_{p.b}"
+    parts = ["jdg_sm90", types, p.layout, f"{c.block_m}x{c.block_n}", f"s{c.stages}"]
+    parts += [f"d{c.slabs}"] if c.slabs else []
+    parts += ["swap"] if c.swap_ab else []
+    parts += [f"k{c.split_k}"] if c.one_tile else []
+    parts += ["pp"] if c.ping_pong else []
+    parts += [f"x{c.blocks_per_sm}"] if c.blocks_per_sm > 1 else []
+    parts += ["sb1"] if p.b_scales == "vector" else []
+    parts += ["f32"] if p.out == "float32" else []
+    parts += ["once"] if p.b_once else []
+    parts += ["acc" if p.reduces else "add"] if p.add_c else []
+    if not c.one_tile:
+        parts += ["odd"] if p.n % 2 else [] if tma_store(p, c) else ["unaligned"]
+    return "_".join(parts)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One operand as a kernel sees it."""
+
+    name: str
+    dtype: str
+    k_major: bool
+    scales: str
+
+    @property
+    def has_scale_map(self) -> bool:
+        return self.scales != "none"
+
+    @property
+    def scale_map(self) -> str:
+        return f"&{self.name}_scale_map" if self.has_scale_map else "nullptr"
+
+
+def sides(p: GemmProblem) -> tuple[Side, Side]:
+    """A and B."""
+    a_scales = {"none": "none", "slices": "slices"}.get(p.b_scales, "vector")
+    return Side("a", p.a, p.a_k_major, a_scales), Side("b", p.b, p.b_k_major, p.b_scales)
+
+
+def config_text(
+    p: GemmProblem, c: Sm90Config, rows: Side, cols: Side, *, mask_k: bool = False, halves: bool = False
+) -> str:
+    """The kernel's configuration as a C++ struct.
+
+    `halves`: whether the last tiles may be cut in two; their columns are multiplied in two passes.
+    """
+    memory = shared_memory(p, c)
+    return _CONFIG.format(
+        out=out_type(p),
+        rows=c.rows,
+        cols=c.cols,
+        block_k=p.block_k,
+        stages=c.stages,
+        passes=passes(p, c),
+        across=c.across,
+        halves=as_cpp(halves),
+        warpgroups=c.warpgroups,
+        swap_ab=as_cpp(c.swap_ab),
+        ping_pong=as_cpp(c.ping_pong),
+        splits=c.split_k,
+        scale_slots=memory.scale_slots,
+        slabs=c.slabs,
+        staging=memory.staging,
+        table=memory.table,
+        shared=memory.total,
+        registers=c.registers,
+        producer_registers=c.producer_registers,
+        rows_k_major=as_cpp(rows.k_major),
+        cols_k_major=as_cpp(cols.k_major),
+        mask_k=as_cpp(mask_k),
+        rows_once=as_cpp(p.b_once and c.swap_ab),
+        cols_once=as_cpp(p.b_once and not c.swap_ab),
+        add=as_cpp(reads_c(p)),
+        reduce=as_cpp(p.reduces),
+        tma_store=as_cpp(tma_store(p, c)),
+        even_n=as_cpp(p.n % 2 == 0),
+        row_scales=_SCALES[rows.scales],
+        col_scales=_SCALES[cols.scales],
+    )
+
+
+def product(p: GemmProblem, c: Sm90Config, rows: Side, cols: Side) -> str:
+    """The wgmma that the kernel issues."""
+    width = c.cols // passes(p, c) // c.across
+    return wgmma_wrapper(width, rows.dtype, cols.dtype, a_k_major=rows.k_major, b_k_major=cols.k_major)
+
+
+def as_cpp(value: bool) -> str:
+    return str(value).lower()
+
+
+def reads_c(p: GemmProblem) -> bool:
+    """Whether C is an operand of the kernel."""
+    return p.add_c and not p.reduces
+
+
+def out_type(p: GemmProblem) -> str:
+    return "float" if p.out == "float32" else "jdg::bf16"
+
+
+def leading_parameters(p: GemmProblem, c: Sm90Config) -> list[str]:
+    """Tensor maps and pointers, in the order in which a plan passes them."""
+    map_type = "const __grid_constant__ jdg::TensorMap"
+    a, b = sides(p)
+    maps = [f"{map_type} {side.name}_map" for side in (a, b)]
+    maps += [f"{map_type} {side.name}_scale_map" for side in (a, b) if side.has_scale_map]
+    maps += [f"{map_type} d_map"] if tma_store(p, c) else []
+    pointers = [f"{out_type(p)}* d"]
+    pointers += [f"const {out_type(p)}* c"] if reads_c(p) else []
+    return maps + pointers
+
+
+def described(p: object, c: Sm90Config) -> tuple[tuple[str, object], ...]:
+    """What `explain` says of a kernel."""
+    shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs", "ping_pong")
+    return (("problem", str(p)), *((field, getattr(c, field)) for field in shown))
+
+
+def kernel_source(p: GemmProblem, c: Sm90Config) -> KernelSource:
+    """The source of the kernel that runs `c` on `p`; equal for all shapes whose D is aligned alike and whose
+    B is equally `b_once`."""
+    a, b = sides(p)
+    rows, cols = (b, a) if c.swap_ab else (a, b)
+    operands = [f"&{rows.name}_map", f"&{cols.name}_map", rows.scale_map, cols.scale_map, "k_blocks"]
+    operands += [f"batched_{side.name}{of}" for of in ("", "_scales") for side in (rows, cols)]
+    name = kernel_name(p, c)
+    text = _TEXT.format(
+        header="gemm_small_m" if c.one_tile else "gemm",
+        mma=product(p, c, rows, cols),
+        config=config_text(p, c, rows, cols),
+        d_map="&d_map" if tma_store(p, c) else "nullptr",
+        threads=c.threads,
+        blocks_per_sm=c.blocks_per_sm,
+        name=name,
+        parameters=", ".join([*leading_parameters(p, c), *(f"int {x}" for x in INTEGERS)]),
+        operands=", ".join(operands),
+        c="c" if reads_c(p) else "nullptr",
+    )
+    return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p, c).total)
+
+
+INTEGERS = (
+    "m",
+    "n",
+    "batches",
+    "k_blocks",
+    "stripe",
+    "batched_a",
+    "batched_b",
+    "batched_a_scales",
+    "batched_b_scales",
+    "batched_c",
+)

@@ -1,0 +1,194 @@
+"""From the operands of the grouped ops to the problem that their kernels solve.
+
+Operands come prepared: without vmap's dimensions (a batch is more segments), padded for TMA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_deepgemm.core.family import OpKernel
+from jax_deepgemm.ops.gemm.kernel import type_name
+from jax_deepgemm.ops.grouped.family import FAMILY
+from jax_deepgemm.ops.grouped.problem import INNER, MASKED_INNER, MASKED_ROWS, ROWS, GroupedProblem
+
+_PARTS_OF_A_SEGMENT = 3  # starts | ends | groups
+
+
+def _segments(sizes: Any, layout: str, batch: Any) -> dict[str, Any]:
+    segmented = batch is not None or layout == "segments"
+    count = sizes.shape[0] // _PARTS_OF_A_SEGMENT if segmented else sizes.shape[0]
+    return {"segments": count, "segmented": segmented}
+
+
+def _out(avals_out: Sequence[Any]) -> dict[str, Any]:
+    return {"out": np.dtype(avals_out[0].dtype).name}
+
+
+def _fp8(a: Any, b: Any, sb: Any) -> dict[str, Any]:
+    """Scales of 1x128 have a row for each of B's; where both forms have one row they mean the same."""
+    per_row = sb.shape[-2] == b.shape[-2] and b.shape[-2] > 1
+    return {"a": type_name(a), "b": type_name(b), "b_scales": "vector" if per_row else "block"}
+
+
+def _bf16(layout: str) -> dict[str, Any]:
+    return {"a": "bf16", "b": "bf16", "layout": layout, "b_scales": "none"}
+
+
+def _rows_problem(
+    a: Any, b: Any, avals_out: Sequence[Any], expected_m: int | None, described: dict[str, Any]
+) -> GroupedProblem:
+    """Without a hint, the rows are taken to be shared evenly by all groups there are."""
+    rows, k = a.shape
+    expected = expected_m or max(1, rows // max(1, described["segments"]))
+    n = avals_out[0].shape[-1]
+    return GroupedProblem(
+        ROWS, groups=b.shape[0], m=rows, n=n, k=k, expected=expected, **described, **_out(avals_out)
+    )
+
+
+def _m_grouped_fp8(
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    batch: Any,
+    layout: str = "sizes",
+    expected_m: int | None = None,
+    **_: Any,
+) -> GroupedProblem:
+    a, _sa, b, sb, sizes, _offset = avals_in
+    return _rows_problem(a, b, avals_out, expected_m, _segments(sizes, layout, batch) | _fp8(a, b, sb))
+
+
+def _m_grouped_bf16(
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    batch: Any,
+    form: str,
+    layout: str = "sizes",
+    expected_m: int | None = None,
+    **_: Any,
+) -> GroupedProblem:
+    a, b, sizes, _offset = avals_in
+    return _rows_problem(a, b, avals_out, expected_m, _segments(sizes, layout, batch) | _bf16(form))
+
+
+def _masked_problem(
+    a: Any,
+    b: Any,
+    avals_out: Sequence[Any],
+    expected_m: int | None,
+    zero_rows: bool,
+    types: dict[str, Any],
+) -> GroupedProblem:
+    """a [g, m, k]; b [weights, ...] serves group g modulo weights."""
+    groups, rows, k = a.shape
+    return GroupedProblem(
+        MASKED_ROWS,
+        groups=groups,
+        m=rows,
+        n=avals_out[0].shape[-1],
+        k=k,
+        expected=min(expected_m or rows, rows),
+        segments=groups,
+        weights=b.shape[0],
+        zero_rows=zero_rows,
+        **_out(avals_out),
+        **types,
+    )
+
+
+def _m_masked_fp8(
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    batch: Any,
+    expected_m: int | None = None,
+    zero_rows: bool = False,
+    **_: Any,
+) -> GroupedProblem:
+    del batch
+    a, _sa, b, sb, _masked = avals_in
+    return _masked_problem(a, b, avals_out, expected_m, zero_rows, _fp8(a, b, sb))
+
+
+def _m_masked_bf16(
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    batch: Any,
+    form: str,
+    expected_m: int | None = None,
+    zero_rows: bool = False,
+    **_: Any,
+) -> GroupedProblem:
+    del batch
+    a, b, _masked = avals_in
+    return _masked_problem(a, b, avals_out, expected_m, zero_rows, _bf16(form))
+
+
+def _inner_problem(
+    avals_out: Sequence[Any], k: int, add_c: bool, described: dict[str, Any]
+) -> GroupedProblem:
+    *groups, m, n = avals_out[0].shape
+    expected = max(1, k // max(1, described["segments"]))
+    return GroupedProblem(
+        INNER,
+        groups=math.prod(groups),
+        m=m,
+        n=n,
+        k=k,
+        expected=expected,
+        add_c=add_c,
+        **_out(avals_out),
+        **described,
+    )
+
+
+def _k_grouped_fp8(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: Any, layout: str = "sizes", **_: Any
+) -> GroupedProblem:
+    a, _sa, b, _sb, sizes, _offset, *c = avals_in
+    types = {"a": type_name(a), "b": type_name(b), "b_scales": "slices"}
+    return _inner_problem(avals_out, a.shape[1], bool(c), _segments(sizes, layout, batch) | types)
+
+
+def _k_grouped_bf16(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: Any, layout: str = "sizes", **_: Any
+) -> GroupedProblem:
+    a, _b, sizes, _offset, *c = avals_in
+    return _inner_problem(avals_out, a.shape[0], bool(c), _segments(sizes, layout, batch) | _bf16("tn"))
+
+
+def _k_masked_bf16(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: Any, **_: Any
+) -> GroupedProblem:
+    del batch
+    groups, k, _m = avals_in[0].shape
+    *_lead, m, n = avals_out[0].shape
+    counts: dict[str, Any] = {"groups": groups, "segments": groups, "weights": groups}
+    sizes: dict[str, Any] = {"m": m, "n": n, "k": k, "expected": k}
+    return GroupedProblem(MASKED_INNER, **counts, **sizes, **_out(avals_out), **_bf16("tn"))
+
+
+_SCALED = ("a", "a_scales", "b", "b_scales")
+
+m_grouped_fp8_gemm = OpKernel(FAMILY, _m_grouped_fp8, (*_SCALED, "sizes", "offset"))
+"""a [m, k], scales [m, kb], b [g, n, k], scales, sizes or segments, offset."""
+m_grouped_bf16_gemm = OpKernel(FAMILY, _m_grouped_bf16, ("a", "b", "sizes", "offset"))
+"""a [m, k], b [g, n, k] (form "nt") or [g, k, n] ("nn"), sizes or segments, offset."""
+m_masked_fp8_gemm = OpKernel(FAMILY, _m_masked_fp8, (*_SCALED, "sizes"))
+"""a [g, m, k], scales [g, m, kb], b [weights, n, k], scales, masked_m [g]."""
+m_masked_bf16_gemm = OpKernel(FAMILY, _m_masked_bf16, ("a", "b", "sizes"))
+"""a [g, m, k], b [weights, n, k] or [weights, k, n], masked_m [g]."""
+k_grouped_fp8_gemm = OpKernel(FAMILY, _k_grouped_fp8, (*_SCALED, "sizes", "offset", "c"))
+"""a [m, k], scales [kb, m], b [n, k], scales [kb, n], sizes or segments, offset(, c)."""
+k_grouped_bf16_gemm = OpKernel(FAMILY, _k_grouped_bf16, ("a", "b", "sizes", "offset", "c"))
+"""a [k, m], b [k, n], sizes or segments, offset(, c)."""
+k_masked_bf16_gemm = OpKernel(FAMILY, _k_masked_bf16, ("a", "b", "sizes"))
+"""a [g, k, m], b [g, k, n], sizes [g]."""

@@ -1,0 +1,285 @@
+"""A linear layer with one weight per group of rows, forward and backward in FP8 (or BF16).
+
+In FP8, kept for the backward pass: x quantised along its rows and transposed, as the weight gradient wants it
+(1 byte per element), and the transposed FP8 weight, as the input gradient wants it. x itself is not kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_deepgemm.core.arrays import unwrapped
+from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.first_order import ReverseOnly
+from jax_deepgemm.ops.gemm.checks import BLOCKED, OUT_DTYPES, PER_ROW, Side, check_options, layer_weight
+from jax_deepgemm.ops.grouped import recipe as fp8
+from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_contiguous
+from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+
+GROUPED_OUT = "jdg_grouped_out"
+"""checkpoint_name of the layer's result."""
+GROUPED_ACT_FP8 = "jdg_grouped_act_fp8"
+"""checkpoint_name of the FP8 activations kept for the weight gradient."""
+GROUPED_WEIGHT_FP8 = "jdg_grouped_weight_fp8"
+"""checkpoint_name of the FP8 weights kept for the input gradient."""
+
+_WEIGHT = Side("w", "n", False, (BLOCKED, PER_ROW), ("g",))
+_Like: TypeAlias = tuple[np.dtype[Any], PartitionSpec | None]
+_Pair: TypeAlias = tuple[jax.Array, jax.Array]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What of one call is static."""
+
+    out_dtype: np.dtype[Any]
+    out_sharding: PartitionSpec | None
+    gemms: fp8.Options
+    num_groups: int
+    x: _Like
+    """dtype and, on Explicit axes, spec of x, for its gradient; likewise w."""
+    w: _Like
+
+
+def grouped_linear(
+    x: jax.Array,
+    w: jax.Array | QuantizedArray | tuple[jax.Array, jax.Array],
+    group_sizes: jax.Array,
+    *,
+    recipe: str = "fp8",
+    group_offset: Any = None,
+    out_dtype: Any = jnp.bfloat16,
+    expected_m: int | None = None,
+    out_sharding: PartitionSpec | NamedSharding | None = None,
+    reduce_dtype: Any = jnp.float32,
+    num_sms: int | None = None,
+) -> jax.Array:
+    """y = x @ w[g].T for the rows of each group g, with gradients.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax_deepgemm import grouped_linear
+    >>> x = jax.random.normal(jax.random.key(0), (10, 256), jnp.bfloat16)
+    >>> w = jax.random.normal(jax.random.key(1), (3, 512, 256), jnp.float32) / 16
+    >>> sizes = jnp.array([4, 0, 5], jnp.int32)
+    >>> y = grouped_linear(x, w, sizes)
+    >>> y.shape, y.dtype.name, bool(jnp.any(y[9]))
+    ((10, 512), 'bfloat16', False)
+    >>> loss = lambda x, w: grouped_linear(x, w, sizes).astype(jnp.float32).sum()
+    >>> dx, dw = jax.grad(loss, (0, 1))(x, w)
+    >>> dx.dtype.name, dw.dtype.name, bool(jnp.any(dw[1]))
+    ('bfloat16', 'float32', False)
+
+    With "fp8" the forward and both backward GEMMs run in FP8, by the recipe of the DeepSeek-V3 report,
+    section 3.3: x and dy with one scale per row and 128 features, w with one per 128x128 block; for dw, x and
+    dy with one scale per feature and 128 rows (counted from row 0: groups need no alignment), accumulated in
+    float32. With "bf16" x and w are rounded to bfloat16, and derivatives of any order exist.
+
+    A QuantizedArray as w is a frozen weight: only x has a gradient, for which its bytes are transposed. Keep
+    it out of the differentiated arguments: FP8 leaves count as floating point in `jax.grad`.
+
+    Args:
+      x: [m, k] bfloat16 or float32; the rows of group 0, then those of group 1, and so on.
+      w: [g, n, k] bfloat16 or float32 master weights, or for "fp8" a QuantizedArray or (values, scales)
+        tuple [g, n, k] of block (128, 128). Block (1, 128) works in the forward pass only.
+      group_sizes: integer [g_all], g_all >= g. Any sizes; negative ones count as 0.
+      recipe: "fp8" or "bf16".
+      group_offset: the group of w[0], for a part of the weights; int or int32 array, default 0. Rows of
+        groups without a weight here are zero in y and in dx.
+      out_dtype: dtype of y, bfloat16 or float32. dx and dw have the dtypes of x and w.
+      expected_m: rows of a group to expect, for the choice of the kernel.
+      out_sharding: y's sharding on a mesh with Explicit axes; needed there if k or g is cut.
+      reduce_dtype: what devices exchange partial results in: float32, or out_dtype.
+      num_sms: as in `fp8_gemm_nt`.
+
+    Returns:
+      [m, n] in out_dtype. Rows behind the last group are zero, and have a zero gradient.
+
+    Raises:
+      ValueError, TypeError: operands that do not fit; the message names both sides.
+      TypeError: with "fp8", on forward-mode and on second derivatives.
+
+    For `jax.checkpoint` policies y is named "jdg_grouped_out", the kept FP8 activations "jdg_grouped_act_fp8"
+    and the kept FP8 weights "jdg_grouped_weight_fp8".
+    """
+    check_recipe("grouped_linear", recipe)
+    x, w, group_sizes = unwrapped(x), layer_weight("grouped_linear", _WEIGHT, w), unwrapped(group_sizes)
+    check_rows("grouped_linear", "x", x)
+    check_weight("grouped_linear", "w", w, recipe)
+    if x.shape[1] != w.shape[2]:
+        raise ValueError(
+            f"grouped_linear: x is {list(x.shape)} and w is {list(w.shape)}, need x [m, k] and w [g, n, k] "
+            "with the same k. Weights stored [g, k, n] are passed as w.mT."
+        )
+    check_sizes("grouped_linear", group_sizes, w.shape[0])
+    options = check_options("grouped_linear", out_dtype, reduce_dtype, out_sharding, None, num_sms)
+    if recipe == "bf16":
+        assert not isinstance(w, QuantizedArray)
+        y = m_grouped_bf16_gemm_nt_contiguous(
+            x.astype(jnp.bfloat16),
+            w.astype(jnp.bfloat16),
+            group_sizes,
+            group_offset=0 if group_offset is None else group_offset,
+            expected_m=expected_m,
+            out_dtype=options.out_dtype,
+            out_sharding=options.out_sharding,
+            reduce_dtype=options.reduce_dtype,
+            num_sms=options.num_sms,
+        )
+        return checkpoint_name(y, GROUPED_OUT)
+    groups = fp8.Groups.of(group_sizes, group_offset)
+    x, sizes, offset, *weights = same_varying_axes([x, *groups, *jax.tree.leaves(w)])
+    layer = _Layer(
+        out_dtype=options.out_dtype,
+        out_sharding=options.out_sharding,
+        gemms=fp8.Options(expected_m, options.num_sms, options.reduce_dtype),
+        num_groups=w.shape[0],
+        x=like(x),
+        w=like(weights[0]),
+    )
+    groups = fp8.Groups(sizes, offset)
+    if isinstance(w, QuantizedArray):
+        y = _frozen(layer, x, QuantizedArray(weights[0], weights[1], w.block), groups)
+    else:
+        y = _trained(layer, x, weights[0], groups)
+    return checkpoint_name(y, GROUPED_OUT)
+
+
+def like(x: jax.Array) -> _Like:
+    """dtype of an argument, and its spec on Explicit axes: what its gradient has too."""
+    sharding = jax.typeof(x).sharding
+    return np.dtype(x.dtype), sharding.spec if sharding.mesh.explicit_axes else None
+
+
+def check_recipe(where: str, recipe: Any) -> None:
+    if recipe not in fp8.RECIPES:
+        raise ValueError(f"{where}: recipe is {recipe!r}, need 'fp8' or 'bf16'.")
+
+
+def check_rows(where: str, name: str, x: Any) -> None:
+    """x is [rows, features] in bfloat16 or float32."""
+    if not hasattr(x, "dtype") or isinstance(x, QuantizedArray) or np.dtype(x.dtype) not in OUT_DTYPES:
+        given = np.dtype(x.dtype).name if hasattr(x, "dtype") else type(x).__name__
+        raise TypeError(
+            f"{where}: {name} is {given}, need a bfloat16 or float32 array: the layer quantises it. "
+            "For operands that are quantised already use m_grouped_fp8_gemm_nt_contiguous."
+        )
+    if x.ndim != 2:
+        raise ValueError(
+            f"{where}: {name} is {list(x.shape)}, need 2 dimensions. Merge leading dimensions: "
+            f"{name}.reshape(-1, {name}.shape[-1]), or use jax.vmap."
+        )
+
+
+def check_weight(where: str, name: str, w: Any, recipe: str) -> None:
+    """w is [groups, n, k], a master weight or, for "fp8", a frozen one."""
+    if isinstance(w, QuantizedArray):
+        w.check(where, name)
+        if recipe == "bf16":
+            raise ValueError(
+                f"{where}: {name} is quantised and recipe is 'bf16'. Use recipe='fp8', or "
+                f"dequantize({name}, jnp.bfloat16)."
+            )
+        if tuple(w.block) not in (BLOCKED, PER_ROW):
+            raise ValueError(
+                f"{where}: {name} has one scale per block {w.block}, need (128, 128), or (1, 128) without "
+                f"gradients. Quantise it so: jax_deepgemm.quantize({name}, (128, 128))."
+            )
+    elif not hasattr(w, "dtype") or np.dtype(w.dtype) not in OUT_DTYPES:
+        given = np.dtype(w.dtype).name if hasattr(w, "dtype") else type(w).__name__
+        raise TypeError(
+            f"{where}: {name} is {given}, need bfloat16 or float32 master weights, or a QuantizedArray for "
+            "frozen ones."
+        )
+    if w.ndim != 3:
+        raise ValueError(f"{where}: {name} is {list(w.shape)}, need [groups, n, k].")
+
+
+def check_sizes(where: str, sizes: Any, groups: int) -> None:
+    if not hasattr(sizes, "dtype") or not jnp.issubdtype(sizes.dtype, jnp.integer) or sizes.ndim != 1:
+        given = f"{sizes.dtype} {list(sizes.shape)}" if hasattr(sizes, "dtype") else type(sizes).__name__
+        raise ValueError(f"{where}: group_sizes are {given}, need an integer array [groups].")
+    if sizes.shape[0] < groups:
+        raise ValueError(
+            f"{where}: group_sizes are [{sizes.shape[0]}] for {groups} weights, need at least one size per "
+            "weight: the sizes of all groups, with group_offset for a part of the weights."
+        )
+
+
+def _forward(layer: _Layer, x: QuantizedArray, w: QuantizedArray, groups: fp8.Groups) -> jax.Array:
+    return fp8.m_grouped(x, w, groups, layer.gemms, layer.out_dtype, layer.out_sharding)
+
+
+def _input_gradient(layer: _Layer, dy: QuantizedArray, w_t: QuantizedArray, groups: fp8.Groups) -> jax.Array:
+    dtype, spec = layer.x
+    return fp8.m_grouped(dy, w_t, groups, layer.gemms, dtype, spec)
+
+
+_first_order = functools.partial(ReverseOnly, "grouped_linear", fp8.HIGHER_ORDER)
+
+
+@_first_order
+def _trained(layer: _Layer, x: jax.Array, w: jax.Array, groups: fp8.Groups) -> jax.Array:
+    return _forward(layer, quantize(x, PER_ROW), quantize(w, BLOCKED), groups)
+
+
+def _trained_fwd(layer: _Layer, x: jax.Array, w: jax.Array, groups: fp8.Groups) -> tuple[jax.Array, Any]:
+    rows, along_rows = fp8.both(x, groups)
+    weight, weight_t = fp8.weight_and_transpose(w)
+    act = fp8.keep(*along_rows, GROUPED_ACT_FP8)
+    return _forward(layer, rows, weight, groups), (
+        act,
+        fp8.keep(weight_t.values, weight_t.scales, GROUPED_WEIGHT_FP8),
+        groups,
+    )
+
+
+def _trained_bwd(
+    layer: _Layer, residuals: tuple[_Pair, _Pair, fp8.Groups], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    act, weight_t, groups = residuals
+    rows, along_rows = fp8.both(dy, groups)
+    dx = _input_gradient(layer, rows, QuantizedArray(*fp8.kept(weight_t), BLOCKED), groups)
+    dtype, spec = layer.w
+    x = fp8.AlongRows(*fp8.kept(act))
+    return dx, fp8.k_grouped(along_rows, x, groups, layer.num_groups, layer.gemms, dtype, spec), None
+
+
+_trained.defvjp(_trained_fwd, _trained_bwd)
+
+
+@_first_order
+def _frozen(layer: _Layer, x: jax.Array, w: QuantizedArray, groups: fp8.Groups) -> jax.Array:
+    return _forward(layer, quantize(x, PER_ROW), w, groups)
+
+
+def _frozen_fwd(layer: _Layer, x: jax.Array, w: QuantizedArray, groups: fp8.Groups) -> tuple[jax.Array, Any]:
+    require_blocked("grouped_linear", w)
+    y = _forward(layer, quantize(x, PER_ROW), w, groups)
+    return y, (fp8.keep(w.values, w.scales, GROUPED_WEIGHT_FP8), groups)
+
+
+def _frozen_bwd(layer: _Layer, residuals: tuple[_Pair, fp8.Groups], dy: jax.Array) -> tuple[Any, ...]:
+    w, groups = residuals
+    weight_t = fp8.transposed(QuantizedArray(*fp8.kept(w, layer.w[0]), BLOCKED))
+    return _input_gradient(layer, quantize(dy, PER_ROW), weight_t, groups), None, None
+
+
+_frozen.defvjp(_frozen_fwd, _frozen_bwd)
+
+
+def require_blocked(where: str, w: QuantizedArray) -> None:
+    """A frozen weight through which a gradient goes has square blocks."""
+    if tuple(w.block) != BLOCKED:
+        raise ValueError(
+            f"{where}: the gradient of x needs w with one scale per block (128, 128), and this frozen weight "
+            f"has block {w.block}: its scales run along k, and dx = dy @ w sums over n. Quantise it so: "
+            "jax_deepgemm.quantize(w, (128, 128))."
+        )

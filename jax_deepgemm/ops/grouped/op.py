@@ -1,0 +1,296 @@
+"""The grouped GEMMs as ops: shapes, sharding, derivatives, and what runs where.
+
+Dimensions: m, n, k as in a GEMM; g groups that a device has; s and o say which rows are whose (segments.py):
+s covers all groups there are, and group i of this op is group i + o of them. Rows of m-grouped results that
+belong to no group of the op are zero, so results of devices that each have some groups are summed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_deepgemm.core.family import LazyKernel
+from jax_deepgemm.core.op import Op
+from jax_deepgemm.core.sharding import ShardingPlan
+from jax_deepgemm.ops.gemm.op import recut_blocks
+from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
+from jax_deepgemm.ops.grouped import prepare, reference, segments
+
+Recut = tuple[Sequence[jax.Array], dict[str, Any]]
+
+FP8_GRADIENT_HINT = (
+    "Quantised operands have no useful derivative. Use jax_deepgemm.grouped_linear, which quantises inside "
+    "and has FP8 gradients, or jax.lax.stop_gradient."
+)
+_BLOCKS = {"kb": ("k", SCALE_BLOCK), "nb": ("n", SCALE_BLOCK)}
+
+
+def _kernel(name: str, **form: str) -> LazyKernel:
+    return LazyKernel("jax_deepgemm.ops.grouped.kernel", name, batched=True, **form)
+
+
+def _blocks(rule: str) -> dict[str, tuple[str, int]]:
+    return {grid: data for grid, data in _BLOCKS.items() if grid in rule.replace(",", " ").split()}
+
+
+# One device's piece
+
+
+def _recut_m_grouped(plan: ShardingPlan, *arrays: jax.Array, layout: str, **_: Any) -> Recut:
+    """m: my rows' part of each group. g: I have the groups from an offset on."""
+    *operands, s, o = arrays
+    if len(operands) == 4:
+        operands = list(recut_blocks(plan, *operands))
+    if plan.cut("m"):
+        s = segments.window(s, layout, plan.size["m"], plan.offset("m"), plan.local_size("m"))
+    if plan.cut("g"):
+        o = o + plan.offset("g")
+    return (*operands, s, o), {}
+
+
+def _recut_masked(rows: str) -> Callable[..., Recut]:
+    def recut(plan: ShardingPlan, *arrays: jax.Array, **_: Any) -> Recut:
+        *operands, counts = arrays
+        if len(operands) == 4:
+            operands = list(recut_blocks(plan, *operands))
+        if plan.cut(rows):
+            counts = jnp.clip(counts, 0, plan.size[rows]) - plan.offset(rows)
+        return (*operands, counts), {}
+
+    return recut
+
+
+def _recut_k_grouped(plan: ShardingPlan, *arrays: jax.Array, layout: str, num_groups: int, **_: Any) -> Recut:
+    """k: my part of each group, shifted with its columns if they start inside a block. g: my results."""
+    count = 4 if "kb" in plan.rule.blocks else 2
+    operands, (s, o, *c) = list(arrays[:count]), arrays[count:]
+    changed: dict[str, Any] = {}
+    if plan.cut("k"):
+        size = plan.local_size("k")
+        s = segments.window(s, layout, plan.size["k"], plan.offset("k"), size)
+        if count == 4 and not plan.cut("kb"):
+            operands = list(recut_blocks(plan, *operands))
+            s = segments.shifted(s, layout, size, plan.offset("k") % SCALE_BLOCK)
+            changed["layout"] = "segments"
+    if plan.cut("g"):
+        o = o + plan.offset("g")
+        changed["num_groups"] = plan.local_size("g")
+    return (*operands, s, o, *c), changed
+
+
+# FP8: no derivatives
+
+
+def _m_grouped_fp8(name: str, scales_of_b: str) -> Op:
+    rule = f"m k, m kb, g n k, {scales_of_b}, s, o -> m n"
+    return Op(
+        name,
+        rule,
+        lambda a, sa, b, *_, out_dtype, **__: [((a[0], b[1]), out_dtype)],
+        reference.m_grouped_fp8_gemm,
+        reduces=("k", "g"),
+        blocks=_blocks(rule),
+        recut=_recut_m_grouped,
+        kernel=_kernel("m_grouped_fp8_gemm"),
+        kernel_prepare=prepare.m_grouped_fp8,
+        grad_hint=FP8_GRADIENT_HINT,
+    )
+
+
+def _m_masked_fp8(name: str, scales_of_b: str) -> Op:
+    rule = f"g m k, g m kb, g n k, {scales_of_b}, g -> g m n"
+    return Op(
+        name,
+        rule,
+        lambda a, sa, b, *_, out_dtype, **__: [((*a[:2], b[1]), out_dtype)],
+        reference.m_masked_fp8_gemm,
+        reduces=("k",),
+        blocks=_blocks(rule),
+        recut=_recut_masked("m"),
+        kernel=_kernel("m_masked_fp8_gemm"),
+        kernel_prepare=prepare.m_masked_fp8,
+        grad_hint=FP8_GRADIENT_HINT,
+    )
+
+
+def _k_grouped_fp8(base: Op | None = None) -> Op:
+    rule = "m k, kb m, n k, kb n, s, o"
+    return Op(
+        "k_grouped_fp8_gemm" + ("" if base is None else "_add"),
+        rule + (" -> g m n" if base is None else ", g m n -> g m n"),
+        lambda a, sa, b, *_, num_groups, out_dtype, **__: [((num_groups, a[0], b[0]), out_dtype)],
+        reference.k_grouped_fp8_gemm,
+        reduces=("k",),
+        blocks=_blocks(rule),
+        recut=_recut_k_grouped,
+        kernel=_kernel("k_grouped_fp8_gemm"),
+        kernel_prepare=prepare.k_grouped_fp8,
+        aliases={} if base is None else {6: 0},
+        addend=None if base is None else 6,
+        base=base,
+        grad_hint=FP8_GRADIENT_HINT,
+    )
+
+
+M_GROUPED_FP8_BLOCK = _m_grouped_fp8("m_grouped_fp8_gemm_block", "g nb kb")
+M_GROUPED_FP8_ROW = _m_grouped_fp8("m_grouped_fp8_gemm_row", "g n kb")
+M_MASKED_FP8_BLOCK = _m_masked_fp8("m_masked_fp8_gemm_block", "g nb kb")
+M_MASKED_FP8_ROW = _m_masked_fp8("m_masked_fp8_gemm_row", "g n kb")
+K_GROUPED_FP8 = _k_grouped_fp8()
+K_GROUPED_FP8_ADD = _k_grouped_fp8(base=K_GROUPED_FP8)
+
+
+# bfloat16: the derivatives are the other grouped GEMMs
+
+FORMS = ("nt", "nn")
+"""How b is stored, [g, n, k] or [g, k, n]; a is [m, k]."""
+
+_OTHER = {"nt": "nn", "nn": "nt"}
+
+
+def _jvp(op: Callable[[], Op], primals: list[Any], tangents: list[Any], **params: Any) -> list[jax.Array]:
+    """Of an op that is linear in its first two operands, and in C, the last, if it has one.
+
+    op: the op without C.
+    """
+    a, b, *rest = primals
+    rows = [x for x in rest if jnp.issubdtype(x.dtype, jnp.integer)]
+    run = functools.partial(op(), **params)
+    terms = [x for x in tangents[2 + len(rows) :] if x is not None]
+    terms += [] if tangents[0] is None else run(tangents[0], b, *rows)
+    terms += [] if tangents[1] is None else run(a, tangents[1], *rows)
+    return [functools.reduce(jnp.add, terms)]
+
+
+def _cotangent_params(wanted: Any, params: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """Parameters of the op that computes a cotangent: the forward's where they mean the same."""
+    same = ("num_sms", "reduce_dtype", "fallback")
+    kept: dict[str, Any] = {name: params[name] for name in same if name in params}
+    return {**kept, "out_dtype": wanted.dtype, "out_sharding": wanted.out_sharding, "config": None, **own}
+
+
+def _m_grouped_transpose(
+    form: str, index: int, cotangents: list[jax.Array], values: list[Any], *, layout: str, **params: Any
+) -> jax.Array:
+    """da = dd @ b, group by group; db = dd.T @ a over each group's rows."""
+    a, b, s, o = values
+    wanted = values[index]
+    dd = cotangents[0].astype(wanted.dtype)
+    if index == 0:
+        own = _cotangent_params(wanted, params, layout=layout, expected_m=params.get("expected_m"))
+        return M_GROUPED_BF16[_OTHER[form]](dd, b, s, o, **own)[0]
+    groups = wanted.shape[0]
+    if layout == "segments":
+        s, o = segments.by_group(s, layout, dd.shape[0], o, groups), jnp.zeros_like(o)
+    own = _cotangent_params(wanted, params, layout=layout, num_groups=groups)
+    return K_GROUPED_BF16(*((dd, a) if form == "nt" else (a, dd)), s, o, **own)[0]
+
+
+def _k_grouped_transpose(
+    index: int, cotangents: list[jax.Array], values: list[Any], *, layout: str, **params: Any
+) -> jax.Array:
+    """da = b @ dd.T, db = a @ dd, each row with its group's dd."""
+    if index == 4:
+        return cotangents[0]
+    wanted, other, (s, o) = values[index], values[1 - index], values[2:4]
+    dd = cotangents[0].astype(wanted.dtype)
+    if layout == "segments":
+        s = segments.by_row(s, wanted.shape[0])
+    own = _cotangent_params(wanted, params, layout=layout, expected_m=None)
+    return M_GROUPED_BF16["nt" if index == 0 else "nn"](other, dd, s, o, **own)[0]
+
+
+def _m_masked_transpose(
+    form: str, index: int, cotangents: list[jax.Array], values: list[Any], **params: Any
+) -> jax.Array:
+    """As m-grouped; rows that do not count have gradient zero, and give none."""
+    a, b, counts = values
+    wanted = values[index]
+    dd = cotangents[0].astype(wanted.dtype)
+    if index == 0:
+        hints = {"zero_rows": True, "expected_m": params.get("expected_m")}
+        own = _cotangent_params(wanted, params, **hints)
+        return M_MASKED_BF16[_OTHER[form]](dd, b, counts, **own)[0]
+    own = _cotangent_params(wanted, params)
+    return K_MASKED_BF16(*((dd, a) if form == "nt" else (a, dd)), counts, **own)[0]
+
+
+def _k_masked_transpose(
+    index: int, cotangents: list[jax.Array], values: list[Any], **params: Any
+) -> jax.Array:
+    """da = b @ dd.T, db = a @ dd; zero in rows that do not count."""
+    wanted, other, counts = values[index], values[1 - index], values[2]
+    own = _cotangent_params(wanted, params, zero_rows=True, expected_m=None)
+    dd = cotangents[0].astype(wanted.dtype)
+    return M_MASKED_BF16["nt" if index == 0 else "nn"](other, dd, counts, **own)[0]
+
+
+def _m_grouped_bf16(form: str) -> Op:
+    return Op(
+        f"m_grouped_bf16_gemm_{form}",
+        f"m k, {'g n k' if form == 'nt' else 'g k n'}, s, o -> m n",
+        lambda a, b, *_, out_dtype, **__: [((a[0], b[1 if form == "nt" else 2]), out_dtype)],
+        functools.partial(reference.m_grouped_bf16_gemm, form=form),
+        reduces=("k", "g"),
+        recut=_recut_m_grouped,
+        kernel=_kernel("m_grouped_bf16_gemm", form=form),
+        kernel_prepare=functools.partial(prepare.m_grouped_bf16, form=form),
+        jvp=functools.partial(_jvp, lambda: M_GROUPED_BF16[form]),
+        transpose=functools.partial(_m_grouped_transpose, form),
+    )
+
+
+def _m_masked_bf16(form: str) -> Op:
+    return Op(
+        f"m_masked_bf16_gemm_{form}",
+        f"g m k, {'g n k' if form == 'nt' else 'g k n'}, g -> g m n",
+        lambda a, b, *_, out_dtype, **__: [((*a[:2], b[1 if form == "nt" else 2]), out_dtype)],
+        functools.partial(reference.m_masked_bf16_gemm, form=form),
+        reduces=("k",),
+        recut=_recut_masked("m"),
+        kernel=_kernel("m_masked_bf16_gemm", form=form),
+        kernel_prepare=functools.partial(prepare.m_masked_bf16, form=form),
+        jvp=functools.partial(_jvp, lambda: M_MASKED_BF16[form]),
+        transpose=functools.partial(_m_masked_transpose, form),
+    )
+
+
+def _k_grouped_bf16(base: Op | None = None) -> Op:
+    return Op(
+        "k_grouped_bf16_gemm" + ("" if base is None else "_add"),
+        "k m, k n, s, o" + (" -> g m n" if base is None else ", g m n -> g m n"),
+        lambda a, b, *_, num_groups, out_dtype, **__: [((num_groups, a[1], b[1]), out_dtype)],
+        reference.k_grouped_bf16_gemm,
+        reduces=("k",),
+        recut=_recut_k_grouped,
+        kernel=_kernel("k_grouped_bf16_gemm"),
+        kernel_prepare=prepare.k_grouped_bf16,
+        aliases={} if base is None else {4: 0},
+        addend=None if base is None else 4,
+        base=base,
+        jvp=functools.partial(_jvp, lambda: K_GROUPED_BF16),
+        transpose=_k_grouped_transpose,
+    )
+
+
+M_GROUPED_BF16 = {form: _m_grouped_bf16(form) for form in FORMS}
+M_MASKED_BF16 = {form: _m_masked_bf16(form) for form in FORMS}
+K_GROUPED_BF16: Op = _k_grouped_bf16()
+K_GROUPED_BF16_ADD = _k_grouped_bf16(base=K_GROUPED_BF16)
+K_MASKED_BF16: Op = Op(
+    "k_masked_bf16_gemm",
+    "g k m, g k n, g -> g m n",
+    lambda a, b, *_, out_dtype, **__: [((a[0], a[2], b[2]), out_dtype)],
+    reference.k_masked_bf16_gemm,
+    reduces=("k",),
+    recut=_recut_masked("k"),
+    kernel=_kernel("k_masked_bf16_gemm"),
+    kernel_prepare=prepare.k_masked_bf16,
+    jvp=functools.partial(_jvp, lambda: K_MASKED_BF16),
+    transpose=_k_masked_transpose,
+)

@@ -1,0 +1,212 @@
+"""Operands as the grouped kernels read them: vmap's dimension merged, rows of whole 16 bytes.
+
+Traced on local shapes in front of the kernel, on CUDA only. What a kernel sees where there was a batch of B
+(its `batch` is then not None), with shapes of one element of the batch in small letters:
+
+    m-grouped  a [B * m, k], b [B * g, n, k], or [g, n, k] where it is shared; s "segments" with S = B * that
+               of one; o zeros. D is [B, m, n].
+    masked     a [B * g, m, k], counts [B * g], b [B * g, n, k], or [g, n, k] where it is shared (group i of a
+               has group i % g of b). D is [B, g, m, n].
+    k-grouped  a [k, B * m] in BF16: [B * k, m]; FP8: [m, B * k'], scales [B * k' / 128, m] with k' = k
+               rounded up to whole blocks; s "segments" with segment i for group i of B * num_groups; o zeros.
+               C and D are [B, num_groups, m, n].
+
+So `layout` counts only where there was no batch. k, and what else is contiguous, may be padded with zeros,
+and then exceeds D's m and n, which are the true ones. An operand that is the same for the whole batch is
+repeated, except b of m-grouped and masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_deepgemm.ops.gemm.padding import ROW_BYTES, pad_axis
+from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
+from jax_deepgemm.ops.grouped import segments
+
+Arrays = Sequence[jax.Array]
+
+
+def _batch_of(arrays: Arrays, ranks: Sequence[int]) -> int | None:
+    """Size of vmap's dimension, which operands have that exceed their rank; None if none does."""
+    sizes = [x.shape[0] for x, rank in zip(arrays, ranks, strict=True) if x.ndim > rank]
+    return sizes[0] if sizes else None
+
+
+def _spread(x: jax.Array, rank: int, size: int) -> jax.Array:
+    """x with vmap's dimension."""
+    return x if x.ndim > rank else jnp.broadcast_to(x[None], (size, *x.shape))
+
+
+def _merged(x: jax.Array, rank: int, size: int) -> jax.Array:
+    """x with vmap's dimension merged into its first."""
+    return _spread(x, rank, size).reshape(-1, *x.shape[x.ndim - rank + 1 :])
+
+
+def _merged_segments(parts: segments.Segments, rows: int, size: int, groups: jax.Array) -> jax.Array:
+    """One operand for all of a batch whose elements have `rows` rows each; parts and groups are [B, S]."""
+    first = rows * jnp.arange(size, dtype=jnp.int32)[:, None]
+    whole = segments.Segments(parts.starts + first, parts.ends + first, groups)
+    return segments.write(segments.Segments(*(x.reshape(-1) for x in whole)))
+
+
+def _fold_m_grouped(
+    rows: Arrays, weights: Arrays, s: jax.Array, o: jax.Array, layout: str
+) -> tuple[list[jax.Array], list[jax.Array], jax.Array, jax.Array]:
+    ranks = (2,) * len(rows) + (3,) * len(weights) + (1, 1)
+    size = _batch_of([*rows, *weights, s, o], ranks)
+    if size is None:
+        return list(rows), list(weights), s, o
+    m = rows[0].shape[-2]
+    parts = segments.read(_spread(s, 1, size), layout, m)
+    count = weights[0].shape[-3]
+    groups = segments.local_groups(parts.groups, _spread(o, 1, size), count)
+    if any(x.ndim > 3 for x in weights):
+        first = count * jnp.arange(size, dtype=jnp.int32)[:, None]
+        groups = jnp.where(groups >= 0, groups + first, -1)
+        weights = [_merged(x, 3, size) for x in weights]
+    merged = _merged_segments(parts, m, size, groups)
+    return [_merged(x, 2, size) for x in rows], list(weights), merged, jnp.zeros(1, jnp.int32)
+
+
+def _pad_fp8(op: str, a: jax.Array, sa: jax.Array, b: jax.Array, sb: jax.Array) -> list[jax.Array]:
+    """k to a multiple of 16 values and ceil(k / 128) to a multiple of 4 scales."""
+    return [
+        pad_axis(f"{op}: a", a, -1, ROW_BYTES),
+        pad_axis(f"{op}: scales of a", sa, -1, ROW_BYTES // 4),
+        pad_axis(f"{op}: b", b, -1, ROW_BYTES),
+        pad_axis(f"{op}: scales of b", sb, -1, ROW_BYTES // 4),
+    ]
+
+
+def _pad_bf16(op: str, a: jax.Array, b: jax.Array, form: str) -> list[jax.Array]:
+    """The contiguous dimensions to a multiple of 8; the other operand's k follows."""
+    step = ROW_BYTES // 2
+    a, b = pad_axis(f"{op}: a", a, -1, step), pad_axis(f"{op}: b", b, -1, step)
+    return [a, pad_axis(f"{op}: b", b, -2, step) if form == "nn" else b]
+
+
+def m_grouped_fp8(
+    a: jax.Array,
+    sa: jax.Array,
+    b: jax.Array,
+    sb: jax.Array,
+    s: jax.Array,
+    o: jax.Array,
+    *,
+    layout: str,
+    **_: Any,
+) -> Arrays:
+    (a, sa), (b, sb), s, o = _fold_m_grouped((a, sa), (b, sb), s, o, layout)
+    return *_pad_fp8("m_grouped_fp8_gemm", a, sa, b, sb), s, o
+
+
+def m_grouped_bf16(
+    a: jax.Array, b: jax.Array, s: jax.Array, o: jax.Array, *, form: str, layout: str, **_: Any
+) -> Arrays:
+    (a,), (b,), s, o = _fold_m_grouped((a,), (b,), s, o, layout)
+    return *_pad_bf16("m_grouped_bf16_gemm", a, b, form), s, o
+
+
+def _fold_masked(
+    rows: Arrays, weights: Arrays, counts: jax.Array
+) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
+    ranks = (3,) * (len(rows) + len(weights)) + (1,)
+    size = _batch_of([*rows, *weights, counts], ranks)
+    if size is None:
+        return list(rows), list(weights), counts
+    if any(x.ndim > 3 for x in weights):
+        weights = [_merged(x, 3, size) for x in weights]
+    return [_merged(x, 3, size) for x in rows], list(weights), _merged(counts, 1, size)
+
+
+def m_masked_fp8(
+    a: jax.Array, sa: jax.Array, b: jax.Array, sb: jax.Array, counts: jax.Array, **_: Any
+) -> Arrays:
+    (a, sa), (b, sb), counts = _fold_masked((a, sa), (b, sb), counts)
+    return *_pad_fp8("m_masked_fp8_gemm", a, sa, b, sb), counts
+
+
+def m_masked_bf16(a: jax.Array, b: jax.Array, counts: jax.Array, *, form: str, **_: Any) -> Arrays:
+    (a,), (b,), counts = _fold_masked((a,), (b,), counts)
+    return *_pad_bf16("m_masked_bf16_gemm", a, b, form), counts
+
+
+def k_masked_bf16(a: jax.Array, b: jax.Array, counts: jax.Array, **_: Any) -> Arrays:
+    (a, b), _weights, counts = _fold_masked((a, b), (), counts)
+    step = ROW_BYTES // 2
+    return (
+        pad_axis("k_masked_bf16_gemm: a", a, -1, step),
+        pad_axis("k_masked_bf16_gemm: b", b, -1, step),
+        counts,
+    )
+
+
+def _fold_k_groups(
+    s: jax.Array, o: jax.Array, layout: str, k: int, step: int, num_groups: int, size: int
+) -> tuple[jax.Array, jax.Array]:
+    """s and o where each element of the batch has `step` rows, of which k are its own."""
+    parts = segments.read(_spread(s, 1, size), layout, k)
+    mine = segments.take_groups(parts, _spread(o, 1, size), num_groups)
+    groups = jnp.arange(size * num_groups, dtype=jnp.int32).reshape(size, num_groups)
+    return _merged_segments(mine, step, size, groups), jnp.zeros(1, jnp.int32)
+
+
+def k_grouped_bf16(
+    a: jax.Array,
+    b: jax.Array,
+    s: jax.Array,
+    o: jax.Array,
+    *c: jax.Array,
+    layout: str,
+    num_groups: int,
+    **_: Any,
+) -> Arrays:
+    size = _batch_of((a, b, s, o, *c), (2, 2, 1, 1, 3)[: 4 + len(c)])
+    if size is not None:
+        k = a.shape[-2]
+        s, o = _fold_k_groups(s, o, layout, k, k, num_groups, size)
+        a, b = _merged(a, 2, size), _merged(b, 2, size)
+        c = tuple(_spread(x, 3, size) for x in c)
+    step = ROW_BYTES // 2
+    return (
+        pad_axis("k_grouped_bf16_gemm: a", a, -1, step),
+        pad_axis("k_grouped_bf16_gemm: b", b, -1, step),
+        s,
+        o,
+        *c,
+    )
+
+
+def _merged_columns(x: jax.Array, size: int, k: int) -> jax.Array:
+    """[rows, B * k] of [B, rows, <= k]."""
+    x = _spread(x, 2, size)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, k - x.shape[-1])))
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], size * k)
+
+
+def k_grouped_fp8(
+    a: jax.Array,
+    sa: jax.Array,
+    b: jax.Array,
+    sb: jax.Array,
+    s: jax.Array,
+    o: jax.Array,
+    *c: jax.Array,
+    layout: str,
+    num_groups: int,
+    **_: Any,
+) -> Arrays:
+    size = _batch_of((a, sa, b, sb, s, o, *c), (2, 2, 2, 2, 1, 1, 3)[: 6 + len(c)])
+    if size is not None:
+        k = a.shape[-1]
+        padded = sa.shape[-2] * SCALE_BLOCK
+        s, o = _fold_k_groups(s, o, layout, k, padded, num_groups, size)
+        a, b = (_merged_columns(x, size, padded) for x in (a, b))
+        sa, sb = (_merged(x, 2, size) for x in (sa, sb))
+        c = tuple(_spread(x, 3, size) for x in c)
+    return *_pad_fp8("k_grouped_fp8_gemm", a, sa, b, sb), s, o, *c

@@ -1,0 +1,152 @@
+"""The three grouped GEMMs of FP8 training and the operands they take, as grouped_linear and the MoE layers
+share them.
+
+    y  = rows @ w[group].T     rows 1x128 along k,      w 128x128
+    dx = dy @ w[group]         dy 1x128 along n,        the transposed bytes of the same FP8 weight
+    dw = dy.T @ rows           both 1x128 along rows,   accumulated in float32
+
+What is kept for the backward pass is kept as bytes: jax.checkpoint passes what it saves through
+reduce_precision, which knows no largest exponent with numbers in it, so float8_e4m3fn values from 256 on
+would come back as infinities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from jax_deepgemm.ops.gemm.checks import BLOCKED, FLOAT32, PER_ROW
+from jax_deepgemm.ops.grouped.api import k_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_contiguous
+from jax_deepgemm.ops.grouped.checks import as_int32, check_offset
+from jax_deepgemm.ops.grouped.segments import prefix_ends
+from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
+
+E4M3 = np.dtype(jnp.float8_e4m3fn)
+RECIPES = ("fp8", "bf16")
+HIGHER_ORDER = "recipe='bf16'"
+"""What has the derivatives that FP8 lacks, for errors."""
+
+
+class AlongRows(NamedTuple):
+    """Rows quantised and stored as the weight gradient wants them.
+
+    values [features, rows] in FP8; scales float32 [ceil(rows / 128), features], one per 128 rows and feature.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+
+
+class Groups(NamedTuple):
+    """Which rows belong to which weight: int32 group_sizes of all groups, and [1] the group of weight 0."""
+
+    sizes: jax.Array
+    offset: jax.Array
+
+    @classmethod
+    def of(cls, group_sizes: jax.Array, group_offset: Any) -> Groups:
+        sizes = as_int32("grouped", "group_sizes", group_sizes, "[g]")
+        return cls(sizes, check_offset("grouped", group_offset))
+
+    def end(self, rows: int) -> jax.Array:
+        """int32 [1]: the first row behind all groups."""
+        return prefix_ends(self.sizes, rows)[-1:]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What of the three GEMMs is static."""
+
+    expected_m: int | None = None
+    num_sms: int | None = None
+    reduce_dtype: np.dtype[Any] = FLOAT32
+
+
+def both(x: jax.Array, groups: Groups) -> tuple[QuantizedArray, AlongRows]:
+    """x [rows, features] quantised along features, and along rows and transposed; tail rows do not count."""
+    values, scales, *along_rows = quantize_both(x, groups.end(x.shape[0]))
+    return QuantizedArray(values, scales, PER_ROW), AlongRows(*along_rows)
+
+
+def weight_and_transpose(w: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
+    """w [g, n, k] in FP8, and its transpose [g, k, n]: the same values and scales."""
+    values, scales, values_t = jax.vmap(quantize_weight)(w)
+    return QuantizedArray(values, scales, BLOCKED), QuantizedArray(values_t, scales.mT, BLOCKED)
+
+
+def transposed(w: QuantizedArray) -> QuantizedArray:
+    """The transpose of a frozen weight: a copy of its bytes."""
+    return QuantizedArray(w.values.mT, w.scales.mT, (w.block[1], w.block[0]))
+
+
+def forward_weight(w: jax.Array | QuantizedArray) -> QuantizedArray:
+    """A master weight quantised, a frozen one as it is."""
+    return w if isinstance(w, QuantizedArray) else quantize(w, BLOCKED)
+
+
+def m_grouped(
+    rows: QuantizedArray,
+    w: QuantizedArray,
+    groups: Groups,
+    options: Options,
+    out_dtype: Any,
+    out_sharding: PartitionSpec | None = None,
+) -> jax.Array:
+    """rows [m, k] @ w[group of the row] [n, k].T."""
+    return m_grouped_fp8_gemm_nt_contiguous(
+        rows,
+        w,
+        groups.sizes,
+        group_offset=groups.offset,
+        expected_m=options.expected_m,
+        out_dtype=out_dtype,
+        out_sharding=out_sharding,
+        reduce_dtype=_reduce_dtype(options, out_dtype),
+        num_sms=options.num_sms,
+    )
+
+
+def k_grouped(
+    dy: AlongRows,
+    x: AlongRows,
+    groups: Groups,
+    num_groups: int,
+    options: Options,
+    out_dtype: Any,
+    out_sharding: PartitionSpec | None = None,
+) -> jax.Array:
+    """[num_groups, n, k]: the sum over each group's rows of dy [row, n] * x [row, k]."""
+    a, b = (QuantizedArray(q.values, q.scales.T, PER_ROW) for q in (dy, x))
+    return k_grouped_fp8_gemm_nt_contiguous(
+        a,
+        b,
+        groups.sizes,
+        num_groups=num_groups,
+        group_offset=groups.offset,
+        out_dtype=out_dtype,
+        out_sharding=out_sharding,
+        reduce_dtype=_reduce_dtype(options, out_dtype),
+        num_sms=options.num_sms,
+    )
+
+
+def _reduce_dtype(options: Options, out_dtype: Any) -> np.dtype[Any]:
+    return options.reduce_dtype if options.reduce_dtype == np.dtype(out_dtype) else FLOAT32
+
+
+def keep(values: jax.Array, scales: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
+    """FP8 values as bytes, and their scales, under a checkpoint_name."""
+    return checkpoint_name(lax.bitcast_convert_type(values, jnp.uint8), name), checkpoint_name(scales, name)
+
+
+def kept(pair: tuple[jax.Array, jax.Array], dtype: Any = E4M3) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `keep`."""
+    return lax.bitcast_convert_type(pair[0], dtype), pair[1]

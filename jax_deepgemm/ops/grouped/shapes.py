@@ -1,0 +1,168 @@
+"""Shapes of grouped GEMMs, for `precompile` and the command line; groups have equal sizes there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from jax_deepgemm.core.shapes import (
+    BLOCKS,
+    DTYPES,
+    MOST_GROUPS,
+    RECIPES,
+    WEIGHTS,
+    Call,
+    Shape,
+    choice,
+    flag,
+    layer_calls,
+    size,
+)
+from jax_deepgemm.ops.gemm.shapes import matrix, weight
+
+
+def equal_sizes(groups: int, total: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Sizes of groups, as equal as can be.
+
+    >>> equal_sizes(3, 8).tolist()
+    [3, 3, 2]
+    """
+    return (np.arange(groups) < total % groups).astype(np.int32) + np.int32(total // groups)
+
+
+@dataclass(frozen=True)
+class ContiguousShape(Shape):
+    """Groups of rows, one after the other: D[rows of g] = A[rows of g] x B[g]."""
+
+    OPS: ClassVar = tuple(
+        f"m_grouped_{kind}_gemm_{form}_contiguous" for kind in ("fp8", "bf16") for form in ("nt", "nn")
+    )
+    groups: int = size("groups, each with its own B", most=MOST_GROUPS)
+    m: int = size("rows of A and D, of all groups together")
+    n: int = size("columns of each B and of D")
+    k: int = size("columns of A, rows of each B")
+    expected_m: int | None = size("rows of a typical group, as the call says it (default m / groups)", None)
+    out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
+    b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
+
+    def calls(self) -> list[Call]:
+        from jax_deepgemm.ops.grouped import api
+
+        fp8, op = "fp8" in self.op, getattr(api, self.op)
+        a = matrix(fp8, (self.m, self.k), True, (1, 128))
+        b = matrix(fp8, (self.groups, self.n, self.k), "_nt_" in self.op, BLOCKS[self.b_block])
+
+        def function(a: Any, b: Any, sizes: Any) -> Any:
+            return op(a, b, sizes, expected_m=self.expected_m, out_dtype=self.out_dtype)
+
+        return [Call(self.op, function, (a, b, equal_sizes(self.groups, self.m)))]
+
+
+@dataclass(frozen=True)
+class MaskedShape(Shape):
+    """Equal storage for each group: D[g, :rows] = A[g, :rows] x B[g]."""
+
+    OPS: ClassVar = ("m_grouped_fp8_gemm_nt_masked", "m_grouped_bf16_gemm_nt_masked")
+    groups: int = size("groups, each with its own A and B", most=MOST_GROUPS)
+    m: int = size("rows of A and D that each group has room for")
+    n: int = size("columns of each B and of D")
+    k: int = size("columns of A, rows of each B")
+    expected_m: int | None = size("rows of a typical group, as the call says it (default m)", None)
+    zero_rows: bool = flag("rows that do not count are written as zeros")
+    out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
+    b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
+
+    def calls(self) -> list[Call]:
+        from jax_deepgemm.ops.grouped import api
+
+        fp8, op = "fp8" in self.op, getattr(api, self.op)
+        a = matrix(fp8, (self.groups, self.m, self.k), True, (1, 128))
+        b = matrix(fp8, (self.groups, self.n, self.k), True, BLOCKS[self.b_block])
+        counts = np.full(self.groups, min(self.m, self.expected_m or self.m), np.int32)
+
+        def function(a: Any, b: Any, counts: Any) -> Any:
+            return op(a, b, counts, self.expected_m, zero_rows=self.zero_rows, out_dtype=self.out_dtype)
+
+        return [Call(self.op, function, (a, b, counts))]
+
+
+@dataclass(frozen=True)
+class InnerShape(Shape):
+    """Groups of k, the weight gradient: D[g] = A[k of g] x B[k of g], with C if it accumulates."""
+
+    OPS: ClassVar = (
+        "k_grouped_fp8_gemm_nt_contiguous",
+        "k_grouped_fp8_gemm_tn_contiguous",
+        "k_grouped_bf16_gemm_tn_contiguous",
+    )
+    groups: int = size("groups, each with its own D", most=MOST_GROUPS)
+    m: int = size("rows of each D")
+    n: int = size("columns of each D")
+    k: int = size("the extent that is summed over, of all groups together")
+    out_dtype: str = choice("of D", *DTYPES, default="float32")
+    accumulate: bool = flag("with C")
+
+    def calls(self) -> list[Call]:
+        import jax
+
+        from jax_deepgemm.ops.grouped import api
+
+        fp8, k_last, op = "fp8" in self.op, "_nt_" in self.op, getattr(api, self.op)
+        a, b = (matrix(fp8, (rows, self.k), k_last, (1, 128)) for rows in (self.m, self.n))
+        c = jax.ShapeDtypeStruct((self.groups, self.m, self.n), self.out_dtype) if self.accumulate else None
+
+        def function(a: Any, b: Any, c: Any, sizes: Any) -> Any:
+            return op(a, b, sizes, c, out_dtype=self.out_dtype)
+
+        operands = (a, b, c, equal_sizes(self.groups, self.k))
+        return [Call(self.op, function, operands, carry=2 if self.accumulate else None)]
+
+
+@dataclass(frozen=True)
+class LinearShape(Shape):
+    """A linear layer for each group of rows, with the quantising and, by default, the gradients."""
+
+    OPS: ClassVar = ("grouped_linear",)
+    LAYER: ClassVar = True
+    groups: int = size("groups, each with its own weight", most=MOST_GROUPS)
+    m: int = size("rows of x, of all groups together")
+    n: int = size("features of y")
+    k: int = size("features of x")
+    expected_m: int | None = size("rows of a typical group, as the call says it (default m / groups)", None)
+    recipe: str = choice("of the GEMMs", *RECIPES, default="fp8")
+    dtype: str = choice("of x", *DTYPES, default="bfloat16")
+    out_dtype: str = choice("of y", *DTYPES, default="bfloat16")
+    weights: str = choice("master weights, or quantised ones", *WEIGHTS, default="bfloat16")
+    gradients: bool = flag("forward and backward too, not just forward", default=True)
+
+    def __post_init__(self) -> None:
+        check_weights(self.recipe, self.weights)
+
+    def calls(self) -> list[Call]:
+        import jax
+
+        from jax_deepgemm.ops.grouped.linear import grouped_linear
+
+        x = jax.ShapeDtypeStruct((self.m, self.k), self.dtype)
+        w = weight(self.weights, (self.groups, self.n, self.k))
+
+        def forward(x: Any, w: Any, sizes: Any) -> Any:
+            return grouped_linear(
+                x, w, sizes, recipe=self.recipe, expected_m=self.expected_m, out_dtype=self.out_dtype
+            )
+
+        trained = (0,) if self.weights == "fp8" else (0, 1)
+        return layer_calls(forward, (x, w, equal_sizes(self.groups, self.m)), trained, self.gradients)
+
+
+def check_weights(recipe: str, weights: str | None) -> None:
+    """Raises:
+    ValueError: quantised weights for a recipe that cannot take them.
+    """
+    if recipe == "bf16" and weights == "fp8":
+        raise ValueError("weights is 'fp8' and recipe is 'bf16', need recipe fp8, or weights bfloat16")
+
+
+SHAPES = (ContiguousShape, MaskedShape, InnerShape, LinearShape)

@@ -1,0 +1,44 @@
+"""GroupedProblem + Sm90Config -> LaunchPlan: tensor maps, grid and scalars of one launch."""
+
+from __future__ import annotations
+
+from jax_deepgemm.core.chip import Chip
+from jax_deepgemm.core.family import Operands
+from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Scalar
+from jax_deepgemm.jit import compile_kernel
+from jax_deepgemm.ops.gemm.problem import ceil_div
+from jax_deepgemm.ops.gemm.sm90.config import Sm90Config, shared_memory
+from jax_deepgemm.ops.gemm.sm90.plan import GemmOperands, copy_of_c, pointers, stripe_height, tensor_maps
+from jax_deepgemm.ops.grouped.problem import ROWS, GroupedProblem
+from jax_deepgemm.ops.grouped.sm90.cost import halves
+from jax_deepgemm.ops.grouped.sm90.source import INTEGERS, grouped_source, has_offset
+
+
+def grouped_plan(p: GroupedProblem, c: Sm90Config, chip: Chip, operands: Operands) -> LaunchPlan:
+    """One launch that computes `p` with `c`."""
+    x = GemmOperands(**{part: one for part, one in operands.items() if part not in ("sizes", "offset")})
+    lead = () if p.grouping == ROWS else (p.groups,)
+    maps = tensor_maps(p.gemm, c, x, (*lead, p.m, p.n))
+    described = ["sizes", *(["offset"] if has_offset(p) else [])]
+    groups = [Operand(operands[part].index) for part in described if part in operands]
+    integers = {
+        "m": p.m,
+        "n": p.n,
+        "k_blocks": ceil_div(p.k, p.gemm.block_k),
+        "stripe": stripe_height(p.gemm, c, chip),
+        "total": p.segments,
+        "here": p.groups,
+        "weights": p.weights,
+        "extent": p.k if p.inner else p.m,
+    }
+    scalars = (Scalar(integers[name], "int32") for name in INTEGERS)
+    most_rows = ceil_div(p.rows_bound, c.block_m) + (p.segments + 1 if p.grouping == ROWS else p.groups)
+    most_tiles = most_rows * ceil_div(p.n, c.block_n) * (2 if halves(p, c) else 1)
+    launch = Launch(
+        kernel=compile_kernel(grouped_source(p, c), arch=chip.arch),
+        grid=(min(most_tiles, chip.num_sms), 1, 1),
+        block=c.threads,
+        params=(*maps, *pointers(p.gemm, x), *groups, *scalars),
+        shared_memory=shared_memory(p.gemm, c).total,
+    )
+    return LaunchPlan((*copy_of_c(p.gemm, x.c, p.groups), launch), label=str(p))

@@ -1,0 +1,90 @@
+"""The translation unit of a grouped kernel: the persistent GEMM with another way from a tile's number to its
+place (include/jax_deepgemm/grouped/gemm_grouped.cuh)."""
+
+from __future__ import annotations
+
+from jax_deepgemm.jit import KernelSource
+from jax_deepgemm.ops.gemm.sm90.config import Sm90Config, shared_memory, tma_store
+from jax_deepgemm.ops.gemm.sm90.source import (
+    as_cpp,
+    config_text,
+    described,
+    kernel_name,
+    leading_parameters,
+    out_type,
+    product,
+    reads_c,
+    sides,
+)
+from jax_deepgemm.ops.grouped.problem import INNER, MASKED_INNER, MASKED_ROWS, ROWS, SHORT, GroupedProblem
+from jax_deepgemm.ops.grouped.sm90.cost import halves
+
+_ENUM = {ROWS: "kRows", MASKED_ROWS: "kMaskedRows", INNER: "kInner", MASKED_INNER: "kMaskedInner"}
+_TEXT = """\
+#include <jax_deepgemm/grouped/gemm_grouped.cuh>
+
+{mma}
+{config}
+struct GroupedConfig : Config {{
+  static constexpr jdg::Grouping GROUPING = jdg::Grouping::{grouping};
+  static constexpr bool SEGMENTED = {segmented}, ZERO_ROWS = {zero_rows};
+}};
+
+extern "C" __global__ void __launch_bounds__({threads}, 1) {name}({parameters}) {{
+  const jdg::Operands operands = {{{operands}}};
+  const jdg::Groups groups = {{sizes, {offset}, total, here, weights, extent}};
+  const jdg::Problem problem = {{m, n, 1, 0, stripe}};
+  jdg::gemm_grouped<GroupedConfig>(operands, groups, problem, {d_map}, d, {c});
+}}
+"""
+
+INTEGERS = (
+    "m",
+    "n",
+    "k_blocks",
+    "stripe",
+    "total",
+    "here",
+    "weights",
+    "extent",
+)
+
+
+def has_offset(p: GroupedProblem) -> bool:
+    return p.grouping in (ROWS, INNER)
+
+
+def grouped_name(p: GroupedProblem, c: Sm90Config) -> str:
+    """The name that profilers show."""
+    base = kernel_name(p.gemm, c).removeprefix("jdg_sm90_")
+    parts = ["jdg_sm90", SHORT[p.grouping], base, f"g{p.capacity}"]
+    parts += ["seg"] if p.segmented else []
+    parts += ["zero"] if p.zero_rows else []
+    return "_".join(parts)
+
+
+def grouped_source(p: GroupedProblem, c: Sm90Config) -> KernelSource:
+    """The source of the kernel that runs `c` on `p`."""
+    a, b = sides(p.gemm)
+    masked = p.grouping in (MASKED_ROWS, MASKED_INNER)
+    batched_a, batched_b = int(masked), int(masked or p.grouping == ROWS)
+    operands = ["&a_map", "&b_map", a.scale_map, b.scale_map, "k_blocks"]
+    operands += [str(flag) for flag in (batched_a, batched_b, batched_a, batched_b)]
+    parameters = [*leading_parameters(p.gemm, c), "const int* sizes"]
+    parameters += ["const int* offset"] if has_offset(p) else []
+    name = grouped_name(p, c)
+    text = _TEXT.format(
+        mma=product(p.gemm, c, a, b),
+        config=config_text(p.gemm, c, a, b, mask_k=p.inner, halves=halves(p, c)),
+        grouping=_ENUM[p.grouping],
+        segmented=as_cpp(p.segmented),
+        zero_rows=as_cpp(p.zero_rows),
+        threads=c.threads,
+        name=name,
+        parameters=", ".join([*parameters, *(f"int {x}" for x in INTEGERS)]),
+        operands=", ".join(operands),
+        offset="offset" if has_offset(p) else "nullptr",
+        d_map="&d_map" if tma_store(p.gemm, c) else "nullptr",
+        c="c" if reads_c(p.gemm) else f"static_cast<const {out_type(p.gemm)}*>(nullptr)",
+    )
+    return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p.gemm, c).total)

@@ -1,0 +1,55 @@
+"""Block-scaled FP8: the array type, quantise and dequantise, scale layouts, conversions."""
+
+from __future__ import annotations
+
+from jax_deepgemm.ops.quantize.api import dequantize, quantize
+from jax_deepgemm.ops.quantize.array import QuantizedArray, scales_shape, scales_spec
+from jax_deepgemm.ops.quantize.casts import (
+    per_block_cast_to_fp8,
+    per_channel_cast_to_fp8,
+    per_custom_dims_cast_to_fp8,
+    per_token_cast_to_fp8,
+)
+from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
+from jax_deepgemm.ops.quantize.interop import from_qwix, from_tuple, to_qwix, to_tuple
+from jax_deepgemm.ops.quantize.join import concatenate
+from jax_deepgemm.ops.quantize.scale_layout import (
+    ceil_to_ue8m0,
+    get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor,
+    get_mn_major_tma_aligned_packed_ue8m0_tensor,
+    get_mn_major_tma_aligned_tensor,
+    get_tma_aligned_size,
+    pack_ue8m0_to_int,
+    transform_sf_into_required_layout,
+    unpack_ue8m0_from_int,
+)
+from jax_deepgemm.ops.quantize.serialization import register as _register
+
+_register()
+
+__all__ = [
+    "QuantizedArray",
+    "ceil_to_ue8m0",
+    "concatenate",
+    "dequantize",
+    "from_qwix",
+    "from_tuple",
+    "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor",
+    "get_mn_major_tma_aligned_packed_ue8m0_tensor",
+    "get_mn_major_tma_aligned_tensor",
+    "get_tma_aligned_size",
+    "pack_ue8m0_to_int",
+    "per_block_cast_to_fp8",
+    "per_channel_cast_to_fp8",
+    "per_custom_dims_cast_to_fp8",
+    "per_token_cast_to_fp8",
+    "quantize",
+    "quantize_both",
+    "quantize_weight",
+    "scales_shape",
+    "scales_spec",
+    "to_qwix",
+    "to_tuple",
+    "transform_sf_into_required_layout",
+    "unpack_ue8m0_from_int",
+]

@@ -1,0 +1,69 @@
+"""From the operands of the quantising ops to the problem that their kernels solve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_deepgemm.core.family import OpKernel
+from jax_deepgemm.ops.quantize.array import Block
+from jax_deepgemm.ops.quantize.family import FAMILY
+from jax_deepgemm.ops.quantize.problem import QuantizeProblem
+
+
+def problem_of(
+    kind: str,
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    block: Block,
+    scale_format: str,
+    transposed: bool,
+    limited: bool,
+    weighted: bool = False,
+    min_amax: float = 0.0,
+) -> QuantizeProblem:
+    """The problem of a call whose first operand is what is read, and whose first result is FP8."""
+    *batches, rows, cols = avals_out[0].shape
+    return QuantizeProblem(
+        kind=kind,
+        rows=rows,
+        cols=cols,
+        x=np.dtype(avals_in[0].dtype).name,
+        fp8=np.dtype(avals_out[0].dtype).name,
+        block=block,
+        transposed=transposed,
+        ue8m0=scale_format == "ue8m0",
+        min_amax=min_amax,
+        limited=limited,
+        weighted=weighted,
+        batches=batches[0] if batches else 1,
+    )
+
+
+def _quantize(
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    block: Block,
+    scale_format: str,
+    transposed: bool = False,
+    min_amax: float = 0.0,
+    **_: Any,
+) -> QuantizeProblem:
+    return problem_of(
+        "quantize",
+        avals_in,
+        avals_out,
+        block=block,
+        scale_format=scale_format,
+        transposed=transposed,
+        limited=len(avals_in) > 1,
+        min_amax=min_amax,
+    )
+
+
+quantize = OpKernel(FAMILY, _quantize, ("x", "limit"))
+"""x [rows, cols](, the row from which on x counts as zeros)."""

@@ -1,0 +1,72 @@
+"""What a quantising kernel is to compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TILE = 128
+
+
+@dataclass(frozen=True)
+class QuantizeProblem:
+    """What is quantised and how.
+
+    Attributes:
+      kind: "quantize" (x itself), "swiglu" (of h = gate | up) or "swiglu_grad" (the gradient of h).
+      rows, cols: of the quantised matrix.
+      x: dtype of what is read.
+      fp8: dtype of what is written.
+      block: elements per scale, (1, 128), (128, 1) or (128, 128).
+      transposed: write the transposed copy too; with block (1, 128) it has scales of its own, (128, 1).
+      ue8m0: scales are powers of two.
+      min_amax: what the amax of a block counts as at least; 0: as little as a normal scale allows.
+      limited: an operand says from which row on x counts as zeros.
+      weighted: "swiglu" and its gradient have a factor per row.
+      batches: number of matrices.
+    """
+
+    kind: str
+    rows: int
+    cols: int
+    x: str = "bfloat16"
+    fp8: str = "float8_e4m3fn"
+    block: tuple[int, int] = (1, TILE)
+    transposed: bool = False
+    ue8m0: bool = False
+    min_amax: float = 0.0
+    limited: bool = False
+    weighted: bool = False
+    batches: int = 1
+
+    def __str__(self) -> str:
+        flags = {"transposed": self.transposed, "ue8m0": self.ue8m0, "row limit": self.limited}
+        flags |= {"weights": self.weighted, f"batches={self.batches}": self.batches > 1}
+        shape, block = f"{self.rows}x{self.cols}", f"{self.block[0]}x{self.block[1]}"
+        return " ".join(
+            [self.kind, shape, block, f"{self.x} -> {self.fp8}", *(name for name, on in flags.items() if on)]
+        )
+
+    @property
+    def flops(self) -> int:
+        """None that count: these kernels move bytes."""
+        return 0
+
+    @property
+    def width(self) -> int:
+        """Features of SwiGLU's result."""
+        return self.cols // 2 if self.kind == "swiglu_grad" else self.cols
+
+    @property
+    def aligned(self) -> bool:
+        """Eight neighbouring numbers of a row lie in one half of h, and can be moved at once."""
+        return self.width % 8 == 0
+
+    @property
+    def aligned_t(self) -> bool:
+        """The same for the rows of the transposed copy."""
+        return self.rows % 8 == 0
+
+    @property
+    def pairs(self) -> bool:
+        """The gradients of gate and up are computed together."""
+        return self.kind == "swiglu_grad" and self.width % TILE == 0 and self.x != "float32"

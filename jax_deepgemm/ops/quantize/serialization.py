@@ -1,0 +1,33 @@
+"""QuantizedArray in flax.serialization: state dicts, to_bytes and from_bytes.
+
+Flax knows the types that are registered with it. As this package imports Flax in jax_deepgemm.flax only, the
+array registers there, and, if Flax is imported already, with the array itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from jax_deepgemm.ops.quantize.array import QuantizedArray
+
+
+def register() -> None:
+    """Registers with flax.serialization if it is imported; once."""
+    flax = sys.modules.get("flax.serialization")
+    if flax is not None and not flax.is_serializable(QuantizedArray):
+        flax.register_serialization_state(QuantizedArray, _to_state, _from_state)
+
+
+def _to_state(q: QuantizedArray) -> dict[str, Any]:
+    return {"values": q.values, "scales": q.scales}
+
+
+def _from_state(target: QuantizedArray, state: dict[str, Any]) -> QuantizedArray:
+    """The block is that of the target, as it is part of the tree's structure."""
+    if set(state) != {"values", "scales"}:
+        raise ValueError(
+            f"flax.serialization: a QuantizedArray is to be restored from {sorted(state)}, need values and "
+            "scales. Restore what was saved unquantised into an array, and quantise that."
+        )
+    return QuantizedArray(state["values"], state["scales"], target.block).check("flax.serialization")

@@ -1,0 +1,247 @@
+"""The memory-bound kernels that make FP8: problem -> source text and LaunchPlan.
+
+One tile of 128 x 128 per block of threads, or lower ones side by side; include/jax_deepgemm/quantize/
+quantize_tile.cuh says how.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jax_deepgemm.core.chip import Chip
+from jax_deepgemm.core.family import Kernels, Operands
+from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Param, Result, Scalar, Scratch
+from jax_deepgemm.jit import KernelSource, compile_kernel
+from jax_deepgemm.ops.quantize.problem import TILE, QuantizeProblem
+
+SUM_THREADS = 256
+
+_TEXT = """\
+#include <jax_deepgemm/{header}/{header}.cuh>
+
+struct Config {{
+  using In = {x};
+  using Fp8 = jdg::{fp8};
+  static constexpr jdg::Scales SCALES = jdg::Scales::{scales};
+  static constexpr int TILES = {tiles}, HEIGHT = {height}, ROWS = {rows_of_a_thread};
+  static constexpr float MIN_AMAX = {min_amax};
+  static constexpr bool UE8M0 = {ue8m0}, TRANSPOSED = {transposed}, LIMITED = {limited};
+  static constexpr bool WEIGHTED = {weighted}, ALIGNED = {aligned}, ALIGNED_T = {aligned_t};
+}};
+
+extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
+  const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols}};
+  {body}
+}}
+"""
+
+_SUM_TEXT = """\
+#include <jax_deepgemm/swiglu/swiglu.cuh>
+
+extern "C" __global__ void {name}(const float* parts, float* sums, int tiles, int rows, int batches) {{
+  jdg::add_parts(parts, sums, tiles, rows, batches);
+}}
+"""
+
+_INPUTS = "const jdg::SwigluInputs<Config::In> in = {{h, {weight}, {dact}, {limit}, {flags}, {width}}};\n  "
+_BODIES = {
+    "quantize": "jdg::quantize<Config>(x, {limit}, to, batched_x, batched_limit);",
+    "swiglu": _INPUTS + "jdg::swiglu<Config>(in, to);",
+    "swiglu_grad": _INPUTS + "jdg::swiglu_grad<Config>(in, to, {parts});",
+    "swiglu_grad_pairs": _INPUTS + "jdg::swiglu_grad_pairs<Config>(in, to, {parts}, tiles);",
+}
+_TYPES = {"bfloat16": "jdg::bf16", "float16": "jdg::f16", "float32": "float"}
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+_FP8 = {"float8_e4m3fn": "E4m3", "float8_e5m2": "E5m2"}
+_SCALES = {(1, TILE): "kRow", (TILE, 1): "kColumn", (TILE, TILE): "kBlock"}
+
+
+class Cut(NamedTuple):
+    """How a matrix is cut: threads of a block, rows of a thread, tiles side by side, blocks that an SM should
+    hold."""
+
+    threads: int
+    rows: int
+    across: int
+    blocks_per_sm: int
+
+    @property
+    def height(self) -> int:
+        """Rows of a tile, each of which 16 threads share."""
+        return self.threads // 16 * self.rows
+
+
+ROW_CUT = Cut(threads=256, rows=1, across=8, blocks_per_sm=4)
+"""Where 1x128 scales are all: a row's eight fill a sector of memory, in one store. Of tiles of 128 rows each
+scale would be a store to a sector of its own. rows * across: a power of two, at most 16."""
+
+
+def row_cut(cols: int) -> Cut:
+    """ROW_CUT, its tiles halved and rows doubled until at most a quarter more tiles are walked than exist.
+
+    >>> [row_cut(cols).across for cols in (7168, 2112, 1536, 576, 128)]
+    [8, 4, 4, 2, 1]
+    """
+    shape, tiles = ROW_CUT, -(-cols // TILE)
+    while -tiles % shape.across * 4 > tiles:
+        shape = shape._replace(rows=shape.rows * 2, across=shape.across // 2)
+    return shape
+
+
+def cut_of(p: QuantizeProblem) -> Cut:
+    """How a tile is divided among threads."""
+    if p.pairs:
+        return Cut(512, 4, 1, 1)
+    quick = p.aligned and (p.aligned_t or not p.transposed)
+    if p.kind != "quantize":
+        return Cut(256, 8, 1, 2 if quick and p.x != "float32" else 1)
+    few = p.x == "float32" or p.fp8 != "float8_e4m3fn" or not quick
+    if p.block == (1, TILE) and not p.transposed:
+        shape = row_cut(p.cols)
+        return shape._replace(blocks_per_sm=shape.blocks_per_sm // 2) if few else shape
+    if few:
+        return Cut(256, 8, 1, 2)
+    return Cut(256, 8, 1, 3 if p.transposed or p.block == (TILE, 1) else 4)
+
+
+def tiles(p: QuantizeProblem) -> int:
+    """Tiles of all matrices, those side by side as one; 1 if there are none, as a grid is never empty."""
+    cols, shape = p.width if p.pairs else p.cols, cut_of(p)
+    return max(-(-p.rows // shape.height) * -(-cols // (shape.across * TILE)) * p.batches, 1)
+
+
+def shared_memory(p: QuantizeProblem) -> int:
+    """Dynamic shared memory: PairsShared of swiglu.cuh; the other kernels' is static."""
+    if not p.pairs:
+        return 0
+    threads, rows, *_ = cut_of(p)
+    words = 2 * TILE * TILE if p.transposed else 16
+    return 3 * rows * threads * 16 + words + 2 * (threads // 32 + 1) * TILE * 4
+
+
+def kernel_name(p: QuantizeProblem) -> str:
+    """The name that profilers show."""
+    kind = f"{p.kind}_pairs" if p.pairs else p.kind
+    parts = ["jdg", kind, f"{p.block[0]}x{p.block[1]}", _SHORT[p.x], _FP8[p.fp8].lower()]
+    shape = cut_of(p)
+    parts += [f"tile{shape.height}x{shape.across * TILE}"] if shape.height != TILE else []
+    flags = {
+        "t": p.transposed,
+        "ue8m0": p.ue8m0,
+        "clamped": p.min_amax > 0,
+        "rows": p.limited,
+        "w": p.weighted,
+    }
+    parts += [name for name, on in flags.items() if on]
+    parts += [] if p.aligned and (p.aligned_t or not p.transposed) else ["unaligned"]
+    return "_".join(parts)
+
+
+def _pointers(p: QuantizeProblem) -> dict[str, str]:
+    """Name -> type of the pointers, operands first, then results, in the op's order."""
+    swiglu = p.kind != "quantize"
+    wanted = {
+        "h" if swiglu else "x": "const Config::In*",
+        "weight": "const float*" if p.weighted else "",
+        "dact": "const Config::In*" if p.kind == "swiglu_grad" else "",
+        "limit": "const int*" if p.limited else "",
+        "values": "jdg::u8*",
+        "scales": "float*",
+        "values_t": "jdg::u8*" if p.transposed else "",
+        "scales_t": "float*" if p.transposed and p.block == (1, TILE) else "",
+    }
+    return {name: kind for name, kind in wanted.items() if kind}
+
+
+def _integers(p: QuantizeProblem) -> list[str]:
+    names = ["x", "limit"] if p.kind == "quantize" else ["h", "weight", "dact", "limit"]
+    return ["rows", "cols", *(f"batched_{name}" for name in names), *(["tiles"] if p.pairs else [])]
+
+
+def kernel_source(p: QuantizeProblem) -> KernelSource:
+    """The source of the kernel that solves p, equal for all sizes that are aligned and divided alike."""
+    shape = cut_of(p)
+    pointers = _pointers(p)
+    parts = {"parts": "float*"} if p.kind == "swiglu_grad" and p.weighted else {}
+    parameters = [f"{kind} {name}" for name, kind in {**pointers, **parts}.items()]
+    parameters += [f"int {name}" for name in _integers(p)]
+    names = ("weight", "dact", "limit", "values_t", "scales_t", "parts")
+    given = {name: name if name in {**pointers, **parts} else "nullptr" for name in names}
+    flags = ", ".join(name for name in _integers(p) if name.startswith("batched"))
+    width = "cols / 2" if p.kind == "swiglu_grad" else "cols"
+    name = kernel_name(p)
+    body = _BODIES[f"{p.kind}_pairs" if p.pairs else p.kind]
+    text = _TEXT.format(
+        header="quantize" if p.kind == "quantize" else "swiglu",
+        x=_TYPES[p.x],
+        fp8=_FP8[p.fp8],
+        scales=_SCALES[p.block],
+        min_amax=f"{np.float32(p.min_amax).item().hex()}f",
+        tiles=2 if p.pairs else shape.across,
+        height=shape.height,
+        rows_of_a_thread=shape.rows,
+        threads=shape.threads,
+        blocks_per_sm=shape.blocks_per_sm,
+        name=name,
+        parameters=", ".join(parameters),
+        values_t=given["values_t"],
+        scales_t=given["scales_t"],
+        body=body.format(**given, flags=flags, width=width),
+        **{
+            flag: str(getattr(p, flag)).lower()
+            for flag in ("ue8m0", "transposed", "limited", "weighted", "aligned", "aligned_t")
+        },
+    )
+    return KernelSource(name, text, (("problem", str(p)),), shared_memory=shared_memory(p))
+
+
+def sum_source() -> KernelSource:
+    """The source of the kernel that adds the partial sums of the tiles."""
+    name = "jdg_swiglu_grad_sum"
+    return KernelSource(name, _SUM_TEXT.format(name=name))
+
+
+def _plan(p: QuantizeProblem, config: None, chip: Chip, given: Operands) -> LaunchPlan:
+    """One launch; with a gradient of weights a second one, which adds the tiles' sums in order."""
+    pointers = list(_pointers(p))
+    operands = pointers[: pointers.index("values")]
+    params: list[Param] = [Operand(i) for i in range(len(operands))]
+    params += [Result(i) for i in range(len(pointers) - len(operands))]
+    sums = p.kind == "swiglu_grad" and p.weighted
+    params += [Scratch(0)] if sums else []
+    values = {"rows": p.rows, "cols": p.cols, "tiles": tiles(p) if p.rows and p.cols else 0}
+    values |= {f"batched_{name}": int(one.batched) for name, one in given.items()}
+    params += [Scalar(values.get(name, 0), "int32") for name in _integers(p)]
+    launch = Launch(
+        kernel=compile_kernel(kernel_source(p), arch=chip.arch),
+        grid=(min(tiles(p), chip.num_sms) if p.pairs else tiles(p), 1, 1),
+        block=cut_of(p).threads,
+        params=tuple(params),
+        shared_memory=shared_memory(p),
+    )
+    if not sums:
+        return LaunchPlan((launch,), label=str(p))
+    columns = -(-p.width // TILE)
+    integers = (columns, p.rows, p.batches)
+    add = Launch(
+        kernel=compile_kernel(sum_source(), arch=chip.arch),
+        grid=(max(-(-p.rows * p.batches // SUM_THREADS), 1), 1, 1),
+        block=SUM_THREADS,
+        params=(
+            Scratch(0),
+            Result(len(pointers) - len(operands)),
+            *(Scalar(i, "int32") for i in integers),
+        ),
+    )
+    return LaunchPlan((launch, add), (max(columns * p.rows * p.batches * 4, 4),), label=str(p))
+
+
+def _sources(p: QuantizeProblem, config: None) -> list[KernelSource]:
+    return [kernel_source(p), *([sum_source()] if p.kind == "swiglu_grad" and p.weighted else [])]
+
+
+KERNELS = Kernels[QuantizeProblem, None](
+    sources=_sources, plan=_plan, shared_bytes=lambda p, config: shared_memory(p)
+)

@@ -1,0 +1,1 @@
+"""jax.lax.ragged_dot and ragged_dot_general on grouped kernels."""

@@ -1,0 +1,161 @@
+"""swiglu, swiglu_quantize, swiglu_grad_quantize."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.ops.quantize.api import checked_input
+from jax_deepgemm.ops.quantize.fused import row_limit
+from jax_deepgemm.ops.swiglu import reference
+from jax_deepgemm.ops.swiglu.op import swiglu_grad_op, swiglu_op
+
+
+def swiglu(h: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+    """silu(gate) * up * weight of h = gate | up, computed in float32 and rounded once.
+
+    For FP8 use `swiglu_quantize`. This one is jnp, which XLA fuses, with derivatives of any order; for them h
+    and weight are kept, and nothing else.
+
+    Args:
+      h: [.., 2 i] bfloat16, float16 or float32.
+      weight: [..] a factor per row, or None.
+
+    Returns:
+      [.., i] in h's dtype.
+
+    >>> h = jnp.array([[1.0, 2.0, 10.0, 20.0]])
+    >>> [f"{act:.3f}" for act in swiglu(h, jnp.array([2.0]))[0].tolist()]
+    ['14.621', '70.464']
+    """
+    if h.ndim < 1 or h.shape[-1] % 2:
+        raise ValueError(f"swiglu: h has shape {list(h.shape)}, need [.., 2 i], gate and up side by side.")
+    if weight is not None and weight.shape != h.shape[:-1]:
+        raise ValueError(
+            f"swiglu: weight has shape {list(weight.shape)} and h {list(h.shape)}, need a factor per row, "
+            f"{list(h.shape[:-1])}."
+        )
+
+    def compute(h: jax.Array, weight: jax.Array | None) -> jax.Array:
+        return reference.act(h, weight, None).astype(h.dtype)
+
+    return jax.checkpoint(compute)(h, weight)
+
+
+def swiglu_quantize(
+    h: Any,
+    weight: Any = None,
+    rows: Any = None,
+    *,
+    transposed: bool = True,
+    dtype: Any = jnp.float8_e4m3fn,
+    scale_format: str = "f32",
+) -> tuple[jax.Array, ...]:
+    """act = silu(gate) * up * weight in float32, quantised as `quantize_both` does, without storing act.
+
+    Args:
+      h: [m, 2 i] bfloat16, float16 or float32: gate | up. More dimensions: jax.vmap.
+      weight: [m] float32, a factor per row, or None.
+      rows: int32 scalar or [1]; rows from here on count as zeros, whatever they hold. None: all count.
+      transposed: also give the transposed copy, which the weight gradient of the next GEMM reads.
+      dtype: float8_e4m3fn or float8_e5m2.
+      scale_format: "f32", or "ue8m0" for powers of two.
+
+    Returns:
+      values [m, i], scales [m, ceil(i / 128)], and with `transposed` values_t [i, m], scales_t [ceil(m /
+      128), i]: see `quantize_both`.
+
+    Raises:
+      TypeError, ValueError: types, shapes or formats outside the above.
+
+    exp is not correctly rounded, so values may differ in the last bit between devices; on one device kind
+    equal inputs give equal bits.
+
+    Has no derivative: `swiglu_grad_quantize` is what a backward pass calls; grouped_linear and moe_mlp do.
+
+    >>> h = jnp.concatenate([jnp.full((2, 128), 4.0), jnp.full((2, 128), 0.5)], axis=1)
+    >>> values, scales, values_t, scales_t = swiglu_quantize(h)
+    >>> values.shape, values_t.shape, f"{values[0, 0].astype(jnp.float32) * scales[0, 0]:.3f}"
+    ((2, 128), (128, 2), '1.964')
+    """
+    h, dtype = _checked_h("swiglu_quantize", h, dtype, scale_format)
+    weights = _checked_weight("swiglu_quantize", h, weight)
+    limit = row_limit("swiglu_quantize", rows)
+    op = swiglu_op(dtype, scale_format, bool(transposed), bool(weights), bool(limit))
+    return tuple(op(*same_varying_axes([h, *weights, *limit])))
+
+
+def swiglu_grad_quantize(
+    h: Any,
+    weight: Any,
+    dact: Any,
+    rows: Any = None,
+    *,
+    transposed: bool = True,
+    dtype: Any = jnp.float8_e4m3fn,
+    scale_format: str = "f32",
+) -> tuple[jax.Array | None, ...]:
+    """The gradients of SwiGLU's h, quantised as `quantize_both` does without storing it, and of its weight.
+
+        dh      = dact * weight * (up * silu'(gate) | silu(gate))
+        dweight = sum over the features of dact * silu(gate) * up
+
+    Args:
+      h, weight, rows, transposed, dtype, scale_format: as for `swiglu_quantize`.
+      dact: [m, i] in h's dtype, the gradient of act.
+
+    Returns:
+      dh's values [m, 2 i], scales [m, ceil(2 i / 128)], with `transposed` values_t [2 i, m], scales_t [ceil(m
+      / 128), 2 i], then dweight [m] float32 (None if weight is). dweight's sum has a fixed order: equal bits
+      every time.
+
+    Raises:
+      TypeError, ValueError: types, shapes or formats outside the above.
+
+    Has no derivative: it is one; higher ones go through `swiglu` and the BF16 GEMMs.
+
+    >>> h, dact = jnp.ones((2, 256)), jnp.full((2, 128), 3.0)
+    >>> values, scales, values_t, scales_t, dweight = swiglu_grad_quantize(h, jnp.ones(2), dact)
+    >>> values.shape, scales.shape, f"{dweight[1]:.2f}"
+    ((2, 256), (2, 2), '280.73')
+    """
+    where = "swiglu_grad_quantize"
+    h, dtype = _checked_h(where, h, dtype, scale_format)
+    weights = _checked_weight(where, h, weight)
+    dact = jnp.asarray(dact)
+    wanted = (h.shape[0], h.shape[1] // 2)
+    if dact.shape != wanted or dact.dtype != h.dtype:
+        raise ValueError(
+            f"{where}: dact is {dact.dtype.name}{list(dact.shape)}, need {h.dtype.name}{list(wanted)}, the "
+            f"type of h ({list(h.shape)}) with half its columns. Convert it: dact.astype(h.dtype)."
+        )
+    limit = row_limit(where, rows)
+    op = swiglu_grad_op(dtype, scale_format, bool(transposed), bool(weights), bool(limit))
+    results = tuple(op(*same_varying_axes([h, *weights, dact, *limit])))
+    return results if weights else (*results, None)
+
+
+def _checked_h(where: str, h: Any, dtype: Any, scale_format: str) -> tuple[jax.Array, np.dtype]:
+    h, _, dtype = checked_input(h, (1, 128), dtype, scale_format, where)
+    if h.ndim != 2 or h.shape[1] % 2:
+        raise ValueError(
+            f"{where}: h has shape {list(h.shape)}, need [m, 2 i], gate and up side by side. For stacked "
+            "matrices use jax.vmap."
+        )
+    return h, dtype
+
+
+def _checked_weight(where: str, h: jax.Array, weight: Any) -> list[jax.Array]:
+    if weight is None:
+        return []
+    weight = jnp.asarray(weight)
+    if weight.shape != h.shape[:1] or weight.dtype != jnp.float32:
+        raise ValueError(
+            f"{where}: weight is {weight.dtype.name}{list(weight.shape)}, need float32[{h.shape[0]}], one "
+            f"factor per row of h ({list(h.shape)})."
+        )
+    return [weight]

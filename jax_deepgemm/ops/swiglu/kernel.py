@@ -1,0 +1,37 @@
+"""From the operands of the SwiGLU ops to the problem that the quantising kernels solve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax_deepgemm.core.family import OpKernel
+from jax_deepgemm.ops.quantize.family import FAMILY
+from jax_deepgemm.ops.quantize.kernel import problem_of
+from jax_deepgemm.ops.quantize.problem import QuantizeProblem
+
+PER_ROW = (1, 128)
+
+
+def _kernel(kind: str, *parts: str) -> OpKernel:
+    def problem(
+        avals_in: Sequence[Any], avals_out: Sequence[Any], *, scale_format: str, transposed: bool, **_: Any
+    ) -> QuantizeProblem:
+        return problem_of(
+            kind,
+            avals_in,
+            avals_out,
+            block=PER_ROW,
+            scale_format=scale_format,
+            transposed=transposed,
+            limited=len(avals_in) > len(parts),
+            weighted="weight" in parts,
+        )
+
+    return OpKernel(FAMILY, problem, (*parts, "limit"))
+
+
+swiglu = _kernel("swiglu", "h")
+swiglu_weighted = _kernel("swiglu", "h", "weight")
+swiglu_grad = _kernel("swiglu_grad", "h", "dact")
+swiglu_grad_weighted = _kernel("swiglu_grad", "h", "weight", "dact")

@@ -1,0 +1,130 @@
+"""SwiGLU with quantisation as ops. Rows are cut freely; features of the result follow what is asked of it,
+while h = gate | up stays whole along them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_deepgemm.core.family import LazyKernel
+from jax_deepgemm.core.sharding import ShardingPlan
+from jax_deepgemm.ops.quantize import reference as quantization
+from jax_deepgemm.ops.quantize.fused import (
+    both_blocks,
+    both_rule,
+    both_shapes,
+    both_shared,
+    own_limit,
+    shares_blocks,
+    with_every_level,
+)
+from jax_deepgemm.ops.quantize.op import HINT, BlockOp
+from jax_deepgemm.ops.swiglu import reference
+
+Shape = tuple[int, ...]
+
+
+@functools.cache
+def swiglu_op(dtype: np.dtype, scale_format: str, transposed: bool, weighted: bool, limited: bool) -> BlockOp:
+    """(h[, weight][, rows]) -> [values, scales][values_t, scales_t]."""
+
+    def spread(h: jax.Array, *rest: jax.Array) -> tuple[jax.Array, Any, Any]:
+        given = iter(rest)
+        return h, next(given) if weighted else None, next(given) if limited else None
+
+    def plain(*arrays: jax.Array) -> list[jax.Array]:
+        act = reference.act(*spread(*arrays))
+        return _quantized(act, dtype, scale_format, transposed)
+
+    def on_shard(plan: ShardingPlan, local: Callable[..., Any], *arrays: jax.Array) -> Any:
+        h, *rest = arrays
+        if plan.cut("c"):
+            gate, up = (_columns(half, plan, "c") for half in jnp.split(h, 2, axis=-1))
+            h = jnp.concatenate([gate, up], axis=-1)
+        arrays = (h, *rest[: len(rest) - limited], *own_limit(plan, rest[len(rest) - limited :]))
+        if not shares_blocks(plan, "rc", transposed):
+            return arrays, None
+        act = reference.act(*spread(*with_every_level(plan, arrays)))
+        return None, both_shared(plan, "rc", act, dtype, scale_format, transposed)
+
+    operands = ["r f", *(["r"] if weighted else []), *(["one"] if limited else [])]
+    return BlockOp(
+        _name("swiglu_quantize", dtype, scale_format, t=transposed, w=weighted, rows=limited),
+        f"{', '.join(operands)} -> {both_rule('c', transposed)}",
+        lambda h, *_: both_shapes(h[0], h[1] // 2, dtype, transposed),
+        plain,
+        blocks=both_blocks("c", transposed),
+        spmd=on_shard,
+        kernel=_kernel("swiglu", weighted, scale_format, transposed),
+        grad_hint=HINT,
+    )
+
+
+@functools.cache
+def swiglu_grad_op(
+    dtype: np.dtype, scale_format: str, transposed: bool, weighted: bool, limited: bool
+) -> BlockOp:
+    """(h[, weight], dact[, rows]) -> [values, scales][values_t, scales_t][dweight], the first ones of dh."""
+
+    def spread(h: jax.Array, *rest: jax.Array) -> tuple[jax.Array, Any, jax.Array, Any]:
+        given = iter(rest)
+        weight = next(given) if weighted else None
+        return h, weight, next(given), next(given) if limited else None
+
+    def plain(*arrays: jax.Array) -> list[jax.Array]:
+        dh, dweight = reference.grad(*spread(*arrays))
+        return [*_quantized(dh, dtype, scale_format, transposed), *([dweight] if weighted else [])]
+
+    def on_shard(plan: ShardingPlan, local: Callable[..., Any], *arrays: jax.Array) -> Any:
+        count = len(arrays) - limited
+        arrays = (*arrays[:count], *own_limit(plan, arrays[count:]))
+        if not shares_blocks(plan, "rg", transposed) and not plan.cut("g"):
+            return arrays, None
+        dh, dweight = reference.grad(*spread(*with_every_level(plan, arrays)))
+        if plan.cut("g"):
+            dh = _columns(dh, plan, "g")
+        quantized = both_shared(plan, "rg", dh, dtype, scale_format, transposed)
+        return None, [*quantized, *([dweight] if weighted else [])]
+
+    def result(h: Shape, *_: Shape) -> list[Any]:
+        dweight = [((h[0],), np.dtype(np.float32))] if weighted else []
+        return [*both_shapes(h[0], h[1], dtype, transposed), *dweight]
+
+    operands = ["r f", *(["r"] if weighted else []), "r c", *(["one"] if limited else [])]
+    return BlockOp(
+        _name("swiglu_grad_quantize", dtype, scale_format, t=transposed, w=weighted, rows=limited),
+        f"{', '.join(operands)} -> {both_rule('g', transposed)}{', r' if weighted else ''}",
+        result,
+        plain,
+        blocks=both_blocks("g", transposed),
+        spmd=on_shard,
+        kernel=_kernel("swiglu_grad", weighted, scale_format, transposed),
+        grad_hint=HINT,
+    )
+
+
+def _kernel(name: str, weighted: bool, scale_format: str, transposed: bool) -> LazyKernel:
+    form: dict[str, Any] = {"scale_format": scale_format, "transposed": transposed}
+    name += "_weighted" * weighted
+    return LazyKernel("jax_deepgemm.ops.swiglu.kernel", name, batched=True, **form)
+
+
+def _name(stem: str, dtype: np.dtype, scale_format: str, **flags: bool) -> str:
+    return "_".join([stem, dtype.name, scale_format, *(name for name, on in flags.items() if on)])
+
+
+def _quantized(x: jax.Array, dtype: np.dtype, scale_format: str, transposed: bool) -> list[jax.Array]:
+    if transposed:
+        return quantization.quantize_both(x, dtype=dtype, scale_format=scale_format)
+    return quantization.quantize_float32(x, block=(1, 128), dtype=dtype, scale_format=scale_format)
+
+
+def _columns(x: jax.Array, plan: ShardingPlan, name: str) -> jax.Array:
+    """This device's columns of a whole x."""
+    return lax.dynamic_slice_in_dim(x, plan.offset(name), plan.local_size(name), axis=-1)

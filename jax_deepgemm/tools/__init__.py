@@ -1,0 +1,1 @@
+"""What people do with kernels besides calling them: explain, precompile, tune, measure."""

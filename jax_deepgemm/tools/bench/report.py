@@ -1,0 +1,237 @@
+"""Tables and plots from result files: for the terminal, docs/benchmarks.md and README.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_deepgemm.tools.bench import plots
+from jax_deepgemm.tools.bench.catalog import ROOT, TABLES, Key, Row, Table, control, recorded
+from jax_deepgemm.tools.shape_files import parse_json
+from jax_deepgemm.tools.text import markdown_table, table
+
+BEGIN, END = "<!-- begin generated: {} -->", "<!-- end generated: {} -->"
+COMMAND = "python -m jax_deepgemm bench --report benchmarks/results/*.json --write"
+SUMMARY = ("table", "of", "rows", "against", "geometric mean", "worst", "time ratio", "worst time ratio")
+README_ROWS: tuple[tuple[Key, ...], ...] = (
+    (
+        ("fp8", 1, 7168, 16384),
+        ("fp8", 64, 4096, 7168),
+        ("fp8", 128, 7168, 2048),
+        ("fp8", 4096, 4096, 7168),
+        ("fp8", 4096, 7168, 2048),
+        ("fp8", 8192, 7168, 16384),
+        ("fp8_wgrad", 4096, 7168, 4096),
+        ("bf16", 128, 4096, 7168),
+        ("bf16", 4096, 4096, 7168),
+    ),
+    (
+        ("m_grouped", "fp8", "padded", 4, 8192, 6144, 7168),
+        ("m_grouped", "fp8", "padded", 32, 256, 7168, 3072),
+        ("m_grouped", "fp8", "drawn", 32, 256, 7168, 3072),
+        ("m_grouped", "bf16", "padded", 8, 4096, 4096, 4096),
+    ),
+    (
+        ("masked", "fp8", 32, 192, 6144, 7168),
+        ("masked", "fp8", 32, 20, 7168, 3072),
+        ("k_grouped", "fp8", 4, 4096, 7168, 8192),
+        ("k_grouped", "fp8", 16, 7168, 2048, 2048),
+        ("k_grouped", "bf16", 8, 4096, 7168, 4096),
+    ),
+    (
+        ("ragged_dot", "bf16", 4, 8192, 6144, 7168),
+        ("ragged_dot", "bf16", 8, 4096, 4096, 4096),
+        ("ragged_dot", "bf16", 32, 256, 7168, 3072),
+    ),
+)
+"""Rows of README.md, a table of each tuple; all of one have the same columns."""
+
+
+HEAD = {"device": str, "gpu": dict, "versions": dict, "method": str, "started": str, "rows": list}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a result file.
+
+    Raises:
+      ValueError: not a result file of this version.
+    """
+    try:
+        result: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+        _check(result)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a result file: {error}") from error
+    return result
+
+
+def _check(result: Any) -> None:
+    if not isinstance(result, dict) or result.get("schema") != 1:
+        raise ValueError(
+            "not an object of schema 1; measure again with python -m jax_deepgemm bench --out FILE"
+        )
+    for name, kind in HEAD.items():
+        if not isinstance(result.get(name), kind):
+            raise ValueError(f"its {name} is {result.get(name)!r}, need a {kind.__name__}")
+    for number, row in enumerate(result["rows"], 1):
+        try:
+            TABLES[row["table"]].cells(row, {})
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"row {number} cannot be shown: {type(error).__name__}: {error}") from None
+
+
+def _rows(result: dict[str, Any]) -> Iterator[tuple[str, Table, list[Row]]]:
+    """The tables of which there are rows."""
+    for name, about in TABLES.items():
+        rows = [row for row in result["rows"] if row["table"] == name]
+        if rows:
+            yield name, about.shown(rows), rows
+
+
+def _tables(result: dict[str, Any]) -> Iterable[tuple[Table, list[list[str]]]]:
+    peers = recorded(result["device"])
+    for _, about, rows in _rows(result):
+        yield about, [about.cells(row, peers.get(about.key(row), {})) for row in rows]
+
+
+def summary(result: dict[str, Any]) -> list[list[str]]:
+    """Returns, for parts of the tables, geometric mean and worst of the speed-ups (above 1: faster).
+
+    The last two columns say the same as our time divided by the other's (below 1: faster).
+    """
+    peers = recorded(result["device"])
+    lines = []
+    for name, about, rows in _rows(result):
+        measured = [row for row in rows if row["status"] == "ok"]
+        for part in dict.fromkeys(filter(None, map(about.part, measured))):
+            chosen = [row for row in measured if about.part(row) == part]
+            others = {
+                about.baseline_on(bool(result["gpu"])): [row.get("baseline", {}).get("us") for row in chosen],
+                about.peer: [peers.get(about.key(row), {}).get("us") for row in chosen],
+            }
+            for other, times in others.items():
+                pairs = zip(times, chosen, strict=True)
+                ratios = [time / row["us"] for time, row in pairs if time]
+                if ratios:
+                    lines.append([name, part, str(len(ratios)), other, *_mean_and_worst(ratios)])
+    return lines
+
+
+def _mean_and_worst(ratios: Sequence[float]) -> list[str]:
+    mean, worst = statistics.geometric_mean(ratios), min(ratios)
+    return [f"{mean:.2f}x", f"{worst:.2f}x", f"{1 / mean:.3f}", f"{1 / worst:.3f}"]
+
+
+def text(result: dict[str, Any]) -> str:
+    """Returns the tables of a result for a terminal."""
+    on_gpu = bool(result["gpu"])
+    parts = [f"{about.title}\n{table(about.header(on_gpu), rows)}" for about, rows in _tables(result)]
+    return "\n\n".join(filter(None, [*parts, table(SUMMARY, summary(result)), control(result)]))
+
+
+def markdown(path: Path, result: dict[str, Any]) -> str:
+    """Returns the tables of a result for docs/benchmarks.md."""
+    gpu = result["gpu"]
+    about = [
+        f"## {result['device']}",
+        "",
+        f"From `{_relative(path)}`, measured {result['started'][:10]}. {result['method']}",
+        "",
+    ]
+    if gpu:
+        about += [
+            f"Driver {gpu.get('driver_version', '?')}, power limit {gpu.get('power.limit', '?')} W.",
+            "",
+        ]
+    if control(result):
+        about += [control(result), ""]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    about += [f"Software: {versions}.", "", markdown_table(SUMMARY, summary(result)), ""]
+    for shown, rows in _tables(result):
+        about += [f"### {shown.title}", "", markdown_table(shown.header(bool(gpu)), rows), ""]
+    return "\n".join(about)
+
+
+def readme(path: Path, result: dict[str, Any]) -> str:
+    """Returns the short tables of README.md."""
+    peers = recorded(result["device"])
+    found = {TABLES[row["table"]].key(row): row for row in result["rows"]}
+    lines = [
+        f"{result['device']}, from [`{_relative(path)}`]({_relative(path)}); all rows are in",
+        "[docs/benchmarks.md](docs/benchmarks.md). cuBLASLt is measured in the same process (its FP8 product",
+        "applies no block scales). DeepGEMM's figures were recorded on the same kind of machine by the same",
+        "method ([data](benchmarks/data/deepgemm_h200.json)). Above 1x: this package is faster.",
+    ]
+    for keys in README_ROWS:
+        chosen = [key for key in keys if key in found]
+        if chosen:
+            about = TABLES[chosen[0][0]]
+            rows = [[key[0], *about.cells(found[key], peers.get(key, {}))[:-1]] for key in chosen]
+            lines += ["", markdown_table(["table", *about.header(bool(result["gpu"]))[:-1]], rows)]
+    return "\n".join(lines)
+
+
+def _relative(path: Path) -> str:
+    try:
+        return path.resolve().relative_to(ROOT).as_posix()
+    except ValueError:
+        return path.name
+
+
+def replaced(document: str, section: str, content: str) -> str:
+    """Returns the document with a generated section's content exchanged.
+
+    Raises:
+      ValueError: the document has no such section.
+    """
+    begin, end = BEGIN.format(section), END.format(section)
+    if begin not in document or end not in document:
+        raise ValueError(f"the document lacks the lines {begin} and {end}")
+    head, rest = document.split(begin, 1)
+    return f"{head}{begin}\n{content.strip()}\n{end}{rest.split(end, 1)[1]}"
+
+
+NOTHING = "No result file of a GPU is committed yet, so no speed is claimed here."
+
+
+def documents(paths: Sequence[Path]) -> dict[Path, str]:
+    """Returns what docs/benchmarks.md and README.md must say for these result files."""
+    results = [(path, load(path)) for path in paths]
+    measured = [(path, result) for path, result in results if result["gpu"]]
+    page = "\n".join(_page_section(path, result) for path, result in measured) or NOTHING
+    short = "\n\n".join(readme(path, result) for path, result in measured) or NOTHING
+    targets = {ROOT / "docs" / "benchmarks.md": page, ROOT / "README.md": short}
+    return {path: replaced(path.read_text(), "results", content) for path, content in targets.items()}
+
+
+def _page_section(path: Path, result: dict[str, Any]) -> str:
+    plot_line = f"![speed](img/{path.stem}.svg)\n"
+    heading, rest = markdown(path, result).split("\n", 1)
+    return f"{heading}\n\n{plot_line}{rest}"
+
+
+def run(paths: Sequence[Path], *, write: bool, plot: Path | None = None) -> int:
+    """Prints the tables of result files, or writes the documents made from them.
+
+    Plots of each family go to the folder `plot`, if any.
+
+    Raises:
+      ValueError: not a result file, or a document without a place for its tables.
+      OSError: a document that cannot be read or written.
+    """
+    results = [(path, load(path)) for path in paths]
+    for path, result in results if plot else ():
+        for target in plots.each(result, plot or Path(), path.stem):
+            print(f"wrote {_relative(target)}")
+    if not write:
+        print("\n\n".join(text(result) for _, result in results))
+        return 0
+    for target, content in documents(paths).items():
+        target.write_text(content)
+        print(f"wrote {_relative(target)}")
+    for path, result in results:
+        target = ROOT / "docs" / "img" / f"{path.stem}.svg"
+        if result["gpu"] and plots.together(result, target):
+            print(f"wrote {_relative(target)}")
+    return 0

@@ -1,0 +1,353 @@
+"""One small call of every public function of arrays, and of the gradients, as a table for tests that hold for
+all of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_deepgemm as jdg
+from jax_deepgemm import moe
+from jax_deepgemm.ops import grouped
+from jax_deepgemm.ops import quantize as quantization
+from jax_deepgemm.ops import swiglu as activation
+from jax_deepgemm.quantization import QuantizedArray
+
+PER_ROW, BLOCKED, PER_COLUMN = (1, 128), (128, 128), (128, 1)
+TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 6, 256, 128, 4, 2
+
+WITHOUT_ARRAYS = {
+    "GemmConfig", "GemmProblem", "QuantizedArray", "DEEPSEEK_V3", "DispatchPlan",
+    "__version__", "config", "embed_kernels",
+    "explain", "export_checks", "precompile", "from_tuple", "to_tuple", "from_qwix", "to_qwix",
+    "scales_shape", "scales_spec", "get_tma_aligned_size", "get_k_alignment_for_contiguous_layout",
+    "get_m_alignment_for_contiguous_layout", "get_mk_alignment_for_contiguous_layout",
+    "get_theoretical_mk_alignment_for_contiguous_layout", "set_mk_alignment_for_contiguous_layout",
+}  # fmt: skip
+"""Public names that compute nothing on a device."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """fn of the operands with these names. `mesh`: all of them on every device of `mesh_of_two`."""
+
+    name: str
+    fn: Callable[..., Any]
+    operands: tuple[str, ...]
+    mesh: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def arrays(self) -> list[Any]:
+        arrays = [_operands()[name] for name in self.operands]
+        return jax.device_put(arrays, NamedSharding(mesh_of_two(), P())) if self.mesh else arrays
+
+
+def public_names() -> set[str]:
+    return {name for module in (jdg, quantization, grouped, activation, moe) for name in module.__all__}
+
+
+@functools.cache
+def mesh_of_two() -> Mesh:
+    return jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+
+@functools.cache
+def _operands() -> dict[str, Any]:
+    """Numbers without NaN and infinities, on the device before any setting holds."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+    def quantized(block: tuple[int, int], *shape: int) -> QuantizedArray:
+        scales = rng.uniform(0.5, 2, quantization.scales_shape(shape, block))
+        values = normal(*shape, dtype=jnp.float8_e4m3fn)
+        return QuantizedArray(values, jnp.asarray(scales, jnp.float32), block)
+
+    def integers(*values: Any) -> jax.Array:
+        return jnp.asarray(values, jnp.int32)
+
+    scores = rng.uniform(0.2, 0.8, (TOKENS, EXPERTS))
+    ids = np.argsort(-scores, axis=1)[:, :TOP_K]
+    return {
+        "x": normal(TOKENS, HIDDEN),
+        "x_f32": normal(TOKENS, HIDDEN, dtype=jnp.float32),
+        "x_t": normal(HIDDEN, TOKENS),
+        "w": normal(WIDTH, HIDDEN),
+        "w_t": normal(HIDDEN, WIDTH),
+        "w_f32": normal(WIDTH, HIDDEN, dtype=jnp.float32),
+        "c": normal(TOKENS, WIDTH),
+        "xs": normal(3, TOKENS, HIDDEN),
+        "ws": normal(3, WIDTH, HIDDEN),
+        "ws_t": normal(3, HIDDEN, WIDTH),
+        "ws_f32": normal(3, WIDTH, HIDDEN, dtype=jnp.float32),
+        "w13": normal(EXPERTS, 2 * WIDTH, HIDDEN, dtype=jnp.float32),
+        "w2": normal(EXPERTS, HIDDEN, WIDTH, dtype=jnp.float32),
+        "q_w13": quantized(BLOCKED, EXPERTS, 2 * WIDTH, HIDDEN),
+        "q_w2": quantized(BLOCKED, EXPERTS, HIDDEN, WIDTH),
+        "q_x": quantized(PER_ROW, TOKENS, HIDDEN),
+        "q_x_t": quantized(PER_COLUMN, HIDDEN, TOKENS),
+        "q_w": quantized(BLOCKED, WIDTH, HIDDEN),
+        "q_w_t": quantized(BLOCKED, HIDDEN, WIDTH),
+        "q_w_rows": quantized(PER_ROW, WIDTH, HIDDEN),
+        "q_xs": quantized(PER_ROW, 3, TOKENS, HIDDEN),
+        "q_ws": quantized(BLOCKED, 3, WIDTH, HIDDEN),
+        "q_ws_t": quantized(BLOCKED, 3, HIDDEN, WIDTH),
+        "q_w_columns": quantized(PER_COLUMN, HIDDEN, WIDTH),
+        "sizes": integers(2, 0, 3),
+        "long_sizes": integers(100, 0, 130),
+        "indices": integers(0, 0, 2, 2, 2, -1),
+        "ends": integers(2, 4, 6),
+        "counts": integers(1, 0, 6),
+        "ids": jnp.asarray(ids, jnp.int32),
+        "weights": jnp.asarray(np.take_along_axis(scores, ids, 1), jnp.float32),
+        "logits": normal(TOKENS, EXPERTS, dtype=jnp.float32),
+        "bias": normal(EXPERTS, dtype=jnp.float32),
+        "expert_sizes": integers(3, 0, 2, 1),
+        "row_weights": jnp.asarray(rng.uniform(0.5, 1, TOKENS), jnp.float32),
+        "dact": normal(TOKENS, HIDDEN // 2),
+        "scales": jnp.asarray(rng.uniform(0.5, 2, (TOKENS, 4)), jnp.float32),
+        "powers": jnp.asarray(2.0 ** rng.integers(-3, 3, (TOKENS, 4)), jnp.float32),
+        "ks": integers(128, 640),
+        "words": jnp.asarray(rng.integers(1, 254, (TOKENS, 4)) * 0x01010101, jnp.int32),
+    }  # fmt: skip
+
+
+def _gradient(fn: Callable[..., Any], *wrt: int) -> Callable[..., Any]:
+    """Gradients of a sum of sines, which makes every cotangent another number."""
+
+    def loss(*operands: Any) -> jax.Array:
+        leaves = jax.tree.leaves(fn(*operands))
+        return sum((jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in leaves), jnp.float32(0))
+
+    return jax.grad(loss, wrt)
+
+
+def _tangent(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arrays: jax.jvp(fn, arrays, arrays)[1]
+
+
+def _route(**options: Any) -> Callable[..., Any]:
+    def call(logits: jax.Array, *bias: jax.Array) -> Any:
+        return moe.route(logits, TOP_K, bias=bias[0] if bias else None, **options)
+
+    return call
+
+
+def _dispatch_and_combine(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+    rows, plan = moe.dispatch(x, ids, EXPERTS)
+    return moe.combine(rows, plan, weights)
+
+
+def _row_weights(ids: jax.Array, weights: jax.Array) -> jax.Array:
+    return moe.spread_weights(weights, moe.plan_dispatch(ids, EXPERTS))
+
+
+def _parallel(method: str) -> Callable[..., Any]:
+    def layer(*args: Any) -> Any:
+        y, dropped = moe.expert_parallel_moe(*args, axis="expert", method=method)
+        return y, dropped[None]
+
+    def call(*args: Any) -> Any:
+        cut = P("expert")
+        return jax.shard_map(layer, mesh=mesh_of_two(), in_specs=cut, out_specs=cut)(*args)
+
+    return call
+
+
+def _layer(*args: Any) -> Any:
+    return moe.moe_layer(*args, mesh=mesh_of_two())
+
+
+def _general(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
+    weight_gradient = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+    return jdg.ragged_dot_general(lhs, rhs, sizes, weight_gradient, None, jnp.float32)
+
+
+MOE = ("x", "ids", "weights", "w13", "w2")
+FROZEN_MOE = ("x", "ids", "weights", "q_w13", "q_w2")
+with_f32 = functools.partial(functools.partial, out_dtype=jnp.float32)
+bf16_recipe = functools.partial(functools.partial, recipe="bf16")
+
+FORWARD = (
+    Call("quantize", jdg.quantize, ("x",)),
+    Call(
+        "quantize blocks", functools.partial(jdg.quantize, block=BLOCKED, scale_format="ue8m0"), ("ws_f32",)
+    ),
+    Call("dequantize", jdg.dequantize, ("q_ws",)),
+    Call("quantize_both", quantization.quantize_both, ("x",)),
+    Call("quantize_weight", quantization.quantize_weight, ("ws_f32",)),
+    Call(
+        "per_token_cast_to_fp8", functools.partial(quantization.per_token_cast_to_fp8, use_ue8m0=True), ("x",)
+    ),
+    Call("per_channel_cast_to_fp8", quantization.per_channel_cast_to_fp8, ("w_t",)),
+    Call("per_block_cast_to_fp8", quantization.per_block_cast_to_fp8, ("w",)),
+    Call(
+        "per_custom_dims_cast_to_fp8",
+        functools.partial(quantization.per_custom_dims_cast_to_fp8, dims=(0,)),
+        ("x",),
+    ),
+    Call("concatenate", lambda *parts: quantization.concatenate(parts), ("q_w_rows", "q_w_rows")),
+    Call("ceil_to_ue8m0", quantization.ceil_to_ue8m0, ("scales",)),
+    Call("pack_ue8m0_to_int", quantization.pack_ue8m0_to_int, ("powers",)),
+    Call("unpack_ue8m0_from_int", quantization.unpack_ue8m0_from_int, ("words",)),
+    Call("get_mn_major_tma_aligned_tensor", quantization.get_mn_major_tma_aligned_tensor, ("scales",)),
+    Call(
+        "get_mn_major_tma_aligned_packed_ue8m0_tensor",
+        quantization.get_mn_major_tma_aligned_packed_ue8m0_tensor,
+        ("scales",),
+    ),
+    Call(
+        "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor ks on the device",
+        quantization.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor,
+        ("powers", "ks"),
+    ),
+    Call(
+        "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor",
+        functools.partial(quantization.get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor, ks=[128, 640]),
+        ("powers",),
+    ),
+    Call(
+        "transform_sf_into_required_layout",
+        functools.partial(
+            quantization.transform_sf_into_required_layout,
+            mn=TOKENS,
+            k=4 * 128,
+            recipe=(1, 128, 128),
+            is_sfa=True,
+        ),
+        ("scales",),
+    ),
+    Call("fp8_gemm_nt", jdg.fp8_gemm_nt, ("q_x", "q_w")),
+    Call("fp8_gemm_nt rows, c", jdg.fp8_gemm_nt, ("q_x", "q_w_rows", "c")),
+    Call("fp8_gemm_nt vmap", jax.vmap(jdg.fp8_gemm_nt, (0, None)), ("q_xs", "q_w")),
+    Call("fp8_gemm_nn", jdg.fp8_gemm_nn, ("q_x", "q_w_t")),
+    Call("fp8_gemm_tn", jdg.fp8_gemm_tn, ("q_x_t", "q_w_columns")),
+    Call("fp8_gemm_tt", jdg.fp8_gemm_tt, ("q_x_t", "q_w")),
+    Call("bf16_gemm_nt", jdg.bf16_gemm_nt, ("x", "w")),
+    Call("bf16_gemm_nt c", jdg.bf16_gemm_nt, ("x", "w", "c")),
+    Call("bf16_gemm_nn", jdg.bf16_gemm_nn, ("x", "w_t")),
+    Call("bf16_gemm_tn", with_f32(jdg.bf16_gemm_tn), ("x_t", "w_t")),
+    Call("bf16_gemm_tt", jdg.bf16_gemm_tt, ("x_t", "w")),
+    Call("bf16_gemm_nt tangent", _tangent(jdg.bf16_gemm_nt), ("x", "w")),
+    Call("fp8_linear", jdg.fp8_linear, ("x", "w_f32")),
+    Call("m_grouped_fp8_gemm_nt_contiguous", jdg.m_grouped_fp8_gemm_nt_contiguous, ("q_x", "q_ws", "sizes")),
+    Call(
+        "m_grouped_fp8_gemm_nt_contiguous indices",
+        lambda a, b, i: jdg.m_grouped_fp8_gemm_nt_contiguous(a, b, m_indices=i),
+        ("q_x", "q_ws", "indices"),
+    ),
+    Call(
+        "m_grouped_fp8_gemm_nt_contiguous ends",
+        lambda a, b, e: jdg.m_grouped_fp8_gemm_nt_contiguous(a, b, ends=e, alignment=2),
+        ("q_x", "q_ws", "ends"),
+    ),
+    Call(
+        "m_grouped_fp8_gemm_nn_contiguous", jdg.m_grouped_fp8_gemm_nn_contiguous, ("q_x", "q_ws_t", "sizes")
+    ),
+    Call("m_grouped_bf16_gemm_nt_contiguous", jdg.m_grouped_bf16_gemm_nt_contiguous, ("x", "ws", "sizes")),
+    Call("m_grouped_bf16_gemm_nn_contiguous", jdg.m_grouped_bf16_gemm_nn_contiguous, ("x", "ws_t", "sizes")),
+    Call("m_grouped_fp8_gemm_nt_masked", jdg.m_grouped_fp8_gemm_nt_masked, ("q_xs", "q_ws", "counts")),
+    Call("m_grouped_bf16_gemm_nt_masked", jdg.m_grouped_bf16_gemm_nt_masked, ("xs", "ws", "counts")),
+    Call(
+        "k_grouped_fp8_gemm_nt_contiguous",
+        jdg.k_grouped_fp8_gemm_nt_contiguous,
+        ("q_x", "q_w_rows", "long_sizes"),
+    ),
+    Call(
+        "k_grouped_fp8_gemm_tn_contiguous",
+        jdg.k_grouped_fp8_gemm_tn_contiguous,
+        ("q_x_t", "q_w_columns", "long_sizes"),
+    ),
+    Call(
+        "k_grouped_bf16_gemm_tn_contiguous",
+        jdg.k_grouped_bf16_gemm_tn_contiguous,
+        ("x_t", "w_t", "long_sizes"),
+    ),
+    Call("group_sizes_to_indices", functools.partial(grouped.group_sizes_to_indices, m=TOKENS), ("sizes",)),
+    Call("group_sizes_to_ends", functools.partial(grouped.group_sizes_to_ends, alignment=4), ("sizes",)),
+    Call("ends_to_group_sizes", functools.partial(grouped.ends_to_group_sizes, alignment=4), ("ends",)),
+    Call("ends_to_indices", functools.partial(grouped.ends_to_indices, m=TOKENS, alignment=2), ("ends",)),
+    Call(
+        "indices_to_group_sizes",
+        functools.partial(grouped.indices_to_group_sizes, num_groups=3),
+        ("indices",),
+    ),
+    Call("indices_to_ends", functools.partial(grouped.indices_to_ends, num_groups=3), ("indices",)),
+    Call("check_group_sizes", functools.partial(grouped.check_group_sizes, m=TOKENS), ("sizes",)),
+    Call("check_m_indices", functools.partial(grouped.check_m_indices, num_groups=3), ("indices",)),
+    Call("ragged_dot", jdg.ragged_dot, ("x", "ws_t", "sizes")),
+    Call("ragged_dot float32", jdg.ragged_dot, ("x_f32", "ws_t", "sizes")),
+    Call(
+        "ragged_dot quantised", functools.partial(jdg.ragged_dot, rhs_layout="gnk"), ("q_x", "q_ws", "sizes")
+    ),
+    Call("ragged_dot vmap", jax.vmap(jdg.ragged_dot, (0, None, None)), ("xs", "ws_t", "sizes")),
+    Call("ragged_dot_general", _general, ("x_t", "w_t", "long_sizes")),
+    Call("ragged_dot_general float32", _general, ("w_t", "w_t", "long_sizes")),
+    Call("grouped_linear", jdg.grouped_linear, ("x", "ws_f32", "sizes")),
+    Call("swiglu", activation.swiglu, ("x", "row_weights")),
+    Call("swiglu_quantize", activation.swiglu_quantize, ("x", "row_weights")),
+    Call("swiglu_grad_quantize", activation.swiglu_grad_quantize, ("x", "row_weights", "dact")),
+    Call("route", _route(), ("logits",)),
+    Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
+    Call("dispatch, combine", _dispatch_and_combine, ("x", "ids", "weights")),
+    Call("plan_dispatch, spread_weights", _row_weights, ("ids", "weights")),
+    Call("expert_mlp", moe.expert_mlp, ("x", "w13", "w2", "expert_sizes", "row_weights")),
+    Call("moe_mlp", moe.moe_mlp, FROZEN_MOE),
+    Call("moe_mlp_decode", moe.moe_mlp_decode, FROZEN_MOE),
+    Call("moe_mlp_decode bf16", bf16_recipe(moe.moe_mlp_decode), MOE),
+    Call("expert_parallel_moe", _parallel("all_to_all"), FROZEN_MOE, mesh=True),
+    Call("moe_layer", _layer, MOE, mesh=True),
+)
+
+GRADIENTS = (
+    Call("bf16_gemm_nt", _gradient(jdg.bf16_gemm_nt, 0, 1), ("x", "w")),
+    Call("fp8_linear", _gradient(jdg.fp8_linear, 0, 1), ("x", "w_f32")),
+    Call("fp8_linear frozen", _gradient(jdg.fp8_linear, 0), ("x", "q_w")),
+    Call(
+        "m_grouped_bf16_gemm_nt_contiguous",
+        _gradient(jdg.m_grouped_bf16_gemm_nt_contiguous, 0, 1),
+        ("x", "ws", "sizes"),
+    ),
+    Call(
+        "m_grouped_bf16_gemm_nt_masked",
+        _gradient(jdg.m_grouped_bf16_gemm_nt_masked, 0, 1),
+        ("xs", "ws", "counts"),
+    ),
+    Call(
+        "k_grouped_bf16_gemm_tn_contiguous",
+        _gradient(jdg.k_grouped_bf16_gemm_tn_contiguous, 0, 1),
+        ("x_t", "w_t", "long_sizes"),
+    ),
+    Call("ragged_dot float32", _gradient(jdg.ragged_dot, 0, 1), ("x_f32", "ws_t", "sizes")),
+    Call("grouped_linear", _gradient(jdg.grouped_linear, 0, 1), ("x", "ws_f32", "sizes")),
+    Call("swiglu", _gradient(activation.swiglu, 0, 1), ("x", "row_weights")),
+    Call(
+        "route groups", _gradient(_route(score="sigmoid", num_groups=2, top_groups=1), 0), ("logits", "bias")
+    ),
+    Call("dispatch, combine", _gradient(_dispatch_and_combine, 0, 2), ("x", "ids", "weights")),
+    Call("moe_mlp", _gradient(moe.moe_mlp, 0, 2, 3, 4), MOE),
+    Call("moe_mlp bf16", _gradient(bf16_recipe(moe.moe_mlp), 0, 2, 3, 4), MOE),
+    Call("moe_layer", _gradient(lambda *args: _layer(*args)[0], 0, 2, 3, 4), MOE, mesh=True),
+)
+
+CALLS = tuple(
+    [Call(f"{call.name}: value", call.fn, call.operands, call.mesh) for call in FORWARD]
+    + [Call(f"{call.name}: gradient", call.fn, call.operands, call.mesh) for call in GRADIENTS]
+)
+
+
+def called_names() -> set[str]:
+    """Public names that a call of the table begins with, or lists."""
+    named = (call.name.split(": ")[0].split(", ") for call in CALLS)
+    return {name.split()[0] for names in named for name in names}
