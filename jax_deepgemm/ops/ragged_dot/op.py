@@ -145,7 +145,7 @@ def _reference(
     map_each = jax.vmap if batched else lambda function: function
 
     def product(*arrays: jax.Array) -> jax.Array:
-        options = {"form": layout, "out_dtype": out_dtype, "precision": precision}
+        options = {"layout": layout, "out_dtype": out_dtype, "precision": precision}
         native = functools.partial(_native, batched=batched, **options)
         dense = map_each(functools.partial(_dense, **options))
         return lax.platform_dependent(*arrays, default=dense, cuda=native, rocm=native, tpu=native)

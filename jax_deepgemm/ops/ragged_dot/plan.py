@@ -63,7 +63,7 @@ class RaggedPlan:
 def plan_rows(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int) -> RaggedPlan:
     """Of ragged rows, for operands of these ranks.
 
-    >>> plan_rows(RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,)), 2, 3).form
+    >>> plan_rows(RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,)), 2, 3).layout
     'nt'
     """
     (lhs_k, rhs_k), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
