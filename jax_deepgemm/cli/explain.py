@@ -8,9 +8,9 @@ import json
 from typing import Any, NamedTuple
 
 from jax_deepgemm.cli.arguments import EXIT_CODES, UsageError, input_file_or_stdin, refusing
+from jax_deepgemm.cli.compile import read_shapes
 from jax_deepgemm.cli.info import devices
 from jax_deepgemm.core.shapes import CallShape
-from jax_deepgemm.cli.compile import read_shapes
 from jax_deepgemm.tools.explain import ExplainedCall, chip_here, explain
 from jax_deepgemm.tools.shape_files import kinds, shape_of
 
@@ -62,7 +62,7 @@ class Explained(NamedTuple):
 
     @classmethod
     def of(cls, shape: CallShape) -> Explained:
-            with refusing(str(shape)):
+        with refusing(str(shape)):
             calls = shape.calls()
             return cls(
                 shape, [(one.title, explain(one.function, *one.operands, show=False)) for one in calls]
