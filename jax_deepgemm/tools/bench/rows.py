@@ -12,8 +12,6 @@ import jax.numpy as jnp
 
 from jax_deepgemm.tools.bench.timing import Timing, named
 
-KERNEL_PREFIX = "jdg_"
-GEMM_PREFIX = "jdg_sm90_"
 COMPILE_THREADS = 8
 
 
@@ -66,11 +64,6 @@ class Compiled:
     error: str = ""
 
 
-def accumulator(table: str) -> int | None:
-    """Which argument of a table's products D takes the place of."""
-    return 2 if table in ("fp8_wgrad", "k_grouped") else None
-
-
 def compile_job(
     function: Callable[..., Any],
     name: str,
@@ -107,7 +100,7 @@ def names(stem: str, group: Sequence[Any]) -> list[str]:
     return [f"{stem}_{index}" for index in range(len(group))]
 
 
-def figures(problem: Work, timing: Timing | None, compile_error: str) -> dict[str, Any]:
+def figures(work: Work, timing: Timing | None, compile_error: str) -> dict[str, Any]:
     """The part of a row that was measured."""
     if timing is None or timing.measured is None:
         return {"status": "failed", "error": compile_error or (timing.error if timing else "not measured")}
@@ -120,8 +113,8 @@ def figures(problem: Work, timing: Timing | None, compile_error: str) -> dict[st
         "us_max": round(max(measured.microseconds), 3),
         "all_us": round(measured.median_of_everything, 3),
         "calls": len(measured.microseconds),
-        "tflops": round(problem.flops / median / 1e6, 1),
-        "gbytes_per_s": round(problem.bytes / median / 1e3, 1),
+        "tflops": round(work.flops / median / 1e6, 1),
+        "gbytes_per_s": round(work.bytes / median / 1e3, 1),
         "kernels": {name: round(duration, 3) for name, duration in measured.by_kernel.items()},
         "clock": timing.clock,
         "timed_by": timing.method,
