@@ -113,6 +113,16 @@ def type_of(fields: Fields) -> str:
     return str(fields.get("type", "all"))
 
 
+def every_row(fields: Fields) -> bool:
+    """For `Table.plotted`: plots show all."""
+    return True
+
+
+def no_row(fields: Fields) -> bool:
+    """For `Table.plotted`: plots show none."""
+    return False
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
     """Rows that are measured and shown together.
@@ -147,7 +157,7 @@ class Table:
     part: Callable[[Fields], str] = type_of
     order: int = 0
     tuned: bool = False
-    plotted: Callable[[Fields], bool] = lambda fields: False
+    plotted: Callable[[Fields], bool] = no_row
     type: str = ""
     reads: Callable[[Fields], int | None] | None = None
     readme: tuple[tuple[Any, ...], ...] = ()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_deepgemm.cli import main
-from jax_deepgemm.core.bench import Beside, Row, Table
+from jax_deepgemm.core.bench import Beside, Row, Table, every_row
 from jax_deepgemm.tools import registry
 from jax_deepgemm.tools.bench import catalog, measure, products, report, sides
 from jax_deepgemm.tools.bench.timing import Job, Timing
@@ -115,7 +115,7 @@ def modules_of_toys() -> Iterator[tuple[str, ModuleType]]:
     def rows(*of: int) -> Callable[[bool], list[Row]]:
         return lambda small: [halves(n) for n in (of[:1] if small else of)]
 
-    table = Table(TITLE, ("n",), rows(8, 9), tuned=True, plotted=lambda fields: True)
+    table = Table(TITLE, ("n",), rows(8, 9), tuned=True, plotted=every_row)
     for name, declared in (("a", table), ("b", replace(table, rows=rows(10, 11)))):
         package, module = ModuleType(f"toys_{name}"), ModuleType(f"toys_{name}.bench")
         package.__path__ = []  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from jax_deepgemm.core.bench import (
     Fields,
     Row,
     Table,
+    every_row,
     recorded_rows,
 )
 from jax_deepgemm.ops.gemm.api import bf16_gemm_nt, fp8_gemm_nt
@@ -235,11 +236,6 @@ def _recorded(name: str, tables: Mapping[str, Any]) -> dict[tuple[Any, ...], Fie
     return {tuple(row[key] for key in MNK): row for row in recorded_rows(tables, name)}
 
 
-def everything(fields: Fields) -> bool:
-    """Plots show every row."""
-    return True
-
-
 def _table(name: str, title: str, rows: Callable[[bool], Iterator[Row]], **more: Any) -> Table:
     """A table of products beside cuBLASLt's and DeepGEMM's."""
     return Table(
@@ -252,7 +248,7 @@ def _table(name: str, title: str, rows: Callable[[bool], Iterator[Row]], **more:
         peer="DeepGEMM",
         recorded=functools.partial(_recorded, name),
         tuned=True,
-        plotted=everything,
+        plotted=every_row,
         **more,
     )
 
@@ -268,7 +264,7 @@ OTHER_SHAPES = Table(
     part=lambda fields: f"{fields['op']} {fields['type']}",
     order=3,
     tuned=True,
-    plotted=everything,
+    plotted=every_row,
 )
 TABLES = {
     "fp8": _table(

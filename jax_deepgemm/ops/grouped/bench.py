@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from jax_deepgemm.core.bench import BESIDE_PEER, CLOCK, RATES, Fields, Row, Table, recorded_rows
-from jax_deepgemm.ops.gemm.bench import OTHER_SHAPES, everything
+from jax_deepgemm.core.bench import BESIDE_PEER, CLOCK, RATES, Fields, Row, Table, every_row, recorded_rows
+from jax_deepgemm.ops.gemm.bench import OTHER_SHAPES
 from jax_deepgemm.ops.grouped import bench_skew
 from jax_deepgemm.ops.grouped.bench_rows import UNIT, contiguous, draw_sizes, k_grouped, masked, padded
 
@@ -94,7 +94,7 @@ def _table(
     *,
     keys: tuple[str, ...] = GROUPED_KEYS,
     ways: tuple[tuple[str, ...], ...] = ((),),
-    plotted: Callable[[Fields], bool] = everything,
+    plotted: Callable[[Fields], bool] = every_row,
     **more: Any,
 ) -> Table:
     return Table(

@@ -11,8 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_deepgemm.core.bench import BESIDE_BOTH, CLOCK, RATES, Beside, Fields, Row, Table, recorded_rows
-from jax_deepgemm.ops.gemm.bench import everything
+from jax_deepgemm.core.bench import (
+    BESIDE_BOTH,
+    CLOCK,
+    RATES,
+    Beside,
+    Fields,
+    Row,
+    Table,
+    every_row,
+    recorded_rows,
+)
 from jax_deepgemm.ops.grouped.bench import GROUPED_KEYS, draw_sizes
 from jax_deepgemm.ops.ragged_dot.api import ragged_dot
 
@@ -77,7 +86,7 @@ TABLES = {
         peer="tokamax",
         recorded=_recorded,
         tuned=True,
-        plotted=everything,
+        plotted=every_row,
         readme=(
             ("bf16", 4, 8192, 6144, 7168),
             ("bf16", 8, 4096, 4096, 4096),
