@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,10 +28,13 @@ from jax import lax
 
 import jax_deepgemm as jdg
 from jax_deepgemm.core.chip import H200
+from jax_deepgemm.jit import KernelSource
 from jax_deepgemm.ops.gemm.family import GemmConfig
 from jax_deepgemm.ops.gemm.problem import GemmProblem
 from jax_deepgemm.ops.gemm.sm90.config import fit_stages
+from jax_deepgemm.ops.grouped.problem import GroupedProblem
 from jax_deepgemm.ops.grouped.sm90.cost import grouped_candidates
+from jax_deepgemm.ops.grouped.sm90.source import grouped_source
 from jax_deepgemm.tools.explain import problems
 from tests.shared import grouped_cases as cases
 from tests.shared import grouped_products as oracle
@@ -215,6 +218,12 @@ def _compile_ahead(request: pytest.FixtureRequest) -> None:
         list(threads.map(attempt, chosen))
 
 
+TABLES = [
+    *(*cases.contiguous_table(), *cases.aligned_table(), *cases.masked_table(), *cases.k_table()),
+    *(*cases.contiguous_edges(), *cases.masked_edges(), *cases.k_edges()),
+]
+
+
 def limit(what: str) -> float:
     if not what.startswith("oracle"):
         return EXACT_LIMIT if what == "exact" else 0.0
@@ -297,6 +306,7 @@ OFFSETS = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", OFFSETS, ids=str)
 def test_group_offset(case):
     """B holds two of six groups; the rows of the others are zero in D, and may be NaN in A."""
@@ -304,6 +314,7 @@ def test_group_offset(case):
         check(case, cases.patterns(case.groups, case.rows), offset)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "case",
     [Contiguous(6, 700, 136, 256, ((FP8, "ends", "bfloat16"), (NT, "ends", "float32")), 700, alignment=64)],
@@ -340,6 +351,7 @@ def test_index_in_any_order(fp8):
     assert not np.asarray(run(x, w, np.full(rows, -1, np.int32))[0]).any()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", [(0, 8, 128), (8, 0, 128), (8, 16, 0), (0, 0, 0)], ids=str)
 def test_empty_dimensions(shape):
     """No rows or columns, and sums over nothing: zeros, or C."""
@@ -374,6 +386,7 @@ BIG = [
 ]
 
 
+@pytest.mark.alone  # with tens of gigabytes
 @pytest.mark.parametrize("case", BIG, ids=("b", "d", "bf16-a", "masked-b", "k-cd"))
 def test_more_than_two_to_the_31_elements(case):
     sizes = np.zeros(case.groups, np.int32)
@@ -387,39 +400,54 @@ SIZES = np.array([70, 0, 200, 31], np.int32)
 M, N, K, G = 320, 264, 448, len(SIZES)
 
 
-@functools.cache
-def small_calls() -> dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]:
-    """Name -> (function, operands): one call of each op, sizes last."""
-    numbers = pool()
+def small_operands(numbers: jax.Array) -> dict[str, tuple[Any, ...]]:
+    """Of one call of each op, sizes last."""
     x, w = cut(numbers, 0, M, K), cut(numbers, 1, G, N, K)
     deep = cut(numbers, 2, G, 100, K)
     dy, c = cut(numbers, 3, M, N), cut(numbers, 4, G, K, N).astype(F32)
     q, rows = jdg.quantize(w, BLOCK), jdg.quantize(w, ROWS)
     left, right = jdg.quantize(x.T), jdg.quantize(dy.T)
     sizes, mask = jnp.asarray(SIZES), jnp.asarray(SIZES // 2)
-    add = lambda f: lambda a, b, c, s, **options: f(a, b, s, c, **options)  # noqa: E731
-    zero = lambda f: functools.partial(f, zero_rows=True)  # noqa: E731
     return {
-        "m fp8": (jdg.m_grouped_fp8_gemm_nt_contiguous, (jdg.quantize(x), q, sizes)),
-        "m fp8 rows": (jdg.m_grouped_fp8_gemm_nt_contiguous, (jdg.quantize(x), rows, sizes)),
-        "m bf16 nt": (jdg.m_grouped_bf16_gemm_nt_contiguous, (x, w, sizes)),
-        "m bf16 nn": (jdg.m_grouped_bf16_gemm_nn_contiguous, (x, w.mT, sizes)),
-        "masked fp8": (zero(jdg.m_grouped_fp8_gemm_nt_masked), (jdg.quantize(deep), q, mask)),
-        "masked bf16": (zero(jdg.m_grouped_bf16_gemm_nt_masked), (deep, w, mask)),
-        "k fp8": (jdg.k_grouped_fp8_gemm_nt_contiguous, (left, right, sizes)),
-        "k fp8 + c": (add(jdg.k_grouped_fp8_gemm_nt_contiguous), (left, right, c, sizes)),
-        "k bf16": (jdg.k_grouped_bf16_gemm_tn_contiguous, (x, dy, sizes)),
-        "k bf16 + c": (add(jdg.k_grouped_bf16_gemm_tn_contiguous), (x, dy, c, sizes)),
+        "m fp8": (jdg.quantize(x), q, sizes),
+        "m fp8 rows": (jdg.quantize(x), rows, sizes),
+        "m bf16 nt": (x, w, sizes),
+        "m bf16 nn": (x, w.mT, sizes),
+        "masked fp8": (jdg.quantize(deep), q, mask),
+        "masked bf16": (deep, w, mask),
+        "k fp8": (left, right, sizes),
+        "k fp8 + c": (left, right, c, sizes),
+        "k bf16": (x, dy, sizes),
+        "k bf16 + c": (x, dy, c, sizes),
     }
 
 
-CALLS = (
-    *("m fp8", "m fp8 rows", "m bf16 nt", "m bf16 nn", "masked fp8", "masked bf16"),
-    *("k fp8", "k fp8 + c", "k bf16", "k bf16 + c"),
-)
+def with_c(k_grouped: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return lambda a, b, c, sizes, **options: k_grouped(a, b, sizes, c, **options)
 
 
-@pytest.mark.parametrize("name", CALLS)
+SMALL = {
+    "m fp8": jdg.m_grouped_fp8_gemm_nt_contiguous,
+    "m fp8 rows": jdg.m_grouped_fp8_gemm_nt_contiguous,
+    "m bf16 nt": jdg.m_grouped_bf16_gemm_nt_contiguous,
+    "m bf16 nn": jdg.m_grouped_bf16_gemm_nn_contiguous,
+    "masked fp8": functools.partial(jdg.m_grouped_fp8_gemm_nt_masked, zero_rows=True),
+    "masked bf16": functools.partial(jdg.m_grouped_bf16_gemm_nt_masked, zero_rows=True),
+    "k fp8": jdg.k_grouped_fp8_gemm_nt_contiguous,
+    "k fp8 + c": with_c(jdg.k_grouped_fp8_gemm_nt_contiguous),
+    "k bf16": jdg.k_grouped_bf16_gemm_tn_contiguous,
+    "k bf16 + c": with_c(jdg.k_grouped_bf16_gemm_tn_contiguous),
+}
+
+
+@functools.cache
+def small_calls() -> dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]:
+    """Name -> (function, operands)."""
+    operands = small_operands(pool())
+    return {name: (function, operands[name]) for name, function in SMALL.items()}
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_twenty_runs_give_the_same_bits_also_eagerly_and_into_nan(name):
     """The result takes the place of a donated buffer of NaN: every element of it is written."""
     function, operands = small_calls()[name]
@@ -467,7 +495,7 @@ def test_c_that_lives_on_is_added_and_not_changed(name, where):
     fp8 = "fp8" in name
     read = [oracle.dequantised(x).T if fp8 else x for x in (a, b)]
     at = oracle.place(SIZES, M)
-    product = oracle.k_grouped(*read, at.starts, at.counts, int(SIZES.max()))
+    product = program(oracle.k_grouped, static_argnums=4)(*read, at.starts, at.counts, int(SIZES.max()))
     assert float(difference(d - c, product)) < (FP8_LIMIT if fp8 else BF16_LIMIT)["float32"]
     assert [same(one, other) for one, other in zip(d, c, strict=True)] == [size == 0 for size in SIZES]
 
@@ -480,21 +508,29 @@ def test_hints_and_fewer_sms():
         ("k bf16", [{"num_sms": 1}, {"num_sms": 131}]),
     ):
         function, operands = small_calls()[name]
-        want = function(*operands)
-        for option in options:
-            assert float(difference(program(functools.partial(function, **option))(*operands), want)) < 1e-5
+
+        @program
+        def all_of(want: jax.Array, *x: Any, function: Any = function, options: Any = options) -> list[Any]:
+            return [difference(function(*x, **option), want) for option in options]
+
+        assert max(map(float, all_of(function(*operands), *operands))) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["m fp8", "m fp8 rows", "m bf16 nn", "masked bf16", "k fp8", "k bf16 + c"])
+IN_EVERY_WAY = ("m fp8", "m fp8 rows", "m bf16 nn", "masked bf16", "k fp8", "k bf16 + c")
+
+
+@pytest.mark.parametrize("name", IN_EVERY_WAY)
 def test_every_configuration_gives_the_same(name):
     """Also those that the cost model would never choose."""
     function, operands = small_calls()[name]
     [(problem, chip)] = problems(function, *operands)
-    calls = [functools.partial(function, config=config) for config in grouped_candidates(problem, chip)]
-    assert len(calls) > 1
-    jdg.precompile([(call, *operands) for call in calls], progress=False)
-    want = function(*operands)
-    found = {str(call.keywords["config"]): difference(program(call)(*operands), want) for call in calls}
+    configs = list(grouped_candidates(problem, chip))
+    assert 1 < len(configs) == len(set(map(str, configs)))
+
+    def all_of(want: jax.Array, *operands: Any) -> dict[str, jax.Array]:
+        return {str(c): difference(function(*operands, config=c), want) for c in configs}
+
+    found = program(all_of)(function(*operands), *operands)
     assert all(float(value) < 1e-5 for value in found.values()), found
 
 
@@ -505,17 +541,34 @@ def test_last_tiles_in_halves(out, n):
     rows, k, sizes = 1000, 320, jnp.asarray([300, 0, 129, 450, 1], jnp.int32)
     deep = jdg.quantize(cut(pool(), 0, len(sizes), 450, k))
     a, w = jdg.quantize(cut(pool(), 1, rows, k)), jdg.quantize(cut(pool(), 2, len(sizes), n, k), BLOCK)
+    counts = (1, 2, 3, 7, 20, 48, 99, 132)
     problem = GemmProblem(rows, n, k, out=jnp.dtype(out).name, table_bytes=2048)
     halved, whole = (fit_stages(problem, GemmConfig(*tile, 0), H200) for tile in ((128, 256), (128, 128)))
     masked = functools.partial(jdg.m_grouped_fp8_gemm_nt_masked, zero_rows=True)
     for function, operands in ((jdg.m_grouped_fp8_gemm_nt_contiguous, (a, w)), (masked, (deep, w))):
         run = functools.partial(function, out_dtype=out, config=halved)
-        want = program(functools.partial(run, num_sms=1))(*operands, sizes)
-        other = program(functools.partial(function, out_dtype=out, config=whole))(*operands, sizes)
+
+        @program
+        def all_of(*x: Any, run: Any = run, function: Any = function) -> tuple[list[jax.Array], jax.Array]:
+            return [run(*x, num_sms=count) for count in counts], function(*x, out_dtype=out, config=whole)
+
+        (want, *every), other = all_of(*operands, sizes)
         assert float(difference(want, other)) < 1e-5
-        for count in (2, 3, 7, 20, 48, 99, 132):
-            got = program(functools.partial(run, num_sms=count))(*operands, sizes)
+        for count, got in zip(counts[1:], every, strict=True):
             np.testing.assert_array_equal(got, want, err_msg=f"{count} SMs")
+
+
+def kernels() -> Iterator[GroupedProblem | KernelSource]:
+    """What the tables and the calls of every configuration need (kernels.py)."""
+    numbers = jax.ShapeDtypeStruct((POOL,), BF16)
+    for case in TABLES:
+        at = where(case, np.zeros(case.groups, np.int32))
+        calls = problems(functools.partial(PROGRAMS[type(case)], case), numbers, at)
+        yield from (problem for problem, _ in calls)
+    operands = jax.eval_shape(small_operands, numbers)
+    for name in IN_EVERY_WAY:
+        [(problem, chip)] = problems(SMALL[name], *operands[name])
+        yield from (grouped_source(problem, config) for config in grouped_candidates(problem, chip))
 
 
 # Transformations --------------------------------------------------------------------------------------------
@@ -524,10 +577,11 @@ def test_last_tiles_in_halves(out, n):
 def on_both(function: Callable[..., Any], *arrays: Any) -> list[tuple[Any, Any]]:
     """Results on the GPU and on the CPU, leaf by leaf."""
     there = jax.jit(function)(*jax.device_put(arrays, jax.devices("cpu")[0]))
-    here = jax.jit(function)(*arrays)
+    here = program(function)(*arrays)
     return list(zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["m bf16 nt", "m bf16 nn", "masked bf16", "k bf16 + c"])
 def test_bf16_gradients_are_those_of_the_reference(name):
     function, (*arrays, sizes) = small_calls()[name]

@@ -1,0 +1,224 @@
+"""What the GPU tests stand on, without a GPU: how they are dealt out, their kernels, their oracles."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.gpu import conftest as gpu_conftest
+from tests.gpu import kernels
+from tests.shared import (
+    cases,
+    gemm_oracle,
+    gemm_products,
+    grouped_oracle,
+    grouped_products,
+    moe_oracle,
+    shards,
+)
+from tests.shared.cases import ROW, Case
+
+ROOT = Path(__file__).parent.parent.parent
+GPU = ROOT / "tests" / "gpu"
+NO_SMOKE = {"test_sharding_gpu.py", "test_train_gpu.py", "test_grouped_chains_gpu.py"}
+"""Several GPUs, flax, and long chains of what others show."""
+
+# Dealing out ------------------------------------------------------------------------------------------------
+
+names = st.builds("tests/gpu/test_{}.py::test_{}[{}]".format, *[st.integers(0, n) for n in (4, 6, 9)])
+
+
+@given(st.lists(names, unique=True, max_size=80), st.integers(1, 9))
+def test_every_test_is_in_one_part(tests, count):
+    parts = shards.deal(tests, {"test_1.py": 5.0, "test_2.py::test_3": 0.0}, count)
+    assert len(parts) == count
+    assert sorted(test for part in parts for test in part) == sorted(tests)
+    for part in parts:
+        assert part == [test for test in tests if test in part]
+
+
+def test_costly_things_are_shared():
+    """A short file stays whole, a long one is dealt out by function, its shape tables as one."""
+    long = [
+        f"tests/gpu/a.py::{name}[{i}]"
+        for name in ("test_table_x", "test_table_y", "test_b")
+        for i in range(4)
+    ]
+    short = ["tests/gpu/c.py::test_d", "tests/gpu/c.py::test_e"]
+    parts = shards.deal([*long, *short], {}, 3)
+    assert parts == [long[:8], long[8:], short]
+    longer = shards.deal(long, {"a.py::test_b": 9.0}, 2)
+    assert longer == [long[8:], long[:8]]
+
+
+@pytest.fixture(scope="module")
+def collected() -> list[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        GPU,
+    ]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line for line in found.stdout.splitlines() if "::" in line]
+
+
+def test_parts_of_the_gpu_tests_take_equally_long(collected):
+    seconds = shards.recorded()
+    assert {test.split("/")[-1].split("::")[0] for test in collected} == {
+        path.name for path in GPU.glob("test_*.py")
+    }
+    for count in (1, 4, 8):
+        loads = [
+            sum(shards._seconds(test, seconds) for test in part)
+            for part in shards.deal(collected, seconds, count)
+        ]
+        assert max(loads) <= 1.25 * sum(loads) / count, loads
+
+
+def test_records_are_of_tests_there_are(collected):
+    known = {shards._function(test) for test in collected} | {shards._file(test) for test in collected}
+    assert set(shards.recorded()) <= known, "run benchmarks/h200.sh test, and copy seconds.json to tests/gpu"
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "x/3", "3"])
+def test_parts_that_cannot_be(text):
+    with pytest.raises(ArgumentTypeError, match="need I/N"):
+        gpu_conftest._part(text)
+
+
+def test_a_process_keeps_its_part():
+    dropped = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: dropped.extend(items))
+    every = [SimpleNamespace(nodeid=f"tests/gpu/test_{i}.py::test_a") for i in range(5)]
+    kept = []
+    for index in (1, 2):
+        items = list(every)
+        config = SimpleNamespace(hook=hook, getoption=lambda *_, index=index: (index, 2))
+        gpu_conftest.pytest_collection_modifyitems(config, items)
+        kept += items
+    assert sorted(item.nodeid for item in kept) == [item.nodeid for item in every]
+    assert sorted(item.nodeid for item in dropped) == [item.nodeid for item in every]
+
+
+RESULT = """<testsuites><testsuite>
+<testcase classname="tests.gpu.test_a" name="test_x[1]" time="2.0" />
+<testcase classname="tests.gpu.test_a" name="test_x[2]" time="4.0" />
+<testcase classname="tests.gpu.test_a" name="test_y" time="1.0">{}</testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.mark.parametrize(("inside", "code"), [("<skipped />", 0), ("<failure />", 1), ("<error />", 1)])
+def test_what_processes_leave_is_summed_up(tmp_path, capsys, inside, code):
+    (tmp_path / "1.xml").write_text(RESULT.format(inside))
+    record = tmp_path / "seconds.json"
+    assert shards.main([str(tmp_path / "1.xml"), "--record", str(record)]) == code
+    assert json.loads(record.read_text()) == {"test_a.py::test_x": 3.0, "test_a.py::test_y": 1.0}
+    verdict = "2 passed, 1 skipped, 0 failed" if code == 0 else "2 passed, 0 skipped, 1 failed"
+    assert verdict in capsys.readouterr().out
+
+
+def test_no_result_is_no_success(tmp_path):
+    (tmp_path / "1.xml").write_text("<testsuites><testsuite /></testsuites>")
+    assert shards.main([str(tmp_path / "1.xml")]) == 1
+
+
+def test_each_family_is_in_the_smoke_tier():
+    with_smoke = {path.name for path in GPU.glob("test_*.py") if "\n@pytest.mark.smoke\n" in path.read_text()}
+    assert {path.name for path in GPU.glob("test_*.py")} - with_smoke == NO_SMOKE
+
+
+# Kernels ----------------------------------------------------------------------------------------------------
+
+
+def test_files_name_their_kernels():
+    """Sources alone; compiling them all takes minutes."""
+    found = {module.__name__.split(".")[-1]: kernels.sources([module]) for module in kernels.modules("gemm")}
+    assert {name: bool(sources) for name, sources in found.items()} == {
+        "test_gemm_configs_gpu": True,
+        "test_gemm_gpu": True,
+    }
+    for sources in found.values():
+        assert len({source.name for source in sources}) > 20
+
+
+# Oracles ----------------------------------------------------------------------------------------------------
+
+SMALL = [shape for shape in cases.EDGE_SHAPES if np.prod(shape) < 3e6]
+
+
+@pytest.mark.parametrize("add", [False, True], ids=("", "c"))
+@pytest.mark.parametrize("b_block", [cases.BLOCK, ROW], ids=str)
+def test_dense_fp8_oracle(b_block, add):
+    """The GPU tests' oracle, against float64 in NumPy."""
+    for shape in SMALL:
+        case = Case(*shape, out="float32", accumulate=add, b_block=b_block)
+        arrays = gemm_oracle.fp8_operands(case)
+        got = gemm_products.fp8_exact(arrays)
+        assert gemm_oracle.calc_diff(got, gemm_oracle.fp8_float64(case, *arrays)) < 1e-11
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_dense_bf16_oracle(layout):
+    for shape in SMALL:
+        case = Case(*shape, out="float32", accumulate=True, layout=layout)
+        arrays = gemm_oracle.bf16_operands(case)
+        got = gemm_products.bf16_exact(case, arrays)
+        assert gemm_oracle.calc_diff(got, gemm_oracle.bf16_float64(case, *arrays)) < 1e-11
+
+
+@pytest.mark.parametrize("sizes", [(5, 0, 9, 3), (0, 0, 0, 0), (4, -2, 30, 7)], ids=str)
+def test_grouped_oracles(sizes):
+    m, n, k = 20, 24, 16
+    a, b = grouped_oracle.random(0, m, k), grouped_oracle.random(1, len(sizes), n, k)
+    at, index = grouped_products.place(sizes, m), grouped_oracle.rows_of(sizes, m)
+    np.testing.assert_array_equal(at.index, index)
+    where = jnp.asarray(at.starts), jnp.asarray(at.counts), m
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)  # noqa: E731
+    close(grouped_products.m_grouped(a, jnp.asarray(b), *where), grouped_oracle.m_grouped(a, b, index))
+    rows = grouped_oracle.random(2, m, n)
+    close(grouped_products.k_grouped(a, rows, *where), grouped_oracle.k_grouped(a, rows, index, len(sizes)))
+    deep, counts = grouped_oracle.random(3, len(sizes), 8, k), np.clip(sizes, 0, 8)
+    got = grouped_products.masked(jnp.asarray(deep), jnp.asarray(b), jnp.asarray(counts), 8)
+    close(got, grouped_oracle.masked(deep, b, counts))
+
+
+def test_dequantised():
+    for block in ((1, 128), (128, 128), (128, 1)):
+        values, scales = grouped_oracle.fp8(0, 3, 130, 200, block=block)
+        got = grouped_products.dequantised(SimpleNamespace(values=values, scales=scales, block=block))
+        np.testing.assert_array_equal(
+            got, grouped_oracle.dequantized((values, scales), block).astype(np.float32)
+        )
+
+
+def test_experts_oracle():
+    x, w13, w2 = (moe_oracle.normal(i, *shape) for i, shape in enumerate([(12, 16), (4, 16, 16), (4, 16, 8)]))
+    ids = moe_oracle.random_ids(0, 12, 2, 4, dropped=0.2)
+    weights = moe_oracle.normal(5, 12, 2, dtype=jnp.float32)
+    got = moe_oracle.moe_plain(x, ids, weights, w13, w2)
+    assert moe_oracle.relative(got, moe_oracle.moe_float64(x, ids, weights, w13, w2)) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_difference_is_that_of_float64(scale):
+    x = np.random.default_rng(0).standard_normal((40, 50)).astype(np.float32)
+    y = x + np.float32(scale) * np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+    got = float(gemm_products.difference(jnp.asarray(x), jnp.asarray(y)))
+    assert got == pytest.approx(gemm_oracle.calc_diff(x, y), rel=1e-4)
