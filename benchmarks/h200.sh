@@ -72,7 +72,7 @@ pytests() {
 run_test() {
     local directory code=0
     directory=$(mktemp -d)
-    JAX_PLATFORMS=cpu "$PYTHON" -m tests.gpu.kernels || return
+    JAX_PLATFORMS=cpu "$PYTHON" -m tests.gpu.kernels || code=1
     pytests "$directory" "${PROCESSES:-8}" "gpu and not alone" || code=1
     pytests "$directory" 1 "gpu and alone" || code=1
     "$PYTHON" -m tests.shared.shards "$directory"/*.xml --record "$OUT/seconds.json" || code=1

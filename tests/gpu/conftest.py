@@ -14,7 +14,7 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from tests.gpu.kernels import compile_all
+from tests.gpu.kernels import compile_all, sources
 from tests.shared import shards
 
 FEW = 20
@@ -23,11 +23,6 @@ FEW = 20
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", type=_part, metavar="I/N", help="the I-th of N parts of the tests, from 1/N")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "smoke: of the few GPU tests that show what is broken within a minute")
-    config.addinivalue_line("markers", "alone: measures time or needs most of a GPU's memory")
 
 
 @pytest.hookimpl(trylast=True)  # what -m and -k leave is dealt out
@@ -52,4 +47,4 @@ def _part(text: str) -> tuple[int, int]:
 def _kernels_of_the_file(request: pytest.FixtureRequest) -> None:
     here = [item for item in request.session.items if item.path == request.path]
     if len(here) > FEW:
-        compile_all([request.module])
+        compile_all(sources([request.module]))
