@@ -9,12 +9,15 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jax_deepgemm.jit import CompileError, KernelSource
+from jax_deepgemm.tools.precompile import precompile_records
 from tests.gpu import conftest as gpu_conftest
 from tests.gpu import kernels
 from tests.shared import (
@@ -148,21 +151,30 @@ def test_each_family_is_in_the_smoke_tier():
 
 
 def test_files_name_their_kernels():
-    """Sources alone; compiling them all takes minutes."""
-    found = {
-        module.__name__.split(".")[-1]: list(kernels.sources([module])) for module in kernels.modules("gemm")
-    }
-    assert {name: bool(sources) for name, sources in found.items()} == {
-        "test_gemm_configs_gpu": True,
-        "test_gemm_gpu": True,
-    }
-    for sources in found.values():
-        assert len({source.name for source in sources}) > 20
+    """Each once; those that a call of a table is traced to are among them."""
+    [quantising] = kernels.modules("fused")
+    [configs] = kernels.modules("configs")
+    named = list(kernels.sources([quantising, configs]))
+    texts = {(source.name, source.text) for source in named}
+    assert len(texts) == len(named) > 200
+    x = jax.ShapeDtypeStruct(quantising.SHAPES[2], jnp.bfloat16)
+    calls = [(quantising.quantize(block, "float8_e5m2"), x) for block in quantising.BLOCKS[:2]]
+    needed = [source for source, _ in precompile_records([*calls, (quantising.quantize_both, x)])]
+    assert len(needed) == 3
+    assert {(source.name, source.text) for source in needed} <= texts
+
+
+def test_a_kernel_that_does_not_compile_stops_no_other():
+    broken = KernelSource("broken", "no C++")
+    fine = KernelSource("fine", 'extern "C" __global__ void fine() {}')
+    error, kernel = kernels.compile_all([broken, fine])
+    assert isinstance(error, CompileError)
+    assert kernel.name == "fine"
 
 
 # Oracles ----------------------------------------------------------------------------------------------------
 
-SMALL = [shape for shape in cases.EDGE_SHAPES if np.prod(shape) < 3e6]
+SMALL = [(1, 1, 1), (7, 129, 130), (5, 104, 256), (65, 200, 384)]
 
 
 @pytest.mark.parametrize("add", [False, True], ids=("", "c"))
