@@ -11,7 +11,7 @@ from typing import Any
 from jax_deepgemm.cli.arguments import EXIT_CODES, input_file_or_stdin, read_text, refusing, spelt, whole
 from jax_deepgemm.cli.info import devices
 from jax_deepgemm.core.chip import H200
-from jax_deepgemm.core.shapes import Shape
+from jax_deepgemm.core.shapes import CallShape
 from jax_deepgemm.jit.cache import open_cache
 from jax_deepgemm.jit.report import describe
 from jax_deepgemm.jit.toolchain import read_settings
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON list with one object per kernel")
 
 
-def read_shapes(path: Path) -> list[Shape]:
+def read_shapes(path: Path) -> list[CallShape]:
     """Returns what a shapes file holds; "-" is stdin.
 
     Raises:

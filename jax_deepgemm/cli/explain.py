@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax_deepgemm.cli.arguments import EXIT_CODES, UsageError, input_file_or_stdin, refusing
 from jax_deepgemm.cli.info import devices
-from jax_deepgemm.core.shapes import Shape
+from jax_deepgemm.core.shapes import CallShape
 from jax_deepgemm.tools.shape_files import kinds, shape_of
 
 if TYPE_CHECKING:
@@ -58,11 +58,11 @@ def _fields() -> dict[str, tuple[str, bool]]:
 class Explained(NamedTuple):
     """A shape, and for each function of it a title and the calls of ops inside."""
 
-    shape: Shape
+    shape: CallShape
     functions: list[tuple[str, list[ExplainedCall]]]
 
     @classmethod
-    def of(cls, shape: Shape) -> Explained:
+    def of(cls, shape: CallShape) -> Explained:
         from jax_deepgemm.tools.explain import explain
 
         with refusing(str(shape)):
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def shapes_of(args: argparse.Namespace) -> list[Shape]:
+def shapes_of(args: argparse.Namespace) -> list[CallShape]:
     """Returns what the arguments ask for.
 
     Raises:

@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
+class CallShape:
     """Sizes and types of a call; a subclass has the fields of its family, by `size`, `choice`, `flag`."""
 
     OPS: ClassVar[tuple[str, ...]] = ()

@@ -12,7 +12,7 @@ from jax_deepgemm.core.shapes import (
     RECIPES,
     WEIGHTS,
     Call,
-    Shape,
+    CallShape,
     choice,
     flag,
     layer_calls,
@@ -23,7 +23,7 @@ from jax_deepgemm.ops.grouped.shapes import check_weights
 
 
 @dataclass(frozen=True)
-class _Experts(Shape):
+class _Experts(CallShape):
     """The sizes of a layer of experts."""
 
     tokens: int = size("rows of x")

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jax_deepgemm.core.shapes import BLOCKS, DTYPES, WEIGHTS, Call, Shape, choice, flag, layer_calls, size
+from jax_deepgemm.core.shapes import BLOCKS, DTYPES, WEIGHTS, Call, CallShape, choice, flag, layer_calls, size
 
 
 def matrix(fp8: bool, shape: tuple[int, ...], k_last: bool, block: tuple[int, int]) -> Any:
@@ -43,7 +43,7 @@ def weight(kind: str, shape: tuple[int, ...]) -> Any:
 
 
 @dataclass(frozen=True)
-class DenseShape(Shape):
+class DenseShape(CallShape):
     """Dense GEMMs: D[m, n] = A[m, k] x B[k, n], with C if it accumulates."""
 
     OPS: ClassVar = tuple(
@@ -70,7 +70,7 @@ class DenseShape(Shape):
 
 
 @dataclass(frozen=True)
-class LinearShape(Shape):
+class LinearShape(CallShape):
     """A linear layer in FP8: y = x w^T, with the quantising and, by default, the gradients."""
 
     OPS: ClassVar = ("fp8_linear",)

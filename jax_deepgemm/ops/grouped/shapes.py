@@ -14,7 +14,7 @@ from jax_deepgemm.core.shapes import (
     RECIPES,
     WEIGHTS,
     Call,
-    Shape,
+    CallShape,
     choice,
     flag,
     layer_calls,
@@ -33,7 +33,7 @@ def equal_sizes(groups: int, total: int) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 
 @dataclass(frozen=True)
-class ContiguousShape(Shape):
+class ContiguousShape(CallShape):
     """Groups of rows, one after the other: D[rows of g] = A[rows of g] x B[g]."""
 
     OPS: ClassVar = tuple(
@@ -61,7 +61,7 @@ class ContiguousShape(Shape):
 
 
 @dataclass(frozen=True)
-class MaskedShape(Shape):
+class MaskedShape(CallShape):
     """Equal storage for each group: D[g, :rows] = A[g, :rows] x B[g]."""
 
     OPS: ClassVar = ("m_grouped_fp8_gemm_nt_masked", "m_grouped_bf16_gemm_nt_masked")
@@ -89,7 +89,7 @@ class MaskedShape(Shape):
 
 
 @dataclass(frozen=True)
-class InnerShape(Shape):
+class InnerShape(CallShape):
     """Groups of k, the weight gradient: D[g] = A[k of g] x B[k of g], with C if it accumulates."""
 
     OPS: ClassVar = (
@@ -121,7 +121,7 @@ class InnerShape(Shape):
 
 
 @dataclass(frozen=True)
-class LinearShape(Shape):
+class GroupedLinearShape(CallShape):
     """A linear layer for each group of rows, with the quantising and, by default, the gradients."""
 
     OPS: ClassVar = ("grouped_linear",)
@@ -165,4 +165,4 @@ def check_weights(recipe: str, weights: str | None) -> None:
         raise ValueError("weights is 'fp8' and recipe is 'bf16', need recipe fp8, or weights bfloat16")
 
 
-SHAPES = (ContiguousShape, MaskedShape, InnerShape, LinearShape)
+SHAPES = (ContiguousShape, MaskedShape, InnerShape, GroupedLinearShape)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jax_deepgemm.core.shapes import DTYPES, MOST_GROUPS, Call, Shape, choice, flag, layer_calls, size
+from jax_deepgemm.core.shapes import DTYPES, MOST_GROUPS, Call, CallShape, choice, flag, layer_calls, size
 from jax_deepgemm.ops.grouped.shapes import equal_sizes
 
 
 @dataclass(frozen=True)
-class RaggedDotShape(Shape):
+class RaggedDotShape(CallShape):
     """jax.lax.ragged_dot in bfloat16, lhs [m, k] and rhs [groups, k, n], by default with its gradients."""
 
     OPS: ClassVar = ("ragged_dot",)
