@@ -36,7 +36,7 @@ def deal(tests: Sequence[str], seconds: Mapping[str, float], count: int) -> list
     >>> deal(["t.py::a[1]", "t.py::a[2]", "t.py::b", "u.py::c"], {"t.py::a": 3, "t.py::b": 5}, 2)
     [['t.py::a[1]', 't.py::a[2]'], ['t.py::b', 'u.py::c']]
     """
-    cost = {test: _seconds(test, seconds) for test in tests}
+    cost = {test: seconds_of(test, seconds) for test in tests}
     units = _units(cost, sum(cost.values()) / count)
     parts: list[set[str]] = [set() for _ in range(count)]
     loads = [0.0] * count
@@ -51,12 +51,12 @@ def _units(cost: Mapping[str, float], share: float) -> dict[str, list[str]]:
     """Tests that stay together, by the name of what they have in common."""
     of_file: dict[str, list[str]] = collections.defaultdict(list)
     for test in cost:
-        of_file[_file(test)].append(test)
+        of_file[file_of(test)].append(test)
     units: dict[str, list[str]] = collections.defaultdict(list)
     for file, tests in of_file.items():
         whole = _total(tests, cost) <= share
         for test in tests:
-            function = _function(test)
+            function = function_of(test)
             unit = f"{file}::test_table" if "::test_table" in function else function
             units[file if whole else unit].append(test)
     return units
@@ -66,17 +66,17 @@ def _total(tests: Iterable[str], cost: Mapping[str, float]) -> float:
     return sum(cost[test] for test in tests)
 
 
-def _function(test: str) -> str:
+def function_of(test: str) -> str:
     """Of a node id: "file.py::function"."""
     return test.split("[")[0].rsplit("/", 1)[-1]
 
 
-def _file(test: str) -> str:
-    return _function(test).split("::")[0]
+def file_of(test: str) -> str:
+    return function_of(test).split("::")[0]
 
 
-def _seconds(test: str, seconds: Mapping[str, float]) -> float:
-    return seconds.get(_function(test), seconds.get(_file(test), UNKNOWN))
+def seconds_of(test: str, seconds: Mapping[str, float]) -> float:
+    return seconds.get(function_of(test), seconds.get(file_of(test), UNKNOWN))
 
 
 # What they left -------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def means(every: Iterable[Ran]) -> dict[str, float]:
     """Seconds that one test of each function took; those that were skipped count too."""
     times: dict[str, list[float]] = collections.defaultdict(list)
     for one in every:
-        times[_function(one.test)].append(one.seconds)
+        times[function_of(one.test)].append(one.seconds)
     return {name: round(sum(all_of) / len(all_of), 2) for name, all_of in sorted(times.items())}
 
 
