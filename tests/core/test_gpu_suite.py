@@ -53,17 +53,14 @@ def test_every_test_is_in_one_part(tests, count):
 
 
 def test_costly_things_are_shared():
-    """A short file stays whole, a long one is dealt out by function, its shape tables as one."""
-    long = [
-        f"tests/gpu/a.py::{name}[{i}]"
-        for name in ("test_table_x", "test_table_y", "test_b")
-        for i in range(4)
-    ]
+    """A short file stays whole, a long one is dealt out by function, but not what shares its operands."""
+    long = [f"tests/gpu/a.py::{name}[{i}]" for name in ("test_a", "test_b") for i in range(4)]
     short = ["tests/gpu/c.py::test_d", "tests/gpu/c.py::test_e"]
-    parts = shards.deal([*long, *short], {}, 3)
-    assert parts == [long[:8], long[8:], short]
-    longer = shards.deal(long, {"a.py::test_b": 9.0}, 2)
-    assert longer == [long[8:], long[:8]]
+    assert shards.deal([*long, *short], {}, 3) == [long[:4], long[4:], short]
+    assert shards.deal(long, {"a.py::test_b": 9.0}, 2) == [long[4:], long[:4]]
+    tables = [f"tests/gpu/test_gemm_gpu.py::test_table_{name}" for name in "abcd"]
+    others = [f"tests/gpu/test_gemm_gpu.py::test_{name}" for name in "abc"]
+    assert shards.deal([*tables, *others], {}, 2) == [tables, others]
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +172,15 @@ def test_a_kernel_that_does_not_compile_stops_no_other(monkeypatch):
     error, kernel = kernels.compile_all([KernelSource("broken", ""), fine])
     assert isinstance(error, CompileError)
     assert kernel is fine
+
+
+def test_numbers_of_both_pieces_differ(monkeypatch):
+    monkeypatch.setattr(gpu_programs, "PIECE", 1 << 12)
+    numbers = np.asarray(gpu_programs.random_numbers((1 << 12) + 1), np.float64)
+    assert numbers.shape == (1 << 13,)
+    assert abs(numbers.mean()) < 0.1
+    assert abs(numbers.std() - 1) < 0.1
+    assert abs(np.corrcoef(numbers.reshape(2, -1))[0, 1]) < 0.1
 
 
 # Oracles ----------------------------------------------------------------------------------------------------

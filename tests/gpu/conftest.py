@@ -46,5 +46,7 @@ def _part(text: str) -> tuple[int, int]:
 @pytest.fixture(scope="module", autouse=True)
 def _kernels_of_the_file(request: pytest.FixtureRequest) -> None:
     here = [item for item in request.session.items if item.path == request.path]
-    if len(here) > FEW:
+    if (
+        request.config.getoption("--shard", None) is None and len(here) > FEW
+    ):  # else they are compiled already
         compile_all(sources([request.module]))

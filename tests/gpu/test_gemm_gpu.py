@@ -42,7 +42,15 @@ from tests.shared.gemm_products import (
     fp8_gemm,
     problem,
 )
-from tests.shared.gpu_programs import C_ELSEWHERE, chain, difference, program, with_c_elsewhere
+from tests.shared.gpu_programs import (
+    C_ELSEWHERE,
+    PIECE,
+    chain,
+    difference,
+    program,
+    random_numbers,
+    with_c_elsewhere,
+)
 
 BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 
@@ -103,7 +111,7 @@ def kernels() -> Iterator[GemmProblem]:
 @functools.cache
 def pool() -> jax.Array:
     """Standard normal numbers that every test cuts its operands from."""
-    return jax.random.normal(jax.random.key(7), (129280 * 7168 + (1 << 24),), BF16)
+    return random_numbers(129280 * 7168 + PIECE)
 
 
 def cut(numbers: jax.Array, seed: int, *shape: int) -> jax.Array:

@@ -18,7 +18,7 @@ from jax import lax
 
 import jax_deepgemm as jdg
 from tests.shared import grouped_products as oracle
-from tests.shared.gpu_programs import difference, program
+from tests.shared.gpu_programs import PIECE, difference, program, random_numbers
 from tests.shared.grouped_cases import FP8, Contiguous, KGrouped, Masked
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -27,14 +27,14 @@ EXACT_LIMIT = 1e-3
 EXACT_FROM = 2048  # columns of D: fewer elements do not average the errors of quantising
 FP8_LIMIT = {"float32": 1e-6, "bfloat16": 1e-5}
 BF16_LIMIT = {"float32": 1e-8, "bfloat16": 1e-5}
-POOL = 32 * 6144 * 7168 + (1 << 24)
+POOL = 32 * 6144 * 7168 + PIECE
 ROWS, COLS, BLOCK = (1, 128), (128, 1), (128, 128)
 
 
 @functools.cache
 def pool() -> jax.Array:
     """Standard normal numbers that every case cuts its operands from."""
-    return jax.random.normal(jax.random.key(7), (POOL,), BF16)
+    return random_numbers(POOL)
 
 
 def cut(numbers: jax.Array, seed: int, *shape: int) -> jax.Array:

@@ -5,7 +5,7 @@
         sums up what processes left with --junitxml; records how long a test of each function took
 
 Tests that stay together share what is costly: those of a file that takes less than a process's share of the
-time, else those of a function. The shape tables of a file stay together because they need most of the memory.
+time, else those of a function.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from xml.etree import ElementTree
 RECORDED = Path(__file__).parent.parent / "gpu" / "seconds.json"
 UNKNOWN = 1.0
 """Seconds of a test that no record knows."""
+TOGETHER = ("test_grouped_gpu.py", "test_gemm_gpu.py::test_table")
+"""What names start with whose tests cut their operands from gigabytes of numbers, which one process holds."""
 
 
 def recorded() -> dict[str, float]:
@@ -57,7 +59,7 @@ def _units(cost: Mapping[str, float], share: float) -> dict[str, list[str]]:
         whole = _total(tests, cost) <= share
         for test in tests:
             function = function_of(test)
-            unit = f"{file}::test_table" if "::test_table" in function else function
+            unit = next((start for start in TOGETHER if function.startswith(start)), function)
             units[file if whole else unit].append(test)
     return units
 
@@ -67,15 +69,21 @@ def _total(tests: Iterable[str], cost: Mapping[str, float]) -> float:
 
 
 def function_of(test: str) -> str:
-    """Of a node id: "file.py::function"."""
+    """Of a node id: "file.py::function".
+
+    >>> function_of("tests/gpu/test_a.py::test_b[1/2]")
+    'test_a.py::test_b'
+    """
     return test.split("[")[0].rsplit("/", 1)[-1]
 
 
 def file_of(test: str) -> str:
+    """Of a node id: "file.py"."""
     return function_of(test).split("::")[0]
 
 
 def seconds_of(test: str, seconds: Mapping[str, float]) -> float:
+    """What a test is taken to need."""
     return seconds.get(function_of(test), seconds.get(file_of(test), UNKNOWN))
 
 
