@@ -24,6 +24,7 @@ from tests.shared import (
     cases,
     gemm_oracle,
     gemm_products,
+    gpu_programs,
     grouped_oracle,
     grouped_products,
     moe_oracle,
