@@ -24,6 +24,8 @@ def _asks_for_gpu(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_DEEPGEMM_TUNING_FILE", "off")  # a developer's own would change what is chosen
     config.addinivalue_line("markers", "gpu: runs on a CUDA device, and only when asked for by -m gpu")
+    config.addinivalue_line("markers", "smoke: of the few GPU tests that show what is broken within a minute")
+    config.addinivalue_line("markers", "alone: a GPU test that measures time or needs most of the memory")
     if not hasattr(config, "workerinput"):  # the process that reports
         config.pluginmanager.register(Heartbeat())
     if _asks_for_gpu(config):

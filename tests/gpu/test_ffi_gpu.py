@@ -156,11 +156,13 @@ def tma_copy_plan(rows, cols, dtype="float32"):
     )
 
 
+@pytest.mark.smoke
 def test_pointers_and_scalars():
     x = numbers(1000)
     np.testing.assert_array_equal(jax.jit(caller(axpy_plan(1000, 2.0, -3)))(x), 2 * x - 3)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", [(64, 32), (100, 68), (1, 4), (1000, 2052)])
 def test_tensor_maps_with_tails(shape):
     x = numbers(*shape)
@@ -192,6 +194,7 @@ def test_dynamic_shared_memory(kilobytes):
     np.testing.assert_array_equal(jax.jit(caller(LaunchPlan((step,))))(x), x[::-1])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("cluster", [1, 2, 8, 16])
 def test_clusters(cluster):
     step = Launch(kernel("cluster_rank"), (32, 1, 1), 32, (Result(0),), cluster=cluster)
@@ -208,6 +211,7 @@ def sum_plan(n, pdl=False):
     return LaunchPlan((Memset(Scratch(0), 4), add, spread), (256,), "sum")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("pdl", [False, True])
 def test_memset_scratch_and_dependent_launches(pdl):
     x = jnp.arange(1000, dtype=jnp.float32) % 7
@@ -295,6 +299,7 @@ def test_a_chain_is_captured_with_default_flags(pdl):
     assert count <= 400, "the calls run outside command buffers"
 
 
+@pytest.mark.alone  # a clock decides
 @pytest.mark.parametrize(("name", "limit_ns"), [("axpy", 5000), ("copy", 5000)])
 def test_host_cost_of_an_uncaptured_launch(name, limit_ns):
     """A loop whose length is data is not captured; 400 launches do not fill the stream's queue."""
@@ -372,6 +377,7 @@ def fails_with(message, function, x):
     np.testing.assert_array_equal(caller(axpy_plan(8))(jnp.ones(8)), np.full(8, 3))
 
 
+@pytest.mark.smoke
 def test_code_for_another_architecture():
     plan = axpy_plan(8, kernel_=FakeKernel("axpy", b"for another chip", "100a"))
     fails_with(
@@ -386,6 +392,7 @@ def test_bytes_that_are_no_cubin():
     )
 
 
+@pytest.mark.smoke
 def test_missing_code_names_the_way_out():
     plan = axpy_plan(8, kernel_=FakeKernel("axpy", b"never registered"))
     message = r"kernel axpy \(sm_90a, SHA-256 [0-9a-f]{64}\) of axpy \[8\] was not found.*embed_kernels"
@@ -439,6 +446,7 @@ def test_too_many_threads():
     )
 
 
+@pytest.mark.smoke
 def test_too_much_shared_memory():
     plan = bounded_plan(Result(0), shared_memory=220_000)
     fails_with(r"kernel bounded needs 220000 \+ 16384 bytes of shared memory", caller(plan), jnp.ones(128))

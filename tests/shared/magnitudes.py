@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_deepgemm import dequantize, fp8_gemm_nt, fp8_linear, grouped_linear, quantize
 from jax_deepgemm.moe import expert_mlp, moe_mlp, route
+from tests.shared.gpu_programs import program
 from tests.shared.moe_oracle import moe_plain, normal, relative
 
 F32 = jnp.float32
@@ -81,7 +82,7 @@ def gradients(function: Callable[..., jax.Array], arguments: tuple[jax.Array, ..
         y, vjp = jax.vjp(function, *arguments)
         return vjp(dy.astype(y.dtype))
 
-    return jax.jit(run)
+    return program(run)
 
 
 @functools.cache
