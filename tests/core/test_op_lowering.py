@@ -163,7 +163,7 @@ def test_gpu_without_kernel_runs_the_reference_if_asked(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("mode", ["jit", "auto", "explicit", "shard_map"])
 def test_donated_addend_gives_its_buffer(mode: str) -> None:
-    case = op_checks.OpCase("add", toy_ops.block_gemm, lambda key: operands(add=F32))
+    case = op_checks.OpCase("add", toy_ops.block_gemm, lambda seed: operands(add=F32))
     if mode == "jit":
         arrays = operands(add=F32)
         compiled = jax.jit(toy_ops.block_gemm, donate_argnums=4).lower(*arrays).compile()
@@ -178,7 +178,7 @@ def test_donated_addend_gives_its_buffer(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["auto", "explicit", "shard_map"])
 def test_op_name_stands_in_the_program(mode: str) -> None:
-    case = op_checks.OpCase("gemm", toy_ops.block_gemm, lambda key: operands())
+    case = op_checks.OpCase("gemm", toy_ops.block_gemm, lambda seed: operands())
     shard = op_checks.Shard((P("x"), P("x"), P(), P()), P("x"))
     compiled, _ = op_checks.compile_sharded(case, shard, mode)
     names = re.findall(r'op_name="([^"]*)"', compiled.as_text())
@@ -190,7 +190,7 @@ def test_op_name_stands_in_the_program(mode: str) -> None:
 @pytest.mark.parametrize(("reduce_dtype", "exchanged"), [(None, "f32"), ("bfloat16", "bf16")])
 def test_reduce_dtype(mode: str, scatter: bool, reduce_dtype: Any, exchanged: str) -> None:
     fn = functools.partial(toy_ops.block_gemm, out_dtype=BF16, reduce_dtype=reduce_dtype)
-    case = op_checks.OpCase("gemm", fn, lambda key: operands())
+    case = op_checks.OpCase("gemm", fn, lambda seed: operands())
     shard = op_checks.Shard((P(None, "y"), P(), P(None, "y"), P()), P("y") if scatter else P())
     compiled, placed = op_checks.compile_sharded(case, shard, mode)
     op_checks.assert_same(compiled(*placed), fn(*operands()), 2**-6)
@@ -397,7 +397,7 @@ def test_vmap_with_spmd_axis_name() -> None:
 
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 def test_64_bit_mode(mode: str) -> None:
-    case = op_checks.OpCase("gemm", toy_ops.block_gemm, lambda key: operands())
+    case = op_checks.OpCase("gemm", toy_ops.block_gemm, lambda seed: operands())
     with jax.enable_x64(True):
         assert toy_ops.block_gemm(*operands()).dtype == F32
         for spec, out in ((P("y"), P(None, "y")), (P(None, "y"), P())):
@@ -492,7 +492,7 @@ def test_without_the_device_set_operands_are_gathered(
     _private.log_once.cache_clear()
     monkeypatch.setattr(_private, "_needs_devices", None)
     op = toy_ops.make_block_gemm("toy_gathered")
-    case = op_checks.OpCase("", lambda *a: op(*a, out_dtype=F32)[0], lambda key: operands())
+    case = op_checks.OpCase("", lambda *a: op(*a, out_dtype=F32)[0], lambda seed: operands())
     with caplog.at_level(logging.WARNING, "jax_deepgemm"):
         op_checks.assert_same(case.fn(*operands()), toy_ops.block_gemm(*operands()), 1e-6)
         shard = op_checks.Shard((P("x"), P("x"), P(), P()), P("x"))
