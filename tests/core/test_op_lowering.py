@@ -23,16 +23,14 @@ import jax_deepgemm
 from jax_deepgemm.core import _private, kernel_rule
 from jax_deepgemm.core.op import Op
 from tests.shared import op_checks, toy_ops
+from tests.shared.arrays import normal, normals
 from tests.shared.toy_ops import BF16, BLOCK, F32
 
 M, N, K = 16, 72, 88
 
 
 def operands(add: Any = None, batch: tuple[int, ...] = ()) -> list[jax.Array]:
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, w, c = (
-        jax.random.normal(k, s) for k, s in zip(keys, ((*batch, M, K), (N, K), (*batch, M, N)), strict=True)
-    )
+    x, w, c = normals(0, (*batch, M, K), (N, K), (*batch, M, N))
     quantize = functools.partial(toy_ops.quantize, block=(1, BLOCK))
     for _ in batch:
         quantize = jax.vmap(quantize)
@@ -371,7 +369,7 @@ def test_partial_shard_map_leaves_explicit_axes_cut() -> None:
 def test_cut_that_does_not_divide_is_gathered() -> None:
     """XLA would pad 4 shards of 90 columns with undefined data, and the sum would take it in."""
     mesh = op_checks.make_mesh("auto")
-    a, b = jax.random.normal(jax.random.key(0), (2, 8, 90))
+    a, b = normal(0, 2, 8, 90, dtype=F32)
 
     def fn(a: jax.Array, b: jax.Array) -> jax.Array:
         cut = NamedSharding(mesh, P(None, "y"))

@@ -21,5 +21,5 @@ def normals(seed: int, *shapes: tuple[int, ...], dtype: Any = jnp.float32) -> li
 
 
 def optimised(function: Any) -> Any:
-    """jax.jit as users have it, for tests of bits: LLVM may fuse and reorder what conftest.py leaves alone."""
+    """jax.jit as users have it, for tests of bits: LLVM optimises, which tests/conftest.py turns off."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 3})
