@@ -87,6 +87,7 @@ def test_gradients_and_weights_cut_along_features(mesh):
         assert one.sharding.is_equivalent_to(arg.sharding, one.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])
 def test_rows_of_experts_that_are_cut(recipe):
     """Rows of one expert on several devices: gradients have their arguments' shardings."""
