@@ -7,6 +7,7 @@ import functools
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,16 +191,19 @@ def test_reduce_dtype(mode: str, scatter: bool, reduce_dtype: Any, exchanged: st
     fn = functools.partial(toy_ops.block_gemm, out_dtype=BF16, reduce_dtype=reduce_dtype)
     case = op_checks.OpCase("gemm", fn, lambda seed: operands())
     shard = op_checks.Shard((P(None, "y"), P(), P(None, "y"), P()), P("y") if scatter else P())
-    compiled, placed = op_checks.compile_sharded(case, shard, mode)
+    with exchanged_dtypes() as seen:
+        compiled, placed = op_checks.compile_sharded(case, shard, mode)
     op_checks.assert_same(compiled(*placed), fn(*operands()), 2**-6)
     sums = {"all-reduce": "all_reduce", "reduce-scatter": "reduce_scatter"}
     lowered = jax.jit(fn).lower(*operands()).as_text()
     assert not any(name in lowered for name in sums.values())
     # XLA:CPU computes bf16 collectives in f32, so the exchanged dtype is read where the program still has it
-    assert {exchanged} == _exchanged_dtypes(case, shard, mode)
+    assert seen == {exchanged}
 
 
-def _exchanged_dtypes(case: op_checks.OpCase, shard: op_checks.Shard, mode: str) -> set[str]:
+@contextlib.contextmanager
+def exchanged_dtypes() -> Iterator[set[str]]:
+    """The dtypes of sums over devices that are traced inside."""
     seen: set[str] = set()
     import jax_deepgemm.core.op as op_module
 
@@ -220,10 +224,9 @@ def _exchanged_dtypes(case: op_checks.OpCase, shard: op_checks.Shard, mode: str)
     op_module.lax = Spy()  # type: ignore[assignment]
     try:
         jax.clear_caches()
-        op_checks.compile_sharded(case, shard, mode)
+        yield seen
     finally:
         op_module.lax = real
-    return seen
 
 
 def test_equal_calls_have_equal_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
