@@ -81,7 +81,7 @@ def _recut_k_grouped(
         if count == 4 and not plan.cut("kb"):
             operands = list(recut_blocks(plan, *operands))
             group_sizes = segments.shifted(group_sizes, rows_format, size, plan.offset("k") % SCALE_BLOCK)
-            changed["layout"] = "segments"
+            changed["rows_format"] = "segments"
     if plan.cut("g"):
         group_offset = group_offset + plan.offset("g")
         changed["num_groups"] = plan.local_size("g")
