@@ -10,7 +10,7 @@ A family is a folder. Its modules have fixed names, and tools look them up there
     family.py     FAMILY, a `Family`
     shapes.py     SHAPES: how a shapes file and the command line name its calls (core/shapes.py)
     bench.py      TABLES: rows of the benchmark (core/bench.py)
-    sanitize.py   cases(): calls for compute-sanitizer
+    sanitize.py   cases(): calls for compute-sanitizer (core/sanitize.py)
 
 Everything below is generic: `explain`, `tune`, `precompile`, `bench` and `config=` work for whatever a family
 registers.
@@ -109,10 +109,12 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Family(Generic[P]):
-    """Attributes:
-    name: of the folder.
-    problem: the type of its problems; its name is what a tuning file knows them by.
-    kernels: compute capability -> module that has KERNELS, a `Kernels`. Imported when CUDA first asks.
+    """A family, and what follows from its declaration.
+
+    Attributes:
+      name: of the folder.
+      problem: the type of its problems; a tuning file knows them by the name of the type.
+      kernels: compute capability -> module that has KERNELS, a `Kernels`. Imported when CUDA first asks.
     """
 
     name: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from jax_deepgemm.core.shapes import (
@@ -21,6 +22,8 @@ from jax_deepgemm.core.shapes import (
     size,
 )
 from jax_deepgemm.ops.gemm.shapes import matrix, weight
+from jax_deepgemm.ops.grouped import api
+from jax_deepgemm.ops.grouped.linear import grouped_linear
 
 
 def equal_sizes(groups: int, total: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -48,8 +51,6 @@ class ContiguousShape(CallShape):
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
 
     def calls(self) -> list[Call]:
-        from jax_deepgemm.ops.grouped import api
-
         fp8, op = "fp8" in self.op, getattr(api, self.op)
         a = matrix(fp8, (self.m, self.k), True, (1, 128))
         b = matrix(fp8, (self.groups, self.n, self.k), "_nt_" in self.op, BLOCKS[self.b_block])
@@ -75,8 +76,6 @@ class MaskedShape(CallShape):
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
 
     def calls(self) -> list[Call]:
-        from jax_deepgemm.ops.grouped import api
-
         fp8, op = "fp8" in self.op, getattr(api, self.op)
         a = matrix(fp8, (self.groups, self.m, self.k), True, (1, 128))
         b = matrix(fp8, (self.groups, self.n, self.k), True, BLOCKS[self.b_block])
@@ -105,10 +104,6 @@ class InnerShape(CallShape):
     accumulate: bool = flag("with C")
 
     def calls(self) -> list[Call]:
-        import jax
-
-        from jax_deepgemm.ops.grouped import api
-
         fp8, k_last, op = "fp8" in self.op, "_nt_" in self.op, getattr(api, self.op)
         a, b = (matrix(fp8, (rows, self.k), k_last, (1, 128)) for rows in (self.m, self.n))
         c = jax.ShapeDtypeStruct((self.groups, self.m, self.n), self.out_dtype) if self.accumulate else None
@@ -141,10 +136,6 @@ class GroupedLinearShape(CallShape):
         check_weights(self.recipe, self.weights)
 
     def calls(self) -> list[Call]:
-        import jax
-
-        from jax_deepgemm.ops.grouped.linear import grouped_linear
-
         x = jax.ShapeDtypeStruct((self.m, self.k), self.dtype)
         w = weight(self.weights, (self.groups, self.n, self.k))
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
+
 from jax_deepgemm.core.shapes import DTYPES, MOST_GROUPS, Call, CallShape, choice, flag, layer_calls, size
 from jax_deepgemm.ops.grouped.shapes import equal_sizes
+from jax_deepgemm.ops.ragged_dot.api import ragged_dot
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,6 @@ class RaggedDotShape(CallShape):
     gradients: bool = flag("forward and backward too, not just forward", default=True)
 
     def calls(self) -> list[Call]:
-        import jax
-
-        from jax_deepgemm.ops.ragged_dot.api import ragged_dot
-
         lhs = jax.ShapeDtypeStruct((self.m, self.k), "bfloat16")
         rhs = jax.ShapeDtypeStruct((self.groups, self.k, self.n), "bfloat16")
 
