@@ -82,6 +82,7 @@ def collected() -> list[str]:
     return [line for line in found.stdout.splitlines() if "::" in line]
 
 
+@pytest.mark.slow
 def test_parts_of_the_gpu_tests_take_equally_long(collected):
     seconds = shards.recorded()
     assert {test.split("/")[-1].split("::")[0] for test in collected} == {
@@ -93,6 +94,7 @@ def test_parts_of_the_gpu_tests_take_equally_long(collected):
         assert max(loads) <= max(1.25 * sum(loads) / count, LONGEST), loads
 
 
+@pytest.mark.slow
 def test_records_are_of_tests_there_are(collected):
     known = {name(test) for test in collected for name in (shards.function_of, shards.file_of)}
     assert set(shards.recorded()) <= known, "tests/gpu/seconds.json: rename or drop these lines"
