@@ -22,8 +22,8 @@ from xml.etree import ElementTree
 RECORDED = Path(__file__).parent.parent / "gpu" / "seconds.json"
 UNKNOWN = 1.0
 """Seconds of a test that no record knows."""
-TOGETHER = ("test_grouped_gpu.py::test_table", "test_gemm_gpu.py::test_table")
-"""Tests whose names start so are in one process, because in several they would need more than a GPU's memory."""
+TOGETHER = ("test_grouped_gpu.py", "test_gemm_gpu.py::test_table")
+"""Tests whose names start so are in one process: in several they would need more memory than a GPU has."""
 
 
 def recorded() -> dict[str, float]:
