@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_deepgemm.core.bench import Row
-from jax_deepgemm.core.shapes import Shape
+from jax_deepgemm.core.shapes import CallShape
 from jax_deepgemm.tools.bench import catalog
 
 _PERIOD = 1_000_003  # elements after which operands repeat: a prime, so that rows differ
@@ -56,7 +56,7 @@ def of_row(row: Row) -> Work:
     return Work(row.name, row.function, (*operands, *row.constants), row.carry)
 
 
-def of_shape(shape: Shape) -> Work:
+def of_shape(shape: CallShape) -> Work:
     """Returns the product of a line of a shapes file.
 
     >>> from jax_deepgemm.tools.shape_files import shape_of
