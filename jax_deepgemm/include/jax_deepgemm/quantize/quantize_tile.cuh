@@ -1,5 +1,6 @@
 // A block of threads turns tiles of numbers, which it holds in registers, into FP8 with scales.
 //
+// clang-format off
 //   tiles            one of 128 x 128, or two, or where 1x128 scales are all several lower ones side by side
 //   a thread's part  of each tile: ROWS rows from (2 w + l / 16) * ROWS, 8 columns from l % 16 * 8,
 //                    in lane l of warp w
@@ -13,6 +14,7 @@
 //   values           8 bytes per thread, 16 lanes fill a line of 128
 //   transposed       through shared memory [column][row], where 8-byte words of a column are exchanged by
 //                    w ^ column / 8, so that neither side has bank conflicts; then as above
+// clang-format on
 //
 // Arithmetic is that of quantization/reference.py, bit for bit: amax over the finite numbers, at least
 // MIN_AMAX and what makes the scale a normal number; scale = amax / FP8_MAX and its inverse, correctly

@@ -35,8 +35,8 @@ _TEXT = """\
 {config}
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
   const jdg::Operands operands = {{{operands}}};
-  const jdg::Problem problem = {{m, n, batches, batched_c, stripe}};
-  jdg::{header}<Config>(operands, problem, {d_map}, d, {c});
+  const jdg::Extents extents = {{m, n, batches, batched_c, stripe}};
+  jdg::{header}<Config>(operands, extents, {d_map}, d, {c});
 }}
 """
 
