@@ -16,7 +16,7 @@
 //                    w ^ column / 8, so that neither side has bank conflicts; then as above
 // clang-format on
 //
-// Arithmetic is that of quantization/reference.py, bit for bit: amax over the finite numbers, at least
+// Arithmetic is that of ops/quantize/reference.py, bit for bit: amax over the finite numbers, at least
 // MIN_AMAX and what makes the scale a normal number; scale = amax / FP8_MAX and its inverse, correctly
 // rounded; value = round(x * inverse), where subnormal x count as zeros.
 //

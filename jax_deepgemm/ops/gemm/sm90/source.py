@@ -9,6 +9,7 @@ from jax_deepgemm.jit.wgmma import wgmma_wrapper
 from jax_deepgemm.ops.gemm.problem import GemmProblem
 from jax_deepgemm.ops.gemm.sm90.config import Sm90Config, passes, shared_memory, tma_store
 
+# include/jax_deepgemm/gemm/config.cuh says what each field means.
 _CONFIG = """\
 struct Config {{
   using Mma = ::Mma;
