@@ -18,10 +18,10 @@ def wgmma_wrapper(
 ) -> str:
     """A C++ struct `Mma` with `issue(accumulator, a, b, accumulate)`, which adds in float32.
 
-    `b` is the descriptor of an operand in shared memory, and so is `a`. With `a_in_registers`, `a` is an array
-    of four registers, this thread's part of 64 rows (PTX ISA 9.7.15.5): the 4 bytes from byte 4 c on of rows
-    r and r + 8, then those from byte 16 + 4 c on, where r = thread / 32 % 4 * 16 + thread % 32 / 4 and
-    c = thread % 4.
+    `b` is the descriptor of an operand in shared memory, and so is `a`. With `a_in_registers`, `a` is an
+    array of four registers, this thread's part of 64 rows (PTX ISA 9.7.15.5): the 4 bytes from byte 4 c on
+    of rows r and r + 8, then those from byte 16 + 4 c on, where r = thread / 32 % 4 * 16 + thread % 32 / 4
+    and c = thread % 4.
 
     Args:
       n: width of the instruction's result, 8 to 256 in steps of 8.

@@ -12,6 +12,7 @@
 //                                     release slot kb
 //                                     promote
 //                                     after a quad's last block: load the next quad of scales
+//                                     kFactorsEarly: load the next block's scales of columns
 // clang-format on
 //
 // Between two multiplications of a warpgroup stand only the promotion, the loads of a quad and the issue.
@@ -211,7 +212,9 @@ struct Fp8Loop : BegunLoop<C> {
   __device__ __forceinline__ void begin(const Tile&) {
     ring.wait_full();
     issue(Slot<C>(ring, warpgroup), 0, 0, 0);
-    __syncwarp();  // ptxas would draw stores of the epilogue in between the instructions
+    // Else ptxas draws stores of the epilogue in between the instructions, where D leaves without TMA or is
+    // float32.
+    __syncwarp();
   }
 
   // The tile's first quad, `blocks` of `all`. It is the one that may lack blocks, so that the tests for it
