@@ -32,7 +32,7 @@ FALLBACKS = ("error", "reference")
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of one trace.
 
     Attributes:
@@ -52,8 +52,8 @@ class Config:
             raise ValueError(f"config: fallback is {self.fallback!r}, need one of {', '.join(FALLBACKS)}.")
 
 
-def _replaced(base: Config, changes: dict[str, Any]) -> Config:
-    known = {field.name for field in dataclasses.fields(Config)}
+def _replaced(base: Settings, changes: dict[str, Any]) -> Settings:
+    known = {field.name for field in dataclasses.fields(Settings)}
     unknown = sorted(set(changes) - known)
     if unknown:
         raise ValueError(
@@ -62,16 +62,16 @@ def _replaced(base: Config, changes: dict[str, Any]) -> Config:
     return dataclasses.replace(base, **changes)
 
 
-_default = Config()
-_scoped: contextvars.ContextVar[Config | None] = contextvars.ContextVar("jax_deepgemm_config", default=None)
+_default = Settings()
+_scoped: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("jax_deepgemm_config", default=None)
 
 
-def get() -> Config:
+def get() -> Settings:
     """Returns the settings in force here.
 
     >>> from jax_deepgemm import config
     >>> config.get()
-    Config(num_sms=None, fallback='error')
+    Settings(num_sms=None, fallback='error')
     """
     return _scoped.get() or _default
 
@@ -93,7 +93,7 @@ def update(**changes: Any) -> None:
 
 
 @contextlib.contextmanager
-def use(**changes: Any) -> Iterator[Config]:
+def use(**changes: Any) -> Iterator[Settings]:
     """Changes settings inside a `with` block of this thread (or task), and puts them back after it.
 
     >>> from jax_deepgemm import config

@@ -10,7 +10,7 @@ A family is a folder. Its modules have fixed names, and tools look them up there
     family.py     FAMILY, a `Family`
     shapes.py     SHAPES: how a shapes file and the command line name its calls (core/shapes.py)
     bench.py      TABLES: rows of the benchmark (core/bench.py)
-    sanitize.py   cases(): calls for compute-sanitizer
+    sanitize.py   cases(): calls for compute-sanitizer (core/sanitize.py)
 
 Everything below is generic: `explain`, `tune`, `precompile`, `bench` and `config=` work for whatever a family
 registers.
@@ -35,6 +35,8 @@ class Problem(Protocol):
     """What is to be computed, as kernels see it: a frozen dataclass of numbers, words, flags and tuples of
     them. `str` says it to people."""
 
+    def __hash__(self) -> int: ...
+
     @property
     def flops(self) -> int:
         """Multiplications and additions; 0 where they do not count."""
@@ -54,7 +56,8 @@ P = TypeVar("P", bound=Problem)
 C = TypeVar("C")
 
 
-class Given(NamedTuple):
+@dataclass(frozen=True)
+class Given:
     """An operand of the custom call: which one it is, its shape, and whether it has a dimension of vmap, in
     front (another operand of the call serves all of a batch)."""
 
@@ -106,10 +109,12 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Family(Generic[P]):
-    """Attributes:
-    name: of the folder.
-    problem: the type of its problems; its name is what a tuning file knows them by.
-    kernels: compute capability -> module that has KERNELS, a `Kernels`. Imported when CUDA first asks.
+    """A family, and what follows from its declaration.
+
+    Attributes:
+      name: of the folder.
+      problem: the type of its problems; a tuning file knows them by the name of the type.
+      kernels: compute capability -> module that has KERNELS, a `Kernels`. Imported when CUDA first asks.
     """
 
     name: str
@@ -304,10 +309,10 @@ class LazyKernel:
     def family(self) -> Family[Any]:
         return self._kernel().family
 
-    def plan(self, *avals: Any, **params: Any) -> LaunchPlan:
+    def plan(self, avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> LaunchPlan:
         """See `OpKernel.plan`."""
-        return self._kernel().plan(*avals, **self._form, **params)
+        return self._kernel().plan(avals_in, avals_out, **self._form, **params)
 
-    def problem(self, *avals: Any, **params: Any) -> Any:
+    def problem(self, avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> Any:
         """See `OpKernel.problem`."""
-        return self._kernel().problem(*avals, **self._form, **params)
+        return self._kernel().problem(avals_in, avals_out, **self._form, **params)

@@ -24,14 +24,14 @@ def mode_of(numbers: RaggedDotDimensionNumbers) -> str:
 
 
 @dataclass(frozen=True)
-class RaggedPlan:
+class CanonicalForm:
     """A ragged product in one of the forms: orders of dimensions, and how many of each kind.
 
     lhs and rhs, transposed so, are [batch.., shared.., rows.., columns..] (rhs of ragged rows without
     `shared`, and with the group before its rows).
     """
 
-    form: str
+    layout: str
     lhs: tuple[int, ...]
     rhs: tuple[int, ...]
     batch: int
@@ -46,7 +46,7 @@ class RaggedPlan:
     @property
     def rhs_lead(self) -> int:
         """Dimensions of rhs in front of its matrices."""
-        return self.batch + (self.shared if self.form == "tn" else 1)
+        return self.batch + (self.shared if self.layout == "tn" else 1)
 
     def matrix_spec(self, spec: PartitionSpec | None, rank: int) -> PartitionSpec | None:
         """Of a result's spec, what the op's own dimensions get: m n, or g m n."""
@@ -54,16 +54,16 @@ class RaggedPlan:
             return None
         each = [*spec, *(None,) * (rank - len(spec)), None]
         columns = each[rank - self.columns]  # the entry behind the last one, None, if there are none
-        if self.form == "tn":
+        if self.layout == "tn":
             rows = each[1 + self.batch] if 1 + self.batch < rank - self.columns else None
             return PartitionSpec(each[0], rows, columns)
         return PartitionSpec(each[self.batch + self.shared], columns)
 
 
-def plan_rows(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int) -> RaggedPlan:
+def plan_rows(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int) -> CanonicalForm:
     """Of ragged rows, for operands of these ranks.
 
-    >>> plan_rows(RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,)), 2, 3).form
+    >>> plan_rows(RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,)), 2, 3).layout
     'nt'
     """
     (lhs_k, rhs_k), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
@@ -75,8 +75,8 @@ def plan_rows(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int) -> RaggedP
     columns = _others(rhs, rhs_k, rhs_batch, (group,))
     k_last = bool(columns and k_rhs) and max(columns) < min(k_rhs)
     matrix = [*columns, *k_rhs] if k_last else [*k_rhs, *columns]
-    return RaggedPlan(
-        form="nt" if k_last else "nn",
+    return CanonicalForm(
+        layout="nt" if k_last else "nn",
         lhs=(*lhs_batch, *rows, *k_lhs),
         rhs=(*rhs_batch, group, *matrix),
         batch=len(lhs_batch),
@@ -87,7 +87,7 @@ def plan_rows(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int) -> RaggedP
     )
 
 
-def plan_contraction(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int, sizes: int) -> RaggedPlan:
+def plan_contraction(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int, sizes: int) -> CanonicalForm:
     """Of a ragged contraction, for operands and group sizes of these ranks."""
     (lhs_k, rhs_k), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
     (ragged,) = numbers.lhs_ragged_dimensions
@@ -97,8 +97,8 @@ def plan_contraction(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int, siz
         order.insert(0, order.pop(shared))
         shared = 0
     columns = _others(rhs, rhs_k, rhs_batch)
-    return RaggedPlan(
-        form="tn",
+    return CanonicalForm(
+        layout="tn",
         lhs=(*lhs_batch, *(lhs_k[i] for i in order), *_others(lhs, lhs_k, lhs_batch)),
         rhs=(*rhs_batch, *(rhs_k[i] for i in order), *columns),
         batch=len(lhs_batch),
