@@ -1,4 +1,16 @@
 // D = A B^T (+ C) for large m: the persistent kernel over the tiles of a matrix, or of a batch of them.
+//
+// clang-format off
+// Its parts, in the order in which to read them; each includes the one before:
+//   config.cuh                 what a kernel is told at compile time
+//   ../pipeline.cuh            slots of shared memory between a producer and consumers
+//   ring.cuh                   where in shared memory things are
+//   producer.cuh               global memory to slots
+//   consumer.cuh               slots to products: what all main loops have in common
+//   bf16_loop.cuh, fp8_loop.cuh, fp8_slices_loop.cuh     the main loops; mainloop.cuh chooses
+//   epilogue.cuh               accumulators to D
+//   persistent.cuh             which warps do what, and when
+// clang-format on
 #pragma once
 
 #include <jax_deepgemm/gemm/persistent.cuh>
