@@ -28,7 +28,7 @@ namespace jdg {
 // clang-format off
 // What the skeleton asks of Tiles. `Work` is what a consumer keeps of a tile.
 //   void prepare(u32 smem)                        by all threads, once
-//   void produce(Ring<C>& ring) const             by the producer: all tiles of this block of threads, in order
+//   void produce(Ring<C>& ring) const             by the producer: all tiles of this block, in order
 //   Work receive(const Ring<C>& ring) const       by consumers: the next one; Work::row is kNoTile at the end
 //   Tile range(const Work&) const                 what MainLoop::begin must know: where its k begins and ends
 //   void multiply(MainLoop<C>&, Work&) const      starts the accumulator, and adds the tile's product

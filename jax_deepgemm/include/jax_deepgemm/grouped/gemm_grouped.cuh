@@ -27,7 +27,7 @@ __device__ __forceinline__ bool whole_warp(bool condition) { return __shfl_sync(
 
 // Which tile: what the producer publishes and consumers keep; it comes by shuffle, so a warp agrees on it.
 // The rest is read from the table where it is needed, because no registers are free beside an accumulator.
-struct Place {
+struct TileRecord {
   static constexpr int kIndexBits = 12;  // ops/grouped/sm90/rules.py allows no more segments
   int row, packed, blocks;
   bool half;
@@ -43,8 +43,8 @@ struct GroupTile {
 };
 
 template <class C>
-__device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, const Place& at, const Extents& p,
-                                                int k_blocks) {
+__device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, const TileRecord& at,
+                                                const Extents& p, int k_blocks) {
   const Segment s = table[at.index()];
   GroupTile out{{at.row, at.col(), at.index(), 0, 0, s.group}, p.m, p.m};
   Tile& tile = out.tile;
@@ -89,15 +89,15 @@ struct Rounds {
 
 // Where the tile of a round lies, in the order of gemm.cuh within a segment.
 template <class C>
-__device__ __forceinline__ Place nth_tile(const GroupTable<C>& table, const Rounds<C>& rounds, int number,
-                                          const Extents& p) {
+__device__ __forceinline__ TileRecord nth_tile(const GroupTable<C>& table, const Rounds<C>& rounds,
+                                               int number, const Extents& p) {
   const int tile = rounds.tile(number), index = table.find(tile);
   Extents mine = p;
   mine.m = covered_rows(table, index, p);
   const Tile within = tile_at<C>(tile - table.word(index, 2), mine, 0);
   const int row = (GroupTable<C>::kRowsInGroups ? table.word(index, 0) : 0) + within.row;
   const int col = within.col + rounds.shift(number);
-  return {row, col / 8 << Place::kIndexBits | index, 0, rounds.half(number)};
+  return {row, col / 8 << TileRecord::kIndexBits | index, 0, rounds.half(number)};
 }
 
 template <class C>
@@ -131,7 +131,7 @@ __device__ __forceinline__ void store_group_tile(float (&acc)[kCols<C> / 2], con
 
 template <class C>
 struct GroupedTiles {
-  using Work = Place;
+  using Work = TileRecord;
   const Operands in;
   const Groups groups;
   const Extents p;
@@ -145,48 +145,49 @@ struct GroupedTiles {
   __device__ __forceinline__ void produce(Ring<C>& ring) const {
     const Rounds<C> rounds(table.tiles);
     for (int number = blockIdx.x; number < rounds.count(); number += gridDim.x) {
-      const Place place = nth_tile<C>(table, rounds, number, p);
-      const GroupTile next = group_tile<C>(table, place, p, in.k_blocks);
-      if (next.tile.k_end > 0)
-        load_blocks<C>(ring, in, next.tile, place.row, place.packed, next.tile.k_end);
+      const TileRecord next = nth_tile<C>(table, rounds, number, p);
+      const Tile tile = group_tile<C>(table, next, p, in.k_blocks).tile;
+      if (tile.k_end > 0)
+        load_blocks<C>(ring, in, tile, next.row, next.packed, tile.k_end);
       else
-        publish_empty_tile<C>(ring, place.row, place.packed, place.half);
+        publish_empty_tile<C>(ring, next.row, next.packed, next.half);
     }
   }
 
-  __device__ __forceinline__ Place receive(const Ring<C>& ring) const {
+  __device__ __forceinline__ TileRecord receive(const Ring<C>& ring) const {
     const Tile record = receive_tile<C>(ring, 0);
     return {record.row, record.col, record.batch, record.half};
   }
 
-  // FP8 masks a slot before it begins, so it must know more of a tile than its place.
-  __device__ __forceinline__ Tile range(const Place& at) const {
+  // FP8 masks a slot before it begins, so it must know more of a tile than its record.
+  __device__ __forceinline__ Tile range(const TileRecord& at) const {
     if constexpr (GroupTable<C>::kInner && Layout<C>::kFp8)
       if (at.row != kNoTile) return group_tile<C>(table, at, p, 0).tile;
     return {};
   }
 
-  __device__ __forceinline__ void multiply(MainLoop<C>& loop, const Place& place) const {
-    Tile tile = group_tile<C>(table, place, p, in.k_blocks).tile;
+  __device__ __forceinline__ void multiply(MainLoop<C>& loop, const TileRecord& record) const {
+    Tile tile = group_tile<C>(table, record, p, in.k_blocks).tile;
     tile.col += first_col<C>(loop.warpgroup);
     start_accumulator<C>(loop.acc, matrix_of(c, p, tile.batch), p, tile,
-                         place.row + first_part<C>(loop.warpgroup) * 64);
-    if (place.blocks > 0) {
-      tile.k_end = GroupTable<C>::kInner ? place.blocks : in.k_blocks;  // the latter needs no register
+                         record.row + first_part<C>(loop.warpgroup) * 64);
+    if (record.blocks > 0) {
+      tile.k_end = GroupTable<C>::kInner ? record.blocks : in.k_blocks;  // the latter needs no register
       loop.finish(tile);
     } else {
       loop.skip();
     }
   }
 
-  // Which warpgroup this is, is read anew: there is no register for it beside the accumulator.
-  __device__ __forceinline__ void store(MainLoop<C>& loop, const Place& place) const {
-    GroupTile mine = group_tile<C>(table, place, p, in.k_blocks);
+  // The index of the warpgroup is read anew, as no register is free for it beside the accumulator
+  // (ptx::thread_index).
+  __device__ __forceinline__ void store(MainLoop<C>& loop, const TileRecord& record) const {
+    GroupTile mine = group_tile<C>(table, record, p, in.k_blocks);
     mine.tile.col += first_col<C>(ptx::thread_index() / 128);
     const u32 slabs = slabs_of_warp<C>(loop.ring.smem);
 #pragma unroll
     for (int part = 0; part < kParts<C>; ++part) {
-      const int first_row = place.row + (first_part<C>(ptx::thread_index() / 128) + part) * 64;
+      const int first_row = record.row + (first_part<C>(ptx::thread_index() / 128) + part) * 64;
       if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(loop.acc[part], first_row, mine.rows_end);
       store_group_tile<C>(loop.acc[part], d_map, d, c, slabs, p, mine, first_row);
     }

@@ -58,7 +58,7 @@ __device__ __forceinline__ float weight_of(const float* weight, int row, int row
   return row < rows ? weight[row] : 0.0f;
 }
 
-template <class C>
+template <QuantizeConfig C>
 __device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In>& in, const Quantized& all) {
   __shared__ TileShared<C> shared;
   using In = typename C::In;
@@ -101,7 +101,7 @@ __device__ __forceinline__ float* parts_of(float* parts, int batch, int width, i
   return parts + static_cast<i64>(batch) * ceil_div(width, kTile) * rows;
 }
 
-template <class C>
+template <QuantizeConfig C>
 __device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In>& in, const Quantized& all,
                                             float* parts) {
   __shared__ TileShared<C> shared;
@@ -169,7 +169,7 @@ __device__ __forceinline__ void request_inputs(const SwigluInputs<typename C::In
   ptx::copy_async_commit();
 }
 
-template <class C>
+template <QuantizeConfig C>
 __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C::In>& in,
                                                   const Quantized& all, float* parts, int tiles) {
   extern __shared__ __align__(16) char memory[];
