@@ -16,7 +16,7 @@
 // Scales stored by block of k, [k/128, rows], come one block at a time, by the same rule.
 //
 // Scales have no barriers of their own. They arrive with the first block of their quad, counted by its
-// barrier. They are read until promotion, when that slot has been released long ago. Their ring has
+// barrier. They are read until promotion, when that slot is released already. Their ring has
 // ceil(STAGES / 4) + 1 slots: a quad is read before its warpgroup releases the first block of the next one,
 // and the producer is at most STAGES blocks ahead.
 //
