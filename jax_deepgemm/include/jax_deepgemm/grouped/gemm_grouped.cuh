@@ -179,8 +179,7 @@ struct GroupedTiles {
     }
   }
 
-  // The index of the warpgroup is read anew, as no register is free for it beside the accumulator
-  // (ptx::thread_index).
+  // The index of the warpgroup is read anew, because of the accumulator (ptx::thread_index).
   __device__ __forceinline__ void store(MainLoop<C>& loop, const TileRecord& record) const {
     GroupTile mine = group_tile<C>(table, record, p, in.k_blocks);
     mine.tile.col += first_col<C>(ptx::thread_index() / 128);
