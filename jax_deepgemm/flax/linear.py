@@ -202,6 +202,12 @@ class SwiGLU(nnx.Module):
       intermediate: width of the MLP.
       dtype, param_dtype, recipe, rngs: as in `Linear`; gate, up and y have one dtype.
       kernel_init: as in `Linear`; gate and up are drawn as two matrices (hidden, intermediate).
+
+    Raises:
+      ValueError: another recipe or dtype.
+      TypeError: when called with x in neither bfloat16 nor float32 and without `dtype`.
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
 
     def __init__(

@@ -28,6 +28,11 @@ class Load(NamedTuple):
     Attributes:
       tokens: int32 [experts], copies of tokens that chose each expert.
       dropped: int32 [], copies that found no room (`capacity_factor`); 0 without expert parallelism.
+
+    Raises nothing.
+
+    >>> Load(jnp.array([3, 1]), jnp.int32(0)).tokens.tolist()
+    [3, 1]
     """
 
     tokens: jax.Array
@@ -35,7 +40,14 @@ class Load(NamedTuple):
 
 
 class RouterBias(nnx.Variable):
-    """A router's bias for balance: moved by `MoE.move_bias`, not by gradients, so it is no `nnx.Param`."""
+    """A router's bias for balance: moved by `MoE.move_bias`, not by gradients, so it is no `nnx.Param`.
+
+    Its value is float32 [experts]. Raises nothing.
+
+    >>> layer = MoE(128, 128, num_experts=4, top_k=2, balance=True, rngs=nnx.Rngs(0))
+    >>> type(layer.bias).__name__, layer.bias.shape
+    ('RouterBias', (4,))
+    """
 
 
 class MoE(nnx.Module):
@@ -165,7 +177,15 @@ class MoE(nnx.Module):
         return self._through(self._experts, x, with_load)
 
     def decode(self, x: Any, *, with_load: bool = False) -> Any:
-        """As a call, for few tokens on one device: `jax_deepgemm.moe.moe_mlp_decode`, without gradients."""
+        """As a call, for few tokens on one device: `jax_deepgemm.moe.moe_mlp_decode`, without gradients.
+
+        Args:
+          x: [.., hidden] bfloat16 or float32; any dtype if the layer has one.
+          with_load: also return the load.
+
+        Returns:
+          [.., hidden] in the dtype of the layer or of x; or (that, `Load`).
+        """
         return self._through(self._few_tokens, x, with_load)
 
     def move_bias(self, tokens: jax.Array, rate: float) -> None:
@@ -174,6 +194,9 @@ class MoE(nnx.Module):
         Args:
           tokens: [experts], `Load.tokens` of one step and all devices.
           rate: step of the bias; what it is added to are scores, between 0 and 1.
+
+        Raises:
+          ValueError: the layer has no bias.
         """
         if self.bias is None:
             raise ValueError("MoE.move_bias: the layer has no bias. Make it with balance=True.")

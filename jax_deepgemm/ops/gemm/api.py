@@ -78,7 +78,8 @@ def fp8_gemm_nt(
 
     Every row and column of the result is defined. Deterministic: equal inputs give equal bits on one device
     kind. On CUDA, k is padded with zeros to rows of whole 16 bytes where needed, which copies the operand and
-    logs a note. Source: DeepSeek-V3 technical report, section 3.3.
+    logs a note. Source: DeepGEMM's function of this name; the recipe of scales is that of the DeepSeek-V3
+    technical report, section 3.3.
     """
     return _fp8_gemm("nt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
@@ -111,9 +112,16 @@ def fp8_gemm_nn(
       a: values [m, k], scales [m, ceil(k / 128)]: block (1, 128).
       b: values [k, n], scales [ceil(k / 128), ceil(n / 128)] (block (128, 128)) or [ceil(k / 128), n] (block
         (128, 1)).
-      c, out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
+      c: optional [m, n] in out_dtype, as in `fp8_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
 
-    Returns, raises, determinism: as `fp8_gemm_nt`.
+    Returns:
+      [m, n] in out_dtype; an empty k gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `fp8_gemm_nt`.
+
+    Deterministic, as `fp8_gemm_nt`. Source: DeepGEMM's function of this name.
     """
     return _fp8_gemm("nn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
@@ -145,9 +153,16 @@ def fp8_gemm_tn(
       a: values [k, m], scales [ceil(k / 128), m]: block (128, 1).
       b: values [k, n], scales [ceil(k / 128), ceil(n / 128)] (block (128, 128)) or [ceil(k / 128), n] (block
         (128, 1)).
-      c, out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
+      c: optional [m, n] in out_dtype, as in `fp8_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
 
-    Returns, raises, determinism: as `fp8_gemm_nt`.
+    Returns:
+      [m, n] in out_dtype; an empty k gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `fp8_gemm_nt`.
+
+    Deterministic, as `fp8_gemm_nt`. Source: DeepGEMM's function of this name.
     """
     return _fp8_gemm("tn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
@@ -177,9 +192,16 @@ def fp8_gemm_tt(
     Args:
       a: values [k, m], scales [ceil(k / 128), m]: block (128, 1).
       b: values [n, k], scales [ceil(n / 128), ceil(k / 128)] or [n, ceil(k / 128)], as in `fp8_gemm_nt`.
-      c, out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
+      c: optional [m, n] in out_dtype, as in `fp8_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
 
-    Returns, raises, determinism: as `fp8_gemm_nt`.
+    Returns:
+      [m, n] in out_dtype; an empty k gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `fp8_gemm_nt`.
+
+    Deterministic, as `fp8_gemm_nt`. Source: DeepGEMM's function of this name.
     """
     return _fp8_gemm("tt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
@@ -196,6 +218,8 @@ def bf16_gemm_nt(
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A @ B.T with bfloat16 operands and float32 accumulation.
+
+    d[i, j] = c[i, j] + sum_l a[i, l] * b[j, l]
 
     >>> import jax, jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_nt
@@ -228,7 +252,8 @@ def bf16_gemm_nt(
     Differentiable by jax.grad, jax.jvp, jax.linearize and their compositions; the derivatives are GEMMs of
     the other layouts, so nothing is transposed. The cotangent of a float32 result is rounded to bfloat16
     before it is multiplied. Deterministic: equal inputs give equal bits on one device kind. On CUDA, an
-    operand whose rows are not whole 16 bytes is copied into padded rows, and a note is logged.
+    operand whose rows are not whole 16 bytes is copied into padded rows, and a note is logged. Source:
+    DeepGEMM's function of this name.
     """
     return _bf16_gemm("nt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
@@ -244,9 +269,9 @@ def bf16_gemm_nn(
     reduce_dtype: Any = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
-    """D = C + A @ B with bfloat16 operands: a [m, k], b [k, n]. Everything else as `bf16_gemm_nt`.
+    """D = C + A @ B with bfloat16 operands and float32 accumulation; B is stored [k, n].
 
-    The kernel reads B as it is stored; nothing is transposed.
+    d[i, j] = c[i, j] + sum_l a[i, l] * b[l, j]. The kernel reads B as it is stored; nothing is transposed.
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_nn
@@ -254,6 +279,20 @@ def bf16_gemm_nn(
     >>> bf16_gemm_nn(a, b, jnp.ones((2, 3), jnp.float32), out_dtype=jnp.float32)
     Array([[17., 17., 17.],
            [17., 17., 17.]], dtype=float32)
+
+    Args:
+      a: [m, k] bfloat16.
+      b: [k, n] bfloat16.
+      c: optional [m, n] in out_dtype, as in `bf16_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `bf16_gemm_nt`.
+
+    Returns:
+      [m, n] in out_dtype; an empty k gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError: as `bf16_gemm_nt`.
+
+    Differentiable and deterministic, as `bf16_gemm_nt`. Source: DeepGEMM's function of this name.
     """
     return _bf16_gemm("nn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
@@ -269,16 +308,30 @@ def bf16_gemm_tn(
     reduce_dtype: Any = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
-    """D = C + A.T @ B with bfloat16 operands: a [k, m], b [k, n]. Everything else as `bf16_gemm_nt`.
+    """D = C + A.T @ B with bfloat16 operands and float32 accumulation; A is stored [k, m] and B [k, n].
 
-    The form of a weight gradient, dw = dy.T @ x. The kernel reads both as they are stored; nothing is
-    transposed.
+    d[i, j] = c[i, j] + sum_l a[l, i] * b[l, j], the form of a weight gradient, dw = dy.T @ x. The kernel
+    reads both operands as they are stored; nothing is transposed.
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_tn
     >>> a, b = jnp.ones((16, 2), jnp.bfloat16), jnp.ones((16, 3), jnp.bfloat16)
     >>> bf16_gemm_tn(a, b, out_dtype=jnp.float32).shape
     (2, 3)
+
+    Args:
+      a: [k, m] bfloat16.
+      b: [k, n] bfloat16.
+      c: optional [m, n] in out_dtype, as in `bf16_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `bf16_gemm_nt`.
+
+    Returns:
+      [m, n] in out_dtype; an empty k gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError: as `bf16_gemm_nt`.
+
+    Differentiable and deterministic, as `bf16_gemm_nt`. Source: DeepGEMM's function of this name.
     """
     return _bf16_gemm("tn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
@@ -294,15 +347,29 @@ def bf16_gemm_tt(
     reduce_dtype: Any = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
-    """D = C + A.T @ B.T with bfloat16 operands: a [k, m], b [n, k]. Everything else as `bf16_gemm_nt`.
+    """D = C + A.T @ B.T with bfloat16 operands and float32 accumulation; A is stored [k, m] and B [n, k].
 
-    The kernel reads A as it is stored; nothing is transposed.
+    d[i, j] = c[i, j] + sum_l a[l, i] * b[j, l]. The kernel reads A as it is stored; nothing is transposed.
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_tt
     >>> a, b = jnp.ones((16, 2), jnp.bfloat16), jnp.ones((3, 16), jnp.bfloat16)
     >>> bf16_gemm_tt(a, b, out_dtype=jnp.float32).shape
     (2, 3)
+
+    Args:
+      a: [k, m] bfloat16.
+      b: [n, k] bfloat16.
+      c: optional [m, n] in out_dtype, as in `bf16_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `bf16_gemm_nt`.
+
+    Returns:
+      [m, n] in out_dtype; an empty k gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError: as `bf16_gemm_nt`.
+
+    Differentiable and deterministic, as `bf16_gemm_nt`. Source: DeepGEMM's function of this name.
     """
     return _bf16_gemm("tt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 

@@ -101,7 +101,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
 
     Deterministic: equal inputs give equal bits on one device kind. Under `jax.vmap` b is shared, not copied,
     if it is not mapped; a would be repeated. On CUDA, k is padded with zeros to rows of whole 16 bytes where
-    needed, which copies the operand and logs a note.
+    needed, which copies the operand and logs a note. Source: DeepGEMM's function of this name, where groups
+    are `m_indices` with aligned rows.
     """
     op = "m_grouped_fp8_gemm_nt_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -146,7 +147,14 @@ def m_grouped_fp8_gemm_nn_contiguous(
       group_sizes, m_indices, ends, alignment, group_offset, expected_m, out_dtype, config, out_sharding,
         reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
 
-    Returns, raises, determinism, vmap: as `m_grouped_fp8_gemm_nt_contiguous`.
+    Returns:
+      [m, n] in out_dtype; rows of no group are exactly zero, whatever a holds there.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `m_grouped_fp8_gemm_nt_contiguous`.
+
+    Deterministic; vmap and padding as `m_grouped_fp8_gemm_nt_contiguous`. Source: DeepGEMM's function of this
+    name.
     """
     op = "m_grouped_fp8_gemm_nn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -195,7 +203,8 @@ def m_grouped_bf16_gemm_nt_contiguous(
     Differentiable with respect to a and b by jax.grad, jax.jvp, jax.linearize and their compositions; the
     derivatives are grouped GEMMs, so nothing is transposed and nothing exists once per group and row. Rows of
     no group have gradient zero and give none. The cotangent of a float32 result is rounded to bfloat16 before
-    it is multiplied. Deterministic; vmap and padding as `m_grouped_fp8_gemm_nt_contiguous`.
+    it is multiplied. Deterministic; vmap and padding as `m_grouped_fp8_gemm_nt_contiguous`. Source:
+    DeepGEMM's function of this name.
     """
     op = "m_grouped_bf16_gemm_nt_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -219,16 +228,31 @@ def m_grouped_bf16_gemm_nn_contiguous(
     reduce_dtype: Any = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
-    """D = A @ B[g] for the rows of each group g, with bfloat16 operands: a [m, k], b [g, k, n].
+    """D = A @ B[g] for the rows of each group g, with bfloat16 operands; B is stored [g, k, n].
 
-    The kernel reads B as it is stored; nothing is transposed. Everything else as
-    `m_grouped_bf16_gemm_nt_contiguous`.
+    d[i, j] = sum_l a[i, l] * b[g, l, j], with row i in g. The kernel reads B as it is stored; nothing is
+    transposed.
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import m_grouped_bf16_gemm_nn_contiguous
     >>> x, w = jnp.ones((5, 16), jnp.bfloat16), jnp.ones((3, 16, 4), jnp.bfloat16)
     >>> m_grouped_bf16_gemm_nn_contiguous(x, w, jnp.array([2, 0, 2])).shape
     (5, 4)
+
+    Args:
+      a: [m, k] bfloat16.
+      b: [g, k, n] bfloat16.
+      group_sizes, m_indices, ends, alignment, group_offset, expected_m, out_dtype, config, out_sharding,
+        reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
+
+    Returns:
+      [m, n] in out_dtype; rows of no group are exactly zero, whatever a holds there.
+
+    Raises:
+      ValueError, TypeError: as `m_grouped_bf16_gemm_nt_contiguous`.
+
+    Differentiable and deterministic, as `m_grouped_bf16_gemm_nt_contiguous`. Source: DeepGEMM's function of
+    this name.
     """
     op = "m_grouped_bf16_gemm_nn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -280,7 +304,8 @@ def m_grouped_fp8_gemm_nt_masked(
       NotImplementedError: on differentiation; `grouped_linear` is the layer that has gradients.
 
     Deterministic: equal inputs give equal bits on one device kind. What a holds in rows that do not count
-    never reaches a row that does. Under `jax.vmap` b is shared, not copied, if it is not mapped.
+    never reaches a row that does. Under `jax.vmap` b is shared, not copied, if it is not mapped. Source:
+    DeepGEMM's function of this name.
     """
     op = "m_grouped_fp8_gemm_nt_masked"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -329,7 +354,8 @@ def m_grouped_bf16_gemm_nt_masked(
       TypeError: an operand that is not an array, an option of the wrong kind.
 
     Differentiable with respect to a and b as `m_grouped_bf16_gemm_nt_contiguous` is. Rows that do not count
-    have gradient zero, and their cotangents are not read. Deterministic.
+    have gradient zero, and their cotangents are not read. Deterministic. Source: DeepGEMM's function of this
+    name.
     """
     op = "m_grouped_bf16_gemm_nt_masked"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -395,6 +421,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
 
     Deterministic: equal inputs give equal bits on one device kind. The scales (1/32 of the values' bytes) are
     transposed in front of the kernel. Under `jax.vmap` operands are laid side by side along k, a copy.
+    Source: DeepGEMM's function of this name, where groups are the sizes `ks`, on the host too.
     """
     op = "k_grouped_fp8_gemm_nt_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -435,7 +462,13 @@ def k_grouped_fp8_gemm_tn_contiguous(
       group_sizes, c, num_groups, group_offset, out_dtype, config, out_sharding, reduce_dtype, num_sms: as in
         `k_grouped_fp8_gemm_nt_contiguous`.
 
-    Returns, raises, determinism, vmap: as `k_grouped_fp8_gemm_nt_contiguous`.
+    Returns:
+      [g, m, n] in out_dtype, all of it defined: an empty group gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `k_grouped_fp8_gemm_nt_contiguous`.
+
+    Deterministic; vmap as `k_grouped_fp8_gemm_nt_contiguous`. Source: DeepGEMM's function of this name.
     """
     op = "k_grouped_fp8_gemm_tn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -481,7 +514,7 @@ def k_grouped_bf16_gemm_tn_contiguous(
       TypeError: an operand that is not an array, an option of the wrong kind.
 
     Differentiable with respect to a, b and c as `m_grouped_bf16_gemm_nt_contiguous` is. The kernel reads both
-    operands as they are stored. Deterministic.
+    operands as they are stored. Deterministic. Source: DeepGEMM's function of this name.
     """
     op = "k_grouped_bf16_gemm_tn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)

@@ -33,7 +33,7 @@ class QuantizedArray:
     Args:
       values: [.., rows, cols] float8_e4m3fn or float8_e5m2.
       scales: [.., ceil(rows / block[0]), ceil(cols / block[1])] float32, row-major. The last block may be
-      ragged.
+        ragged.
       block: (rows, cols) of a block, static: it is part of the pytree's structure.
 
     It goes through ``jit``, ``vmap``, ``scan``, ``shard_map``, ``jax.tree.map`` (also with leaves that are no
@@ -106,6 +106,10 @@ class QuantizedArray:
         Args:
           where: the function to name in the message.
           name: the argument to name in the message.
+
+        Raises:
+          TypeError: values that are no FP8 array, scales that are no float32 array.
+          ValueError: shapes that do not fit each other with this block.
         """
         _check(self, where, name)
         return self
@@ -203,7 +207,17 @@ jax.tree_util.register_pytree_with_keys(QuantizedArray, _flatten_with_keys, _unf
 
 
 def scales_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
-    """Shape of the scales of values of this shape.
+    """The shape of the scales that belong to values of a shape: one scale per block.
+
+    Args:
+      shape: (.., rows, cols) of the values, at least two dimensions.
+      block: (rows, cols) of a block; the last blocks may be ragged.
+
+    Returns:
+      (.., ceil(rows / block[0]), ceil(cols / block[1])).
+
+    Raises:
+      IndexError: fewer than two dimensions.
 
     >>> scales_shape((4, 576, 7168), (128, 128))
     (4, 5, 56)
@@ -212,7 +226,7 @@ def scales_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 
 
 def scales_spec(spec: P, shape: tuple[int, ...], block: Block, mesh: Any) -> P:
-    """PartitionSpec of the scales for values of this shape cut by `spec` on `mesh`.
+    """The PartitionSpec of the scales whose values have a shape and are cut by `spec` on `mesh`.
 
     A dimension of the scales follows the values where every cut is at the edge of a block, and is whole
     elsewhere.
@@ -222,6 +236,13 @@ def scales_spec(spec: P, shape: tuple[int, ...], block: Block, mesh: Any) -> P:
       shape: shape of the values.
       block: (rows, cols) of a block.
       mesh: a Mesh, an AbstractMesh or a mapping from axis name to size.
+
+    Returns:
+      A PartitionSpec with an entry for each dimension.
+
+    Raises:
+      KeyError: an axis that the mesh has not.
+      ValueError: a spec of more dimensions than the shape has.
 
     >>> scales_spec(P("x", "y"), (576, 1024), (128, 128), {"x": 4, "y": 2}) == P(None, "y")
     True

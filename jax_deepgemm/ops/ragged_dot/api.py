@@ -103,10 +103,12 @@ def ragged_dot(
       reduce_dtype: what partial results are summed in across devices that cut k or g; default float32.
 
     Returns:
-      [m, n].
+      [m, n] in preferred_element_type.
 
     Raises:
       TypeError, ValueError: as jax.lax.ragged_dot, and for options that do not fit.
+
+    Source: jax.lax.ragged_dot.
 
     What runs: bfloat16 with a bfloat16 or float32 result, and quantised operands, run on the grouped kernels.
     Everything else (float16, float32, float64, integers, mixed dtypes, other results) is computed by
@@ -187,7 +189,8 @@ def ragged_dot_general(
     in the log says once per shape. A ragged batch runs on XLA's dot_general.
 
     Args:
-      lhs, rhs: arrays.
+      lhs: array, with the dimensions of lhs as in the table above.
+      rhs: array, with those of rhs as in the table above.
       group_sizes: integers [g], or with the leading dimensions above.
       ragged_dot_dimension_numbers: a jax.lax.RaggedDotDimensionNumbers.
       group_offset: int32 scalar or [1], of the first of the groups that rhs (ragged rows) or the result
@@ -197,7 +200,14 @@ def ragged_dot_general(
       precision, preferred_element_type, out_sharding, expected_m, config, num_sms, reduce_dtype: as in
         `ragged_dot`.
 
-    Returns, raises, dtypes and derivatives: as `ragged_dot`. All modes are differentiable.
+    Returns:
+      Array of dimensions as in the table above, of the dtype that `ragged_dot` gives.
+
+    Raises:
+      TypeError, ValueError: as jax.lax.ragged_dot_general, and for options that do not fit.
+
+    What runs, and its derivatives: as `ragged_dot`. All modes are differentiable. Source:
+    jax.lax.ragged_dot_general.
     """
     call = _Call(
         "ragged_dot_general",

@@ -28,6 +28,11 @@ def swiglu(h: jax.Array, weight: jax.Array | None = None) -> jax.Array:
     Returns:
       [.., i] in h's dtype.
 
+    Raises:
+      ValueError: h whose last dimension is odd, a weight of another shape than h's rows.
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020), SwiGLU with beta = 1.
+
     >>> h = jnp.array([[1.0, 2.0, 10.0, 20.0]])
     >>> [f"{act:.3f}" for act in swiglu(h, jnp.array([2.0]))[0].tolist()]
     ['14.621', '70.464']
