@@ -35,6 +35,8 @@ class Problem(Protocol):
     """What is to be computed, as kernels see it: a frozen dataclass of numbers, words, flags and tuples of
     them. `str` says it to people."""
 
+    def __hash__(self) -> int: ...
+
     @property
     def flops(self) -> int:
         """Multiplications and additions; 0 where they do not count."""
@@ -54,7 +56,8 @@ P = TypeVar("P", bound=Problem)
 C = TypeVar("C")
 
 
-class Given(NamedTuple):
+@dataclass(frozen=True)
+class Given:
     """An operand of the custom call: which one it is, its shape, and whether it has a dimension of vmap, in
     front (another operand of the call serves all of a batch)."""
 
@@ -304,10 +307,10 @@ class LazyKernel:
     def family(self) -> Family[Any]:
         return self._kernel().family
 
-    def plan(self, *avals: Any, **params: Any) -> LaunchPlan:
+    def plan(self, avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> LaunchPlan:
         """See `OpKernel.plan`."""
-        return self._kernel().plan(*avals, **self._form, **params)
+        return self._kernel().plan(avals_in, avals_out, **self._form, **params)
 
-    def problem(self, *avals: Any, **params: Any) -> Any:
+    def problem(self, avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> Any:
         """See `OpKernel.problem`."""
-        return self._kernel().problem(*avals, **self._form, **params)
+        return self._kernel().problem(avals_in, avals_out, **self._form, **params)

@@ -387,7 +387,8 @@ class Op(Declaration):
         """Partial sums, exchanged; the addend joins after that, so that it counts once and rounds once."""
         out_dtype = np.dtype(params["out_dtype"])
         exchanged = params.get("reduce_dtype", wider(out_dtype))
-        batch, op, addend = params["batch"], self, None
+        op: Declaration = self
+        batch, addend = params["batch"], None
         if self.rule.addend is not None:
             assert self.base is not None
             op, addend, arrays = self.base, arrays[-1], arrays[:-1]

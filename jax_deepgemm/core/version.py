@@ -14,6 +14,7 @@ _PACKAGE = "jax_deepgemm"
 _IMPORT = re.compile(
     rf"^[ \t]*(?:from|import) ({_PACKAGE}[\w.]*)(?: import (\([^)]*\)|[^\n#]*))?", re.MULTILINE
 )
+_NAMED = re.compile(rf"""["']({_PACKAGE}\.[\w.]+)["']""")  # modules that are imported when they are needed
 
 
 @functools.cache
@@ -50,7 +51,8 @@ def _sources(root: Path, modules: tuple[str, ...]) -> set[Path]:
 
 
 def _imported(root: Path, path: Path) -> Iterator[Path]:
-    for module, names in _IMPORT.findall(path.read_text(encoding="utf-8")):
+    text = path.read_text(encoding="utf-8")
+    for module, names in [*_IMPORT.findall(text), *((named, "") for named in _NAMED.findall(text))]:
         listed = [name.split(" as ")[0].strip() for name in names.strip("()").split(",")]
         for one in (module, *(f"{module}.{name}" for name in listed if name)):
             imported = _file_of(root, one) if one != _PACKAGE else None

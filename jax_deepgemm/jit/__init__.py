@@ -1,8 +1,8 @@
 """Kernel sources to cubins: compiler, cache, diagnostics. See `toolchain` for the environment variables."""
 
-from .compiler import CompileError, PtxasCheckError, compile_kernel, record_kernels
-from .report import CompiledKernel, KernelReport, KernelSource
-from .toolchain import CompilerNotFoundError
+from jax_deepgemm.jit.compiler import CompileError, PtxasCheckError, compile_kernel, record_kernels
+from jax_deepgemm.jit.report import CompiledKernel, KernelReport, KernelSource
+from jax_deepgemm.jit.toolchain import CompilerNotFoundError
 
 __all__ = [
     "CompileError",

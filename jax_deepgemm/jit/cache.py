@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import toolchain
-from .report import CompiledKernel, KernelReport
+from jax_deepgemm.jit import toolchain
+from jax_deepgemm.jit.report import CompiledKernel, KernelReport
 
 LOCK_TIMEOUT_S = 60.0
 _POLL_S = 0.01

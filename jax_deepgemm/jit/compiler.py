@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import toolchain
-from .cache import KernelCache, open_cache, write_atomically
-from .report import CompiledKernel, KernelSource, parse_log
-from .toolchain import Settings, Toolchain
+from jax_deepgemm.jit import toolchain
+from jax_deepgemm.jit.cache import KernelCache, open_cache, write_atomically
+from jax_deepgemm.jit.report import CompiledKernel, KernelSource, parse_log
+from jax_deepgemm.jit.toolchain import Settings, Toolchain
 
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"]+)[>"]', re.MULTILINE)
 _ARCH = re.compile(r"\d{2,3}[af]?")

@@ -16,6 +16,7 @@ from jax_deepgemm.core.chip import H200, Chip, chip_of, with_sms
 from jax_deepgemm.core.declaration import own
 from jax_deepgemm.core.family import Cost
 from jax_deepgemm.core.kernel_rule import on_kernel, symbolic_shapes
+from jax_deepgemm.core.launch import Launch
 from jax_deepgemm.core.op import Op, known_ops
 from jax_deepgemm.jit.toolchain import CompilerNotFoundError
 from jax_deepgemm.tools.registry import families
@@ -295,7 +296,7 @@ def _compiled(op: Op, view: _View, chip: Chip) -> tuple[tuple[KernelFacts, ...],
         return (), 0, f"Not compiled: {error}"
     facts = []
     for step in plan.steps:
-        if not hasattr(step, "kernel"):
+        if not isinstance(step, Launch):
             continue
         report = step.kernel.report
         facts.append(

@@ -145,7 +145,9 @@ def _naming(shape: Shape) -> Iterator[None]:
 
 
 def _trace(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
+    """A plain function is traced under a name of its own, because JAX keeps what it lowered once, and a
+    lowering that is kept asks for no kernel."""
+    jitted: Any = function if hasattr(function, "trace") else jax.jit(lambda *given: function(*given))
     return jitted.trace(*args)
 
 

@@ -40,13 +40,17 @@ from jax_deepgemm.core.shapes import Shape, clipped
 from jax_deepgemm.tools import registry
 
 
-@functools.cache
 def kinds() -> dict[str, type[Shape]]:
     """Returns the `Shape` of each op.
 
     >>> kinds()["fp8_gemm_nt"].__name__, "moe_mlp" in kinds()
     ('DenseShape', True)
     """
+    return _kinds_of(registry.FOLDERS)
+
+
+@functools.cache
+def _kinds_of(folders: tuple[str, ...]) -> dict[str, type[Shape]]:
     found = [kind for module in registry.parts("shapes") for kind in module.SHAPES]
     return {op: kind for kind in found for op in kind.OPS}
 

@@ -140,7 +140,7 @@ BAD = (
         b=jnp.swapaxes(W, 1, 2),
     ),
     m_bf16(
-        "k of nn", "k differs (256 and 300)", "For b stored [g, n, k] use m_grouped_bf16_gemm_nt", form="nn"
+        "k of nn", "k differs (256 and 300)", "For b stored [g, n, k] use m_grouped_bf16_gemm_nt", layout="nn"
     ),
     m_bf16("k elsewhere", "k differs (255 and 256)", "Make both operands cover the same k", a=X[:, :255]),
     m_bf16("dtype", "a is float32 [4, 256], need bfloat16", "a.astype(jnp.bfloat16)", a=X.astype(F32)),
@@ -229,6 +229,8 @@ def test_padding_is_noted(caplog: pytest.LogCaptureFixture) -> None:
     padding._note.cache_clear()
     with caplog.at_level(logging.INFO, "jax_deepgemm"):
         a = np.zeros((4, 130), jnp.bfloat16)
-        prepare.m_grouped_bf16(a, np.zeros((3, 8, 130), jnp.bfloat16), S, S[:1], form="nt", layout="sizes")
+        prepare.m_grouped_bf16(
+            a, np.zeros((3, 8, 130), jnp.bfloat16), S, S[:1], layout="nt", rows_format="sizes"
+        )
     notes = [record.getMessage() for record in caplog.records]
     assert any("m_grouped_bf16_gemm: a bfloat16[4, 130] is copied to [4, 136]" in note for note in notes)

@@ -94,8 +94,8 @@ def k_bf16(i: int) -> list[Any]:
 
 
 Y, X = True, False
-M_PARAMS = {"layout": "sizes", "expected_m": None, "out_dtype": F32}
-K_PARAMS = {"layout": "sizes", "num_groups": 2, "out_dtype": F32}
+M_PARAMS = {"rows_format": "sizes", "expected_m": None, "out_dtype": F32}
+K_PARAMS = {"rows_format": "sizes", "num_groups": 2, "out_dtype": F32}
 MASKED = {"zero_rows": True, "expected_m": None, "out_dtype": F32}
 CASES = [
     Case(
@@ -113,7 +113,7 @@ CASES = [
         "m-segments",
         ops.M_GROUPED_BF16["nt"],
         segmented,
-        {**M_PARAMS, "layout": "segments"},
+        {**M_PARAMS, "rows_format": "segments"},
         ((Y, X, Y, Y), (X, Y, X, Y)),
     ),
     Case("masked-fp8", ops.M_MASKED_FP8_ROW, masked_fp8, MASKED, ((Y, Y, X, X, Y), (X, X, Y, Y, X))),
@@ -160,8 +160,8 @@ def as_a_kernel(case: Case, prepared: Any, shape: tuple[int, ...], batched: bool
     params = dict(case.params)
     name, operands = case.op.name, list(prepared)
     m, n = shape[-2:]
-    if "layout" in params and batched:
-        params["layout"] = "segments"
+    if "rows_format" in params and batched:
+        params["rows_format"] = "segments"
     if "num_groups" in params:
         params["num_groups"] = int(np.prod(shape[:-2]))
         if len(operands) == 5:

@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from jax_deepgemm import config as settings
 from jax_deepgemm.core.arrays import unwrapped
+from jax_deepgemm.core.options import config_option, num_sms_option, sharding_option
 from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.quantize import QuantizedArray
@@ -319,20 +319,6 @@ def check_options(
     op: str, out_dtype: Any, reduce_dtype: Any, out_sharding: Any, config: Any, num_sms: Any
 ) -> Options:
     """The keyword arguments, canonical and hashable."""
-    if isinstance(out_sharding, NamedSharding):
-        out_sharding = out_sharding.spec
-    if out_sharding is not None and not isinstance(out_sharding, PartitionSpec):
-        raise TypeError(
-            f"{op}: out_sharding is {out_sharding!r}, need a PartitionSpec, a NamedSharding or None. "
-            "Write jax.P('x', None)."
-        )
-    if config is not None and not isinstance(config, GemmConfig):
-        raise TypeError(
-            f"{op}: config is {config!r}, need a GemmConfig or None. None lets the cost model choose; "
-            "jax_deepgemm.explain returns the candidates that fit."
-        )
-    if num_sms is not None and (isinstance(num_sms, bool) or not isinstance(num_sms, int) or num_sms < 1):
-        raise ValueError(f"{op}: num_sms is {num_sms!r}, need a positive int, or None for all of the chip's.")
     out, reduce = (
         _check_dtype_option(op, "out_dtype", out_dtype),
         _check_dtype_option(op, "reduce_dtype", reduce_dtype),
@@ -346,7 +332,7 @@ def check_options(
     return Options(
         out_dtype=out,
         reduce_dtype=reduce,
-        out_sharding=out_sharding,
-        config=config,
-        num_sms=settings.get().num_sms if num_sms is None else num_sms,
+        out_sharding=sharding_option(op, out_sharding),
+        config=config_option(op, config, GemmConfig),
+        num_sms=num_sms_option(op, num_sms),
     )

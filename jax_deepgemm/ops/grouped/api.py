@@ -524,8 +524,8 @@ def k_grouped_bf16_gemm_tn_contiguous(
     if 0 in (m, n, k):
         return _empty_groups("km,kn->mn", left, right, addend, count, options)
     run = ops.K_GROUPED_BF16 if addend is None else ops.K_GROUPED_BF16_ADD
-    arrays = (left, right, where.s, where.o, *(() if addend is None else (addend,)))
-    return run(*arrays, layout=where.layout, num_groups=count, **vars(options))[0]
+    arrays = (left, right, where.group_sizes, where.group_offset, *(() if addend is None else (addend,)))
+    return run(*arrays, rows_format=where.rows_format, num_groups=count, **vars(options))[0]
 
 
 @functools.cache
@@ -570,53 +570,54 @@ def _empty_groups(
 
 
 def _m_grouped_fp8(
-    op: str, form: str, a: Any, b: Any, rows: operands.Rows, expected_m: Any, options: Options
+    op: str, layout: str, a: Any, b: Any, rows: operands.Rows, expected_m: Any, options: Options
 ) -> jax.Array:
-    left, right, (m, n, k) = operands.check_fp8(op, operands.m_grouped_sides(form), a, b)
+    left, right, (m, n, k) = operands.check_fp8(op, operands.m_grouped_sides(layout), a, b)
     where = operands.check_rows(op, rows, m, right.values.shape[0])
     hint = operands.check_expected_m(op, expected_m)
     if 0 in (m, n, k):
-        subscripts = "mk,gnk->mn" if form == "nt" else "mk,gkn->mn"
+        subscripts = "mk,gnk->mn" if layout == "nt" else "mk,gkn->mn"
         return _empty(subscripts, left.values, right.values, options)
     values, scales = right.values, right.scales
-    if form == "nn":
+    if layout == "nn":
         values = _k_last(
             op, "b", right, f"Store b [g, n, k] and use {op.replace('nn', 'nt')} to avoid the pass."
         )
         scales = jnp.swapaxes(scales, -1, -2)
     run = ops.M_GROUPED_FP8_BLOCK if right.block == BLOCKED else ops.M_GROUPED_FP8_ROW
-    arrays = (left.values, left.scales, values, scales, where.s, where.o)
-    return run(*arrays, layout=where.layout, expected_m=hint, **vars(options))[0]
+    arrays = (left.values, left.scales, values, scales, where.group_sizes, where.group_offset)
+    return run(*arrays, rows_format=where.rows_format, expected_m=hint, **vars(options))[0]
 
 
 def _m_grouped_bf16(
-    op: str, form: str, a: Any, b: Any, rows: operands.Rows, expected_m: Any, options: Options
+    op: str, layout: str, a: Any, b: Any, rows: operands.Rows, expected_m: Any, options: Options
 ) -> jax.Array:
-    left, right, (m, n, k) = operands.check_bf16(op, operands.m_grouped_sides(form), a, b)
+    left, right, (m, n, k) = operands.check_bf16(op, operands.m_grouped_sides(layout), a, b)
     where = operands.check_rows(op, rows, m, right.shape[0])
     hint = operands.check_expected_m(op, expected_m)
     if 0 in (m, n, k):
-        return _empty("mk,gnk->mn" if form == "nt" else "mk,gkn->mn", left, right, options)
-    run = ops.M_GROUPED_BF16[form]
-    return run(left, right, where.s, where.o, layout=where.layout, expected_m=hint, **vars(options))[0]
+        return _empty("mk,gnk->mn" if layout == "nt" else "mk,gkn->mn", left, right, options)
+    run = ops.M_GROUPED_BF16[layout]
+    arrays = (left, right, where.group_sizes, where.group_offset)
+    return run(*arrays, rows_format=where.rows_format, expected_m=hint, **vars(options))[0]
 
 
 def _k_grouped_fp8(
-    op: str, form: str, a: Any, b: Any, c: Any, groups: tuple[Any, ...], options: Options
+    op: str, layout: str, a: Any, b: Any, c: Any, groups: tuple[Any, ...], options: Options
 ) -> jax.Array:
-    left, right, (m, n, k) = operands.check_fp8(op, operands.k_grouped_sides(form), a, b)
+    left, right, (m, n, k) = operands.check_fp8(op, operands.k_grouped_sides(layout), a, b)
     where, count = operands.check_k_groups(op, *groups)
     addend = operands.check_c(op, c, (count, m, n), options.out_dtype)
     if 0 in (m, n, k):
-        subscripts = "mk,nk->mn" if form == "nt" else "km,kn->mn"
+        subscripts = "mk,nk->mn" if layout == "nt" else "km,kn->mn"
         return _empty_groups(subscripts, left.values, right.values, addend, count, options)
     pair = []
     for name, x in (("a", left), ("b", right)):
-        if form == "tn":
+        if layout == "tn":
             way_out = f"Quantise the transposed matrix and use {op.replace('tn', 'nt')} to avoid the pass."
             pair += [_k_last(op, name, x, way_out), x.scales]
         else:
             pair += [x.values, x.scales.T]
     run = ops.K_GROUPED_FP8 if addend is None else ops.K_GROUPED_FP8_ADD
-    arrays = (*pair, where.s, where.o, *(() if addend is None else (addend,)))
-    return run(*arrays, layout=where.layout, num_groups=count, **vars(options))[0]
+    arrays = (*pair, where.group_sizes, where.group_offset, *(() if addend is None else (addend,)))
+    return run(*arrays, rows_format=where.rows_format, num_groups=count, **vars(options))[0]

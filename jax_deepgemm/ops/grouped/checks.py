@@ -35,11 +35,11 @@ INT32 = np.iinfo(np.int32)
 
 @dataclass(frozen=True)
 class Where:
-    """Whose rows are whose, as the ops take it: s, o and the layout of s."""
+    """Whose rows are whose, as the ops take it; segments.py describes the two formats of `group_sizes`."""
 
-    s: jax.Array
-    o: jax.Array
-    layout: str
+    group_sizes: jax.Array
+    group_offset: jax.Array
+    rows_format: str
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,20 @@ class Rows:
     group_offset: Any
 
 
-def m_grouped_sides(form: str) -> tuple[Side, Side]:
+def m_grouped_sides(layout: str) -> tuple[Side, Side]:
     """A [m, k] and B [g, n, k] or [g, k, n]."""
-    return Side("a", "m", False, (PER_ROW,)), Side("b", "n", form == "nn", (BLOCKED, PER_ROW), ("g",))
+    return Side("a", "m", False, (PER_ROW,)), Side("b", "n", layout == "nn", (BLOCKED, PER_ROW), ("g",))
 
 
-def masked_sides(form: str) -> tuple[Side, Side]:
+def masked_sides(layout: str) -> tuple[Side, Side]:
     """A [g, m, k] and B [g, n, k] or [g, k, n]."""
-    a, b = m_grouped_sides(form)
+    a, b = m_grouped_sides(layout)
     return Side(a.name, a.rows, a.k_first, a.blocks, ("g",)), b
 
 
-def k_grouped_sides(form: str) -> tuple[Side, Side]:
+def k_grouped_sides(layout: str) -> tuple[Side, Side]:
     """A [k, m] and B [k, n] (tn), or [m, k] and [n, k] (nt); one scale per row and 128 of k."""
-    first = form == "tn"
+    first = layout == "tn"
     return Side("a", "m", first, (PER_ROW,)), Side("b", "n", first, (PER_ROW,))
 
 

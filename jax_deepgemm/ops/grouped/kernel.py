@@ -19,8 +19,8 @@ from jax_deepgemm.ops.grouped.problem import INNER, MASKED_INNER, MASKED_ROWS, R
 _PARTS_OF_A_SEGMENT = 3  # starts | ends | groups
 
 
-def _segments(sizes: Any, layout: str, batch: Any) -> dict[str, Any]:
-    segmented = batch is not None or layout == "segments"
+def _segments(sizes: Any, rows_format: str, batch: Any) -> dict[str, Any]:
+    segmented = batch is not None or rows_format == "segments"
     count = sizes.shape[0] // _PARTS_OF_A_SEGMENT if segmented else sizes.shape[0]
     return {"segments": count, "segmented": segmented}
 
@@ -56,12 +56,12 @@ def _m_grouped_fp8(
     avals_out: Sequence[Any],
     *,
     batch: Any,
-    layout: str = "sizes",
+    rows_format: str = "sizes",
     expected_m: int | None = None,
     **_: Any,
 ) -> GroupedProblem:
     a, _sa, b, sb, sizes, _offset = avals_in
-    return _rows_problem(a, b, avals_out, expected_m, _segments(sizes, layout, batch) | _fp8(a, b, sb))
+    return _rows_problem(a, b, avals_out, expected_m, _segments(sizes, rows_format, batch) | _fp8(a, b, sb))
 
 
 def _m_grouped_bf16(
@@ -69,13 +69,13 @@ def _m_grouped_bf16(
     avals_out: Sequence[Any],
     *,
     batch: Any,
-    form: str,
-    layout: str = "sizes",
+    layout: str,
+    rows_format: str = "sizes",
     expected_m: int | None = None,
     **_: Any,
 ) -> GroupedProblem:
     a, b, sizes, _offset = avals_in
-    return _rows_problem(a, b, avals_out, expected_m, _segments(sizes, layout, batch) | _bf16(form))
+    return _rows_problem(a, b, avals_out, expected_m, _segments(sizes, rows_format, batch) | _bf16(layout))
 
 
 def _masked_problem(
@@ -122,14 +122,14 @@ def _m_masked_bf16(
     avals_out: Sequence[Any],
     *,
     batch: Any,
-    form: str,
+    layout: str,
     expected_m: int | None = None,
     zero_rows: bool = False,
     **_: Any,
 ) -> GroupedProblem:
     del batch
     a, b, _masked = avals_in
-    return _masked_problem(a, b, avals_out, expected_m, zero_rows, _bf16(form))
+    return _masked_problem(a, b, avals_out, expected_m, zero_rows, _bf16(layout))
 
 
 def _inner_problem(
@@ -151,18 +151,18 @@ def _inner_problem(
 
 
 def _k_grouped_fp8(
-    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: Any, layout: str = "sizes", **_: Any
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: Any, rows_format: str = "sizes", **_: Any
 ) -> GroupedProblem:
     a, _sa, b, _sb, sizes, _offset, *c = avals_in
     types = {"a": type_name(a), "b": type_name(b), "b_scales": "slices"}
-    return _inner_problem(avals_out, a.shape[1], bool(c), _segments(sizes, layout, batch) | types)
+    return _inner_problem(avals_out, a.shape[1], bool(c), _segments(sizes, rows_format, batch) | types)
 
 
 def _k_grouped_bf16(
-    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: Any, layout: str = "sizes", **_: Any
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: Any, rows_format: str = "sizes", **_: Any
 ) -> GroupedProblem:
     a, _b, sizes, _offset, *c = avals_in
-    return _inner_problem(avals_out, a.shape[0], bool(c), _segments(sizes, layout, batch) | _bf16("tn"))
+    return _inner_problem(avals_out, a.shape[0], bool(c), _segments(sizes, rows_format, batch) | _bf16("tn"))
 
 
 def _k_masked_bf16(
@@ -178,17 +178,17 @@ def _k_masked_bf16(
 
 _SCALED = ("a", "a_scales", "b", "b_scales")
 
-m_grouped_fp8_gemm = OpKernel(FAMILY, _m_grouped_fp8, (*_SCALED, "sizes", "offset"))
+m_grouped_fp8_gemm = OpKernel(FAMILY, _m_grouped_fp8, (*_SCALED, "group_sizes", "group_offset"))
 """a [m, k], scales [m, kb], b [g, n, k], scales, sizes or segments, offset."""
-m_grouped_bf16_gemm = OpKernel(FAMILY, _m_grouped_bf16, ("a", "b", "sizes", "offset"))
-"""a [m, k], b [g, n, k] (form "nt") or [g, k, n] ("nn"), sizes or segments, offset."""
-m_masked_fp8_gemm = OpKernel(FAMILY, _m_masked_fp8, (*_SCALED, "sizes"))
+m_grouped_bf16_gemm = OpKernel(FAMILY, _m_grouped_bf16, ("a", "b", "group_sizes", "group_offset"))
+"""a [m, k], b [g, n, k] (layout "nt") or [g, k, n] ("nn"), sizes or segments, offset."""
+m_masked_fp8_gemm = OpKernel(FAMILY, _m_masked_fp8, (*_SCALED, "group_sizes"))
 """a [g, m, k], scales [g, m, kb], b [weights, n, k], scales, masked_m [g]."""
-m_masked_bf16_gemm = OpKernel(FAMILY, _m_masked_bf16, ("a", "b", "sizes"))
+m_masked_bf16_gemm = OpKernel(FAMILY, _m_masked_bf16, ("a", "b", "group_sizes"))
 """a [g, m, k], b [weights, n, k] or [weights, k, n], masked_m [g]."""
-k_grouped_fp8_gemm = OpKernel(FAMILY, _k_grouped_fp8, (*_SCALED, "sizes", "offset", "c"))
+k_grouped_fp8_gemm = OpKernel(FAMILY, _k_grouped_fp8, (*_SCALED, "group_sizes", "group_offset", "c"))
 """a [m, k], scales [kb, m], b [n, k], scales [kb, n], sizes or segments, offset(, c)."""
-k_grouped_bf16_gemm = OpKernel(FAMILY, _k_grouped_bf16, ("a", "b", "sizes", "offset", "c"))
+k_grouped_bf16_gemm = OpKernel(FAMILY, _k_grouped_bf16, ("a", "b", "group_sizes", "group_offset", "c"))
 """a [k, m], b [k, n], sizes or segments, offset(, c)."""
-k_masked_bf16_gemm = OpKernel(FAMILY, _k_masked_bf16, ("a", "b", "sizes"))
+k_masked_bf16_gemm = OpKernel(FAMILY, _k_masked_bf16, ("a", "b", "group_sizes"))
 """a [g, k, m], b [g, k, n], sizes [g]."""

@@ -258,7 +258,7 @@ def _first_and_last(index: jax.Array, groups: int) -> tuple[jax.Array, jax.Array
     return first[:groups], last[:groups]
 
 
-# The operand `s` of the ops (segments.py)
+# The operand `group_sizes` of the ops (segments.py)
 
 
 def segments_of_ends(ends: jax.Array, rows: int, alignment: int) -> jax.Array:

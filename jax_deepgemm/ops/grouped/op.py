@@ -1,8 +1,9 @@
 """The grouped GEMMs as ops: shapes, sharding, derivatives, and what runs where.
 
-Dimensions: m, n, k as in a GEMM; g groups that a device has; s and o say which rows are whose (segments.py):
-s covers all groups there are, and group i of this op is group i + o of them. Rows of m-grouped results that
-belong to no group of the op are zero, so results of devices that each have some groups are summed.
+Dimensions: m, n, k as in a GEMM; g groups that a device has; `group_sizes` (s entries) and
+`group_offset` (o, one of them) say which rows are whose (segments.py). The sizes cover all groups there are,
+and group i of this op is group i + offset of them. Rows of m-grouped results that belong to no group of the
+op are zero, so results of devices that each have some groups are summed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ FP8_GRADIENT_HINT = (
 _BLOCKS = {"kb": ("k", SCALE_BLOCK), "nb": ("n", SCALE_BLOCK)}
 
 
-def _kernel(name: str, **form: str) -> LazyKernel:
-    return LazyKernel("jax_deepgemm.ops.grouped.kernel", name, batched=True, **form)
+def _kernel(name: str, **layout: str) -> LazyKernel:
+    return LazyKernel("jax_deepgemm.ops.grouped.kernel", name, batched=True, **layout)
 
 
 def _blocks(rule: str) -> dict[str, tuple[str, int]]:
@@ -41,16 +42,18 @@ def _blocks(rule: str) -> dict[str, tuple[str, int]]:
 # One device's piece
 
 
-def _recut_m_grouped(plan: ShardingPlan, *arrays: jax.Array, layout: str, **_: Any) -> Recut:
+def _recut_m_grouped(plan: ShardingPlan, *arrays: jax.Array, rows_format: str, **_: Any) -> Recut:
     """m: my rows' part of each group. g: I have the groups from an offset on."""
-    *operands, s, o = arrays
+    *operands, group_sizes, group_offset = arrays
     if len(operands) == 4:
         operands = list(recut_blocks(plan, *operands))
     if plan.cut("m"):
-        s = segments.window(s, layout, plan.size["m"], plan.offset("m"), plan.local_size("m"))
+        group_sizes = segments.window(
+            group_sizes, rows_format, plan.size["m"], plan.offset("m"), plan.local_size("m")
+        )
     if plan.cut("g"):
-        o = o + plan.offset("g")
-    return (*operands, s, o), {}
+        group_offset = group_offset + plan.offset("g")
+    return (*operands, group_sizes, group_offset), {}
 
 
 def _recut_masked(rows: str) -> Callable[..., Recut]:
@@ -65,22 +68,24 @@ def _recut_masked(rows: str) -> Callable[..., Recut]:
     return recut
 
 
-def _recut_k_grouped(plan: ShardingPlan, *arrays: jax.Array, layout: str, num_groups: int, **_: Any) -> Recut:
+def _recut_k_grouped(
+    plan: ShardingPlan, *arrays: jax.Array, rows_format: str, num_groups: int, **_: Any
+) -> Recut:
     """k: my part of each group, shifted with its columns if they start inside a block. g: my results."""
     count = 4 if "kb" in plan.rule.blocks else 2
-    operands, (s, o, *c) = list(arrays[:count]), arrays[count:]
+    operands, (group_sizes, group_offset, *c) = list(arrays[:count]), arrays[count:]
     changed: dict[str, Any] = {}
     if plan.cut("k"):
         size = plan.local_size("k")
-        s = segments.window(s, layout, plan.size["k"], plan.offset("k"), size)
+        group_sizes = segments.window(group_sizes, rows_format, plan.size["k"], plan.offset("k"), size)
         if count == 4 and not plan.cut("kb"):
             operands = list(recut_blocks(plan, *operands))
-            s = segments.shifted(s, layout, size, plan.offset("k") % SCALE_BLOCK)
+            group_sizes = segments.shifted(group_sizes, rows_format, size, plan.offset("k") % SCALE_BLOCK)
             changed["layout"] = "segments"
     if plan.cut("g"):
-        o = o + plan.offset("g")
+        group_offset = group_offset + plan.offset("g")
         changed["num_groups"] = plan.local_size("g")
-    return (*operands, s, o, *c), changed
+    return (*operands, group_sizes, group_offset, *c), changed
 
 
 # FP8: no derivatives
@@ -175,38 +180,47 @@ def _cotangent_params(wanted: Any, params: dict[str, Any], **own: Any) -> dict[s
 
 
 def _m_grouped_transpose(
-    form: str, index: int, cotangents: list[jax.Array], values: list[Any], *, layout: str, **params: Any
+    layout: str,
+    index: int,
+    cotangents: list[jax.Array],
+    values: list[Any],
+    *,
+    rows_format: str,
+    **params: Any,
 ) -> jax.Array:
     """da = dd @ b, group by group; db = dd.T @ a over each group's rows."""
-    a, b, s, o = values
+    a, b, group_sizes, group_offset = values
     wanted = values[index]
     dd = cotangents[0].astype(wanted.dtype)
     if index == 0:
-        own = _cotangent_params(wanted, params, layout=layout, expected_m=params.get("expected_m"))
-        return M_GROUPED_BF16[_OTHER[form]](dd, b, s, o, **own)[0]
+        own = _cotangent_params(wanted, params, rows_format=rows_format, expected_m=params.get("expected_m"))
+        return M_GROUPED_BF16[_OTHER[layout]](dd, b, group_sizes, group_offset, **own)[0]
     groups = wanted.shape[0]
-    if layout == "segments":
-        s, o = segments.by_group(s, layout, dd.shape[0], o, groups), jnp.zeros_like(o)
-    own = _cotangent_params(wanted, params, layout=layout, num_groups=groups)
-    return K_GROUPED_BF16(*((dd, a) if form == "nt" else (a, dd)), s, o, **own)[0]
+    if rows_format == "segments":
+        group_sizes, group_offset = (
+            segments.by_group(group_sizes, rows_format, dd.shape[0], group_offset, groups),
+            jnp.zeros_like(group_offset),
+        )
+    own = _cotangent_params(wanted, params, rows_format=rows_format, num_groups=groups)
+    return K_GROUPED_BF16(*((dd, a) if layout == "nt" else (a, dd)), group_sizes, group_offset, **own)[0]
 
 
 def _k_grouped_transpose(
-    index: int, cotangents: list[jax.Array], values: list[Any], *, layout: str, **params: Any
+    index: int, cotangents: list[jax.Array], values: list[Any], *, rows_format: str, **params: Any
 ) -> jax.Array:
     """da = b @ dd.T, db = a @ dd, each row with its group's dd."""
     if index == 4:
         return cotangents[0]
-    wanted, other, (s, o) = values[index], values[1 - index], values[2:4]
+    wanted, other, (group_sizes, group_offset) = values[index], values[1 - index], values[2:4]
     dd = cotangents[0].astype(wanted.dtype)
-    if layout == "segments":
-        s = segments.by_row(s, wanted.shape[0])
-    own = _cotangent_params(wanted, params, layout=layout, expected_m=None)
-    return M_GROUPED_BF16["nt" if index == 0 else "nn"](other, dd, s, o, **own)[0]
+    if rows_format == "segments":
+        group_sizes = segments.by_row(group_sizes, wanted.shape[0])
+    own = _cotangent_params(wanted, params, rows_format=rows_format, expected_m=None)
+    return M_GROUPED_BF16["nt" if index == 0 else "nn"](other, dd, group_sizes, group_offset, **own)[0]
 
 
 def _m_masked_transpose(
-    form: str, index: int, cotangents: list[jax.Array], values: list[Any], **params: Any
+    layout: str, index: int, cotangents: list[jax.Array], values: list[Any], **params: Any
 ) -> jax.Array:
     """As m-grouped; rows that do not count have gradient zero, and give none."""
     a, b, counts = values
@@ -215,9 +229,9 @@ def _m_masked_transpose(
     if index == 0:
         hints = {"zero_rows": True, "expected_m": params.get("expected_m")}
         own = _cotangent_params(wanted, params, **hints)
-        return M_MASKED_BF16[_OTHER[form]](dd, b, counts, **own)[0]
+        return M_MASKED_BF16[_OTHER[layout]](dd, b, counts, **own)[0]
     own = _cotangent_params(wanted, params)
-    return K_MASKED_BF16(*((dd, a) if form == "nt" else (a, dd)), counts, **own)[0]
+    return K_MASKED_BF16(*((dd, a) if layout == "nt" else (a, dd)), counts, **own)[0]
 
 
 def _k_masked_transpose(
@@ -230,33 +244,33 @@ def _k_masked_transpose(
     return M_MASKED_BF16["nt" if index == 0 else "nn"](other, dd, counts, **own)[0]
 
 
-def _m_grouped_bf16(form: str) -> Op:
+def _m_grouped_bf16(layout: str) -> Op:
     return Op(
-        f"m_grouped_bf16_gemm_{form}",
-        f"m k, {'g n k' if form == 'nt' else 'g k n'}, s, o -> m n",
-        lambda a, b, *_, out_dtype, **__: [((a[0], b[1 if form == "nt" else 2]), out_dtype)],
-        functools.partial(reference.m_grouped_bf16_gemm, form=form),
+        f"m_grouped_bf16_gemm_{layout}",
+        f"m k, {'g n k' if layout == 'nt' else 'g k n'}, s, o -> m n",
+        lambda a, b, *_, out_dtype, **__: [((a[0], b[1 if layout == "nt" else 2]), out_dtype)],
+        functools.partial(reference.m_grouped_bf16_gemm, layout=layout),
         reduces=("k", "g"),
         recut=_recut_m_grouped,
-        kernel=_kernel("m_grouped_bf16_gemm", form=form),
-        kernel_prepare=functools.partial(prepare.m_grouped_bf16, form=form),
-        jvp=functools.partial(_jvp, lambda: M_GROUPED_BF16[form]),
-        transpose=functools.partial(_m_grouped_transpose, form),
+        kernel=_kernel("m_grouped_bf16_gemm", layout=layout),
+        kernel_prepare=functools.partial(prepare.m_grouped_bf16, layout=layout),
+        jvp=functools.partial(_jvp, lambda: M_GROUPED_BF16[layout]),
+        transpose=functools.partial(_m_grouped_transpose, layout),
     )
 
 
-def _m_masked_bf16(form: str) -> Op:
+def _m_masked_bf16(layout: str) -> Op:
     return Op(
-        f"m_masked_bf16_gemm_{form}",
-        f"g m k, {'g n k' if form == 'nt' else 'g k n'}, g -> g m n",
-        lambda a, b, *_, out_dtype, **__: [((*a[:2], b[1 if form == "nt" else 2]), out_dtype)],
-        functools.partial(reference.m_masked_bf16_gemm, form=form),
+        f"m_masked_bf16_gemm_{layout}",
+        f"g m k, {'g n k' if layout == 'nt' else 'g k n'}, g -> g m n",
+        lambda a, b, *_, out_dtype, **__: [((*a[:2], b[1 if layout == "nt" else 2]), out_dtype)],
+        functools.partial(reference.m_masked_bf16_gemm, layout=layout),
         reduces=("k",),
         recut=_recut_masked("m"),
-        kernel=_kernel("m_masked_bf16_gemm", form=form),
-        kernel_prepare=functools.partial(prepare.m_masked_bf16, form=form),
-        jvp=functools.partial(_jvp, lambda: M_MASKED_BF16[form]),
-        transpose=functools.partial(_m_masked_transpose, form),
+        kernel=_kernel("m_masked_bf16_gemm", layout=layout),
+        kernel_prepare=functools.partial(prepare.m_masked_bf16, layout=layout),
+        jvp=functools.partial(_jvp, lambda: M_MASKED_BF16[layout]),
+        transpose=functools.partial(_m_masked_transpose, layout),
     )
 
 
@@ -278,8 +292,8 @@ def _k_grouped_bf16(base: Op | None = None) -> Op:
     )
 
 
-M_GROUPED_BF16 = {form: _m_grouped_bf16(form) for form in FORMS}
-M_MASKED_BF16 = {form: _m_masked_bf16(form) for form in FORMS}
+M_GROUPED_BF16 = {layout: _m_grouped_bf16(layout) for layout in FORMS}
+M_MASKED_BF16 = {layout: _m_masked_bf16(layout) for layout in FORMS}
 K_GROUPED_BF16: Op = _k_grouped_bf16()
 K_GROUPED_BF16_ADD = _k_grouped_bf16(base=K_GROUPED_BF16)
 K_MASKED_BF16: Op = Op(

@@ -3,17 +3,17 @@
 Traced on local shapes in front of the kernel, on CUDA only. What a kernel sees where there was a batch of B
 (its `batch` is then not None), with shapes of one element of the batch in small letters:
 
-    m-grouped  a [B * m, k], b [B * g, n, k], or [g, n, k] where it is shared; s "segments" with S = B * that
-               of one; o zeros. D is [B, m, n].
+    m-grouped  a [B * m, k], b [B * g, n, k], or [g, n, k] where it is shared; group_sizes "segments", B times
+               as many as of one; group_offset zeros. D is [B, m, n].
     masked     a [B * g, m, k], counts [B * g], b [B * g, n, k], or [g, n, k] where it is shared (group i of a
                has group i % g of b). D is [B, g, m, n].
     k-grouped  a [k, B * m] in BF16: [B * k, m]; FP8: [m, B * k'], scales [B * k' / 128, m] with k' = k
-               rounded up to whole blocks; s "segments" with segment i for group i of B * num_groups; o zeros.
-               C and D are [B, num_groups, m, n].
+               rounded up to whole blocks; group_sizes "segments", segment i for group i of B * num_groups;
+               group_offset zeros. C and D are [B, num_groups, m, n].
 
-So `layout` counts only where there was no batch. k, and what else is contiguous, may be padded with zeros,
-and then exceeds D's m and n, which are the true ones. An operand that is the same for the whole batch is
-repeated, except b of m-grouped and masked.
+So `rows_format` counts only where there was no batch. k, and what else is contiguous, may be padded with
+zeros, and then exceeds D's m and n, which are the true ones. An operand that is the same for the whole batch
+is repeated, except b of m-grouped and masked.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ def _merged_segments(parts: segments.Segments, rows: int, size: int, groups: jax
 
 
 def _fold_m_grouped(
-    rows: Arrays, weights: Arrays, s: jax.Array, o: jax.Array, layout: str
+    rows: Arrays, weights: Arrays, group_sizes: jax.Array, group_offset: jax.Array, rows_format: str
 ) -> tuple[list[jax.Array], list[jax.Array], jax.Array, jax.Array]:
     ranks = (2,) * len(rows) + (3,) * len(weights) + (1, 1)
-    size = _batch_of([*rows, *weights, s, o], ranks)
+    size = _batch_of([*rows, *weights, group_sizes, group_offset], ranks)
     if size is None:
-        return list(rows), list(weights), s, o
+        return list(rows), list(weights), group_sizes, group_offset
     m = rows[0].shape[-2]
-    parts = segments.read(_spread(s, 1, size), layout, m)
+    parts = segments.read(_spread(group_sizes, 1, size), rows_format, m)
     count = weights[0].shape[-3]
-    groups = segments.local_groups(parts.groups, _spread(o, 1, size), count)
+    groups = segments.local_groups(parts.groups, _spread(group_offset, 1, size), count)
     if any(x.ndim > 3 for x in weights):
         first = count * jnp.arange(size, dtype=jnp.int32)[:, None]
         groups = jnp.where(groups >= 0, groups + first, -1)
@@ -83,11 +83,11 @@ def _pad_fp8(op: str, a: jax.Array, sa: jax.Array, b: jax.Array, sb: jax.Array) 
     ]
 
 
-def _pad_bf16(op: str, a: jax.Array, b: jax.Array, form: str) -> list[jax.Array]:
+def _pad_bf16(op: str, a: jax.Array, b: jax.Array, layout: str) -> list[jax.Array]:
     """The contiguous dimensions to a multiple of 8; the other operand's k follows."""
     step = ROW_BYTES // 2
     a, b = pad_axis(f"{op}: a", a, -1, step), pad_axis(f"{op}: b", b, -1, step)
-    return [a, pad_axis(f"{op}: b", b, -2, step) if form == "nn" else b]
+    return [a, pad_axis(f"{op}: b", b, -2, step) if layout == "nn" else b]
 
 
 def m_grouped_fp8(
@@ -95,21 +95,32 @@ def m_grouped_fp8(
     sa: jax.Array,
     b: jax.Array,
     sb: jax.Array,
-    s: jax.Array,
-    o: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
     *,
-    layout: str,
+    rows_format: str,
     **_: Any,
 ) -> Arrays:
-    (a, sa), (b, sb), s, o = _fold_m_grouped((a, sa), (b, sb), s, o, layout)
-    return *_pad_fp8("m_grouped_fp8_gemm", a, sa, b, sb), s, o
+    (a, sa), (b, sb), group_sizes, group_offset = _fold_m_grouped(
+        (a, sa), (b, sb), group_sizes, group_offset, rows_format
+    )
+    return *_pad_fp8("m_grouped_fp8_gemm", a, sa, b, sb), group_sizes, group_offset
 
 
 def m_grouped_bf16(
-    a: jax.Array, b: jax.Array, s: jax.Array, o: jax.Array, *, form: str, layout: str, **_: Any
+    a: jax.Array,
+    b: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    *,
+    layout: str,
+    rows_format: str,
+    **_: Any,
 ) -> Arrays:
-    (a,), (b,), s, o = _fold_m_grouped((a,), (b,), s, o, layout)
-    return *_pad_bf16("m_grouped_bf16_gemm", a, b, form), s, o
+    (a,), (b,), group_sizes, group_offset = _fold_m_grouped(
+        (a,), (b,), group_sizes, group_offset, rows_format
+    )
+    return *_pad_bf16("m_grouped_bf16_gemm", a, b, layout), group_sizes, group_offset
 
 
 def _fold_masked(
@@ -131,9 +142,9 @@ def m_masked_fp8(
     return *_pad_fp8("m_masked_fp8_gemm", a, sa, b, sb), counts
 
 
-def m_masked_bf16(a: jax.Array, b: jax.Array, counts: jax.Array, *, form: str, **_: Any) -> Arrays:
+def m_masked_bf16(a: jax.Array, b: jax.Array, counts: jax.Array, *, layout: str, **_: Any) -> Arrays:
     (a,), (b,), counts = _fold_masked((a,), (b,), counts)
-    return *_pad_bf16("m_masked_bf16_gemm", a, b, form), counts
+    return *_pad_bf16("m_masked_bf16_gemm", a, b, layout), counts
 
 
 def k_masked_bf16(a: jax.Array, b: jax.Array, counts: jax.Array, **_: Any) -> Arrays:
@@ -147,11 +158,17 @@ def k_masked_bf16(a: jax.Array, b: jax.Array, counts: jax.Array, **_: Any) -> Ar
 
 
 def _fold_k_groups(
-    s: jax.Array, o: jax.Array, layout: str, k: int, step: int, num_groups: int, size: int
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    rows_format: str,
+    k: int,
+    step: int,
+    num_groups: int,
+    size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """s and o where each element of the batch has `step` rows, of which k are its own."""
-    parts = segments.read(_spread(s, 1, size), layout, k)
-    mine = segments.take_groups(parts, _spread(o, 1, size), num_groups)
+    """`group_sizes` and `group_offset` where an element of the batch has `step` rows, k of them its own."""
+    parts = segments.read(_spread(group_sizes, 1, size), rows_format, k)
+    mine = segments.take_groups(parts, _spread(group_offset, 1, size), num_groups)
     groups = jnp.arange(size * num_groups, dtype=jnp.int32).reshape(size, num_groups)
     return _merged_segments(mine, step, size, groups), jnp.zeros(1, jnp.int32)
 
@@ -159,25 +176,27 @@ def _fold_k_groups(
 def k_grouped_bf16(
     a: jax.Array,
     b: jax.Array,
-    s: jax.Array,
-    o: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
     *c: jax.Array,
-    layout: str,
+    rows_format: str,
     num_groups: int,
     **_: Any,
 ) -> Arrays:
-    size = _batch_of((a, b, s, o, *c), (2, 2, 1, 1, 3)[: 4 + len(c)])
+    size = _batch_of((a, b, group_sizes, group_offset, *c), (2, 2, 1, 1, 3)[: 4 + len(c)])
     if size is not None:
         k = a.shape[-2]
-        s, o = _fold_k_groups(s, o, layout, k, k, num_groups, size)
+        group_sizes, group_offset = _fold_k_groups(
+            group_sizes, group_offset, rows_format, k, k, num_groups, size
+        )
         a, b = _merged(a, 2, size), _merged(b, 2, size)
         c = tuple(_spread(x, 3, size) for x in c)
     step = ROW_BYTES // 2
     return (
         pad_axis("k_grouped_bf16_gemm: a", a, -1, step),
         pad_axis("k_grouped_bf16_gemm: b", b, -1, step),
-        s,
-        o,
+        group_sizes,
+        group_offset,
         *c,
     )
 
@@ -194,19 +213,21 @@ def k_grouped_fp8(
     sa: jax.Array,
     b: jax.Array,
     sb: jax.Array,
-    s: jax.Array,
-    o: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
     *c: jax.Array,
-    layout: str,
+    rows_format: str,
     num_groups: int,
     **_: Any,
 ) -> Arrays:
-    size = _batch_of((a, sa, b, sb, s, o, *c), (2, 2, 2, 2, 1, 1, 3)[: 6 + len(c)])
+    size = _batch_of((a, sa, b, sb, group_sizes, group_offset, *c), (2, 2, 2, 2, 1, 1, 3)[: 6 + len(c)])
     if size is not None:
         k = a.shape[-1]
         padded = sa.shape[-2] * SCALE_BLOCK
-        s, o = _fold_k_groups(s, o, layout, k, padded, num_groups, size)
+        group_sizes, group_offset = _fold_k_groups(
+            group_sizes, group_offset, rows_format, k, padded, num_groups, size
+        )
         a, b = (_merged_columns(x, size, padded) for x in (a, b))
         sa, sb = (_merged(x, 2, size) for x in (sa, sb))
         c = tuple(_spread(x, 3, size) for x in c)
-    return *_pad_fp8("k_grouped_fp8_gemm", a, sa, b, sb), s, o, *c
+    return *_pad_fp8("k_grouped_fp8_gemm", a, sa, b, sb), group_sizes, group_offset, *c

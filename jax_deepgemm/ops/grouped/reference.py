@@ -84,15 +84,15 @@ def m_grouped_fp8_gemm(
     sa: jax.Array,
     b: jax.Array,
     sb: jax.Array,
-    s: jax.Array,
-    o: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
     *,
-    layout: str,
+    rows_format: str,
     out_dtype: Any,
     **_: Any,
 ) -> list[jax.Array]:
     """[D [m, n]] of a [m, k], b [g, n, k]; sb has one row per 128 rows of b, or one per row."""
-    segments = read(s, layout, a.shape[0])
+    segments = read(group_sizes, rows_format, a.shape[0])
     size = _tile_size(segments, a.shape[0])
     dequantize_b = dequantize_rows if sb.shape[1] == b.shape[1] else dequantize_blocks
     scales = jnp.pad(sa, ((0, size), (0, 0)))
@@ -101,32 +101,36 @@ def m_grouped_fp8_gemm(
         left = dequantize_rows(rows, lax.dynamic_slice_in_dim(scales, first, size))
         return dot(left, dequantize_b(b[group], sb[group]), 1, 1)
 
-    return [_m_grouped(a, segments, o, b.shape[0], b.shape[1], product).astype(out_dtype)]
+    return [_m_grouped(a, segments, group_offset, b.shape[0], b.shape[1], product).astype(out_dtype)]
 
 
-def _contracts(form: str) -> int:
+def _contracts(layout: str) -> int:
     """The dimension of one group's b that k is."""
-    return int(form == "nt")
+    return int(layout == "nt")
 
 
 def m_grouped_bf16_gemm(
     a: jax.Array,
     b: jax.Array,
-    s: jax.Array,
-    o: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
     *,
-    form: str,
     layout: str,
+    rows_format: str,
     out_dtype: Any,
     **_: Any,
 ) -> list[jax.Array]:
     """[D [m, n]] of a [m, k] and b [g, n, k] ("nt") or [g, k, n] ("nn")."""
 
     def product(rows: jax.Array, first: jax.Array, group: jax.Array) -> jax.Array:
-        return dot(rows.astype(jnp.float32), b[group].astype(jnp.float32), 1, _contracts(form))
+        return dot(rows.astype(jnp.float32), b[group].astype(jnp.float32), 1, _contracts(layout))
 
-    segments = read(s, layout, a.shape[0])
-    return [_m_grouped(a, segments, o, b.shape[0], b.shape[2 - _contracts(form)], product).astype(out_dtype)]
+    segments = read(group_sizes, rows_format, a.shape[0])
+    return [
+        _m_grouped(a, segments, group_offset, b.shape[0], b.shape[2 - _contracts(layout)], product).astype(
+            out_dtype
+        )
+    ]
 
 
 def _masked(counts: jax.Array, rows: int, d: jax.Array) -> jax.Array:
@@ -148,13 +152,13 @@ def m_masked_fp8_gemm(
 
 
 def m_masked_bf16_gemm(
-    a: jax.Array, b: jax.Array, counts: jax.Array, *, form: str, out_dtype: Any, **_: Any
+    a: jax.Array, b: jax.Array, counts: jax.Array, *, layout: str, out_dtype: Any, **_: Any
 ) -> list[jax.Array]:
     """[D [g, m, n]] of b [g, n, k] ("nt") or [g, k, n] ("nn")."""
 
     def group(args: tuple[jax.Array, ...]) -> jax.Array:
         a, b, count = args
-        d = dot(a.astype(jnp.float32), b.astype(jnp.float32), 1, _contracts(form))
+        d = dot(a.astype(jnp.float32), b.astype(jnp.float32), 1, _contracts(layout))
         return _masked(count, a.shape[0], d).astype(out_dtype)
 
     return [lax.map(group, (a, b, counts))]
@@ -182,18 +186,18 @@ def k_grouped_fp8_gemm(
     sa: jax.Array,
     b: jax.Array,
     sb: jax.Array,
-    s: jax.Array,
-    o: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
     c: jax.Array | None = None,
     *,
-    layout: str,
+    rows_format: str,
     num_groups: int,
     out_dtype: Any,
     **_: Any,
 ) -> list[jax.Array]:
-    """[C + D [g, m, n]] of a [m, k], sa [kb, m], b [n, k], sb [kb, n]; segment i of `s` is group i."""
+    """[C + D [g, m, n]] of a [m, k], sa [kb, m], b [n, k], sb [kb, n]; segment i is group i."""
     (m, k), n = a.shape, b.shape[0]
-    segments = take_groups(read(s, layout, k), o, num_groups)
+    segments = take_groups(read(group_sizes, rows_format, k), group_offset, num_groups)
     size = _tile_size(segments, k)
     columns = [jnp.pad(x.T, ((0, size), (0, 0))) for x in (a, b)]
 
@@ -209,18 +213,18 @@ def k_grouped_fp8_gemm(
 def k_grouped_bf16_gemm(
     a: jax.Array,
     b: jax.Array,
-    s: jax.Array,
-    o: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
     c: jax.Array | None = None,
     *,
-    layout: str,
+    rows_format: str,
     num_groups: int,
     out_dtype: Any,
     **_: Any,
 ) -> list[jax.Array]:
-    """[C + D [g, m, n]] of a [k, m], b [k, n]; segment i of `s` is group i."""
+    """[C + D [g, m, n]] of a [k, m], b [k, n]; segment i is group i."""
     (k, m), n = a.shape, b.shape[1]
-    segments = take_groups(read(s, layout, k), o, num_groups)
+    segments = take_groups(read(group_sizes, rows_format, k), group_offset, num_groups)
     size = _tile_size(segments, k)
     padded = [jnp.pad(x, ((0, size), (0, 0))) for x in (a, b)]
 

@@ -1,4 +1,4 @@
-"""Where each group's rows are: the int32 operand `s` of the grouped ops, in its two layouts.
+"""Where each group's rows are: the int32 operand `group_sizes` of the grouped ops, in its two formats.
 
     "sizes"      [G]     rows of group 0, then those of group 1, ..: as jax.lax.ragged_dot's group_sizes
     "segments"   [3 * S] starts | ends | groups: rows [starts[i], ends[i]) belong to group groups[i]
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-LAYOUTS = ("sizes", "segments")
+FORMATS = ("sizes", "segments")
 
 
 class Segments(NamedTuple):
@@ -28,19 +28,23 @@ class Segments(NamedTuple):
     groups: jax.Array
 
 
-def read(s: jax.Array, layout: str, rows: int) -> Segments:
-    """The segments of either layout, cut at the number of rows."""
-    if layout == "sizes":
-        ends = prefix_ends(s, rows)
+def read(group_sizes: jax.Array, rows_format: str, rows: int) -> Segments:
+    """The segments of either format, cut at the number of rows."""
+    if rows_format == "sizes":
+        ends = prefix_ends(group_sizes, rows)
         starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
-        return Segments(starts, ends, jnp.broadcast_to(jnp.arange(s.shape[-1], dtype=jnp.int32), s.shape))
-    starts, ends, groups = jnp.split(s, 3, axis=-1)
+        return Segments(
+            starts,
+            ends,
+            jnp.broadcast_to(jnp.arange(group_sizes.shape[-1], dtype=jnp.int32), group_sizes.shape),
+        )
+    starts, ends, groups = jnp.split(group_sizes, 3, axis=-1)
     starts = jnp.clip(starts, 0, rows)
     return Segments(starts, jnp.clip(ends, starts, rows), groups)
 
 
 def write(segments: Segments) -> jax.Array:
-    """The segments as an operand of layout "segments"."""
+    """The segments as an operand of format "segments"."""
     return jnp.concatenate([x.astype(jnp.int32) for x in segments], axis=-1)
 
 
@@ -54,16 +58,16 @@ def prefix_ends(sizes: jax.Array, rows: int) -> jax.Array:
     return jax.lax.associative_scan(lambda x, y: jnp.minimum(x, last - y) + y, sizes, axis=-1)
 
 
-def window(s: jax.Array, layout: str, rows: int, first: jax.Array, size: int) -> jax.Array:
-    """`s`, in its layout, for a device that has rows [first, first + size)."""
-    starts, ends, groups = read(s, layout, rows)
+def window(group_sizes: jax.Array, rows_format: str, rows: int, first: jax.Array, size: int) -> jax.Array:
+    """`group_sizes`, in its format, for a device that has rows [first, first + size)."""
+    starts, ends, groups = read(group_sizes, rows_format, rows)
     starts, ends = jnp.clip(starts - first, 0, size), jnp.clip(ends - first, 0, size)
-    return ends - starts if layout == "sizes" else write(Segments(starts, ends, groups))
+    return ends - starts if rows_format == "sizes" else write(Segments(starts, ends, groups))
 
 
-def shifted(s: jax.Array, layout: str, rows: int, by: jax.Array) -> jax.Array:
-    """`s` in layout "segments", after `by` rows were put in front."""
-    starts, ends, groups = read(s, layout, rows)
+def shifted(group_sizes: jax.Array, rows_format: str, rows: int, by: jax.Array) -> jax.Array:
+    """`group_sizes` of format "segments", after `by` rows were put in front."""
+    starts, ends, groups = read(group_sizes, rows_format, rows)
     return write(Segments(starts + by, ends + by, groups))
 
 
@@ -92,17 +96,17 @@ def take_groups(segments: Segments, offset: jax.Array, count: int) -> Segments:
     return Segments(take(segments.starts), take(segments.ends), groups)
 
 
-def by_group(s: jax.Array, layout: str, rows: int, offset: jax.Array, count: int) -> jax.Array:
-    """From an m-grouped op's `s` to a k-grouped op's: segment i is group offset + i, for `count` groups."""
-    starts, ends, groups = read(s, layout, rows)
+def by_group(group_sizes: jax.Array, rows_format: str, rows: int, offset: jax.Array, count: int) -> jax.Array:
+    """From an m-grouped op's sizes to a k-grouped op's: segment i is group offset + i, for `count` groups."""
+    starts, ends, groups = read(group_sizes, rows_format, rows)
     mine = groups[..., None, :] == (offset + jnp.arange(count, dtype=jnp.int32))[..., None]
     starts, ends = (jnp.sum(jnp.where(mine, x[..., None, :], 0), axis=-1) for x in (starts, ends))
     return write(Segments(starts, ends, jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), starts.shape)))
 
 
-def by_row(s: jax.Array, rows: int) -> jax.Array:
+def by_row(group_sizes: jax.Array, rows: int) -> jax.Array:
     """From a k-grouped op's segments (segment i is group i) to an m-grouped op's, which ascend."""
-    starts, ends, _ = read(s, "segments", rows)
+    starts, ends, _ = read(group_sizes, "segments", rows)
     empty = ends <= starts  # they go to the end: where a segment starts, the rows of the one before it stop
     starts, ends = jnp.where(empty, rows, starts), jnp.where(empty, rows, ends)
     order = jnp.argsort(starts, axis=-1).astype(jnp.int32)

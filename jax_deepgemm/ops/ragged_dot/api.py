@@ -430,7 +430,7 @@ def _run(
     params: dict[str, Any],
 ) -> jax.Array:
     dtype, asked = params["out_dtype"], params["out_sharding"]
-    summed = plan.form == "tn" and plan.shared > 0
+    summed = plan.layout == "tn" and plan.shared > 0
     params = {**params, "out_sharding": plan.matrix_spec(asked, len(shape))}
     if summed and jnp.issubdtype(dtype, jnp.inexact):
         params |= {"out_dtype": wider(dtype), "reduce_dtype": None}
@@ -439,21 +439,21 @@ def _run(
     rows = lhs.shape[lead : lead + 1 + plan.inner]
     sizes = _sizes_of_rows(sizes, rows)
     lhs, rhs, sizes = _cut_alike(plan, lhs, rhs, sizes)
-    function = functools.partial(product, plan.form, offset=offset, count=count, params=params)
+    function = functools.partial(product, plan.layout, offset=offset, count=count, params=params)
     each = 0 if sizes.ndim > 1 else None
     for level in reversed(range(lead)):
-        of_rhs = 0 if plan.form == "tn" or level < plan.batch else None
+        of_rhs = 0 if plan.layout == "tn" or level < plan.batch else None
         function = jax.vmap(function, (0, of_rhs, each))
     out = function(_matrices(lhs, lead, len(rows)), _matrices(rhs, rhs_lead, plan.rhs_rows), sizes)
     if summed:
         out = jnp.sum(out, axis=tuple(range(plan.batch, lead)), dtype=out.dtype).astype(dtype)
-    if plan.form == "tn":
+    if plan.layout == "tn":
         out = jnp.moveaxis(out, plan.batch, 0)
     return _placed(out.reshape(shape), asked)
 
 
 def _on_kernels(
-    form: str,
+    layout: str,
     lhs: jax.Array,
     rhs: jax.Array,
     sizes: jax.Array,
@@ -463,14 +463,14 @@ def _on_kernels(
     params: dict[str, Any],
 ) -> jax.Array:
     first = np.zeros(1, np.int32) if offset is None else offset
-    if form == "tn":
+    if layout == "tn":
         params = {name: value for name, value in params.items() if name != "expected_m"}
-        return ops.K_GROUPED_BF16(lhs, rhs, sizes, first, layout="sizes", num_groups=count, **params)[0]
-    return ops.M_GROUPED_BF16[form](lhs, rhs, sizes, first, layout="sizes", **params)[0]
+        return ops.K_GROUPED_BF16(lhs, rhs, sizes, first, rows_format="sizes", num_groups=count, **params)[0]
+    return ops.M_GROUPED_BF16[layout](lhs, rhs, sizes, first, rows_format="sizes", **params)[0]
 
 
 def _on_xla(
-    form: str,
+    layout: str,
     lhs: jax.Array,
     rhs: jax.Array,
     sizes: jax.Array,
@@ -483,7 +483,7 @@ def _on_xla(
     if offset is not None:
         groups = groups + offset
         sizes = jnp.pad(sizes, (0, 1))  # tells the op that `groups` are not just all groups
-    return ragged_ops.RAGGED_DOT[form](lhs, rhs, sizes, groups, form=form, **params)[0]
+    return ragged_ops.RAGGED_DOT[layout](lhs, rhs, sizes, groups, layout=layout, **params)[0]
 
 
 def _sizes_of_rows(sizes: jax.Array, rows: Sequence[int]) -> jax.Array:
@@ -496,7 +496,7 @@ def _sizes_of_rows(sizes: jax.Array, rows: Sequence[int]) -> jax.Array:
 def _cut_alike(plan: RaggedPlan, *arrays: jax.Array) -> list[jax.Array]:
     """On Explicit axes, arrays that are mapped together are first cut together."""
     lead = plan.batch + plan.shared
-    counts = (lead, lead if plan.form == "tn" else plan.batch, lead if arrays[-1].ndim > 1 else 0)
+    counts = (lead, lead if plan.layout == "tn" else plan.batch, lead if arrays[-1].ndim > 1 else 0)
     if not lead or not jax.typeof(arrays[0]).sharding.mesh.explicit_axes:
         return list(arrays)
     specs = [entries(jax.typeof(x).sharding.spec, x.ndim) for x in arrays]

@@ -94,12 +94,12 @@ def why_no_kernel(lhs: Any, rhs: Any, out: Any, precision: Any) -> str:
     return ""
 
 
-def _on_xla(avals: Any, *, form: str, out_dtype: Any, precision: Any, **_: Any) -> str:
+def _on_xla(avals: Any, *, layout: str, out_dtype: Any, precision: Any, **_: Any) -> str:
     """What is said where XLA runs the product on a GPU."""
     lhs, rhs = avals[:2]
     operands = " x ".join(f"{x.dtype.name}{list(x.shape)}" for x in (lhs, rhs))
     return (
-        f"ragged_dot ({form}) of {operands} runs on XLA, which is slow on a GPU: "
+        f"ragged_dot ({layout}) of {operands} runs on XLA, which is slow on a GPU: "
         f"{why_no_kernel(lhs.dtype, rhs.dtype, out_dtype, precision)}"
     )
 
@@ -135,7 +135,7 @@ def _reference(
     sizes: jax.Array,
     groups: jax.Array,
     *,
-    form: str,
+    layout: str,
     out_dtype: Any,
     precision: Any,
     **_: Any,
@@ -145,7 +145,7 @@ def _reference(
     map_each = jax.vmap if batched else lambda function: function
 
     def product(*arrays: jax.Array) -> jax.Array:
-        options = {"form": form, "out_dtype": out_dtype, "precision": precision}
+        options = {"layout": layout, "out_dtype": out_dtype, "precision": precision}
         native = functools.partial(_native, batched=batched, **options)
         dense = map_each(functools.partial(_dense, **options))
         return lax.platform_dependent(*arrays, default=dense, cuda=native, rocm=native, tpu=native)
@@ -156,7 +156,7 @@ def _reference(
     first, own = map_each(functools.partial(_window, lhs.shape[-2]))(sizes, groups)
     roll = map_each(functools.partial(jnp.roll, axis=0))
     lhs = roll(lhs, -first)
-    if form == "tn":
+    if layout == "tn":
         return [product(lhs, roll(rhs, -first), own)]
     return [roll(product(lhs, rhs, own), first)]
 
@@ -167,27 +167,27 @@ def _native(
     sizes: jax.Array,
     *,
     batched: bool,
-    form: str,
+    layout: str,
     out_dtype: Any,
     precision: Any,
 ) -> jax.Array:
     """By JAX's own primitive, for which some platforms have code."""
-    numbers = (BATCHED if batched else FORMS)[form]
+    numbers = (BATCHED if batched else FORMS)[layout]
     out = lax.ragged_dot_general(
         lhs, rhs, sizes, numbers, precision=precision, preferred_element_type=out_dtype
     )
-    return jnp.moveaxis(out, 0, 1) if batched and form == "tn" else out
+    return jnp.moveaxis(out, 0, 1) if batched and layout == "tn" else out
 
 
 def _dense(
-    lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, *, form: str, out_dtype: Any, precision: Any
+    lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, *, layout: str, out_dtype: Any, precision: Any
 ) -> jax.Array:
     """One product over copies of the rows for each group, as JAX expands its primitive elsewhere."""
     ends = jnp.cumsum(sizes, dtype=sizes.dtype)[:, None]
     row = lax.broadcasted_iota(sizes.dtype, (sizes.shape[0], lhs.shape[0]), 1)
     mine = ((ends - sizes[:, None] <= row) & (row < ends))[..., None]
-    left, right = _masked(mine, lhs), _masked(mine, rhs) if form == "tn" else rhs
-    contracts, batch = DENSE[form]
+    left, right = _masked(mine, lhs), _masked(mine, rhs) if layout == "tn" else rhs
+    contracts, batch = DENSE[layout]
     return products.dot_general(left, right, contracts, batch, precision=precision, out_dtype=out_dtype)
 
 
@@ -209,10 +209,10 @@ def _my_rows(plan: ShardingPlan, rows: str, *arrays: jax.Array) -> tuple[jax.Arr
     return lhs, rhs, sizes, groups
 
 
-def _jvp(primals: list[Any], tangents: list[Any], *, form: str, **params: Any) -> list[jax.Array]:
+def _jvp(primals: list[Any], tangents: list[Any], *, layout: str, **params: Any) -> list[jax.Array]:
     lhs, rhs, *groups = primals
     dlhs, drhs, *_ = tangents
-    run = functools.partial(RAGGED_DOT[form], form=form, **params)
+    run = functools.partial(RAGGED_DOT[layout], layout=layout, **params)
     terms = [] if dlhs is None else run(dlhs, rhs, *groups)
     terms += [] if drhs is None else run(lhs, drhs, *groups)
     return [functools.reduce(jnp.add, terms)]
@@ -226,19 +226,19 @@ COTANGENTS: dict[tuple[str, int], tuple[str, bool]] = {
     ("tn", 0): ("nt", False),  # [k, n] x [g, m, n] -> [k, m]
     ("tn", 1): ("nn", False),  # [k, m] x [g, m, n] -> [k, n]
 }
-"""(form, operand) -> form of its cotangent, and whether the result's cotangent is its first operand."""
+"""(layout, operand) -> layout of its cotangent, and whether the result's cotangent is its first operand."""
 
 
 def _transpose(
-    index: int, cotangents: list[jax.Array], values: list[Any], *, form: str, **params: Any
+    index: int, cotangents: list[jax.Array], values: list[Any], *, layout: str, **params: Any
 ) -> jax.Array:
     (dd,) = cotangents
     wanted, other = values[index], values[1 - index]
-    how, dd_first = COTANGENTS[form, index]
+    how, dd_first = COTANGENTS[layout, index]
     params |= {"out_dtype": wider(dd.dtype, other.dtype), "out_sharding": wanted.out_sharding}
     params.pop("reduce_dtype", None)
     pair = (dd, other) if dd_first else (other, dd)
-    return RAGGED_DOT[how](*pair, *values[2:], form=how, **params)[0].astype(wanted.dtype)
+    return RAGGED_DOT[how](*pair, *values[2:], layout=how, **params)[0].astype(wanted.dtype)
 
 
 def _rows_result(layout: str) -> Callable[..., list[Any]]:
@@ -246,9 +246,9 @@ def _rows_result(layout: str) -> Callable[..., list[Any]]:
     return lambda lhs, rhs, sizes, groups, *, out_dtype, **_: [((lhs[0], rhs[n]), out_dtype)]
 
 
-def _op(form: str, rule: str, rows: str, reduces: tuple[str, ...], result: Callable[..., list[Any]]) -> Op:
+def _op(layout: str, rule: str, rows: str, reduces: tuple[str, ...], result: Callable[..., list[Any]]) -> Op:
     return _RaggedOp(
-        f"ragged_dot_{form}",
+        f"ragged_dot_{layout}",
         rule,
         result,
         _reference,

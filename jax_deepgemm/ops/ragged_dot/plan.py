@@ -31,7 +31,7 @@ class RaggedPlan:
     `shared`, and with the group before its rows).
     """
 
-    form: str
+    layout: str
     lhs: tuple[int, ...]
     rhs: tuple[int, ...]
     batch: int
@@ -46,7 +46,7 @@ class RaggedPlan:
     @property
     def rhs_lead(self) -> int:
         """Dimensions of rhs in front of its matrices."""
-        return self.batch + (self.shared if self.form == "tn" else 1)
+        return self.batch + (self.shared if self.layout == "tn" else 1)
 
     def matrix_spec(self, spec: PartitionSpec | None, rank: int) -> PartitionSpec | None:
         """Of a result's spec, what the op's own dimensions get: m n, or g m n."""
@@ -54,7 +54,7 @@ class RaggedPlan:
             return None
         each = [*spec, *(None,) * (rank - len(spec)), None]
         columns = each[rank - self.columns]  # the entry behind the last one, None, if there are none
-        if self.form == "tn":
+        if self.layout == "tn":
             rows = each[1 + self.batch] if 1 + self.batch < rank - self.columns else None
             return PartitionSpec(each[0], rows, columns)
         return PartitionSpec(each[self.batch + self.shared], columns)
@@ -63,7 +63,7 @@ class RaggedPlan:
 def plan_rows(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int) -> RaggedPlan:
     """Of ragged rows, for operands of these ranks.
 
-    >>> plan_rows(RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,)), 2, 3).form
+    >>> plan_rows(RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,)), 2, 3).layout
     'nt'
     """
     (lhs_k, rhs_k), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
@@ -76,7 +76,7 @@ def plan_rows(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int) -> RaggedP
     k_last = bool(columns and k_rhs) and max(columns) < min(k_rhs)
     matrix = [*columns, *k_rhs] if k_last else [*k_rhs, *columns]
     return RaggedPlan(
-        form="nt" if k_last else "nn",
+        layout="nt" if k_last else "nn",
         lhs=(*lhs_batch, *rows, *k_lhs),
         rhs=(*rhs_batch, group, *matrix),
         batch=len(lhs_batch),
@@ -98,7 +98,7 @@ def plan_contraction(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int, siz
         shared = 0
     columns = _others(rhs, rhs_k, rhs_batch)
     return RaggedPlan(
-        form="tn",
+        layout="tn",
         lhs=(*lhs_batch, *(lhs_k[i] for i in order), *_others(lhs, lhs_k, lhs_batch)),
         rhs=(*rhs_batch, *(rhs_k[i] for i in order), *columns),
         batch=len(lhs_batch),

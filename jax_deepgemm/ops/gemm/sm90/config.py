@@ -134,13 +134,13 @@ class SharedMemory:
         return align_up(ring + rest, 128)
 
 
-def tma_store(p: GemmProblem, c: GemmConfig) -> bool:
+def tma_store(p: GemmProblem, c: Sm90Config) -> bool:
     """Whether D leaves through TMA: from the persistent kernel, if its rows are 16-byte aligned."""
     width = SLAB_ROW_BYTES // p.out_bytes
     return not c.one_tile and p.n * p.out_bytes % 16 == 0 and c.cols // c.across >= width
 
 
-def passes(p: GemmProblem, c: GemmConfig) -> int:
+def passes(p: GemmProblem, c: Sm90Config) -> int:
     """In how many products, one after the other, the columns of a tile are multiplied.
 
     An FP8 accumulator needs a product beside it; in two passes a 128x256 tile has registers for both.
@@ -148,7 +148,7 @@ def passes(p: GemmProblem, c: GemmConfig) -> int:
     return 2 if p.is_fp8 and c.cols // c.across == 256 else 1
 
 
-def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
+def shared_memory(p: GemmProblem, c: Sm90Config) -> SharedMemory:
     rows_k_major, cols_k_major = (p.b_k_major, p.a_k_major) if c.swap_ab else (p.a_k_major, p.b_k_major)
     vectors = (p.is_fp8, p.b_scales in ("vector", "slices"))
     row_vector, col_vector = reversed(vectors) if c.swap_ab else vectors
@@ -166,12 +166,12 @@ def shared_memory(p: GemmProblem, c: GemmConfig) -> SharedMemory:
     return SharedMemory(slot, scale_slot, staging, c.stages, step, p.table_bytes, turn)
 
 
-def _partial_bytes(c: GemmConfig) -> int:
+def _partial_bytes(c: Sm90Config) -> int:
     """Of a float32 tile [row][token], as `Slices` in gemm_small_m.cuh has it."""
     return c.rows * (c.cols + 4) * 4
 
 
-def scale_blocks(c: GemmConfig) -> int:
+def scale_blocks(c: Sm90Config) -> int:
     """How many blocks of 128 rows of B a tile can touch, as tiles start at multiples of their width."""
     return ceil_div(128 - math.gcd(c.block_n, 128) + c.block_n, 128)
 
@@ -193,14 +193,14 @@ def fit_stages(p: GemmProblem, c: Sm90Config, chip: Chip, limit: int = _MAX_STAG
     return None
 
 
-def _slab_choices(p: GemmProblem, c: GemmConfig) -> list[int]:
+def _slab_choices(p: GemmProblem, c: Sm90Config) -> list[int]:
     if not tma_store(p, c):
         return [0]
     whole = c.cols // c.across * p.out_bytes // SLAB_ROW_BYTES * (16 // SLAB_ROWS)  # of a warp's 16 rows
     return [n for n in range(min(whole, _MAX_SLABS), 0, -2) if whole % n == 0]
 
 
-def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
+def problems_with(p: GemmProblem, c: Sm90Config) -> list[str]:
     """Why a configuration cannot run a problem: one line for each rule that it breaks."""
     rows, cols = c.rows, c.cols
     resident = (1, 2) if c.one_tile else (1,)
@@ -231,7 +231,7 @@ def problems_with(p: GemmProblem, c: GemmConfig) -> list[str]:
     return [message for holds, message in rules if not holds]
 
 
-def _widest(p: GemmProblem, c: GemmConfig) -> int:
+def _widest(p: GemmProblem, c: Sm90Config) -> int:
     """Widest tile that is allowed; all candidates fit in registers, others may spill."""
     if c.one_tile:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128

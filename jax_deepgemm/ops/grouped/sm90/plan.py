@@ -13,13 +13,15 @@ from jax_deepgemm.ops.grouped.problem import ROWS, GroupedProblem
 from jax_deepgemm.ops.grouped.sm90.cost import halves
 from jax_deepgemm.ops.grouped.sm90.source import INTEGERS, grouped_source, has_offset
 
+_DESCRIBED = ("group_sizes", "group_offset")
+
 
 def grouped_plan(p: GroupedProblem, c: Sm90Config, chip: Chip, operands: Operands) -> LaunchPlan:
     """One launch that computes `p` with `c`."""
-    x = GemmOperands(**{part: one for part, one in operands.items() if part not in ("sizes", "offset")})
+    x = GemmOperands(**{part: one for part, one in operands.items() if part not in _DESCRIBED})
     lead = () if p.grouping == ROWS else (p.groups,)
     maps = tensor_maps(p.gemm, c, x, (*lead, p.m, p.n))
-    described = ["sizes", *(["offset"] if has_offset(p) else [])]
+    described = _DESCRIBED if has_offset(p) else _DESCRIBED[:1]
     groups = [Operand(operands[part].index) for part in described if part in operands]
     integers = {
         "m": p.m,
