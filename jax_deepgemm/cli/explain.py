@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jax_deepgemm.tools.explain import ExplainedCall
 
 SCHEMA = 1
-"""Of the JSON document; it grows where fields only come in addition."""
+"""The version of the JSON document. Fields that are only added leave it as it is."""
 EXAMPLES = """examples:
   explain --m 4096 --n 7168 --k 2048
   explain --op m_grouped_bf16_gemm_nt_masked --groups 32 --m 128 --n 4096 --k 7168 --expected-m 16

@@ -177,7 +177,7 @@ def _transposed(weight: nnx.Variable) -> nnx.Variable:
 
 
 def _turned(sharding: Any) -> Any:
-    """Of a PartitionSpec, a tuple of names or a NamedSharding of two dimensions."""
+    """The two entries exchanged, of a PartitionSpec, a tuple of names or a NamedSharding."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, _turned(sharding.spec))
     rows, columns = (*sharding, None, None)[:2]

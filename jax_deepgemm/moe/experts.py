@@ -52,7 +52,7 @@ class Experts:
     w13: np.dtype[Any]
     w2: np.dtype[Any]
     specs: tuple[PartitionSpec | None, PartitionSpec | None]
-    """Of w13 and w2 on Explicit axes, for their gradients."""
+    """PartitionSpecs of w13 and w2 on Explicit axes, for their gradients."""
 
     @classmethod
     def of(cls, rows: np.dtype[Any], w13: Weight, w2: Weight, gemms: fp8.Options) -> Experts:
