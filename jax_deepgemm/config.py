@@ -27,14 +27,14 @@ from typing import Any
 
 from jax_deepgemm.jit.toolchain import read_settings
 
-__all__ = ["Config", "get", "tuning_file", "tuning_state", "update", "use"]
+__all__ = ["Settings", "get", "tuning_file", "tuning_state", "update", "use"]
 
 TUNING_FILE = "JAX_DEEPGEMM_TUNING_FILE"
 FALLBACKS = ("error", "reference")
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of one trace.
 
     Attributes:
@@ -46,8 +46,8 @@ class Config:
     Raises:
       ValueError: a value that a setting cannot take.
 
-    >>> Config(num_sms=100)
-    Config(num_sms=100, fallback='error')
+    >>> Settings(num_sms=100)
+    Settings(num_sms=100, fallback='error')
     """
 
     num_sms: int | None = None
@@ -60,8 +60,8 @@ class Config:
             raise ValueError(f"config: fallback is {self.fallback!r}, need one of {', '.join(FALLBACKS)}.")
 
 
-def _replaced(base: Config, changes: dict[str, Any]) -> Config:
-    known = {field.name for field in dataclasses.fields(Config)}
+def _replaced(base: Settings, changes: dict[str, Any]) -> Settings:
+    known = {field.name for field in dataclasses.fields(Settings)}
     unknown = sorted(set(changes) - known)
     if unknown:
         raise ValueError(
@@ -70,19 +70,19 @@ def _replaced(base: Config, changes: dict[str, Any]) -> Config:
     return dataclasses.replace(base, **changes)
 
 
-_default = Config()
-_scoped: contextvars.ContextVar[Config | None] = contextvars.ContextVar("jax_deepgemm_config", default=None)
+_default = Settings()
+_scoped: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("jax_deepgemm_config", default=None)
 
 
-def get() -> Config:
+def get() -> Settings:
     """The settings in force here: those of the innermost `use`, else those of the process.
 
     Returns:
-      Config. Raises nothing.
+      Settings. Raises nothing.
 
     >>> from jax_deepgemm import config
     >>> config.get()
-    Config(num_sms=None, fallback='error')
+    Settings(num_sms=None, fallback='error')
     """
     return _scoped.get() or _default
 
@@ -91,7 +91,7 @@ def update(**changes: Any) -> None:
     """Changes the settings of the whole process.
 
     Args:
-      changes: settings by name, as the attributes of `Config`; the others stay.
+      changes: settings by name, as the attributes of `Settings`; the others stay.
 
     >>> from jax_deepgemm import config
     >>> config.update(num_sms=120)
@@ -107,14 +107,14 @@ def update(**changes: Any) -> None:
 
 
 @contextlib.contextmanager
-def use(**changes: Any) -> Iterator[Config]:
+def use(**changes: Any) -> Iterator[Settings]:
     """Changes settings inside a `with` block of this thread (or task), and puts them back after it.
 
     Args:
-      changes: settings by name, as the attributes of `Config`; the others stay.
+      changes: settings by name, as the attributes of `Settings`; the others stay.
 
     Yields:
-      Config, the settings of the block.
+      Settings, those of the block.
 
     >>> from jax_deepgemm import config
     >>> with config.use(fallback="reference"):

@@ -10,8 +10,8 @@ from typing import Any
 
 from jax_deepgemm.cli.arguments import EXIT_CODES, input_file_or_stdin, read_text, refusing, spelt, whole
 from jax_deepgemm.cli.info import devices
-from jax_deepgemm.core.chip import H200
-from jax_deepgemm.core.shapes import Shape
+from jax_deepgemm.core.chip import H200, chip_for
+from jax_deepgemm.core.shapes import CallShape
 from jax_deepgemm.jit.cache import open_cache
 from jax_deepgemm.jit.report import describe
 from jax_deepgemm.jit.toolchain import read_settings
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON list with one object per kernel")
 
 
-def read_shapes(path: Path) -> list[Shape]:
+def read_shapes(path: Path) -> list[CallShape]:
     """Returns what a shapes file holds; "-" is stdin.
 
     Raises:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = read_shapes(args.shapes)
     devices()
     with refusing(spelt(args.shapes)):
-        records = precompile_records(wanted, chip=H200, jobs=args.jobs)
+        records = precompile_records(wanted, chip=chip_for(args.arch), jobs=args.jobs)
     rows = list({kernel.digest: describe(source, kernel) for source, kernel in records}.values())
     print(json.dumps(rows, indent=1) if args.json else _text(rows, len(wanted)))
     cache = open_cache(read_settings().cache_dir)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jax_deepgemm.cli.arguments import EXIT_CODES, UsageError, input_file_or_stdin, refusing
+from jax_deepgemm.cli.compile import read_shapes
 from jax_deepgemm.cli.info import devices
-from jax_deepgemm.core.shapes import Shape
+from jax_deepgemm.core.shapes import CallShape
+from jax_deepgemm.tools.explain import ExplainedCall, chip_here, explain
 from jax_deepgemm.tools.shape_files import kinds, shape_of
-
-if TYPE_CHECKING:
-    from jax_deepgemm.tools.explain import ExplainedCall
 
 SCHEMA = 1
 """The version of the JSON document. Fields that are only added leave it as it is."""
@@ -58,13 +57,11 @@ def _fields() -> dict[str, tuple[str, bool]]:
 class Explained(NamedTuple):
     """A shape, and for each function of it a title and the calls of ops inside."""
 
-    shape: Shape
+    shape: CallShape
     functions: list[tuple[str, list[ExplainedCall]]]
 
     @classmethod
-    def of(cls, shape: Shape) -> Explained:
-        from jax_deepgemm.tools.explain import explain
-
+    def of(cls, shape: CallShape) -> Explained:
         with refusing(str(shape)):
             calls = shape.calls()
             return cls(
@@ -92,14 +89,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def shapes_of(args: argparse.Namespace) -> list[Shape]:
+def shapes_of(args: argparse.Namespace) -> list[CallShape]:
     """Returns what the arguments ask for.
 
     Raises:
       UsageError: no shape, a wrong one, or a file and flags at once.
     """
-    from jax_deepgemm.cli.compile import read_shapes
-
     names = ("op", *_fields())
     row = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.shapes is not None:
@@ -114,8 +109,6 @@ def shapes_of(args: argparse.Namespace) -> list[Shape]:
 
 def document(explained: list[Explained]) -> dict[str, Any]:
     """Returns what `explain --json` prints: for each shape its functions, for each its calls of ops."""
-    from jax_deepgemm.tools.explain import chip_here
-
     chip = chip_here()
     return {
         "schema": SCHEMA,

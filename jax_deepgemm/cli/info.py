@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jax_deepgemm import config
 from jax_deepgemm.cli.arguments import UsageError, one_line
+from jax_deepgemm.core import tuning as files
+from jax_deepgemm.core.chip import H200
+from jax_deepgemm.jit import toolchain as jit
+from jax_deepgemm.jit.cache import cache_dir
+from jax_deepgemm.tools import registry
+from jax_deepgemm.tools.bench import machine
 from jax_deepgemm.tools.text import bytes_text
 
 
@@ -27,8 +34,6 @@ def run(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """Returns everything `info` shows, as sections of typed values; None is what there is not."""
-    from jax_deepgemm.tools.bench import machine
-
     found, problem = [], None
     try:
         found = devices()
@@ -81,8 +86,6 @@ def _shown(name: str, value: Any) -> str:
 
 def toolchain() -> dict[str, Any]:
     """Returns the compiler in use and its helpers, or why there is none."""
-    from jax_deepgemm.jit import toolchain as jit
-
     found: dict[str, Any] = {"compiler": None, "version": None, "path": None, "cuda_core": None}
     found |= {"headers": str(jit.INCLUDE_DIR), "disassembler": None, "error": None}
     try:
@@ -97,8 +100,6 @@ def toolchain() -> dict[str, Any]:
 
 def cache() -> dict[str, Any]:
     """Returns the kernel cache's folder, and how much is in it."""
-    from jax_deepgemm.jit.cache import cache_dir
-
     folder = cache_dir()
     sizes = list(_sizes(folder))
     return {
@@ -128,8 +129,6 @@ def _writable(folder: Path) -> bool:
 
 def _tunable(devices: list[Any]) -> list[str]:
     """The kinds of device that kernels are chosen for: those here, or what is compiled for ahead of time."""
-    from jax_deepgemm.core.chip import H200
-
     return list(dict.fromkeys(one.device_kind for one in devices if support(one)[0])) or [H200.name]
 
 
@@ -139,9 +138,6 @@ def tuning(kind: str) -> dict[str, Any]:
     >>> sorted(tuning("NVIDIA H200"))
     ['device', 'entries', 'error', 'exists', 'path']
     """
-    from jax_deepgemm import config
-    from jax_deepgemm.core import tuning as files
-
     path = config.tuning_file(kind)
     found: dict[str, Any] = {"device": kind, "path": None, "exists": False, "entries": 0, "error": None}
     if path is None:
@@ -158,8 +154,6 @@ def tuning(kind: str) -> dict[str, Any]:
 
 def configuration() -> dict[str, Any]:
     """Returns the trace-time settings."""
-    from jax_deepgemm import config
-
     return dataclasses.asdict(config.get())
 
 
@@ -240,8 +234,6 @@ def support(device: Any) -> tuple[bool, str]:
     >>> support(jax.devices("cpu")[0])
     (False, 'Ops run in their float32 reference form: kernels need compute capability 9.0 (Hopper).')
     """
-    from jax_deepgemm.tools import registry
-
     there = " or ".join(registry.capabilities())
     if device.platform != "gpu":
         return (

@@ -15,20 +15,23 @@ class Generation(NamedTuple):
         with "a".
       smem_per_block: largest dynamic shared memory of one block of threads, in bytes (CUDA C++ Programming
         Guide, table "Technical Specifications per Compute Capability").
+      product, num_sms: the GPU of this generation that is chosen for where none is at hand, and its SMs.
     """
 
     name: str
     arch: str
     smem_per_block: int
+    product: str
+    num_sms: int
 
 
 GENERATIONS = {
-    "8.0": Generation("Ampere", "80", 166_912),
-    "8.6": Generation("Ampere", "86", 101_376),
-    "8.9": Generation("Ada", "89", 101_376),
-    "9.0": Generation("Hopper", "90a", 232_448),
-    "10.0": Generation("Blackwell", "100a", 232_448),
-    "12.0": Generation("Blackwell", "120a", 101_376),
+    "8.0": Generation("Ampere", "80", 166_912, "NVIDIA A100-SXM4-80GB", 108),
+    "8.6": Generation("Ampere", "86", 101_376, "NVIDIA A10", 72),
+    "8.9": Generation("Ada", "89", 101_376, "NVIDIA L40S", 142),
+    "9.0": Generation("Hopper", "90a", 232_448, "NVIDIA H200", 132),
+    "10.0": Generation("Blackwell", "100a", 232_448, "NVIDIA B200", 148),
+    "12.0": Generation("Blackwell", "120a", 101_376, "NVIDIA RTX PRO 6000", 188),
 }
 """By compute capability, the oldest first."""
 
@@ -61,6 +64,17 @@ class Chip:
 
 
 H200 = Chip()
+
+
+def chip_for(arch: str) -> Chip:
+    """Returns the GPU to choose for when code is compiled for an architecture, and none is at hand.
+
+    >>> chip_for("90a") == H200
+    True
+    """
+    known = {one.arch: one for one in GENERATIONS.values()}
+    one = known[arch]
+    return Chip(one.product, one.arch, one.num_sms, one.smem_per_block)
 
 
 def chip_of(device: Any | None) -> Chip:

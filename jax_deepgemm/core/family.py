@@ -109,10 +109,12 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Family(Generic[P]):
-    """Attributes:
-    name: of the folder.
-    problem: the type of its problems; its name is what a tuning file knows them by.
-    kernels: compute capability -> module that has KERNELS, a `Kernels`. Imported when CUDA first asks.
+    """A family, and what follows from its declaration.
+
+    Attributes:
+      name: of the folder.
+      problem: the type of its problems; a tuning file knows them by the name of the type.
+      kernels: compute capability -> module that has KERNELS, a `Kernels`. Imported when CUDA first asks.
     """
 
     name: str

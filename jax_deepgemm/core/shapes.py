@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import jax
+
 LARGEST = 2**31 - 1
 MOST_GROUPS = 1 << 20
 DTYPES = ("bfloat16", "float32")
@@ -39,7 +41,7 @@ class Call(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
+class CallShape:
     """Sizes and types of a call; a subclass has the fields of its family, by `size`, `choice`, `flag`."""
 
     OPS: ClassVar[tuple[str, ...]] = ()
@@ -68,8 +70,6 @@ def layer_calls(
       trained: which of them have a gradient.
       gradients: whether the backward pass is wanted.
     """
-    import jax
-
     result = jax.eval_shape(forward, *operands)
 
     def both(*given: Any) -> Any:

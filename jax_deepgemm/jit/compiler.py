@@ -22,7 +22,7 @@ from typing import Any
 from jax_deepgemm.jit import toolchain
 from jax_deepgemm.jit.cache import KernelCache, open_cache, write_atomically
 from jax_deepgemm.jit.report import CompiledKernel, KernelSource, parse_log
-from jax_deepgemm.jit.toolchain import Settings, Toolchain
+from jax_deepgemm.jit.toolchain import Environment, Toolchain
 
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"]+)[>"]', re.MULTILINE)
 _ARCH = re.compile(r"\d{2,3}[af]?")
@@ -101,7 +101,7 @@ class _Job:
 
     source: KernelSource
     arch: str
-    settings: Settings
+    settings: Environment
     compiler: Toolchain
 
     def key(self) -> bytes:

@@ -47,7 +47,7 @@ class CompilerNotFoundError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class Environment:
     """The environment, read once per compilation; fields are the variables of the module's table."""
 
     cache_dir: Path
@@ -75,9 +75,9 @@ class Toolchain:
         return f"{self.kind} {self.version} ({self.path})"
 
 
-def read_settings() -> Settings:
+def read_settings() -> Environment:
     """The settings of this moment; a value outside its rule is a ValueError that names the variable."""
-    return Settings(
+    return Environment(
         cache_dir=_cache_dir(),
         compiler=_choice("COMPILER", COMPILERS) or "nvrtc",
         nvcc=os.environ.get(PREFIX + "NVCC") or None,
@@ -128,7 +128,7 @@ def import_cuda_core() -> Any:
     return cuda.core
 
 
-def find_toolchain(settings: Settings) -> Toolchain:
+def find_toolchain(settings: Environment) -> Toolchain:
     """The compiler that the settings ask for, or CompilerNotFoundError."""
     if settings.compiler == "nvrtc":
         return _find_nvrtc()
@@ -155,7 +155,7 @@ def _find_nvrtc() -> Toolchain:
     return Toolchain("nvrtc", f"{major}.{minor}", str(path))
 
 
-def find_nvcc(settings: Settings) -> str:
+def find_nvcc(settings: Environment) -> str:
     """nvcc by JAX_DEEPGEMM_NVCC, then CUDA_HOME or CUDA_PATH, then PATH, then /usr/local/cuda."""
     if settings.nvcc:
         candidates = [settings.nvcc]

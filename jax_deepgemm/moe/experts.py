@@ -45,7 +45,7 @@ _Pair: TypeAlias = tuple[jax.Array, jax.Array]
 class Experts:
     """What of one call is static."""
 
-    gemms: fp8.Options
+    gemms: fp8.LayerOptions
     num_groups: int
     rows: np.dtype[Any]
     """dtype of the rows, their gradient, and the result."""
@@ -55,7 +55,7 @@ class Experts:
     """PartitionSpecs of w13 and w2 on Explicit axes, for their gradients."""
 
     @classmethod
-    def of(cls, rows: np.dtype[Any], w13: Weight, w2: Weight, gemms: fp8.Options) -> Experts:
+    def of(cls, rows: np.dtype[Any], w13: Weight, w2: Weight, gemms: fp8.LayerOptions) -> Experts:
         first, second = (linear.like(w.values if isinstance(w, QuantizedArray) else w) for w in (w13, w2))
         return cls(gemms, w13.shape[0], np.dtype(rows), first[0], second[0], (first[1], second[1]))
 
@@ -129,7 +129,7 @@ def expert_mlp(
     if spec is not None:
         row_weights = jax.sharding.reshard(row_weights, PartitionSpec(*spec[:1]))
     groups = fp8.Groups.of(group_sizes, group_offset)
-    gemms = fp8.Options(expected_m, num_sms)
+    gemms = fp8.LayerOptions(expected_m, num_sms)
     leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups))
     rows, w13, w2, row_weights, groups = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16":  # gradients of replicated weights are summed in their own dtype, not in bfloat16
@@ -164,7 +164,7 @@ def check_weights(where: str, x: Any, w13: Any, w2: Any, recipe: str) -> None:
 
 
 def _bf16(
-    rows: jax.Array, w13: Any, w2: Any, groups: fp8.Groups, row_weights: jax.Array, gemms: fp8.Options
+    rows: jax.Array, w13: Any, w2: Any, groups: fp8.Groups, row_weights: jax.Array, gemms: fp8.LayerOptions
 ) -> jax.Array:
     gemm = functools.partial(
         m_grouped_bf16_gemm_nt_contiguous,

@@ -117,7 +117,7 @@ def _moe_mlp(
             num_sms=num_sms,
         )
         return combine(y, plan)
-    static = Experts.of(x.dtype, w13, w2, fp8.Options(expected_m, num_sms))
+    static = Experts.of(x.dtype, w13, w2, fp8.LayerOptions(expected_m, num_sms))
     return _fp8(static, x, weights, w13, w2, plan)
 
 

@@ -125,7 +125,7 @@ def expert_parallel_moe(
             num_sms=num_sms,
         )
         return way.return_rows(exchange, y), exchange.dropped
-    static = Experts.of(x.dtype, w13, w2, fp8.Options(expected_m, num_sms))
+    static = Experts.of(x.dtype, w13, w2, fp8.LayerOptions(expected_m, num_sms))
     leaves, tree = jax.tree.flatten((x, weights, w13, w2, exchange))
     return _fp8(static, *jax.tree.unflatten(tree, same_varying_axes(leaves))), exchange.dropped
 

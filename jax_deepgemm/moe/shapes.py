@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
+
 from jax_deepgemm.core.shapes import (
     DTYPES,
     LARGEST,
@@ -12,18 +14,20 @@ from jax_deepgemm.core.shapes import (
     RECIPES,
     WEIGHTS,
     Call,
-    Shape,
+    CallShape,
     choice,
     flag,
     layer_calls,
     size,
 )
+from jax_deepgemm.moe.decode import moe_mlp_decode
+from jax_deepgemm.moe.layer import moe_mlp
 from jax_deepgemm.ops.gemm.shapes import weight
 from jax_deepgemm.ops.grouped.shapes import check_weights
 
 
 @dataclass(frozen=True)
-class _Experts(Shape):
+class _Experts(CallShape):
     """The sizes of a layer of experts."""
 
     tokens: int = size("rows of x")
@@ -48,8 +52,6 @@ class LayerShape(_Experts):
         check(self)
 
     def calls(self) -> list[Call]:
-        from jax_deepgemm.moe import moe_mlp
-
         def forward(x: Any, ids: Any, weights: Any, w13: Any, w2: Any) -> Any:
             return moe_mlp(x, ids, weights, w13, w2, recipe=self.recipe)
 
@@ -75,8 +77,6 @@ class DecodeShape(_Experts):
         check(self)
 
     def calls(self) -> list[Call]:
-        from jax_deepgemm.moe import moe_mlp_decode
-
         def decode(x: Any, ids: Any, weights: Any, w13: Any, w2: Any) -> Any:
             return moe_mlp_decode(x, ids, weights, w13, w2, recipe=self.recipe, max_rows=self.max_rows)
 
@@ -100,8 +100,6 @@ def check(shape: LayerShape | DecodeShape) -> None:
 
 def operands(shape: LayerShape | DecodeShape) -> tuple[Any, ...]:
     """x, ids, weights of the router, w13, w2."""
-    import jax
-
     kind = shape.weights or "bfloat16"
     return (
         jax.ShapeDtypeStruct((shape.tokens, shape.hidden), shape.dtype),

@@ -15,7 +15,7 @@ import jax
 
 from jax_deepgemm.core.chip import H200, Chip
 from jax_deepgemm.core.family import Problem
-from jax_deepgemm.core.shapes import Call, Shape
+from jax_deepgemm.core.shapes import Call, CallShape
 from jax_deepgemm.jit.compiler import compile_kernel, record_kernels
 from jax_deepgemm.jit.report import CompiledKernel, KernelSource
 from jax_deepgemm.tools import registry
@@ -48,7 +48,7 @@ def compile_many(
 
 
 def precompile(
-    items: Iterable[Mapping[str, Any] | Shape | Problem | KernelSource | tuple[Any, ...]],
+    items: Iterable[Mapping[str, Any] | CallShape | Problem | KernelSource | tuple[Any, ...]],
     *,
     chip: Chip | None = None,
     jobs: int | None = None,
@@ -109,7 +109,7 @@ def _tasks(item: Any, chip: Chip) -> list[Callable[[], _Records]]:
     """Traces what is to be traced, in this thread; the rest may run in any."""
     if isinstance(item, Mapping):
         item = shape_of(item)
-    if isinstance(item, Shape):
+    if isinstance(item, CallShape):
         return [functools.partial(_lower_call, item, _traced(item, call)) for call in item.calls()]
     if isinstance(item, tuple) and item and callable(item[0]):
         return [functools.partial(_lower, _trace(item[0], item[1:]))]
@@ -125,18 +125,18 @@ def _tasks(item: Any, chip: Chip) -> list[Callable[[], _Records]]:
     )
 
 
-def _traced(shape: Shape, call: Call) -> Any:
+def _traced(shape: CallShape, call: Call) -> Any:
     with _naming(shape):
         return _trace(call.function, call.operands)
 
 
-def _lower_call(shape: Shape, traced: Any) -> _Records:
+def _lower_call(shape: CallShape, traced: Any) -> _Records:
     with _naming(shape):
         return _lower(traced)
 
 
 @contextlib.contextmanager
-def _naming(shape: Shape) -> Iterator[None]:
+def _naming(shape: CallShape) -> Iterator[None]:
     """Says which shape it is that an op refuses."""
     try:
         yield

@@ -36,11 +36,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING
 from typing import Any, TypeAlias
 
-from jax_deepgemm.core.shapes import Shape, clipped
+from jax_deepgemm.core.shapes import CallShape, clipped
 from jax_deepgemm.tools import registry
 
 
-def kinds() -> dict[str, type[Shape]]:
+def kinds() -> dict[str, type[CallShape]]:
     """Returns the `Shape` of each op.
 
     >>> kinds()["fp8_gemm_nt"].__name__, "moe_mlp" in kinds()
@@ -50,12 +50,12 @@ def kinds() -> dict[str, type[Shape]]:
 
 
 @functools.cache
-def _kinds_of(folders: tuple[str, ...]) -> dict[str, type[Shape]]:
+def _kinds_of(folders: tuple[str, ...]) -> dict[str, type[CallShape]]:
     found = [kind for module in registry.parts("shapes") for kind in module.SHAPES]
     return {op: kind for kind in found for op in kind.OPS}
 
 
-def shape_of(row: Mapping[str, Any], spell: Callable[[str], str] = str) -> Shape:
+def shape_of(row: Mapping[str, Any], spell: Callable[[str], str] = str) -> CallShape:
     """Returns the shape that the fields of a line make.
 
     >>> shape_of({"op": "bf16_gemm_nn", "m": 1, "n": 8, "k": 8})
@@ -92,7 +92,7 @@ def _value(name: str, about: Any, text: str) -> Any:
         raise ValueError(f"{name} {error}") from None
 
 
-def parse_shapes(text: str) -> list[Shape]:
+def parse_shapes(text: str) -> list[CallShape]:
     """Reads a shapes file; an error names the line, the rule and the way out.
 
     >>> [str(shape) for shape in parse_shapes("fp8_gemm_nt,64,128,256\\n# more\\nbf16_gemm_nn,64,128,256")]

@@ -13,7 +13,7 @@ def test_use_is_nested_and_undone() -> None:
     before = config.get()
     with config.use(num_sms=100):
         with config.use(fallback="reference"):
-            assert config.get() == config.Config(num_sms=100, fallback="reference")
+            assert config.get() == config.Settings(num_sms=100, fallback="reference")
         assert config.get().fallback == "error"
     assert config.get() == before
 

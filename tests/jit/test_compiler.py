@@ -156,7 +156,7 @@ def test_every_variable_is_in_the_table() -> None:
     documented = {
         line.split()[1] for line in (toolchain.__doc__ or "").splitlines() if line.startswith("| JAX")
     }
-    fields = {toolchain.PREFIX + name.upper() for name in toolchain.Settings.__dataclass_fields__}
+    fields = {toolchain.PREFIX + name.upper() for name in toolchain.Environment.__dataclass_fields__}
     assert documented == fields | {config.TUNING_FILE}
 
 

@@ -16,7 +16,7 @@ from jax.interpreters import mlir
 from jax_deepgemm import jit
 from jax_deepgemm.cli import main
 from jax_deepgemm.core.family import Family, Kernels
-from jax_deepgemm.core.shapes import Call, Shape
+from jax_deepgemm.core.shapes import Call, CallShape
 from jax_deepgemm.jit import CompileError, KernelSource, report
 from jax_deepgemm.tools import registry
 from jax_deepgemm.tools import shape_files as shapes
@@ -143,7 +143,7 @@ def run_command(*arguments: str) -> int:
 
 
 @dataclass(frozen=True)
-class OneKernel(Shape):
+class OneKernel(CallShape):
     """A shape whose function asks for one kernel."""
 
     source: KernelSource

@@ -6,7 +6,13 @@ import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jax_deepgemm.core.shapes import BLOCKS, DTYPES, WEIGHTS, Call, Shape, choice, flag, layer_calls, size
+import jax
+import jax.numpy as jnp
+
+from jax_deepgemm.core.shapes import BLOCKS, DTYPES, WEIGHTS, Call, CallShape, choice, flag, layer_calls, size
+from jax_deepgemm.ops.gemm import api
+from jax_deepgemm.ops.gemm.linear import fp8_linear
+from jax_deepgemm.ops.quantize.api import quantize
 
 
 def matrix(fp8: bool, shape: tuple[int, ...], k_last: bool, block: tuple[int, int]) -> Any:
@@ -19,11 +25,6 @@ def matrix(fp8: bool, shape: tuple[int, ...], k_last: bool, block: tuple[int, in
     >>> matrix(True, (256, 512), False, (1, 128)).values.shape
     (512, 256)
     """
-    import jax
-    import jax.numpy as jnp
-
-    from jax_deepgemm.ops.quantize.api import quantize
-
     *leading, rows, k = shape
     stored = jax.ShapeDtypeStruct((*leading, rows, k) if k_last else (*leading, k, rows), jnp.bfloat16)
     if not fp8:
@@ -37,13 +38,11 @@ def weight(kind: str, shape: tuple[int, ...]) -> Any:
     >>> weight("fp8", (4, 256, 512)).block, weight("float32", (256, 512)).dtype.name
     ((128, 128), 'float32')
     """
-    import jax
-
     return matrix(True, shape, True, (128, 128)) if kind == "fp8" else jax.ShapeDtypeStruct(shape, kind)
 
 
 @dataclass(frozen=True)
-class DenseShape(Shape):
+class DenseShape(CallShape):
     """Dense GEMMs: D[m, n] = A[m, k] x B[k, n], with C if it accumulates."""
 
     OPS: ClassVar = tuple(
@@ -57,10 +56,6 @@ class DenseShape(Shape):
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
 
     def calls(self) -> list[Call]:
-        import jax
-
-        from jax_deepgemm.ops.gemm import api
-
         fp8, form = self.op.startswith("fp8"), self.op[-2:]
         a = matrix(fp8, (self.m, self.k), form[0] == "n", (1, 128))
         b = matrix(fp8, (self.n, self.k), form[1] == "t", BLOCKS[self.b_block])
@@ -70,7 +65,7 @@ class DenseShape(Shape):
 
 
 @dataclass(frozen=True)
-class LinearShape(Shape):
+class LinearShape(CallShape):
     """A linear layer in FP8: y = x w^T, with the quantising and, by default, the gradients."""
 
     OPS: ClassVar = ("fp8_linear",)
@@ -84,10 +79,6 @@ class LinearShape(Shape):
     gradients: bool = flag("forward and backward too, not just forward", default=True)
 
     def calls(self) -> list[Call]:
-        import jax
-
-        from jax_deepgemm.ops.gemm.linear import fp8_linear
-
         operands = (
             jax.ShapeDtypeStruct((self.m, self.k), self.dtype),
             weight(self.weights, (self.n, self.k)),

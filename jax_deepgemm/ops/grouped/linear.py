@@ -42,7 +42,7 @@ class _Layer:
 
     out_dtype: np.dtype[Any]
     out_sharding: PartitionSpec | None
-    gemms: fp8.Options
+    gemms: fp8.LayerOptions
     num_groups: int
     x: _Like
     """dtype and, on Explicit axes, spec of x, for its gradient; likewise w."""
@@ -139,7 +139,7 @@ def grouped_linear(
     layer = _Layer(
         out_dtype=options.out_dtype,
         out_sharding=options.out_sharding,
-        gemms=fp8.Options(expected_m, options.num_sms, options.reduce_dtype),
+        gemms=fp8.LayerOptions(expected_m, options.num_sms, options.reduce_dtype),
         num_groups=w.shape[0],
         x=like(x),
         w=like(weights[0]),

@@ -62,7 +62,7 @@ class Groups(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Options:
+class LayerOptions:
     """What of the three GEMMs is static."""
 
     expected_m: int | None = None
@@ -96,7 +96,7 @@ def m_grouped(
     rows: QuantizedArray,
     w: QuantizedArray,
     groups: Groups,
-    options: Options,
+    options: LayerOptions,
     out_dtype: Any,
     out_sharding: PartitionSpec | None = None,
 ) -> jax.Array:
@@ -119,7 +119,7 @@ def k_grouped(
     x: AlongRows,
     groups: Groups,
     num_groups: int,
-    options: Options,
+    options: LayerOptions,
     out_dtype: Any,
     out_sharding: PartitionSpec | None = None,
 ) -> jax.Array:
@@ -138,7 +138,7 @@ def k_grouped(
     )
 
 
-def _reduce_dtype(options: Options, out_dtype: Any) -> np.dtype[Any]:
+def _reduce_dtype(options: LayerOptions, out_dtype: Any) -> np.dtype[Any]:
     return options.reduce_dtype if options.reduce_dtype == np.dtype(out_dtype) else FLOAT32
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from jax_deepgemm.core.shapes import (
@@ -14,13 +15,15 @@ from jax_deepgemm.core.shapes import (
     RECIPES,
     WEIGHTS,
     Call,
-    Shape,
+    CallShape,
     choice,
     flag,
     layer_calls,
     size,
 )
 from jax_deepgemm.ops.gemm.shapes import matrix, weight
+from jax_deepgemm.ops.grouped import api
+from jax_deepgemm.ops.grouped.linear import grouped_linear
 
 
 def equal_sizes(groups: int, total: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -33,7 +36,7 @@ def equal_sizes(groups: int, total: int) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 
 @dataclass(frozen=True)
-class ContiguousShape(Shape):
+class ContiguousShape(CallShape):
     """Groups of rows, one after the other: D[rows of g] = A[rows of g] x B[g]."""
 
     OPS: ClassVar = tuple(
@@ -48,8 +51,6 @@ class ContiguousShape(Shape):
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
 
     def calls(self) -> list[Call]:
-        from jax_deepgemm.ops.grouped import api
-
         fp8, op = "fp8" in self.op, getattr(api, self.op)
         a = matrix(fp8, (self.m, self.k), True, (1, 128))
         b = matrix(fp8, (self.groups, self.n, self.k), "_nt_" in self.op, BLOCKS[self.b_block])
@@ -61,7 +62,7 @@ class ContiguousShape(Shape):
 
 
 @dataclass(frozen=True)
-class MaskedShape(Shape):
+class MaskedShape(CallShape):
     """Equal storage for each group: D[g, :rows] = A[g, :rows] x B[g]."""
 
     OPS: ClassVar = ("m_grouped_fp8_gemm_nt_masked", "m_grouped_bf16_gemm_nt_masked")
@@ -75,8 +76,6 @@ class MaskedShape(Shape):
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
 
     def calls(self) -> list[Call]:
-        from jax_deepgemm.ops.grouped import api
-
         fp8, op = "fp8" in self.op, getattr(api, self.op)
         a = matrix(fp8, (self.groups, self.m, self.k), True, (1, 128))
         b = matrix(fp8, (self.groups, self.n, self.k), True, BLOCKS[self.b_block])
@@ -89,7 +88,7 @@ class MaskedShape(Shape):
 
 
 @dataclass(frozen=True)
-class InnerShape(Shape):
+class InnerShape(CallShape):
     """Groups of k, the weight gradient: D[g] = A[k of g] x B[k of g], with C if it accumulates."""
 
     OPS: ClassVar = (
@@ -105,10 +104,6 @@ class InnerShape(Shape):
     accumulate: bool = flag("with C")
 
     def calls(self) -> list[Call]:
-        import jax
-
-        from jax_deepgemm.ops.grouped import api
-
         fp8, k_last, op = "fp8" in self.op, "_nt_" in self.op, getattr(api, self.op)
         a, b = (matrix(fp8, (rows, self.k), k_last, (1, 128)) for rows in (self.m, self.n))
         c = jax.ShapeDtypeStruct((self.groups, self.m, self.n), self.out_dtype) if self.accumulate else None
@@ -121,7 +116,7 @@ class InnerShape(Shape):
 
 
 @dataclass(frozen=True)
-class LinearShape(Shape):
+class GroupedLinearShape(CallShape):
     """A linear layer for each group of rows, with the quantising and, by default, the gradients."""
 
     OPS: ClassVar = ("grouped_linear",)
@@ -141,10 +136,6 @@ class LinearShape(Shape):
         check_weights(self.recipe, self.weights)
 
     def calls(self) -> list[Call]:
-        import jax
-
-        from jax_deepgemm.ops.grouped.linear import grouped_linear
-
         x = jax.ShapeDtypeStruct((self.m, self.k), self.dtype)
         w = weight(self.weights, (self.groups, self.n, self.k))
 
@@ -165,4 +156,4 @@ def check_weights(recipe: str, weights: str | None) -> None:
         raise ValueError("weights is 'fp8' and recipe is 'bf16', need recipe fp8, or weights bfloat16")
 
 
-SHAPES = (ContiguousShape, MaskedShape, InnerShape, LinearShape)
+SHAPES = (ContiguousShape, MaskedShape, InnerShape, GroupedLinearShape)

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_deepgemm.core.declaration import Dims
 from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.quantize import reference
 from jax_deepgemm.ops.quantize.array import Block, scales_shape
 
-Shape = tuple[int, ...]
 KERNEL_BLOCKS = ((1, 128), (128, 128), (128, 1))
 """Blocks for which there is a CUDA kernel; others run as jnp."""
 KERNELS = "jax_deepgemm.ops.quantize.kernel"
@@ -64,7 +64,7 @@ def quantize_op(block: Block, dtype: np.dtype, scale_format: str, min_amax: floa
     form: dict[str, Any] = {"block": block, "scale_format": scale_format, "min_amax": min_amax}
     suffix = f"_amax{min_amax:g}" if min_amax else ""
 
-    def result(x: Shape) -> list[tuple[Shape, Any]]:
+    def result(x: Dims) -> list[tuple[Dims, Any]]:
         return [(x, dtype), (scales_shape(x, block), np.dtype(np.float32))]
 
     return BlockOp(
@@ -92,7 +92,7 @@ def _on_xla(block: Block, avals: Sequence[Any], **_: Any) -> str:
 def dequantize_op(block: Block) -> Op:
     """(values, scales; block, dtype) -> [array]. The static block is that of the scales on one device."""
 
-    def result(values: Shape, scales: Shape, *, block: Block, dtype: np.dtype) -> list[tuple[Shape, Any]]:
+    def result(values: Dims, scales: Dims, *, block: Block, dtype: np.dtype) -> list[tuple[Dims, Any]]:
         return [(values, dtype)]
 
     return BlockOp(

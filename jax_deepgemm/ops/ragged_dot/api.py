@@ -35,7 +35,7 @@ from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.grouped.checks import check_offset
 from jax_deepgemm.ops.quantize import QuantizedArray
 from jax_deepgemm.ops.ragged_dot import op as ragged_ops
-from jax_deepgemm.ops.ragged_dot.plan import RaggedPlan, mode_of, plan_contraction, plan_rows
+from jax_deepgemm.ops.ragged_dot.canonical import CanonicalForm, mode_of, plan_contraction, plan_rows
 
 RHS_LAYOUTS = {
     "gkn": lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,)),
@@ -419,7 +419,7 @@ def _ragged_dot(
 
 def _run(
     name: str,
-    plan: RaggedPlan,
+    plan: CanonicalForm,
     product: Callable[..., jax.Array],
     lhs: jax.Array,
     rhs: jax.Array,
@@ -493,7 +493,7 @@ def _sizes_of_rows(sizes: jax.Array, rows: Sequence[int]) -> jax.Array:
     return jnp.clip(sizes, 0, rows[0]).astype(jnp.int32) * math.prod(rows[1:])
 
 
-def _cut_alike(plan: RaggedPlan, *arrays: jax.Array) -> list[jax.Array]:
+def _cut_alike(plan: CanonicalForm, *arrays: jax.Array) -> list[jax.Array]:
     """On Explicit axes, arrays that are mapped together are first cut together."""
     lead = plan.batch + plan.shared
     counts = (lead, lead if plan.layout == "tn" else plan.batch, lead if arrays[-1].ndim > 1 else 0)

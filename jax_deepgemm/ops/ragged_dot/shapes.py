@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jax_deepgemm.core.shapes import DTYPES, MOST_GROUPS, Call, Shape, choice, flag, layer_calls, size
+import jax
+
+from jax_deepgemm.core.shapes import DTYPES, MOST_GROUPS, Call, CallShape, choice, flag, layer_calls, size
 from jax_deepgemm.ops.grouped.shapes import equal_sizes
+from jax_deepgemm.ops.ragged_dot.api import ragged_dot
 
 
 @dataclass(frozen=True)
-class RaggedDotShape(Shape):
+class RaggedDotShape(CallShape):
     """jax.lax.ragged_dot in bfloat16, lhs [m, k] and rhs [groups, k, n], by default with its gradients."""
 
     OPS: ClassVar = ("ragged_dot",)
@@ -24,10 +27,6 @@ class RaggedDotShape(Shape):
     gradients: bool = flag("forward and backward too, not just forward", default=True)
 
     def calls(self) -> list[Call]:
-        import jax
-
-        from jax_deepgemm.ops.ragged_dot.api import ragged_dot
-
         lhs = jax.ShapeDtypeStruct((self.m, self.k), "bfloat16")
         rhs = jax.ShapeDtypeStruct((self.groups, self.k, self.n), "bfloat16")
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_deepgemm.core.declaration import Dims
 from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.quantize import reference as quantization
@@ -26,8 +27,6 @@ from jax_deepgemm.ops.quantize.fused import (
 )
 from jax_deepgemm.ops.quantize.op import HINT, BlockOp
 from jax_deepgemm.ops.swiglu import reference
-
-Shape = tuple[int, ...]
 
 
 @functools.cache
@@ -92,7 +91,7 @@ def swiglu_grad_op(
         quantized = both_shared(plan, "rg", dh, dtype, scale_format, transposed)
         return None, [*quantized, *([dweight] if weighted else [])]
 
-    def result(h: Shape, *_: Shape) -> list[Any]:
+    def result(h: Dims, *_: Dims) -> list[Any]:
         dweight = [((h[0],), np.dtype(np.float32))] if weighted else []
         return [*both_shapes(h[0], h[1], dtype, transposed), *dweight]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_deepgemm.core.shapes import Shape
+from jax_deepgemm.core.shapes import CallShape
 from jax_deepgemm.tools.bench import dense, grouped, shapes
 from jax_deepgemm.tools.bench.rows import accumulator
 
@@ -60,7 +60,7 @@ def of_problem(problem: dense.Problem | grouped.Problem) -> Work:
     return Work(str(problem), grouped.product(problem), (*matrices, sizes), accumulator(problem.table))
 
 
-def of_shape(shape: Shape) -> Work:
+def of_shape(shape: CallShape) -> Work:
     """Returns the product of a line of a shapes file.
 
     >>> from jax_deepgemm.tools.shape_files import shape_of

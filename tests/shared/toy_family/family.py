@@ -9,8 +9,7 @@ from jax_deepgemm.core.family import Family
 
 @dataclass(frozen=True)
 class ScaleProblem:
-    """Attributes:
-    rows, cols: of x."""
+    """Rows and columns of x."""
 
     rows: int
     cols: int
@@ -25,8 +24,7 @@ class ScaleProblem:
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    """Attributes:
-    threads: of a block."""
+    """Threads of a block."""
 
     threads: int
 

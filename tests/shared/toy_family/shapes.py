@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import jax
 
-from jax_deepgemm.core.shapes import Call, Shape, size
+from jax_deepgemm.core.shapes import Call, CallShape, size
 from tests.shared.toy_family.op import scale
 
 
 @dataclass(frozen=True)
-class ScaleShape(Shape):
+class ScaleShape(CallShape):
     """Columns of x scaled by w."""
 
     OPS: ClassVar = ("toy_scale",)

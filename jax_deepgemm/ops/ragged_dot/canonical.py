@@ -24,7 +24,7 @@ def mode_of(numbers: RaggedDotDimensionNumbers) -> str:
 
 
 @dataclass(frozen=True)
-class RaggedPlan:
+class CanonicalForm:
     """A ragged product in one of the forms: orders of dimensions, and how many of each kind.
 
     lhs and rhs, transposed so, are [batch.., shared.., rows.., columns..] (rhs of ragged rows without
@@ -60,7 +60,7 @@ class RaggedPlan:
         return PartitionSpec(each[self.batch + self.shared], columns)
 
 
-def plan_rows(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int) -> RaggedPlan:
+def plan_rows(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int) -> CanonicalForm:
     """Of ragged rows, for operands of these ranks.
 
     >>> plan_rows(RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,)), 2, 3).layout
@@ -75,7 +75,7 @@ def plan_rows(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int) -> RaggedP
     columns = _others(rhs, rhs_k, rhs_batch, (group,))
     k_last = bool(columns and k_rhs) and max(columns) < min(k_rhs)
     matrix = [*columns, *k_rhs] if k_last else [*k_rhs, *columns]
-    return RaggedPlan(
+    return CanonicalForm(
         layout="nt" if k_last else "nn",
         lhs=(*lhs_batch, *rows, *k_lhs),
         rhs=(*rhs_batch, group, *matrix),
@@ -87,7 +87,7 @@ def plan_rows(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int) -> RaggedP
     )
 
 
-def plan_contraction(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int, sizes: int) -> RaggedPlan:
+def plan_contraction(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int, sizes: int) -> CanonicalForm:
     """Of a ragged contraction, for operands and group sizes of these ranks."""
     (lhs_k, rhs_k), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
     (ragged,) = numbers.lhs_ragged_dimensions
@@ -97,7 +97,7 @@ def plan_contraction(numbers: RaggedDotDimensionNumbers, lhs: int, rhs: int, siz
         order.insert(0, order.pop(shared))
         shared = 0
     columns = _others(rhs, rhs_k, rhs_batch)
-    return RaggedPlan(
+    return CanonicalForm(
         layout="tn",
         lhs=(*lhs_batch, *(lhs_k[i] for i in order), *_others(lhs, lhs_k, lhs_batch)),
         rhs=(*rhs_batch, *(rhs_k[i] for i in order), *columns),
