@@ -11,6 +11,7 @@ from jax import lax
 from jax.extend.core.primitives import dot_general_p
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike, DTypeLike
 
 from flax import nnx
 from jax_deepgemm.core.derivatives import same_varying_axes
@@ -126,8 +127,8 @@ class MoE(nnx.Module):
         mesh: Mesh | None = None,
         method: str = "all_to_all",
         capacity_factor: float | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = lecun_normal,
         rngs: nnx.Rngs,
     ) -> None:

@@ -7,30 +7,29 @@ The two letters say how A and B are stored: A is [m, k] ("n") or [k, m] ("t"), B
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
+from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.log import logger
 from jax_deepgemm.ops.gemm import checks as operands
 from jax_deepgemm.ops.gemm import op as ops
-from jax_deepgemm.ops.quantize import QuantizedArray
-
-Quantized: TypeAlias = QuantizedArray | tuple[jax.Array, jax.Array]
-Sharding: TypeAlias = PartitionSpec | NamedSharding | None
+from jax_deepgemm.ops.gemm.config import GemmConfig
+from jax_deepgemm.ops.quantize.array import QuantizedLike
 
 
 def fp8_gemm_nt(
-    a: Quantized,
-    b: Quantized,
-    c: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A @ B.T with block-scaled FP8 operands.
@@ -85,14 +84,14 @@ def fp8_gemm_nt(
 
 
 def fp8_gemm_nn(
-    a: Quantized,
-    b: Quantized,
-    c: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A @ B with block-scaled FP8 operands; B is stored [k, n].
@@ -127,14 +126,14 @@ def fp8_gemm_nn(
 
 
 def fp8_gemm_tn(
-    a: Quantized,
-    b: Quantized,
-    c: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A.T @ B with block-scaled FP8 operands; A is stored [k, m] and B [k, n].
@@ -168,14 +167,14 @@ def fp8_gemm_tn(
 
 
 def fp8_gemm_tt(
-    a: Quantized,
-    b: Quantized,
-    c: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A.T @ B.T with block-scaled FP8 operands; A is stored [k, m] and B [n, k].
@@ -207,14 +206,14 @@ def fp8_gemm_tt(
 
 
 def bf16_gemm_nt(
-    a: jax.Array,
-    b: jax.Array,
-    c: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A @ B.T with bfloat16 operands and float32 accumulation.
@@ -259,14 +258,14 @@ def bf16_gemm_nt(
 
 
 def bf16_gemm_nn(
-    a: jax.Array,
-    b: jax.Array,
-    c: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A @ B with bfloat16 operands and float32 accumulation; B is stored [k, n].
@@ -298,14 +297,14 @@ def bf16_gemm_nn(
 
 
 def bf16_gemm_tn(
-    a: jax.Array,
-    b: jax.Array,
-    c: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A.T @ B with bfloat16 operands and float32 accumulation; A is stored [k, m] and B [k, n].
@@ -337,14 +336,14 @@ def bf16_gemm_tn(
 
 
 def bf16_gemm_tt(
-    a: jax.Array,
-    b: jax.Array,
-    c: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A.T @ B.T with bfloat16 operands and float32 accumulation; A is stored [k, m] and B [n, k].

@@ -13,36 +13,35 @@ last row. To have them reported, see `jax_deepgemm.grouped.check_group_sizes`.
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
+from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.log import logger
 from jax_deepgemm.ops.gemm.checks import BLOCKED, Options, Quantized, check_options
+from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.grouped import checks as operands
 from jax_deepgemm.ops.grouped import op as ops
-from jax_deepgemm.ops.quantize import QuantizedArray
-
-QuantizedOperand: TypeAlias = QuantizedArray | tuple[jax.Array, jax.Array]
-Sharding: TypeAlias = PartitionSpec | NamedSharding | None
+from jax_deepgemm.ops.quantize.array import QuantizedLike
 
 
 def m_grouped_fp8_gemm_nt_contiguous(
-    a: QuantizedOperand,
-    b: QuantizedOperand,
-    group_sizes: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    group_sizes: ArrayLike | None = None,
     *,
-    m_indices: jax.Array | None = None,
-    ends: jax.Array | None = None,
+    m_indices: ArrayLike | None = None,
+    ends: ArrayLike | None = None,
     alignment: int | None = None,
-    group_offset: jax.Array | int | None = None,
+    group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = A @ B[g].T for the rows of each group g, with block-scaled FP8 operands.
@@ -111,19 +110,19 @@ def m_grouped_fp8_gemm_nt_contiguous(
 
 
 def m_grouped_fp8_gemm_nn_contiguous(
-    a: QuantizedOperand,
-    b: QuantizedOperand,
-    group_sizes: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    group_sizes: ArrayLike | None = None,
     *,
-    m_indices: jax.Array | None = None,
-    ends: jax.Array | None = None,
+    m_indices: ArrayLike | None = None,
+    ends: ArrayLike | None = None,
     alignment: int | None = None,
-    group_offset: jax.Array | int | None = None,
+    group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = A @ B[g] for the rows of each group g, with block-scaled FP8 operands; B is stored [g, k, n].
@@ -163,19 +162,19 @@ def m_grouped_fp8_gemm_nn_contiguous(
 
 
 def m_grouped_bf16_gemm_nt_contiguous(
-    a: jax.Array,
-    b: jax.Array,
-    group_sizes: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    group_sizes: ArrayLike | None = None,
     *,
-    m_indices: jax.Array | None = None,
-    ends: jax.Array | None = None,
+    m_indices: ArrayLike | None = None,
+    ends: ArrayLike | None = None,
     alignment: int | None = None,
-    group_offset: jax.Array | int | None = None,
+    group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = A @ B[g].T for the rows of each group g, with bfloat16 operands and float32 accumulation.
@@ -213,19 +212,19 @@ def m_grouped_bf16_gemm_nt_contiguous(
 
 
 def m_grouped_bf16_gemm_nn_contiguous(
-    a: jax.Array,
-    b: jax.Array,
-    group_sizes: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    group_sizes: ArrayLike | None = None,
     *,
-    m_indices: jax.Array | None = None,
-    ends: jax.Array | None = None,
+    m_indices: ArrayLike | None = None,
+    ends: ArrayLike | None = None,
     alignment: int | None = None,
-    group_offset: jax.Array | int | None = None,
+    group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = A @ B[g] for the rows of each group g, with bfloat16 operands; B is stored [g, k, n].
@@ -261,16 +260,16 @@ def m_grouped_bf16_gemm_nn_contiguous(
 
 
 def m_grouped_fp8_gemm_nt_masked(
-    a: QuantizedOperand,
-    b: QuantizedOperand,
-    masked_m: jax.Array,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    masked_m: ArrayLike,
     expected_m: int | None = None,
     *,
     zero_rows: bool = False,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D[g, :masked_m[g]] = A[g, :masked_m[g]] @ B[g].T for each group g, with block-scaled FP8 operands.
@@ -320,16 +319,16 @@ def m_grouped_fp8_gemm_nt_masked(
 
 
 def m_grouped_bf16_gemm_nt_masked(
-    a: jax.Array,
-    b: jax.Array,
-    masked_m: jax.Array,
+    a: ArrayLike,
+    b: ArrayLike,
+    masked_m: ArrayLike,
     expected_m: int | None = None,
     *,
     zero_rows: bool = False,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D[g, :masked_m[g]] = A[g, :masked_m[g]] @ B[g].T for each group g, with bfloat16 operands.
@@ -368,17 +367,17 @@ def m_grouped_bf16_gemm_nt_masked(
 
 
 def k_grouped_fp8_gemm_nt_contiguous(
-    a: QuantizedOperand,
-    b: QuantizedOperand,
-    group_sizes: jax.Array,
-    c: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    group_sizes: ArrayLike,
+    c: ArrayLike | None = None,
     *,
     num_groups: int | None = None,
-    group_offset: jax.Array | int | None = None,
-    out_dtype: Any = jnp.float32,
-    config: Any = None,
+    group_offset: ArrayLike | None = None,
+    out_dtype: DTypeLike = jnp.float32,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D[g] = C[g] + A[:, columns of g] @ B[:, columns of g].T for each group g of k, with FP8 operands.
@@ -429,17 +428,17 @@ def k_grouped_fp8_gemm_nt_contiguous(
 
 
 def k_grouped_fp8_gemm_tn_contiguous(
-    a: QuantizedOperand,
-    b: QuantizedOperand,
-    group_sizes: jax.Array,
-    c: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    group_sizes: ArrayLike,
+    c: ArrayLike | None = None,
     *,
     num_groups: int | None = None,
-    group_offset: jax.Array | int | None = None,
-    out_dtype: Any = jnp.float32,
-    config: Any = None,
+    group_offset: ArrayLike | None = None,
+    out_dtype: DTypeLike = jnp.float32,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D[g] = C[g] + A[rows of g].T @ B[rows of g] for each group g of k, with FP8 operands stored k first.
@@ -476,17 +475,17 @@ def k_grouped_fp8_gemm_tn_contiguous(
 
 
 def k_grouped_bf16_gemm_tn_contiguous(
-    a: jax.Array,
-    b: jax.Array,
-    group_sizes: jax.Array,
-    c: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    group_sizes: ArrayLike,
+    c: ArrayLike | None = None,
     *,
     num_groups: int | None = None,
-    group_offset: jax.Array | int | None = None,
-    out_dtype: Any = jnp.float32,
-    config: Any = None,
+    group_offset: ArrayLike | None = None,
+    out_dtype: DTypeLike = jnp.float32,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D[g] = C[g] + A[rows of g].T @ B[rows of g] for each group g of k, with bfloat16 operands.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 Block = tuple[int, int]
 
@@ -60,8 +61,8 @@ class QuantizedArray:
     [1.0, 1.0]
     """
 
-    values: Any
-    scales: Any
+    values: jax.Array
+    scales: jax.Array
     block: Block = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
@@ -92,11 +93,11 @@ class QuantizedArray:
         """Type of the stored values."""
         return np.dtype(self.values.dtype)
 
-    def with_values(self, values: Any) -> QuantizedArray:
+    def with_values(self, values: jax.Array) -> QuantizedArray:
         """The same scales and block with other values, checked."""
         return QuantizedArray(values, self.scales, self.block).check("with_values")
 
-    def with_scales(self, scales: Any) -> QuantizedArray:
+    def with_scales(self, scales: jax.Array) -> QuantizedArray:
         """The same values and block with other scales, checked."""
         return QuantizedArray(self.values, scales, self.block).check("with_scales")
 
@@ -128,7 +129,7 @@ class QuantizedArray:
         True
         """
         spec = scales_spec(values.spec, self.shape, self.block, values.mesh)
-        return QuantizedArray(values, NamedSharding(values.mesh, spec), self.block)
+        return _unflatten(self.block, (values, NamedSharding(values.mesh, spec)))
 
     def __getitem__(self, index: Any) -> QuantizedArray:
         """Indexes the leading (batch, expert) dimensions; blocks span the rows and columns.
@@ -186,6 +187,11 @@ class QuantizedArray:
         )
 
 
+QuantizedLike: TypeAlias = QuantizedArray | tuple[ArrayLike, ArrayLike]
+"""A quantised operand, as products take it: a `QuantizedArray`, or (values, scales) with values [.., rows, cols]
+FP8 and scales [.., ceil(rows / block[0]), ceil(cols / block[1])] float32, whose shapes tell the block."""
+
+
 def _flatten_with_keys(q: QuantizedArray) -> tuple[tuple[tuple[Any, Any], ...], Block]:
     key = jax.tree_util.GetAttrKey
     return ((key("values"), q.values), (key("scales"), q.scales)), q.block
@@ -195,10 +201,10 @@ def _flatten(q: QuantizedArray) -> tuple[tuple[Any, Any], Block]:
     return (q.values, q.scales), q.block
 
 
-def _unflatten(block: Block, leaves: tuple[Any, Any]) -> QuantizedArray:
+def _unflatten(block: Block, leaves: Iterable[Any]) -> QuantizedArray:
     """Unchecked: JAX makes trees of placeholders, and of pieces that mean nothing alone."""
     q = object.__new__(QuantizedArray)
-    for name, value in (("values", leaves[0]), ("scales", leaves[1]), ("block", block)):
+    for name, value in zip(("values", "scales", "block"), (*leaves, block), strict=True):
         object.__setattr__(q, name, value)
     return q
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jax_deepgemm.ops.quantize.api import quantize
 from jax_deepgemm.ops.quantize.array import Block
@@ -22,7 +23,7 @@ MIN_AMAX = 1e-4
 
 
 def per_token_cast_to_fp8(
-    x: Any, use_ue8m0: bool = False, gran_k: int = 128, use_packed_ue8m0: bool = False
+    x: ArrayLike, use_ue8m0: bool = False, gran_k: int = 128, use_packed_ue8m0: bool = False
 ) -> Pair:
     """FP8 values of x with one scale per row and gran_k columns, as for activations.
 
@@ -65,7 +66,7 @@ def per_token_cast_to_fp8(
     return values, scales
 
 
-def per_channel_cast_to_fp8(x: Any, use_ue8m0: bool = False, gran_k: int = 128) -> Pair:
+def per_channel_cast_to_fp8(x: ArrayLike, use_ue8m0: bool = False, gran_k: int = 128) -> Pair:
     """FP8 values of x with one scale per column and gran_k rows, as for weight gradients.
 
     Args:
@@ -89,7 +90,7 @@ def per_channel_cast_to_fp8(x: Any, use_ue8m0: bool = False, gran_k: int = 128) 
     return _cast(x, (gran_k, 1), use_ue8m0)
 
 
-def per_block_cast_to_fp8(x: Any, use_ue8m0: bool = False, gran_k: int = 128) -> Pair:
+def per_block_cast_to_fp8(x: ArrayLike, use_ue8m0: bool = False, gran_k: int = 128) -> Pair:
     """FP8 values of x with one scale per gran_k rows and columns, as for weights.
 
     Args:
@@ -113,7 +114,7 @@ def per_block_cast_to_fp8(x: Any, use_ue8m0: bool = False, gran_k: int = 128) ->
     return _cast(x, (gran_k, gran_k), use_ue8m0)
 
 
-def per_custom_dims_cast_to_fp8(x: Any, dims: Sequence[int], use_ue8m0: bool = False) -> Pair:
+def per_custom_dims_cast_to_fp8(x: ArrayLike, dims: Sequence[int], use_ue8m0: bool = False) -> Pair:
     """FP8 values of x with one scale per index over `dims`, shared by all other dimensions.
 
     Args:

@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_deepgemm.ops.quantize.array import Block, QuantizedArray, check_block, scales_shape
+from jax_deepgemm.ops.quantize.array import (
+    Block,
+    QuantizedArray,
+    QuantizedLike,
+    check_block,
+    scales_shape,
+)
 
 EXACT_IN_FLOAT32 = tuple(np.dtype(t) for t in (jnp.bfloat16, jnp.float16, jnp.float8_e8m0fnu))
 MX_VALUES = {"mxfp8": jnp.float8_e4m3fn}
@@ -18,7 +24,7 @@ MX_VALUES = {"mxfp8": jnp.float8_e4m3fn}
 KNOWN_BLOCKS: tuple[Block, ...] = ((1, 128), (128, 128), (128, 1), (1, 32))
 
 
-def from_tuple(pair: Any, block: Block | None = None) -> QuantizedArray:
+def from_tuple(pair: QuantizedLike, block: Block | None = None) -> QuantizedArray:
     """A QuantizedArray of (values, scales); the arrays are used as they are.
 
     Args:
@@ -48,7 +54,8 @@ def from_tuple(pair: Any, block: Block | None = None) -> QuantizedArray:
         return pair.check("from_tuple")
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"from_tuple: got {type(pair).__name__}, need a tuple (values, scales).")
-    values, scales = pair
+    parts: Any = pair
+    values, scales = parts
     if block is None:
         block = _only_block(values, scales)
     return QuantizedArray(values, scales, check_block(block, "from_tuple")).check("from_tuple")

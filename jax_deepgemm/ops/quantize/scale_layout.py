@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jax_deepgemm.ops.quantize import reference
 
@@ -49,7 +50,7 @@ def get_tma_aligned_size(size: int, element_size: int) -> int:
     return -(-size // step) * step
 
 
-def get_mn_major_tma_aligned_tensor(sf: Any) -> jax.Array:
+def get_mn_major_tma_aligned_tensor(sf: ArrayLike) -> jax.Array:
     """Scales of one operand, MN-major, in rows of a multiple of 16 bytes.
 
     Args:
@@ -71,7 +72,7 @@ def get_mn_major_tma_aligned_tensor(sf: Any) -> jax.Array:
     return _pad_last(jnp.swapaxes(sf, -1, -2), get_tma_aligned_size(sf.shape[-2], 4))
 
 
-def ceil_to_ue8m0(x: Any) -> jax.Array:
+def ceil_to_ue8m0(x: ArrayLike) -> jax.Array:
     """The smallest power of two >= |x|, within 2**-126 .. 2**127; powers of two stay as they are.
 
     Args:
@@ -92,7 +93,7 @@ def ceil_to_ue8m0(x: Any) -> jax.Array:
     return reference.ceil_to_power_of_two(_floats(x, "ceil_to_ue8m0"))
 
 
-def pack_ue8m0_to_int(sf: Any) -> jax.Array:
+def pack_ue8m0_to_int(sf: ArrayLike) -> jax.Array:
     """Powers of two as UE8M0 codes, four in a word: byte j of word i is the exponent of number 4 i + j.
 
     A code is the exponent as float32 stores it, 127 + log2(number), so 1.0 has 0x7f. Zero has the code 0
@@ -124,7 +125,7 @@ def pack_ue8m0_to_int(sf: Any) -> jax.Array:
     return _pack(sf)
 
 
-def unpack_ue8m0_from_int(packed: Any) -> jax.Array:
+def unpack_ue8m0_from_int(packed: ArrayLike) -> jax.Array:
     """The powers of two that words of four UE8M0 codes stand for: the inverse of `pack_ue8m0_to_int`.
 
     Args:
@@ -153,7 +154,7 @@ def unpack_ue8m0_from_int(packed: Any) -> jax.Array:
     )
 
 
-def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any) -> jax.Array:
+def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: ArrayLike) -> jax.Array:
     """Scales of one operand as packed UE8M0 words, MN-major, in rows of a multiple of 16 bytes.
 
     Args:
@@ -178,7 +179,9 @@ def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any) -> jax.Array:
     return _pad_last(jnp.swapaxes(words, -1, -2), get_tma_aligned_size(sf.shape[-2], 4))
 
 
-def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any, ks: Any, gran_k: int = 128) -> jax.Array:
+def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
+    sf: ArrayLike, ks: Sequence[int] | jax.Array, gran_k: int = 128
+) -> jax.Array:
     """Packed UE8M0 scales of K-grouped operands: each group begins a new word.
 
     Args:
@@ -242,7 +245,7 @@ def _k_grouped_rows(rows: jax.Array, words: int) -> tuple[jax.Array, jax.Array]:
 
 
 def transform_sf_into_required_layout(
-    sf: Any,
+    sf: ArrayLike,
     mn: int,
     k: int,
     recipe: Sequence[int],

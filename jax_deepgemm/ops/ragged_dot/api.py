@@ -23,17 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.dtypes import wider
+from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.core.sharding import Axes, as_spec, entries
 from jax_deepgemm.log import logger
-from jax_deepgemm.ops.gemm.api import Quantized, Sharding
 from jax_deepgemm.ops.gemm.checks import BFLOAT16, FLOAT32, check_options, is_qwix
+from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.grouped import api
 from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.grouped.checks import check_offset
-from jax_deepgemm.ops.quantize import QuantizedArray
+from jax_deepgemm.ops.quantize.array import QuantizedArray, QuantizedLike
 from jax_deepgemm.ops.ragged_dot import op as ragged_ops
 from jax_deepgemm.ops.ragged_dot.canonical import CanonicalForm, mode_of, plan_contraction, plan_rows
 
@@ -44,20 +46,20 @@ RHS_LAYOUTS = {
 
 
 def ragged_dot(
-    lhs: jax.Array | Quantized,
-    rhs: jax.Array | Quantized,
-    group_sizes: jax.Array,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    group_offset: Any = None,
+    lhs: ArrayLike | QuantizedLike,
+    rhs: ArrayLike | QuantizedLike,
+    group_sizes: ArrayLike,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    group_offset: ArrayLike | None = None,
     out_sharding: Sharding = None,
     *,
     rhs_layout: str = "gkn",
     allow_transpose: bool = False,
     expected_m: int | None = None,
-    config: Any = None,
+    config: GemmConfig | None = None,
     num_sms: int | None = None,
-    reduce_dtype: Any = None,
+    reduce_dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Each group of rows times its own matrix: jax.lax.ragged_dot, on tensor cores without the expansion.
 
@@ -121,7 +123,7 @@ def ragged_dot(
         raise ValueError(
             f"ragged_dot: rhs_layout is {rhs_layout!r}, need 'gkn' (rhs is [g, k, n]) or 'gnk' ([g, n, k])."
         )
-    options = {"expected_m": expected_m, "config": config, "num_sms": num_sms}
+    options: dict[str, Any] = {"expected_m": expected_m, "config": config, "num_sms": num_sms}
     lhs, rhs = unwrapped(lhs), unwrapped(rhs)
     if _is_quantized(lhs) or _is_quantized(rhs):
         return _quantized(
@@ -146,20 +148,20 @@ def ragged_dot(
 
 
 def ragged_dot_general(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    group_sizes: jax.Array,
+    lhs: ArrayLike,
+    rhs: ArrayLike,
+    group_sizes: ArrayLike,
     ragged_dot_dimension_numbers: lax.RaggedDotDimensionNumbers,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    group_offset: Any = None,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    group_offset: ArrayLike | None = None,
     out_sharding: Sharding = None,
     *,
     num_groups: int | None = None,
     expected_m: int | None = None,
-    config: Any = None,
+    config: GemmConfig | None = None,
     num_sms: int | None = None,
-    reduce_dtype: Any = None,
+    reduce_dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """jax.lax.ragged_dot_general: any batch, row and contraction dimensions, one of them ragged.
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.ops.quantize.api import checked_input
@@ -52,12 +53,12 @@ def swiglu(h: jax.Array, weight: jax.Array | None = None) -> jax.Array:
 
 
 def swiglu_quantize(
-    h: Any,
-    weight: Any = None,
-    rows: Any = None,
+    h: ArrayLike,
+    weight: ArrayLike | None = None,
+    rows: ArrayLike | None = None,
     *,
     transposed: bool = True,
-    dtype: Any = jnp.float8_e4m3fn,
+    dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
 ) -> tuple[jax.Array, ...]:
     """act = silu(gate) * up * weight in float32, quantised as `quantize_both` does, without storing act.
@@ -95,13 +96,13 @@ def swiglu_quantize(
 
 
 def swiglu_grad_quantize(
-    h: Any,
-    weight: Any,
-    dact: Any,
-    rows: Any = None,
+    h: ArrayLike,
+    weight: ArrayLike | None,
+    dact: ArrayLike,
+    rows: ArrayLike | None = None,
     *,
     transposed: bool = True,
-    dtype: Any = jnp.float8_e4m3fn,
+    dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
 ) -> tuple[jax.Array | None, ...]:
     """The gradients of SwiGLU's h, quantised as `quantize_both` does without storing it, and of its weight.
