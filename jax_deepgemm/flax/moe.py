@@ -163,7 +163,7 @@ class MoE(nnx.Module):
                 rngs=rngs,
             )
 
-    def __call__(self, x: Any, *, with_load: bool = False) -> Any:
+    def __call__(self, x: ArrayLike, *, with_load: bool = False) -> Any:
         """Any number of tokens, for training and prefill.
 
         Args:
@@ -177,7 +177,7 @@ class MoE(nnx.Module):
         """
         return self._through(self._experts, x, with_load)
 
-    def decode(self, x: Any, *, with_load: bool = False) -> Any:
+    def decode(self, x: ArrayLike, *, with_load: bool = False) -> Any:
         """As a call, for few tokens on one device: `jax_deepgemm.moe.moe_mlp_decode`, without gradients.
 
         Args:

@@ -117,8 +117,8 @@ def grouped_linear(
     check_weight("grouped_linear", "w", weight, recipe)
     if x.shape[1] != weight.shape[2]:
         raise ValueError(
-            f"grouped_linear: x is {list(x.shape)} and w is {list(weight.shape)}, need x [m, k] and w [g, n, k] "
-            "with the same k. Weights stored [g, k, n] are passed as w.mT."
+            f"grouped_linear: x is {list(x.shape)} and w is {list(weight.shape)}, need x [m, k] and "
+            "w [g, n, k] with the same k. Weights stored [g, k, n] are passed as w.mT."
         )
     check_sizes("grouped_linear", group_sizes, weight.shape[0])
     options = check_options("grouped_linear", out_dtype, reduce_dtype, out_sharding, None, num_sms)

@@ -188,7 +188,7 @@ class QuantizedArray:
 
 
 QuantizedLike: TypeAlias = QuantizedArray | tuple[ArrayLike, ArrayLike]
-"""A quantised operand, as products take it: a `QuantizedArray`, or (values, scales) with values [.., rows, cols]
+"""A quantised operand, as products take it: a `QuantizedArray`, or (values, scales), values [.., rows, cols]
 FP8 and scales [.., ceil(rows / block[0]), ceil(cols / block[1])] float32, whose shapes tell the block."""
 
 

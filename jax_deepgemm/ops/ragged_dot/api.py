@@ -329,10 +329,14 @@ def _one_precision(precision: Any) -> Any:
     return precision[0] if pair and precision[0] == precision[1] else precision
 
 
+def _default_precision() -> Any:
+    settings: Any = jax.config  # whose types do not name every setting before jax 0.11
+    return settings.jax_default_matmul_precision
+
+
 def _asks_for_bfloat16(precision: Any, lhs: jax.Array, rhs: jax.Array) -> bool:
     """Whether float32 operands are to be multiplied in bfloat16, as the kernels do, by the caller's word."""
-    default = jax.config.jax_default_matmul_precision
-    asked = ragged_ops.algorithm(default if precision is None else precision)
+    asked = ragged_ops.algorithm(_default_precision() if precision is None else precision)
     types = {lhs.dtype, rhs.dtype}
     if FLOAT32 not in types or not types <= {FLOAT32, BFLOAT16}:
         return False
@@ -361,7 +365,7 @@ def _options(call: _Call, dtype: np.dtype[Any], on_kernels: bool) -> dict[str, A
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
         reduce_dtype = dtype
-    precision = jax.config.jax_default_matmul_precision if call.precision is None else call.precision
+    precision = _default_precision() if call.precision is None else call.precision
     return {
         "out_dtype": dtype,
         "reduce_dtype": reduce_dtype,
