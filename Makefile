@@ -32,7 +32,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.tests
 	@echo "Running the tests in $(WORKERS) processes: about 20 minutes on two cores. A line names what runs whenever 20 s pass in silence."
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; name another with make PYTHON=...")'

@@ -11,23 +11,26 @@
 
 namespace jdg {
 
-#define JDG_DRIVER_FUNCTIONS(F) \
-  F(cuDriverGetVersion)         \
-  F(cuGetErrorName)             \
-  F(cuGetErrorString)           \
-  F(cuCtxGetCurrent)            \
-  F(cuCtxGetId)                 \
-  F(cuCtxGetDevice)             \
-  F(cuDeviceGetAttribute)       \
-  F(cuDeviceGetName)            \
-  F(cuLibraryLoadData)          \
-  F(cuLibraryGetKernel)         \
-  F(cuKernelGetFunction)        \
-  F(cuFuncGetAttribute)         \
-  F(cuFuncSetAttribute)         \
-  F(cuLaunchKernelEx)           \
-  F(cuTensorMapEncodeTiled)     \
-  F(cuMemsetD8Async)            \
+#define JDG_DRIVER_FUNCTIONS(F)                  \
+  F(cuDriverGetVersion)                          \
+  F(cuGetErrorName)                              \
+  F(cuGetErrorString)                            \
+  F(cuCtxGetCurrent)                             \
+  F(cuCtxGetId)                                  \
+  F(cuCtxGetDevice)                              \
+  F(cuDeviceGetAttribute)                        \
+  F(cuDeviceGetName)                             \
+  F(cuLibraryLoadData)                           \
+  F(cuLibraryGetKernel)                          \
+  F(cuKernelGetFunction)                         \
+  F(cuFuncGetAttribute)                          \
+  F(cuFuncSetAttribute)                          \
+  F(cuLaunchKernelEx)                            \
+  F(cuOccupancyMaxActiveBlocksPerMultiprocessor) \
+  F(cuOccupancyMaxActiveClusters)                \
+  F(cuTensorMapEncodeTiled)                      \
+  F(cuMemsetD8Async)                             \
+  F(cuMemsetD32Async)                            \
   F(cuMemcpyDtoDAsync)
 
 // Of CUDA 12.4; null with an older driver.

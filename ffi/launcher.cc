@@ -16,16 +16,16 @@ struct LaunchArguments {
   std::array<void*, kMaxParams> pointers;
 };
 
-std::string Describe(const Plan& plan, const Launch& launch) {
+std::string Describe(const LaunchPlan& plan, const Launch& launch, uint32_t grid_x) {
   return Concat("launching kernel ", plan.kernels[launch.kernel].name, plan.label.empty() ? "" : " of ",
-                plan.label, " (grid ", launch.grid[0], "x", launch.grid[1], "x", launch.grid[2], ", block ",
-                launch.block, ", cluster ", launch.cluster, ", ", launch.shared_memory,
-                " bytes of shared memory)");
+                plan.label, " (grid ", grid_x, "x", launch.grid[1], "x", launch.grid[2], ", block ",
+                launch.block, ", cluster ", launch.cluster, launch.cooperative ? ", cooperative" : "", ", ",
+                launch.shared_memory, " bytes of shared memory)");
 }
 
 }  // namespace
 
-LaunchState::LaunchState(Plan plan) : plan_(std::move(plan)) {
+LaunchState::LaunchState(LaunchPlan plan) : plan_(std::move(plan)) {
   for (const Step& step : plan_.steps) {
     first_cache_.push_back(caches_.size());
     const Launch* launch = std::get_if<Launch>(&step);
@@ -48,9 +48,9 @@ const LaunchState::Loaded* LaunchState::LoadIn(const Driver& driver) {
   Loaded loaded{context->id, {}};
   for (const Step& step : plan_.steps) {
     const Launch* launch = std::get_if<Launch>(&step);
-    loaded.functions.push_back(launch == nullptr ? nullptr
-                                                 : LoadKernel(driver, *context, plan_.kernels[launch->kernel],
-                                                              *launch, plan_.label));
+    loaded.kernels.push_back(launch == nullptr ? LoadedKernel{}
+                                               : LoadKernel(driver, *context, plan_.kernels[launch->kernel],
+                                                            *launch, plan_.label));
   }
   loaded_.push_back(std::move(loaded));
   return &loaded_.back();
@@ -77,16 +77,26 @@ uintptr_t LaunchState::Address(const BufferViews& buffers, const BufferRef& buff
   return reinterpret_cast<uintptr_t>(view.data) + buffer.byte_offset;
 }
 
+uintptr_t LaunchState::MemsetAddress(const BufferViews& buffers, const Memset& memset) const {
+  uintptr_t address = Address(buffers, memset.buffer);
+  if (address % memset.pattern_bytes != 0) {
+    FailInvalid(BufferName(memset.buffer), " of ", plan_.label, " is at address 0x", std::hex, address,
+                std::dec, ", and the plan sets it in units of ", int{memset.pattern_bytes},
+                " bytes, which needs a multiple of that.");
+  }
+  return address;
+}
+
 uintptr_t LaunchState::TensorMapAddress(const BufferViews& buffers, const Launch& launch,
                                         size_t param) const {
   const TensorMap& map = std::get<TensorMap>(launch.params[param]);
   uintptr_t address = Address(buffers, map.buffer);
-  if (address % 16 != 0) {
-    FailInvalid(
-        BufferName(map.buffer), " of ", plan_.label, " is at address 0x", std::hex, address, std::dec,
-        ", and parameter ", param, " of kernel ", plan_.kernels[launch.kernel].name,
-        " reads it by TMA, which needs a multiple of 16. Slice at multiples of 16 bytes, or copy it first "
-        "(x + 0 behind jax.lax.optimization_barrier).");
+  uint32_t alignment = FindTensorType(map.type)->alignment;
+  if (address % alignment != 0) {
+    FailInvalid(BufferName(map.buffer), " of ", plan_.label, " is at address 0x", std::hex, address, std::dec,
+                ", and parameter ", param, " of kernel ", plan_.kernels[launch.kernel].name,
+                " reads it by TMA, which needs a multiple of ", alignment, ". Slice at multiples of ",
+                alignment, " bytes, or copy it first (x + 0 behind jax.lax.optimization_barrier).");
   }
   return address;
 }
@@ -95,7 +105,7 @@ void LaunchState::CheckBuffers(const BufferViews& buffers) const {
   CheckScratch(buffers);
   for (const Step& step : plan_.steps) {
     if (const Memset* memset = std::get_if<Memset>(&step)) {
-      Address(buffers, memset->buffer);
+      MemsetAddress(buffers, *memset);
       continue;
     }
     if (const Copy* copy = std::get_if<Copy>(&step)) {
@@ -124,21 +134,28 @@ void LaunchState::Execute(CUstream stream, const BufferViews& buffers) {
   if (loaded == nullptr) FailInternal("no CUDA context is current at execution of ", plan_.label, ".");
   for (size_t i = 0; i < plan_.steps.size(); ++i) {
     if (const Memset* memset = std::get_if<Memset>(&plan_.steps[i])) {
-      CUdeviceptr address = Address(buffers, memset->buffer);
-      driver.Check(driver.cuMemsetD8Async(address, memset->value, memset->num_bytes, stream), "setting ",
-                   memset->num_bytes, " bytes of ", plan_.label);
+      Set(driver, *memset, stream, buffers);
     } else if (const Copy* copy = std::get_if<Copy>(&plan_.steps[i])) {
       CUdeviceptr source = Address(buffers, copy->source), target = Address(buffers, copy->target);
       if (source == target) continue;
       driver.Check(driver.cuMemcpyDtoDAsync(target, source, copy->num_bytes, stream), "copying ",
                    copy->num_bytes, " bytes of ", plan_.label);
     } else {
-      Run(driver, std::get<Launch>(plan_.steps[i]), loaded->functions[i], stream, buffers, first_cache_[i]);
+      Run(driver, std::get<Launch>(plan_.steps[i]), loaded->kernels[i], stream, buffers, first_cache_[i]);
     }
   }
 }
 
-void LaunchState::Run(const Driver& driver, const Launch& launch, CUfunction function, CUstream stream,
+void LaunchState::Set(const Driver& driver, const Memset& memset, CUstream stream,
+                      const BufferViews& buffers) const {
+  CUdeviceptr address = MemsetAddress(buffers, memset);
+  CUresult result = memset.pattern_bytes == 4
+                        ? driver.cuMemsetD32Async(address, memset.pattern, memset.num_bytes / 4, stream)
+                        : driver.cuMemsetD8Async(address, memset.pattern, memset.num_bytes, stream);
+  driver.Check(result, "setting ", memset.num_bytes, " bytes of ", plan_.label);
+}
+
+void LaunchState::Run(const Driver& driver, const Launch& launch, const LoadedKernel& kernel, CUstream stream,
                       const BufferViews& buffers, size_t cache) {
   LaunchArguments arguments;  // uninitialised on purpose: 5 KB on the hot path
   size_t maps = 0;
@@ -156,31 +173,11 @@ void LaunchState::Run(const Driver& driver, const Launch& launch, CUfunction fun
     }
   }
 
-  CUlaunchAttribute attributes[2];
-  unsigned num_attributes = 0;
-  if (launch.cluster > 1) {
-    CUlaunchAttribute& attribute = attributes[num_attributes++];
-    attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    attribute.value.clusterDim = {launch.cluster, 1, 1};
-  }
-  if (launch.pdl) {
-    CUlaunchAttribute& attribute = attributes[num_attributes++];
-    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-    attribute.value.programmaticStreamSerializationAllowed = 1;
-  }
-  CUlaunchConfig config = {};
-  config.gridDimX = launch.grid[0];
-  config.gridDimY = launch.grid[1];
-  config.gridDimZ = launch.grid[2];
-  config.blockDimX = launch.block;
-  config.blockDimY = 1;
-  config.blockDimZ = 1;
-  config.sharedMemBytes = launch.shared_memory;
+  LaunchAttributes attributes;
+  CUlaunchConfig config = ConfigOf(launch, kernel.grid_x, attributes);
   config.hStream = stream;
-  config.attrs = attributes;
-  config.numAttrs = num_attributes;
-  CUresult result = driver.cuLaunchKernelEx(&config, function, arguments.pointers.data(), nullptr);
-  if (result != CUDA_SUCCESS) driver.Fail(result, Describe(plan_, launch));
+  CUresult result = driver.cuLaunchKernelEx(&config, kernel.function, arguments.pointers.data(), nullptr);
+  if (result != CUDA_SUCCESS) driver.Fail(result, Describe(plan_, launch, kernel.grid_x));
 }
 
 ExecuteCounters GetExecuteCounters() {

@@ -1,5 +1,6 @@
 #include "library.h"
 
+#include <algorithm>
 #include <cstring>
 #include <fstream>
 #include <iterator>
@@ -179,6 +180,44 @@ void SetAttributes(const Driver& driver, Function& function, const KernelRef& ke
   }
 }
 
+uint32_t GridX(const Driver& driver, CUdevice device, const Launch& launch) {
+  if (launch.blocks_per_sm == 0) return launch.grid[0];
+  uint64_t blocks = uint64_t{launch.blocks_per_sm} *
+                    DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device);
+  blocks = std::max<uint64_t>(blocks - blocks % launch.cluster, launch.cluster);
+  return static_cast<uint32_t>(std::min<uint64_t>(blocks, launch.grid[0]));
+}
+
+// How many blocks of a launch the device runs at the same time.
+uint64_t BlocksAtOnce(const Driver& driver, CUdevice device, CUfunction function, const Launch& launch,
+                      uint32_t grid_x) {
+  int count = 0;
+  if (launch.cluster == 1) {
+    driver.Check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, launch.block,
+                                                                    launch.shared_memory),
+                 "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+    return uint64_t(count) * DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device);
+  }
+  Launch plain = launch;
+  plain.pdl = plain.cooperative = false;
+  LaunchAttributes attributes;
+  CUlaunchConfig config = ConfigOf(plain, grid_x, attributes);
+  driver.Check(driver.cuOccupancyMaxActiveClusters(&count, function, &config),
+               "cuOccupancyMaxActiveClusters");
+  return uint64_t(count) * launch.cluster;
+}
+
+void CheckCooperative(const Driver& driver, CUdevice device, CUfunction function, const KernelRef& kernel,
+                      const Launch& launch, uint32_t grid_x) {
+  uint64_t blocks = uint64_t{grid_x} * launch.grid[1] * launch.grid[2];
+  uint64_t at_once = BlocksAtOnce(driver, device, function, launch, grid_x);
+  if (blocks <= at_once) return;
+  FailInvalid("the ", blocks, " blocks of kernel ", kernel.name,
+              " wait for each other (a cooperative launch), so all must run at once, and device ", device,
+              " (", DeviceName(driver, device), ") runs at most ", at_once,
+              ". Plan fewer blocks, or let blocks_per_sm limit them.");
+}
+
 }  // namespace
 
 void RegisterCubin(const std::string& digest, const uint8_t* data, size_t size) {
@@ -232,8 +271,36 @@ std::optional<Context> CurrentContext(const Driver& driver) {
   return context;
 }
 
-CUfunction LoadKernel(const Driver& driver, const Context& context, const KernelRef& kernel,
-                      const Launch& launch, const std::string& plan_label) {
+CUlaunchConfig ConfigOf(const Launch& launch, uint32_t grid_x, LaunchAttributes& attributes) {
+  CUlaunchConfig config = {};
+  config.gridDimX = grid_x;
+  config.gridDimY = launch.grid[1];
+  config.gridDimZ = launch.grid[2];
+  config.blockDimX = launch.block;
+  config.blockDimY = 1;
+  config.blockDimZ = 1;
+  config.sharedMemBytes = launch.shared_memory;
+  config.attrs = attributes.data();
+  if (launch.cluster > 1) {
+    CUlaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attribute.value.clusterDim = {launch.cluster, 1, 1};
+  }
+  if (launch.pdl) {
+    CUlaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+  }
+  if (launch.cooperative) {
+    CUlaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+    attribute.value.cooperative = 1;
+  }
+  return config;
+}
+
+LoadedKernel LoadKernel(const Driver& driver, const Context& context, const KernelRef& kernel,
+                        const Launch& launch, const std::string& plan_label) {
   CUdevice device = 0;
   driver.Check(driver.cuCtxGetDevice(&device), "cuCtxGetDevice");
   CheckArch(driver, device, kernel);
@@ -250,7 +317,9 @@ CUfunction LoadKernel(const Driver& driver, const Context& context, const Kernel
   CheckParams(driver, function.handle, kernel, launch);
   CheckBlock(driver, device, function.handle, kernel, launch);
   SetAttributes(driver, function, kernel, launch);
-  return function.handle;
+  uint32_t grid_x = GridX(driver, device, launch);
+  if (launch.cooperative) CheckCooperative(driver, device, function.handle, kernel, launch, grid_x);
+  return {function.handle, grid_x};
 }
 
 bool RunsOn(const std::string& arch, int major, int minor) {

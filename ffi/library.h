@@ -10,6 +10,7 @@
 
 #include <cuda.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -45,11 +46,21 @@ struct Context {
 // The context current in this thread, which XLA has set; none: nullopt.
 std::optional<Context> CurrentContext(const Driver& driver);
 
+struct LoadedKernel {
+  CUfunction function = nullptr;
+  uint32_t grid_x = 0;
+};
+
+using LaunchAttributes = std::array<CUlaunchAttribute, 3>;
+
+// What the driver needs to know of a launch, but for its stream; `attributes` become a part of it.
+CUlaunchConfig ConfigOf(const Launch& launch, uint32_t grid_x, LaunchAttributes& attributes);
+
 // The kernel, ready to be launched in the current context with this much dynamic shared memory and this
-// cluster. Throws Failure when the cubin is missing, is for another architecture, or the device cannot run it
-// so. `plan_label` is for messages.
-CUfunction LoadKernel(const Driver& driver, const Context& context, const KernelRef& kernel,
-                      const Launch& launch, const std::string& plan_label);
+// cluster, and its grid on this device. Throws Failure when the cubin is missing, is for another
+// architecture, or the device cannot run it so. `plan_label` is for messages.
+LoadedKernel LoadKernel(const Driver& driver, const Context& context, const KernelRef& kernel,
+                        const Launch& launch, const std::string& plan_label);
 
 // Whether code compiled for `arch` ("90", "90a", "100f") runs on compute capability major.minor.
 bool RunsOn(const std::string& arch, int major, int minor);

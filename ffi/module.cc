@@ -47,7 +47,7 @@ ffi::ErrorOr<std::unique_ptr<CudaLaunchState>> Instantiate(ffi::Dictionary attri
   try {
     ffi::ErrorOr<U8> bytes = attributes.get<U8>("plan");
     if (!bytes.has_value()) return ffi::Unexpected(bytes.error());
-    Plan plan = DecodePlan(bytes->begin(), bytes->size());
+    LaunchPlan plan = DecodePlan(bytes->begin(), bytes->size());
     for (size_t i = 0; i < plan.kernels.size(); ++i) {
       std::string name = "cubin" + std::to_string(i);
       if (!attributes.contains(name)) continue;
@@ -233,6 +233,8 @@ nb::dict ToPython(const Launch& launch) {
   out["cluster"] = launch.cluster;
   out["shared_memory"] = launch.shared_memory;
   out["pdl"] = launch.pdl;
+  out["cooperative"] = launch.cooperative;
+  out["blocks_per_sm"] = launch.blocks_per_sm;
   out["params"] = params;
   return out;
 }
@@ -241,7 +243,8 @@ nb::dict ToPython(const Memset& memset) {
   nb::dict out;
   out["buffer"] = ToPython(memset.buffer);
   out["num_bytes"] = memset.num_bytes;
-  out["value"] = memset.value;
+  out["pattern"] = memset.pattern;
+  out["pattern_bytes"] = memset.pattern_bytes;
   return out;
 }
 
@@ -253,12 +256,12 @@ nb::dict ToPython(const Copy& copy) {
   return out;
 }
 
-Plan PlanFrom(const nb::bytes& bytes) {
+LaunchPlan PlanFrom(const nb::bytes& bytes) {
   return DecodePlan(static_cast<const uint8_t*>(bytes.data()), bytes.size());
 }
 
 nb::dict Decode(nb::bytes bytes) {
-  Plan plan = PlanFrom(bytes);
+  LaunchPlan plan = PlanFrom(bytes);
   nb::list kernels;
   for (const KernelRef& kernel : plan.kernels) {
     nb::dict entry;

@@ -111,9 +111,13 @@ KernelRef ReadKernel(Reader& in) {
   return kernel;
 }
 
-BufferRef ReadBuffer(Reader& in, const Plan& plan) {
+BufferRef ReadBuffer(Reader& in, const LaunchPlan& plan) {
+  constexpr uint8_t kPeer = 3;
   BufferRef buffer;
-  buffer.kind = static_cast<BufferKind>(in.Get<uint8_t>("buffer kind", 0, 2));
+  uint8_t kind = in.Get<uint8_t>("buffer kind", 0, plan.version < 3 ? 2 : kPeer);
+  if (kind == kPeer)
+    in.Fail("buffer kind 3, memory of another GPU, is reserved, and this version cannot use it");
+  buffer.kind = static_cast<BufferKind>(kind);
   buffer.index = in.Get<uint16_t>("buffer index", 0, kMaxBuffers - 1);
   buffer.byte_offset = in.Get<uint64_t>("buffer offset", 0, kMaxBytes);
   buffer.needed_bytes = buffer.byte_offset;
@@ -126,7 +130,7 @@ BufferRef ReadBuffer(Reader& in, const Plan& plan) {
 // Extents are sums of products below 2^32 * 2^40; saturate instead of wrapping.
 uint64_t ExtentBytes(const TensorMap& map) {
   constexpr uint64_t kHuge = uint64_t{1} << 62;
-  uint64_t extent = map.dims[0] * TensorTypeBytes(map.type);
+  uint64_t extent = map.dims[0] * FindTensorType(map.type)->bits / 8;
   for (size_t i = 1; i < map.rank; ++i) {
     uint64_t steps = map.dims[i] - 1;
     uint64_t stride = map.strides[i - 1];
@@ -136,29 +140,39 @@ uint64_t ExtentBytes(const TensorMap& map) {
   return extent;
 }
 
-TensorMap ReadTensorMap(Reader& in, const Plan& plan) {
+TensorMap ReadTensorMap(Reader& in, const LaunchPlan& plan) {
   TensorMap map;
   map.buffer = ReadBuffer(in, plan);
-  if (map.buffer.byte_offset % 16 != 0) in.Fail("tensor map offset is not a multiple of 16");
   map.type = in.Get<uint8_t>("tensor map type");
-  uint32_t item_bytes = TensorTypeBytes(map.type);
-  if (item_bytes == 0) in.Fail("unknown tensor map type ", int{map.type});
+  const TensorType* type = FindTensorType(map.type, plan.version);
+  if (type == nullptr) in.Fail("unknown tensor map type ", int{map.type});
+  if (map.buffer.byte_offset % type->alignment != 0) {
+    in.Fail("tensor map offset ", map.buffer.byte_offset, " is not a multiple of ", type->alignment);
+  }
   map.rank = in.Get<uint8_t>("tensor map rank", 1, kMaxRank);
   map.swizzle = in.Get<uint8_t>("tensor map swizzle", 0, 3);
   map.l2_promotion = in.Get<uint8_t>("tensor map L2 promotion", 0, 3);
   map.fill = in.Get<uint8_t>("tensor map fill", 0, 1);
-  if (map.fill == 1 && map.type < 6) in.Fail("NaN fill of an integer tensor map");
+  if (map.fill == 1 && !type->floating) in.Fail("NaN fill of an integer tensor map");
   for (size_t i = 0; i < map.rank; ++i)
     map.dims[i] = in.Get<uint64_t>("tensor map dim", 1, uint64_t{1} << 32);
+  if (map.dims[0] % type->dim_multiple != 0) {
+    in.Fail("tensor map dim ", map.dims[0], " is not a multiple of ", type->dim_multiple);
+  }
   for (size_t i = 0; i + 1 < map.rank; ++i) {
     map.strides[i] = in.Get<uint64_t>("tensor map stride", 0, (uint64_t{1} << 40) - 16);
-    if (map.strides[i] % 16 != 0) in.Fail("tensor map stride ", map.strides[i], " is not a multiple of 16");
+    if (map.strides[i] % type->alignment != 0) {
+      in.Fail("tensor map stride ", map.strides[i], " is not a multiple of ", type->alignment);
+    }
   }
   for (size_t i = 0; i < map.rank; ++i) map.box[i] = in.Get<uint32_t>("tensor map box", 1, 256);
-  uint32_t inner = map.box[0] * item_bytes;
-  if (inner % 16 != 0) in.Fail("tensor map box row of ", inner, " bytes is not a multiple of 16");
-  if (map.swizzle != 0 && inner > (16u << map.swizzle))
+  uint32_t inner_bits = map.box[0] * type->bits;
+  if (inner_bits % 128 != 0)
+    in.Fail("tensor map box row of ", inner_bits / 8, " bytes is not a multiple of 16");
+  if (map.swizzle != 0 && inner_bits / 8 > (16u << map.swizzle))
     in.Fail("tensor map box row is wider than its swizzle");
+  if (map.type == kSpaced4 && (map.box[0] != 128 || (map.swizzle != 0 && map.swizzle != 3)))
+    in.Fail("a tensor map of spaced 4-bit elements needs a box row of 128, and swizzle 0 or 128");
   map.buffer.needed_bytes += ExtentBytes(map);
   return map;
 }
@@ -170,7 +184,7 @@ Scalar ReadScalar(Reader& in) {
   return scalar;
 }
 
-Param ReadParam(Reader& in, const Plan& plan) {
+Param ReadParam(Reader& in, const LaunchPlan& plan) {
   switch (in.Get<uint8_t>("parameter tag", 1, 3)) {
     case 1:
       return ReadBuffer(in, plan);
@@ -181,7 +195,7 @@ Param ReadParam(Reader& in, const Plan& plan) {
   }
 }
 
-Launch ReadLaunch(Reader& in, const Plan& plan) {
+Launch ReadLaunch(Reader& in, const LaunchPlan& plan) {
   Launch launch;
   launch.kernel = in.Get<uint16_t>("kernel index");
   if (launch.kernel >= plan.kernels.size()) in.Fail("kernel ", launch.kernel, " of ", plan.kernels.size());
@@ -192,7 +206,9 @@ Launch ReadLaunch(Reader& in, const Plan& plan) {
   launch.cluster = in.Get<uint32_t>("cluster", 1, 16);
   if (launch.grid[0] % launch.cluster != 0) in.Fail("grid x is not a multiple of the cluster");
   launch.shared_memory = in.Get<uint32_t>("shared memory", 0, 1 << 20);
-  launch.pdl = in.Get<uint8_t>("launch flags", 0, 1) != 0;
+  uint8_t flags = in.Get<uint8_t>("launch flags", 0, plan.version < 3 ? 1 : 3);
+  launch.pdl = (flags & 1) != 0;
+  launch.cooperative = (flags & 2) != 0;
   size_t count = in.Get<uint16_t>("parameter count", 0, kMaxParams);
   size_t tensor_maps = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -200,20 +216,27 @@ Launch ReadLaunch(Reader& in, const Plan& plan) {
     tensor_maps += std::holds_alternative<TensorMap>(launch.params.back());
   }
   if (tensor_maps > kMaxTensorMaps) in.Fail(tensor_maps, " tensor maps, at most ", kMaxTensorMaps);
+  if (plan.version >= 3) launch.blocks_per_sm = in.Get<uint16_t>("blocks per SM", 0, kMaxBlocksPerSm);
   return launch;
 }
 
-Memset ReadMemset(Reader& in, const Plan& plan) {
+template <typename Pattern>
+Memset ReadMemset(Reader& in, const LaunchPlan& plan) {
   Memset memset;
   memset.buffer = ReadBuffer(in, plan);
   if (memset.buffer.kind == BufferKind::kOperand) in.Fail("memset of an operand");
   memset.num_bytes = in.Get<uint64_t>("memset size", 1, kMaxBytes);
-  memset.value = in.Get<uint8_t>("memset value");
+  memset.pattern_bytes = sizeof(Pattern);
+  memset.pattern = in.Get<Pattern>("memset pattern");
+  if (memset.num_bytes % sizeof(Pattern) != 0 || memset.buffer.byte_offset % sizeof(Pattern) != 0) {
+    in.Fail("memset of ", memset.num_bytes, " bytes, ", memset.buffer.byte_offset,
+            " bytes in, with a pattern of ", sizeof(Pattern));
+  }
   memset.buffer.needed_bytes += memset.num_bytes;
   return memset;
 }
 
-Copy ReadCopy(Reader& in, const Plan& plan) {
+Copy ReadCopy(Reader& in, const LaunchPlan& plan) {
   Copy copy;
   copy.source = ReadBuffer(in, plan);
   copy.target = ReadBuffer(in, plan);
@@ -224,23 +247,25 @@ Copy ReadCopy(Reader& in, const Plan& plan) {
   return copy;
 }
 
-Step ReadStep(Reader& in, const Plan& plan) {
-  switch (in.Get<uint8_t>("step tag", 1, plan.version == 1 ? 2 : 3)) {
+Step ReadStep(Reader& in, const LaunchPlan& plan) {
+  switch (in.Get<uint8_t>("step tag", 1, plan.version + 1)) {  // every version so far has added one
     case 1:
       return ReadLaunch(in, plan);
     case 2:
-      return ReadMemset(in, plan);
-    default:
+      return ReadMemset<uint8_t>(in, plan);
+    case 3:
       return ReadCopy(in, plan);
+    default:
+      return ReadMemset<uint32_t>(in, plan);
   }
 }
 
 }  // namespace
 
-Plan DecodePlan(const uint8_t* data, size_t size) {
+LaunchPlan DecodePlan(const uint8_t* data, size_t size) {
   Reader in(data, size);
   if (std::memcmp(in.Bytes(4, "magic"), "JDGP", 4) != 0) in.Fail("it does not begin with JDGP");
-  Plan plan;
+  LaunchPlan plan;
   plan.version = in.Get<uint16_t>("version", kOldestPlanVersion, kPlanVersion);
   in.Get<uint16_t>("reserved field", 0, 0);
   if (in.Get<uint32_t>("size") != size) in.Fail("its header gives another size");
@@ -257,9 +282,13 @@ Plan DecodePlan(const uint8_t* data, size_t size) {
   return plan;
 }
 
-uint32_t TensorTypeBytes(uint8_t type) {
-  constexpr uint32_t kBytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2};
-  return type < std::size(kBytes) ? kBytes[type] : 0;
+const TensorType* FindTensorType(uint8_t type, uint16_t version) {
+  static constexpr TensorType kTypes[] = {{8, false},  {16, false},       {32, false},        {32, false},
+                                          {64, false}, {64, false},       {16, true},         {32, true},
+                                          {64, true},  {16, true},        {32, true},         {32, true},
+                                          {32, true},  {4, false, 16, 2}, {4, false, 32, 128}};
+  size_t known = version < 3 ? 10 : std::size(kTypes);
+  return type < known ? &kTypes[type] : nullptr;
 }
 
 std::string BufferName(const BufferRef& buffer) {

@@ -4,6 +4,20 @@
 
 namespace jdg {
 
+namespace {
+
+void CheckKnows4Bits(const Driver& driver, const TensorMap& map) {
+  constexpr int kSince = 12080;
+  int version = 0;
+  driver.cuDriverGetVersion(&version);
+  if (version >= kSince) return;
+  FailInternal("the tensor map of ", BufferName(map.buffer),
+               " has elements of 4 bits, which drivers know since CUDA 12.8; this one is of CUDA ",
+               version / 1000, ".", version % 1000 / 10, ". Update it.");
+}
+
+}  // namespace
+
 void EncodeTensorMap(const Driver& driver, const TensorMap& map, uintptr_t address, CUtensorMap* out) {
   constexpr cuuint32_t kElementStrides[kMaxRank] = {1, 1, 1, 1, 1};
   static_assert(sizeof(cuuint64_t) == sizeof(uint64_t) && sizeof(cuuint32_t) == sizeof(uint32_t));
@@ -15,6 +29,7 @@ void EncodeTensorMap(const Driver& driver, const TensorMap& map, uintptr_t addre
       static_cast<CUtensorMapSwizzle>(map.swizzle), static_cast<CUtensorMapL2promotion>(map.l2_promotion),
       static_cast<CUtensorMapFloatOOBfill>(map.fill));
   if (result == CUDA_SUCCESS) return;
+  if (map.type == kPacked4 || map.type == kSpaced4) CheckKnows4Bits(driver, map);
   std::string shape = Concat("dims [");
   for (size_t i = 0; i < map.rank; ++i) shape += Concat(i ? ", " : "", map.dims[i]);
   shape += "], strides [";

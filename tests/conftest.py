@@ -11,6 +11,8 @@ import pytest
 from tests.shared.heartbeat import Heartbeat
 
 GPU_TESTS = Path(__file__).parent / "gpu"
+CPU_FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
+"""LLVM does not optimise: most of the tests' time is XLA compiling programs that run once."""
 
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -24,17 +26,21 @@ def _asks_for_gpu(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_DEEPGEMM_TUNING_FILE", "off")  # a developer's own would change what is chosen
     config.addinivalue_line("markers", "gpu: runs on a CUDA device, and only when asked for by -m gpu")
+    config.addinivalue_line("markers", "smoke: of the few GPU tests that show what is broken within a minute")
+    config.addinivalue_line("markers", "alone: a GPU test that measures time or needs most of the memory")
     if not hasattr(config, "workerinput"):  # the process that reports
         config.pluginmanager.register(Heartbeat())
     if _asks_for_gpu(config):
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+    given = os.environ.get("XLA_FLAGS", "")
+    wanted = [flag for flag in CPU_FLAGS if flag.partition("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *wanted]).strip()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # so that no process ends on a long file alone
     for item in items:
         if GPU_TESTS in item.path.parents:
             item.add_marker(pytest.mark.gpu)

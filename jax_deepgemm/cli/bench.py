@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jax_deepgemm import config
 from jax_deepgemm.cli.arguments import (
@@ -26,25 +27,13 @@ from jax_deepgemm.cli.arguments import (
     whole,
 )
 from jax_deepgemm.cli.info import devices
+from jax_deepgemm.core.bench import Row
+from jax_deepgemm.tools.bench import catalog, machine, report, timing
+from jax_deepgemm.tools.bench.measure import measure as measure_rows
+from jax_deepgemm.tools.bench.measure import measure_baseline
 from jax_deepgemm.tools.text import Progress
 
 SCHEMA = 1
-TABLES = {
-    "fp8": "dense",
-    "fp8_wgrad": "dense",
-    "bf16": "dense",
-    "m_grouped": "grouped",
-    "masked": "grouped",
-    "k_grouped": "grouped",
-    "ragged_dot": "grouped",
-    "quantize": "fused",
-    "moe": "moe",
-    "shapes": "shapes",
-    "skew": "skew",
-    "sustained": "sustained",
-    "op": "op",
-}
-"""Each table, and the module of jax_deepgemm.tools.bench that measures it."""
 METHOD = (
     "Device time of the kernels alone, from the CUPTI activity records of the JAX profiler; median of the "
     "calls; L2 flushed before each call by writing 8 GiB; standard normal inputs; SM clock sampled "
@@ -54,6 +43,7 @@ TRIAL = "Wall clock of small problems without a GPU: a trial of the machinery, n
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tables = list(catalog.tables())
     parser.add_argument(
         "--out",
         type=output_file,
@@ -62,10 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tables",
-        type=names_of(list(TABLES), "table"),
+        type=names_of(tables, "table"),
         default=[],
         metavar="NAMES",
-        help=f"comma-separated, of {', '.join(TABLES)} (default: all)",
+        help=f"comma-separated, of {', '.join(tables)} (default: all)",
     )
     parser.add_argument(
         "--rows",
@@ -100,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=output_folder,
         metavar="DIR",
-        help="with --report: draw a plot of each family into this folder",
+        help="with --report: draw a plot of each table into this folder",
     )
     parser.add_argument(
         "--write",
@@ -114,8 +104,6 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) and not args.report:
             raise UsageError(f"--{name} needs --report with the result files to show")
     if args.report:
-        from jax_deepgemm.tools.bench import report
-
         with refusing():
             return report.run(args.report, write=args.write, plot=args.plot)
     return measure(args)
@@ -123,14 +111,10 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> int:
     """Measures, writing the result file, if any, after every group of rows; 1 when a row of ours failed."""
-    import jax
-
-    from jax_deepgemm.tools.bench import catalog, dense, machine, timing
-
     device = devices()[0]
     on_gpu = jax.default_backend() == "gpu"
-    chosen = list(_choose(args.tables or list(TABLES), args.rows, small=args.small or not on_gpu))
-    count = sum(len(problems) for _, problems in chosen)
+    chosen = _choose(args.tables, args.rows, small=args.small or not on_gpu)
+    count = sum(map(len, chosen.values()))
     if not count:
         raise UsageError(f"no row matches {args.rows.pattern!r}; rows are as in 'm=(1|128) n=4096 '")
     if not on_gpu:
@@ -152,10 +136,12 @@ def measure(args: argparse.Namespace) -> int:
     flush = timing.flusher(timing.FLUSH_BYTES if on_gpu else 1 << 20)
     with machine.ClockLog() as clocks, Progress(count, "bench") as progress:
         options = {"calls": args.calls, "flush": flush, "clocks": clocks if on_gpu else None}
-        if on_gpu:
+        control = catalog.control_row()
+        if on_gpu and control is not None:
             reference = catalog.reference_us(device.device_kind)
-            result["control"] = dense.control(**options) | ({"reference_us": reference} if reference else {})
-        for row in (row for measure, problems in chosen for row in measure(problems, **options)):
+            result["control"] = measure_baseline(control.row, **options)
+            result["control"] |= {"reference_us": reference} if reference else {}
+        for row in _measured(chosen, options):
             result["rows"].append(row)
             progress.step(catalog.name(row))
             if time.monotonic() - begin > args.time_limit:
@@ -167,9 +153,6 @@ def measure(args: argparse.Namespace) -> int:
     result["seconds"] = round(time.monotonic() - begin, 1)
     if args.out:
         write(args.out, result)
-
-    from jax_deepgemm.tools.bench import report
-
     print(report.text(result))
     failed = [row for row in result["rows"] if row["status"] != "ok"]
     for row in failed:
@@ -185,14 +168,18 @@ def method(device_kind: str) -> str:
     return f"{METHOD} A tuning file was in force." if tuning and tuning.is_file() else METHOD
 
 
-def _choose(
-    wanted: Sequence[str], rows: re.Pattern[str], small: bool
-) -> Iterator[tuple[Callable[..., Any], list[Any]]]:
-    """Yields, for each wanted table, the function that measures it and its problems."""
-    for name in wanted:
-        module = importlib.import_module(f"jax_deepgemm.tools.bench.{TABLES[name]}")
-        problems = (module.small_tables() if small else module.tables())[name]
-        yield module.measure, [row for row in problems if rows.search(f"{row} ")]
+def _choose(wanted: Sequence[str], rows: re.Pattern[str], small: bool) -> dict[str, list[Row]]:
+    """The rows of each wanted table, all where none is named."""
+    known = catalog.tables()
+    return {
+        name: [row for row in known[name].rows(small) if rows.search(f"{row} ")] for name in wanted or known
+    }
+
+
+def _measured(chosen: Mapping[str, Sequence[Row]], options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for name, rows in chosen.items():
+        for found in measure_rows(rows, **options):
+            yield {"table": name} | found
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -115,7 +115,7 @@ def _works(args: argparse.Namespace) -> list[Work]:
     known = products.tables() if args.tables else {}
     if unknown := [name for name in args.tables if name not in known]:
         raise UsageError(f"no table {', '.join(unknown)}; there are {', '.join(known)}")
-    works += [products.of_problem(problem) for name in args.tables for problem in known[name]]
+    works += [products.of_row(row) for name in args.tables for row in known[name]]
     if not works:
         raise UsageError("nothing to tune; name a file with --shapes, or tables of bench with --tables")
     return works

@@ -59,8 +59,7 @@ class Chip:
         >>> Chip().capability, Chip(arch="120a").capability
         ('9.0', '12.0')
         """
-        digits = self.arch.rstrip("af")
-        return f"{digits[:-1]}.{digits[-1]}"
+        return _capability_of(self.arch)
 
 
 H200 = Chip()
@@ -75,6 +74,26 @@ def chip_for(arch: str) -> Chip:
     known = {one.arch: one for one in GENERATIONS.values()}
     one = known[arch]
     return Chip(one.product, one.arch, one.num_sms, one.smem_per_block)
+
+
+def _capability_of(arch: str) -> str:
+    digits = arch.rstrip("af")
+    return f"{digits[:-1]}.{digits[-1]}"
+
+
+def shared_memory_of(arch: str) -> int:
+    """Returns the most dynamic shared memory, in bytes, of a block of threads that runs code for `arch`.
+
+    An arch that the table lacks counts as the newest one before it; one older than all is not limited here,
+    because the GPU is asked anyway when the kernel is loaded.
+
+    >>> shared_memory_of("90a"), shared_memory_of("103a"), shared_memory_of("120f")
+    (232448, 232448, 101376)
+    """
+    known = best_for(_capability_of(arch), GENERATIONS)
+    if known is None:
+        return max(one.smem_per_block for one in GENERATIONS.values())
+    return GENERATIONS[known].smem_per_block
 
 
 def chip_of(device: Any | None) -> Chip:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from jax import export
 
-CUSTOM_CALL = "jax_deepgemm_launch"
+from jax_deepgemm.core.launch import TARGET
 
 export_checks: tuple[export.DisabledSafetyCheck, ...] = tuple(
-    map(export.DisabledSafetyCheck.custom_call, (CUSTOM_CALL, "ragged_all_to_all"))
+    map(export.DisabledSafetyCheck.custom_call, (TARGET, "ragged_all_to_all"))
 )
 """For `jax.export.export(f, platforms=["cuda"], disabled_checks=jax_deepgemm.export_checks)`.
 

@@ -10,7 +10,7 @@ A family is a folder. Its modules have fixed names, and tools look them up there
     family.py     FAMILY, a `Family`
     shapes.py     SHAPES: how a shapes file and the command line name its calls (core/shapes.py)
     bench.py      TABLES: rows of the benchmark (core/bench.py)
-    sanitize.py   cases(): calls for compute-sanitizer
+    sanitize.py   cases(): calls for compute-sanitizer (core/sanitize.py)
 
 Everything below is generic: `explain`, `tune`, `precompile`, `bench` and `config=` work for whatever a family
 registers.

@@ -12,7 +12,6 @@ lowered, in the kernel cache, or in the package; within `embed_kernels()` the pr
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,21 +23,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_deepgemm.core.plan import (
-    Buffer,
-    Copy,
-    Launch,
-    LaunchPlan,
-    Memset,
-    Operand,
-    Param,
-    Result,
-    Scalar,
-    Scratch,
-    TensorMap,
-    check_buffer,
-    encode,
-)
+from jax_deepgemm.core.parameters import Buffer, Operand, Param, Peer, Result, Scalar, Scratch, TensorMap
+from jax_deepgemm.core.plan import Copy, Launch, LaunchPlan, Memset, check_buffer, encode
+from jax_deepgemm.jit.cache import cubin_directory
 
 __all__ = [
     "TARGET",
@@ -49,6 +36,7 @@ __all__ = [
     "Memset",
     "Operand",
     "Param",
+    "Peer",
     "Result",
     "Scalar",
     "Scratch",
@@ -92,10 +80,9 @@ def cubin_directories() -> list[str]:
     """Where the native side looks for `<digest>.cubin`: the kernel cache, then the package."""
     shipped = str(Path(__file__).parent.parent / "cubins")
     try:
-        cache_dir = Path(os.environ.get("JAX_DEEPGEMM_CACHE_DIR") or "~/.cache/jax_deepgemm").expanduser()
-    except RuntimeError:  # no home directory: compiling says so, importing this package does not fail
+        return [str(cubin_directory()), shipped]
+    except ValueError:  # no home directory: compiling says so, importing this package does not fail
         return [shipped]
-    return [str(cache_dir / "cubins"), shipped]
 
 
 @cache

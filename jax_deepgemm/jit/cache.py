@@ -122,7 +122,7 @@ class KernelCache:
 
 def cache_dir() -> Path:
     """The directory of the environment's choice."""
-    return toolchain.read_settings().cache_dir
+    return toolchain.cache_dir()
 
 
 def cubin_directory() -> Path:

@@ -78,7 +78,7 @@ class Toolchain:
 def read_settings() -> Environment:
     """The settings of this moment; a value outside its rule is a ValueError that names the variable."""
     return Environment(
-        cache_dir=_cache_dir(),
+        cache_dir=cache_dir(),
         compiler=_choice("COMPILER", COMPILERS) or "nvrtc",
         nvcc=os.environ.get(PREFIX + "NVCC") or None,
         print_configs=_switch("PRINT_CONFIGS"),
@@ -92,7 +92,8 @@ def read_settings() -> Environment:
     )
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
+    """The directory of compiled kernels; ValueError where no home directory is known."""
     given = os.environ.get(PREFIX + "CACHE_DIR")
     try:
         return Path(given or "~/.cache/jax_deepgemm").expanduser()

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 
 from jax_deepgemm import config as settings
+from jax_deepgemm.core.bench import KERNEL_PREFIX
 from jax_deepgemm.core.chip import Chip, chip_of
 from jax_deepgemm.core.tuning import Entry, as_fields, device_key, problem_key, read, trying, write
 from jax_deepgemm.jit.cache import locked
 from jax_deepgemm.tools.bench.products import Work, drawn
-from jax_deepgemm.tools.bench.rows import COMPILE_THREADS, GEMM_PREFIX, Accumulator, Compiled, compile_job
+from jax_deepgemm.tools.bench.rows import COMPILE_THREADS, Accumulator, Compiled, compile_job
 from jax_deepgemm.tools.bench.timing import Job, flusher, time_jobs
 from jax_deepgemm.tools.explain import problems
 from jax_deepgemm.tools.registry import capabilities, families, family_of
@@ -210,7 +211,7 @@ def _measure(session: Sequence[_Task], calls: int, flush: Callable[[], None]) ->
 
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
         programs = list(pool.map(compiled, names, pairs))
-    jobs = [Job(name, one.run, GEMM_PREFIX) for name, one in zip(names, programs, strict=True) if one.run]
+    jobs = [Job(name, one.run, KERNEL_PREFIX) for name, one in zip(names, programs, strict=True) if one.run]
     timings = time_jobs(jobs, calls=calls, flush=flush)
     for i, task in enumerate(session):
         measured, failed = [], []

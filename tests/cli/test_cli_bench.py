@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,12 @@ from typing import Any
 import pytest
 
 from jax_deepgemm.cli import main
-from jax_deepgemm.cli.bench import TABLES, write
-from jax_deepgemm.tools.bench import catalog, dense, grouped, moe, plots, report, timing, trace
+from jax_deepgemm.cli.bench import write
+from jax_deepgemm.core.bench import Row
+from jax_deepgemm.ops.gemm import bench as dense
+from jax_deepgemm.tools.bench import catalog, plots, report, timing, trace
 from jax_deepgemm.tools.bench.machine import ClockLog
+from jax_deepgemm.tools.bench.measure import with_gemms
 
 FLUSH_NAME = "loop_broadcast_fusion"
 
@@ -146,11 +148,11 @@ def test_clock_log_takes_the_samples_of_an_interval() -> None:
 def result(failed: bool = False) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for table, m in (("fp8", 64), ("fp8", 4096), ("bf16", 4096)):
-        problem = dense.Problem(table, m, 4096, 7168)
+        [product] = dense.products(table, [m], 4096, 7168)
         row = {"table": table, "m": m, "n": 4096, "k": 7168, "compile_ms": 700.0, "status": "ok"}
         row |= {
             "us": 100.0,
-            "tflops": problem.flops / 1e8,
+            "tflops": product.flops / 1e8,
             "gbytes_per_s": 9.0,
             "clock": {"sm_mhz_median": 1600.0},
         }
@@ -183,6 +185,18 @@ def test_report_compares_with_recorded_figures(tmp_path: Path, capsys: pytest.Ca
     assert row[6:] == ["110.0", "167.4", "1.10x", "1.67x", "1600"]
 
 
+GROUPED_TABLES = ("m_grouped", "masked", "k_grouped", "ragged_dot")
+
+
+def rows_of(table: str, small: bool = False) -> list[Row]:
+    return list(catalog.tables()[table].rows(small))
+
+
+def fields_of(table: str, row: Row) -> dict[str, Any]:
+    """What a result says of a row before it is measured."""
+    return {"table": table, **row.fields}
+
+
 def grouped_result() -> dict[str, Any]:
     """One row of each kind of table; the second calls twice as long as DeepGEMM's."""
     measured = {
@@ -194,12 +208,12 @@ def grouped_result() -> dict[str, Any]:
         "clock": {},
     }
     rows = []
-    for table, problems in grouped.tables().items():
-        rows += [problem.row | measured for problem in problems]
-        if table == "ragged_dot":
-            for row in rows[-len(problems) :]:
-                row["baseline"] = {"what": "jax.lax.ragged_dot", "status": "ok", "us": 1000.0}
-    rows += [problem.row | measured | {"gemm_us": 150.0, "rest_us": 50.0} for problem in moe.tables()["moe"]]
+    for table in GROUPED_TABLES:
+        rows += [fields_of(table, row) | measured for row in rows_of(table)]
+    for row in rows:
+        if row["table"] == "ragged_dot":
+            row["baseline"] = {"what": "jax.lax.ragged_dot", "status": "ok", "us": 1000.0}
+    rows += [fields_of("moe", row) | measured | {"gemm_us": 150.0, "rest_us": 50.0} for row in rows_of("moe")]
     return result() | {"rows": rows}
 
 
@@ -235,7 +249,7 @@ def test_documents_are_made_from_results(tmp_path: Path) -> None:
     pages = {target.name: content for target, content in report.documents([path]).items()}
     assert "| fp8 | 4096 | 4096 | 7168 | 100.0 |" in pages["README.md"]
     assert "## NVIDIA H200" in pages["benchmarks.md"]
-    assert "img/h200.svg" in pages["benchmarks.md"]
+    assert "img/h200.png" in pages["benchmarks.md"]
 
 
 def test_results_without_a_gpu_claim_nothing(tmp_path: Path) -> None:
@@ -246,10 +260,10 @@ def test_results_without_a_gpu_claim_nothing(tmp_path: Path) -> None:
 
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    target = tmp_path / "plot.svg"
+    target = tmp_path / "plot.png"
     both = result() | {"rows": result()["rows"] + grouped_result()["rows"]}
     assert plots.together(both, target)
-    assert target.read_text().startswith("<?xml")
+    assert target.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"schema": 2, "rows": []}'])
@@ -295,23 +309,40 @@ def test_no_file_is_written_unasked(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+COUNTS = {
+    "fp8": 58,
+    "fp8_wgrad": 7,
+    "bf16": 21,
+    "m_grouped": 48,
+    "masked": 32,
+    "k_grouped": 12,
+    "ragged_dot": 5,
+    "quantize": 14,
+    "moe": 6,
+    "shapes": 24,
+    "skew": 10,
+    "sustained": 1,
+    "op": 6,
+}
+
+
 def test_every_table_is_measured_and_shown() -> None:
-    modules = {
-        name: importlib.import_module(f"jax_deepgemm.tools.bench.{module}") for name, module in TABLES.items()
-    }
-    assert list(TABLES) == list(catalog.TABLES)
-    for name, module in modules.items():
-        assert (
-            set(module.tables()) == set(module.small_tables()) == {t for t in TABLES if modules[t] is module}
-        )
-        assert len(set(map(str, module.tables()[name]))) == len(module.tables()[name])
+    counts = {name: len(rows_of(name)) for name in catalog.tables()}
+    assert counts == COUNTS
+    assert list(counts) == list(COUNTS)
+    for name, table in catalog.tables().items():
+        assert rows_of(name, small=True), name
+        for small in (False, True):
+            rows = rows_of(name, small)
+            assert len(set(map(str, rows))) == len({catalog.key(fields_of(name, row)) for row in rows})
+            assert len(set(map(str, rows))) == len(rows)
+            assert all(set(table.keys) <= set(row.fields) for row in rows)
+        assert set(table.columns) <= set(catalog.CELLS)
 
 
 def test_tables_are_those_of_the_recorded_figures() -> None:
-    ours = {(p.kind, p.m, p.n, p.k) for rows in dense.tables().values() for p in rows}
-    ours |= {
-        catalog.TABLES[table].key(problem.row) for table, rows in grouped.tables().items() for problem in rows
-    }
+    tables = ("fp8", "fp8_wgrad", "bf16", *GROUPED_TABLES)
+    ours = {catalog.key(fields_of(table, row)) for table in tables for row in rows_of(table)}
     assert set(catalog.recorded("NVIDIA H200")) == ours
     assert catalog.recorded("NVIDIA A100") == {}
 
@@ -320,15 +351,17 @@ def test_group_sizes_have_the_sum_of_the_recorded_ones() -> None:
     """rows = us * TFLOP/s / (2 n k), within the rounding of a rate to a whole number."""
     peers = catalog.recorded("NVIDIA H200")
     for table in ("m_grouped", "masked", "k_grouped"):
-        for problem in grouped.tables()[table]:
-            if problem.sizes == "padded" or table != "m_grouped":
-                peer = peers[catalog.TABLES[table].key(problem.row)]
-                assert problem.flops / peer["us"] / 1e6 == pytest.approx(peer["tflops"], abs=1), str(problem)
-            expected = problem.k if table == "k_grouped" else problem.m
-            assert all(0.69 * expected <= size <= 1.3 * expected + 128 for size in problem.group_sizes)
+        for row in rows_of(table):
+            if row.fields["sizes"] == "padded" or table != "m_grouped":
+                peer = peers[catalog.key(fields_of(table, row))]
+                assert row.flops / peer["us"] / 1e6 == pytest.approx(peer["tflops"], abs=1), str(row)
+            expected = row.fields["k" if table == "k_grouped" else "m"]
+            assert all(0.69 * expected <= size <= 1.3 * expected + 128 for size in row.fields["group_sizes"])
+            assert row.fields["group_sizes"] == row.constants[0].tolist()
 
 
 def test_gemms_of_a_layer_are_told_from_the_rest() -> None:
     kernels = {"jdg_sm90_rows_e4m3_nt": 60.0, "jdg_quantize_1x128_bf16_e4m3": 10.0, "loop_gather_fusion": 5.0}
-    found = moe._with_parts({"status": "ok", "us": 80.0, "kernels": kernels})
+    [prefix] = {row.gemms for row in rows_of("moe")}
+    found = with_gemms({"status": "ok", "us": 80.0, "kernels": kernels}, prefix)
     assert (found["gemm_us"], found["rest_us"]) == (60.0, 20.0)

@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_deepgemm.core import launch
-from jax_deepgemm.core.launch import LaunchPlan, Memset, Operand, Result, Scratch
+from jax_deepgemm.core.launch import LaunchPlan, Memset, Operand, Result, Scalar, Scratch, TensorMap
 from tests.shared.launch_plans import FakeKernel, fake_launch, matrix_map
 
 ROOT = Path(__file__).parents[2]
@@ -151,9 +151,16 @@ def test_which_device_runs_which_code(arch, capability, runs):
 # What execution checks of its buffers, as (address, size).
 
 CHECKED = LaunchPlan(
-    (fake_launch(matrix_map(Operand(1, 32)), Result(0), Scratch(0)), Memset(Result(0), 256)), (64,), "checked"
+    (
+        fake_launch(matrix_map(Operand(1, 32)), Result(0), Scratch(0)),
+        Memset(Result(0), 256),
+        Memset(Scratch(0, 4), 60, Scalar(1, "uint32")),
+        fake_launch(TensorMap(Operand(2), "uint4_spaced", (256,), (), (128,))),
+    ),
+    (64,),
+    "checked",
 )
-GOOD = {"operands": [(16, 0), (4096, 102_432)], "results": [(8, 256), (24, 64)]}
+GOOD = {"operands": [(16, 0), (4096, 102_432), (96, 128)], "results": [(8, 256), (24, 64)]}
 
 
 def check_buffers(**changes):
@@ -171,13 +178,22 @@ def test_fitting_buffers_pass():
             {"operands": [(16, 0)]},
             "plan of checked uses operand 1, and the call has 1 operands and 1 results",
         ),
+        (
+            {"results": [(8, 256), (26, 64)]},
+            "scratch 0 of checked is at address 0x1e, .* in units of 4 bytes",
+        ),
+        (
+            {"operands": [(16, 0), (4096, 102_432), (80, 128)]},
+            "operand 2 of checked is at address 0x50, .* a multiple of 32. Slice at multiples of 32",
+        ),
+        ({"operands": [(16, 0), (4096, 102_432), (96, 127)]}, "operand 2 of checked has 127 bytes"),
         ({"operands": [(16, 0), (4096, 102_431)]}, "operand 1 of checked has 102431 bytes .* to byte 102432"),
         (
             {"operands": [(16, 0), (4104, 200_000)]},
             r"operand 1 .* 0x1028, and parameter 0 .* a multiple of 16",
         ),
         ({"results": [(8, 255), (24, 64)]}, "result 0 of checked has 255 bytes"),
-        ({"results": [(24, 64)]}, "uses result 0, and the call has 2 operands and 0 results"),
+        ({"results": [(24, 64)]}, "uses result 0, and the call has 3 operands and 0 results"),
         ({"results": []}, "has 0 results and its plan needs 1 scratch buffers"),
     ],
 )

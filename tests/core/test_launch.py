@@ -26,8 +26,18 @@ from jax_deepgemm.core.launch import (
     decode,
     encode,
 )
-from jax_deepgemm.core.plan import FILLS, L2_PROMOTIONS, SCALAR_TYPES, SWIZZLES, TENSOR_TYPES, VERSION
-from tests.shared.launch_plans import FakeKernel, fake_launch, matrix_map, plans, sample_plan
+from jax_deepgemm.core.parameters import FILLS, L2_PROMOTIONS, SCALAR_TYPES, SWIZZLES, TENSOR_TYPES, Peer
+from jax_deepgemm.core.plan import VERSION, _encode_step
+from tests.shared.launch_plans import (
+    OLD_PLANS,
+    FakeKernel,
+    fake_launch,
+    matrix_map,
+    newest_plan,
+    old_bytes,
+    plans,
+    sample_plan,
+)
 
 
 def expected_buffer(buffer):
@@ -59,7 +69,13 @@ def expected_param(param):
 
 def expected_step(step, kernels):
     if isinstance(step, Memset):
-        return {"buffer": expected_buffer(step.buffer), "num_bytes": step.num_bytes, "value": step.value}
+        pattern = struct.pack("<B", step.value) if isinstance(step.value, int) else step.value.data
+        return {
+            "buffer": expected_buffer(step.buffer),
+            "num_bytes": step.num_bytes,
+            "pattern": int.from_bytes(pattern, "little"),
+            "pattern_bytes": len(pattern),
+        }
     if isinstance(step, Copy):
         source, target = expected_buffer(step.source), expected_buffer(step.target)
         return {"source": source, "target": target, "num_bytes": step.num_bytes}
@@ -71,6 +87,8 @@ def expected_step(step, kernels):
         "cluster": step.cluster,
         "shared_memory": step.shared_memory,
         "pdl": step.pdl,
+        "cooperative": step.cooperative,
+        "blocks_per_sm": step.blocks_per_sm,
         "params": [expected_param(param) for param in step.params],
     }
 
@@ -86,8 +104,12 @@ def expected(plan):
     }
 
 
-def test_sample_plan_survives_the_round_trip():
-    assert decode(encode(sample_plan())) == expected(sample_plan())
+SAMPLES = pytest.mark.parametrize("plan", [sample_plan(), newest_plan()], ids=lambda plan: plan.label)
+
+
+@SAMPLES
+def test_sample_plans_survive_the_round_trip(plan):
+    assert decode(encode(plan)) == expected(plan)
 
 
 @given(plans)
@@ -110,8 +132,9 @@ def decode_or_message(data):
         return str(error)
 
 
-def test_every_truncation_is_an_error():
-    data = encode(sample_plan()).tobytes()
+@SAMPLES
+def test_every_truncation_is_an_error(plan):
+    data = encode(plan).tobytes()
     for size in range(len(data)):
         with pytest.raises(ValueError, match="malformed launch plan"):
             decode(data[:size])
@@ -179,15 +202,143 @@ def test_labels_are_utf8(label):
         assert answer["label"] == text
 
 
-def test_plans_of_the_version_before_are_read():
-    def in_version_1(plan):
-        data = bytearray(encode(plan))
-        data[4:6] = struct.pack("<H", 1)
-        return bytes(data)
+# Older versions.
 
-    assert decode(in_version_1(sample_plan()))["steps"] == expected(sample_plan())["steps"]
+OLD = pytest.mark.parametrize(
+    ("name", "version"),
+    [(name, version) for name in OLD_PLANS for version in (1, 2) if name != "copy" or version > 1],
+)
+
+
+@OLD
+def test_plans_of_older_versions_are_read(name, version):
+    assert decode(old_bytes(name, version)) == expected(OLD_PLANS[name]()) | {"version": version}
+
+
+def test_version_1_has_no_copies():
     with pytest.raises(ValueError, match="step tag is 3, need 1 to 2"):
-        decode(in_version_1(LaunchPlan((Copy(Operand(0), Result(0), 16),))))
+        decode(old_bytes("copy", 1))
+
+
+def in_version_2(plan):
+    """The bytes without what version 3 has added: 0 blocks per SM at the end of every launch."""
+    indices = {(kernel.digest, kernel.name): i for i, kernel in enumerate(plan.kernels)}
+    data = encode(plan).tobytes()
+    at = len(data) - sum(len(_encode_step(step, indices)) for step in plan.steps)
+    parts = [data[:at]]
+    for step in plan.steps:
+        record = _encode_step(step, indices)
+        assert data[at:].startswith(record)
+        at += len(record)
+        new = 2 if isinstance(step, Launch) else 0
+        assert record.endswith(bytes(new))
+        parts.append(record[: len(record) - new])
+    body = b"".join(parts)[12:]
+    return b"JDGP" + struct.pack("<HHI", 2, 0, 12 + len(body)) + body
+
+
+@pytest.mark.parametrize("name", OLD_PLANS)
+def test_old_plans_have_the_same_bytes_but_for_new_fields(name):
+    assert in_version_2(OLD_PLANS[name]()) == old_bytes(name)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (LaunchPlan((Memset(Result(0), 4, Scalar(1, "int32")),)), "step tag is 4, need 1 to 3"),
+        (LaunchPlan((fake_launch(cooperative=True),)), "launch flags is 2, need 0 to 1"),
+        (LaunchPlan((fake_launch(matrix_map(dtype="tfloat32", box=(32, 8))),)), "unknown tensor map type 11"),
+    ],
+    ids=["memset of 32 bits", "cooperative", "tf32"],
+)
+def test_version_2_has_nothing_of_version_3(plan, message):
+    with pytest.raises(ValueError, match=message):
+        decode(in_version_2(plan))
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(sorted(OLD_PLANS)), st.integers(1, 3), st.data())
+def test_damaged_old_plans_never_crash(name, version, data):
+    encoded = bytearray(old_bytes(name, version))
+    for _ in range(data.draw(st.integers(1, 4))):
+        encoded[data.draw(st.integers(12, len(encoded) - 1))] = data.draw(st.integers(0, 255))
+    answer = decode_or_message(bytes(encoded))
+    assert "malformed launch plan" in answer or answer["version"] == version
+
+
+# Records that Python refuses to write.
+
+
+def step_bytes(tag, body):
+    """A plan of one step, without kernels, with a scratch buffer of 64 bytes."""
+    data = struct.pack("<HHHQHB", 0, 0, 1, 64, 1, tag) + body
+    return b"JDGP" + struct.pack("<HHI", VERSION, 0, 12 + len(data)) + data
+
+
+def memset_bytes(kind=1, index=0, offset=0, size=64):
+    return step_bytes(4, struct.pack("<BHQQI", kind, index, offset, size, 0xFF800000))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (memset_bytes(kind=0), "memset of an operand"),
+        (memset_bytes(kind=3), "buffer kind 3, memory of another GPU, is reserved"),
+        (memset_bytes(kind=4), "buffer kind is 4, need 0 to 3"),
+        (memset_bytes(offset=2), "memset of 64 bytes, 2 bytes in, with a pattern of 4"),
+        (memset_bytes(size=66), "memset of 66 bytes, 0 bytes in, with a pattern of 4"),
+        (memset_bytes(kind=2, index=1), "scratch 1 of 1"),
+        (memset_bytes(size=0), "memset size is 0"),
+        (step_bytes(5, bytes(64)), "step tag is 5, need 1 to 4"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_steps_that_break_a_rule_are_errors(data, message):
+    with pytest.raises(ValueError, match=f"malformed launch plan .*{message}"):
+        decode(data)
+    assert decode(memset_bytes())["steps"][0]["pattern"] == 0xFF800000
+
+
+def launch_bytes(params=b"", count=0, flags=0, blocks_per_sm=0):
+    kernels = struct.pack("<HH", 0, 1) + bytes(32) + b"\x0390a\x01\x00k" + struct.pack("<H", 0)
+    step = struct.pack("<HBH6IBH", 1, 1, 0, 4, 1, 1, 128, 1, 0, flags, count) + params
+    data = kernels + step + struct.pack("<H", blocks_per_sm)
+    return b"JDGP" + struct.pack("<HHI", VERSION, 0, 12 + len(data)) + data
+
+
+def map_bytes(type_, *, offset=0, dims=(256, 8), stride=128, box=(128, 8), swizzle=0, fill=0):
+    """A launch with a tensor map."""
+    head = struct.pack("<BBHQ5B", 3, 0, 0, offset, type_, 2, swizzle, 0, fill)
+    return launch_bytes(head + struct.pack("<3Q2I", *dims, stride, *box), 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (launch_bytes(flags=4), "launch flags is 4, need 0 to 3"),
+        (launch_bytes(blocks_per_sm=1025), "blocks per SM is 1025, need 0 to 1024"),
+        (map_bytes(15), "unknown tensor map type 15"),
+        (map_bytes(13, dims=(255, 8)), "tensor map dim 255 is not a multiple of 2"),
+        (map_bytes(13, box=(16, 8)), "tensor map box row of 8 bytes is not a multiple of 16"),
+        (map_bytes(13, box=(256, 8), swizzle=2), "box row is wider than its swizzle"),
+        (map_bytes(13, fill=1), "NaN fill of an integer tensor map"),
+        (map_bytes(14, dims=(192, 8)), "tensor map dim 192 is not a multiple of 128"),
+        (map_bytes(14, stride=144), "tensor map stride 144 is not a multiple of 32"),
+        (map_bytes(14, offset=16), "tensor map offset 16 is not a multiple of 32"),
+        (map_bytes(14, box=(64, 8)), "needs a box row of 128"),
+        (map_bytes(14, swizzle=2), "swizzle 0 or 128"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_launches_that_break_a_rule_are_errors(data, message):
+    with pytest.raises(ValueError, match=f"malformed launch plan .*{message}"):
+        decode(data)
+
+
+@pytest.mark.parametrize("type_", range(15))
+def test_all_element_types_are_read(type_):
+    (param,) = decode(map_bytes(type_))["steps"][0]["params"]
+    assert (param["type"], param["dims"]) == (type_, (256, 8))
 
 
 def test_a_huge_count_allocates_nothing():
@@ -197,6 +348,12 @@ def test_a_huge_count_allocates_nothing():
 
 
 # The rules of each record.
+
+
+def four_bits(layout="", buffer=None, **changes):
+    fields = {"dims": (512, 8), "strides": (256,), "box": (128, 8)} | changes
+    return TensorMap(buffer or Operand(0), f"uint4{layout}", **fields)
+
 
 RULES = [
     (lambda: Operand(-1), r"Operand.index: got -1; need an integer from 0 to 63"),
@@ -210,7 +367,17 @@ RULES = [
     (lambda: Scalar("x", "float32"), r"Scalar.value: got 'x'; a float32 needs a number"),
     (lambda: Scalar(1e300, "float32"), r"does not fit in float32"),
     (lambda: matrix_map(Scalar(1, "int32")), r"TensorMap.buffer: .* need an Operand, Result or Scratch"),
-    (lambda: matrix_map(dtype="float4_e2m1fn"), r"TensorMap of operand 0: dtype: got 'float4_e2m1fn'"),
+    (lambda: Peer(0, 16), r"Peer.index: got 0; memory of another GPU is reserved .* by a collective"),
+    (lambda: matrix_map(dtype="float6_e2m3fn"), r"TensorMap of operand 0: dtype: got 'float6_e2m3fn'"),
+    (lambda: four_bits(dims=(511, 8)), r"dims\[0\]: got 511; need a multiple of 2 elements of uint4"),
+    (lambda: four_bits(box=(16, 8)), r"box\[0\]: got 16 x 4 bits; need a multiple of 16 bytes"),
+    (lambda: four_bits(box=(256, 8), swizzle=64), r"got 256 x 4 bits = 128 bytes; swizzle 64 allows"),
+    (lambda: four_bits(fill="nan"), r"fill: got 'nan'; needs a floating type; uint4 moves"),
+    (lambda: four_bits("_spaced", dims=(576, 8)), r"got 576; need a multiple of 128 elements"),
+    (lambda: four_bits("_spaced", strides=(272,)), r"got 272; TMA strides .* of 32.* to 288 bytes"),
+    (lambda: four_bits("_spaced", buffer=Operand(0, 16)), r"byte_offset: got 16; .* multiples of 32"),
+    (lambda: four_bits("_spaced", box=(64, 8)), r"got 64 and 0; uint4_spaced needs a row of 128"),
+    (lambda: four_bits("_spaced", swizzle=64), r"got 128 and 64; .* swizzle 0 or 128"),
     (lambda: matrix_map(swizzle=96), r"swizzle: got 96; need one of 0, 32, 64, 128"),
     (lambda: matrix_map(l2_promotion=32), r"l2_promotion: got 32"),
     (lambda: matrix_map(fill="ones"), r"fill: got 'ones'; need one of zeros, nan"),
@@ -225,7 +392,7 @@ RULES = [
     (lambda: matrix_map(strides=(-16,)), r"strides\[0\]"),
     (lambda: matrix_map(box=(64, 257)), r"box\[1\]: got 257; need an integer from 1 to 256 \(split"),
     (lambda: matrix_map(box=(4, 128)), r"box\[0\]: got 4 x 2 bytes; need a multiple of 16 bytes"),
-    (lambda: matrix_map(box=(128, 128)), r"got 128 x 2 = 256 bytes; swizzle 128 allows at most 128"),
+    (lambda: matrix_map(box=(128, 128)), r"got 128 x 2 bytes = 256 bytes; swizzle 128 allows at most 128"),
     (lambda: matrix_map(Operand(0, 8)), r"operand 0 \+ 8 bytes: byte_offset: got 8"),
     (lambda: fake_launch(grid=(0, 1, 1)), r"Launch of fake_kernel: grid x: got 0; .* empty problem"),
     (lambda: fake_launch(grid=(1, 65536, 1)), r"grid y: got 65536"),
@@ -236,7 +403,12 @@ RULES = [
     ),
     (lambda: fake_launch(cluster=17), r"cluster: got 17"),
     (lambda: fake_launch(cluster=3), r"grid x: got 4; need a multiple of the cluster, 3"),
-    (lambda: fake_launch(shared_memory=232_449), r"shared_memory: got 232449; .* use fewer stages"),
+    (lambda: fake_launch(shared_memory=232_449), r"shared_memory: got 232449; .* sm_90a; use fewer stages"),
+    (
+        lambda: fake_launch(kernel=FakeKernel(arch="89"), shared_memory=101_377),
+        r"got 101377; need an integer from 0 to 101376 on sm_89",
+    ),
+    (lambda: fake_launch(blocks_per_sm=1025), r"blocks_per_sm: got 1025; need an integer from 0 to 1024"),
     (lambda: fake_launch(7), r"params\[0\]: got 7; need an Operand"),
     (lambda: fake_launch(*[Operand(0)] * 65), r"params: got 65, 0 of them tensor maps"),
     (lambda: fake_launch(*[matrix_map()] * 33), r"params: got 33, 33 of them tensor maps"),
@@ -248,6 +420,10 @@ RULES = [
     (lambda: Memset(Operand(0), 16), r"Memset.buffer: .* need a Result or Scratch"),
     (lambda: Memset(Result(0), 0), r"Memset.num_bytes: got 0"),
     (lambda: Memset(Result(0), 16, 256), r"Memset.value: got 256"),
+    (lambda: Memset(Result(0), 16, -1.0), r"Memset.value: got -1.0; .* or a Scalar"),
+    (lambda: Memset(Result(0), 16, Scalar(1, "int64")), r"need a byte, or a Scalar of 4 bytes"),
+    (lambda: Memset(Result(0), 15, Scalar(1, "int32")), r"Memset of result 0: got 15 bytes; a pattern of 4"),
+    (lambda: Memset(Result(0, 2), 16, Scalar(1, "int32")), r"Memset of result 0 \+ 2 bytes: got 16 bytes"),
     (lambda: Copy("a", Result(0), 16), r"Copy.source: .* need an Operand, Result or Scratch"),
     (lambda: Copy(Operand(0), Operand(1), 16), r"Copy.target: .* need a Result or Scratch"),
     (lambda: Copy(Operand(0), Result(0), 0), r"Copy.num_bytes: got 0"),
@@ -275,10 +451,20 @@ def test_a_digest_is_sha256():
         Launch(bad, (1, 1, 1), 32, ())
 
 
+@pytest.mark.parametrize(
+    ("arch", "limit"), [("80", 166_912), ("86", 101_376), ("90", 232_448), ("103a", 232_448)]
+)
+def test_shared_memory_is_limited_by_the_kernels_arch(arch, limit):
+    assert fake_launch(kernel=FakeKernel(arch=arch), shared_memory=limit).shared_memory == limit
+    with pytest.raises(ValueError, match=f"from 0 to {limit} on sm_{arch}"):
+        fake_launch(kernel=FakeKernel(arch=arch), shared_memory=limit + 1)
+
+
 def test_extent_counts_the_last_row_only_to_its_end():
     assert matrix_map().extent_bytes == 100 * 1024
     assert matrix_map(dims=(500, 100)).extent_bytes == 99 * 1024 + 1000
     assert TensorMap(Operand(0), "float32", (5,), (), (4,)).extent_bytes == 20
+    assert four_bits(dims=(6, 8), strides=(16,)).extent_bytes == 7 * 16 + 3
 
 
 def _types(*shapes):

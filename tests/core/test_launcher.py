@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,17 @@ from pathlib import Path
 import pytest
 
 from jax_deepgemm.core import launch
-from jax_deepgemm.core.launch import Copy, LaunchPlan, Memset, Operand, Result, Scalar, Scratch
-from tests.shared.launch_plans import FakeKernel, fake_launch, matrix_map
+from jax_deepgemm.core.launch import Copy, LaunchPlan, Memset, Operand, Result, Scalar, Scratch, TensorMap
+from jax_deepgemm.core.parameters import FILLS, L2_PROMOTIONS, SWIZZLES, TENSOR_TYPES
+from tests.shared.launch_plans import (
+    CUBIN,
+    KERNEL,
+    OLD_PLANS,
+    FakeKernel,
+    fake_launch,
+    launcher_plan,
+    old_bytes,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,12 +57,6 @@ def fake_driver(tmp_path_factory):
     return folder
 
 
-# As much of a cubin as is looked at before the driver gets it: a 64-bit ELF header for CUDA, with no tables.
-CUBIN = struct.pack(
-    "<4sBBBB8xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 0, 2, 190, 1, 0, 64, 64, 0, 64, 56, 0, 64, 0, 0
-)
-KERNEL = FakeKernel("fake_kernel", CUBIN)
-
 # Loads the module by its file: the package around it would import jax.
 LOAD_MODULE = f"""
 import importlib.util, sys
@@ -75,15 +77,15 @@ except Exception as error:
 
 @pytest.fixture
 def run(fake_driver, tmp_path):
-    """Runs a plan in a process with the fake driver: (calls, error)."""
+    """Runs a plan in a process with the fake driver: (calls, error). `encoded` stands in for its bytes."""
 
-    def run(plan, operands, results, repeat=1, **environment):
+    def run(plan, operands, results, repeat=1, encoded=None, **environment):
         log = tmp_path / "log"
         log.write_text("")
         path = f"{fake_driver}:{os.environ.get('LD_LIBRARY_PATH', '')}"
         env = {**os.environ, "LD_LIBRARY_PATH": path, "FAKE_LOG": str(log)}
         cubins = [(kernel.digest, kernel.cubin) for kernel in plan.kernels]
-        job = repr((launch.encode(plan).tobytes(), cubins, operands, results, repeat))
+        job = repr((encoded or launch.encode(plan).tobytes(), cubins, operands, results, repeat))
         command = [sys.executable, "-c", LOAD_MODULE + RUN]
         done = subprocess.run(
             command, input=job, env=env | environment, capture_output=True, text=True, check=True
@@ -93,24 +95,7 @@ def run(fake_driver, tmp_path):
     return run
 
 
-PLAN = LaunchPlan(
-    (
-        Memset(Scratch(0), 64, 255),
-        fake_launch(
-            matrix_map(Operand(0, 16)),
-            Result(0, 4),
-            Scalar(-1, "int32"),
-            Scalar(1.0, "float32"),
-            kernel=KERNEL,
-            grid=(32, 2, 1),
-            cluster=16,
-            shared_memory=100_000,
-            pdl=True,
-        ),
-    ),
-    (64,),
-    "toy",
-)
+PLAN = launcher_plan()
 OPERANDS, RESULTS = [(0x10000, 200_000)], [(0x20000, 4), (0x30000, 64)]
 PARAMS = {"FAKE_PARAMS": "128,8,4,4"}
 
@@ -132,6 +117,163 @@ def test_each_thing_is_done_once_and_launches_every_time(run):
     calls, error = run(PLAN, OPERANDS, RESULTS, repeat=3, **PARAMS)
     assert error == ""
     assert calls == [*LOAD, MEMSET, ENCODE, LAUNCH, MEMSET, LAUNCH, MEMSET, LAUNCH]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_plan_of_an_older_version_runs_as_it_did(run, version):
+    encoded = old_bytes("launcher", version)
+    calls, error = run(PLAN, OPERANDS, RESULTS, repeat=2, encoded=encoded, **PARAMS)
+    assert error == ""
+    assert calls == [*LOAD, MEMSET, ENCODE, LAUNCH, MEMSET, LAUNCH]
+
+
+def encode_call(param, bases):
+    """What the driver is asked for a tensor map."""
+    sizes = zip(param.dims, ("", *param.strides), param.box, strict=True)
+    return (
+        f"cuTensorMapEncodeTiled {bases[type(param.buffer)] + param.buffer.byte_offset:#x} "
+        f"type {param.type.code} {' '.join(f'{d}/{s}/{b}' for d, s, b in sizes)} "
+        f"swizzle {SWIZZLES[param.swizzle]} promotion {L2_PROMOTIONS[param.l2_promotion]} "
+        f"fill {FILLS[param.fill]}"
+    )
+
+
+def encoded_maps(run, plan, **options):
+    bases = {Operand: 0x100000, Result: 0x300000, Scratch: 0x500000}
+    operands, *results = [(base, 1 << 21) for base in bases.values()]
+    params = plan.steps[-1].params
+    calls, error = run(plan, [operands], results, FAKE_PARAMS=",".join(["128"] * len(params)), **options)
+    assert error == ""
+    asked = [call for call in calls if call.startswith("cuTensorMap")]
+    assert asked == [encode_call(param, bases) for param in params]
+    return asked
+
+
+def test_tensor_maps_of_version_2_are_encoded_as_they_were(run):
+    asked = encoded_maps(run, OLD_PLANS["tensor maps"](), encoded=old_bytes("tensor maps"))
+    assert {line.split()[3] for line in asked} == {str(code) for code in range(10)}
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
+def test_tensor_maps_of_all_types_and_ranks(run, rank):
+    def tensor_map(name):
+        rules = TENSOR_TYPES[name]
+        row = 128 if rules.bits < 8 else 128 // rules.bits
+        return TensorMap(Operand(0, 32), name, (256,) * rank, (2048,) * (rank - 1), (row,) * rank)
+
+    maps = [tensor_map(name) for name in TENSOR_TYPES]
+    asked = encoded_maps(run, LaunchPlan((fake_launch(*maps, kernel=KERNEL),), (64,)))
+    assert {line.split()[3] for line in asked} == {str(code) for code in range(15)}
+
+
+def four_bit_plan():
+    rows = TensorMap(Operand(0), "float4_e2m1fn", (512, 8), (256,), (128, 8))
+    return LaunchPlan((fake_launch(rows, kernel=KERNEL),))
+
+
+def test_a_driver_without_4_bit_elements_is_named(run):
+    refuses = {"FAKE_FAIL": "cuTensorMapEncodeTiled", "FAKE_PARAMS": "128"}
+    _, error = run(four_bit_plan(), [(0x10000, 2048)], [], FAKE_DRIVER="12040", **refuses)
+    assert error.endswith(
+        "the tensor map of operand 0 has elements of 4 bits, which drivers know since CUDA 12.8; this one is "
+        "of CUDA 12.4. Update it."
+    )
+    _, error = run(four_bit_plan(), [(0x10000, 2048)], [], **refuses)
+    assert "the driver refuses the tensor map of operand 0, type 13, dims [512, 8]" in error
+
+
+FILL = LaunchPlan((Memset(Result(0, 4), 64, Scalar(float("-inf"), "float32")),), label="scores")
+
+
+def test_memset_of_32_bits(run):
+    calls, error = run(FILL, [], [(0x20000, 68)], repeat=2)
+    assert error == ""
+    assert calls == ["cuMemsetD32Async 0x20004 0xff800000 16"] * 2
+    _, error = run(FILL, [], [(0x20000, 68)], FAKE_FAIL="cuMemsetD32Async")
+    assert "setting 64 bytes of scores: CUDA_ERROR_FAKE" in error
+    calls, error = run(FILL, [], [(0x20002, 68)])
+    assert calls == []
+    assert error == (
+        "ValueError: jax_deepgemm: result 0 of scores is at address 0x20006, and the plan sets it in units "
+        "of 4 bytes, which needs a multiple of that."
+    )
+
+
+def grid_of(run, sms, **options):
+    plan = LaunchPlan((fake_launch(kernel=KERNEL, **options),))
+    [*_, call], error = run(plan, [], [], FAKE_SMS=str(sms))
+    assert error == ""
+    return call.split()[1]
+
+
+@pytest.mark.parametrize(
+    ("sms", "options", "grid"),
+    [
+        (132, {"grid": (4096, 1, 1), "blocks_per_sm": 1}, "132x1x1"),
+        (78, {"grid": (4096, 1, 1), "blocks_per_sm": 1}, "78x1x1"),
+        (78, {"grid": (4096, 3, 1), "blocks_per_sm": 2}, "156x3x1"),
+        (132, {"grid": (100, 1, 1), "blocks_per_sm": 1}, "100x1x1"),
+        (132, {"grid": (4096, 1, 1)}, "4096x1x1"),
+        (78, {"grid": (4096, 1, 1), "blocks_per_sm": 1, "cluster": 4}, "76x1x1"),  # whole clusters
+        (3, {"grid": (4096, 1, 1), "blocks_per_sm": 1, "cluster": 4}, "4x1x1"),  # at least one
+        (1 << 30, {"grid": (4096, 1, 1), "blocks_per_sm": 1024}, "4096x1x1"),  # beyond 32 bits
+    ],
+)
+def test_a_grid_depends_on_the_device_that_runs_it(run, sms, options, grid):
+    assert grid_of(run, sms, **options) == grid
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "most"),
+    [
+        ({"grid": (265, 1, 1)}, {}, 264),
+        ({"grid": (11, 3, 2)}, {"FAKE_SMS": "65", "FAKE_BLOCKS": "1"}, 65),
+        ({"grid": (62, 1, 1), "cluster": 2}, {"FAKE_CLUSTERS": "30"}, 60),
+        ({"grid": (1024, 1, 1), "blocks_per_sm": 3}, {}, 264),
+    ],
+)
+def test_a_cooperative_launch_that_does_not_fit_is_refused(run, options, device, most):
+    plan = LaunchPlan((fake_launch(kernel=KERNEL, cooperative=True, **options),))
+    calls, error = run(plan, [], [], **device)
+    assert f"device 3 (Fake GPU) runs at most {most}. Plan fewer blocks" in error
+    assert error.startswith("ValueError: jax_deepgemm: the ")
+    assert not any(call.startswith("cuLaunchKernelEx") for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "call"),
+    [
+        ({"grid": (264, 1, 1)}, {}, "264x1x1 block 128 shared 0 cooperative"),
+        (
+            {"grid": (60, 1, 1), "cluster": 2},
+            {"FAKE_CLUSTERS": "30"},
+            "60x1x1 block 128 shared 0 cluster 2 cooperative",
+        ),
+        (
+            {"grid": (1024, 1, 1), "blocks_per_sm": 2},
+            {"FAKE_SMS": "7"},
+            "14x1x1 block 128 shared 0 cooperative",
+        ),
+        ({"pdl": True}, {}, "4x1x1 block 128 shared 0 pdl cooperative"),
+    ],
+)
+def test_a_cooperative_launch_that_fits_says_so_to_the_driver(run, options, device, call):
+    plan = LaunchPlan((fake_launch(kernel=KERNEL, cooperative=True, **options),), label="sum")
+    [*_, launched], error = run(plan, [], [], **device)
+    assert error == ""
+    assert launched == f"cuLaunchKernelEx {call}"
+    _, error = run(plan, [], [], FAKE_FAIL="cuLaunchKernelEx", **device)
+    assert ", cooperative, 0 bytes of shared memory): CUDA_ERROR_FAKE" in error
+
+
+@pytest.mark.parametrize(
+    ("function", "cluster"),
+    [("cuOccupancyMaxActiveBlocksPerMultiprocessor", 1), ("cuOccupancyMaxActiveClusters", 2)],
+)
+def test_a_device_that_does_not_say_what_fits(run, function, cluster):
+    plan = LaunchPlan((fake_launch(kernel=KERNEL, cooperative=True, cluster=cluster),))
+    _, error = run(plan, [], [], FAKE_FAIL=function)
+    assert error.startswith(f"RuntimeError: jax_deepgemm: {function}: CUDA_ERROR_FAKE")
 
 
 def test_copy_happens_between_different_buffers_only(run):

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.shared import op_checks, toy_ops
+from tests.shared.arrays import normals
 from tests.shared.op_checks import OpCase, Shard
 from tests.shared.toy_ops import BF16, BLOCK, F32
 
@@ -18,21 +19,14 @@ M, N, K = 16, 72, 88  # shards of n and k end inside blocks of 16, as 576 and 70
 ALL = ("auto", "explicit", "shard_map")
 
 
-def quantized(key: jax.Array, m: int = M, n: int = N, k: int = K, add: Any = None) -> list[jax.Array]:
-    x, w, c = (
-        jax.random.normal(s, shape)
-        for s, shape in zip(jax.random.split(key, 3), ((m, k), (n, k), (m, n)), strict=True)
-    )
+def quantized(seed: int, m: int = M, n: int = N, k: int = K, add: Any = None) -> list[jax.Array]:
+    x, w, c = normals(seed, (m, k), (n, k), (m, n))
     operands = [*toy_ops.quantize(x, (1, BLOCK)), *toy_ops.quantize(w, (BLOCK, BLOCK))]
     return operands if add is None else [*operands, c.astype(add)]
 
 
 def normal(*shapes: tuple[int, ...], dtype: Any = F32) -> Any:
-    def make(key: jax.Array) -> list[jax.Array]:
-        keys = jax.random.split(key, len(shapes))
-        return [jax.random.normal(k, shape).astype(dtype) for k, shape in zip(keys, shapes, strict=True)]
-
-    return make
+    return lambda seed: normals(seed, *shapes, dtype=dtype)
 
 
 def gemm_shards(add: bool) -> tuple[Shard, ...]:
@@ -64,9 +58,9 @@ def batched_gemm(in_axes: Any) -> Any:
     return fn
 
 
-def batched_args(key: jax.Array) -> list[jax.Array]:
-    activations = [quantized(k)[:2] for k in jax.random.split(key, 4)]
-    return [*(jnp.stack(x) for x in zip(*activations, strict=True)), *quantized(key)[2:]]
+def batched_args(seed: int) -> list[jax.Array]:
+    activations = [quantized(seed + 10 * i)[:2] for i in range(4)]
+    return [*(jnp.stack(x) for x in zip(*activations, strict=True)), *quantized(seed)[2:]]
 
 
 def layer(x: jax.Array, w: jax.Array, out_sharding: Any = None) -> jax.Array:

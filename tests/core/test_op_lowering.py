@@ -7,6 +7,7 @@ import functools
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,16 +24,14 @@ import jax_deepgemm
 from jax_deepgemm.core import _private, kernel_rule
 from jax_deepgemm.core.op import Op
 from tests.shared import op_checks, toy_ops
+from tests.shared.arrays import normal, normals
 from tests.shared.toy_ops import BF16, BLOCK, F32
 
 M, N, K = 16, 72, 88
 
 
 def operands(add: Any = None, batch: tuple[int, ...] = ()) -> list[jax.Array]:
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, w, c = (
-        jax.random.normal(k, s) for k, s in zip(keys, ((*batch, M, K), (N, K), (*batch, M, N)), strict=True)
-    )
+    x, w, c = normals(0, (*batch, M, K), (N, K), (*batch, M, N))
     quantize = functools.partial(toy_ops.quantize, block=(1, BLOCK))
     for _ in batch:
         quantize = jax.vmap(quantize)
@@ -163,7 +162,7 @@ def test_gpu_without_kernel_runs_the_reference_if_asked(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("mode", ["jit", "auto", "explicit", "shard_map"])
 def test_donated_addend_gives_its_buffer(mode: str) -> None:
-    case = op_checks.OpCase("add", toy_ops.block_gemm, lambda key: operands(add=F32))
+    case = op_checks.OpCase("add", toy_ops.block_gemm, lambda seed: operands(add=F32))
     if mode == "jit":
         arrays = operands(add=F32)
         compiled = jax.jit(toy_ops.block_gemm, donate_argnums=4).lower(*arrays).compile()
@@ -178,7 +177,7 @@ def test_donated_addend_gives_its_buffer(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["auto", "explicit", "shard_map"])
 def test_op_name_stands_in_the_program(mode: str) -> None:
-    case = op_checks.OpCase("gemm", toy_ops.block_gemm, lambda key: operands())
+    case = op_checks.OpCase("gemm", toy_ops.block_gemm, lambda seed: operands())
     shard = op_checks.Shard((P("x"), P("x"), P(), P()), P("x"))
     compiled, _ = op_checks.compile_sharded(case, shard, mode)
     names = re.findall(r'op_name="([^"]*)"', compiled.as_text())
@@ -190,18 +189,21 @@ def test_op_name_stands_in_the_program(mode: str) -> None:
 @pytest.mark.parametrize(("reduce_dtype", "exchanged"), [(None, "f32"), ("bfloat16", "bf16")])
 def test_reduce_dtype(mode: str, scatter: bool, reduce_dtype: Any, exchanged: str) -> None:
     fn = functools.partial(toy_ops.block_gemm, out_dtype=BF16, reduce_dtype=reduce_dtype)
-    case = op_checks.OpCase("gemm", fn, lambda key: operands())
+    case = op_checks.OpCase("gemm", fn, lambda seed: operands())
     shard = op_checks.Shard((P(None, "y"), P(), P(None, "y"), P()), P("y") if scatter else P())
-    compiled, placed = op_checks.compile_sharded(case, shard, mode)
+    with exchanged_dtypes() as seen:
+        compiled, placed = op_checks.compile_sharded(case, shard, mode)
     op_checks.assert_same(compiled(*placed), fn(*operands()), 2**-6)
     sums = {"all-reduce": "all_reduce", "reduce-scatter": "reduce_scatter"}
     lowered = jax.jit(fn).lower(*operands()).as_text()
     assert not any(name in lowered for name in sums.values())
     # XLA:CPU computes bf16 collectives in f32, so the exchanged dtype is read where the program still has it
-    assert {exchanged} == _exchanged_dtypes(case, shard, mode)
+    assert seen == {exchanged}
 
 
-def _exchanged_dtypes(case: op_checks.OpCase, shard: op_checks.Shard, mode: str) -> set[str]:
+@contextlib.contextmanager
+def exchanged_dtypes() -> Iterator[set[str]]:
+    """The dtypes of sums over devices that are traced inside."""
     seen: set[str] = set()
     import jax_deepgemm.core.op as op_module
 
@@ -222,10 +224,9 @@ def _exchanged_dtypes(case: op_checks.OpCase, shard: op_checks.Shard, mode: str)
     op_module.lax = Spy()  # type: ignore[assignment]
     try:
         jax.clear_caches()
-        op_checks.compile_sharded(case, shard, mode)
+        yield seen
     finally:
         op_module.lax = real
-    return seen
 
 
 def test_equal_calls_have_equal_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +372,7 @@ def test_partial_shard_map_leaves_explicit_axes_cut() -> None:
 def test_cut_that_does_not_divide_is_gathered() -> None:
     """XLA would pad 4 shards of 90 columns with undefined data, and the sum would take it in."""
     mesh = op_checks.make_mesh("auto")
-    a, b = jax.random.normal(jax.random.key(0), (2, 8, 90))
+    a, b = normal(0, 2, 8, 90, dtype=F32)
 
     def fn(a: jax.Array, b: jax.Array) -> jax.Array:
         cut = NamedSharding(mesh, P(None, "y"))
@@ -397,7 +398,7 @@ def test_vmap_with_spmd_axis_name() -> None:
 
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 def test_64_bit_mode(mode: str) -> None:
-    case = op_checks.OpCase("gemm", toy_ops.block_gemm, lambda key: operands())
+    case = op_checks.OpCase("gemm", toy_ops.block_gemm, lambda seed: operands())
     with jax.enable_x64(True):
         assert toy_ops.block_gemm(*operands()).dtype == F32
         for spec, out in ((P("y"), P(None, "y")), (P(None, "y"), P())):
@@ -492,7 +493,7 @@ def test_without_the_device_set_operands_are_gathered(
     _private.log_once.cache_clear()
     monkeypatch.setattr(_private, "_needs_devices", None)
     op = toy_ops.make_block_gemm("toy_gathered")
-    case = op_checks.OpCase("", lambda *a: op(*a, out_dtype=F32)[0], lambda key: operands())
+    case = op_checks.OpCase("", lambda *a: op(*a, out_dtype=F32)[0], lambda seed: operands())
     with caplog.at_level(logging.WARNING, "jax_deepgemm"):
         op_checks.assert_same(case.fn(*operands()), toy_ops.block_gemm(*operands()), 1e-6)
         shard = op_checks.Shard((P("x"), P("x"), P(), P()), P("x"))

@@ -43,7 +43,7 @@ def run_python(code: str, *args: str, **environment: str) -> str:
 @pytest.mark.parametrize("mode", ["single", "explicit", "shard_map"])
 def test_export_and_reload_in_another_process(mode: str, tmp_path: Path) -> None:
     fn: Any = toy_ops.block_gemm
-    arrays = quantized(jax.random.key(0))
+    arrays = quantized(0)
     specs = (P("x", "y"), P("x"), P(None, "y"), P())
     if mode == "explicit":
         mesh = op_checks.make_mesh("explicit")
@@ -85,8 +85,8 @@ def test_export_for_cuda_needs_the_check_disabled_and_gets_it() -> None:
     pytest.importorskip("jax_deepgemm._ffi")
     export = functools.partial(jax.export.export, jax.jit(toy_ops.block_gemm), platforms=["cuda"])
     with pytest.raises(ValueError, match="jax_deepgemm_launch"):
-        export()(*quantized(jax.random.key(0)))
-    exported = export(disabled_checks=jax_deepgemm.export_checks)(*quantized(jax.random.key(0)))
+        export()(*quantized(0))
+    exported = export(disabled_checks=jax_deepgemm.export_checks)(*quantized(0))
     again = jax.export.deserialize(exported.serialize())
     assert again.platforms == ("cuda",)
     assert b"jax_deepgemm_launch" in again.mlir_module_serialized

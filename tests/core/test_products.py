@@ -28,6 +28,7 @@ def test_as_jax_under_two_levels_of_vmap(form: Any) -> None:
     rng = np.random.default_rng(0)
     mine = functools.partial(products.dot_general, contracts=contracts, batch=batch)
     theirs = functools.partial(jax.lax.dot_general, dimension_numbers=(contracts, batch), precision="highest")
+    cases, operands = [], []
     for inner, outer in itertools.product(AXES, AXES):
         arrays = []
         for shape, axes in ((a_shape, (inner[0], outer[0])), (b_shape, (inner[1], outer[1]))):
@@ -38,9 +39,16 @@ def test_as_jax_under_two_levels_of_vmap(form: Any) -> None:
             jax.eval_shape(jax.vmap(jax.vmap(product, inner), outer), *arrays) for product in (mine, theirs)
         )
         assert got.shape == expected.shape
-        if inner != outer:  # numbers of some
-            got, expected = (jax.vmap(jax.vmap(product, inner), outer)(*arrays) for product in (mine, theirs))
-            np.testing.assert_array_equal(got, expected)
+        cases.append((inner, outer))
+        operands.append(arrays)
+
+    def numbers(product: Any) -> Any:
+        """Of all cases, in one program."""
+        mapped = [jax.vmap(jax.vmap(product, inner), outer) for inner, outer in cases]
+        return jax.jit(lambda operands: [one(*arrays) for one, arrays in zip(mapped, operands)])(operands)
+
+    for got, expected in zip(numbers(mine), numbers(theirs), strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize(

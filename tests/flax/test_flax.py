@@ -26,13 +26,10 @@ from jax_deepgemm.flax import (  # noqa: E402
     named_shardings,
     quantize_module,
 )
+from tests.shared.arrays import normal  # noqa: E402
 
 RECIPES = ("fp8", "bf16")
 TOLERANCE = {"fp8": 0.06, "bf16": 0.01}
-
-
-def normal(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
 def relative(got, want) -> float:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 nnx = pytest.importorskip("flax.nnx")
 
 from jax_deepgemm.flax import Linear, MoE, SwiGLU, quantize_module  # noqa: E402
+from tests.shared.arrays import normal  # noqa: E402
 
 init = nnx.initializers
 INITIALIZERS = {
@@ -23,10 +24,6 @@ INITIALIZERS = {
 }
 """Also those whose scale depends on fan-out."""
 DTYPES = (jnp.bfloat16, jnp.float32)
-
-
-def normal(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
 def std(weight) -> float:

@@ -17,6 +17,7 @@ from jax_deepgemm import QuantizedArray
 from jax_deepgemm.ops.gemm import api, padding, reference
 from jax_deepgemm.ops.gemm import op as ops
 from tests.shared import gemm_oracle as oracle
+from tests.shared.arrays import normal
 from tests.shared.cases import (
     BLOCK,
     EDGE_SHAPES,
@@ -120,8 +121,8 @@ def test_empty_has_zero_gradients():
 def test_quantized_array_says_its_block():
     """With n = 1 both scale blocks have scales of one shape and one meaning."""
     for n in (1, 2, 200):
-        w = jax.random.normal(jax.random.key(0), (n, 256))
-        x = jdg.quantize(jax.random.normal(jax.random.key(1), (8, 256)))
+        w = normal(0, n, 256, dtype=jnp.float32)
+        x = jdg.quantize(normal(1, 8, 256, dtype=jnp.float32))
         for block in (BLOCK, ROW):
             q = jdg.quantize(w, block)
             got = jdg.fp8_gemm_nt(x, q, out_dtype=jnp.float32)
@@ -132,10 +133,7 @@ def test_quantized_array_says_its_block():
 
 
 def test_quantised_product_is_near_the_unquantised_one():
-    x, w = (
-        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
-        for i, shape in enumerate(((64, 1024), (192, 1024)))
-    )
+    x, w = (normal(i, *shape) for i, shape in enumerate(((64, 1024), (192, 1024))))
     y = jdg.fp8_gemm_nt(jdg.quantize(x), jdg.quantize(w, BLOCK))
     assert oracle.calc_diff(y, oracle.bf16_float64(Case(64, 192, 1024), x, w)) < 1e-3
 

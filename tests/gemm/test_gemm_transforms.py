@@ -20,6 +20,7 @@ import jax_deepgemm as jdg
 from jax_deepgemm.ops.gemm import op as ops
 from tests.shared import gemm_oracle as oracle
 from tests.shared import op_checks
+from tests.shared.arrays import normals
 from tests.shared.cases import BLOCK, LAYOUTS, ROW, Case
 from tests.shared.op_checks import OpCase, Shard
 
@@ -30,14 +31,6 @@ ALL = ("auto", "explicit", "shard_map")
 
 def fp8_case(m: int = M, n: int = N, k: int = K, **options: Any) -> Case:
     return Case(m, n, k, **options)
-
-
-def fp8_args(case: Case, key: jax.Array) -> list[Any]:
-    return oracle.fp8_operands(case, int(jax.random.randint(key, (), 0, 1 << 30)))
-
-
-def bf16_args(case: Case, key: jax.Array) -> list[Any]:
-    return oracle.bf16_operands(case, int(jax.random.randint(key, (), 0, 1 << 30)))
 
 
 def run_fp8(
@@ -102,7 +95,7 @@ def fp8_op(name: str, case: Case, **fields: Any) -> OpCase:
     return OpCase(
         name,
         functools.partial(run_fp8, out=case.out),
-        functools.partial(fp8_args, case),
+        functools.partial(oracle.fp8_operands, case),
         tolerance=2**-7 if case.out == "bfloat16" else 1e-5,
         **{"nests": (((0,) * operands,), ((0, 0, *free),)), **fields},
     )
@@ -115,7 +108,7 @@ def bf16_op(layout: str, add: bool, out: str, sharded: bool = False) -> OpCase:
     return OpCase(
         f"bf16-{layout}-{out}" + ("-add" if add else ""),
         functools.partial(run_bf16, **params),
-        functools.partial(bf16_args, case),
+        functools.partial(oracle.bf16_operands, case),
         nests=(((0, None, None)[:operands],), ((None, 1, 0)[:operands], (0,) * operands)),
         shards=bf16_shards(layout, add) if sharded else (),
         plain=functools.partial(plain_bf16, **params),
@@ -238,7 +231,7 @@ def test_c_is_donated(mode):
         placed, program = operands, jax.jit(run, donate_argnums=4).lower(*operands).compile()
     else:
         shard = Shard(specs, P("x", "y"))
-        op = OpCase("donated", run, lambda key: operands)
+        op = OpCase("donated", run, lambda seed: operands)
         program, placed = op_checks.compile_sharded(op, shard, mode, donate_argnums=4)
     assert program.memory_analysis().alias_size_in_bytes > 0
     got = program(*placed)
@@ -324,10 +317,11 @@ def test_export_runs_in_another_process(tmp_path: Path):
         y = jdg.fp8_gemm_nt(jdg.quantize(x), jdg.quantize(w, BLOCK))
         return y.astype(F32) + jdg.bf16_gemm_nt(x.astype(BF16), w.astype(BF16), out_dtype=F32)
 
-    x, w = (jax.random.normal(jax.random.key(i), (n, 300)) for i, n in enumerate((6, 200)))
+    x, w = normals(0, (6, 300), (200, 300))
     (tmp_path / "program").write_bytes(export.export(jax.jit(run))(x, w).serialize())
     np.savez(tmp_path / "arrays.npz", x=x, w=w, want=jax.jit(run)(x, w))
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    flags = "--xla_backend_optimization_level=0"  # one device, and compiled as here
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-c", LOAD, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

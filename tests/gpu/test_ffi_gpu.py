@@ -98,6 +98,13 @@ extern "C" __global__ void spread(const float* sum, float* y, int n) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) y[i] = *sum;
 }""",
+    "meet": """
+extern "C" __global__ void meet(unsigned* arrived, float* y) {
+  if (threadIdx.x != 0) return;
+  atomicAdd(arrived, 1);
+  while (atomicAdd(arrived, 0) < gridDim.x) __nanosleep(100);  // until every block has come
+  y[blockIdx.x] = gridDim.x;
+}""",
     "bounded": """
 extern "C" __global__ void __launch_bounds__(128) bounded(float* y) {
   __shared__ float fixed[4096];
@@ -139,9 +146,9 @@ def numbers(*shape):
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
 
 
-def tma_copy_plan(rows, cols):
+def tma_copy_plan(rows, cols, dtype="float32"):
     def tensor(buffer):
-        return TensorMap(buffer, "float32", (cols, rows), (cols * 4,), (32, 64), swizzle=128)
+        return TensorMap(buffer, dtype, (cols, rows), (cols * 4,), (32, 64), swizzle=128)
 
     grid = (-(-cols // 32), -(-rows // 64), 1)
     return LaunchPlan(
@@ -149,15 +156,23 @@ def tma_copy_plan(rows, cols):
     )
 
 
+@pytest.mark.smoke
 def test_pointers_and_scalars():
     x = numbers(1000)
     np.testing.assert_array_equal(jax.jit(caller(axpy_plan(1000, 2.0, -3)))(x), 2 * x - 3)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", [(64, 32), (100, 68), (1, 4), (1000, 2052)])
 def test_tensor_maps_with_tails(shape):
     x = numbers(*shape)
     np.testing.assert_array_equal(jax.jit(caller(tma_copy_plan(*shape)))(x), x)
+
+
+@pytest.mark.parametrize("dtype", ["float32_ftz", "tfloat32", "tfloat32_ftz"])
+def test_tensor_maps_of_special_float32(dtype):
+    x = jnp.arange(100 * 68, dtype=jnp.float32).reshape(100, 68) % 1024  # 10 bits: TF32 has them all
+    np.testing.assert_array_equal(jax.jit(caller(tma_copy_plan(100, 68, dtype)))(x), x)
 
 
 def test_tensor_maps_follow_their_buffers():
@@ -179,6 +194,7 @@ def test_dynamic_shared_memory(kilobytes):
     np.testing.assert_array_equal(jax.jit(caller(LaunchPlan((step,))))(x), x[::-1])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("cluster", [1, 2, 8, 16])
 def test_clusters(cluster):
     step = Launch(kernel("cluster_rank"), (32, 1, 1), 32, (Result(0),), cluster=cluster)
@@ -195,6 +211,7 @@ def sum_plan(n, pdl=False):
     return LaunchPlan((Memset(Scratch(0), 4), add, spread), (256,), "sum")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("pdl", [False, True])
 def test_memset_scratch_and_dependent_launches(pdl):
     x = jnp.arange(1000, dtype=jnp.float32) % 7
@@ -210,19 +227,65 @@ def test_memset_of_a_result():
     np.testing.assert_array_equal(y[:2], [5, 5])
 
 
-# Command buffers.
-
-
-@pytest.mark.parametrize("pdl", [False, True])
-def test_a_chain_is_captured_with_default_flags(pdl):
-    call = caller(axpy_plan(4096, 1.0, 1, pdl=pdl))
-
+def chain_of_200(call):
     @jax.jit
     def chain(x):
         for _ in range(200):
             x = call(x)
         return x
 
+    return chain
+
+
+def test_memset_of_32_bits():
+    """Inside a command buffer too: minus infinity around what an axpy has written."""
+    n, infinity = 1000, Scalar(float("-inf"), "float32")
+    ends = (Memset(Result(0), 8, infinity), Memset(Result(0, 4 * (n - 300)), 1200, infinity))
+    call = caller(LaunchPlan((*axpy_plan(n, 1.0, 1).steps, *ends), label="fill"))
+    expected = np.full(n, -np.inf, np.float32)
+    expected[2 : n - 300] = 200
+    chain = chain_of_200(call)
+    for _ in range(3):
+        np.testing.assert_array_equal(chain(jnp.zeros(n)), expected)
+
+
+# Grids that depend on the device, and those whose blocks wait for each other.
+
+
+def meeting_plan(**options):
+    """Blocks that go on when all have come; y holds their number, at most 4096."""
+    step = Launch(kernel("meet"), (4096, 1, 1), 128, (Scratch(0), Result(0)), cooperative=True, **options)
+    return LaunchPlan((Memset(Scratch(0), 4), Memset(Result(0), 4 * 4096), step), (256,), "meeting")
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("blocks_per_sm", [1, 3])
+def test_a_grid_of_blocks_per_sm_meets(blocks_per_sm, cluster):
+    device = jax.devices("cuda")[0]
+    if cluster == 2 and device.core_count % 2:
+        pytest.skip("an odd number of SMs")
+    blocks = blocks_per_sm * device.core_count
+    y = jax.jit(caller(meeting_plan(blocks_per_sm=blocks_per_sm, cluster=cluster)))(jnp.zeros(4096))
+    np.testing.assert_array_equal(y, np.where(np.arange(4096) < blocks, blocks, 0))
+
+
+def test_meetings_are_captured():
+    chain = chain_of_200(caller(meeting_plan(blocks_per_sm=1)))
+    blocks = jax.devices("cuda")[0].core_count
+    chain(jnp.zeros(4096)).block_until_ready()
+    ffi.reset_execute_counters()
+    for _ in range(20):
+        y = chain(jnp.zeros(4096)).block_until_ready()
+    assert ffi.execute_count() <= 400, "the calls run outside command buffers"
+    np.testing.assert_array_equal(y, np.where(np.arange(4096) < blocks, blocks, 0))
+
+
+# Command buffers.
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+def test_a_chain_is_captured_with_default_flags(pdl):
+    chain = chain_of_200(caller(axpy_plan(4096, 1.0, 1, pdl=pdl)))
     x = jnp.zeros(4096)
     chain(x).block_until_ready()
     chain(x).block_until_ready()
@@ -236,6 +299,7 @@ def test_a_chain_is_captured_with_default_flags(pdl):
     assert count <= 400, "the calls run outside command buffers"
 
 
+@pytest.mark.alone  # a clock decides
 @pytest.mark.parametrize(("name", "limit_ns"), [("axpy", 5000), ("copy", 5000)])
 def test_host_cost_of_an_uncaptured_launch(name, limit_ns):
     """A loop whose length is data is not captured; 400 launches do not fill the stream's queue."""
@@ -313,6 +377,7 @@ def fails_with(message, function, x):
     np.testing.assert_array_equal(caller(axpy_plan(8))(jnp.ones(8)), np.full(8, 3))
 
 
+@pytest.mark.smoke
 def test_code_for_another_architecture():
     plan = axpy_plan(8, kernel_=FakeKernel("axpy", b"for another chip", "100a"))
     fails_with(
@@ -327,6 +392,7 @@ def test_bytes_that_are_no_cubin():
     )
 
 
+@pytest.mark.smoke
 def test_missing_code_names_the_way_out():
     plan = axpy_plan(8, kernel_=FakeKernel("axpy", b"never registered"))
     message = r"kernel axpy \(sm_90a, SHA-256 [0-9a-f]{64}\) of axpy \[8\] was not found.*embed_kernels"
@@ -380,9 +446,18 @@ def test_too_many_threads():
     )
 
 
+@pytest.mark.smoke
 def test_too_much_shared_memory():
     plan = bounded_plan(Result(0), shared_memory=220_000)
     fails_with(r"kernel bounded needs 220000 \+ 16384 bytes of shared memory", caller(plan), jnp.ones(128))
+
+
+def test_too_many_blocks_that_wait_for_each_other():
+    fails_with(
+        r"the 4096 blocks of kernel meet wait for each other .* runs at most \d+\. Plan fewer blocks",
+        caller(meeting_plan()),
+        jnp.ones(4096),
+    )
 
 
 def test_parameters_that_do_not_fit():

@@ -6,7 +6,8 @@ Run: pytest -m gpu tests/gpu/test_fused_gpu.py        (about a minute, kernels c
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import pytest
 import jax_deepgemm as jdg
 from jax_deepgemm.activation import swiglu_grad_quantize, swiglu_quantize
 from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
+from jax_deepgemm.ops.quantize.problem import QuantizeProblem
 from jax_deepgemm.ops.swiglu import reference as swiglu_reference
 
 F32 = jnp.float32
@@ -43,6 +45,27 @@ SHAPES = (
     (19, 896),
     (35, 1021),
 )
+FORMAT_SHAPES = ((264, 392), (129, 131))
+SPECIAL_SHAPES = ((264, 392), (131, 133), (19, 1000))
+SWIGLU_SHAPES = ((256, 128), (136, 384), (264, 264), (129, 131), (5, 8), (1, 1), (1, 2048), (300, 1000))
+
+
+def kernels() -> Iterator[QuantizeProblem]:
+    """What the tables below need (kernels.py)."""
+    alone = [{"block": block} for block in BLOCKS]
+    both = [{"block": block, "transposed": True} for block in BLOCKS[:2]]
+    for shapes, inputs, kinds in (
+        (SHAPES, ("bfloat16",), alone),
+        (SHAPES, ("bfloat16", "float32"), both),
+        (SPECIAL_SHAPES, INPUTS, alone + both),
+        (FORMAT_SHAPES, INPUTS, [kind | {"ue8m0": True} for kind in alone]),
+        (FORMAT_SHAPES, INPUTS, alone),
+    ):
+        for shape, x, fp8, kind in itertools.product(shapes, inputs, DTYPES, kinds):
+            yield QuantizeProblem("quantize", *shape, x, fp8, **kind)
+    for (m, i), x, weighted in itertools.product(SWIGLU_SHAPES, ("bfloat16", "float32"), (True, False)):
+        yield QuantizeProblem("swiglu", m, i, x, transposed=True, weighted=weighted)
+        yield QuantizeProblem("swiglu_grad", m, 2 * i, x, transposed=True, weighted=weighted)
 
 
 def draw(shape: tuple[int, ...], dtype: str = "bfloat16", seed: int = 0, spread: float = 2) -> np.ndarray:
@@ -96,7 +119,7 @@ def test_quantize_bit_for_bit(block, shape):
 @pytest.mark.parametrize("x_dtype", INPUTS)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_quantize_types_and_formats(block, x_dtype):
-    for shape in ((264, 392), (129, 131)):
+    for shape in FORMAT_SHAPES:
         for dtype in DTYPES:
             for scale_format in FORMATS:
                 x = draw(shape, x_dtype)
@@ -106,7 +129,7 @@ def test_quantize_types_and_formats(block, x_dtype):
 @pytest.mark.parametrize("x_dtype", INPUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_specials(dtype, x_dtype):
-    for shape in ((264, 392), (131, 133), (19, 1000)):
+    for shape in SPECIAL_SHAPES:
         x = with_specials(draw(shape, x_dtype))
         for block in BLOCKS:
             assert_bits(*on_both(quantize(block, dtype), x))
@@ -114,6 +137,7 @@ def test_specials(dtype, x_dtype):
         assert_bits(*on_both(functools.partial(quantize_weight, dtype=getattr(jnp, dtype)), x))
 
 
+@pytest.mark.smoke
 def test_extreme_magnitudes():
     tops = np.array([3e38, 1e30, 448.0, 1e-4, 1e-20, 7e-34, 6e-36, 5e-36, 1e-38, 1e-44, 0.0], np.float32)
     x = np.repeat(tops[:, None] * np.linspace(-1, 1, 128, dtype=np.float32), 128, axis=0)
@@ -123,6 +147,7 @@ def test_extreme_magnitudes():
                 assert_bits(*on_both(quantize(block, dtype, scale_format), x))
 
 
+@pytest.mark.smoke
 def test_min_amax():
     x = draw((264, 392)) * np.float32(1e-6)
     for block in BLOCKS:
@@ -225,9 +250,6 @@ def near(function: Callable[..., Any], *arrays: Any, tolerance: float = 0.07) ->
         assert (mine == theirs).mean() > 0.99 if one.size > 1000 else True, (i, (mine == theirs).mean())
 
 
-SWIGLU_SHAPES = ((256, 128), (136, 384), (264, 264), (129, 131), (5, 8), (1, 1), (1, 2048), (300, 1000))
-
-
 @pytest.mark.parametrize("weighted", [True, False], ids=("weight", "plain"))
 @pytest.mark.parametrize("shape", SWIGLU_SHAPES, ids=str)
 def test_swiglu(shape, weighted):
@@ -254,6 +276,7 @@ def test_swiglu_options(transposed):
             near(functools.partial(swiglu_grad_quantize, **options), h, weight, dact)
 
 
+@pytest.mark.smoke
 def test_swiglu_vmap():
     h, dact = draw((3, 136, 512), spread=0.5), draw((3, 136, 256), seed=1, spread=0.5)
     weight, rows = draw((136,), "float32", 2, spread=0), np.array([136, 50, 0], np.int32)
@@ -262,6 +285,7 @@ def test_swiglu_vmap():
     near(jax.vmap(swiglu_grad_quantize, (0, None, None, 0)), h, weight, dact[0], rows)
 
 
+@pytest.mark.smoke
 def test_swiglu_many_tiles_against_float32():
     """More tiles than SMs, so that the gradient's blocks walk; against dequantised float32 on the GPU."""
     m, i = 4096, 2048

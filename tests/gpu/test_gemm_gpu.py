@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -22,27 +23,34 @@ from jax import lax
 import jax_deepgemm as jdg
 from jax_deepgemm.core.chip import H200
 from jax_deepgemm.ops.gemm import reference
+from jax_deepgemm.ops.gemm.problem import GemmProblem
 from jax_deepgemm.ops.gemm.sm90.config import tma_store
-from jax_deepgemm.ops.gemm.sm90.source import kernel_source
-from jax_deepgemm.tools.precompile import compile_many
 from tests.shared import cases
 from tests.shared import gemm_oracle as oracle
 from tests.shared.cases import BLOCK, EDGE_SHAPES, FP8_PAIRS, LAYOUTS, ROW, ZERO_SHAPES, Case
-from tests.shared.choosing import choose, ranked
+from tests.shared.choosing import ranked
 from tests.shared.gemm_products import (
     BF16_LIMIT,
     FP8_LIMIT,
     ORACLE_LIMIT,
+    bf16_exact,
     bf16_gemm,
-    bf16_want,
     check,
     check_bf16,
     check_fp8,
+    fp8_exact,
     fp8_gemm,
-    fp8_want,
     problem,
 )
-from tests.shared.gpu_programs import C_ELSEWHERE, chain, difference, program, with_c_elsewhere
+from tests.shared.gpu_programs import (
+    C_ELSEWHERE,
+    PIECE,
+    chain,
+    difference,
+    program,
+    random_numbers,
+    with_c_elsewhere,
+)
 
 BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 
@@ -76,21 +84,34 @@ def bf16_edges(index: int) -> list[Case]:
     ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _warm() -> None:
-    """Compiles the kernels of the tables in parallel."""
+def e5m2_cases(pair: tuple[str, str]) -> list[Case]:
+    return [Case(m, 576, 1000, a_dtype=pair[0], b_dtype=pair[1]) for m in (3, 200)]
+
+
+FP8_IN_ANY_LAYOUT = [
+    Case(100, 264, 400, out="float32", accumulate=True),
+    Case(5, 72, 129, b_block=ROW),
+]
+POISONED = ((1, 8, 192), (5, 104, 256), (63, 136, 128), (129, 577, 1000), (200, 2112, 7296), (300, 248, 640))
+
+
+def kernels() -> Iterator[GemmProblem]:
+    """What the tables below need (kernels.py)."""
     every = range(len(EDGE_SHAPES))
     fp8 = FP8_FORWARD + FP8_DGRAD + FP8_WGRAD + [c for i in every for c in fp8_edges(i)]
     bf16 = BF16_FORWARD + BF16_DGRAD + BF16_WGRAD + [c for i in every for c in bf16_edges(i)]
-    problems = [problem(c, True) for c in fp8] + [problem(c, False) for c in bf16]
-    sources = {s.name: s for s in (kernel_source(p, choose(p, H200)) for p in problems)}
-    compile_many(list(sources.values()), progress=False)
+    for shape, out in itertools.product(POISONED, cases.OUT_DTYPES):
+        both = [Case(*shape, out), Case(*shape, "float32", accumulate=True)]
+        fp8, bf16 = fp8 + both, bf16 + both
+    fp8 += [case for case_list in (e5m2_cases(pair) for pair in FP8_PAIRS) for case in case_list]
+    yield from (problem(case, True) for case in fp8 + FP8_IN_ANY_LAYOUT)
+    yield from (problem(case, False) for case in bf16)
 
 
 @functools.cache
 def pool() -> jax.Array:
     """Standard normal numbers that every test cuts its operands from."""
-    return jax.random.normal(jax.random.key(7), (129280 * 7168 + (1 << 24),), BF16)
+    return random_numbers(129280 * 7168 + PIECE)
 
 
 def cut(numbers: jax.Array, seed: int, *shape: int) -> jax.Array:
@@ -205,11 +226,13 @@ def test_edges(index):
     check_bf16(bf16_edges(index))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("pair", FP8_PAIRS, ids=str)
 def test_e5m2(pair):
-    check_fp8([Case(m, 576, 1000, a_dtype=pair[0], b_dtype=pair[1]) for m in (3, 200)])
+    check_fp8(e5m2_cases(pair))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fp8_layouts(layout):
     def run(case: Case, arrays: list[Any]) -> jax.Array:
@@ -218,9 +241,10 @@ def test_fp8_layouts(layout):
         second = (b.T, sb.T) if layout[1] == "n" else (b, sb)
         return getattr(jdg, f"fp8_gemm_{layout}")(first, second, *c, out_dtype=case.out)
 
-    check_fp8([Case(100, 264, 400, out="float32", accumulate=True), Case(5, 72, 129, b_block=ROW)], run)
+    check_fp8(FP8_IN_ANY_LAYOUT, run)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", ZERO_SHAPES, ids=str)
 def test_empty(shape):
     for add in (False, True):
@@ -253,6 +277,7 @@ def test_extreme_values_and_scales(m):
     assert np.abs(np.asarray(got) - want).max() <= 1e-3 * row_scale.max()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("m", [4, 200])
 def test_a_nan_stays_in_its_row(m):
     case = Case(m, 264, 448, out="float32")
@@ -266,8 +291,6 @@ def test_a_nan_stays_in_its_row(m):
 
 # Poison ---------------------------------------------------------------------------------------------------
 
-POISONED = ((1, 8, 192), (5, 104, 256), (63, 136, 128), (129, 577, 1000), (200, 2112, 7296), (300, 248, 640))
-
 
 @pytest.mark.parametrize("shape", POISONED, ids=str)
 @pytest.mark.parametrize("out", cases.OUT_DTYPES)
@@ -275,8 +298,8 @@ def test_result_buffer_full_of_nan(shape, out):
     """The result takes the place of a donated buffer of NaN: every element is written."""
     case = Case(*shape, out=out)
     for run, want, arrays in (
-        (fp8_gemm, fp8_want, oracle.fp8_operands(case)),
-        (bf16_gemm, functools.partial(bf16_want, case), oracle.bf16_operands(case)),
+        (fp8_gemm, fp8_exact, oracle.fp8_operands(case)),
+        (bf16_gemm, functools.partial(bf16_exact, case), oracle.bf16_operands(case)),
     ):
         poisoned = jnp.full((case.m, case.n), jnp.nan, out)
         place = poisoned.unsafe_buffer_pointer()
@@ -320,7 +343,7 @@ def test_vmap_fp8(shape, shared):
     axes = [None if i in shared else 0 for i in range(5)]
     got = program(jax.vmap(lambda *x: fp8_gemm(case, list(x)), axes))(*mixed)
     for z in range(batch):
-        want = fp8_want([each[0 if i in shared else z][i] for i in range(5)])
+        want = fp8_exact([each[0 if i in shared else z][i] for i in range(5)])
         assert float(difference(got[z], want)) < ORACLE_LIMIT["float32"]
 
 
@@ -333,10 +356,11 @@ def test_vmap_bf16(layout, shared):
     axes = [None if i in shared else 0 for i in range(2)]
     got = program(jax.vmap(lambda *x: bf16_gemm(case, list(x)), axes))(*mixed)
     for z in range(3):
-        want = bf16_want(case, [each[0 if i in shared else z][i] for i in range(2)])
+        want = bf16_exact(case, [each[0 if i in shared else z][i] for i in range(2)])
         assert float(difference(got[z], want)) < BF16_LIMIT["float32"]
 
 
+@pytest.mark.smoke
 def test_vmap_of_vmap():
     """Two levels, one on each operand: every pair."""
     case = Case(40, 72, 128, out="float32")
@@ -344,7 +368,7 @@ def test_vmap_of_vmap():
     pairs = jax.vmap(jax.vmap(lambda a, b: bf16_gemm(case, [a, b]), (None, 0)), (0, None))
     got = program(pairs)(a, b)
     for i, j in np.ndindex(2, 3):
-        assert float(difference(got[i, j], bf16_want(case, [a[i], b[j]]))) < BF16_LIMIT["float32"]
+        assert float(difference(got[i, j], bf16_exact(case, [a[i], b[j]]))) < BF16_LIMIT["float32"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -384,6 +408,7 @@ def test_many_calls_in_one_program(scanned):
         assert oracle.calc_diff(got[0], chain(once, x, w, steps=8)) < 1e-3
 
 
+@pytest.mark.smoke
 def test_donated_c_is_updated_in_place():
     case = Case(256, 1024, 512, out="float32", accumulate=True)
     *arrays, c = oracle.fp8_operands(case)
@@ -414,7 +439,7 @@ def on_both(function: Callable[..., Any], *arrays: Any) -> tuple[Any, Any]:
     """Results on the GPU and on the CPU."""
     cpu = jax.devices("cpu")[0]
     there = jax.jit(function)(*jax.device_put(arrays, cpu))
-    return jax.jit(function)(*arrays), there
+    return program(function)(*arrays), there
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -438,7 +463,7 @@ def test_fp8_linear_is_that_of_the_reference(shape):
         y, vjp = jax.vjp(jdg.fp8_linear, x, w)
         return y, *vjp(dy)
 
-    exact = dot32(x, w), dot32(dy, w.T), dot32(dy.T, x.T)
+    exact = program(lambda x, w, dy: (dot32(x, w), dot32(dy, w.T), dot32(dy.T, x.T)))(x, w, dy)
     for one, other, want in zip(*on_both(run, x, w, dy), exact, strict=True):
         assert oracle.calc_diff(one, other) < 1e-5
         assert oracle.calc_diff(one, want) < FP8_LIMIT

@@ -1,10 +1,7 @@
 """Grouped GEMMs on an H200: the shape tables, edge cases, poison, repeatability, transformations.
 
-Every element of every result is compared with the oracle, group by group in float32 on the GPU: `oracle`
-limits are against the operands as the kernel reads them (dequantised), `exact` ones against the numbers that
-were quantised. What lies outside all groups is NaN in A and in its scales, always.
-
-The programs of the chosen tests are compiled ahead, in parallel.
+Every element of every result is compared with the oracle, group by group in float32 on the GPU: see
+grouped_programs.py. The programs of the chosen tests are compiled ahead, in parallel.
 
 Run: pytest -m gpu tests/gpu/test_grouped_gpu.py        (under 150 s, kernels compiled anew)
 """
@@ -12,11 +9,9 @@ Run: pytest -m gpu tests/gpu/test_grouped_gpu.py        (under 150 s, kernels co
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,180 +19,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 import jax_deepgemm as jdg
 from jax_deepgemm.core.chip import H200
+from jax_deepgemm.jit import KernelSource
 from jax_deepgemm.ops.gemm.family import GemmConfig
 from jax_deepgemm.ops.gemm.problem import GemmProblem
 from jax_deepgemm.ops.gemm.sm90.config import fit_stages
+from jax_deepgemm.ops.grouped.problem import GroupedProblem
 from jax_deepgemm.ops.grouped.sm90.cost import grouped_candidates
+from jax_deepgemm.ops.grouped.sm90.source import grouped_source
 from jax_deepgemm.tools.explain import problems
 from tests.shared import grouped_cases as cases
 from tests.shared import grouped_products as oracle
 from tests.shared.gpu_programs import C_ELSEWHERE, difference, program, with_c_elsewhere
 from tests.shared.grouped_cases import FP8, NN, NT, Contiguous, KGrouped, Masked
 from tests.shared.grouped_products import same
+from tests.shared.grouped_programs import (
+    BF16_LIMIT,
+    BLOCK,
+    FP8_LIMIT,
+    M_FUNCTIONS,
+    POOL,
+    PROGRAMS,
+    ROWS,
+    check,
+    compiled,
+    cut,
+    poisoned,
+    pool,
+    quantised,
+    weights,
+    where,
+)
 
 BF16, F32, E4 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
-
-EXACT_LIMIT = 1e-3
-EXACT_FROM = 2048  # columns of D: fewer elements do not average the errors of quantising
-FP8_LIMIT = {"float32": 1e-6, "bfloat16": 1e-5}
-BF16_LIMIT = {"float32": 1e-8, "bfloat16": 1e-5}
-POOL = 32 * 6144 * 7168 + (1 << 24)
-ROWS, COLS, BLOCK = (1, 128), (128, 1), (128, 128)
-
-
-@functools.cache
-def pool() -> jax.Array:
-    """Standard normal numbers that every case cuts its operands from."""
-    return jax.random.normal(jax.random.key(7), (POOL,), BF16)
-
-
-def cut(numbers: jax.Array, seed: int, *shape: int) -> jax.Array:
-    start, size = 1_048_576 * seed, math.prod(shape)
-    if start + size > POOL:
-        numbers = jnp.concatenate([numbers] * -(-(start + size) // POOL))
-    return lax.slice(numbers, (start,), (start + size,)).reshape(shape)
-
-
-def poisoned(x: jax.Array, good: jax.Array) -> jax.Array:
-    return jnp.where(good, x, jnp.nan)
-
-
-def quantised(x: jax.Array, block: tuple[int, int], good: jax.Array) -> jdg.QuantizedArray:
-    """x quantised, with NaN where not good; also the scales of blocks of which nothing is good."""
-    good = jnp.broadcast_to(good, x.shape)
-    q = jdg.quantize(poisoned(x, good), block)
-    pad = [(0, 0)] * (x.ndim - 2) + [(0, -size % b) for size, b in zip(x.shape[-2:], block, strict=True)]
-    rows, cols = q.scales.shape[-2:]
-    any_good = jnp.pad(good, pad).reshape(*x.shape[:-2], rows, block[0], cols, block[1]).any((-3, -1))
-    return jdg.QuantizedArray(q.values, poisoned(q.scales, any_good), block)
-
-
-# One program a case: what all its calls give, against the oracle --------------------------------------------
-
-M_FUNCTIONS = {
-    "fp8_block": jdg.m_grouped_fp8_gemm_nt_contiguous,
-    "fp8_row": jdg.m_grouped_fp8_gemm_nt_contiguous,
-    "bf16_nt": jdg.m_grouped_bf16_gemm_nt_contiguous,
-    "bf16_nn": jdg.m_grouped_bf16_gemm_nn_contiguous,
-}
-
-
-def weights(w: jax.Array, operands: str) -> Any:
-    """B [g, n, k] as the call wants it."""
-    if operands.startswith("fp8"):
-        return jdg.quantize(w, BLOCK if operands == "fp8_block" else ROWS)
-    return w.mT if operands == "bf16_nn" else w
-
-
-def plain(b: Any, operands: str) -> jax.Array:
-    """B [g, n, k] as the kernel's numbers are."""
-    if isinstance(b, jdg.QuantizedArray):
-        return oracle.dequantised(b)
-    return b.mT if operands == "bf16_nn" else b
-
-
-def contiguous(case: Contiguous, numbers: jax.Array, at: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    local = case.local or case.groups
-    x, w = cut(numbers, 0, case.rows, case.k), cut(numbers, 1, local, case.n, case.k)
-    mine = [lax.dynamic_slice_in_dim(at[name], at["offset"][0], local) for name in ("starts", "counts")]
-    good = oracle.inside(*mine, case.rows)[:, None]
-    found, wants = {}, {}
-    for operands, layout, out in case.calls:
-        a = quantised(x, ROWS, good) if operands.startswith("fp8") else poisoned(x, good)
-        b = weights(w, operands)
-        described = {
-            "sizes": {"group_sizes": at["sizes"]},
-            "index": {"m_indices": at["index"]},
-            "ends": {"ends": at["ends"], "alignment": case.alignment},
-        }[layout]
-        if case.local:
-            described["group_offset"] = at["offset"]
-        d = M_FUNCTIONS[operands](a, b, **described, out_dtype=out)
-        if operands not in wants:
-            read = oracle.dequantised(a) if operands.startswith("fp8") else a
-            wants[operands] = oracle.m_grouped(read, plain(b, operands), *mine, case.most)
-        found[f"oracle {operands} {layout} {out}"] = difference(d, wants[operands])
-        found[f"outside {operands} {layout} {out}"] = jnp.abs(jnp.where(good, 0, d)).max()
-    if case.calls[0][0] == FP8 and case.n >= EXACT_FROM:
-        exact = oracle.m_grouped(x, w, *mine, case.most)
-        found["exact"] = difference(wants[FP8], exact)
-    return found
-
-
-def masked(case: Masked, numbers: jax.Array, at: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    x = cut(numbers, 0, case.groups, case.rows, case.k)
-    w = cut(numbers, 1, case.groups, case.n, case.k)
-    good = (jnp.arange(case.rows) < at["sizes"][:, None])[..., None]
-    found, wants = {}, {}
-    for operands, zero, out in case.calls:
-        fp8 = operands.startswith("fp8")
-        a, b = quantised(x, ROWS, good) if fp8 else poisoned(x, good), weights(w, operands)
-        function = jdg.m_grouped_fp8_gemm_nt_masked if fp8 else jdg.m_grouped_bf16_gemm_nt_masked
-        d = function(a, b, at["sizes"], out_dtype=out, zero_rows=bool(zero))
-        if operands not in wants:
-            read = oracle.dequantised(a) if fp8 else a
-            wants[operands] = oracle.masked(read, plain(b, operands), at["sizes"], case.most)
-        found[f"oracle {operands} {zero} {out}"] = difference(jnp.where(good, d, 0), wants[operands])
-        if zero:
-            found[f"outside {operands} {out}"] = jnp.abs(jnp.where(good, 0, d)).max()
-    if case.calls[0][0] == FP8 and case.n >= EXACT_FROM:
-        found["exact"] = difference(wants[FP8], oracle.masked(x, w, at["sizes"], case.most))
-    return found
-
-
-def k_grouped(case: KGrouped, numbers: jax.Array, at: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    dy, x = cut(numbers, 0, case.k, case.m), cut(numbers, 1, case.k, case.n)
-    where = at["starts"], at["counts"], case.most
-    good = oracle.inside(*where[:2], case.k)[:, None]
-    found, wants = {}, {}
-    for operands, add, out in case.calls:
-        if operands == "fp8_nt":
-            a, b = (quantised(z.T, ROWS, good.T) for z in (dy, x))
-            read = [oracle.dequantised(z).T for z in (a, b)]
-            function = jdg.k_grouped_fp8_gemm_nt_contiguous
-        elif operands == "fp8_tn":
-            a, b = (quantised(z, COLS, good) for z in (dy, x))
-            read = [oracle.dequantised(z) for z in (a, b)]
-            function = jdg.k_grouped_fp8_gemm_tn_contiguous
-        else:
-            read = a, b = [poisoned(z, good) for z in (dy, x)]
-            function = jdg.k_grouped_bf16_gemm_tn_contiguous
-        c = (32 * cut(numbers, 2, case.groups, case.m, case.n)).astype(out) if add else None
-        d = function(a, b, at["sizes"], c, out_dtype=out)
-        if operands not in wants:
-            wants[operands] = oracle.k_grouped(*read, *where)
-        want = wants[operands]
-        if add and out == "float32":
-            d = d - c
-        elif add:
-            want = want + c.astype(F32)
-        found[f"oracle {operands} {add} {out}"] = difference(d, want)
-    if case.calls[0][0] == "fp8_nt" and case.n >= EXACT_FROM:
-        found["exact"] = difference(wants["fp8_nt"], oracle.k_grouped(dy, x, *where))
-    return found
-
-
-PROGRAMS = {Contiguous: contiguous, Masked: masked, KGrouped: k_grouped}
-
-
-def where(case: Any, sizes: np.ndarray, offset: int = 0) -> dict[str, np.ndarray]:
-    """What a case's program is told about its groups."""
-    if isinstance(case, Masked):
-        return {"sizes": sizes}
-    rows = case.k if isinstance(case, KGrouped) else case.rows
-    at = oracle.place(sizes, rows, getattr(case, "alignment", 1))
-    return dataclasses.asdict(at) | {"offset": np.array([offset], np.int32)}
-
-
-@functools.cache
-def compiled(case: Any) -> Any:
-    numbers = jax.ShapeDtypeStruct((POOL,), BF16)
-    at = where(case, np.zeros(case.groups, np.int32))
-    return program(functools.partial(PROGRAMS[type(case)], case)).lower(numbers, at).compile()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -215,21 +71,10 @@ def _compile_ahead(request: pytest.FixtureRequest) -> None:
         list(threads.map(attempt, chosen))
 
 
-def limit(what: str) -> float:
-    if not what.startswith("oracle"):
-        return EXACT_LIMIT if what == "exact" else 0.0
-    return (FP8_LIMIT if " fp8" in what else BF16_LIMIT)[what.split()[-1]]
-
-
-def check(case: Any, patterns: dict[str, np.ndarray], offset: int = 0) -> None:
-    """Runs a case with every pattern of sizes; nothing is beyond its limit, and nothing is NaN."""
-    wrong = {}
-    for name, sizes in patterns.items():
-        found = compiled(case)(pool(), where(case, sizes, offset))
-        for what, value in jax.device_get(found).items():
-            if not value <= limit(what):
-                wrong[f"{name}: {what}"] = float(value)
-    assert not wrong, wrong
+TABLES = [
+    *(*cases.contiguous_table(), *cases.aligned_table(), *cases.masked_table(), *cases.k_table()),
+    *(*cases.contiguous_edges(), *cases.masked_edges(), *cases.k_edges()),
+]
 
 
 # The tables -------------------------------------------------------------------------------------------------
@@ -297,6 +142,7 @@ OFFSETS = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", OFFSETS, ids=str)
 def test_group_offset(case):
     """B holds two of six groups; the rows of the others are zero in D, and may be NaN in A."""
@@ -304,6 +150,7 @@ def test_group_offset(case):
         check(case, cases.patterns(case.groups, case.rows), offset)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "case",
     [Contiguous(6, 700, 136, 256, ((FP8, "ends", "bfloat16"), (NT, "ends", "float32")), 700, alignment=64)],
@@ -340,6 +187,7 @@ def test_index_in_any_order(fp8):
     assert not np.asarray(run(x, w, np.full(rows, -1, np.int32))[0]).any()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", [(0, 8, 128), (8, 0, 128), (8, 16, 0), (0, 0, 0)], ids=str)
 def test_empty_dimensions(shape):
     """No rows or columns, and sums over nothing: zeros, or C."""
@@ -374,6 +222,7 @@ BIG = [
 ]
 
 
+@pytest.mark.alone  # with tens of gigabytes
 @pytest.mark.parametrize("case", BIG, ids=("b", "d", "bf16-a", "masked-b", "k-cd"))
 def test_more_than_two_to_the_31_elements(case):
     sizes = np.zeros(case.groups, np.int32)
@@ -387,39 +236,54 @@ SIZES = np.array([70, 0, 200, 31], np.int32)
 M, N, K, G = 320, 264, 448, len(SIZES)
 
 
-@functools.cache
-def small_calls() -> dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]:
-    """Name -> (function, operands): one call of each op, sizes last."""
-    numbers = pool()
+def small_operands(numbers: jax.Array) -> dict[str, tuple[Any, ...]]:
+    """Of one call of each op, sizes last."""
     x, w = cut(numbers, 0, M, K), cut(numbers, 1, G, N, K)
     deep = cut(numbers, 2, G, 100, K)
     dy, c = cut(numbers, 3, M, N), cut(numbers, 4, G, K, N).astype(F32)
     q, rows = jdg.quantize(w, BLOCK), jdg.quantize(w, ROWS)
     left, right = jdg.quantize(x.T), jdg.quantize(dy.T)
     sizes, mask = jnp.asarray(SIZES), jnp.asarray(SIZES // 2)
-    add = lambda f: lambda a, b, c, s, **options: f(a, b, s, c, **options)  # noqa: E731
-    zero = lambda f: functools.partial(f, zero_rows=True)  # noqa: E731
     return {
-        "m fp8": (jdg.m_grouped_fp8_gemm_nt_contiguous, (jdg.quantize(x), q, sizes)),
-        "m fp8 rows": (jdg.m_grouped_fp8_gemm_nt_contiguous, (jdg.quantize(x), rows, sizes)),
-        "m bf16 nt": (jdg.m_grouped_bf16_gemm_nt_contiguous, (x, w, sizes)),
-        "m bf16 nn": (jdg.m_grouped_bf16_gemm_nn_contiguous, (x, w.mT, sizes)),
-        "masked fp8": (zero(jdg.m_grouped_fp8_gemm_nt_masked), (jdg.quantize(deep), q, mask)),
-        "masked bf16": (zero(jdg.m_grouped_bf16_gemm_nt_masked), (deep, w, mask)),
-        "k fp8": (jdg.k_grouped_fp8_gemm_nt_contiguous, (left, right, sizes)),
-        "k fp8 + c": (add(jdg.k_grouped_fp8_gemm_nt_contiguous), (left, right, c, sizes)),
-        "k bf16": (jdg.k_grouped_bf16_gemm_tn_contiguous, (x, dy, sizes)),
-        "k bf16 + c": (add(jdg.k_grouped_bf16_gemm_tn_contiguous), (x, dy, c, sizes)),
+        "m fp8": (jdg.quantize(x), q, sizes),
+        "m fp8 rows": (jdg.quantize(x), rows, sizes),
+        "m bf16 nt": (x, w, sizes),
+        "m bf16 nn": (x, w.mT, sizes),
+        "masked fp8": (jdg.quantize(deep), q, mask),
+        "masked bf16": (deep, w, mask),
+        "k fp8": (left, right, sizes),
+        "k fp8 + c": (left, right, c, sizes),
+        "k bf16": (x, dy, sizes),
+        "k bf16 + c": (x, dy, c, sizes),
     }
 
 
-CALLS = (
-    *("m fp8", "m fp8 rows", "m bf16 nt", "m bf16 nn", "masked fp8", "masked bf16"),
-    *("k fp8", "k fp8 + c", "k bf16", "k bf16 + c"),
-)
+def with_c(k_grouped: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return lambda a, b, c, sizes, **options: k_grouped(a, b, sizes, c, **options)
 
 
-@pytest.mark.parametrize("name", CALLS)
+SMALL = {
+    "m fp8": jdg.m_grouped_fp8_gemm_nt_contiguous,
+    "m fp8 rows": jdg.m_grouped_fp8_gemm_nt_contiguous,
+    "m bf16 nt": jdg.m_grouped_bf16_gemm_nt_contiguous,
+    "m bf16 nn": jdg.m_grouped_bf16_gemm_nn_contiguous,
+    "masked fp8": functools.partial(jdg.m_grouped_fp8_gemm_nt_masked, zero_rows=True),
+    "masked bf16": functools.partial(jdg.m_grouped_bf16_gemm_nt_masked, zero_rows=True),
+    "k fp8": jdg.k_grouped_fp8_gemm_nt_contiguous,
+    "k fp8 + c": with_c(jdg.k_grouped_fp8_gemm_nt_contiguous),
+    "k bf16": jdg.k_grouped_bf16_gemm_tn_contiguous,
+    "k bf16 + c": with_c(jdg.k_grouped_bf16_gemm_tn_contiguous),
+}
+
+
+@functools.cache
+def small_calls() -> dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]:
+    """Name -> (function, operands)."""
+    operands = small_operands(pool())
+    return {name: (function, operands[name]) for name, function in SMALL.items()}
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_twenty_runs_give_the_same_bits_also_eagerly_and_into_nan(name):
     """The result takes the place of a donated buffer of NaN: every element of it is written."""
     function, operands = small_calls()[name]
@@ -467,7 +331,7 @@ def test_c_that_lives_on_is_added_and_not_changed(name, where):
     fp8 = "fp8" in name
     read = [oracle.dequantised(x).T if fp8 else x for x in (a, b)]
     at = oracle.place(SIZES, M)
-    product = oracle.k_grouped(*read, at.starts, at.counts, int(SIZES.max()))
+    product = program(oracle.k_grouped, static_argnums=4)(*read, at.starts, at.counts, int(SIZES.max()))
     assert float(difference(d - c, product)) < (FP8_LIMIT if fp8 else BF16_LIMIT)["float32"]
     assert [same(one, other) for one, other in zip(d, c, strict=True)] == [size == 0 for size in SIZES]
 
@@ -480,21 +344,29 @@ def test_hints_and_fewer_sms():
         ("k bf16", [{"num_sms": 1}, {"num_sms": 131}]),
     ):
         function, operands = small_calls()[name]
-        want = function(*operands)
-        for option in options:
-            assert float(difference(program(functools.partial(function, **option))(*operands), want)) < 1e-5
+
+        @program
+        def all_of(want: jax.Array, *x: Any, function: Any = function, options: Any = options) -> list[Any]:
+            return [difference(function(*x, **option), want) for option in options]
+
+        assert max(map(float, all_of(function(*operands), *operands))) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["m fp8", "m fp8 rows", "m bf16 nn", "masked bf16", "k fp8", "k bf16 + c"])
+IN_EVERY_WAY = ("m fp8", "m fp8 rows", "m bf16 nn", "masked bf16", "k fp8", "k bf16 + c")
+
+
+@pytest.mark.parametrize("name", IN_EVERY_WAY)
 def test_every_configuration_gives_the_same(name):
     """Also those that the cost model would never choose."""
     function, operands = small_calls()[name]
     [(problem, chip)] = problems(function, *operands)
-    calls = [functools.partial(function, config=config) for config in grouped_candidates(problem, chip)]
-    assert len(calls) > 1
-    jdg.precompile([(call, *operands) for call in calls], progress=False)
-    want = function(*operands)
-    found = {str(call.keywords["config"]): difference(program(call)(*operands), want) for call in calls}
+    configs = list(grouped_candidates(problem, chip))
+    assert 1 < len(configs) == len(set(map(str, configs)))
+
+    def all_of(want: jax.Array, *operands: Any) -> dict[str, jax.Array]:
+        return {str(c): difference(function(*operands, config=c), want) for c in configs}
+
+    found = program(all_of)(function(*operands), *operands)
     assert all(float(value) < 1e-5 for value in found.values()), found
 
 
@@ -505,17 +377,34 @@ def test_last_tiles_in_halves(out, n):
     rows, k, sizes = 1000, 320, jnp.asarray([300, 0, 129, 450, 1], jnp.int32)
     deep = jdg.quantize(cut(pool(), 0, len(sizes), 450, k))
     a, w = jdg.quantize(cut(pool(), 1, rows, k)), jdg.quantize(cut(pool(), 2, len(sizes), n, k), BLOCK)
+    counts = (1, 2, 3, 7, 20, 48, 99, 132)
     problem = GemmProblem(rows, n, k, out=jnp.dtype(out).name, table_bytes=2048)
     halved, whole = (fit_stages(problem, GemmConfig(*tile, 0), H200) for tile in ((128, 256), (128, 128)))
     masked = functools.partial(jdg.m_grouped_fp8_gemm_nt_masked, zero_rows=True)
     for function, operands in ((jdg.m_grouped_fp8_gemm_nt_contiguous, (a, w)), (masked, (deep, w))):
         run = functools.partial(function, out_dtype=out, config=halved)
-        want = program(functools.partial(run, num_sms=1))(*operands, sizes)
-        other = program(functools.partial(function, out_dtype=out, config=whole))(*operands, sizes)
+
+        @program
+        def all_of(*x: Any, run: Any = run, function: Any = function) -> tuple[list[jax.Array], jax.Array]:
+            return [run(*x, num_sms=count) for count in counts], function(*x, out_dtype=out, config=whole)
+
+        (want, *every), other = all_of(*operands, sizes)
         assert float(difference(want, other)) < 1e-5
-        for count in (2, 3, 7, 20, 48, 99, 132):
-            got = program(functools.partial(run, num_sms=count))(*operands, sizes)
+        for count, got in zip(counts[1:], every, strict=True):
             np.testing.assert_array_equal(got, want, err_msg=f"{count} SMs")
+
+
+def kernels() -> Iterator[GroupedProblem | KernelSource]:
+    """What the tables and the calls of every configuration need (kernels.py)."""
+    numbers = jax.ShapeDtypeStruct((POOL,), BF16)
+    for case in TABLES:
+        at = where(case, np.zeros(case.groups, np.int32))
+        calls = problems(functools.partial(PROGRAMS[type(case)], case), numbers, at)
+        yield from (problem for problem, _ in calls)
+    operands = jax.eval_shape(small_operands, numbers)
+    for name in IN_EVERY_WAY:
+        [(problem, chip)] = problems(SMALL[name], *operands[name])
+        yield from (grouped_source(problem, config) for config in grouped_candidates(problem, chip))
 
 
 # Transformations --------------------------------------------------------------------------------------------
@@ -524,10 +413,11 @@ def test_last_tiles_in_halves(out, n):
 def on_both(function: Callable[..., Any], *arrays: Any) -> list[tuple[Any, Any]]:
     """Results on the GPU and on the CPU, leaf by leaf."""
     there = jax.jit(function)(*jax.device_put(arrays, jax.devices("cpu")[0]))
-    here = jax.jit(function)(*arrays)
+    here = program(function)(*arrays)
     return list(zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["m bf16 nt", "m bf16 nn", "masked bf16", "k bf16 + c"])
 def test_bf16_gradients_are_those_of_the_reference(name):
     function, (*arrays, sizes) = small_calls()[name]

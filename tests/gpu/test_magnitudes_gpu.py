@@ -24,5 +24,6 @@ def test_quantize(block, dtype, scale_format):
     magnitudes.check_quantize(block, dtype, scale_format)
 
 
+@pytest.mark.smoke
 def test_products():
     magnitudes.check_products()

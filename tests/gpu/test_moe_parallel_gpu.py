@@ -48,6 +48,7 @@ def test_same_as_one_gpu(recipe, method):
         assert relative(one, other) < (0.06 if recipe == "fp8" else 0.01)
 
 
+@pytest.mark.smoke
 def test_ties_go_to_the_lowest_id():
     """XLA's top_k kernels for GPUs keep the order of equal scores."""
     for experts, top_k in ((256, 8), (64, 6), (512, 32)):

@@ -13,6 +13,7 @@ from jax import lax
 
 import jax_deepgemm as jdg
 from jax_deepgemm import ragged_dot, ragged_dot_general
+from tests.shared.gpu_programs import program
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 CALL = "jax_deepgemm_launch"
@@ -39,6 +40,9 @@ def plain(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
     return lax.ragged_dot(lhs.astype(F32), rhs.astype(F32), sizes, precision="highest")
 
 
+exact = program(plain)
+
+
 def close(got: jax.Array, expected: jax.Array, tolerance: float) -> None:
     assert got.shape == expected.shape
     x, y = (np.asarray(one).astype(np.float64) for one in (got, expected))
@@ -56,9 +60,9 @@ def test_values_and_gradients(shape: Any) -> None:
         d, back = jax.vjp(lambda *x: function(*x, sizes), lhs, rhs)
         return d, *back(dd.astype(d.dtype))
 
-    d, dlhs, drhs = jax.jit(functools.partial(all_of, ragged_dot))(lhs, rhs)
+    d, dlhs, drhs = program(functools.partial(all_of, ragged_dot))(lhs, rhs)
     inside = jnp.where(jnp.arange(m)[:, None] < sizes.sum(), lhs, 0)  # XLA's expansion multiplies by 0
-    expected = jax.jit(functools.partial(all_of, plain))(inside, rhs)
+    expected = program(functools.partial(all_of, plain))(inside, rhs)
     for got, want in zip((d, dlhs, drhs), expected, strict=True):
         assert got.dtype == BF16
         close(got, want, 2**-7)
@@ -68,18 +72,20 @@ def test_values_and_gradients(shape: Any) -> None:
 def test_stored_k_last_contraction_and_batch() -> None:
     lhs, rhs, sizes = operands(*SHAPES["tail"])
     lhs = jnp.nan_to_num(lhs)
-    close(ragged_dot(lhs, rhs.mT, sizes, None, F32, rhs_layout="gnk"), plain(lhs, rhs, sizes), 1e-5)
+    close(ragged_dot(lhs, rhs.mT, sizes, None, F32, rhs_layout="gnk"), exact(lhs, rhs, sizes), 1e-5)
     dw = ragged_dot_general(lhs, lhs[:, :64], sizes, CONTRACTION, None, F32)
     left = lhs.astype(F32)
-    close(dw, lax.ragged_dot_general(left, left[:, :64], sizes, CONTRACTION, "highest"), 1e-5)
+    of_k = program(lambda x, y: lax.ragged_dot_general(x, y, sizes, CONTRACTION, "highest"))
+    close(dw, of_k(left, left[:, :64]), 1e-5)
     several = jnp.stack([sizes, sizes[::-1], jnp.zeros_like(sizes)])
     every = [jnp.stack([x, x, x]) for x in (lhs, rhs)]
     for axes, pair in (((None, None, 0), (lhs, rhs)), ((0, None, 0), (every[0], rhs)), ((0, 0, 0), every)):
         got = jax.jit(jax.vmap(lambda *x: ragged_dot(*x, None, F32), axes))(*pair, several)
         for i in range(3):
-            close(got[i], plain(lhs, rhs, several[i]), 1e-5)
+            close(got[i], exact(lhs, rhs, several[i]), 1e-5)
 
 
+@pytest.mark.smoke
 def test_group_offset() -> None:
     lhs, rhs, sizes = operands(*SHAPES["tail"])
     whole = ragged_dot(lhs, rhs, sizes)
@@ -91,7 +97,7 @@ def test_group_offset() -> None:
 def test_quantised() -> None:
     lhs, rhs, sizes = operands(*SHAPES["tail"])
     left, right = jdg.quantize(jnp.nan_to_num(lhs), (1, 128)), jdg.quantize(rhs.mT, (128, 128))
-    expected = plain(jdg.dequantize(left, F32), jdg.dequantize(right, F32).mT, sizes)
+    expected = exact(jdg.dequantize(left, F32), jdg.dequantize(right, F32).mT, sizes)
     close(ragged_dot(left, right, sizes, None, F32, rhs_layout="gnk"), expected, 1e-3)
     stored = jdg.QuantizedArray(right.values.mT, right.scales.mT, right.block)
     close(ragged_dot(left, stored, sizes, None, F32, allow_transpose=True), expected, 1e-3)
@@ -99,11 +105,12 @@ def test_quantised() -> None:
 
 def test_other_dtypes_run_on_xla() -> None:
     lhs, rhs, sizes = (x.astype(F32) if x.ndim > 1 else x for x in operands(*SHAPES["one group"]))
-    close(ragged_dot(lhs, rhs, sizes, "highest"), plain(lhs, rhs, sizes), 1e-5)
+    close(ragged_dot(lhs, rhs, sizes, "highest"), exact(lhs, rhs, sizes), 1e-5)
     got = jax.vmap(lambda *x: ragged_dot(*x, "highest"), (None, None, 0))(lhs, rhs, jnp.stack([sizes, sizes]))
-    close(got[1], plain(lhs, rhs, sizes), 1e-5)
+    close(got[1], exact(lhs, rhs, sizes), 1e-5)
 
 
+@pytest.mark.smoke
 def test_program_is_custom_calls_without_an_expansion() -> None:
     m, k, n, _ = SHAPES["tail"]
     lhs, rhs, sizes = operands(*SHAPES["tail"])

@@ -27,10 +27,6 @@ BOTH = ("auto", "explicit")
 BLOCK, ROW = (128, 128), (1, 128)
 
 
-def seed_of(key: jax.Array) -> int:
-    return int(jax.random.randint(key, (), 0, 1 << 30))
-
-
 def some_sizes(seed: int, groups: int, rows: int) -> jax.Array:
     """Group sizes that sum to less than the rows; some are zero."""
     rng = np.random.default_rng(seed)
@@ -41,8 +37,7 @@ def some_sizes(seed: int, groups: int, rows: int) -> jax.Array:
 # m-grouped
 
 
-def m_grouped_args(block: Any, m: int, n: int, k: int, key: jax.Array) -> list[Any]:
-    seed = seed_of(key)
+def m_grouped_args(block: Any, m: int, n: int, k: int, seed: int) -> list[Any]:
     sizes = some_sizes(seed, G, m)
     if block is None:
         return [*map(jnp.asarray, (oracle.random(seed, m, k), oracle.random(seed + 1, G, n, k))), sizes]
@@ -90,8 +85,8 @@ def run_m_bf16(a: Any, b: Any, s: Any, *, form: str, out: Any, **options: Any) -
     return run(a, b, s, out_dtype=out, **options)
 
 
-def m_bf16_args(form: str, m: int, n: int, k: int, key: jax.Array) -> list[Any]:
-    a, b, s = m_grouped_args(None, m, n, k, key)
+def m_bf16_args(form: str, m: int, n: int, k: int, seed: int) -> list[Any]:
+    a, b, s = m_grouped_args(None, m, n, k, seed)
     return [a, b if form == "nt" else jnp.swapaxes(b, 1, 2), s]
 
 
@@ -112,8 +107,7 @@ def m_bf16_case(form: str, out: Any, **fields: Any) -> OpCase:
 # masked
 
 
-def masked_args(block: Any, m: int, n: int, k: int, key: jax.Array) -> list[Any]:
-    seed = seed_of(key)
+def masked_args(block: Any, m: int, n: int, k: int, seed: int) -> list[Any]:
     counts = jnp.asarray(np.random.default_rng(seed).integers(0, m + 1, G), jnp.int32)
     if block is None:
         return [*map(jnp.asarray, (oracle.random(seed, G, m, k), oracle.random(seed + 1, G, n, k))), counts]
@@ -151,8 +145,7 @@ def masked_shards(fp8: bool) -> tuple[Shard, ...]:
 # k-grouped
 
 
-def k_args(fp8: bool, add: bool, m: int, n: int, k: int, key: jax.Array) -> list[Any]:
-    seed = seed_of(key)
+def k_args(fp8: bool, add: bool, m: int, n: int, k: int, seed: int) -> list[Any]:
     s = some_sizes(seed, G, k)
     c = [jnp.asarray(oracle.random(seed + 2, G, m, n, dtype=np.float32))] if add else []
     if not fp8:
@@ -295,11 +288,11 @@ def gradient_ops(fn: Any, *operands: Any) -> str:
 
 def test_derivatives_are_grouped_gemms() -> None:
     """No derivative transposes a matrix, or expands rows per group."""
-    a, b, s = m_bf16_args("nt", 32, 16, 24, jax.random.key(0))
+    a, b, s = m_bf16_args("nt", 32, 16, 24, 0)
     text = gradient_ops(lambda a, b: jdg.m_grouped_bf16_gemm_nt_contiguous(a, b, s), a, b)
     assert "m_grouped_bf16_gemm_nn[" in text
     assert "k_grouped_bf16_gemm[" in text
-    a, b, counts = masked_args(None, 8, 16, 24, jax.random.key(0))
+    a, b, counts = masked_args(None, 8, 16, 24, 0)
     masked = gradient_ops(lambda a, b: jdg.m_grouped_bf16_gemm_nt_masked(a, b, counts), a, b)
     assert "m_masked_bf16_gemm_nn[" in masked
     assert "k_masked_bf16_gemm[" in masked
@@ -355,7 +348,7 @@ def test_gradients_of_padding_are_zero() -> None:
 
 
 def test_integer_operands_have_no_tangent() -> None:
-    a, b, s = m_bf16_args("nt", 32, 16, 24, jax.random.key(0))
+    a, b, s = m_bf16_args("nt", 32, 16, 24, 0)
     run = jdg.m_grouped_bf16_gemm_nt_contiguous
     _, tangent = jax.jvp(run, (a, b, s), (a, b, np.zeros(s.shape, jax.dtypes.float0)))
     assert_rounded(tangent, 2 * oracle.wide(run(a, b, s, out_dtype=F32)), 24)
@@ -364,7 +357,7 @@ def test_integer_operands_have_no_tangent() -> None:
 
 
 def test_fp8_names_the_layer_that_has_gradients() -> None:
-    a, sa, b, sb, s = m_grouped_args(BLOCK, 8, 16, 128, jax.random.key(0))
+    a, sa, b, sb, s = m_grouped_args(BLOCK, 8, 16, 128, 0)
     with pytest.raises(
         NotImplementedError, match=r"m_grouped_fp8_gemm_block has no derivative.*grouped_linear"
     ):
@@ -376,7 +369,7 @@ def test_fp8_names_the_layer_that_has_gradients() -> None:
 def test_expert_parallel_inside_shard_map() -> None:
     """Each device has two groups, knows all sizes, and adds its rows' results; gradients too."""
     mesh = op_checks.make_mesh("auto")
-    a, b, s = m_bf16_args("nt", 32, 16, 24, jax.random.key(0))
+    a, b, s = m_bf16_args("nt", 32, 16, 24, 0)
 
     def experts(a: jax.Array, b: jax.Array, s: jax.Array) -> jax.Array:
         first = jax.lax.axis_index("x") * b.shape[0]
@@ -404,13 +397,13 @@ def test_sharded_index_per_row() -> None:
 
 @pytest.mark.parametrize("mode", ["plain", "auto"])
 def test_c_is_donated(mode: str) -> None:
-    operands = k_args(False, True, 16, 24, 40, jax.random.key(0))
+    operands = k_args(False, True, 16, 24, 40, 0)
     run = jdg.k_grouped_bf16_gemm_tn_contiguous
     if mode == "plain":
         placed, program = operands, jax.jit(run, donate_argnums=3).lower(*operands).compile()
     else:
         shard = Shard((P(None, "x"), P(None, "y"), P(), P(None, "x", "y")), P(None, "x", "y"))
-        case = OpCase("donated", run, lambda key: operands)
+        case = OpCase("donated", run, lambda seed: operands)
         program, placed = op_checks.compile_sharded(case, shard, mode, donate_argnums=3)
     assert program.memory_analysis().alias_size_in_bytes > 0
     program(*placed)
@@ -418,7 +411,7 @@ def test_c_is_donated(mode: str) -> None:
 
 
 def test_scan_over_stacked_experts() -> None:
-    x, _, s = m_bf16_args("nt", 32, 16, 16, jax.random.key(0))
+    x, _, s = m_bf16_args("nt", 32, 16, 16, 0)
     layers = jnp.asarray(oracle.random(1, 3, G, 16, 16))
     step = lambda x, w: jdg.m_grouped_bf16_gemm_nt_contiguous(x, w, s) * jnp.bfloat16(0.2)  # noqa: E731
     scanned = jax.jit(lambda x: jax.lax.scan(lambda x, w: (step(x, w), None), x, layers)[0])(x)

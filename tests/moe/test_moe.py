@@ -61,6 +61,7 @@ def test_values_and_gradients(recipe, dtypes):
         assert relative(one, other) < LIMIT[recipe]
 
 
+@pytest.mark.slow
 def test_fp8_is_the_documented_recipe():
     """Forward: dispatch, quantise, GEMM, SwiGLU with the weight, quantise, GEMM, sum."""
     x, weights, w13, w2 = operands()
@@ -131,6 +132,7 @@ def test_another_routing_does_not_compile_again():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_remat_and_scan_over_layers():
     """Stacked layers, each with saved FP8 residuals: the gradients without jax.checkpoint."""
     x, weights, w13, w2 = operands()

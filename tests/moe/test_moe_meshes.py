@@ -87,6 +87,7 @@ def test_gradients_and_weights_cut_along_features(mesh):
         assert one.sharding.is_equivalent_to(arg.sharding, one.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])
 def test_rows_of_experts_that_are_cut(recipe):
     """Rows of one expert on several devices: gradients have their arguments' shardings."""
@@ -117,8 +118,9 @@ def test_advice_for_experts_that_are_cut(name):
     with jax.set_mesh(EXPLICIT):
         with pytest.raises(ValueError, match=r"w13 is \[4, 64, 64\].* moe_layer.*expert_axis='model'"):
             LAYERS[name](*args)
-        y, _ = jax.jit(functools.partial(moe_layer, expert_axis="model"))(*args)
-        assert relative(y, alone("fp8")) < 1e-2
+        if name == "fp8":  # what the message advises is the same for both
+            y, _ = jax.jit(functools.partial(moe_layer, expert_axis="model"))(*args)
+            assert relative(y, alone("fp8")) < 1e-2
         gathered = [jax.sharding.reshard(w, P()) for w in args[3:]]
         assert relative(jax.jit(LAYERS[name])(*args[:3], *gathered), alone(name)) < 1e-2
 
@@ -137,20 +139,25 @@ def test_advice_for_dispatch_of_cut_tokens():
     np.testing.assert_allclose(y, through(X, IDS, W), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [P(), ROWS, P(("data", "model"))], ids=str)
-@pytest.mark.parametrize("mesh", [EXPLICIT, MIXED], ids=["explicit", "mixed"])
+def scanned(layer: Any, x: jax.Array, *rest: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda h, _: (h + layer(h, *rest), None), x, None, length=2)[0]
+
+
+@functools.cache
+def scanned_alone() -> jax.Array:
+    return jax.jit(functools.partial(scanned, bf16))(X, IDS, W, W13, W2)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "tokens"),
+    [(EXPLICIT, P()), (EXPLICIT, ROWS), (EXPLICIT, P(("data", "model"))), (MIXED, P()), (MIXED, ROWS)],
+)
 def test_scan_over_layers(mesh, tokens):
     """A layer's result has the sharding of its tokens on Explicit axes."""
-    if mesh is MIXED and tokens == P(("data", "model")):
-        tokens = ROWS
-
-    def layers(layer: Any, x: jax.Array, *rest: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda h, _: (h + layer(h, *rest), None), x, None, length=2)[0]
-
     cut = functools.partial(moe_layer, expert_axis="model", recipe="bf16")
     with jax.set_mesh(mesh):
-        y = jax.jit(functools.partial(layers, lambda *args: cut(*args)[0]))(*placed(mesh, tokens))
-    assert relative(y, jax.jit(functools.partial(layers, bf16))(X, IDS, W, W13, W2)) < 1e-2
+        y = jax.jit(functools.partial(scanned, lambda *args: cut(*args)[0]))(*placed(mesh, tokens))
+    assert relative(y, scanned_alone()) < 1e-2
     if mesh is EXPLICIT:
         assert y.sharding.is_equivalent_to(NamedSharding(mesh, tokens), 2)
 

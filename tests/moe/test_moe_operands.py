@@ -29,7 +29,7 @@ from tests.shared.moe_oracle import normal, relative
 F32 = jnp.float32
 T, H, I, E, K = 12, 64, 32, 4, 2
 X, LOGITS = normal(0, T, H, dtype=F32), normal(1, T, E, dtype=F32)
-IDS, W = route(LOGITS, K)
+IDS, W = jax.jit(route, static_argnums=1)(LOGITS, K)
 W13, W2 = normal(2, E, 2 * I, H, dtype=F32, scale=0.1), normal(3, E, H, I, dtype=F32, scale=0.1)
 
 
@@ -68,25 +68,42 @@ def experts(x: Any, ids: Any, weights: Any, w13: Any, w2: Any, **options: Any) -
 LAYERS: Any = [moe_mlp, moe_mlp_decode, experts, over_mesh, inside]
 
 
+def program(layer: Any, wrap: Any = lambda w: w, **options: Any) -> str:
+    """What the layer is lowered to, its weights wrapped."""
+
+    def run(x: Any, ids: Any, weights: Any, w13: Any, w2: Any) -> jax.Array:
+        return layer(x, ids, weights, wrap(w13), wrap(w2), **options)
+
+    return jax.jit(run).lower(X, IDS, W, W13, W2).as_text()
+
+
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_wrapped_weights(layer, recipe):
-    plain = jax.jit(functools.partial(layer, recipe=recipe))(X, IDS, W, W13, W2)
-    got = jax.jit(lambda w13, w2: layer(X, IDS, W, Param(w13), Param(w2), recipe=recipe))(W13, W2)
-    np.testing.assert_array_equal(got, plain)
+def test_wrapped_weights_give_the_same_program(layer, recipe):
+    assert program(layer, Param, recipe=recipe) == program(layer, recipe=recipe)
 
 
 def test_flax_params():
     nnx = pytest.importorskip("flax.nnx")
-    got = moe_mlp(X, IDS, W, nnx.Param(W13), nnx.Param(W2))
-    np.testing.assert_array_equal(got, moe_mlp(X, IDS, W, W13, W2))
+    assert program(moe_mlp, nnx.Param) == program(moe_mlp)
+    got = moe_mlp(X, IDS, W, nnx.Param(W13), nnx.Param(W2), recipe="bf16")
+    np.testing.assert_array_equal(got, moe_mlp(X, IDS, W, W13, W2, recipe="bf16"))
 
 
 @pytest.mark.parametrize("layer", [moe_mlp, moe_mlp_decode, experts])
 def test_ranks_are_not_promoted(layer):
-    want = jax.jit(layer)(X, IDS, W, W13, W2)
+    want = program(layer)
     with jax.numpy_rank_promotion("raise"):
-        np.testing.assert_array_equal(jax.jit(lambda *args: layer(*args))(X, IDS, W, W13, W2), want)
+        assert program(layer) == want
+
+
+def routed(layer: Any) -> Any:
+    return jax.jit(lambda x, logits: layer(x, *route(logits, K), W13, W2))
+
+
+@functools.cache
+def routed_alone(layer: Any) -> jax.Array:
+    return routed(layer)(X, LOGITS)
 
 
 @pytest.mark.parametrize("constraints", [(), ("b >= 8", "b <= 4096")], ids=["any", "bounded"])
@@ -94,9 +111,8 @@ def test_ranks_are_not_promoted(layer):
 def test_symbolic_number_of_tokens(layer, constraints):
     (b,) = export.symbolic_shape("b", constraints=constraints)
     shapes = jax.ShapeDtypeStruct((b, H), F32), jax.ShapeDtypeStruct((b, E), F32)
-    whole = jax.jit(lambda x, logits: layer(x, *route(logits, K), W13, W2))
-    exported = export.export(whole, platforms=["cpu"], disabled_checks=export_checks)(*shapes)
-    assert relative(exported.call(X, LOGITS), whole(X, LOGITS)) < 1e-2
+    exported = export.export(routed(layer), platforms=["cpu"], disabled_checks=export_checks)(*shapes)
+    assert relative(exported.call(X, LOGITS), routed_alone(layer)) < 1e-2
 
 
 def test_symbolic_router_with_groups():

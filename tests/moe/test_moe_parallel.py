@@ -60,6 +60,7 @@ def alone(recipe: str) -> Any:
     return value_and_gradients(layer, operands())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "method"), [("fp8", "all_to_all"), ("fp8", "ragged"), ("bf16", "ragged")])
 def test_same_as_one_device(recipe, method):
     """Nothing dropped. In FP8 y has equal bits; gradients of w see dx and dy quantised twice."""

@@ -74,8 +74,8 @@ def test_second_derivative_is_right_where_scores_are_not_faint():
         chosen = jnp.sort(jax.nn.sigmoid(z))[:, ::-1][:, :TOP_K]
         return chosen / chosen.sum()
 
-    got = jax.hessian(loss(lambda z: route(z, TOP_K, score="sigmoid")[1]))(z)
-    np.testing.assert_allclose(got, jax.hessian(loss(plain))(z), atol=1e-6)
+    got = jax.jit(jax.hessian(loss(lambda z: route(z, TOP_K, score="sigmoid")[1])))(z)
+    np.testing.assert_allclose(got, jax.jit(jax.hessian(loss(plain)))(z), atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, GROUPS, {"scale": 2.5}], ids=str)
@@ -89,8 +89,8 @@ def test_padding_scores_of_zero_do_not_touch_other_tokens(options):
         return jnp.sum(weights * jnp.arange(1.0, TOP_K + 1))
 
     kept = np.flatnonzero(real)
-    got = jax.grad(loss)(gate, x, real)
-    np.testing.assert_allclose(got, jax.grad(loss)(gate, x[kept], real[kept]), atol=1e-6)
+    gradient = jax.jit(jax.grad(loss))
+    np.testing.assert_allclose(gradient(gate, x, real), gradient(gate, x[kept], real[kept]), atol=1e-6)
     by_scores = jax.grad(lambda s: route(s, TOP_K, score=None, **options)[1].sum())(jnp.zeros((1, 8)))
     assert np.isfinite(by_scores).all()
 
@@ -109,7 +109,7 @@ def test_one_saturated_token_in_a_layer():
         ids, weights = route(jnp.asarray(x) @ gate.T, 2, score="sigmoid")
         return jnp.mean(moe_mlp(jnp.asarray(x), ids, weights, w13, w2, recipe="bf16") ** 2)
 
-    value, gradient = jax.value_and_grad(loss)(gate)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(gate)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
     assert np.any(np.asarray(gradient))

@@ -15,15 +15,12 @@ import pytest
 from jax import export, lax
 
 import jax_deepgemm as jdg
+from tests.shared.arrays import normal
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 ROWS = 21
 SIZES = np.array([5, 0, 13], np.int32)
 TN = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, F32).astype(BF16)
 
 
 W, EXPERTS = normal(1, 16, 160), normal(2, 3, 16, 160)

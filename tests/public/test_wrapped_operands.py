@@ -13,6 +13,7 @@ import pytest
 import jax_deepgemm as jdg
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.quantization import from_qwix
+from tests.shared.arrays import normal
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -37,10 +38,6 @@ def param(value: Any) -> Any:
     except ImportError:
         return Wrapper(value)
     return nnx.Param(value)
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, F32).astype(BF16)
 
 
 X, W, G = normal(0, 8, 256), normal(1, 24, 256), normal(2, 3, 24, 256)

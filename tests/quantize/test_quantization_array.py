@@ -27,10 +27,11 @@ from jax_deepgemm.quantization import (
     to_tuple,
 )
 from tests.shared import op_checks
+from tests.shared.arrays import normal
 
 
 def make(*shape, block=(1, 128)):
-    return quantize(jax.random.normal(jax.random.key(0), shape), block)
+    return quantize(normal(0, *shape, dtype=jnp.float32), block)
 
 
 def assert_equal(one, other):
@@ -399,7 +400,7 @@ def test_concatenate_is_the_dequantised_arrays_side_by_side(sizes, axis, block, 
         shape[axis] = size
     scale = iter((1.0, 30.0))
     parts = [
-        quantize(next(scale) * jax.random.normal(jax.random.key(i), s), block) for i, s in enumerate(shapes)
+        quantize(normal(i, *s, dtype=jnp.float32, scale=next(scale)), block) for i, s in enumerate(shapes)
     ]
     joined = jax.jit(functools.partial(concatenate, axis=axis))(parts)
     assert joined.block == joined_block
@@ -412,7 +413,7 @@ def test_concatenate_is_the_dequantised_arrays_side_by_side(sizes, axis, block, 
 def test_joined_gate_and_up_give_the_product_of_both(half):
     x = make(6, 256)
     gate, up = (
-        quantize((1 + 20 * i) * jax.random.normal(jax.random.key(i), (half, 256)), (128, 128)) for i in (0, 1)
+        quantize(normal(i, half, 256, dtype=jnp.float32, scale=1 + 20 * i), (128, 128)) for i in (0, 1)
     )
     got = jax_deepgemm.fp8_gemm_nt(x, concatenate([gate, up]), out_dtype=jnp.float32)
     want = [jax_deepgemm.fp8_gemm_nt(x, part, out_dtype=jnp.float32) for part in (gate, up)]

@@ -23,6 +23,7 @@ import jax_deepgemm as jdg
 from jax_deepgemm import ragged_dot, ragged_dot_general
 from tests.shared import op_checks
 from tests.shared import ragged_oracle as oracle
+from tests.shared.arrays import normal
 from tests.shared.op_checks import OpCase, Shard
 from tests.shared.ragged_oracle import BASIC, Problem
 
@@ -375,8 +376,7 @@ def test_precision_of_the_context_reaches_jax() -> None:
 
 
 def sharded(name: str, dtype: Any, *shards: Shard) -> OpCase:
-    def args(key: jax.Array) -> list[jax.Array]:
-        seed = int(jax.random.randint(key, (), 0, 1 << 30))
+    def args(seed: int) -> list[jax.Array]:
         return [
             oracle.integers((16, 8), dtype, seed),
             oracle.integers((4, 8, 8), dtype, seed + 1),
@@ -431,9 +431,8 @@ def test_empty_results_have_the_type_that_was_asked_for() -> None:
 
 @pytest.mark.parametrize("block", [(128, 128), (1, 128)])
 def test_quantised_is_the_product_of_the_dequantised(block: tuple[int, int]) -> None:
-    keys = jax.random.split(jax.random.key(0))
-    lhs = jdg.quantize(jax.random.normal(keys[0], (20, 256)), (1, 128))
-    rhs = jdg.quantize(jax.random.normal(keys[1], (3, 136, 256)), block)
+    lhs = jdg.quantize(normal(0, 20, 256, dtype=F32), (1, 128))
+    rhs = jdg.quantize(normal(1, 3, 136, 256, dtype=F32), block)
     sizes = np.array([4, 0, 11], np.int64)
     got = ragged_dot(lhs, rhs, sizes, preferred_element_type=F32, rhs_layout="gnk")
     left, right = (jdg.dequantize(x, F32) for x in (lhs, rhs))

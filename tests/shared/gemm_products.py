@@ -5,7 +5,8 @@ Oracles are computed on the GPU in float32 at the highest precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +65,25 @@ def bf16_gemm(case: Case, arrays: list[Any], **options: Any) -> jax.Array:
 
 def bf16_want(case: Case, arrays: list[Any]) -> jax.Array:
     return reference.bf16_gemm(*arrays, layout=case.layout, out_dtype=F32)[0]
+
+
+fp8_exact = program(fp8_want)
+bf16_exact = program(bf16_want, static_argnums=0)
+"""The same, each as a program of its own."""
+
+
+def check_configs(case: Case, fp8: bool, configs: Sequence[Any], **options: Any) -> None:
+    """A case with each of some configurations, in one program."""
+    assert 0 < len(configs) == len(set(map(str, configs)))
+    operands = (oracle.fp8_operands if fp8 else oracle.bf16_operands)(case)
+    run = functools.partial(fp8_gemm if fp8 else bf16_gemm, case, **options)
+
+    def all_of(arrays: list[Any]) -> dict[str, jax.Array]:
+        want = fp8_want(arrays) if fp8 else bf16_want(case, arrays)
+        return {str(config): difference(run(arrays, config=config), want) for config in configs}
+
+    limit = (ORACLE_LIMIT if fp8 else BF16_LIMIT)[case.out]
+    check(program(all_of)(operands), {str(config): limit for config in configs})
 
 
 def check_fp8(case_list: list[Case], run: Callable[..., Any] = fp8_gemm, seed: int = 0) -> None:

@@ -29,6 +29,17 @@ def difference(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(energy == 0, 0.0, jnp.sum((x - y) ** 2) / jnp.where(energy == 0, 1.0, energy))
 
 
+PIECE = 1 << 24
+
+
+def random_numbers(count: int) -> jax.Array:
+    """At least so many standard normal numbers, bfloat16, made piece by piece because a generator needs
+    several times the memory of what it makes."""
+    keys = jax.random.split(jax.random.key(7), -(-count // PIECE))
+    make = functools.partial(jax.random.normal, shape=(PIECE,), dtype=jnp.bfloat16)
+    return program(lambda keys: lax.map(make, keys).reshape(-1))(keys)
+
+
 def chain(
     step: Callable[..., jax.Array], x: jax.Array, *operands: Any, steps: int, scanned: bool = False
 ) -> jax.Array:

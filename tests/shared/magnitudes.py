@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_deepgemm import dequantize, fp8_gemm_nt, fp8_linear, grouped_linear, quantize
 from jax_deepgemm.moe import expert_mlp, moe_mlp, route
+from tests.shared.gpu_programs import program
 from tests.shared.moe_oracle import moe_plain, normal, relative
 
 F32 = jnp.float32
@@ -29,13 +30,14 @@ class Layer(NamedTuple):
     limit: float
 
 
+@functools.cache
 def layers() -> dict[str, Layer]:
     x = normal(0, TOKENS, HIDDEN)
     w = normal(1, 136, HIDDEN, dtype=F32, scale=HIDDEN**-0.5)
     grouped = normal(2, EXPERTS, 136, HIDDEN, dtype=F32, scale=HIDDEN**-0.5)
     w13 = normal(3, EXPERTS, 2 * INTERMEDIATE, HIDDEN, dtype=F32, scale=HIDDEN**-0.5)
     w2 = normal(4, EXPERTS, HIDDEN, INTERMEDIATE, dtype=F32, scale=INTERMEDIATE**-0.5)
-    ids, weights = route(normal(5, TOKENS, EXPERTS, dtype=F32), 2)
+    ids, weights = jax.jit(route, static_argnums=1)(normal(5, TOKENS, EXPERTS, dtype=F32), 2)
     sizes = jnp.array([10, 0, 25, 5], jnp.int32)
     expert = jnp.repeat(jnp.arange(EXPERTS), sizes, total_repeat_length=TOKENS)[:, None]
     dot = functools.partial(jnp.einsum, precision="highest")
@@ -81,7 +83,7 @@ def gradients(function: Callable[..., jax.Array], arguments: tuple[jax.Array, ..
         y, vjp = jax.vjp(function, *arguments)
         return vjp(dy.astype(y.dtype))
 
-    return jax.jit(run)
+    return program(run)
 
 
 @functools.cache

@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-def normal(seed: int, *shape: int, dtype: Any = jnp.bfloat16, scale: float = 1.0) -> jax.Array:
-    return (scale * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
+from tests.shared.arrays import normal as normal
 
 
 def wide(x: Any) -> np.ndarray:

@@ -23,6 +23,7 @@ from jax_deepgemm.ops.swiglu.op import swiglu_grad_op, swiglu_op
 from jax_deepgemm.quantization import quantize
 from jax_deepgemm.tools.precompile import compile_many
 from tests.shared import op_checks, quant_oracle
+from tests.shared.arrays import normal, normals, optimised
 from tests.shared.op_checks import OpCase, Shard
 
 E4M3, E5M2 = np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2)
@@ -58,14 +59,14 @@ def oracle_both(x: np.ndarray, rows: int | None, dtype: str, scale_format: str) 
 )
 def test_quantize_both_and_weight_equal_numpy(shape, dtype, x_dtype, scale_format):
     x, options = draw(shape, x_dtype), {"dtype": dtype, "scale_format": scale_format}
-    both, weight = (jax.jit(functools.partial(f, **options)) for f in (quantize_both, quantize_weight))
+    both, weight = (optimised(functools.partial(f, **options)) for f in (quantize_both, quantize_weight))
     assert_equal(both(x), oracle_both(x, None, dtype.name, scale_format))
     values, scales = quant_oracle.quantize(x, (128, 128), dtype.name, scale_format)
     assert_equal(weight(x), [values, scales, values.T])
 
 
 def test_rows_beyond_the_limit_are_zeros_whatever_they_hold():
-    limited = jax.jit(quantize_both)
+    limited = optimised(quantize_both)
     for rows in (-1, 0, 1, 128, 150, 260, 300):
         x = draw((260, 136))
         x[max(rows, 0) :] = np.nan
@@ -204,9 +205,7 @@ def both_case(shape, *table):
         for spec, scales, scales_t, sums, modes in table
     )
     name = f"quantize_both-{shape[0]}x{shape[1]}"
-    return OpCase(
-        name, fn, lambda key: [jax.random.normal(key, shape, jnp.bfloat16)], (((0,),),), shards, tolerance=0
-    )
+    return OpCase(name, fn, lambda seed: [normal(seed, *shape)], (((0,),),), shards, tolerance=0)
 
 
 def weight_case(shape, *table):
@@ -218,7 +217,7 @@ def weight_case(shape, *table):
         for spec, scales, sums, modes in table
     )
     name = f"quantize_weight-{shape[0]}x{shape[1]}"
-    return OpCase(name, fn, lambda key: [jax.random.normal(key, shape)], (((0,),),), shards, tolerance=0)
+    return OpCase(name, fn, lambda seed: [normal(seed, *shape, dtype=F32)], (((0,),),), shards, tolerance=0)
 
 
 def limited(x, rows, out_sharding=None):
@@ -233,11 +232,11 @@ def backward(h, weight, dact, rows, out_sharding=None):
     return swiglu_grad_quantize(h, weight, dact, rows)
 
 
-def swiglu_arrays(key):
+def swiglu_arrays(seed):
     """512 rows, 256 features; the limit is inside a device's piece."""
-    keys = jax.random.split(key, 3)
-    h, dact = jax.random.normal(keys[0], (512, 512)), jax.random.normal(keys[1], (512, 256))
-    return h, jax.random.uniform(keys[2], (512,)), dact, jnp.array([300], jnp.int32)
+    h, dact = normals(seed, (512, 512), (512, 256))
+    weights = np.random.default_rng(seed).uniform(size=512).astype(np.float32)
+    return h, jnp.asarray(weights), dact, jnp.array([300], jnp.int32)
 
 
 R = P("x")
@@ -252,7 +251,7 @@ CASES = [
     OpCase(
         "quantize_both-rows",
         limited,
-        lambda key: [jax.random.normal(key, (512, 128)), jnp.array([300], jnp.int32)],
+        lambda seed: [normal(seed, 512, 128, dtype=F32), jnp.array([300], jnp.int32)],
         (((0, 0),), ((None, 0),), ((0, None),)),
         (
             Shard((P("y"), P()), (P("y"), P("y"), P(None, "y"), P("y"))),
@@ -265,7 +264,7 @@ CASES = [
     OpCase(
         "swiglu_quantize",
         forward,
-        lambda key: [swiglu_arrays(key)[i] for i in (0, 1, 3)],
+        lambda seed: [swiglu_arrays(seed)[i] for i in (0, 1, 3)],
         (((0, None, 0),),),
         (
             Shard((R, R, P()), ROWS_X),
@@ -281,7 +280,7 @@ CASES = [
     OpCase(
         "swiglu_grad_quantize",
         backward,
-        lambda key: list(swiglu_arrays(key)),
+        lambda seed: list(swiglu_arrays(seed)),
         (((0, 0, None, 0),),),
         (
             Shard((R, R, R, P()), (*ROWS_X, R)),

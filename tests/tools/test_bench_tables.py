@@ -9,20 +9,11 @@ import pytest
 
 from jax_deepgemm.cli import main
 from jax_deepgemm.cli.bench import write
-from jax_deepgemm.tools.bench import (
-    catalog,
-    dense,
-    floors,
-    grouped,
-    op,
-    plots,
-    report,
-    shapes,
-    skew,
-    timing,
-    trace,
-)
+from jax_deepgemm.core.bench import Row
+from jax_deepgemm.ops.gemm import bench as dense
+from jax_deepgemm.tools.bench import catalog, floors, plots, report, timing, trace, whole
 from jax_deepgemm.tools.bench.machine import ClockLog
+from jax_deepgemm.tools.bench.measure import measure_baseline
 
 MEASURED = {
     "status": "ok",
@@ -45,10 +36,14 @@ def dense_row(table: str, m: int, n: int = 4096, k: int = 7168, **more: Any) -> 
     return row | {"baseline": {"what": "cuBLASLt", "status": "ok", "us": 80.0, "tflops": 625.0}} | more
 
 
+def rows_of(table: str, small: bool = False) -> list[Row]:
+    return list(catalog.tables()[table].rows(small))
+
+
 def cells(found: dict[str, Any]) -> list[dict[str, str]]:
     """The rows of all tables by their titles."""
     return [
-        dict(zip(about.header(True), row, strict=True))
+        dict(zip(catalog.header(about, True), row, strict=True))
         for about, rows in report._tables(found)
         for row in rows
     ]
@@ -71,32 +66,38 @@ def test_small_run_of_the_further_tables(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_only_few_rows_of_a_are_timed_after_reading() -> None:
-    chosen = {p.m for rows in dense.tables().values() for p in rows if dense._reads_weights(p)}
-    assert chosen == {1, 16, 64}
-    assert not any(dense._reads_weights(p) for p in dense.tables()["fp8_wgrad"])
+    chosen = {name: {row.fields["m"] for row in rows_of(name) if row.read_flush} for name in catalog.tables()}
+    assert {name: some for name, some in chosen.items() if some} == {
+        "fp8": {1, 16, 64},
+        "bf16": {1},
+        "shapes": {1, 64},
+    }
 
 
 def test_other_shapes_are_other_and_fit_cublaslt() -> None:
-    problems = shapes.tables()["shapes"]
+    rows = [row.fields for row in rows_of("shapes")]
     recorded = catalog.recorded("NVIDIA H200")
-    for problem in problems:
-        assert problem.n % 16 == problem.k % 16 == 0, "XLA would pad FP8 operands at each call"
-        if isinstance(problem, dense.Problem):
-            assert (problem.kind, problem.m, problem.n, problem.k) not in recorded
-    assert {2880, 4096, 5120, 6144} <= {side for p in problems for side in (p.n, p.k)}
-    assert {p.groups for p in problems if isinstance(p, grouped.Problem)} == {8, 64, 128, 512}
-    assert any(p.m % 2 for p in problems)
-    assert any(p.k % 512 for p in problems)
+    for row in rows:
+        assert row["n"] % 16 == row["k"] % 16 == 0, "XLA would pad FP8 operands at each call"
+        if row["op"] == "dense":
+            assert (row["type"], row["m"], row["n"], row["k"]) not in recorded
+    assert {2880, 4096, 5120, 6144} <= {side for row in rows for side in (row["n"], row["k"])}
+    assert {row["groups"] for row in rows if row["op"] == "m_grouped"} == {8, 64, 128, 512}
+    assert any(row["m"] % 2 for row in rows)
+    assert any(row["k"] % 512 for row in rows)
 
 
 def test_even_groups_have_the_rows_of_skewed_ones() -> None:
-    for problem in skew.tables()["skew"]:
-        skewed, even = problem.skewed.group_sizes, problem.even.group_sizes
-        assert sum(skewed) == sum(even) == problem.row["m"]
+    for row in rows_of("skew"):
+        assert row.baseline is not None
+        skewed, even = (side.constants[0].tolist() for side in (row, row.baseline))
+        assert skewed == row.fields["group_sizes"]
+        assert even == row.baseline.fields["group_sizes"]
+        assert sum(skewed) == sum(even) == row.fields["m"]
         assert [size > 0 for size in skewed] == [size > 0 for size in even]
         filled = [size for size in even if size]
         assert max(filled) - min(filled) <= 1
-        assert (max(skewed) == sum(skewed) // 2) == (problem.case == "half")
+        assert (max(skewed) == sum(skewed) // 2) == (row.fields["case"] == "half")
 
 
 @pytest.mark.parametrize("flush", floors.READ_US)
@@ -110,10 +111,17 @@ def test_reading_floors_grow_with_the_bytes(flush: str) -> None:
 
 
 def test_floors_count_bytes_of_the_operands() -> None:
-    fp8, bf16 = dense_row("fp8", 64, 4032, 4096), dense_row("bf16", 64, 4032, 4096)
-    assert floors.operand_us(fp8, "read") == 5.3
-    assert floors.operand_us(bf16, "write") == 12.5
-    assert floors.operand_us(dense_row("fp8", 128), "read") is None
+    def read(row: dict[str, Any]) -> int | None:
+        reads = catalog.tables()[row["table"]].reads
+        assert reads is not None
+        return reads(row)
+
+    fp8, bf16 = read(dense_row("fp8", 64, 4032, 4096)), read(dense_row("bf16", 64, 4032, 4096))
+    assert fp8 is not None
+    assert floors.read_us(fp8, "read") == 5.3
+    assert bf16 is not None
+    assert floors.read_us(bf16, "write") == 12.5
+    assert read(dense_row("fp8", 128)) is None
 
 
 def test_clock_of_several_intervals() -> None:
@@ -139,7 +147,7 @@ def test_queued_calls_share_the_time_of_their_kernels(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("all_us", "status"), [(100.0, "ok"), (103.0, "failed")])
 def test_a_kernel_beside_the_gemm_fails_the_row(all_us: float, status: str) -> None:
-    row = op.judged(MEASURED | {"all_us": all_us}, MEASURED | {"us": 120.0}, timing.Queued(130.0, 121.0))
+    row = whole.judged(MEASURED | {"all_us": all_us}, MEASURED | {"us": 120.0}, timing.Queued(130.0, 121.0))
     assert row["status"] == status
     assert (row["other_us"], row["idle_us"]) == (all_us - 100.0, 9.0)
     assert status == "ok" or row["error"] == "beside the GEMM's 100.0 us its program ran 3.0 us of others"
@@ -191,22 +199,22 @@ def test_control_is_reported_once_beside_the_reference(tmp_path: Path) -> None:
     line = "Control: X 785.4 us, 1.10 of 714.0 us in the reference state."
     assert report.text(found).count(line) == report.markdown(tmp_path, found).count(line) == 1
     assert "Control" not in report.text(result(dense_row("fp8", 4096)))
-    measured = dense.control(64, calls=1, flush=lambda: None, clocks=None)
+    measured = measure_baseline(dense.control(64), calls=1, flush=lambda: None, clocks=None)
     assert measured["what"] == "cuBLASLt FP8 64^3 through jnp"
     assert measured["us"] > 0
 
 
-def test_each_family_has_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_table_has_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     rows = [dense_row("fp8", 4096), dense_row("bf16", 4096), {"table": "moe", "status": "ok", "us": 1.0}]
-    for table, problems in grouped.tables().items():
-        rows += [p.row | MEASURED for p in problems[:4] if table != "ragged_dot"]
+    for table in ("m_grouped", "masked", "k_grouped"):
+        rows += [{"table": table, **row.fields, **MEASURED} for row in rows_of(table)[:4]]
     path = tmp_path / "h200.json"
     write(path, result(*rows[:2], *rows[3:]))
     assert main(["bench", "--report", str(path), "--plot", str(tmp_path / "plots")]) == 0
     drawn = {target.name for target in (tmp_path / "plots").iterdir()}
-    assert drawn == {f"h200-{name}.svg" for name in ("fp8", "bf16", "m_grouped", "masked", "k_grouped")}
-    assert (tmp_path / "plots" / "h200-masked.svg").read_text().startswith("<?xml")
+    assert drawn == {f"h200-{name}.png" for name in ("fp8", "bf16", "m_grouped", "masked", "k_grouped")}
+    assert (tmp_path / "plots" / "h200-masked.png").read_bytes().startswith(b"\x89PNG")
     peers = catalog.recorded("NVIDIA H200")
     lines = plots.series([row for row in rows if row["table"] == "fp8"], peers)
     assert list(lines) == ["jax_deepgemm", "DeepGEMM", "cuBLASLt"]

@@ -24,10 +24,11 @@ from jax_deepgemm.core import _private, tuning
 from jax_deepgemm.core.chip import H200, with_sms
 from jax_deepgemm.ops.gemm.family import GemmConfig, Sm90Config
 from jax_deepgemm.ops.gemm.problem import GemmProblem
+from jax_deepgemm.ops.grouped.bench_rows import contiguous
 from jax_deepgemm.ops.grouped.problem import GroupedProblem
 from jax_deepgemm.tools import explain as introspect
 from jax_deepgemm.tools import tune
-from jax_deepgemm.tools.bench import grouped, products
+from jax_deepgemm.tools.bench import products
 from jax_deepgemm.tools.bench.rows import Accumulator, Compiled, compile_job
 from jax_deepgemm.tools.bench.timing import Job, Timing
 from jax_deepgemm.tools.bench.trace import Measured
@@ -318,9 +319,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, GemmConfig]]:
     return timed
 
 
-SMALL_TABLES = {
-    "m_grouped": [grouped.Problem("m_grouped", "bf16", "drawn", 6, 42, 384, 512, (42, 43, 42, 43, 43, 43))]
-}
+SMALL_TABLES = {"m_grouped": [contiguous("bf16", "drawn", 42, 384, 512, (42, 43, 42, 43, 43, 43))]}
 
 
 def test_command_measures_all_and_keeps_the_best(
@@ -457,7 +456,7 @@ def test_drawn_operands_have_the_spread_of_quantised_ones() -> None:
 
 def test_tables_of_the_benchmark_are_problems_of_one_kernel() -> None:
     for name, rows in products.tables().items():
-        work = products.of_problem(rows[-1])
+        work = products.of_row(rows[-1])
         [(problem, chip)] = introspect.problems(work.function, *work.operands)
         assert chip == H200
         assert len(ranked(problem, H200)) > 1, name
@@ -531,7 +530,7 @@ def test_c_is_copied_again_after_a_failed_call() -> None:
 
 
 def test_the_argument_that_is_carried_has_the_type_of_the_result() -> None:
-    works = [products.of_problem(rows[-1]) for rows in products.tables().values()]
+    works = [products.of_row(rows[-1]) for rows in products.tables().values()]
     works += [
         products.of_shape(shape_of({"op": op, "out_dtype": out, "accumulate": add} | sizes))
         for op, sizes in (

@@ -1,7 +1,7 @@
-"""Measuring the kernels: problems and how they are run (`dense`, `grouped`, `fused`, `moe`, `shapes`, `skew`,
-`sustained`, `op`), all candidates of a product (`tune`, `products`), device time from the profiler
-(`timing`), what the tables look like (`catalog`), what no kernel can beat (`floors`), reports (`report`) and
-plots (`plots`).
+"""Measuring the kernels: the tables of all families (`catalog`), rows in one profiler session (`measure`), in
+turns (`turns`) or as whole programs (`whole`), calls of ops to tune (`products`), device time from the
+profiler (`timing`, `trace`), what no kernel can beat (`floors`), reports (`report`) and plots (`plots`).
 
-`python -m jax_deepgemm bench` and `tune` are the ways in.
+What is measured stands in the families: core/bench.py says how. `python -m jax_deepgemm bench` and `tune` are
+the ways in.
 """

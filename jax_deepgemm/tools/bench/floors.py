@@ -8,8 +8,6 @@ import numpy as np
 
 COPY_RATE = 4.3e12  # bytes a second: a large copy, read and written bytes counted, measured on an H200
 PEAK = {"fp8": 1979e12, "bf16": 989.5e12}  # operations a second, dense, from the H200's data sheet
-SMALL_M = 64
-"""Up to here weights are all that is read, and the reading floors say what is possible."""
 
 READ_MIB = (4, 8, 16, 32, 64, 128, 256)
 READ_US = {
@@ -33,24 +31,14 @@ def read_us(size: float, flush: str) -> float:
     return y0 + (mib - x0) * (y1 - y0) / (x1 - x0)
 
 
-def operand_us(row: dict[str, Any], flush: str) -> float | None:
-    """Returns the floor of reading A and B of a dense row, scales not counted; None above `SMALL_M`."""
-    if row["m"] > SMALL_M:
-        return None
-    return read_us((row["m"] + row["n"]) * row["k"] * (2 if kind(row) == "bf16" else 1), flush)
-
-
-def kind(row: dict[str, Any]) -> str:
-    """The type of a row's operands: "fp8" or "bf16"."""
-    return "bf16" if "bf16" in (row["table"], row.get("type")) else "fp8"
-
-
-def roofline_us(row: dict[str, Any]) -> float:
+def roofline_us(row: dict[str, Any], kind: str) -> float:
     """Returns the longer of a measured row's bytes at `COPY_RATE` and its operations at `PEAK`.
 
-    >>> row = {"table": "bf16", "us": 100.0, "tflops": 494.75, "gbytes_per_s": 1000.0}
-    >>> roofline_us(row)
+    >>> roofline_us({"us": 100.0, "tflops": 494.75, "gbytes_per_s": 1000.0}, "bf16")
     50.0
+
+    Args:
+      kind: of the operands; of other kinds than those of `PEAK` only the bytes count.
     """
     size, flops = row["gbytes_per_s"] * row["us"] * 1e3, row["tflops"] * row["us"] * 1e6
-    return max(size / COPY_RATE, flops / PEAK[kind(row)]) * 1e6
+    return max(size / COPY_RATE, flops / PEAK[kind] if kind in PEAK else 0) * 1e6

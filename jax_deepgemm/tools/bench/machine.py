@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 
+from jax_deepgemm._version import __version__
+
 _NVML_CLOCK_SM = 1
 _QUERY = ["--format=csv,noheader,nounits", "--id=0"]
 _PACKAGES = (
@@ -29,9 +31,7 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that decide speed, as far as they are installed."""
-    import jax_deepgemm
-
-    found = {"jax_deepgemm": jax_deepgemm.__version__, "python": platform.python_version()}
+    found = {"jax_deepgemm": __version__, "python": platform.python_version()}
     for name in (*_PACKAGES, "nvidia-cuda-nvrtc-cu12", "nvidia-cublas-cu12"):
         try:
             found[name] = metadata.version(name)

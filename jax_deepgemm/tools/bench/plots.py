@@ -4,54 +4,51 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_deepgemm.tools.bench.catalog import TABLES, Key, Row, recorded
-from jax_deepgemm.tools.bench.floors import COPY_RATE, kind, roofline_us
+from jax_deepgemm.tools.bench.catalog import Key, Result, key, recorded, tables
+from jax_deepgemm.tools.bench.floors import COPY_RATE, roofline_us
 
-FAMILIES = ("fp8", "fp8_wgrad", "bf16", "m_grouped", "masked", "k_grouped", "ragged_dot", "shapes")
 FLOOR = f"floor: bytes at {COPY_RATE / 1e12:.1f} TB/s or operations at the peak"
 ROW_INCHES = 0.16
 COLUMNS = 2
+DOTS_PER_INCH = 80
 
 
 def each(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Draws a file for every family of which there are rows, and returns their paths (or none)."""
+    """Draws a file for every table that is plotted and has rows, and returns their paths (or none)."""
     written = []
-    for family in FAMILIES:
-        panels = _panels(result, [family])
-        target = folder / f"{stem}-{family}.svg"
+    for name in tables():
+        panels = _panels(result, [name])
+        target = folder / f"{stem}-{name}.png"
         if panels and _draw(panels, 1, result["device"], target):
             written.append(target)
     return written
 
 
 def together(result: dict[str, Any], target: Path) -> bool:
-    """Draws all families into one file. Returns False without matplotlib, or without rows."""
-    panels = _panels(result, FAMILIES)
+    """Draws all tables into one file. Returns False without matplotlib, or without rows."""
+    panels = _panels(result, list(tables()))
     return bool(panels) and _draw(panels, COLUMNS, result["device"], target)
 
 
-def _panels(result: dict[str, Any], families: Sequence[str]) -> list[tuple[str, list[Row]]]:
-    """Titles and rows: of each family one panel for FP8 and one for BF16, of `m_grouped` the padded rows."""
-    found: dict[str, list[Row]] = {}
+def _panels(result: dict[str, Any], names: Sequence[str]) -> list[tuple[str, list[Result]]]:
+    """Titles and rows: a panel for each type of operands that a table has."""
+    known, found = tables(), dict[str, list[Result]]()
     for row in result["rows"]:
-        if row["table"] in families and row["status"] == "ok" and _is_compared(row):
+        if row["table"] in names and row["status"] == "ok" and known[row["table"]].plotted(row):
             found.setdefault(_title(row), []).append(row)
-    return sorted(found.items(), key=lambda panel: families.index(panel[1][0]["table"]))
+    return sorted(found.items(), key=lambda panel: names.index(panel[1][0]["table"]))
 
 
-def _title(row: Row) -> str:
-    return row["table"] if kind(row) in row["table"] else f"{row['table']}, {kind(row)}"
+def _title(row: Result) -> str:
+    one_type = tables()[row["table"]].type or "type" not in row
+    return str(row["table"]) if one_type else f"{row['table']}, {row['type']}"
 
 
-def _is_compared(row: Row) -> bool:
-    return row["table"] != "m_grouped" or row["sizes"] == "padded"
-
-
-def series(rows: Sequence[Row], peers: dict[Key, Row]) -> dict[str, list[float]]:
+def series(rows: Sequence[Result], peers: Mapping[Key, Mapping[str, Any]]) -> dict[str, list[float]]:
     """Returns, by whose they are, times as multiples of the floor; nan where there is none.
 
     >>> row = {"table": "fp8", "m": 1, "n": 128, "k": 128, "us": 10.0, "tflops": 0, "gbytes_per_s": 2150}
@@ -60,27 +57,28 @@ def series(rows: Sequence[Row], peers: dict[Key, Row]) -> dict[str, list[float]]
     """
     found: dict[str, list[float]] = {}
     for index, row in enumerate(rows):
-        about, floor = TABLES[row["table"]], roofline_us(row)
-        beside = peers.get(about.key(row), {}).get("us"), (row.get("baseline") or {}).get("us")
+        about = tables()[row["table"]]
+        floor = roofline_us(row, about.type or row.get("type", ""))
+        beside = peers.get(key(row), {}).get("us"), (row.get("baseline") or {}).get("us")
         for who, us in zip(("jax_deepgemm", about.peer, about.baseline), (row["us"], *beside), strict=True):
             if us and floor:
                 found.setdefault(who, [math.nan] * len(rows))[index] = us / floor
     return found
 
 
-def _label(row: Row) -> str:
-    keys = ("groups", "m", "n", "k") if row.get("groups", 1) > 1 else ("m", "n", "k")
-    return " x ".join(str(row[key]) for key in keys)
+def _label(row: Result) -> str:
+    """The sizes that name a row; a single group goes without saying."""
+    sizes = {key: row[key] for key in tables()[row["table"]].keys if isinstance(row[key], int)}
+    return " x ".join(str(size) for key, size in sizes.items() if (key, size) != ("groups", 1))
 
 
-def _draw(panels: Sequence[tuple[str, list[Row]]], columns: int, device: str, target: Path) -> bool:
+def _draw(panels: Sequence[tuple[str, list[Result]]], columns: int, device: str, target: Path) -> bool:
     try:
         import matplotlib
     except ImportError:
         print("bench: no plot, matplotlib is missing; pip install 'jax-deepgemm[bench]'", file=sys.stderr)
         return False
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "jax_deepgemm", "svg.fonttype": "none"}
+    matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     columns = min(columns, len(panels))
@@ -95,12 +93,12 @@ def _draw(panels: Sequence[tuple[str, list[Row]]], columns: int, device: str, ta
         _panel(axis, title, rows, peers)
     figure.tight_layout()
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, metadata={"Date": None})
+    figure.savefig(target, dpi=DOTS_PER_INCH, metadata={"Software": None})
     plt.close(figure)
     return True
 
 
-def _panel(axis: Any, title: str, rows: Sequence[Row], peers: dict[Key, Row]) -> None:
+def _panel(axis: Any, title: str, rows: Sequence[Result], peers: Mapping[Key, Mapping[str, Any]]) -> None:
     labels = list(map(_label, rows))
     for (who, multiples), style in zip(series(rows, peers).items(), ("o-", "s:", "^:"), strict=False):
         axis.plot(range(len(rows)), multiples, style, ms=3, lw=1, label=who)

@@ -1,4 +1,4 @@
-"""Products to tune: of the benchmark's tables, of a shapes file; and operands for them."""
+"""Calls of ops to tune: of the benchmark's tables, of a shapes file; and operands for them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_deepgemm.core.bench import Row
 from jax_deepgemm.core.shapes import CallShape
-from jax_deepgemm.tools.bench import dense, grouped, shapes
-from jax_deepgemm.tools.bench.rows import accumulator
+from jax_deepgemm.tools.bench import catalog
 
 _PERIOD = 1_000_003  # elements after which operands repeat: a prime, so that rows differ
 _LARGEST = 2.75  # of 128 standard normal numbers, on average
@@ -22,11 +22,11 @@ _FLOAT32 = 2**-7  # scales, and float32 C
 
 @dataclass(frozen=True)
 class Work:
-    """One product to tune.
+    """One call of an op to tune.
 
     Attributes:
       name: for messages.
-      function: calls one GEMM of this package, and leaves `config` open.
+      function: calls one op of this package, and leaves `config` open.
       operands: its arguments. Arrays are used as they are; for `jax.ShapeDtypeStruct`s see `drawn`.
       carry: the argument that the result takes the place of, if there is one; what is given is copied.
     """
@@ -37,27 +37,23 @@ class Work:
     carry: int | None = None
 
 
-def tables() -> dict[str, list[Any]]:
-    """Returns the problems of those tables of `bench` that are single products.
+def tables() -> dict[str, list[Row]]:
+    """Returns the rows of those tables of `bench` that are single calls of ops.
 
     >>> list(tables())
     ['fp8', 'fp8_wgrad', 'bf16', 'm_grouped', 'masked', 'k_grouped', 'ragged_dot', 'shapes']
     """
-    return {**dense.tables(), **grouped.tables(), **shapes.tables()}
+    return {name: list(one.rows(False)) for name, one in catalog.tables().items() if one.tuned}
 
 
-def of_problem(problem: dense.Problem | grouped.Problem) -> Work:
-    """Returns the product of a row of a table, its operands not drawn yet.
+def of_row(row: Row) -> Work:
+    """Returns what a row of a table calls, its operands not drawn yet.
 
-    >>> of_problem(dense.Problem("bf16", 64, 2112, 7168)).operands[1].shape
+    >>> of_row(tables()["bf16"][1]).operands[1].shape
     (2112, 7168)
     """
-    if isinstance(problem, dense.Problem):
-        operands = jax.eval_shape(lambda: dense.operands(problem))
-        return Work(str(problem), dense.product(problem), operands, accumulator(problem.kind))
-    matrices = jax.eval_shape(lambda: grouped.operands(problem)[:-1])
-    sizes = np.asarray(problem.group_sizes, np.int32)
-    return Work(str(problem), grouped.product(problem), (*matrices, sizes), accumulator(problem.table))
+    operands = jax.eval_shape(lambda: row.operands(row.draw()))
+    return Work(row.name, row.function, (*operands, *row.constants), row.carry)
 
 
 def of_shape(shape: CallShape) -> Work:

@@ -4,51 +4,30 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from jax_deepgemm.core.bench import Table
 from jax_deepgemm.tools.bench import plots
-from jax_deepgemm.tools.bench.catalog import ROOT, TABLES, Key, Row, Table, control, recorded
+from jax_deepgemm.tools.bench.catalog import (
+    ROOT,
+    Result,
+    baseline_on,
+    cells,
+    control,
+    header,
+    key,
+    recorded,
+    shown,
+    tables,
+)
 from jax_deepgemm.tools.shape_files import parse_json
 from jax_deepgemm.tools.text import markdown_table, table
 
 BEGIN, END = "<!-- begin generated: {} -->", "<!-- end generated: {} -->"
 COMMAND = "python -m jax_deepgemm bench --report benchmarks/results/*.json --write"
 SUMMARY = ("table", "of", "rows", "against", "geometric mean", "worst", "time ratio", "worst time ratio")
-README_ROWS: tuple[tuple[Key, ...], ...] = (
-    (
-        ("fp8", 1, 7168, 16384),
-        ("fp8", 64, 4096, 7168),
-        ("fp8", 128, 7168, 2048),
-        ("fp8", 4096, 4096, 7168),
-        ("fp8", 4096, 7168, 2048),
-        ("fp8", 8192, 7168, 16384),
-        ("fp8_wgrad", 4096, 7168, 4096),
-        ("bf16", 128, 4096, 7168),
-        ("bf16", 4096, 4096, 7168),
-    ),
-    (
-        ("m_grouped", "fp8", "padded", 4, 8192, 6144, 7168),
-        ("m_grouped", "fp8", "padded", 32, 256, 7168, 3072),
-        ("m_grouped", "fp8", "drawn", 32, 256, 7168, 3072),
-        ("m_grouped", "bf16", "padded", 8, 4096, 4096, 4096),
-    ),
-    (
-        ("masked", "fp8", 32, 192, 6144, 7168),
-        ("masked", "fp8", 32, 20, 7168, 3072),
-        ("k_grouped", "fp8", 4, 4096, 7168, 8192),
-        ("k_grouped", "fp8", 16, 7168, 2048, 2048),
-        ("k_grouped", "bf16", 8, 4096, 7168, 4096),
-    ),
-    (
-        ("ragged_dot", "bf16", 4, 8192, 6144, 7168),
-        ("ragged_dot", "bf16", 8, 4096, 4096, 4096),
-        ("ragged_dot", "bf16", 32, 256, 7168, 3072),
-    ),
-)
-"""Rows of README.md, a table of each tuple; all of one have the same columns."""
-
-
 HEAD = {"device": str, "gpu": dict, "versions": dict, "method": str, "started": str, "rows": list}
 
 
@@ -76,23 +55,23 @@ def _check(result: Any) -> None:
             raise ValueError(f"its {name} is {result.get(name)!r}, need a {kind.__name__}")
     for number, row in enumerate(result["rows"], 1):
         try:
-            TABLES[row["table"]].cells(row, {})
+            cells(tables()[row["table"]], row, {})
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"row {number} cannot be shown: {type(error).__name__}: {error}") from None
 
 
-def _rows(result: dict[str, Any]) -> Iterator[tuple[str, Table, list[Row]]]:
+def _rows(result: dict[str, Any]) -> Iterator[tuple[str, Table, list[Result]]]:
     """The tables of which there are rows."""
-    for name, about in TABLES.items():
+    for name, about in tables().items():
         rows = [row for row in result["rows"] if row["table"] == name]
         if rows:
-            yield name, about.shown(rows), rows
+            yield name, shown(about, rows), rows
 
 
 def _tables(result: dict[str, Any]) -> Iterable[tuple[Table, list[list[str]]]]:
     peers = recorded(result["device"])
     for _, about, rows in _rows(result):
-        yield about, [about.cells(row, peers.get(about.key(row), {})) for row in rows]
+        yield about, [cells(about, row, peers.get(key(row), {})) for row in rows]
 
 
 def summary(result: dict[str, Any]) -> list[list[str]]:
@@ -107,8 +86,10 @@ def summary(result: dict[str, Any]) -> list[list[str]]:
         for part in dict.fromkeys(filter(None, map(about.part, measured))):
             chosen = [row for row in measured if about.part(row) == part]
             others = {
-                about.baseline_on(bool(result["gpu"])): [row.get("baseline", {}).get("us") for row in chosen],
-                about.peer: [peers.get(about.key(row), {}).get("us") for row in chosen],
+                baseline_on(about, bool(result["gpu"])): [
+                    row.get("baseline", {}).get("us") for row in chosen
+                ],
+                about.peer: [peers.get(key(row), {}).get("us") for row in chosen],
             }
             for other, times in others.items():
                 pairs = zip(times, chosen, strict=True)
@@ -126,7 +107,7 @@ def _mean_and_worst(ratios: Sequence[float]) -> list[str]:
 def text(result: dict[str, Any]) -> str:
     """Returns the tables of a result for a terminal."""
     on_gpu = bool(result["gpu"])
-    parts = [f"{about.title}\n{table(about.header(on_gpu), rows)}" for about, rows in _tables(result)]
+    parts = [f"{about.title}\n{table(header(about, on_gpu), rows)}" for about, rows in _tables(result)]
     return "\n\n".join(filter(None, [*parts, table(SUMMARY, summary(result)), control(result)]))
 
 
@@ -148,28 +129,37 @@ def markdown(path: Path, result: dict[str, Any]) -> str:
         about += [control(result), ""]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     about += [f"Software: {versions}.", "", markdown_table(SUMMARY, summary(result)), ""]
-    for shown, rows in _tables(result):
-        about += [f"### {shown.title}", "", markdown_table(shown.header(bool(gpu)), rows), ""]
+    for one, rows in _tables(result):
+        about += [f"### {one.title}", "", markdown_table(header(one, bool(gpu)), rows), ""]
     return "\n".join(about)
 
 
 def readme(path: Path, result: dict[str, Any]) -> str:
     """Returns the short tables of README.md."""
     peers = recorded(result["device"])
-    found = {TABLES[row["table"]].key(row): row for row in result["rows"]}
+    found = {key(row): row for row in result["rows"]}
     lines = [
         f"{result['device']}, from [`{_relative(path)}`]({_relative(path)}); all rows are in",
         "[docs/benchmarks.md](docs/benchmarks.md). cuBLASLt is measured in the same process (its FP8 product",
         "applies no block scales). DeepGEMM's figures were recorded on the same kind of machine by the same",
         "method ([data](benchmarks/data/deepgemm_h200.json)). Above 1x: this package is faster.",
     ]
-    for keys in README_ROWS:
-        chosen = [key for key in keys if key in found]
-        if chosen:
-            about = TABLES[chosen[0][0]]
-            rows = [[key[0], *about.cells(found[key], peers.get(key, {}))[:-1]] for key in chosen]
-            lines += ["", markdown_table(["table", *about.header(bool(result["gpu"]))[:-1]], rows)]
+    on_gpu = bool(result["gpu"])
+    for titles, group in groupby(_readme_tables(), key=lambda named: header(named[1], on_gpu)):
+        rows = [
+            [name, *cells(about, found[one], peers.get(one, {}))[:-1]]
+            for name, about in group
+            for values in about.readme
+            if (one := (name, *values)) in found
+        ]
+        if rows:
+            lines += ["", markdown_table(["table", *titles[:-1]], rows)]
     return "\n".join(lines)
+
+
+def _readme_tables() -> list[tuple[str, Table]]:
+    """Tables of which README.md has rows; those with the same columns become one there."""
+    return [(name, about) for name, about in tables().items() if about.readme]
 
 
 def _relative(path: Path) -> str:
@@ -206,7 +196,7 @@ def documents(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def _page_section(path: Path, result: dict[str, Any]) -> str:
-    plot_line = f"![speed](img/{path.stem}.svg)\n"
+    plot_line = f"![speed](img/{path.stem}.png)\n"
     heading, rest = markdown(path, result).split("\n", 1)
     return f"{heading}\n\n{plot_line}{rest}"
 
@@ -231,7 +221,7 @@ def run(paths: Sequence[Path], *, write: bool, plot: Path | None = None) -> int:
         target.write_text(content)
         print(f"wrote {_relative(target)}")
     for path, result in results:
-        target = ROOT / "docs" / "img" / f"{path.stem}.svg"
+        target = ROOT / "docs" / "img" / f"{path.stem}.png"
         if result["gpu"] and plots.together(result, target):
             print(f"wrote {_relative(target)}")
     return 0

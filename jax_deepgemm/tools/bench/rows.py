@@ -5,26 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jax_deepgemm.core.bench import Row
 from jax_deepgemm.tools.bench.timing import Timing, named
 
-KERNEL_PREFIX = "jdg_"
-GEMM_PREFIX = "jdg_sm90_"
 COMPILE_THREADS = 8
-
-
-class Work(Protocol):
-    """What a rate is computed from."""
-
-    @property
-    def flops(self) -> int: ...
-
-    @property
-    def bytes(self) -> int: ...
 
 
 class Accumulator:
@@ -66,11 +55,6 @@ class Compiled:
     error: str = ""
 
 
-def accumulator(table: str) -> int | None:
-    """Which argument of a table's products D takes the place of."""
-    return 2 if table in ("fp8_wgrad", "k_grouped") else None
-
-
 def compile_job(
     function: Callable[..., Any],
     name: str,
@@ -107,7 +91,7 @@ def names(stem: str, group: Sequence[Any]) -> list[str]:
     return [f"{stem}_{index}" for index in range(len(group))]
 
 
-def figures(problem: Work, timing: Timing | None, compile_error: str) -> dict[str, Any]:
+def figures(row: Row, timing: Timing | None, compile_error: str) -> dict[str, Any]:
     """The part of a row that was measured."""
     if timing is None or timing.measured is None:
         return {"status": "failed", "error": compile_error or (timing.error if timing else "not measured")}
@@ -120,8 +104,8 @@ def figures(problem: Work, timing: Timing | None, compile_error: str) -> dict[st
         "us_max": round(max(measured.microseconds), 3),
         "all_us": round(measured.median_of_everything, 3),
         "calls": len(measured.microseconds),
-        "tflops": round(problem.flops / median / 1e6, 1),
-        "gbytes_per_s": round(problem.bytes / median / 1e3, 1),
+        "tflops": round(row.flops / median / 1e6, 1),
+        "gbytes_per_s": round(row.bytes / median / 1e3, 1),
         "kernels": {name: round(duration, 3) for name, duration in measured.by_kernel.items()},
         "clock": timing.clock,
         "timed_by": timing.method,

@@ -1,8 +1,11 @@
-// A libcuda.so.1 that launches nothing and writes down what it is asked, for tests/test_launcher.py.
+// A libcuda.so.1 that launches nothing and writes down what it is asked, for tests/core/test_launcher.py.
 //
 // Environment: FAKE_LOG  file of one line per call that would change something
 //              FAKE_PARAMS  sizes of the kernel's parameters, "128,8,4"
 //              FAKE_CAPABILITY  "90"      FAKE_FAIL  name of a function that fails
+//              FAKE_DRIVER  "12080"       FAKE_SMS, FAKE_BLOCKS, FAKE_CLUSTERS  of the device: SMs, blocks
+//              that
+//                                         an SM runs at once, clusters that all of them run at once
 
 #include <cuda.h>
 
@@ -48,7 +51,7 @@ CUresult Log(const char* function, const char* format, Values... values) {
 extern "C" {
 
 CUresult cuDriverGetVersion(int* version) {
-  *version = 12080;
+  *version = std::atoi(Env("FAKE_DRIVER", "12080"));
   return CUDA_SUCCESS;
 }
 
@@ -81,6 +84,7 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
   int capability = std::atoi(Env("FAKE_CAPABILITY", "90"));
   *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR   ? capability / 10
            : attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? capability % 10
+           : attribute == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT     ? std::atoi(Env("FAKE_SMS", "132"))
                                                                        : 232448;
   return CUDA_SUCCESS;
 }
@@ -117,6 +121,17 @@ CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute attribute, int valu
   return Log("cuFuncSetAttribute", " %d %d", static_cast<int>(attribute), value);
 }
 
+CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* count, CUfunction, int, size_t) {
+  *count = std::atoi(Env("FAKE_BLOCKS", "2"));
+  return Done("cuOccupancyMaxActiveBlocksPerMultiprocessor");
+}
+
+CUresult cuOccupancyMaxActiveClusters(int* count, CUfunction, const CUlaunchConfig* config) {
+  bool alone = config->numAttrs == 1 && config->attrs[0].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+  *count = std::atoi(Env("FAKE_CLUSTERS", "60"));
+  return alone ? Done("cuOccupancyMaxActiveClusters") : CUDA_ERROR_INVALID_VALUE;
+}
+
 CUresult cuFuncGetParamInfo(CUfunction, size_t index, size_t* offset, size_t* size) {
   std::vector<size_t> sizes = ParamSizes();
   if (index >= sizes.size()) return CUDA_ERROR_INVALID_VALUE;
@@ -146,6 +161,10 @@ CUresult cuMemsetD8Async(CUdeviceptr address, unsigned char value, size_t size, 
   return Log("cuMemsetD8Async", " %p %d %zu", reinterpret_cast<void*>(address), value, size);
 }
 
+CUresult cuMemsetD32Async(CUdeviceptr address, unsigned value, size_t count, CUstream) {
+  return Log("cuMemsetD32Async", " %p 0x%x %zu", reinterpret_cast<void*>(address), value, count);
+}
+
 CUresult cuMemcpyDtoDAsync(CUdeviceptr target, CUdeviceptr source, size_t size, CUstream) {
   return Log("cuMemcpyDtoDAsync", " %p %p %zu", reinterpret_cast<void*>(target),
              reinterpret_cast<void*>(source), size);
@@ -155,8 +174,10 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void** param
   std::string text;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const CUlaunchAttribute& attribute = config->attrs[i];
-    bool cluster = attribute.id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    text += cluster ? " cluster " + std::to_string(attribute.value.clusterDim.x) : " pdl";
+    text += attribute.id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+                ? " cluster " + std::to_string(attribute.value.clusterDim.x)
+            : attribute.id == CU_LAUNCH_ATTRIBUTE_COOPERATIVE ? " cooperative"
+                                                              : " pdl";
   }
   std::vector<size_t> sizes = ParamSizes();
   for (size_t i = 0; i < sizes.size(); ++i) {

@@ -1,0 +1,65 @@
+"""Calls of GEMMs for compute-sanitizer: every kind of configuration, then every kind of operand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_deepgemm.core.chip import H200
+from jax_deepgemm.core.sanitize import FEW_SMS, Case, on_few
+from jax_deepgemm.ops.gemm import api
+from jax_deepgemm.ops.gemm.api import bf16_gemm_nn, bf16_gemm_nt, fp8_gemm_nt
+from jax_deepgemm.ops.gemm.family import FAMILY, GemmConfig, GemmProblem
+from jax_deepgemm.ops.quantize.api import quantize
+
+M, N, K = 520, 272, 1088  # tails in every dimension
+PING_PONG = GemmConfig(128, 192, 5, slabs=2, ping_pong=True)
+SPLIT = GemmConfig(64, 64, 8, split_k=2)
+
+
+def cases() -> Iterator[Case]:
+    """Yields every kind of configuration, then every kind of operand."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+    a, b, c, few = normal(M, K), normal(N, K), jnp.ones((M, N), jnp.float32), normal(5, K)
+    qa, qfew, qb, qb_rows = quantize(a), quantize(few), quantize(b, (128, 128)), quantize(b, (1, 128))
+    for left, quantised, sms in ((a, qa, FEW_SMS), (few, qfew, None)):
+        rows = len(left)
+        for config in kinds_of_config(GemmProblem(rows, N, K)):
+            yield Case(f"fp8 m={rows} {config}", on_few(fp8_gemm_nt, sms, config=config), (quantised, qb))
+        for config in kinds_of_config(GemmProblem(rows, N, K, "bf16", "bf16", b_scales="none")):
+            yield Case(f"bf16 m={rows} {config}", on_few(bf16_gemm_nt, sms, config=config), (left, b))
+    yield Case("bf16 ping-pong", on_few(bf16_gemm_nt, config=PING_PONG), (a, b))
+    yield Case("fp8 split without swap_ab", on_few(fp8_gemm_nt, config=SPLIT), (qa, qb))
+    yield Case("bf16 split without swap_ab", on_few(bf16_gemm_nt, config=SPLIT), (a, b))
+    float32 = on_few(fp8_gemm_nt, out_dtype=jnp.float32)
+    yield Case("fp8 + C", float32, (qa, qb, c))
+    yield Case("fp8 B 1x128", on_few(fp8_gemm_nt), (qa, qb_rows))
+    yield Case("fp8 B 1x128 + C", float32, (qa, qb_rows, c))
+    yield Case("fp8 few rows + C", on_few(fp8_gemm_nt, None, out_dtype=jnp.float32), (qfew, qb, c[:5]))
+    yield Case("bf16 + C", on_few(bf16_gemm_nt, out_dtype=jnp.float32), (a, b, c))
+    for cols in (128, 256):
+        side = GemmConfig(64, cols, 4, slabs=2)
+        yield Case(f"bf16 nn side by side {cols}", on_few(bf16_gemm_nn, config=side), (a, normal(K, N)))
+        yield Case(f"fp8 side by side {cols}", on_few(fp8_gemm_nt, config=side), (qa, qb))
+    for layout in ("nn", "tn", "tt"):
+        left = a if layout[0] == "n" else normal(K, M)
+        right = b if layout[1] == "t" else normal(K, N)
+        yield Case(f"bf16 {layout}", on_few(getattr(api, f"bf16_gemm_{layout}")), (left, right))
+    yield Case("bf16 batch", jax.vmap(bf16_gemm_nt, in_axes=(0, None)), (normal(3, 40, K), b))
+
+
+def kinds_of_config(problem: GemmProblem) -> list[GemmConfig]:
+    """The cheapest configuration of each kind: kernel, rows, who shares them, cluster, blocks per SM."""
+    cheapest: dict[tuple[Any, ...], GemmConfig] = {}
+    for config, _ in FAMILY.ranked(problem, H200):
+        kind = (config.swap_ab, config.rows, config.across, config.split_k > 1, config.blocks_per_sm)
+        cheapest.setdefault(kind, config)
+    return list(cheapest.values())

@@ -1,0 +1,112 @@
+"""Calls of grouped GEMMs for compute-sanitizer: groups that start anywhere, an empty one, sizes that are
+wrong, NaN outside all groups."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_deepgemm.core.sanitize import Case, on_few
+from jax_deepgemm.ops.gemm.family import GemmConfig
+from jax_deepgemm.ops.gemm.sanitize import PING_PONG
+from jax_deepgemm.ops.grouped.api import (
+    k_grouped_bf16_gemm_tn_contiguous,
+    k_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_bf16_gemm_nn_contiguous,
+    m_grouped_bf16_gemm_nt_contiguous,
+    m_grouped_bf16_gemm_nt_masked,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
+)
+from jax_deepgemm.ops.quantize.api import quantize
+
+HALVES = GemmConfig(128, 256, 4, slabs=2)
+SIDE_BY_SIDE = GemmConfig(64, 128, 4, slabs=2)
+TWO_PARTS = GemmConfig(256, 128, 4, slabs=2)
+TWO_PARTS_OF_C = GemmConfig(256, 96, 4, slabs=2)
+ROWS, N, K, GROUPS = 300, 136, 320, 4
+SIZES = np.asarray([150, 0, 33, 70], np.int32)
+USED = int(SIZES.sum())
+BAD = {"negative": np.asarray([-7, 200, -1, 53], np.int32), "too many": 3 * SIZES}
+
+Normal = Callable[..., jax.Array]
+
+
+def cases() -> Iterator[Case]:
+    """Yields every kind of grouped kernel."""
+    rng = np.random.default_rng(1)
+
+    def normal(*shape: int, good: int | None = None) -> jax.Array:
+        drawn = rng.standard_normal(shape)
+        drawn[good:] = drawn[good:] if good is None else np.nan
+        return jnp.asarray(drawn, jnp.bfloat16)
+
+    yield from _contiguous(normal)
+    yield from _masked(normal)
+    yield from _k_grouped(normal)
+
+
+def _contiguous(normal: Normal) -> Iterator[Case]:
+    sizes, a, w, whole = jnp.asarray(SIZES), normal(ROWS, K, good=USED), normal(GROUPS, N, K), normal(ROWS, K)
+    qa, qw, qw_rows, qwhole = quantize(a), quantize(w, (128, 128)), quantize(w, (1, 128)), quantize(whole)
+    fp8, bf16 = m_grouped_fp8_gemm_nt_contiguous, m_grouped_bf16_gemm_nt_contiguous
+    yield Case("grouped fp8", on_few(fp8), (qa, qw, sizes))
+    yield Case("grouped fp8 B 1x128, few rows", on_few(fp8, expected_m=4), (qa, qw_rows, sizes // 16))
+    yield Case("grouped fp8 to float32", on_few(fp8, out_dtype=jnp.float32), (qa, qw, sizes))
+    for sms in (3, 8):  # four tiles
+        yield Case(f"grouped fp8 halves, {sms} SMs", on_few(fp8, sms, config=HALVES), (qa, qw, sizes))
+    yield Case("grouped fp8 two parts", on_few(fp8, config=TWO_PARTS), (qa, qw, sizes))
+    yield Case("grouped bf16 nt", on_few(bf16), (a, w, sizes))
+    yield Case("grouped bf16 nt, few rows", on_few(bf16, expected_m=4), (a, w, sizes // 16))
+    yield Case("grouped bf16 ping-pong", on_few(bf16, config=PING_PONG), (a, w, sizes))
+    yield Case("grouped fp8 side by side", on_few(fp8, config=SIDE_BY_SIDE), (qa, qw, sizes))
+    yield Case("grouped bf16 nn", on_few(m_grouped_bf16_gemm_nn_contiguous), (a, w.mT, sizes))
+    for name, wrong in BAD.items():
+        yield Case(f"grouped fp8, {name}", on_few(fp8), (qwhole, qw, jnp.asarray(wrong)))
+        yield Case(f"grouped bf16, {name}", on_few(bf16), (whole, w, jnp.asarray(wrong)))
+    index = jnp.asarray(np.repeat([2, -1, 0, 3, -1], [100, 28, 50, 77, 45]), jnp.int32)
+    yield Case("grouped fp8, index", lambda a, w, i: fp8(a, w, m_indices=i), (qwhole, qw, index))
+    ends = jnp.asarray([90, 128, 200, 300], jnp.int32)
+    yield Case("grouped bf16, ends", lambda a, w, e: bf16(a, w, ends=e, alignment=64), (whole, w, ends))
+
+
+def _masked(normal: Normal) -> Iterator[Case]:
+    capacity, mask = 100, jnp.asarray([100, 0, 3, 70], jnp.int32)
+    deep, w = normal(GROUPS, capacity, K), normal(GROUPS, N, K)
+    fp8, bf16 = m_grouped_fp8_gemm_nt_masked, m_grouped_bf16_gemm_nt_masked
+
+    def valid(d: jax.Array, mask: jax.Array) -> jax.Array:
+        """What is outside the groups is not written."""
+        return jnp.where(jnp.arange(capacity)[:, None] < mask[:, None, None], d, 0)
+
+    for kind, function, a, b in (
+        ("fp8", fp8, quantize(deep), quantize(w, (128, 128))),
+        ("bf16", bf16, deep, w),
+    ):
+        run, zeroing = on_few(function, zero_rows=False), on_few(function, zero_rows=True)
+        yield Case(f"masked {kind}", lambda a, b, m, run=run: valid(run(a, b, m), m), (a, b, mask))
+        yield Case(f"masked {kind} zero_rows", zeroing, (a, b, mask))
+    gradient = jax.grad(lambda w, a, m: valid(bf16(a, w, m), m).sum())
+    yield Case("masked bf16, gradient of B", gradient, (w, deep, mask))
+
+
+def _k_grouped(normal: Normal) -> Iterator[Case]:
+    sizes, a, dy = jnp.asarray(SIZES), normal(ROWS, K, good=USED), normal(ROWS, N, good=USED)
+    c = jnp.ones((GROUPS, K, N), jnp.float32)
+    fp8, bf16 = k_grouped_fp8_gemm_nt_contiguous, k_grouped_bf16_gemm_tn_contiguous
+    for kind, function, given in (("fp8", fp8, (quantize(a.T), quantize(dy.T))), ("bf16", bf16, (a, dy))):
+        float32 = functools.partial(on_few, function, out_dtype=jnp.float32)
+        yield Case(f"k-grouped {kind} side by side + C", float32(config=SIDE_BY_SIDE), (*given, sizes, c))
+        if kind == "fp8":
+            yield Case("k-grouped fp8 two parts + C", float32(config=TWO_PARTS_OF_C), (*given, sizes, c))
+        yield Case(f"k-grouped {kind}", on_few(function, out_dtype=jnp.bfloat16), (*given, sizes))
+        yield Case(f"k-grouped {kind} + C", float32(), (*given, sizes, c))
+    turns = on_few(bf16, out_dtype=jnp.float32, config=PING_PONG)
+    yield Case("k-grouped bf16 ping-pong + C", turns, (a, dy, sizes, c))
+    whole, whole_dy = normal(ROWS, K), normal(ROWS, N)
+    for name, wrong in BAD.items():
+        yield Case(f"k-grouped bf16, {name}", on_few(bf16), (whole, whole_dy, jnp.asarray(wrong)))
