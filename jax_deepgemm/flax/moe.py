@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +163,15 @@ class MoE(nnx.Module):
                 rngs=rngs,
             )
 
+    @overload
+    def __call__(self, x: ArrayLike, *, with_load: Literal[False] = False) -> jax.Array: ...
+
+    @overload
+    def __call__(self, x: ArrayLike, *, with_load: Literal[True]) -> tuple[jax.Array, Load]: ...
+
+    @overload
+    def __call__(self, x: ArrayLike, *, with_load: bool) -> Any: ...
+
     def __call__(self, x: ArrayLike, *, with_load: bool = False) -> Any:
         """Any number of tokens, for training and prefill.
 
@@ -176,6 +185,15 @@ class MoE(nnx.Module):
           is that of this device's tokens.
         """
         return self._through(self._experts, x, with_load)
+
+    @overload
+    def decode(self, x: ArrayLike, *, with_load: Literal[False] = False) -> jax.Array: ...
+
+    @overload
+    def decode(self, x: ArrayLike, *, with_load: Literal[True]) -> tuple[jax.Array, Load]: ...
+
+    @overload
+    def decode(self, x: ArrayLike, *, with_load: bool) -> Any: ...
 
     def decode(self, x: ArrayLike, *, with_load: bool = False) -> Any:
         """As a call, for few tokens on one device: `jax_deepgemm.moe.moe_mlp_decode`, without gradients.

@@ -13,7 +13,7 @@ import numpy as np
 
 import jax_deepgemm as jdg
 from jax_deepgemm import activation, config, grouped, moe, quantization
-from jax_deepgemm.flax import Linear, SwiGLU
+from jax_deepgemm.flax import Linear, Load, MoE, SwiGLU
 from jax_deepgemm.tools.explain import ExplainedCall
 
 
@@ -60,8 +60,11 @@ def experts(x: jax.Array, logits: jax.Array, w13: jdg.QuantizedArray, w2: jax.Ar
     assert_type(moe.combine(rows, plan, weights), jax.Array)
 
 
-def layers(x: jax.Array, dense: Linear, gated: SwiGLU) -> None:
+def layers(x: jax.Array, dense: Linear, gated: SwiGLU, experts: MoE) -> None:
     assert_type(dense(x), jax.Array)
     assert_type(gated(dense(x)), jax.Array)
+    assert_type(experts(x), jax.Array)
+    assert_type(experts(x, with_load=True), tuple[jax.Array, Load])
+    assert_type(experts.decode(x), jax.Array)
     with config.use(num_sms=100) as settings:
         assert_type(settings, config.Settings)
