@@ -111,7 +111,7 @@ def swiglu_grad_quantize(
         dweight = sum over the features of dact * silu(gate) * up
 
     Args:
-      h, weight, rows, transposed, dtype, scale_format: as for `swiglu_quantize`.
+      h, weight, rows, transposed, dtype, scale_format: as in `swiglu_quantize`.
       dact: [m, i] in h's dtype, the gradient of act.
 
     Returns:
