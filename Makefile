@@ -55,7 +55,7 @@ ext:
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check --output-format concise $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES)
-	$(VENV)/bin/mypy jax_deepgemm
+	$(VENV)/bin/mypy # of the package, and of what a user's editor sees: tests/public/user_types.py
 	$(VENV)/bin/clang-format --dry-run --Werror $(DEVICE_CODE)
 
 format: $(VENV)/.lint

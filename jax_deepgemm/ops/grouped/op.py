@@ -159,7 +159,7 @@ _OTHER = {"nt": "nn", "nn": "nt"}
 
 
 def _jvp(op: Callable[[], Op], primals: list[Any], tangents: list[Any], **params: Any) -> list[jax.Array]:
-    """Of an op that is linear in its first two operands, and in C, the last, if it has one.
+    """The jvp of an op that is linear in its first two operands, and in C, the last, if it has one.
 
     op: the op without C.
     """
