@@ -49,6 +49,7 @@ def fingerprint_after(
         ("jit/compiler.py", True),
         ("include/jax_deepgemm/gemm/mainloop.cuh", True),
         ("include/jax_deepgemm/ptx/wgmma.cuh", True),
+        ("include/jax_deepgemm/pipeline.cuh", True),
         ("include/jax_deepgemm/grouped/group_table.cuh", False),
         ("ops/grouped/op.py", False),
         ("ops/gemm/shapes.py", False),

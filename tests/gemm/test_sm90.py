@@ -20,7 +20,6 @@ from jax_deepgemm.core.chip import H200, Chip
 from jax_deepgemm.core.family import Given
 from jax_deepgemm.core.launch import Copy, Launch, LaunchPlan, Operand, Result, TensorMap
 from jax_deepgemm.jit import CompiledKernel, CompileError, KernelSource, compile_kernel
-from jax_deepgemm.jit.wgmma import wgmma_wrapper
 from jax_deepgemm.ops.gemm import kernel, padding
 from jax_deepgemm.ops.gemm.family import FAMILY, GemmConfig
 from jax_deepgemm.ops.gemm.problem import GemmProblem, ceil_div
@@ -32,6 +31,7 @@ from jax_deepgemm.tools.precompile import compile_many
 from tests.shared import cases
 from tests.shared.cases import ROW, Case
 from tests.shared.choosing import choose
+from tests.shared.device_code import fields_of_concept, fields_of_struct
 from tests.shared.launch_plans import FakeKernel
 
 pytest.importorskip("cuda.core")
@@ -127,6 +127,22 @@ def test_shared_memory_is_what_the_kernels_lay_out() -> None:
         expected = shared_memory(p, c).total
         text.append(f"static_assert(jdg::align_up(jdg::Layout<Config{i}>::kBytes, 128) == {expected});")
     compile_kernel(KernelSource("layouts", "\n".join([*text, 'extern "C" __global__ void layouts() {}'])))
+
+
+def test_every_field_of_the_configuration_is_documented() -> None:
+    """In gemm/config.cuh: no field is missing there, and none stands there that kernels do not have."""
+    documented = fields_of_concept("gemm/config.cuh", "GemmConfig")
+    assert all(len(words) > 8 for words in documented.values()), documented
+    for pair in (PAIRS[0], PAIRS[-1]):
+        assert fields_of_struct(kernel_source(*pair).text, "Config") == sorted(documented)
+
+
+def test_a_missing_field_does_not_compile() -> None:
+    source = kernel_source(*PAIRS[0])
+    text = source.text.replace(", ACROSS = 1", "")
+    assert text != source.text
+    with pytest.raises(CompileError, match="GemmConfig"):
+        compile_kernel(dataclasses.replace(source, text=text))
 
 
 @pytest.mark.parametrize("pair", [PAIRS[4], PAIRS[-4], PAIRS[-1]], ids=lambda pair: kernel_name(*pair))
@@ -455,27 +471,3 @@ def test_print_configs_says_each_lowering_once(
         traced.lower(lowering_platforms=("cuda",))
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jax_deepgemm:")]
         assert said == [f"jax_deepgemm: {p}: {c}, {cost(p, c, H200)}"]
-
-
-# --- the instruction -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("n", "a", "b", "k"), [(8, "e4m3", "e5m2", 32), (256, "bf16", "bf16", 16)])
-def test_wgmma_numbers_its_operands(n: int, a: str, b: str, k: int) -> None:
-    text = wgmma_wrapper(n, a, b)
-    count = n // 2
-    assert f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{a}.{b} " in text
-    [registers] = re.findall(r'"\{(%[^}]*)\}, ', text)
-    assert registers.split(", ") == [f"%{i}" for i in range(count)]
-    assert f"}}, %{count}, %{count + 1}, p, 1, 1" in text  # both descriptors, then scale-d and the signs
-    assert f"setp.ne.b32 p, %{count + 2}, 0;" in text
-    assert re.findall(r'"\+f"\(d\[(\d+)\]\)', text) == [str(i) for i in range(count)]
-    assert f"float (&d)[{count}]" in text
-
-
-@pytest.mark.parametrize("a_k_major", [True, False])
-@pytest.mark.parametrize("b_k_major", [True, False])
-def test_wgmma_transposes_bf16_only(a_k_major: bool, b_k_major: bool) -> None:
-    text = wgmma_wrapper(64, "bf16", "bf16", a_k_major=a_k_major, b_k_major=b_k_major)
-    assert f"p, 1, 1, {int(not a_k_major)}, {int(not b_k_major)};" in text
-    assert "p, 1, 1;" in wgmma_wrapper(64, "e5m2", "e4m3")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +16,6 @@ import jax_deepgemm as jdg
 from jax_deepgemm.core.chip import H200
 from jax_deepgemm.core.launch import Copy, Launch, Operand, Scalar, TensorMap, encode
 from jax_deepgemm.jit import CompiledKernel
-from jax_deepgemm.jit.toolchain import find_disassembler
 from jax_deepgemm.ops.gemm.family import GemmConfig
 from jax_deepgemm.ops.gemm.sm90.config import passes, shared_memory
 from jax_deepgemm.ops.grouped import kernel
@@ -28,6 +25,8 @@ from jax_deepgemm.ops.grouped.sm90.rules import broken_rules
 from jax_deepgemm.ops.grouped.sm90.source import grouped_name, grouped_source
 from jax_deepgemm.tools.precompile import compile_many
 from tests.shared.choosing import choose
+from tests.shared.device_code import fields_of_concept, fields_of_struct
+from tests.shared.sass import disassemble
 
 pytest.importorskip("cuda.core")
 
@@ -80,19 +79,20 @@ def test_ptxas_is_content(p: GroupedProblem, c: GemmConfig) -> None:
     assert report.static_smem_bytes == 0
 
 
+def test_every_field_of_the_configuration_is_documented() -> None:
+    documented = fields_of_concept("grouped/group_table.cuh", "GroupedConfig")
+    assert all(len(words) > 8 for words in documented.values()), documented
+    text = grouped_source(*PAIRS[0]).text
+    assert fields_of_struct(text, "GroupedConfig") == sorted(documented)
+    assert fields_of_struct(text, "Config") == sorted(fields_of_concept("gemm/config.cuh", "GemmConfig"))
+
+
 UNROLLED = [(p, c) for p, c in PAIRS if p.grouping != "inner" and p.b_scales == "block"]
 
 
-def disassembly(p: GroupedProblem, c: GemmConfig, folder: Path) -> list[str]:
+def disassembly(p: GroupedProblem, c: GemmConfig) -> list[str]:
     """Instructions and labels, a line each."""
-    command = find_disassembler()
-    if command is None or not Path(command[0]).name.startswith("nvdisasm"):
-        pytest.skip("no nvdisasm")
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled()[grouped_name(p, c)].cubin)
-    return subprocess.run([*command, str(cubin)], capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
+    return disassemble(compiled()[grouped_name(p, c)]).split("\n")
 
 
 def main_loops(lines: list[str]) -> list[str]:
@@ -109,9 +109,9 @@ def main_loops(lines: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("p", "c"), UNROLLED, ids=[grouped_name(*pair) for pair in UNROLLED])
-def test_main_loop_is_uniform(p: GroupedProblem, c: GemmConfig, tmp_path: Path) -> None:
+def test_main_loop_is_uniform(p: GroupedProblem, c: GemmConfig) -> None:
     """Descriptors come from uniform registers, and no warp is synchronised before it multiplies."""
-    loops = main_loops(disassembly(p, c, tmp_path))
+    loops = main_loops(disassembly(p, c))
     assert len(loops) == passes(p.gemm, c)  # with two passes also half a tile, in one
     for loop in loops:
         assert loop.count("R2UR") < 12  # of 128x128 scales: 4 for each 128-block and quad
@@ -119,9 +119,9 @@ def test_main_loop_is_uniform(p: GroupedProblem, c: GemmConfig, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("p", "c"), UNROLLED, ids=[grouped_name(*pair) for pair in UNROLLED])
-def test_first_product_stands_under_the_epilogue(p: GroupedProblem, c: GemmConfig, tmp_path: Path) -> None:
+def test_first_product_stands_under_the_epilogue(p: GroupedProblem, c: GemmConfig) -> None:
     """The last multiplication is the next tile's, and stores stand between it and the wait for it."""
-    lines = disassembly(p, c, tmp_path)
+    lines = disassembly(p, c)
     found = re.findall("GMMA|STSM|STG|WARPGROUP.DEPBAR", "\n".join(lines))
     last = len(found) - found[::-1].index("GMMA")
     assert found[last - 4 : last] == ["GMMA"] * 4

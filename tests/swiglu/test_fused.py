@@ -24,6 +24,7 @@ from jax_deepgemm.quantization import quantize
 from jax_deepgemm.tools.precompile import compile_many
 from tests.shared import op_checks, quant_oracle
 from tests.shared.arrays import normal, normals, optimised
+from tests.shared.device_code import fields_of_concept, fields_of_struct
 from tests.shared.op_checks import OpCase, Shard
 
 E4M3, E5M2 = np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2)
@@ -361,6 +362,13 @@ def test_ptxas_is_content(problem):
 
 def test_the_sum_of_parts_compiles():
     assert compiled()[sum_source().name].report.problems() == ()
+
+
+def test_every_field_of_the_configuration_is_documented():
+    documented = fields_of_concept("quantize/quantize_tile.cuh", "QuantizeConfig")
+    assert all(len(words) > 8 for words in documented.values()), documented
+    for problem in PROBLEMS:
+        assert fields_of_struct(kernel_source(problem).text, "Config") == sorted(documented)
 
 
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.pairs], ids=str)

@@ -18,6 +18,7 @@ from jax_deepgemm.ops.quantize.problem import TILE, QuantizeProblem
 
 SUM_THREADS = 256
 
+# include/jax_deepgemm/quantize/quantize_tile.cuh says what each field means.
 _TEXT = """\
 #include <jax_deepgemm/{header}/{header}.cuh>
 

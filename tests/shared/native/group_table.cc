@@ -18,7 +18,7 @@ struct Config {
 };
 
 template <class C>
-void show(const jdg::Groups& groups, const jdg::Problem& problem) {
+void show(const jdg::Groups& groups, const jdg::Extents& problem) {
   const auto lane = [&](unsigned index) {
     threadIdx.x = index;
     const jdg::GroupTable<C> table = jdg::make_table<C>(groups, problem, 0);
@@ -44,7 +44,7 @@ int main() {
     for (int& size : sizes)
       if (std::scanf("%d", &size) != 1) return 1;
     const jdg::Groups groups{sizes.data(), &offset, total, here, shared, extent};
-    const jdg::Problem problem{m, n, 1, 0, 1};
+    const jdg::Extents problem{m, n, 1, 0, 1};
     if (grouping == 0)
       segmented ? show<Config<Grouping::kRows, true>>(groups, problem)
                 : show<Config<Grouping::kRows, false>>(groups, problem);

@@ -6,10 +6,12 @@
 // goes on to the next tile while its SLABS slabs drain; where they do not hold all of its rows it fills one
 // half of them while the other drains.
 //
+// clang-format off
 // D = C + product:
 //   float32, C in D's memory   TMA (or red) adds the product to it in L2; C never enters an SM
 //   otherwise                  an FP8 accumulator begins with C, a BF16 one meets it here (gemm_small_m.cuh:
 //                              where partial products are summed)
+// clang-format on
 // Each element meets one addition, so that bits do not depend on the order of tiles.
 //
 // Hazard: slabs are written by ordinary stores and read by TMA: fence.proxy.async between (PTX ISA 9.7.9.25).
@@ -19,7 +21,7 @@
 
 namespace jdg {
 
-struct Problem {
+struct Extents {
   int m, n, batches;
   int batched_c;  // 0 where all batches share C, else 1
   int stripe;     // row tiles walked together before the next column, for reuse in L2
@@ -30,7 +32,7 @@ template <class C>
 constexpr int kSlabCols = 128 / sizeof(typename C::Out);
 
 template <class T>
-__device__ __forceinline__ T* matrix_of(T* base, const Problem& p, int batch) {
+__device__ __forceinline__ T* matrix_of(T* base, const Extents& p, int batch) {
   return base + static_cast<i64>(batch) * p.m * p.n;
 }
 
@@ -61,7 +63,7 @@ __device__ __forceinline__ void put_pair(typename C::Out* d, float a, float b) {
 // starting value of an FP8 accumulator its loads hide behind the first block of k; the tensor core itself,
 // which BF16 accumulates in, truncates, and is kept away from large values of C.
 template <class C, bool START>
-__device__ __forceinline__ void add_c(float (&acc)[kCols<C> / 2], const typename C::Out* c, const Problem& p,
+__device__ __forceinline__ void add_c(float (&acc)[kCols<C> / 2], const typename C::Out* c, const Extents& p,
                                       const Tile& tile, int first_row) {
   constexpr int kInFlight = 32;  // registers that loads may take beside the accumulator
   const Fragment mine;
@@ -82,11 +84,24 @@ __device__ __forceinline__ void add_c(float (&acc)[kCols<C> / 2], const typename
   }
 }
 
+// All parts of a tile's accumulator before its first product: C where an FP8 one begins with it, else zeros.
+template <class C>
+__device__ __forceinline__ void start_accumulator(Accumulator<C>& acc, const typename C::Out* c,
+                                                  const Extents& p, const Tile& tile, int first_row) {
+#pragma unroll
+  for (int part = 0; part < kParts<C>; ++part) {
+    if constexpr (C::ADD && Layout<C>::kFp8)
+      add_c<C, true>(acc[part], c, p, tile, first_row + part * 64);
+    else
+      clear(acc[part]);
+  }
+}
+
 // Columns from FIRST on, straight from the accumulator: rows that are not 16-byte aligned, and the columns of
 // a tile beyond its last whole slab.
 template <class C, int FIRST = 0>
 __device__ __forceinline__ void store_direct(const float (&acc)[kCols<C> / 2], typename C::Out* d,
-                                             const Problem& p, const Tile& tile, int first_row) {
+                                             const Extents& p, const Tile& tile, int first_row) {
   const Fragment mine;
   const int end = tile.half ? min(p.n, tile.col + kCols<C> / 2) : p.n;
 #pragma unroll
@@ -106,7 +121,7 @@ __device__ __forceinline__ void store_direct(const float (&acc)[kCols<C> / 2], t
 // accumulator's registers fall free on the way.
 template <class C>
 __device__ __forceinline__ void store_sum(const float (&acc)[kCols<C> / 2], typename C::Out* d,
-                                          const typename C::Out* c, const Problem& p, const Tile& tile,
+                                          const typename C::Out* c, const Extents& p, const Tile& tile,
                                           int first_row) {
   constexpr int kCount = kCols<C> / 2, kAhead = 16;
   const Fragment mine;
@@ -155,7 +170,12 @@ __device__ __forceinline__ void fill_slab(u32 slab, const float* acc, int half, 
   }
 }
 
-// `slabs` is this warp's part of the staging memory, 1024-byte aligned.
+// This warp's part of the staging memory, 1024-byte aligned.
+template <class C>
+__device__ __forceinline__ u32 slabs_of_warp(u32 smem) {
+  return smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
+}
+
 template <class C>
 __device__ __forceinline__ void store_slabs(const float (&acc)[kCols<C> / 2], const TensorMap& d_map,
                                             u32 slabs, const Tile& tile, int first_row) {
@@ -195,7 +215,7 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[kCols<C> / 2], co
 template <class C>
 __device__ __forceinline__ void store_tile(float (&acc)[kCols<C> / 2], const TensorMap* d_map,
                                            typename C::Out* d, const typename C::Out* c, u32 slabs,
-                                           const Problem& p, const Tile& tile, int first_row) {
+                                           const Extents& p, const Tile& tile, int first_row) {
   constexpr bool kAdd = C::ADD && !Layout<C>::kFp8;
   if constexpr (kAdd && C::EVEN_N && !C::TMA_STORE) {
     store_sum<C>(acc, d, c, p, tile, first_row);

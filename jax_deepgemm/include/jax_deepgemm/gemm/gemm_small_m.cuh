@@ -2,6 +2,7 @@
 // cluster, all its bytes requested at once. With SWAP_AB the weights B lie on wgmma's 64-row side and the
 // tokens A on its narrow side.
 //
+// clang-format off
 //   warpgroups 0 .. W-1   consumers: 64 rows each
 //   last warp             one thread of it is the TMA producer
 //
@@ -10,6 +11,7 @@
 //      ring, of which every slot has been read)
 //   -> rank r waits for the bytes of all slices r, adds them in rank order, + C, rounds once, stores; where D
 //      has C's memory: adds there
+// clang-format on
 //
 // A slice is some of the tile's rows [row][column], so that the sum over ranks needs no atomics: equal bits
 // every time. Nobody reads another block's memory, and each waits for what is sent to it: blocks leave
@@ -84,7 +86,7 @@ struct Slices {
 // Four neighbouring columns of D.
 template <class C>
 __device__ __forceinline__ void store_four(float (&values)[4], typename C::Out* d, const typename C::Out* c,
-                                           const Problem& p, int token, int col) {
+                                           const Extents& p, int token, int col) {
   const i64 at = static_cast<i64>(token) * p.n + col;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -109,7 +111,7 @@ __device__ __forceinline__ void store_four(float (&values)[4], typename C::Out* 
 // This block's slice of the tile, four neighbouring columns of D by a thread at a time.
 template <class C>
 __device__ __forceinline__ void store_slice(const Slices<C>& slices, typename C::Out* d,
-                                            const typename C::Out* c, const Problem& p, const Tile& tile) {
+                                            const typename C::Out* c, const Extents& p, const Tile& tile) {
   constexpr int kFours = C::COLS / 4, kUnits = Slices<C>::kRows * kFours;
   const int first = tile.row + slices.rank * Slices<C>::kRows;
 #pragma unroll 1
@@ -124,7 +126,7 @@ __device__ __forceinline__ void store_slice(const Slices<C>& slices, typename C:
 // The same with SWAP_AB, where columns of D are rows of the tile: two tokens at a time.
 template <class C>
 __device__ __forceinline__ void store_swapped_slice(const Slices<C>& slices, typename C::Out* d,
-                                                    const typename C::Out* c, const Problem& p,
+                                                    const typename C::Out* c, const Extents& p,
                                                     const Tile& tile) {
   constexpr int kFours = Slices<C>::kRows / 4, kUnits = kFours * C::COLS / 2;
   const int first = tile.row + slices.rank * Slices<C>::kRows;
@@ -146,7 +148,7 @@ __device__ __forceinline__ void store_swapped_slice(const Slices<C>& slices, typ
 
 // The tile of a cluster: neighbours share weights.
 template <class C>
-__device__ __forceinline__ Tile cluster_tile(const Problem& p, int k_begin, int k_end) {
+__device__ __forceinline__ Tile cluster_tile(const Extents& p, int k_begin, int k_end) {
   const int index = blockIdx.x / C::SPLITS;
   const int tokens = ceil_div(p.m, C::SWAP_AB ? C::COLS : C::ROWS);  // in tiles
   const int weights = ceil_div(p.n, C::SWAP_AB ? C::ROWS : C::COLS);
@@ -161,8 +163,8 @@ __device__ __forceinline__ int first_block(int rank, int k_blocks) {
   return min(rank * ceil_div(k_blocks, kQuad) / C::SPLITS * kQuad, k_blocks);
 }
 
-template <class C>
-__device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& p, const TensorMap*,
+template <GemmConfig C>
+__device__ __forceinline__ void gemm_small_m(const Operands& in, const Extents& p, const TensorMap*,
                                              typename C::Out* d, const typename C::Out* c) {
   extern __shared__ __align__(1024) char shared[];
   const u32 smem = smem_address(shared);
@@ -176,17 +178,17 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Problem& 
   init_barriers<C>(smem);
   if constexpr (C::SPLITS > 1) ptx::cluster_arrive();
   ptx::wait_for_previous_kernel();
-  Position<C> at(smem);
+  Ring<C> ring(smem);
 
   if (threadIdx.x >= kConsumers) {
-    if (ptx::elect()) load_blocks<C>(at, in, tile, tile.row, tile.col, tile.batch);
+    if (ptx::elect()) load_blocks<C>(ring, in, tile, tile.row, tile.col, tile.batch);
     __syncwarp();
     if constexpr (C::SPLITS > 1) ptx::cluster_wait();
   } else {
     const int warpgroup = warpgroup_index();
     Accumulator<C> acc;
     clear(acc[0]);
-    MainLoop<C> loop(acc, at, warpgroup);
+    MainLoop<C> loop(acc, ring, warpgroup);
     loop.begin(tile);
     loop.finish(tile);
     if constexpr (C::SPLITS > 1)

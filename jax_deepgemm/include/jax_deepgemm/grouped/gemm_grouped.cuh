@@ -1,15 +1,17 @@
 // Grouped GEMMs: a persistent grid over the tiles of all groups, whose sizes are only known on the device.
 //
+// clang-format off
 //   warp 0                group_sizes -> table of segments in shared memory (group_table.cuh), then all wait
-//   warpgroups 0 .. W-1   consumers, as in gemm.cuh: multiply, promote, epilogue
-//   warpgroup W           one thread of it is the TMA producer: tile number -> segment -> rows, k range
+//   warpgroups 0 .. W-1   consumers, as in persistent.cuh: multiply, promote, epilogue
+//   behind them           the TMA producer: tile number -> segment -> rows, k range
 //
 //   rows in groups:  tiles begin at each group's first row, whatever it is. Rows of the last tile beyond
 //                    the group are multiplied and not stored; rows beyond all groups are stored as zeros.
 //   k in groups:     every D[i] has all its tiles. What a slot holds beside the group's range of k is
 //                    zeroed in shared memory, in both operands (mask_slot).
 //
-//   shared memory:   as gemm.cuh | table
+//   shared memory:   ring.cuh
+// clang-format on
 #pragma once
 
 #include <jax_deepgemm/gemm/gemm.cuh>
@@ -17,15 +19,16 @@
 
 namespace jdg {
 
-// A condition that is the same for a whole warp, which the compiler cannot know of what was read from the
-// table. Where it must take a branch around the main loop for divergent, it computes descriptors in vector
-// registers (R2UR) and synchronises before each multiplication (WARPSYNC): some 30 instructions a block of k.
+// A condition that is the same for all threads of a warp. The compiler cannot know that of a value read from
+// the table, and the shuffle tells it. Otherwise it would assume that threads diverge at a branch around the
+// main loop: it would compute descriptors in vector registers (R2UR) and synchronise the warp before each
+// multiplication (WARPSYNC), some 30 instructions more for each block of k.
 __device__ __forceinline__ bool whole_warp(bool condition) { return __shfl_sync(0xFFFFFFFF, condition, 0); }
 
 // Which tile: what the producer publishes and consumers keep; it comes by shuffle, so a warp agrees on it.
-// The rest is read from the table where it is needed, since no registers are free beside an accumulator.
-struct Place {
-  static constexpr int kIndexBits = 12;  // sm90/grouped.py allows no more segments
+// The rest is read from the table where it is needed, because no registers are free beside an accumulator.
+struct TileRecord {
+  static constexpr int kIndexBits = 12;  // ops/grouped/sm90/rules.py allows no more segments
   int row, packed, blocks;
   bool half;
 
@@ -40,8 +43,8 @@ struct GroupTile {
 };
 
 template <class C>
-__device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, const Place& at, const Problem& p,
-                                                int k_blocks) {
+__device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, const TileRecord& at,
+                                                const Extents& p, int k_blocks) {
   const Segment s = table[at.index()];
   GroupTile out{{at.row, at.col(), at.index(), 0, 0, s.group}, p.m, p.m};
   Tile& tile = out.tile;
@@ -86,29 +89,15 @@ struct Rounds {
 
 // Where the tile of a round lies, in the order of gemm.cuh within a segment.
 template <class C>
-__device__ __forceinline__ Place nth_tile(const GroupTable<C>& table, const Rounds<C>& rounds, int number,
-                                          const Problem& p) {
+__device__ __forceinline__ TileRecord nth_tile(const GroupTable<C>& table, const Rounds<C>& rounds,
+                                               int number, const Extents& p) {
   const int tile = rounds.tile(number), index = table.find(tile);
-  Problem mine = p;
+  Extents mine = p;
   mine.m = covered_rows(table, index, p);
   const Tile within = tile_at<C>(tile - table.word(index, 2), mine, 0);
   const int row = (GroupTable<C>::kRowsInGroups ? table.word(index, 0) : 0) + within.row;
   const int col = within.col + rounds.shift(number);
-  return {row, col / 8 << Place::kIndexBits | index, 0, rounds.half(number)};
-}
-
-template <class C>
-__device__ __forceinline__ Place receive_place(const Position<C>& at) {
-  const Tile record = receive_tile<C>(at, 0);
-  return {record.row, record.col, record.batch, record.half};
-}
-
-// What begin() must know of a tile: where its k begins and ends.
-template <class C>
-__device__ __forceinline__ Tile k_range(const GroupTable<C>& table, const Place& at, const Problem& p) {
-  if constexpr (GroupTable<C>::kInner && Layout<C>::kFp8)
-    if (at.row != kNoTile) return group_tile<C>(table, at, p, 0).tile;
-  return {};
+  return {row, col / 8 << TileRecord::kIndexBits | index, 0, rounds.half(number)};
 }
 
 template <class C>
@@ -124,14 +113,14 @@ __device__ __forceinline__ void clear_rows_from(float (&acc)[kCols<C> / 2], int 
 template <class C>
 __device__ __forceinline__ void store_group_tile(float (&acc)[kCols<C> / 2], const TensorMap* d_map,
                                                  typename C::Out* d, const typename C::Out* c, u32 slabs,
-                                                 const Problem& p, const GroupTile& mine, int first_row) {
+                                                 const Extents& p, const GroupTile& mine, int first_row) {
   const int warp_row = first_row + ptx::thread_index() / 32 % 4 * 16;
   if (whole_warp(warp_row >= mine.zeros_end)) return;
   if (C::REDUCE && whole_warp(mine.tile.k_end == 0)) return;
   const bool cut = whole_warp(warp_row + 16 > mine.zeros_end && mine.zeros_end < p.m);
   Tile tile = mine.tile;
   if constexpr (GroupTable<C>::kRowsInGroups) tile.batch = 0;
-  Problem bounded = p;
+  Extents bounded = p;
   bounded.m = mine.zeros_end;
   typename C::Out* out = matrix_of(d, p, tile.batch);
   if (C::TMA_STORE && cut)
@@ -141,84 +130,75 @@ __device__ __forceinline__ void store_group_tile(float (&acc)[kCols<C> / 2], con
 }
 
 template <class C>
-__device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& groups, const Problem& p,
+struct GroupedTiles {
+  using Work = TileRecord;
+  const Operands in;
+  const Groups groups;
+  const Extents p;
+  const TensorMap* d_map;
+  typename C::Out* d;
+  const typename C::Out* c;
+  GroupTable<C> table;
+
+  __device__ __forceinline__ void prepare(u32 smem) { table = make_table<C>(groups, p, smem); }
+
+  __device__ __forceinline__ void produce(Ring<C>& ring) const {
+    const Rounds<C> rounds(table.tiles);
+    for (int number = blockIdx.x; number < rounds.count(); number += gridDim.x) {
+      const TileRecord next = nth_tile<C>(table, rounds, number, p);
+      const Tile tile = group_tile<C>(table, next, p, in.k_blocks).tile;
+      if (tile.k_end > 0)
+        load_blocks<C>(ring, in, tile, next.row, next.packed, tile.k_end);
+      else
+        publish_empty_tile<C>(ring, next.row, next.packed, next.half);
+    }
+  }
+
+  __device__ __forceinline__ TileRecord receive(const Ring<C>& ring) const {
+    const Tile record = receive_tile<C>(ring, 0);
+    return {record.row, record.col, record.batch, record.half};
+  }
+
+  // FP8 masks a slot before it begins, so it must know more of a tile than its record.
+  __device__ __forceinline__ Tile range(const TileRecord& at) const {
+    if constexpr (GroupTable<C>::kInner && Layout<C>::kFp8)
+      if (at.row != kNoTile) return group_tile<C>(table, at, p, 0).tile;
+    return {};
+  }
+
+  __device__ __forceinline__ void multiply(MainLoop<C>& loop, const TileRecord& record) const {
+    Tile tile = group_tile<C>(table, record, p, in.k_blocks).tile;
+    tile.col += first_col<C>(loop.warpgroup);
+    start_accumulator<C>(loop.acc, matrix_of(c, p, tile.batch), p, tile,
+                         record.row + first_part<C>(loop.warpgroup) * 64);
+    if (record.blocks > 0) {
+      tile.k_end = GroupTable<C>::kInner ? record.blocks : in.k_blocks;  // the latter needs no register
+      loop.finish(tile);
+    } else {
+      loop.skip();
+    }
+  }
+
+  // The index of the warpgroup is read anew, because of the accumulator (ptx::thread_index).
+  __device__ __forceinline__ void store(MainLoop<C>& loop, const TileRecord& record) const {
+    GroupTile mine = group_tile<C>(table, record, p, in.k_blocks);
+    mine.tile.col += first_col<C>(ptx::thread_index() / 128);
+    const u32 slabs = slabs_of_warp<C>(loop.ring.smem);
+#pragma unroll
+    for (int part = 0; part < kParts<C>; ++part) {
+      const int first_row = record.row + (first_part<C>(ptx::thread_index() / 128) + part) * 64;
+      if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(loop.acc[part], first_row, mine.rows_end);
+      store_group_tile<C>(loop.acc[part], d_map, d, c, slabs, p, mine, first_row);
+    }
+  }
+};
+
+template <class C>
+  requires GemmConfig<C> && GroupedConfig<C>
+__device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& groups, const Extents& p,
                                              const TensorMap* d_map, typename C::Out* d,
                                              const typename C::Out* c) {
-  extern __shared__ __align__(1024) char shared[];
-  const u32 smem = smem_address(shared);
-  const int warpgroup = warpgroup_index();
-
-  init_barriers<C>(smem);
-  ptx::wait_for_previous_kernel();
-  const GroupTable<C> table = make_table<C>(groups, p, smem);
-  Position<C> at(smem);
-
-  if (warpgroup == C::WARPGROUPS) {
-    if constexpr (C::WARPGROUPS > 1) ptx::lower_registers<C::PRODUCER_REGISTERS>();
-    if (warp_index() % 4 == 0 && ptx::elect()) {
-      const Rounds<C> rounds(table.tiles);
-      for (int number = blockIdx.x; number < rounds.count(); number += gridDim.x) {
-        const Place place = nth_tile<C>(table, rounds, number, p);
-        const GroupTile next = group_tile<C>(table, place, p, in.k_blocks);
-        if (next.tile.k_end > 0)
-          load_blocks<C>(at, in, next.tile, place.row, place.packed, next.tile.k_end);
-        else
-          publish_empty_tile<C>(at, place.row, place.packed, place.half);
-      }
-      publish_end<C>(at);
-    }
-  } else {
-    if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();
-    Accumulator<C> acc;
-    MainLoop<C> loop(acc, at, warpgroup);
-    if (warpgroup > 0) await_turn<C>(at, warpgroup);
-    Place place = receive_place(at);
-    loop.begin(k_range<C>(table, place, p));
-    while (place.row != kNoTile) {
-      {
-        Tile tile = group_tile<C>(table, place, p, in.k_blocks).tile;
-        tile.col += first_col<C>(warpgroup);
-#pragma unroll
-        for (int part = 0; part < kParts<C>; ++part) {
-          if constexpr (C::ADD && Layout<C>::kFp8)
-            add_c<C, true>(acc[part], matrix_of(c, p, tile.batch), p, tile,
-                           place.row + (first_part<C>(warpgroup) + part) * 64);
-          else
-            clear(acc[part]);
-        }
-        if (place.blocks > 0) {
-          tile.k_end = GroupTable<C>::kInner ? place.blocks : in.k_blocks;  // the latter needs no register
-          loop.finish(tile);
-        } else {
-          loop.skip();
-        }
-      }
-      Place next;
-      if constexpr (!C::PING_PONG) {
-        next = receive_place(at);
-        loop.begin(k_range<C>(table, next, p));
-      }
-
-      GroupTile mine = group_tile<C>(table, place, p, in.k_blocks);
-      mine.tile.col += first_col<C>(ptx::thread_index() / 128);
-      const u32 slabs = smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
-#pragma unroll
-      for (int part = 0; part < kParts<C>; ++part) {
-        const int first_row = place.row + (first_part<C>(ptx::thread_index() / 128) + part) * 64;
-        if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(acc[part], first_row, mine.rows_end);
-        store_group_tile<C>(acc[part], d_map, d, c, slabs, p, mine, first_row);
-      }
-      if constexpr (C::PING_PONG) {
-        await_turn<C>(at, warpgroup);
-        next = receive_place(at);
-      }
-      place = next;
-    }
-    pass_turn<C>(at, warpgroup);  // as in gemm.cuh
-    loop.drop();
-    // The block's memory outlives its readers.
-    if (C::TMA_STORE) ptx::tma_store_wait_read();
-  }
+  persistent<C>(GroupedTiles<C>{in, groups, p, d_map, d, c, {}});
 }
 
 }  // namespace jdg

@@ -1,11 +1,13 @@
 // Which rows (or which range of k) belong to which group, and which tiles compute them: read from device
 // memory at the start of every kernel, so that the host never knows it.
 //
+// clang-format off
 //   group_sizes (or starts | ends | groups)  --one warp: clamp, scan-->  table in shared memory
 //
 //   table[i] = {start, end, first tile, group}      i = 0 .. SEGMENTS - 1
 //   rows [start, end) hold the segment's numbers, rows [end, next start) are zero     (rows in groups)
 //   k in [start, end) is summed                                                       (k in groups)
+// clang-format on
 //
 // Whatever the device memory holds, ranges stay inside the operand: negative sizes count as 0, starts and
 // ends are clamped. A tile is found by binary search over `first tile`.
@@ -21,6 +23,16 @@ enum class Grouping {
   kInner,       // k of both operands in one matrix; D[i] sums the group's range
   kMaskedInner  // A[i], B[i], D[i]; the first `sizes[i]` of k count
 };
+
+// What a grouped kernel is told beside GemmConfig (gemm/config.cuh); ops/grouped/sm90/source.py writes it.
+// clang-format off
+template <class C>
+concept GroupedConfig = requires {
+  C::GROUPING;   // Grouping: what the groups divide
+  C::SEGMENTED;  // bool: whether `sizes` holds starts, ends and groups instead of sizes
+  C::ZERO_ROWS;  // bool: whether rows of a masked group behind its last one are stored as zeros
+};
+// clang-format on
 
 struct Groups {
   const int* sizes;   // [total], or with SEGMENTED: starts[total], ends[total], groups[total]
@@ -104,8 +116,8 @@ __device__ __forceinline__ int read_segments(const Groups& g, u32 base) {
     for (int i = lane; i < count; i += 32)
       ptx::store_shared_4(base + i * 16, 0, clamp(g.sizes[i], 0, g.extent), 0, i % g.shared);
   } else {
-    for (int i = lane; i < count;
-         i += 32) {  // groups that `sizes` does not have are empty, where they belong
+    // Groups that `sizes` does not have are empty, where they belong.
+    for (int i = lane; i < count; i += 32) {
       const int place = i + offset < 0 ? 0 : g.extent;
       ptx::store_shared_4(base + (head + i) * 16, place, place, 0, i);
     }
@@ -130,7 +142,7 @@ __device__ __forceinline__ int read_segments(const Groups& g, u32 base) {
 
 // Number of rows that tiles of segment i cover.
 template <class C>
-__device__ __forceinline__ int covered_rows(const GroupTable<C>& table, int i, const Problem& p) {
+__device__ __forceinline__ int covered_rows(const GroupTable<C>& table, int i, const Extents& p) {
   if constexpr (GroupTable<C>::kRowsInGroups) return max(table.word(i + 1, 0) - table.word(i, 0), 0);
   if constexpr (C::GROUPING == Grouping::kMaskedRows) return C::ZERO_ROWS ? p.m : table.word(i, 1);
   return p.m;
@@ -138,7 +150,7 @@ __device__ __forceinline__ int covered_rows(const GroupTable<C>& table, int i, c
 
 // By all threads of the block; the table is complete behind the barrier at its end.
 template <class C>
-__device__ __forceinline__ GroupTable<C> make_table(const Groups& g, const Problem& p, u32 smem) {
+__device__ __forceinline__ GroupTable<C> make_table(const Groups& g, const Extents& p, u32 smem) {
   GroupTable<C> table{smem + Layout<C>::kTable, 0, 0};
   const u32 totals = smem + Layout<C>::kTable + C::TABLE_BYTES - 16;
   if (threadIdx.x < 32) {

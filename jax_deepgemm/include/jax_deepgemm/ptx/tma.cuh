@@ -5,7 +5,22 @@
 
 namespace jdg::ptx {
 
-// Coordinates innermost first. Bytes outside the tensor arrive as zeros and count like the others on `bar`.
+// Loads of boxes of tensors of rank 1 to 5. Coordinates innermost first, as many as the tensor has axes.
+// Bytes outside the tensor arrive as zeros and count like the others on `bar`.
+__device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar, int x) {
+  asm volatile(
+      "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3}], [%2];" ::
+          "r"(smem),
+      "l"(&map), "r"(bar), "r"(x)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+      "[%2];" ::"r"(smem),
+      "l"(&map), "r"(bar), "r"(x), "r"(y)
+      : "memory");
+}
 __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar, int x, int y, int z) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
@@ -13,9 +28,25 @@ __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar
       "l"(&map), "r"(bar), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
+__device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar, int x, int y, int z,
+                                         int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem),
+      "l"(&map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar, int x, int y, int z, int w,
+                                         int v) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(smem),
+      "l"(&map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v)
+      : "memory");
+}
 
-// The same of bytes that nobody will read again: their lines are the first to leave L2, and need not wait
-// until dirty lines have been written back. (A hint of the normal policy is dearer than none:
+// The same, rank 3, of bytes that nobody will read again: their lines are the first to leave L2, and need not
+// wait until dirty lines have been written back. (A hint of the normal policy is dearer than none:
 // docs/performance_log.md.)
 __device__ __forceinline__ void tma_load_once(u32 smem, const TensorMap& map, u32 bar, int x, int y, int z) {
   u64 policy;

@@ -1,6 +1,6 @@
 // Warpgroup matrix multiply (PTX ISA 9.7.15): descriptors and ordering. The instruction itself, whose
-// register list depends on its width, is generated for the one width that a kernel uses
-// (jax_deepgemm/sm90/wgmma.py).
+// register list depends on its width, is generated for the one width that a kernel uses (jit/wgmma.py). A may
+// come from registers there.
 #pragma once
 
 #include <jax_deepgemm/ptx/types.cuh>

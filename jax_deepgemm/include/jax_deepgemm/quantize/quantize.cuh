@@ -26,7 +26,7 @@ __device__ __forceinline__ int scales_per_matrix(int rows, int cols) {
 }
 
 // batched_*: 1 where each matrix of the batch has its own, 0 where they share one.
-template <class C>
+template <QuantizeConfig C>
 __device__ __forceinline__ void quantize(const typename C::In* x, const int* limit, const Quantized& all,
                                          int batched_x, int batched_limit) {
   __shared__ TileShared<C> shared;

@@ -1,5 +1,6 @@
 // A block of threads turns tiles of numbers, which it holds in registers, into FP8 with scales.
 //
+// clang-format off
 //   tiles            one of 128 x 128, or two, or where 1x128 scales are all several lower ones side by side
 //   a thread's part  of each tile: ROWS rows from (2 w + l / 16) * ROWS, 8 columns from l % 16 * 8,
 //                    in lane l of warp w
@@ -13,8 +14,9 @@
 //   values           8 bytes per thread, 16 lanes fill a line of 128
 //   transposed       through shared memory [column][row], where 8-byte words of a column are exchanged by
 //                    w ^ column / 8, so that neither side has bank conflicts; then as above
+// clang-format on
 //
-// Arithmetic is that of quantization/reference.py, bit for bit: amax over the finite numbers, at least
+// Arithmetic is that of ops/quantize/reference.py, bit for bit: amax over the finite numbers, at least
 // MIN_AMAX and what makes the scale a normal number; scale = amax / FP8_MAX and its inverse, correctly
 // rounded; value = round(x * inverse), where subnormal x count as zeros.
 //
@@ -28,6 +30,26 @@
 namespace jdg {
 
 enum class Scales { kRow, kColumn, kBlock };
+
+// What a kernel is told at compile time; ops/quantize/sm90.py writes it as `struct Config`.
+// clang-format off
+template <class C>
+concept QuantizeConfig = requires {
+  typename C::In;   // elements that are read: bf16, f16 or float
+  typename C::Fp8;  // what is written: E4m3 or E5m2
+  C::SCALES;        // Scales: what shares a scale, 128 elements of a row or of a column, or a whole tile
+  C::TILES;         // tiles that a block of threads holds at once
+  C::HEIGHT;        // rows of a tile: 128, or fewer where 1x128 scales are all
+  C::ROWS;          // rows of a tile of which a thread holds 8 columns each
+  C::MIN_AMAX;      // what a maximum counts as at least
+  C::UE8M0;         // bool: whether scales are powers of two
+  C::TRANSPOSED;    // bool: whether a transposed copy is written too
+  C::LIMITED;       // bool: whether rows from a number on that is read from memory count as zeros
+  C::WEIGHTED;      // bool: whether rows have weights (swiglu)
+  C::ALIGNED;       // bool: whether rows have a multiple of 8 columns, so that 8 numbers are moved at once
+  C::ALIGNED_T;     // bool: the same of the transposed copy's rows
+};
+// clang-format on
 
 constexpr int kTile = 128;  // rows and columns of a tile, unless it is lower, and elements per scale
 constexpr int kWide = 8;    // columns of a thread

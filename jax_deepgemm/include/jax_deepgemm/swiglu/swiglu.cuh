@@ -1,9 +1,9 @@
 // SwiGLU and its gradient, quantised as they are computed. h [rows, 2 i] = gate | up.
 //
+// clang-format off
 //   act  = silu(gate) * up * weight[row]                              float32, then quantize_tile.cuh
 //   dh   = dact * weight[row] * [up * silu'(gate) | silu(gate)]       as [rows, 2 i]
-//   dweight[row] = sum over i of dact * silu(gate) * up               partial sums of each tile, then in
-//   order
+//   dweight[row] = sum over i of dact * silu(gate) * up               the tiles' partial sums, added in order
 //
 // swiglu       one tile of act per block of 256 threads
 // swiglu_grad  one tile of dh per block of 256 threads, for any i and any type
@@ -13,6 +13,7 @@
 //              A thread copies what it will read itself: no barrier between.
 //
 //   shared memory of swiglu_grad_pairs:  gate, up, dact [4 rows][512 threads] of 16 bytes | TileShared
+// clang-format on
 #pragma once
 
 #include <jax_deepgemm/quantize/quantize.cuh>
@@ -57,7 +58,7 @@ __device__ __forceinline__ float weight_of(const float* weight, int row, int row
   return row < rows ? weight[row] : 0.0f;
 }
 
-template <class C>
+template <QuantizeConfig C>
 __device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In>& in, const Quantized& all) {
   __shared__ TileShared<C> shared;
   using In = typename C::In;
@@ -100,7 +101,7 @@ __device__ __forceinline__ float* parts_of(float* parts, int batch, int width, i
   return parts + static_cast<i64>(batch) * ceil_div(width, kTile) * rows;
 }
 
-template <class C>
+template <QuantizeConfig C>
 __device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In>& in, const Quantized& all,
                                             float* parts) {
   __shared__ TileShared<C> shared;
@@ -168,7 +169,7 @@ __device__ __forceinline__ void request_inputs(const SwigluInputs<typename C::In
   ptx::copy_async_commit();
 }
 
-template <class C>
+template <QuantizeConfig C>
 __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C::In>& in,
                                                   const Quantized& all, float* parts, int tiles) {
   extern __shared__ __align__(16) char memory[];

@@ -9,6 +9,7 @@ from jax_deepgemm.jit.wgmma import wgmma_wrapper
 from jax_deepgemm.ops.gemm.problem import GemmProblem
 from jax_deepgemm.ops.gemm.sm90.config import Sm90Config, passes, shared_memory, tma_store
 
+# include/jax_deepgemm/gemm/config.cuh says what each field means.
 _CONFIG = """\
 struct Config {{
   using Mma = ::Mma;
@@ -35,8 +36,8 @@ _TEXT = """\
 {config}
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
   const jdg::Operands operands = {{{operands}}};
-  const jdg::Problem problem = {{m, n, batches, batched_c, stripe}};
-  jdg::{header}<Config>(operands, problem, {d_map}, d, {c});
+  const jdg::Extents extents = {{m, n, batches, batched_c, stripe}};
+  jdg::{header}<Config>(operands, extents, {d_map}, d, {c});
 }}
 """
 

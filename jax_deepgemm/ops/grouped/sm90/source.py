@@ -33,8 +33,8 @@ struct GroupedConfig : Config {{
 extern "C" __global__ void __launch_bounds__({threads}, 1) {name}({parameters}) {{
   const jdg::Operands operands = {{{operands}}};
   const jdg::Groups groups = {{sizes, {offset}, total, here, weights, extent}};
-  const jdg::Problem problem = {{m, n, 1, 0, stripe}};
-  jdg::gemm_grouped<GroupedConfig>(operands, groups, problem, {d_map}, d, {c});
+  const jdg::Extents extents = {{m, n, 1, 0, stripe}};
+  jdg::gemm_grouped<GroupedConfig>(operands, groups, extents, {d_map}, d, {c});
 }}
 """
 

@@ -52,7 +52,7 @@ namespace jdg {
 using u32 = unsigned;
 using i64 = long long;
 
-struct Problem {
+struct Extents {
   int m, n, batches, batched_c, stripe;
 };
 template <class C>

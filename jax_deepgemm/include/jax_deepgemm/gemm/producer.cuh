@@ -1,0 +1,178 @@
+// The producer's side of a GEMM: which tile comes next, and its blocks of k into the slots of the ring.
+//
+// clang-format off
+//   load_blocks, FP8, 6 blocks of k                slot  s     s+1    s+2    s+3    s+4    s+5    s+6    s+7
+//     the quad that lacks blocks comes first             k 4   k 5    -      -      k 0    k 1    k 2    k 3
+//     a quad's scales come with its first block          4..5                       0..3
+//     the tile's record comes with its first slot        tile
+// clang-format on
+//
+// One thread does all this. Tiles without any k (a group's zeros) take slots without data, as many as keep
+// quads where they belong.
+#pragma once
+
+#include <jax_deepgemm/gemm/ring.cuh>
+#include <jax_deepgemm/ptx/tma.cuh>
+
+namespace jdg {
+
+// The part of the product that a block of threads computes at a time.
+struct Tile {
+  int row, col, batch;
+  int k_begin, k_end;       // blocks of k; FP8 begins at a multiple of four
+  int col_batch = batch;    // of the cols operand
+  int k_first = 0;          // where block 0 begins; a multiple of 128 for FP8
+  int k_skip = 0;           // elements of the first block that do not count, and ...
+  int k_stop = 0x7FFFFFFF;  // ... elements of the last block up to which they count
+  bool half = false;        // only the first half of the columns, the first of two passes; all are loaded
+};
+
+// In a record's place of a row: there are no more tiles.
+constexpr int kNoTile = -1;
+
+// What the producer published, with all of the tile's k, from block 0 on.
+template <class C>
+__device__ __forceinline__ Tile receive_tile(const Ring<C>& ring, int k_blocks) {
+  const Record record = ring.template receive<C::HALVES>();
+  Tile tile = {record.x, record.y, record.z, 0, k_blocks};
+  if constexpr (C::HALVES) tile.half = record.flag;
+  return tile;
+}
+
+// The operands in global memory. A batch coordinate is multiplied by 0 where all batches share an operand.
+struct Operands {
+  const TensorMap* rows;
+  const TensorMap* cols;
+  const TensorMap* row_scales;  // FP8 only
+  const TensorMap* col_scales;  // FP8 only
+  int k_blocks;
+  int batched_rows, batched_cols, batched_row_scales, batched_col_scales;  // 0 or 1
+};
+
+template <bool ONCE>
+__device__ __forceinline__ void load_box(u32 slot, const TensorMap& map, u32 bar, int x, int y, int z) {
+  if constexpr (ONCE)
+    ptx::tma_load_once(slot, map, bar, x, y, z);
+  else
+    ptx::tma_load(slot, map, bar, x, y, z);
+}
+
+template <bool K_MAJOR, int EXTENT, bool ONCE>
+__device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32 bar, int first, int k,
+                                             int batch) {
+  if constexpr (K_MAJOR) {
+    load_box<ONCE>(slot, map, bar, k, first, batch);
+  } else {
+#pragma unroll
+    for (int slab = 0; slab < ceil_div(EXTENT, 64); ++slab)
+      load_box<ONCE>(slot + slab * 64 * kSlotRowBytes, map, bar, first + slab * 64, k, batch);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void load_scale_box(u32 slot, const TensorMap& map, u32 bar, int first, int kb,
+                                               int batch) {
+  if constexpr (Layout<C>::kSliced)
+    ptx::tma_load(slot, map, bar, first, kb, batch);
+  else
+    ptx::tma_load(slot, map, bar, kb, first, batch);
+}
+
+// The scales of one step of blocks of k, of both operands.
+template <class C>
+__device__ __forceinline__ void load_scales(const Ring<C>& ring, const Operands& in, const Tile& tile,
+                                            int kb) {
+  using L = Layout<C>;
+  load_scale_box<C>(L::kRowVector ? ring.row_scales() : ring.block_scales(), *in.row_scales, ring.full(),
+                    L::kRowVector ? tile.row : tile.row / 128, kb, tile.batch * in.batched_row_scales);
+  load_scale_box<C>(L::kColVector ? ring.col_scales() : ring.block_scales(), *in.col_scales, ring.full(),
+                    L::kColVector ? tile.col : tile.col / 128, kb, tile.col_batch * in.batched_col_scales);
+}
+
+// Slots without data.
+template <class C>
+__device__ __forceinline__ void pass_on(Ring<C>& ring, int slots) {
+#pragma unroll 1
+  for (int i = 0; i < slots; ++i) {
+    ring.wait_empty();
+    ring.fill_with_nothing();
+    ring.advance();
+  }
+}
+
+// One block of k into the ring's slot; with SCALES those of a whole step of blocks, too.
+template <class C, bool SCALES>
+__device__ __forceinline__ void load_block(Ring<C>& ring, const Operands& in, const Tile& tile, int kb) {
+  using L = Layout<C>;
+  const int k = tile.k_first + kb * C::BLOCK_K;
+  ring.wait_empty();
+  ring.expect(L::kSlotBytes + (SCALES ? L::kScaleBytes : 0));
+  load_operand<C::ROWS_K_MAJOR, C::ROWS, C::ROWS_ONCE>(ring.rows(), *in.rows, ring.full(), tile.row, k,
+                                                       tile.batch * in.batched_rows);
+  load_operand<C::COLS_K_MAJOR, C::COLS, C::COLS_ONCE>(ring.cols(), *in.cols, ring.full(), tile.col, k,
+                                                       tile.col_batch * in.batched_cols);
+  if constexpr (SCALES) {
+    load_scales<C>(ring, in, tile, k / C::BLOCK_K);
+    ring.advance_scales();
+  }
+  ring.advance();
+}
+
+// A tile's blocks of k. `record`, three integers, is published with the first one.
+//
+// Hazard: TMA boxes begin at multiples of 16 bytes, those of scales at every fourth block of k; others fault.
+template <class C, class... Words>
+__device__ __forceinline__ void load_blocks(Ring<C>& ring, const Operands& in, const Tile& tile,
+                                            Words... record) {
+  ring.wait_empty();
+  ring.publish(record..., tile.half);
+  if constexpr (Layout<C>::kQuads) {
+    const int partial = (tile.k_end - tile.k_begin) % kQuad, whole_end = tile.k_end - partial;
+    if (partial > 0) {
+      load_block<C, true>(ring, in, tile, whole_end);
+#pragma unroll 1
+      for (int kb = whole_end + 1; kb < tile.k_end; ++kb) load_block<C, false>(ring, in, tile, kb);
+      pass_on<C>(ring, kQuad - partial);
+    }
+#pragma unroll 1
+    for (int kb = tile.k_begin; kb < whole_end; kb += kQuad) {
+      load_block<C, true>(ring, in, tile, kb);
+#pragma unroll
+      for (int j = 1; j < kQuad; ++j) load_block<C, false>(ring, in, tile, kb + j);
+    }
+  } else {
+#pragma unroll 4
+    for (int kb = tile.k_begin; kb < tile.k_end; ++kb) load_block<C, Layout<C>::kSliced>(ring, in, tile, kb);
+  }
+}
+
+// A tile without any k takes so many slots.
+template <class C>
+constexpr int kEmptySlots = Layout<C>::kFp8 ? Layout<C>::kScaleStep : 1;
+
+template <class C>
+__device__ __forceinline__ void publish_empty_tile(Ring<C>& ring, int row, int packed, bool half) {
+  ring.wait_empty();
+  ring.publish(row, packed, 0, half);
+  pass_on<C>(ring, kEmptySlots<C>);
+}
+
+// The consumers' answer to it.
+template <class C>
+__device__ __forceinline__ void skip_empty_tile(Ring<C>& ring) {
+#pragma unroll 1
+  for (int i = 0; i < kEmptySlots<C>; ++i) {
+    ring.pass();
+    ring.advance();
+  }
+}
+
+// After the last tile.
+template <class C>
+__device__ __forceinline__ void publish_end(const Ring<C>& ring) {
+  ring.wait_empty();
+  ring.publish(kNoTile, 0, 0);
+  ring.fill_with_nothing();
+}
+
+}  // namespace jdg
