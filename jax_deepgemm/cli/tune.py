@@ -28,7 +28,7 @@ from jax_deepgemm.cli.compile import read_shapes
 from jax_deepgemm.cli.info import devices
 from jax_deepgemm.core.tuning import Entry, as_fields, read
 from jax_deepgemm.tools import tune
-from jax_deepgemm.tools.bench import products
+from jax_deepgemm.tools.bench import catalog, products
 from jax_deepgemm.tools.bench.products import Work
 from jax_deepgemm.tools.registry import read_entry
 from jax_deepgemm.tools.text import table
@@ -38,6 +38,7 @@ HEADER = ("problem", "of", "us", "best", "model us", "model's choice", "regret")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tables = [name for name, about in catalog.tables().items() if about.tuned]
     parser.add_argument(
         "--shapes",
         metavar="FILE",
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=names,
         default=[],
         metavar="NAMES",
-        help="comma-separated tables of bench: fp8, m_grouped, ...",
+        help=f"comma-separated tables of bench, of {', '.join(tables)}",
     )
     parser.add_argument(
         "--out",
