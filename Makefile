@@ -31,7 +31,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python -m jax_deepgemm demo
 
 test: $(VENV)/.tests
-	@echo "Running the tests in $(WORKERS) processes: about 20 minutes on two cores. A line names what runs whenever 20 s pass in silence."
+	@echo "Running the tests in $(WORKERS) processes: about ten minutes on two cores. A line names what runs whenever 20 s pass in silence."
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 $(VENV)/bin/python:
@@ -55,7 +55,7 @@ ext:
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check --output-format concise $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES)
-	$(VENV)/bin/mypy jax_deepgemm
+	$(VENV)/bin/mypy # of the package, and of what a user's editor sees: tests/public/user_types.py
 	$(VENV)/bin/clang-format --dry-run --Werror $(DEVICE_CODE)
 
 format: $(VENV)/.lint

@@ -36,6 +36,7 @@ from typing import Any
 
 try:
     import optax
+
     from flax import nnx
 except ImportError as error:
     sys.exit(f"{error}. Install it in the clone: pip install '.[flax]' (with a GPU: '.[cuda13,flax]')")
@@ -48,8 +49,8 @@ from jax.sharding import PartitionSpec as P
 from moe_lm import CONFIGS, Config, LanguageModel, batches, parameter_count, standard_library
 
 from jax_deepgemm.cli.arguments import Parser, above_zero, names_of, output_folder, whole
-from jax_deepgemm.tools.text import Progress
 from jax_deepgemm.flax import Load, named_shardings
+from jax_deepgemm.tools.text import Progress
 
 TOLERANCE = 0.01
 RECIPES = ("bf16", "fp8")

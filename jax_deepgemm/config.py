@@ -27,6 +27,8 @@ from typing import Any
 
 from jax_deepgemm.jit.toolchain import read_settings
 
+__all__ = ["Settings", "get", "tuning_file", "tuning_state", "update", "use"]
+
 TUNING_FILE = "JAX_DEEPGEMM_TUNING_FILE"
 FALLBACKS = ("error", "reference")
 
@@ -40,6 +42,12 @@ class Settings:
         leaves room for collectives that run at the same time.
       fallback: what a GPU without a kernel for the op does: "error", or "reference" for the float32 jnp
         form, which is correct and slow.
+
+    Raises:
+      ValueError: a value that a setting cannot take.
+
+    >>> Settings(num_sms=100)
+    Settings(num_sms=100, fallback='error')
     """
 
     num_sms: int | None = None
@@ -67,7 +75,10 @@ _scoped: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("jax_d
 
 
 def get() -> Settings:
-    """Returns the settings in force here.
+    """The settings in force here: those of the innermost `use`, else those of the process.
+
+    Returns:
+      Settings. Raises nothing.
 
     >>> from jax_deepgemm import config
     >>> config.get()
@@ -78,6 +89,9 @@ def get() -> Settings:
 
 def update(**changes: Any) -> None:
     """Changes the settings of the whole process.
+
+    Args:
+      changes: settings by name, as the attributes of `Settings`; the others stay.
 
     >>> from jax_deepgemm import config
     >>> config.update(num_sms=120)
@@ -95,6 +109,12 @@ def update(**changes: Any) -> None:
 @contextlib.contextmanager
 def use(**changes: Any) -> Iterator[Settings]:
     """Changes settings inside a `with` block of this thread (or task), and puts them back after it.
+
+    Args:
+      changes: settings by name, as the attributes of `Settings`; the others stay.
+
+    Yields:
+      Settings, those of the block.
 
     >>> from jax_deepgemm import config
     >>> with config.use(fallback="reference"):
@@ -115,7 +135,7 @@ def use(**changes: Any) -> Iterator[Settings]:
 
 
 def tuning_file(device: str, named: str | None = None) -> Path | None:
-    """Returns the file of measured configurations that holds for a device; it need not exist.
+    """The file of measured configurations that holds for a device; it need not exist.
 
     `python -m jax_deepgemm tune` writes it, and each lowering looks at it before it asks the cost model.
 
@@ -124,6 +144,12 @@ def tuning_file(device: str, named: str | None = None) -> Path | None:
       named: a file, or "off" for none (the cost model alone chooses), or "" for
         tuning/<device>.json in the folder of the kernel cache; None for what the environment variable
         JAX_DEEPGEMM_TUNING_FILE says, which means "" where it is not set.
+
+    Returns:
+      Path, or None where the cost model alone chooses.
+
+    Raises:
+      ValueError: a wrong environment variable of this package (`docs/configuration.md`).
 
     >>> from jax_deepgemm import config
     >>> config.tuning_file("NVIDIA H200", "").name
@@ -141,9 +167,20 @@ def tuning_file(device: str, named: str | None = None) -> Path | None:
 
 
 def tuning_state() -> str:
-    """Returns a digest of the tuning files in force, of any device, as part of cache keys; "" without any.
+    """A digest of the tuning files in force, of any device, as part of cache keys.
 
-    By content, since all processes of a job must lower the same program, wherever their files are.
+    It is made of their contents, because all processes of a job must lower the same program, wherever their
+    files are.
+
+    Returns:
+      sha256 in hexadecimal, or "" without any file. Files that cannot be read count as missing.
+
+    Raises:
+      ValueError: a wrong environment variable of this package (`docs/configuration.md`).
+
+    >>> from jax_deepgemm import config
+    >>> len(config.tuning_state()) in (0, 64)
+    True
     """
     file = tuning_file("any")
     if file is None:

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jax_deepgemm import config
 from jax_deepgemm.cli.arguments import (
     MOST_CALLS,
@@ -112,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 def measure(args: argparse.Namespace) -> int:
     """Measures, writing the result file, if any, after every group of rows; 1 when a row of ours failed."""
     device = devices()[0]
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = machine.on_gpu()
     chosen = _choose(args.tables, args.rows, small=args.small or not on_gpu)
     count = sum(map(len, chosen.values()))
     if not count:

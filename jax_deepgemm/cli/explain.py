@@ -15,7 +15,7 @@ from jax_deepgemm.tools.explain import ExplainedCall, chip_here, explain
 from jax_deepgemm.tools.shape_files import kinds, shape_of
 
 SCHEMA = 1
-"""Of the JSON document; it grows where fields only come in addition."""
+"""The version of the JSON document. Fields that are only added leave it as it is."""
 EXAMPLES = """examples:
   explain --m 4096 --n 7168 --k 2048
   explain --op m_grouped_bf16_gemm_nt_masked --groups 32 --m 128 --n 4096 --k 7168 --expected-m 16

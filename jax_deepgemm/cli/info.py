@@ -112,7 +112,7 @@ def cache() -> dict[str, Any]:
 
 
 def _sizes(folder: Path) -> Iterator[int]:
-    """Of all files below that can be seen, while other processes may add and remove some."""
+    """The bytes of every file below that can be seen, while other processes may add and remove some."""
     for root, _, names in os.walk(folder):
         for name in names:
             try:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jax_deepgemm.cli.arguments import (
     MOST_CALLS,
@@ -24,13 +24,15 @@ from jax_deepgemm.cli.arguments import (
     spelt,
     whole,
 )
+from jax_deepgemm.cli.compile import read_shapes
 from jax_deepgemm.cli.info import devices
+from jax_deepgemm.core.tuning import Entry, as_fields, read
+from jax_deepgemm.tools import tune
+from jax_deepgemm.tools.bench import products
+from jax_deepgemm.tools.bench.products import Work
+from jax_deepgemm.tools.registry import read_entry
 from jax_deepgemm.tools.text import table
-
-if TYPE_CHECKING:
-    from jax_deepgemm.core.tuning import Entry
-    from jax_deepgemm.tools.bench.products import Work
-    from jax_deepgemm.tools.tune import Outcome
+from jax_deepgemm.tools.tune import Outcome
 
 HEADER = ("problem", "of", "us", "best", "model us", "model's choice", "regret")
 
@@ -77,8 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tunes or reports; exit code 1 for candidates that could not be measured."""
-    from jax_deepgemm.tools import tune
-
     if args.report:
         return _report(args.report, args.json)
     begin = time.monotonic()
@@ -105,9 +105,6 @@ def _works(args: argparse.Namespace) -> list[Work]:
     Raises:
       UsageError: nothing is asked for, or something that there is not.
     """
-    from jax_deepgemm.cli.compile import read_shapes
-    from jax_deepgemm.tools.bench import products
-
     works: list[Work] = []
     if args.shapes is not None:
         with refusing(spelt(args.shapes)):
@@ -130,8 +127,6 @@ def _entries(outcomes: list[Outcome]) -> dict[str, dict[str, Entry]]:
 
 
 def _as_json(one: Outcome) -> dict[str, Any]:
-    from jax_deepgemm.core.tuning import as_fields
-
     entry = as_fields(one.entry) | {"regret": one.entry.regret} if one.entry else {}
     measured = [dataclasses.asdict(config) | {"us": us} for config, us in one.measured]
     return (
@@ -140,9 +135,6 @@ def _as_json(one: Outcome) -> dict[str, Any]:
 
 
 def _report(path: Path, as_json: bool) -> int:
-    from jax_deepgemm.core.tuning import as_fields, read
-    from jax_deepgemm.tools.registry import read_entry
-
     with refusing(str(path)):
         found = {
             device: {problem: read_entry(problem, fields) for problem, fields in entries.items()}

@@ -5,6 +5,7 @@ Each use has a plain behaviour for a JAX that no longer has the name; what is th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import types
@@ -22,10 +23,11 @@ try:
 except (ImportError, AttributeError):
     _needs_devices = None
 
-try:
-    from jax._src.custom_partitioning import _sharding_callbacks
-except ImportError:
-    _sharding_callbacks = None
+_sharding_callbacks: Any = None
+with contextlib.suppress(ImportError, AttributeError):
+    from jax._src import custom_partitioning as _partitioning
+
+    _sharding_callbacks = _partitioning._sharding_callbacks
 
 try:
     from jax._src.config import traceback_in_locations_limit as _frames_of_a_location

@@ -110,6 +110,9 @@ def embed_kernels() -> Iterator[None]:
     For `jax.export` and ahead-of-time artefacts; a program grows by the size of a cubin per kernel and call
     site.
 
+    Yields:
+      Nothing. Raises nothing itself.
+
     >>> import jax, jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_nt, embed_kernels, export_checks
     >>> a = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)

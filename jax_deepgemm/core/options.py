@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_deepgemm import config as settings
+
+Sharding: TypeAlias = PartitionSpec | NamedSharding | None
+"""What `out_sharding=` takes: how a result is cut on a mesh with Explicit axes. None: as its operands."""
 
 
 def sharding_option(op: str, given: Any) -> PartitionSpec | None:

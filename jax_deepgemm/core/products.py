@@ -37,7 +37,7 @@ def dot_general(
 
 
 def _canonical(precision: Any) -> Any:
-    """Of all that JAX takes, what its primitive takes."""
+    """A precision in the one form that JAX's primitive takes, of all that its functions take."""
     if isinstance(precision, str) and precision in lax.DotAlgorithmPreset.__members__:
         return lax.DotAlgorithmPreset[precision]
     if isinstance(precision, str | lax.Precision):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
 from flax import nnx
 from jax_deepgemm.core.sharding import entries
@@ -68,8 +69,8 @@ class Linear(nnx.Module):
         out_features: int,
         *,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = lecun_normal,
         bias_init: Initializer = zeros,
         recipe: str = "fp8",
@@ -87,7 +88,7 @@ class Linear(nnx.Module):
             rows = None if sharding is None else PartitionSpec(*sharding[:1])
             self.bias = draw("Linear", bias_init, rngs.params(), shape[1:], self.param_dtype, spec=rows)
 
-    def __call__(self, x: Any, out_sharding: PartitionSpec | NamedSharding | None = None) -> jax.Array:
+    def __call__(self, x: ArrayLike, out_sharding: PartitionSpec | NamedSharding | None = None) -> jax.Array:
         """x [.., in_features] -> [.., out_features].
 
         Args:
@@ -177,7 +178,7 @@ def _transposed(weight: nnx.Variable) -> nnx.Variable:
 
 
 def _turned(sharding: Any) -> Any:
-    """Of a PartitionSpec, a tuple of names or a NamedSharding of two dimensions."""
+    """The two entries exchanged, of a PartitionSpec, a tuple of names or a NamedSharding."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, _turned(sharding.spec))
     rows, columns = (*sharding, None, None)[:2]
@@ -202,6 +203,12 @@ class SwiGLU(nnx.Module):
       intermediate: width of the MLP.
       dtype, param_dtype, recipe, rngs: as in `Linear`; gate, up and y have one dtype.
       kernel_init: as in `Linear`; gate and up are drawn as two matrices (hidden, intermediate).
+
+    Raises:
+      ValueError: another recipe or dtype.
+      TypeError: when called with x in neither bfloat16 nor float32 and without `dtype`.
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
 
     def __init__(
@@ -209,8 +216,8 @@ class SwiGLU(nnx.Module):
         hidden: int,
         intermediate: int,
         *,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = lecun_normal,
         recipe: str = "fp8",
         rngs: nnx.Rngs,
@@ -224,7 +231,7 @@ class SwiGLU(nnx.Module):
         self.w13 = Linear(hidden, 2 * intermediate, kernel_init=GateUp(kernel_init), **options, rngs=rngs)
         self.w2 = Linear(intermediate, hidden, kernel_init=kernel_init, **options, rngs=rngs)
 
-    def __call__(self, x: Any) -> jax.Array:
+    def __call__(self, x: ArrayLike) -> jax.Array:
         """x [.., hidden] -> [.., hidden], dtypes as in `Linear`."""
         return self.w2(swiglu(self.w13(x)))
 

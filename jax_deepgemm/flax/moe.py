@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax import lax
 from jax.extend.core.primitives import dot_general_p
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike, DTypeLike
 
 from flax import nnx
 from jax_deepgemm.core.derivatives import same_varying_axes
@@ -28,6 +29,11 @@ class Load(NamedTuple):
     Attributes:
       tokens: int32 [experts], copies of tokens that chose each expert.
       dropped: int32 [], copies that found no room (`capacity_factor`); 0 without expert parallelism.
+
+    Raises nothing.
+
+    >>> Load(jnp.array([3, 1]), jnp.int32(0)).tokens.tolist()
+    [3, 1]
     """
 
     tokens: jax.Array
@@ -35,7 +41,14 @@ class Load(NamedTuple):
 
 
 class RouterBias(nnx.Variable):
-    """A router's bias for balance: moved by `MoE.move_bias`, not by gradients, so it is no `nnx.Param`."""
+    """A router's bias for balance: moved by `MoE.move_bias`, not by gradients, so it is no `nnx.Param`.
+
+    Its value is float32 [experts]. Raises nothing.
+
+    >>> layer = MoE(128, 128, num_experts=4, top_k=2, balance=True, rngs=nnx.Rngs(0))
+    >>> type(layer.bias).__name__, layer.bias.shape
+    ('RouterBias', (4,))
+    """
 
 
 class MoE(nnx.Module):
@@ -114,8 +127,8 @@ class MoE(nnx.Module):
         mesh: Mesh | None = None,
         method: str = "all_to_all",
         capacity_factor: float | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = lecun_normal,
         rngs: nnx.Rngs,
     ) -> None:
@@ -150,7 +163,16 @@ class MoE(nnx.Module):
                 rngs=rngs,
             )
 
-    def __call__(self, x: Any, *, with_load: bool = False) -> Any:
+    @overload
+    def __call__(self, x: ArrayLike, *, with_load: Literal[False] = False) -> jax.Array: ...
+
+    @overload
+    def __call__(self, x: ArrayLike, *, with_load: Literal[True]) -> tuple[jax.Array, Load]: ...
+
+    @overload
+    def __call__(self, x: ArrayLike, *, with_load: bool) -> Any: ...
+
+    def __call__(self, x: ArrayLike, *, with_load: bool = False) -> Any:
         """Any number of tokens, for training and prefill.
 
         Args:
@@ -164,8 +186,25 @@ class MoE(nnx.Module):
         """
         return self._through(self._experts, x, with_load)
 
-    def decode(self, x: Any, *, with_load: bool = False) -> Any:
-        """As a call, for few tokens on one device: `jax_deepgemm.moe.moe_mlp_decode`, without gradients."""
+    @overload
+    def decode(self, x: ArrayLike, *, with_load: Literal[False] = False) -> jax.Array: ...
+
+    @overload
+    def decode(self, x: ArrayLike, *, with_load: Literal[True]) -> tuple[jax.Array, Load]: ...
+
+    @overload
+    def decode(self, x: ArrayLike, *, with_load: bool) -> Any: ...
+
+    def decode(self, x: ArrayLike, *, with_load: bool = False) -> Any:
+        """As a call, for few tokens on one device: `jax_deepgemm.moe.moe_mlp_decode`, without gradients.
+
+        Args:
+          x: [.., hidden] bfloat16 or float32; any dtype if the layer has one.
+          with_load: also return the load.
+
+        Returns:
+          [.., hidden] in the dtype of the layer or of x; or (that, `Load`).
+        """
         return self._through(self._few_tokens, x, with_load)
 
     def move_bias(self, tokens: jax.Array, rate: float) -> None:
@@ -174,6 +213,9 @@ class MoE(nnx.Module):
         Args:
           tokens: [experts], `Load.tokens` of one step and all devices.
           rate: step of the bias; what it is added to are scores, between 0 and 1.
+
+        Raises:
+          ValueError: the layer has no bias.
         """
         if self.bias is None:
             raise ValueError("MoE.move_bias: the layer has no bias. Make it with balance=True.")

@@ -23,7 +23,7 @@ class QuantizedParam(nnx.Variable):
 
     It is no `nnx.Param`, so `nnx.grad` (whose default is `wrt=nnx.Param`) and optimizers made with
     `wrt=nnx.Param` leave it as it is. It goes through `nnx.jit`, `nnx.split` and checkpoints as a pair of
-    arrays, values and scales.
+    arrays, values and scales. Raises nothing itself: `QuantizedArray` checks its parts.
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import quantize
@@ -110,6 +110,9 @@ def named_shardings(state: Any, mesh: Mesh) -> Any:
     Returns:
       The same pytree with shardings in place of arrays, for `out_shardings`, `jax.device_put`, checkpoints.
       Scales of a `QuantizedParam` are cut along with its values where every cut is at the edge of a block.
+
+    Raises:
+      ValueError: metadata that names axes which the mesh has not.
     """
 
     def of(variable: Any) -> Any:

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.moe.dispatch import (
@@ -120,7 +121,7 @@ def _fp8(
 ) -> jax.Array:
     experts = w13.shape[0]
 
-    def gemm(values: jax.Array, scales: jax.Array, w: Weight, out_dtype: object) -> jax.Array:
+    def gemm(values: jax.Array, scales: jax.Array, w: Weight, out_dtype: DTypeLike) -> jax.Array:
         rows = row_weights.shape[0] // experts
         values, scales = (z.reshape(experts, rows, z.shape[1]) for z in (values, scales))
         return m_grouped_fp8_gemm_nt_masked(
@@ -151,7 +152,7 @@ def _bf16(
 ) -> jax.Array:
     experts = w13.shape[0]
 
-    def gemm(a: jax.Array, w: Weight, out_dtype: object) -> jax.Array:
+    def gemm(a: jax.Array, w: Weight, out_dtype: DTypeLike) -> jax.Array:
         assert not isinstance(w, QuantizedArray)
         return m_grouped_bf16_gemm_nt_masked(
             a.reshape(experts, row_weights.shape[0] // experts, a.shape[-1]),

@@ -32,6 +32,14 @@ class DispatchPlan:
       source: [t * top_k]: which copy a row holds, token * top_k + slot; t * top_k in the tail of empty rows.
       position: [t, top_k]: the row of a copy; t * top_k if it is dropped.
       group_sizes: [num_experts]: rows of each expert.
+
+    Raises nothing: what made it has checked the ids.
+
+    >>> plan = plan_dispatch(jnp.array([[2, 0], [0, -1]]), 3)
+    >>> plan.source.tolist(), plan.position.tolist(), plan.group_sizes.tolist()
+    ([1, 2, 0, 4], [[2, 0], [1, 4]], [2, 0, 1])
+    >>> plan.token.tolist(), plan.kept.tolist()
+    ([0, 1, 0, 2], [[True, True], [True, False]])
     """
 
     source: jax.Array
@@ -60,6 +68,9 @@ def plan_dispatch(ids: jax.Array, num_experts: int) -> DispatchPlan:
     Args:
       ids: integer [t, top_k]. Copies with an id outside [0, num_experts), as -1, are dropped.
       num_experts: number of experts.
+
+    Returns:
+      DispatchPlan of t * top_k rows.
 
     Raises:
       ValueError: ids that are no [t, top_k] integers.
@@ -287,7 +298,18 @@ def spread(x: jax.Array, plan: DispatchPlan) -> jax.Array:
 
 
 def spread_weights(weights: jax.Array, plan: DispatchPlan) -> jax.Array:
-    """[t, top_k] -> [t * top_k]: the weight of each row, zero in the tail.
+    """The routing weight of each row of a plan, as `expert_mlp` takes it.
+
+    Args:
+      weights: [t, top_k], any floating dtype: the weight of each copy (`route`).
+      plan: DispatchPlan of the ids that the weights belong to.
+
+    Returns:
+      [t * top_k] in the dtype of weights: the weight of the copy that each row holds, zero in the tail. The
+      gradient goes back to the copies, none to those that were dropped.
+
+    Raises:
+      TypeError: weights or a plan that hold no arrays.
 
     >>> import jax.numpy as jnp
     >>> plan = plan_dispatch(jnp.array([[1, 0], [0, -1]]), 2)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
@@ -52,7 +53,7 @@ class Experts:
     w13: np.dtype[Any]
     w2: np.dtype[Any]
     specs: tuple[PartitionSpec | None, PartitionSpec | None]
-    """Of w13 and w2 on Explicit axes, for their gradients."""
+    """PartitionSpecs of w13 and w2 on Explicit axes, for their gradients."""
 
     @classmethod
     def of(cls, rows: np.dtype[Any], w13: Weight, w2: Weight, gemms: fp8.LayerOptions) -> Experts:
@@ -84,7 +85,7 @@ def expert_mlp(
     row_weights: jax.Array | None = None,
     *,
     recipe: str = "fp8",
-    group_offset: Any = None,
+    group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
     num_sms: int | None = None,
 ) -> jax.Array:
@@ -227,9 +228,10 @@ def backward(
     groups, gemms = kept.groups, static.gemms
     dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
     end = groups.end(dact.shape[0])
-    dh, dh_scales, *dh_t, dweights = swiglu_grad_quantize(
+    gradients: Any = swiglu_grad_quantize(
         kept.hidden, kept.row_weights, dact, end, transposed=kept.rows is not None
     )
+    dh, dh_scales, *dh_t, dweights = gradients
     dh_rows = QuantizedArray(dh, dh_scales, PER_ROW)
     drows = fp8.m_grouped(dh_rows, _for_dgrad(kept.w13, static.w13), groups, gemms, static.rows)
     dh_along_rows = fp8.AlongRows(*dh_t) if dh_t else None

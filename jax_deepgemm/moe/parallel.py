@@ -81,7 +81,8 @@ def expert_parallel_moe(
       ids: integer [t, top_k], experts of each token among all devices' (device d has [d * e, (d + 1) * e)), a
         token's distinct. Copies with other ids, as -1, are dropped.
       weights: float32 [t, top_k].
-      w13: [e, 2 * i, h], this device's experts; w2: [e, h, i]. As in `moe_mlp`, frozen ones too.
+      w13: [e, 2 * i, h], gate and up projections of this device's experts, as in `moe_mlp`, frozen ones too.
+      w2: [e, h, i], their down projections, likewise.
       axis: the mesh axis of the experts, or several.
       method: "all_to_all": fixed room for each pair of devices; on every platform.
         "ragged": `lax.ragged_all_to_all`, where only what is needed travels; GPUs (elsewhere emulated).
@@ -160,8 +161,12 @@ def moe_layer(
     ((6, 256), 0)
 
     Args:
-      x: [t, h]; ids, weights: [t, top_k]; w13: [e, 2 * i, h]; w2: [e, h, i]: of all devices. t is a multiple
-        of the devices of token_axes, e of those of expert_axis.
+      x: [t, h] bfloat16 or float32: the tokens of all devices; t is a multiple of the devices of token_axes.
+      ids: integer [t, top_k], the experts of each token (`route`).
+      weights: float32 [t, top_k].
+      w13: [e, 2 * i, h], gate and up projections as in `moe_mlp`; e is a multiple of the devices of
+        expert_axis.
+      w2: [e, h, i], down projections, likewise.
       mesh: default: that of `jax.set_mesh`.
       expert_axis: mesh axis that cuts the experts.
       token_axes: mesh axes that cut the tokens, expert_axis among them; default: all.
@@ -170,6 +175,10 @@ def moe_layer(
     Returns:
       (y [t, h], dropped int32 []: copies of all tokens that had no room). On Explicit axes y is cut as x
       is, so that layers can follow each other in a `lax.scan`.
+
+    Raises:
+      ValueError, TypeError: operands that do not fit, axes that the mesh has not, tokens or experts that the
+      devices do not divide; the message names both sides.
     """
     x, ids, weights, w13, w2 = map(unwrapped, (x, ids, weights, w13, w2))
     check_tokens("moe_layer", x, ids, weights)

@@ -49,7 +49,7 @@ def on_each_device(where: str, layer: Callable[..., jax.Array], operands: Sequen
 
 
 def _context(mesh: Any, leaves: Sequence[Any]) -> Any:
-    """Of the devices themselves where they are known, which partitioning over Auto axes asks for."""
+    """The mesh of the devices themselves where they are known, which partitioning over Auto axes asks for."""
     for leaf in leaves:
         devices = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf.sharding, "mesh", None)
         if devices is not None and getattr(devices, "abstract_mesh", None) == mesh:

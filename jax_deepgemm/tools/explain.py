@@ -124,8 +124,12 @@ def explain(
       show: whether to print the explanation.
 
     Returns:
-      one `ExplainedCall` for each call of an op of this package that launches kernels, or leaves to XLA what
+      An `ExplainedCall` for each call of an op of this package that launches kernels, or leaves to XLA what
       kernels could do of other operands (its note says why), in order of appearance.
+
+    Raises:
+      ValueError, TypeError: what the function raises while it is traced; a `config=` that cannot run its
+      call.
 
     >>> import jax, jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_nt, explain

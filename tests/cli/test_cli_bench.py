@@ -258,12 +258,22 @@ def test_results_without_a_gpu_claim_nothing(tmp_path: Path) -> None:
     assert all(report.NOTHING in content for content in report.documents([path]).values())
 
 
+MOST_BYTES_OF_PLOTS = 150_000  # in git, each time that results change
+
+
+def test_plots_that_are_kept_are_small() -> None:
+    kept = list((catalog.ROOT / "docs" / "img").iterdir())
+    assert {"nvidia-h200.png"} <= {path.name for path in kept}
+    assert not [path for path in kept if path.suffix == ".svg" or path.stat().st_size > MOST_BYTES_OF_PLOTS]
+
+
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     target = tmp_path / "plot.png"
     both = result() | {"rows": result()["rows"] + grouped_result()["rows"]}
     assert plots.together(both, target)
     assert target.read_bytes().startswith(b"\x89PNG")
+    assert target.stat().st_size < MOST_BYTES_OF_PLOTS
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"schema": 2, "rows": []}'])

@@ -271,11 +271,12 @@ def test_a_grid_of_blocks_per_sm_meets(blocks_per_sm, cluster):
 
 def test_meetings_are_captured():
     chain = chain_of_200(caller(meeting_plan(blocks_per_sm=1)))
-    blocks = jax.devices("cuda")[0].core_count
-    chain(jnp.zeros(4096)).block_until_ready()
+    blocks, x = jax.devices("cuda")[0].core_count, jnp.zeros(4096)
+    for _ in range(2):
+        chain(x).block_until_ready()
     ffi.reset_execute_counters()
     for _ in range(20):
-        y = chain(jnp.zeros(4096)).block_until_ready()
+        y = chain(x).block_until_ready()  # of one buffer: a graph is captured again when buffers have moved
     assert ffi.execute_count() <= 400, "the calls run outside command buffers"
     np.testing.assert_array_equal(y, np.where(np.arange(4096) < blocks, blocks, 0))
 

@@ -23,6 +23,7 @@ def test_every_configuration(options: dict[str, Any]) -> None:
     np.testing.assert_array_equal(got, X[0] * W[0])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("axes", [(0, None), (0, 0), (None, 0)])
 def test_batches(axes: tuple[int | None, int | None]) -> None:
     x, w = (one if axis == 0 else one[0] for one, axis in zip((X, W), axes, strict=True))

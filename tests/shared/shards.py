@@ -23,7 +23,7 @@ RECORDED = Path(__file__).parent.parent / "gpu" / "seconds.json"
 UNKNOWN = 1.0
 """Seconds of a test that no record knows."""
 TOGETHER = ("test_grouped_gpu.py", "test_gemm_gpu.py::test_table")
-"""What names start with whose tests cut their operands from gigabytes of numbers, which one process holds."""
+"""Tests whose names start so are in one process: in several they would need more memory than a GPU has."""
 
 
 def recorded() -> dict[str, float]:

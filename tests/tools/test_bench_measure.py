@@ -15,8 +15,9 @@ import pytest
 
 from jax_deepgemm.cli import main
 from jax_deepgemm.core.bench import Beside, Row, Table, every_row
+from jax_deepgemm.ops.gemm import bench as dense
 from jax_deepgemm.tools import registry
-from jax_deepgemm.tools.bench import catalog, measure, products, report, sides
+from jax_deepgemm.tools.bench import catalog, machine, measure, products, report, sides, timing, whole
 from jax_deepgemm.tools.bench.timing import Job, Timing
 from jax_deepgemm.tools.bench.trace import Measured
 
@@ -41,7 +42,7 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str, int]]
             jax.block_until_ready(job.run())
         return {job.name: Timing(Measured((8.0,) * calls, ("k",), {"k": 8.0}), {}, "fake") for job in jobs}
 
-    monkeypatch.setattr(sides, "on_gpu", lambda: True)
+    monkeypatch.setattr(machine, "on_gpu", lambda: True)
     monkeypatch.setattr(sides, "time_jobs", time_jobs)
     return seen
 
@@ -104,6 +105,30 @@ def test_a_row_that_fails_does_not_end_the_others() -> None:
 def test_a_result_that_is_carried_takes_the_place_of_its_operand() -> None:
     [row] = measured(halves(4, lambda: (jnp.ones(4), jnp.zeros(4)), function=lambda x, c: c + x, carry=1))
     assert row["status"] == "ok"
+
+
+def test_a_run_on_a_gpu_begins_with_the_control(
+    sessions: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    control = catalog.control_row()
+    assert control is not None
+    monkeypatch.setattr(catalog, "control_row", lambda: replace(control, row=dense.control(64)))
+    monkeypatch.setattr(timing, "flusher", lambda size: lambda: None)
+    monkeypatch.setattr(measure, "_read_flusher", lambda: lambda: None)
+    monkeypatch.setattr(whole, "time_queued", lambda jobs, calls: {jobs[0].name: timing.Queued(9.0, 8.5)})
+    path = tmp_path / "gpu.json"
+    tables = ["--tables", "bf16,quantize,op", "--rows", "m=64 |quantize_both"]
+    assert main(["bench", "--small", "--calls", "3", "--out", str(path), *tables]) == 0
+    found = report.load(path)
+    assert found["control"]["what"] == "cuBLASLt FP8 64^3 through jnp"
+    assert found["control"]["status"] == "ok"
+    product, quantising, op = found["rows"]
+    assert product["baseline"]["what"] == "cuBLASLt through jnp"
+    assert product["read_flush"]["us"] == 8.0
+    assert quantising["baseline"]["what"] == "copy of as many bytes, XLA"
+    assert (op["whole"]["us"], op["idle_us"], op["other_us"]) == (8.0, 0.5, 0.0)
+    prefixes = [[prefix for _, prefix, _ in session] for session in sessions]
+    assert prefixes == [[""], ["jdg_", ""], ["jdg_"], ["jdg_", ""], ["jdg_sm90_", ""]]
 
 
 TITLE = "Halves of float32 numbers"

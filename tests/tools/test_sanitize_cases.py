@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import pytest
 
@@ -9,27 +11,37 @@ from jax_deepgemm.core.sanitize import Case
 from jax_deepgemm.tools import registry
 from tests.gpu import sanitize
 
-CASES_OF = {"quantize": 10, "swiglu": 6, "gemm": 14, "grouped": 33}
-"""At least so many; of GEMMs as many more as there are kinds of configurations."""
+LEAST = {"quantize": 10, "swiglu": 6, "gemm": 40, "grouped": 32}
+"""So many cases a family has, or more."""
 
 
 @pytest.fixture(scope="module")
-def cases() -> list[Case]:
-    return list(sanitize.cases())
+def cases() -> dict[str, list[Case]]:
+    """By the folder of the family."""
+    return {module.__name__.split(".")[-2]: list(module.cases()) for module in registry.parts("sanitize")}
 
 
-def test_every_family_of_kernels_has_cases() -> None:
-    found = {module.__name__.split(".")[-2] for module in registry.parts("sanitize")}
-    assert found >= {family.name for family in registry.families()}
-    for module in registry.parts("sanitize"):
-        assert len(list(module.cases())) >= CASES_OF[module.__name__.split(".")[-2]]
+def test_every_family_of_kernels_has_cases(cases: dict[str, list[Case]]) -> None:
+    assert set(cases) >= {family.name for family in registry.families()}
+    assert all(len(cases[name]) >= count for name, count in LEAST.items())
+    kinds = ("swap", "fp8 m=520", "fp8 m=5 ", "bf16 m=520", "bf16 m=5 ", "ping-pong", "split", "batch")
+    assert all(any(kind in case.name for case in cases["gemm"]) for kind in kinds)
 
 
-def test_cases_have_names_of_their_own_and_one_result(cases: list[Case]) -> None:
-    names = [case.name for case in cases]
-    assert len(set(names)) == len(names)
-    for kind in ("swap", "fp8 m=520", "fp8 m=5 ", "bf16 m=520", "bf16 m=5 ", "ping-pong", "split", "batch"):
-        assert any(kind in name for name in names), kind
-    for case in cases:
+def test_cases_have_names_of_their_own_and_one_result(cases: dict[str, list[Case]]) -> None:
+    every = list(itertools.chain(*cases.values()))
+    assert len({case.name for case in every}) == len(every)
+    for case in every:
         result = jax.eval_shape(case.function, *case.operands)
         assert isinstance(result, jax.ShapeDtypeStruct), case.name
+
+
+def test_the_runner_walks_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Part:
+        def __init__(self, *names: str) -> None:
+            self.cases = lambda: [Case(name, abs, ()) for name in names]
+
+    monkeypatch.setattr(
+        sanitize, "parts", lambda name: [Part("a", "b"), Part("c")] if name == "sanitize" else []
+    )
+    assert [case.name for case in sanitize.cases()] == ["a", "b", "c"]

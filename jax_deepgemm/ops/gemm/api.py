@@ -7,30 +7,29 @@ The two letters say how A and B are stored: A is [m, k] ("n") or [k, m] ("t"), B
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
+from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.log import logger
 from jax_deepgemm.ops.gemm import checks as operands
 from jax_deepgemm.ops.gemm import op as ops
-from jax_deepgemm.ops.quantize import QuantizedArray
-
-Quantized: TypeAlias = QuantizedArray | tuple[jax.Array, jax.Array]
-Sharding: TypeAlias = PartitionSpec | NamedSharding | None
+from jax_deepgemm.ops.gemm.config import GemmConfig
+from jax_deepgemm.ops.quantize.array import QuantizedLike
 
 
 def fp8_gemm_nt(
-    a: Quantized,
-    b: Quantized,
-    c: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A @ B.T with block-scaled FP8 operands.
@@ -78,20 +77,21 @@ def fp8_gemm_nt(
 
     Every row and column of the result is defined. Deterministic: equal inputs give equal bits on one device
     kind. On CUDA, k is padded with zeros to rows of whole 16 bytes where needed, which copies the operand and
-    logs a note. Source: DeepSeek-V3 technical report, section 3.3.
+    logs a note. Source: DeepGEMM's function of this name; the recipe of scales is that of the DeepSeek-V3
+    technical report, section 3.3.
     """
     return _fp8_gemm("nt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def fp8_gemm_nn(
-    a: Quantized,
-    b: Quantized,
-    c: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A @ B with block-scaled FP8 operands; B is stored [k, n].
@@ -111,22 +111,29 @@ def fp8_gemm_nn(
       a: values [m, k], scales [m, ceil(k / 128)]: block (1, 128).
       b: values [k, n], scales [ceil(k / 128), ceil(n / 128)] (block (128, 128)) or [ceil(k / 128), n] (block
         (128, 1)).
-      c, out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
+      c: optional [m, n] in out_dtype, as in `fp8_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
 
-    Returns, raises, determinism: as `fp8_gemm_nt`.
+    Returns:
+      [m, n] in out_dtype; an empty k gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `fp8_gemm_nt`.
+
+    Deterministic, as `fp8_gemm_nt`. Source: DeepGEMM's function of this name.
     """
     return _fp8_gemm("nn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def fp8_gemm_tn(
-    a: Quantized,
-    b: Quantized,
-    c: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A.T @ B with block-scaled FP8 operands; A is stored [k, m] and B [k, n].
@@ -145,22 +152,29 @@ def fp8_gemm_tn(
       a: values [k, m], scales [ceil(k / 128), m]: block (128, 1).
       b: values [k, n], scales [ceil(k / 128), ceil(n / 128)] (block (128, 128)) or [ceil(k / 128), n] (block
         (128, 1)).
-      c, out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
+      c: optional [m, n] in out_dtype, as in `fp8_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
 
-    Returns, raises, determinism: as `fp8_gemm_nt`.
+    Returns:
+      [m, n] in out_dtype; an empty k gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `fp8_gemm_nt`.
+
+    Deterministic, as `fp8_gemm_nt`. Source: DeepGEMM's function of this name.
     """
     return _fp8_gemm("tn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def fp8_gemm_tt(
-    a: Quantized,
-    b: Quantized,
-    c: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A.T @ B.T with block-scaled FP8 operands; A is stored [k, m] and B [n, k].
@@ -177,25 +191,34 @@ def fp8_gemm_tt(
     Args:
       a: values [k, m], scales [ceil(k / 128), m]: block (128, 1).
       b: values [n, k], scales [ceil(n / 128), ceil(k / 128)] or [n, ceil(k / 128)], as in `fp8_gemm_nt`.
-      c, out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
+      c: optional [m, n] in out_dtype, as in `fp8_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
 
-    Returns, raises, determinism: as `fp8_gemm_nt`.
+    Returns:
+      [m, n] in out_dtype; an empty k gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `fp8_gemm_nt`.
+
+    Deterministic, as `fp8_gemm_nt`. Source: DeepGEMM's function of this name.
     """
     return _fp8_gemm("tt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def bf16_gemm_nt(
-    a: jax.Array,
-    b: jax.Array,
-    c: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = C + A @ B.T with bfloat16 operands and float32 accumulation.
+
+    d[i, j] = c[i, j] + sum_l a[i, l] * b[j, l]
 
     >>> import jax, jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_nt
@@ -228,25 +251,26 @@ def bf16_gemm_nt(
     Differentiable by jax.grad, jax.jvp, jax.linearize and their compositions; the derivatives are GEMMs of
     the other layouts, so nothing is transposed. The cotangent of a float32 result is rounded to bfloat16
     before it is multiplied. Deterministic: equal inputs give equal bits on one device kind. On CUDA, an
-    operand whose rows are not whole 16 bytes is copied into padded rows, and a note is logged.
+    operand whose rows are not whole 16 bytes is copied into padded rows, and a note is logged. Source:
+    DeepGEMM's function of this name.
     """
     return _bf16_gemm("nt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def bf16_gemm_nn(
-    a: jax.Array,
-    b: jax.Array,
-    c: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
-    """D = C + A @ B with bfloat16 operands: a [m, k], b [k, n]. Everything else as `bf16_gemm_nt`.
+    """D = C + A @ B with bfloat16 operands and float32 accumulation; B is stored [k, n].
 
-    The kernel reads B as it is stored; nothing is transposed.
+    d[i, j] = c[i, j] + sum_l a[i, l] * b[l, j]. The kernel reads B as it is stored; nothing is transposed.
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_nn
@@ -254,55 +278,97 @@ def bf16_gemm_nn(
     >>> bf16_gemm_nn(a, b, jnp.ones((2, 3), jnp.float32), out_dtype=jnp.float32)
     Array([[17., 17., 17.],
            [17., 17., 17.]], dtype=float32)
+
+    Args:
+      a: [m, k] bfloat16.
+      b: [k, n] bfloat16.
+      c: optional [m, n] in out_dtype, as in `bf16_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `bf16_gemm_nt`.
+
+    Returns:
+      [m, n] in out_dtype; an empty k gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError: as `bf16_gemm_nt`.
+
+    Differentiable and deterministic, as `bf16_gemm_nt`. Source: DeepGEMM's function of this name.
     """
     return _bf16_gemm("nn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def bf16_gemm_tn(
-    a: jax.Array,
-    b: jax.Array,
-    c: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
-    """D = C + A.T @ B with bfloat16 operands: a [k, m], b [k, n]. Everything else as `bf16_gemm_nt`.
+    """D = C + A.T @ B with bfloat16 operands and float32 accumulation; A is stored [k, m] and B [k, n].
 
-    The form of a weight gradient, dw = dy.T @ x. The kernel reads both as they are stored; nothing is
-    transposed.
+    d[i, j] = c[i, j] + sum_l a[l, i] * b[l, j], the form of a weight gradient, dw = dy.T @ x. The kernel
+    reads both operands as they are stored; nothing is transposed.
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_tn
     >>> a, b = jnp.ones((16, 2), jnp.bfloat16), jnp.ones((16, 3), jnp.bfloat16)
     >>> bf16_gemm_tn(a, b, out_dtype=jnp.float32).shape
     (2, 3)
+
+    Args:
+      a: [k, m] bfloat16.
+      b: [k, n] bfloat16.
+      c: optional [m, n] in out_dtype, as in `bf16_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `bf16_gemm_nt`.
+
+    Returns:
+      [m, n] in out_dtype; an empty k gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError: as `bf16_gemm_nt`.
+
+    Differentiable and deterministic, as `bf16_gemm_nt`. Source: DeepGEMM's function of this name.
     """
     return _bf16_gemm("tn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def bf16_gemm_tt(
-    a: jax.Array,
-    b: jax.Array,
-    c: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    c: ArrayLike | None = None,
     *,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
-    """D = C + A.T @ B.T with bfloat16 operands: a [k, m], b [n, k]. Everything else as `bf16_gemm_nt`.
+    """D = C + A.T @ B.T with bfloat16 operands and float32 accumulation; A is stored [k, m] and B [n, k].
 
-    The kernel reads A as it is stored; nothing is transposed.
+    d[i, j] = c[i, j] + sum_l a[l, i] * b[j, l]. The kernel reads A as it is stored; nothing is transposed.
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import bf16_gemm_tt
     >>> a, b = jnp.ones((16, 2), jnp.bfloat16), jnp.ones((3, 16), jnp.bfloat16)
     >>> bf16_gemm_tt(a, b, out_dtype=jnp.float32).shape
     (2, 3)
+
+    Args:
+      a: [k, m] bfloat16.
+      b: [n, k] bfloat16.
+      c: optional [m, n] in out_dtype, as in `bf16_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `bf16_gemm_nt`.
+
+    Returns:
+      [m, n] in out_dtype; an empty k gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError: as `bf16_gemm_nt`.
+
+    Differentiable and deterministic, as `bf16_gemm_nt`. Source: DeepGEMM's function of this name.
     """
     return _bf16_gemm("tt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 

@@ -8,8 +8,15 @@ from typing import Any, ClassVar
 class GemmConfig:
     """How a GEMM is cut, as `config=` takes it: a subclass for each architecture has the fields.
 
-    `jax_deepgemm.explain` returns those that fit a call. `GemmConfig(...)` makes one of Hopper's
-    (`ops/gemm/sm90/config.py` says what its fields mean).
+    `jax_deepgemm.explain` returns those that fit a call. `GemmConfig(...)` makes one of Hopper's.
+
+    Args:
+      fields: those of the architecture's class. Hopper's (`ops/gemm/sm90/config.py`): block_m, block_n,
+        stages, swap_ab, split_k, blocks_per_sm, slabs, ping_pong.
+
+    Raises:
+      TypeError: fields that the class has not. A configuration that cannot run a call is refused there, by
+        the op that takes it.
 
     >>> import jax_deepgemm
     >>> str(jax_deepgemm.GemmConfig(block_m=128, block_n=128, stages=5, slabs=2))

@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
@@ -38,6 +39,7 @@ from jax_deepgemm.ops.gemm.checks import (
     dtype_option,
     layer_weight,
 )
+from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.gemm.tokens import Tokens
 from jax_deepgemm.ops.quantize import QuantizedArray, quantize
 from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
@@ -97,12 +99,12 @@ def fp8_linear(
     x: jax.Array,
     w: jax.Array | QuantizedArray | tuple[jax.Array, jax.Array],
     *,
-    out_dtype: Any = jnp.bfloat16,
-    grad_dtype: Any = jnp.float8_e4m3fn,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    grad_dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
-    config: Any = None,
+    config: GemmConfig | None = None,
     out_sharding: PartitionSpec | NamedSharding | None = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """y = x @ w.T with FP8 GEMMs in the forward and the backward pass.

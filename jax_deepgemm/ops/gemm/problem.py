@@ -21,6 +21,7 @@ class GemmProblem:
     """D[m, n] = A[m, k] B[n, k]^T (+ C), `batches` times.
 
     Attributes:
+      m, n, k: sizes: D has m rows and n columns, and k is summed over.
       a, b: element types, "e4m3", "e5m2" or "bf16".
       layout: DeepGEMM's letters; FP8 is always "nt". "nn": B is stored [k, n]; "tn": A is stored [k, m];
         "tt": both.
@@ -28,7 +29,16 @@ class GemmProblem:
       add_c: whether C is added.
       b_scales: "block" (128x128), "vector" (1x128) or "none" (BF16). A's scales are always 1x128. "slices":
         1x128 too, and the scales of both operands are stored by block of k, [k / 128, m] and [k / 128, n].
+      batches: products of this size in one launch (`jax.vmap`).
       batched: for each operand in the op's order, whether it has a batch dimension.
+      table_bytes: shared memory that a grouped kernel's table of groups takes (ops/grouped).
+      weights: how many matrices B there are in all; 0 where they are read more than once or twice.
+
+    Raises nothing; `precompile` and `explain` refuse what no kernel can run.
+
+    >>> problem = GemmProblem(m=64, n=2112, k=7168)
+    >>> print(problem, problem.flops)
+    e4m3xe4m3 nt m=64 n=2112 k=7168 -> bfloat16 B scales 128x128 1937768448
     """
 
     m: int
@@ -43,12 +53,11 @@ class GemmProblem:
     batches: int = 1
     batched: tuple[bool, ...] = ()
     table_bytes: int = 0
-    """Shared memory that a grouped kernel's table of groups takes (ops/grouped)."""
     weights: int = 1
-    """How many matrices B there are in all; 0 where they are read more than once or twice."""
 
     @property
     def is_fp8(self) -> bool:
+        """Whether the operands are FP8, with scales."""
         return self.a != "bf16"
 
     @property
@@ -58,24 +67,27 @@ class GemmProblem:
 
     @property
     def k_blocks(self) -> int:
+        """Slots of the ring that k fills."""
         return ceil_div(self.k, self.block_k)
 
     @property
     def row_bytes(self) -> int:
-        """Of a row of A or B, along k."""
+        """Bytes of a row of A or B, along k."""
         return self.k * (1 if self.is_fp8 else 2)
 
     @property
     def a_k_major(self) -> bool:
+        """Whether A is stored with k last."""
         return self.layout[0] == "n"
 
     @property
     def b_k_major(self) -> bool:
+        """Whether B is stored with k last."""
         return self.layout[1] == "t"
 
     @property
     def out_bytes(self) -> int:
-        """Of an element of D."""
+        """Bytes of an element of D."""
         return 2 if self.out == "bfloat16" else 4
 
     @property
@@ -105,7 +117,7 @@ class GemmProblem:
 
     @property
     def bytes_moved(self) -> int:
-        """Every operand once."""
+        """Bytes that memory must move at least: every operand once."""
         once = (self.m + self.n) * self.row_bytes
         once += self.m * self.n * self.out_bytes * (2 if self.add_c else 1)
         return self.batches * once

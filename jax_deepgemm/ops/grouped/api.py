@@ -13,36 +13,35 @@ last row. To have them reported, see `jax_deepgemm.grouped.check_group_sizes`.
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
+from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.log import logger
 from jax_deepgemm.ops.gemm.checks import BLOCKED, Options, Quantized, check_options
+from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.grouped import checks as operands
 from jax_deepgemm.ops.grouped import op as ops
-from jax_deepgemm.ops.quantize import QuantizedArray
-
-QuantizedOperand: TypeAlias = QuantizedArray | tuple[jax.Array, jax.Array]
-Sharding: TypeAlias = PartitionSpec | NamedSharding | None
+from jax_deepgemm.ops.quantize.array import QuantizedLike
 
 
 def m_grouped_fp8_gemm_nt_contiguous(
-    a: QuantizedOperand,
-    b: QuantizedOperand,
-    group_sizes: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    group_sizes: ArrayLike | None = None,
     *,
-    m_indices: jax.Array | None = None,
-    ends: jax.Array | None = None,
+    m_indices: ArrayLike | None = None,
+    ends: ArrayLike | None = None,
     alignment: int | None = None,
-    group_offset: jax.Array | int | None = None,
+    group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = A @ B[g].T for the rows of each group g, with block-scaled FP8 operands.
@@ -101,7 +100,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
 
     Deterministic: equal inputs give equal bits on one device kind. Under `jax.vmap` b is shared, not copied,
     if it is not mapped; a would be repeated. On CUDA, k is padded with zeros to rows of whole 16 bytes where
-    needed, which copies the operand and logs a note.
+    needed, which copies the operand and logs a note. Source: DeepGEMM's function of this name, where groups
+    are `m_indices` with aligned rows.
     """
     op = "m_grouped_fp8_gemm_nt_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -110,19 +110,19 @@ def m_grouped_fp8_gemm_nt_contiguous(
 
 
 def m_grouped_fp8_gemm_nn_contiguous(
-    a: QuantizedOperand,
-    b: QuantizedOperand,
-    group_sizes: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    group_sizes: ArrayLike | None = None,
     *,
-    m_indices: jax.Array | None = None,
-    ends: jax.Array | None = None,
+    m_indices: ArrayLike | None = None,
+    ends: ArrayLike | None = None,
     alignment: int | None = None,
-    group_offset: jax.Array | int | None = None,
+    group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = A @ B[g] for the rows of each group g, with block-scaled FP8 operands; B is stored [g, k, n].
@@ -146,7 +146,14 @@ def m_grouped_fp8_gemm_nn_contiguous(
       group_sizes, m_indices, ends, alignment, group_offset, expected_m, out_dtype, config, out_sharding,
         reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
 
-    Returns, raises, determinism, vmap: as `m_grouped_fp8_gemm_nt_contiguous`.
+    Returns:
+      [m, n] in out_dtype; rows of no group are exactly zero, whatever a holds there.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `m_grouped_fp8_gemm_nt_contiguous`.
+
+    Deterministic; vmap and padding as `m_grouped_fp8_gemm_nt_contiguous`. Source: DeepGEMM's function of this
+    name.
     """
     op = "m_grouped_fp8_gemm_nn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -155,19 +162,19 @@ def m_grouped_fp8_gemm_nn_contiguous(
 
 
 def m_grouped_bf16_gemm_nt_contiguous(
-    a: jax.Array,
-    b: jax.Array,
-    group_sizes: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    group_sizes: ArrayLike | None = None,
     *,
-    m_indices: jax.Array | None = None,
-    ends: jax.Array | None = None,
+    m_indices: ArrayLike | None = None,
+    ends: ArrayLike | None = None,
     alignment: int | None = None,
-    group_offset: jax.Array | int | None = None,
+    group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D = A @ B[g].T for the rows of each group g, with bfloat16 operands and float32 accumulation.
@@ -195,7 +202,8 @@ def m_grouped_bf16_gemm_nt_contiguous(
     Differentiable with respect to a and b by jax.grad, jax.jvp, jax.linearize and their compositions; the
     derivatives are grouped GEMMs, so nothing is transposed and nothing exists once per group and row. Rows of
     no group have gradient zero and give none. The cotangent of a float32 result is rounded to bfloat16 before
-    it is multiplied. Deterministic; vmap and padding as `m_grouped_fp8_gemm_nt_contiguous`.
+    it is multiplied. Deterministic; vmap and padding as `m_grouped_fp8_gemm_nt_contiguous`. Source:
+    DeepGEMM's function of this name.
     """
     op = "m_grouped_bf16_gemm_nt_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -204,31 +212,46 @@ def m_grouped_bf16_gemm_nt_contiguous(
 
 
 def m_grouped_bf16_gemm_nn_contiguous(
-    a: jax.Array,
-    b: jax.Array,
-    group_sizes: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    group_sizes: ArrayLike | None = None,
     *,
-    m_indices: jax.Array | None = None,
-    ends: jax.Array | None = None,
+    m_indices: ArrayLike | None = None,
+    ends: ArrayLike | None = None,
     alignment: int | None = None,
-    group_offset: jax.Array | int | None = None,
+    group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
-    """D = A @ B[g] for the rows of each group g, with bfloat16 operands: a [m, k], b [g, k, n].
+    """D = A @ B[g] for the rows of each group g, with bfloat16 operands; B is stored [g, k, n].
 
-    The kernel reads B as it is stored; nothing is transposed. Everything else as
-    `m_grouped_bf16_gemm_nt_contiguous`.
+    d[i, j] = sum_l a[i, l] * b[g, l, j], with row i in g. The kernel reads B as it is stored; nothing is
+    transposed.
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import m_grouped_bf16_gemm_nn_contiguous
     >>> x, w = jnp.ones((5, 16), jnp.bfloat16), jnp.ones((3, 16, 4), jnp.bfloat16)
     >>> m_grouped_bf16_gemm_nn_contiguous(x, w, jnp.array([2, 0, 2])).shape
     (5, 4)
+
+    Args:
+      a: [m, k] bfloat16.
+      b: [g, k, n] bfloat16.
+      group_sizes, m_indices, ends, alignment, group_offset, expected_m, out_dtype, config, out_sharding,
+        reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
+
+    Returns:
+      [m, n] in out_dtype; rows of no group are exactly zero, whatever a holds there.
+
+    Raises:
+      ValueError, TypeError: as `m_grouped_bf16_gemm_nt_contiguous`.
+
+    Differentiable and deterministic, as `m_grouped_bf16_gemm_nt_contiguous`. Source: DeepGEMM's function of
+    this name.
     """
     op = "m_grouped_bf16_gemm_nn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -237,16 +260,16 @@ def m_grouped_bf16_gemm_nn_contiguous(
 
 
 def m_grouped_fp8_gemm_nt_masked(
-    a: QuantizedOperand,
-    b: QuantizedOperand,
-    masked_m: jax.Array,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    masked_m: ArrayLike,
     expected_m: int | None = None,
     *,
     zero_rows: bool = False,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D[g, :masked_m[g]] = A[g, :masked_m[g]] @ B[g].T for each group g, with block-scaled FP8 operands.
@@ -280,7 +303,8 @@ def m_grouped_fp8_gemm_nt_masked(
       NotImplementedError: on differentiation; `grouped_linear` is the layer that has gradients.
 
     Deterministic: equal inputs give equal bits on one device kind. What a holds in rows that do not count
-    never reaches a row that does. Under `jax.vmap` b is shared, not copied, if it is not mapped.
+    never reaches a row that does. Under `jax.vmap` b is shared, not copied, if it is not mapped. Source:
+    DeepGEMM's function of this name.
     """
     op = "m_grouped_fp8_gemm_nt_masked"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -295,16 +319,16 @@ def m_grouped_fp8_gemm_nt_masked(
 
 
 def m_grouped_bf16_gemm_nt_masked(
-    a: jax.Array,
-    b: jax.Array,
-    masked_m: jax.Array,
+    a: ArrayLike,
+    b: ArrayLike,
+    masked_m: ArrayLike,
     expected_m: int | None = None,
     *,
     zero_rows: bool = False,
-    out_dtype: Any = jnp.bfloat16,
-    config: Any = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D[g, :masked_m[g]] = A[g, :masked_m[g]] @ B[g].T for each group g, with bfloat16 operands.
@@ -329,7 +353,8 @@ def m_grouped_bf16_gemm_nt_masked(
       TypeError: an operand that is not an array, an option of the wrong kind.
 
     Differentiable with respect to a and b as `m_grouped_bf16_gemm_nt_contiguous` is. Rows that do not count
-    have gradient zero, and their cotangents are not read. Deterministic.
+    have gradient zero, and their cotangents are not read. Deterministic. Source: DeepGEMM's function of this
+    name.
     """
     op = "m_grouped_bf16_gemm_nt_masked"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -342,17 +367,17 @@ def m_grouped_bf16_gemm_nt_masked(
 
 
 def k_grouped_fp8_gemm_nt_contiguous(
-    a: QuantizedOperand,
-    b: QuantizedOperand,
-    group_sizes: jax.Array,
-    c: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    group_sizes: ArrayLike,
+    c: ArrayLike | None = None,
     *,
     num_groups: int | None = None,
-    group_offset: jax.Array | int | None = None,
-    out_dtype: Any = jnp.float32,
-    config: Any = None,
+    group_offset: ArrayLike | None = None,
+    out_dtype: DTypeLike = jnp.float32,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D[g] = C[g] + A[:, columns of g] @ B[:, columns of g].T for each group g of k, with FP8 operands.
@@ -395,6 +420,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
 
     Deterministic: equal inputs give equal bits on one device kind. The scales (1/32 of the values' bytes) are
     transposed in front of the kernel. Under `jax.vmap` operands are laid side by side along k, a copy.
+    Source: DeepGEMM's function of this name, where groups are the sizes `ks`, on the host too.
     """
     op = "k_grouped_fp8_gemm_nt_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -402,17 +428,17 @@ def k_grouped_fp8_gemm_nt_contiguous(
 
 
 def k_grouped_fp8_gemm_tn_contiguous(
-    a: QuantizedOperand,
-    b: QuantizedOperand,
-    group_sizes: jax.Array,
-    c: jax.Array | None = None,
+    a: QuantizedLike,
+    b: QuantizedLike,
+    group_sizes: ArrayLike,
+    c: ArrayLike | None = None,
     *,
     num_groups: int | None = None,
-    group_offset: jax.Array | int | None = None,
-    out_dtype: Any = jnp.float32,
-    config: Any = None,
+    group_offset: ArrayLike | None = None,
+    out_dtype: DTypeLike = jnp.float32,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D[g] = C[g] + A[rows of g].T @ B[rows of g] for each group g of k, with FP8 operands stored k first.
@@ -435,7 +461,13 @@ def k_grouped_fp8_gemm_tn_contiguous(
       group_sizes, c, num_groups, group_offset, out_dtype, config, out_sharding, reduce_dtype, num_sms: as in
         `k_grouped_fp8_gemm_nt_contiguous`.
 
-    Returns, raises, determinism, vmap: as `k_grouped_fp8_gemm_nt_contiguous`.
+    Returns:
+      [g, m, n] in out_dtype, all of it defined: an empty group gives C, or zeros.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `k_grouped_fp8_gemm_nt_contiguous`.
+
+    Deterministic; vmap as `k_grouped_fp8_gemm_nt_contiguous`. Source: DeepGEMM's function of this name.
     """
     op = "k_grouped_fp8_gemm_tn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
@@ -443,17 +475,17 @@ def k_grouped_fp8_gemm_tn_contiguous(
 
 
 def k_grouped_bf16_gemm_tn_contiguous(
-    a: jax.Array,
-    b: jax.Array,
-    group_sizes: jax.Array,
-    c: jax.Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    group_sizes: ArrayLike,
+    c: ArrayLike | None = None,
     *,
     num_groups: int | None = None,
-    group_offset: jax.Array | int | None = None,
-    out_dtype: Any = jnp.float32,
-    config: Any = None,
+    group_offset: ArrayLike | None = None,
+    out_dtype: DTypeLike = jnp.float32,
+    config: GemmConfig | None = None,
     out_sharding: Sharding = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """D[g] = C[g] + A[rows of g].T @ B[rows of g] for each group g of k, with bfloat16 operands.
@@ -481,7 +513,7 @@ def k_grouped_bf16_gemm_tn_contiguous(
       TypeError: an operand that is not an array, an option of the wrong kind.
 
     Differentiable with respect to a, b and c as `m_grouped_bf16_gemm_nt_contiguous` is. The kernel reads both
-    operands as they are stored. Deterministic.
+    operands as they are stored. Deterministic. Source: DeepGEMM's function of this name.
     """
     op = "k_grouped_bf16_gemm_tn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)

@@ -27,6 +27,12 @@ _alignment = 128
 def get_mk_alignment_for_contiguous_layout() -> int:
     """What `alignment=None` means where groups are given by their ends; 128 unless it was set.
 
+    Returns:
+      Rows, a positive int. Raises nothing.
+
+    Source: DeepGEMM's function of this name. `get_m_alignment_for_contiguous_layout` and
+    `get_k_alignment_for_contiguous_layout` are older names for it.
+
     >>> from jax_deepgemm.grouped import get_mk_alignment_for_contiguous_layout
     >>> get_mk_alignment_for_contiguous_layout()
     128
@@ -40,8 +46,13 @@ def set_mk_alignment_for_contiguous_layout(alignment: int) -> None:
     >>> from jax_deepgemm.grouped import set_mk_alignment_for_contiguous_layout
     >>> set_mk_alignment_for_contiguous_layout(128)
 
+    Args:
+      alignment: rows, a positive int.
+
     Raises:
       ValueError: no positive int.
+
+    Source: DeepGEMM's function of this name.
     """
     global _alignment
     _alignment = positive("set_mk_alignment_for_contiguous_layout", "alignment", alignment)
@@ -53,6 +64,17 @@ def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = 
     >>> from jax_deepgemm.grouped import get_theoretical_mk_alignment_for_contiguous_layout
     >>> get_theoretical_mk_alignment_for_contiguous_layout(20)
     128
+
+    Args:
+      expected_m: rows of a typical group, or None.
+
+    Returns:
+      Rows.
+
+    Raises:
+      ValueError: expected_m is no positive int.
+
+    Source: DeepGEMM's function of this name.
     """
     if expected_m is not None:
         positive("get_theoretical_mk_alignment_for_contiguous_layout", "expected_m", expected_m)
@@ -86,7 +108,7 @@ def group_sizes_to_indices(group_sizes: jax.Array, m: int) -> jax.Array:
       m: rows, static. Groups that reach beyond are cut.
 
     Returns:
-      int32 [m].
+      int32 [m]. Raises nothing.
     """
     return _indices(segments.prefix_ends(group_sizes, m), m)
 
@@ -105,6 +127,9 @@ def group_sizes_to_ends(group_sizes: jax.Array, alignment: int = 1) -> jax.Array
 
     Returns:
       int32 [G]; the last one, rounded up, is the number of rows that the layout needs.
+
+    Raises:
+      ValueError: the alignment is no positive int.
     """
     positive("group_sizes_to_ends", "alignment", alignment)
     sizes = jnp.maximum(group_sizes, 0).astype(jnp.int32)
@@ -126,6 +151,9 @@ def ends_to_group_sizes(ends: jax.Array, alignment: int = 1) -> jax.Array:
 
     Returns:
       int32 [G].
+
+    Raises:
+      ValueError: the alignment is no positive int.
     """
     step = positive("ends_to_group_sizes", "alignment", alignment)
     starts, ends = _starts_and_ends(ends, np.iinfo(np.int32).max, step)
@@ -147,6 +175,9 @@ def ends_to_indices(ends: jax.Array, m: int, alignment: int = 1) -> jax.Array:
 
     Returns:
       int32 [m].
+
+    Raises:
+      ValueError: the alignment is no positive int.
     """
     starts, ends = _starts_and_ends(ends, m, positive("ends_to_indices", "alignment", alignment))
     index = _indices(ends, m)
@@ -166,10 +197,13 @@ def indices_to_group_sizes(m_indices: jax.Array, num_groups: int) -> jax.Array:
 
     Args:
       m_indices: int32 [M]; numbers outside [0, num_groups) are no group.
-      num_groups: static.
+      num_groups: a positive int, static.
 
     Returns:
       int32 [num_groups].
+
+    Raises:
+      ValueError: num_groups is no positive int.
     """
     count = positive("indices_to_group_sizes", "num_groups", num_groups)
     group = jnp.where((m_indices >= 0) & (m_indices < count), m_indices, count)
@@ -186,10 +220,13 @@ def indices_to_ends(m_indices: jax.Array, num_groups: int) -> jax.Array:
 
     Args:
       m_indices: int32 [M], groups ascending.
-      num_groups: static.
+      num_groups: a positive int, static.
 
     Returns:
       int32 [num_groups].
+
+    Raises:
+      ValueError: num_groups is no positive int.
     """
     count = positive("indices_to_ends", "num_groups", num_groups)
     _, last = _first_and_last(m_indices, count)
@@ -225,13 +262,13 @@ def _first_and_last(index: jax.Array, groups: int) -> tuple[jax.Array, jax.Array
 
 
 def segments_of_ends(ends: jax.Array, rows: int, alignment: int) -> jax.Array:
-    """Of prefix ends."""
+    """The segments of groups that are described by their ends."""
     starts, ends = _starts_and_ends(ends, rows, alignment)
     return segments.write(segments.Segments(starts, ends, jnp.arange(ends.shape[0], dtype=jnp.int32)))
 
 
 def segments_of_indices(index: jax.Array, groups: int, offset: jax.Array) -> jax.Array:
-    """Of an index per row, for `groups` groups from `offset` (int32 [1]) on.
+    """The segments that an index per row describes, for `groups` groups from `offset` (int32 [1]) on.
 
     Rows of a group that stand behind those of another are left out, as segments share no row.
     """
@@ -261,7 +298,8 @@ def check_group_sizes(group_sizes: jax.Array, m: int) -> jax.Array:
       m: rows, static.
 
     Returns:
-      group_sizes, as it is. A GEMM counts negative sizes as 0 and cuts groups at row m.
+      group_sizes, as it is. A GEMM counts negative sizes as 0 and cuts groups at row m. Raises nothing
+      itself: what is wrong is in the error that `checkify.checkify` returns.
     """
     worst = jnp.argmin(group_sizes)
     checkify.debug_check(
@@ -289,11 +327,15 @@ def check_m_indices(m_indices: jax.Array, num_groups: int) -> jax.Array:
 
     Args:
       m_indices: int32 [M].
-      num_groups: static.
+      num_groups: a positive int, static.
 
     Returns:
       m_indices, as it is. A GEMM takes other numbers as -1, and of a group in pieces only rows that stand
       before those of the next group.
+
+    Raises:
+      ValueError: num_groups is no positive int. Wrong numbers are in the error that `checkify.checkify`
+      returns.
     """
     count = positive("check_m_indices", "num_groups", num_groups)
     wrong = jnp.argmax((m_indices < -1) | (m_indices >= count))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
@@ -55,11 +56,11 @@ def grouped_linear(
     group_sizes: jax.Array,
     *,
     recipe: str = "fp8",
-    group_offset: Any = None,
-    out_dtype: Any = jnp.bfloat16,
+    group_offset: ArrayLike | None = None,
+    out_dtype: DTypeLike = jnp.bfloat16,
     expected_m: int | None = None,
     out_sharding: PartitionSpec | NamedSharding | None = None,
-    reduce_dtype: Any = jnp.float32,
+    reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
 ) -> jax.Array:
     """y = x @ w[g].T for the rows of each group g, with gradients.
@@ -110,21 +111,22 @@ def grouped_linear(
     and the kept FP8 weights "jdg_grouped_weight_fp8".
     """
     check_recipe("grouped_linear", recipe)
-    x, w, group_sizes = unwrapped(x), layer_weight("grouped_linear", _WEIGHT, w), unwrapped(group_sizes)
+    x, group_sizes = unwrapped(x), unwrapped(group_sizes)
+    weight = layer_weight("grouped_linear", _WEIGHT, w)
     check_rows("grouped_linear", "x", x)
-    check_weight("grouped_linear", "w", w, recipe)
-    if x.shape[1] != w.shape[2]:
+    check_weight("grouped_linear", "w", weight, recipe)
+    if x.shape[1] != weight.shape[2]:
         raise ValueError(
-            f"grouped_linear: x is {list(x.shape)} and w is {list(w.shape)}, need x [m, k] and w [g, n, k] "
-            "with the same k. Weights stored [g, k, n] are passed as w.mT."
+            f"grouped_linear: x is {list(x.shape)} and w is {list(weight.shape)}, need x [m, k] and "
+            "w [g, n, k] with the same k. Weights stored [g, k, n] are passed as w.mT."
         )
-    check_sizes("grouped_linear", group_sizes, w.shape[0])
+    check_sizes("grouped_linear", group_sizes, weight.shape[0])
     options = check_options("grouped_linear", out_dtype, reduce_dtype, out_sharding, None, num_sms)
     if recipe == "bf16":
-        assert not isinstance(w, QuantizedArray)
+        assert not isinstance(weight, QuantizedArray)
         y = m_grouped_bf16_gemm_nt_contiguous(
             x.astype(jnp.bfloat16),
-            w.astype(jnp.bfloat16),
+            weight.astype(jnp.bfloat16),
             group_sizes,
             group_offset=0 if group_offset is None else group_offset,
             expected_m=expected_m,
@@ -135,20 +137,20 @@ def grouped_linear(
         )
         return checkpoint_name(y, GROUPED_OUT)
     groups = fp8.Groups.of(group_sizes, group_offset)
-    x, sizes, offset, *weights = same_varying_axes([x, *groups, *jax.tree.leaves(w)])
+    x, sizes, offset, *parts = same_varying_axes([x, *groups, *jax.tree.leaves(weight)])
     layer = _Layer(
         out_dtype=options.out_dtype,
         out_sharding=options.out_sharding,
         gemms=fp8.LayerOptions(expected_m, options.num_sms, options.reduce_dtype),
-        num_groups=w.shape[0],
+        num_groups=weight.shape[0],
         x=like(x),
-        w=like(weights[0]),
+        w=like(parts[0]),
     )
     groups = fp8.Groups(sizes, offset)
-    if isinstance(w, QuantizedArray):
-        y = _frozen(layer, x, QuantizedArray(weights[0], weights[1], w.block), groups)
+    if isinstance(weight, QuantizedArray):
+        y = _frozen(layer, x, QuantizedArray(parts[0], parts[1], weight.block), groups)
     else:
-        y = _trained(layer, x, weights[0], groups)
+        y = _trained(layer, x, parts[0], groups)
     return checkpoint_name(y, GROUPED_OUT)
 
 

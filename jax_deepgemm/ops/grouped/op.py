@@ -81,7 +81,7 @@ def _recut_k_grouped(
         if count == 4 and not plan.cut("kb"):
             operands = list(recut_blocks(plan, *operands))
             group_sizes = segments.shifted(group_sizes, rows_format, size, plan.offset("k") % SCALE_BLOCK)
-            changed["layout"] = "segments"
+            changed["rows_format"] = "segments"
     if plan.cut("g"):
         group_offset = group_offset + plan.offset("g")
         changed["num_groups"] = plan.local_size("g")
@@ -159,7 +159,7 @@ _OTHER = {"nt": "nn", "nn": "nt"}
 
 
 def _jvp(op: Callable[[], Op], primals: list[Any], tangents: list[Any], **params: Any) -> list[jax.Array]:
-    """Of an op that is linear in its first two operands, and in C, the last, if it has one.
+    """The jvp of an op that is linear in its first two operands, and in C, the last, if it has one.
 
     op: the op without C.
     """

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.ops.quantize.array import FP8_MAX, Block, QuantizedArray, as_dtype, check_block
@@ -19,9 +20,9 @@ FLOATS = tuple(np.dtype(t) for t in (jnp.bfloat16, jnp.float16, jnp.float32))
 
 
 def quantize(
-    x: Any,
+    x: ArrayLike,
     block: Block = (1, 128),
-    dtype: Any = jnp.float8_e4m3fn,
+    dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
     *,
     min_amax: float = 0.0,
@@ -72,7 +73,7 @@ def quantize(
     return QuantizedArray(values, scales, block)
 
 
-def dequantize(q: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
+def dequantize(q: QuantizedArray, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """values * scales: one float32 product per element, then one rounding to dtype.
 
     Args:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 Block = tuple[int, int]
 
@@ -33,7 +34,7 @@ class QuantizedArray:
     Args:
       values: [.., rows, cols] float8_e4m3fn or float8_e5m2.
       scales: [.., ceil(rows / block[0]), ceil(cols / block[1])] float32, row-major. The last block may be
-      ragged.
+        ragged.
       block: (rows, cols) of a block, static: it is part of the pytree's structure.
 
     It goes through ``jit``, ``vmap``, ``scan``, ``shard_map``, ``jax.tree.map`` (also with leaves that are no
@@ -60,8 +61,8 @@ class QuantizedArray:
     [1.0, 1.0]
     """
 
-    values: Any
-    scales: Any
+    values: jax.Array
+    scales: jax.Array
     block: Block = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
@@ -92,11 +93,11 @@ class QuantizedArray:
         """Type of the stored values."""
         return np.dtype(self.values.dtype)
 
-    def with_values(self, values: Any) -> QuantizedArray:
+    def with_values(self, values: jax.Array) -> QuantizedArray:
         """The same scales and block with other values, checked."""
         return QuantizedArray(values, self.scales, self.block).check("with_values")
 
-    def with_scales(self, scales: Any) -> QuantizedArray:
+    def with_scales(self, scales: jax.Array) -> QuantizedArray:
         """The same values and block with other scales, checked."""
         return QuantizedArray(self.values, scales, self.block).check("with_scales")
 
@@ -106,6 +107,10 @@ class QuantizedArray:
         Args:
           where: the function to name in the message.
           name: the argument to name in the message.
+
+        Raises:
+          TypeError: values that are no FP8 array, scales that are no float32 array.
+          ValueError: shapes that do not fit each other with this block.
         """
         _check(self, where, name)
         return self
@@ -124,7 +129,7 @@ class QuantizedArray:
         True
         """
         spec = scales_spec(values.spec, self.shape, self.block, values.mesh)
-        return QuantizedArray(values, NamedSharding(values.mesh, spec), self.block)
+        return _unflatten(self.block, (values, NamedSharding(values.mesh, spec)))
 
     def __getitem__(self, index: Any) -> QuantizedArray:
         """Indexes the leading (batch, expert) dimensions; blocks span the rows and columns.
@@ -182,6 +187,11 @@ class QuantizedArray:
         )
 
 
+QuantizedLike: TypeAlias = QuantizedArray | tuple[ArrayLike, ArrayLike]
+"""A quantised operand, as products take it: a `QuantizedArray`, or (values, scales), values [.., rows, cols]
+FP8 and scales [.., ceil(rows / block[0]), ceil(cols / block[1])] float32, whose shapes tell the block."""
+
+
 def _flatten_with_keys(q: QuantizedArray) -> tuple[tuple[tuple[Any, Any], ...], Block]:
     key = jax.tree_util.GetAttrKey
     return ((key("values"), q.values), (key("scales"), q.scales)), q.block
@@ -191,10 +201,10 @@ def _flatten(q: QuantizedArray) -> tuple[tuple[Any, Any], Block]:
     return (q.values, q.scales), q.block
 
 
-def _unflatten(block: Block, leaves: tuple[Any, Any]) -> QuantizedArray:
+def _unflatten(block: Block, leaves: Iterable[Any]) -> QuantizedArray:
     """Unchecked: JAX makes trees of placeholders, and of pieces that mean nothing alone."""
     q = object.__new__(QuantizedArray)
-    for name, value in (("values", leaves[0]), ("scales", leaves[1]), ("block", block)):
+    for name, value in zip(("values", "scales", "block"), (*leaves, block), strict=True):
         object.__setattr__(q, name, value)
     return q
 
@@ -203,7 +213,17 @@ jax.tree_util.register_pytree_with_keys(QuantizedArray, _flatten_with_keys, _unf
 
 
 def scales_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
-    """Shape of the scales of values of this shape.
+    """The shape of the scales that belong to values of a shape: one scale per block.
+
+    Args:
+      shape: (.., rows, cols) of the values, at least two dimensions.
+      block: (rows, cols) of a block; the last blocks may be ragged.
+
+    Returns:
+      (.., ceil(rows / block[0]), ceil(cols / block[1])).
+
+    Raises:
+      IndexError: fewer than two dimensions.
 
     >>> scales_shape((4, 576, 7168), (128, 128))
     (4, 5, 56)
@@ -212,7 +232,7 @@ def scales_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 
 
 def scales_spec(spec: P, shape: tuple[int, ...], block: Block, mesh: Any) -> P:
-    """PartitionSpec of the scales for values of this shape cut by `spec` on `mesh`.
+    """The PartitionSpec of the scales whose values have a shape and are cut by `spec` on `mesh`.
 
     A dimension of the scales follows the values where every cut is at the edge of a block, and is whole
     elsewhere.
@@ -222,6 +242,13 @@ def scales_spec(spec: P, shape: tuple[int, ...], block: Block, mesh: Any) -> P:
       shape: shape of the values.
       block: (rows, cols) of a block.
       mesh: a Mesh, an AbstractMesh or a mapping from axis name to size.
+
+    Returns:
+      A PartitionSpec with an entry for each dimension.
+
+    Raises:
+      KeyError: an axis that the mesh has not.
+      ValueError: a spec of more dimensions than the shape has.
 
     >>> scales_spec(P("x", "y"), (576, 1024), (128, 128), {"x": 4, "y": 2}) == P(None, "y")
     True

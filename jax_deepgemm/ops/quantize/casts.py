@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jax_deepgemm.ops.quantize.api import quantize
 from jax_deepgemm.ops.quantize.array import Block
@@ -22,9 +23,12 @@ MIN_AMAX = 1e-4
 
 
 def per_token_cast_to_fp8(
-    x: Any, use_ue8m0: bool = False, gran_k: int = 128, use_packed_ue8m0: bool = False
+    x: ArrayLike, use_ue8m0: bool = False, gran_k: int = 128, use_packed_ue8m0: bool = False
 ) -> Pair:
-    """One scale per row and gran_k columns, as for activations.
+    """FP8 values of x with one scale per row and gran_k columns, as for activations.
+
+    scale = max(amax, 1e-4) / 448 of each block, with `use_ue8m0` rounded up to a power of two; x = value *
+    scale, rounded.
 
     Args:
       x: [.., m, k] bfloat16, float16 or float32.
@@ -33,7 +37,15 @@ def per_token_cast_to_fp8(
       use_packed_ue8m0: scales as int32 words of four UE8M0 codes; ceil(k / gran_k) must be a multiple of 4.
 
     Returns:
-      values like x, scales [.., m, ceil(k / gran_k)] float32 (packed: [.., m, ceil(k / gran_k) / 4] int32).
+      (values, scales): values float8_e4m3fn [.., m, k], scales [.., m, ceil(k / gran_k)] float32 (packed:
+      [.., m, ceil(k / gran_k) / 4] int32).
+
+    Raises:
+      TypeError: x is of another type.
+      ValueError: fewer than two dimensions, a block of no columns, scales that do not fill whole words,
+        use_packed_ue8m0 without use_ue8m0.
+
+    Source: DeepGEMM's function of this name.
 
     >>> values, scales = per_token_cast_to_fp8(jnp.ones((4, 256)))
     >>> values.dtype.name, scales.shape
@@ -54,8 +66,23 @@ def per_token_cast_to_fp8(
     return values, scales
 
 
-def per_channel_cast_to_fp8(x: Any, use_ue8m0: bool = False, gran_k: int = 128) -> Pair:
-    """One scale per column and gran_k rows, as for weight gradients; the last block may be ragged.
+def per_channel_cast_to_fp8(x: ArrayLike, use_ue8m0: bool = False, gran_k: int = 128) -> Pair:
+    """FP8 values of x with one scale per column and gran_k rows, as for weight gradients.
+
+    Args:
+      x: [.., m, k] bfloat16, float16 or float32.
+      use_ue8m0: scales are powers of two.
+      gran_k: rows per scale; the last block may be ragged.
+
+    Returns:
+      (values, scales): values float8_e4m3fn [.., m, k], scales [.., ceil(m / gran_k), k] float32, as
+      `per_token_cast_to_fp8` makes them.
+
+    Raises:
+      TypeError: x is of another type.
+      ValueError: fewer than two dimensions, a block of no rows.
+
+    Source: DeepGEMM's function of this name.
 
     >>> per_channel_cast_to_fp8(jnp.ones((256, 5)))[1].shape
     (2, 5)
@@ -63,8 +90,23 @@ def per_channel_cast_to_fp8(x: Any, use_ue8m0: bool = False, gran_k: int = 128) 
     return _cast(x, (gran_k, 1), use_ue8m0)
 
 
-def per_block_cast_to_fp8(x: Any, use_ue8m0: bool = False, gran_k: int = 128) -> Pair:
-    """One scale per gran_k rows and columns, as for weights; the last blocks may be ragged.
+def per_block_cast_to_fp8(x: ArrayLike, use_ue8m0: bool = False, gran_k: int = 128) -> Pair:
+    """FP8 values of x with one scale per gran_k rows and columns, as for weights.
+
+    Args:
+      x: [.., m, k] bfloat16, float16 or float32.
+      use_ue8m0: scales are powers of two.
+      gran_k: rows, and columns, per scale; the last blocks may be ragged.
+
+    Returns:
+      (values, scales): values float8_e4m3fn [.., m, k], scales [.., ceil(m / gran_k), ceil(k / gran_k)]
+      float32, as `per_token_cast_to_fp8` makes them.
+
+    Raises:
+      TypeError: x is of another type.
+      ValueError: fewer than two dimensions, an empty block.
+
+    Source: DeepGEMM's function of this name.
 
     >>> per_block_cast_to_fp8(jnp.ones((576, 7168)))[1].shape
     (5, 56)
@@ -72,8 +114,23 @@ def per_block_cast_to_fp8(x: Any, use_ue8m0: bool = False, gran_k: int = 128) ->
     return _cast(x, (gran_k, gran_k), use_ue8m0)
 
 
-def per_custom_dims_cast_to_fp8(x: Any, dims: Sequence[int], use_ue8m0: bool = False) -> Pair:
-    """One scale per index over `dims`, shared by all other dimensions; scales lose dimensions of one.
+def per_custom_dims_cast_to_fp8(x: ArrayLike, dims: Sequence[int], use_ue8m0: bool = False) -> Pair:
+    """FP8 values of x with one scale per index over `dims`, shared by all other dimensions.
+
+    Args:
+      x: [d0, d1, ..] bfloat16, float16 or float32.
+      dims: the dimensions that have scales of their own, at least one; negative ones count from the end.
+      use_ue8m0: scales are powers of two.
+
+    Returns:
+      (values, scales): values float8_e4m3fn of x's shape, scales float32 with the dimensions `dims` of x in
+      ascending order, without those of size one.
+
+    Raises:
+      TypeError: x is of another type.
+      ValueError: `dims` that x has not, or the same one twice.
+
+    Source: DeepGEMM's function of this name.
 
     >>> values, scales = per_custom_dims_cast_to_fp8(jnp.ones((6, 1, 64)), dims=(0,))
     >>> values.shape, scales.shape

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.family import LazyKernel
@@ -28,7 +29,11 @@ Static = dict[str, Any]
 
 
 def quantize_both(
-    x: Any, rows: Any = None, *, dtype: Any = jnp.float8_e4m3fn, scale_format: str = "f32"
+    x: ArrayLike,
+    rows: ArrayLike | None = None,
+    *,
+    dtype: DTypeLike = jnp.float8_e4m3fn,
+    scale_format: str = "f32",
 ) -> Both:
     """FP8 values of x with one scale per row and 128 columns, and transposed with one per 128 rows.
 
@@ -60,11 +65,14 @@ def quantize_both(
     x, _, dtype = checked_input(x, PER_ROW, dtype, scale_format, "quantize_both")
     _check_rank("quantize_both", "x", x)
     limit = row_limit("quantize_both", rows)
-    return tuple(both_op(dtype, scale_format, bool(limit))(*same_varying_axes([x, *limit])))
+    values, scales, values_t, scales_t = both_op(dtype, scale_format, bool(limit))(
+        *same_varying_axes([x, *limit])
+    )
+    return values, scales, values_t, scales_t
 
 
 def quantize_weight(
-    w: Any, *, dtype: Any = jnp.float8_e4m3fn, scale_format: str = "f32"
+    w: ArrayLike, *, dtype: DTypeLike = jnp.float8_e4m3fn, scale_format: str = "f32"
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """FP8 values of a weight with one scale per 128x128 block, and the same values transposed.
 
@@ -87,7 +95,8 @@ def quantize_weight(
     ((3, 200, 256), (3, 2, 2), (3, 256, 200))
     """
     w, _, dtype = checked_input(w, SQUARE, dtype, scale_format, "quantize_weight")
-    return tuple(over_leading(weight_op(dtype, scale_format), w.ndim - 2)(w))
+    values, scales, values_t = over_leading(weight_op(dtype, scale_format), w.ndim - 2)(w)
+    return values, scales, values_t
 
 
 def row_limit(where: str, rows: Any) -> list[jax.Array]:

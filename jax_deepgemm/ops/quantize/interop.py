@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_deepgemm.ops.quantize.array import Block, QuantizedArray, check_block, scales_shape
+from jax_deepgemm.ops.quantize.array import (
+    Block,
+    QuantizedArray,
+    QuantizedLike,
+    check_block,
+    scales_shape,
+)
 
 EXACT_IN_FLOAT32 = tuple(np.dtype(t) for t in (jnp.bfloat16, jnp.float16, jnp.float8_e8m0fnu))
 MX_VALUES = {"mxfp8": jnp.float8_e4m3fn}
@@ -18,14 +24,22 @@ MX_VALUES = {"mxfp8": jnp.float8_e4m3fn}
 KNOWN_BLOCKS: tuple[Block, ...] = ((1, 128), (128, 128), (128, 1), (1, 32))
 
 
-def from_tuple(pair: Any, block: Block | None = None) -> QuantizedArray:
-    """A QuantizedArray of (values, scales).
+def from_tuple(pair: QuantizedLike, block: Block | None = None) -> QuantizedArray:
+    """A QuantizedArray of (values, scales); the arrays are used as they are.
 
     Args:
-      pair: values [.., rows, cols] FP8, scales [.., ceil(rows / block[0]), ceil(cols / block[1])] float32.
+      pair: values [.., rows, cols] FP8, scales [.., ceil(rows / block[0]), ceil(cols / block[1])] float32. Or
+        a QuantizedArray, which is returned if it has this block.
       block: what the scales were made with. None: the one of (1, 128), (128, 128), (128, 1) and (1, 32) that
         fits the shapes; if several do (small arrays, as one row with (1, 128) or (128, 128)), a ValueError
         asks for it.
+
+    Returns:
+      QuantizedArray of the values' shape.
+
+    Raises:
+      TypeError: no pair of arrays, values that are not FP8, scales that are not float32.
+      ValueError: shapes that fit no block, or several, or another one than `block`.
 
     >>> from jax_deepgemm.quantization import quantize
     >>> q = quantize(jnp.ones((576, 256)), (128, 128))
@@ -40,14 +54,25 @@ def from_tuple(pair: Any, block: Block | None = None) -> QuantizedArray:
         return pair.check("from_tuple")
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"from_tuple: got {type(pair).__name__}, need a tuple (values, scales).")
-    values, scales = pair
+    parts: Any = pair
+    values, scales = parts
     if block is None:
         block = _only_block(values, scales)
     return QuantizedArray(values, scales, check_block(block, "from_tuple")).check("from_tuple")
 
 
 def to_tuple(q: QuantizedArray) -> tuple[jax.Array, jax.Array]:
-    """(values, scales).
+    """(values, scales) of a QuantizedArray, as DeepGEMM's functions and `from_tuple` take them.
+
+    Args:
+      q: QuantizedArray with values [.., rows, cols].
+
+    Returns:
+      (values, scales): values [.., rows, cols] FP8, scales [.., ceil(rows / block[0]), ceil(cols /
+      block[1])] float32. The pair does not say its block: keep q.block where the shapes do not tell.
+
+    Raises:
+      TypeError, ValueError: parts that do not fit each other (`QuantizedArray.check`).
 
     >>> from jax_deepgemm.quantization import quantize
     >>> [part.shape for part in to_tuple(quantize(jnp.ones((2, 256))))]
@@ -67,6 +92,9 @@ def from_qwix(array: Any, block: Block | None = None) -> QuantizedArray:
     Args:
       array: qwix.QArray; its values are used as they are.
       block: the block that the scales, as they are, were made with, where the shapes allow several.
+
+    Returns:
+      QuantizedArray of the array's shape.
 
     Raises:
       TypeError, ValueError: another type, a zero point, values that are not FP8, tiled leading dimensions.
@@ -133,11 +161,20 @@ def _scales_per_block(scales: Any, axis: int, size: int, tile: int, step: int) -
 
 
 def to_qwix(q: QuantizedArray) -> Any:
-    """A qwix.QArray. qwix has no ragged tiles: each block must divide its dimension, or hold all of it.
+    """A qwix.QArray with the values and scales of a QuantizedArray.
+
+    qwix has no ragged tiles: each block must divide its dimension, or hold all of it.
+
+    Args:
+      q: QuantizedArray with values [.., rows, cols].
+
+    Returns:
+      qwix.QArray: qvalue [.., rows, cols] FP8, scale [.., rows / block[0], cols / block[1]] float32, no zero
+      point. `from_qwix` takes it back.
 
     Raises:
       ImportError: qwix is not installed.
-      ValueError: ragged blocks.
+      TypeError, ValueError: ragged blocks, or parts that do not fit each other.
 
     >>> from jax_deepgemm.quantization import quantize
     >>> q = quantize(jnp.ones((4, 256)), (1, 128))

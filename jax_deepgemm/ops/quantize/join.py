@@ -20,7 +20,7 @@ def concatenate(arrays: Sequence[QuantizedArray], axis: int = -2) -> QuantizedAr
     Along columns that is no way out, as the sums of a product run along them.
 
     Args:
-      arrays: of one dtype and one block, equal in all dimensions but `axis`.
+      arrays: QuantizedArrays [.., rows, cols] of one dtype and one block, equal in all dimensions but `axis`.
       axis: which dimension grows, also of leading ones (experts).
 
     Returns:

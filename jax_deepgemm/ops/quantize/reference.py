@@ -22,7 +22,7 @@ from jax import lax
 from jax_deepgemm.ops.quantize.array import FP8_MAX, Block
 
 SMALLEST_NORMAL = 2.0**-126
-"""Of float32, and of scales."""
+"""The smallest normal float32: a smaller number counts as zero, a smaller scale as this."""
 
 
 def smallest_amax(dtype: np.dtype) -> float:

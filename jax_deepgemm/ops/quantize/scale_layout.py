@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jax_deepgemm.ops.quantize import reference
 
@@ -22,7 +23,20 @@ WORD = 4
 
 
 def get_tma_aligned_size(size: int, element_size: int) -> int:
-    """The smallest number of elements >= size that fills a multiple of 16 bytes.
+    """The smallest number of elements >= size that fills a multiple of 16 bytes, as TMA asks of a row.
+
+    Args:
+      size: elements, 0 or more.
+      element_size: bytes of an element, 1, 2, 4, 8 or 16.
+
+    Returns:
+      Elements, a multiple of 16 / element_size.
+
+    Raises:
+      ValueError: another size or another number of bytes.
+
+    Source: DeepGEMM's function of this name; the 16 bytes are TMA's (CUDA driver API, cuTensorMapEncodeTiled:
+    global strides).
 
     >>> get_tma_aligned_size(4097, 4), get_tma_aligned_size(30, 1)
     (4100, 32)
@@ -36,8 +50,18 @@ def get_tma_aligned_size(size: int, element_size: int) -> int:
     return -(-size // step) * step
 
 
-def get_mn_major_tma_aligned_tensor(sf: Any) -> jax.Array:
-    """Scales [.., mn, K] float32 as [.., K, T(mn)]: MN-major, rows of a multiple of 16 bytes, zero padding.
+def get_mn_major_tma_aligned_tensor(sf: ArrayLike) -> jax.Array:
+    """Scales of one operand, MN-major, in rows of a multiple of 16 bytes.
+
+    Args:
+      sf: [.., mn, K] float32, a scale per row of the operand and block of k.
+
+    Returns:
+      [.., K, T(mn)] float32 with T(mn) = `get_tma_aligned_size(mn, 4)`; the padding is zero.
+
+    Raises:
+      TypeError: sf is not float32.
+      ValueError: fewer than two dimensions.
 
     Source: DeepGEMM's function of this name, which returns a strided view of the same memory.
 
@@ -48,8 +72,20 @@ def get_mn_major_tma_aligned_tensor(sf: Any) -> jax.Array:
     return _pad_last(jnp.swapaxes(sf, -1, -2), get_tma_aligned_size(sf.shape[-2], 4))
 
 
-def ceil_to_ue8m0(x: Any) -> jax.Array:
-    """The smallest power of two >= |x|, within 2**-126 .. 2**127, as float32; powers of two stay.
+def ceil_to_ue8m0(x: ArrayLike) -> jax.Array:
+    """The smallest power of two >= |x|, within 2**-126 .. 2**127; powers of two stay as they are.
+
+    Args:
+      x: float32, [..] of any shape.
+
+    Returns:
+      float32 of x's shape.
+
+    Raises:
+      TypeError: x is not float32.
+
+    Source: DeepGEMM's function of this name; UE8M0 is the scale format E8M0 of the OCP Microscaling (MX)
+    specification.
 
     >>> ceil_to_ue8m0(jnp.array([0.25, 0.3, 1.0, -5.0])).tolist()
     [0.25, 0.5, 1.0, 8.0]
@@ -57,11 +93,24 @@ def ceil_to_ue8m0(x: Any) -> jax.Array:
     return reference.ceil_to_power_of_two(_floats(x, "ceil_to_ue8m0"))
 
 
-def pack_ue8m0_to_int(sf: Any) -> jax.Array:
-    """Powers of two [.., 4 p] float32 as int32 [.., p]: byte j of word i is the exponent of number 4 i + j.
+def pack_ue8m0_to_int(sf: ArrayLike) -> jax.Array:
+    """Powers of two as UE8M0 codes, four in a word: byte j of word i is the exponent of number 4 i + j.
 
-    Zero has the code 0 (padding). Numbers that are no power of two raise a ValueError where their values are
-    known; under jit their mantissa is dropped.
+    A code is the exponent as float32 stores it, 127 + log2(number), so 1.0 has 0x7f. Zero has the code 0
+    (padding).
+
+    Args:
+      sf: [.., 4 p] float32, powers of two or zeros. Under `jax.jit` the mantissa of other numbers is dropped.
+
+    Returns:
+      int32 [.., p].
+
+    Raises:
+      TypeError: sf is not float32.
+      ValueError: a last dimension that 4 does not divide; numbers that are no power of two, where their
+        values are known.
+
+    Source: DeepGEMM's function of this name.
 
     >>> [hex(word) for word in pack_ue8m0_to_int(jnp.array([1.0, 2.0, 4.0, 0.5])).tolist()]
     ['0x7e81807f']
@@ -76,8 +125,19 @@ def pack_ue8m0_to_int(sf: Any) -> jax.Array:
     return _pack(sf)
 
 
-def unpack_ue8m0_from_int(packed: Any) -> jax.Array:
-    """The inverse of `pack_ue8m0_to_int`: int32 [.., p] -> float32 [.., 4 p]; the code 0 gives zero.
+def unpack_ue8m0_from_int(packed: ArrayLike) -> jax.Array:
+    """The powers of two that words of four UE8M0 codes stand for: the inverse of `pack_ue8m0_to_int`.
+
+    Args:
+      packed: int32 [.., p]; byte j of word i is the code of number 4 i + j.
+
+    Returns:
+      float32 [.., 4 p], 2 ** (code - 127); the code 0 gives zero.
+
+    Raises:
+      TypeError: packed is not int32, or has no dimension.
+
+    Source: the packed form is DeepGEMM's (`pack_ue8m0_to_int`).
 
     >>> unpack_ue8m0_from_int(pack_ue8m0_to_int(jnp.array([1.0, 2.0, 4.0, 0.0]))).tolist()
     [1.0, 2.0, 4.0, 0.0]
@@ -94,8 +154,20 @@ def unpack_ue8m0_from_int(packed: Any) -> jax.Array:
     )
 
 
-def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any) -> jax.Array:
-    """Powers of two [.., mn, K] float32 as packed int32 [.., ceil(K / 4), T(mn)], MN-major, zero padding.
+def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: ArrayLike) -> jax.Array:
+    """Scales of one operand as packed UE8M0 words, MN-major, in rows of a multiple of 16 bytes.
+
+    Args:
+      sf: [.., mn, K] float32 powers of two, a scale per row of the operand and block of k.
+
+    Returns:
+      int32 [.., ceil(K / 4), T(mn)] with T(mn) = `get_tma_aligned_size(mn, 4)`; the padding is zero.
+
+    Raises:
+      TypeError: sf is not float32.
+      ValueError: fewer than two dimensions; numbers that are no power of two, where their values are known.
+
+    Source: DeepGEMM's function of this name, which returns a strided view of the same memory.
 
     >>> get_mn_major_tma_aligned_packed_ue8m0_tensor(jnp.ones((3, 5))).shape
     (2, 4)
@@ -107,7 +179,9 @@ def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any) -> jax.Array:
     return _pad_last(jnp.swapaxes(words, -1, -2), get_tma_aligned_size(sf.shape[-2], 4))
 
 
-def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any, ks: Any, gran_k: int = 128) -> jax.Array:
+def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(
+    sf: ArrayLike, ks: Sequence[int] | jax.Array, gran_k: int = 128
+) -> jax.Array:
     """Packed UE8M0 scales of K-grouped operands: each group begins a new word.
 
     Args:
@@ -118,6 +192,13 @@ def get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(sf: Any, ks: Any, gra
 
     Returns:
       int32 [sum_g ceil(ks[g] / (4 gran_k)), T(mn)], rows of a multiple of 16 bytes, zero codes as padding.
+
+    Raises:
+      TypeError: sf is not float32.
+      ValueError: sf is no matrix or has another number of rows than ks say; numbers that are no power of two,
+        where their values are known.
+
+    Source: DeepGEMM's function of this name, which returns a strided view of the same memory.
 
     >>> get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor(jnp.ones((6, 4)), [128, 640]).tolist()[0]
     [127, 127, 127, 127]
@@ -164,7 +245,7 @@ def _k_grouped_rows(rows: jax.Array, words: int) -> tuple[jax.Array, jax.Array]:
 
 
 def transform_sf_into_required_layout(
-    sf: Any,
+    sf: ArrayLike,
     mn: int,
     k: int,
     recipe: Sequence[int],
@@ -186,13 +267,22 @@ def transform_sf_into_required_layout(
     (*) disable_ue8m0_cast on any architecture. K = ceil(k / gran_k).
 
     Args:
-      sf: scales [g?, ceil(mn / gran_mn), ceil(k / gran_k)]; packed: [g?, ceil(k / (4 gran_k)), T(mn)],
-      MN-major. mn, k: extents of the operand.
+      sf: scales [g?, ceil(mn / gran_mn), ceil(k / gran_k)] float32; packed: int32 [g?, ceil(k / (4 gran_k)),
+        T(mn)], MN-major.
+      mn, k: extents of the operand.
       recipe: (gran_m, gran_n, gran_k), and `is_sfa` says which of the first two; or (gran_mn, gran_k).
       num_groups: leading dimension of sf, None if it has none.
       is_sfa: whether these are the scales of A; None with a recipe of two.
       disable_ue8m0_cast: keep float32 on every architecture.
       arch: "90a" or "100a".
+
+    Returns:
+      Scales as the table says.
+
+    Raises:
+      TypeError: scales that are neither float32 nor int32.
+      ValueError: shapes that do not fit, an unknown arch, a recipe that is_sfa does not fit, a form that no
+        kernel reads.
 
     Source: DeepGEMM's function of this name; there the result is a strided view.
 

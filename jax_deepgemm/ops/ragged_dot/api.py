@@ -23,17 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.dtypes import wider
+from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.core.sharding import Axes, as_spec, entries
 from jax_deepgemm.log import logger
-from jax_deepgemm.ops.gemm.api import Quantized, Sharding
 from jax_deepgemm.ops.gemm.checks import BFLOAT16, FLOAT32, check_options, is_qwix
+from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.grouped import api
 from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.grouped.checks import check_offset
-from jax_deepgemm.ops.quantize import QuantizedArray
+from jax_deepgemm.ops.quantize.array import QuantizedArray, QuantizedLike
 from jax_deepgemm.ops.ragged_dot import op as ragged_ops
 from jax_deepgemm.ops.ragged_dot.canonical import CanonicalForm, mode_of, plan_contraction, plan_rows
 
@@ -44,20 +46,20 @@ RHS_LAYOUTS = {
 
 
 def ragged_dot(
-    lhs: jax.Array | Quantized,
-    rhs: jax.Array | Quantized,
-    group_sizes: jax.Array,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    group_offset: Any = None,
+    lhs: ArrayLike | QuantizedLike,
+    rhs: ArrayLike | QuantizedLike,
+    group_sizes: ArrayLike,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    group_offset: ArrayLike | None = None,
     out_sharding: Sharding = None,
     *,
     rhs_layout: str = "gkn",
     allow_transpose: bool = False,
     expected_m: int | None = None,
-    config: Any = None,
+    config: GemmConfig | None = None,
     num_sms: int | None = None,
-    reduce_dtype: Any = None,
+    reduce_dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Each group of rows times its own matrix: jax.lax.ragged_dot, on tensor cores without the expansion.
 
@@ -103,10 +105,12 @@ def ragged_dot(
       reduce_dtype: what partial results are summed in across devices that cut k or g; default float32.
 
     Returns:
-      [m, n].
+      [m, n] in preferred_element_type.
 
     Raises:
       TypeError, ValueError: as jax.lax.ragged_dot, and for options that do not fit.
+
+    Source: jax.lax.ragged_dot.
 
     What runs: bfloat16 with a bfloat16 or float32 result, and quantised operands, run on the grouped kernels.
     Everything else (float16, float32, float64, integers, mixed dtypes, other results) is computed by
@@ -119,7 +123,7 @@ def ragged_dot(
         raise ValueError(
             f"ragged_dot: rhs_layout is {rhs_layout!r}, need 'gkn' (rhs is [g, k, n]) or 'gnk' ([g, n, k])."
         )
-    options = {"expected_m": expected_m, "config": config, "num_sms": num_sms}
+    options: dict[str, Any] = {"expected_m": expected_m, "config": config, "num_sms": num_sms}
     lhs, rhs = unwrapped(lhs), unwrapped(rhs)
     if _is_quantized(lhs) or _is_quantized(rhs):
         return _quantized(
@@ -144,20 +148,20 @@ def ragged_dot(
 
 
 def ragged_dot_general(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    group_sizes: jax.Array,
+    lhs: ArrayLike,
+    rhs: ArrayLike,
+    group_sizes: ArrayLike,
     ragged_dot_dimension_numbers: lax.RaggedDotDimensionNumbers,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    group_offset: Any = None,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    group_offset: ArrayLike | None = None,
     out_sharding: Sharding = None,
     *,
     num_groups: int | None = None,
     expected_m: int | None = None,
-    config: Any = None,
+    config: GemmConfig | None = None,
     num_sms: int | None = None,
-    reduce_dtype: Any = None,
+    reduce_dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """jax.lax.ragged_dot_general: any batch, row and contraction dimensions, one of them ragged.
 
@@ -187,7 +191,8 @@ def ragged_dot_general(
     in the log says once per shape. A ragged batch runs on XLA's dot_general.
 
     Args:
-      lhs, rhs: arrays.
+      lhs: array, with the dimensions of lhs as in the table above.
+      rhs: array, with those of rhs as in the table above.
       group_sizes: integers [g], or with the leading dimensions above.
       ragged_dot_dimension_numbers: a jax.lax.RaggedDotDimensionNumbers.
       group_offset: int32 scalar or [1], of the first of the groups that rhs (ragged rows) or the result
@@ -197,7 +202,14 @@ def ragged_dot_general(
       precision, preferred_element_type, out_sharding, expected_m, config, num_sms, reduce_dtype: as in
         `ragged_dot`.
 
-    Returns, raises, dtypes and derivatives: as `ragged_dot`. All modes are differentiable.
+    Returns:
+      Array of dimensions as in the table above, of the dtype that `ragged_dot` gives.
+
+    Raises:
+      TypeError, ValueError: as jax.lax.ragged_dot_general, and for options that do not fit.
+
+    What runs, and its derivatives: as `ragged_dot`. All modes are differentiable. Source:
+    jax.lax.ragged_dot_general.
     """
     call = _Call(
         "ragged_dot_general",
@@ -317,10 +329,14 @@ def _one_precision(precision: Any) -> Any:
     return precision[0] if pair and precision[0] == precision[1] else precision
 
 
+def _default_precision() -> Any:
+    settings: Any = jax.config  # whose types do not name every setting before jax 0.11
+    return settings.jax_default_matmul_precision
+
+
 def _asks_for_bfloat16(precision: Any, lhs: jax.Array, rhs: jax.Array) -> bool:
     """Whether float32 operands are to be multiplied in bfloat16, as the kernels do, by the caller's word."""
-    default = jax.config.jax_default_matmul_precision
-    asked = ragged_ops.algorithm(default if precision is None else precision)
+    asked = ragged_ops.algorithm(_default_precision() if precision is None else precision)
     types = {lhs.dtype, rhs.dtype}
     if FLOAT32 not in types or not types <= {FLOAT32, BFLOAT16}:
         return False
@@ -349,7 +365,7 @@ def _options(call: _Call, dtype: np.dtype[Any], on_kernels: bool) -> dict[str, A
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
         reduce_dtype = dtype
-    precision = jax.config.jax_default_matmul_precision if call.precision is None else call.precision
+    precision = _default_precision() if call.precision is None else call.precision
     return {
         "out_dtype": dtype,
         "reduce_dtype": reduce_dtype,

@@ -69,7 +69,8 @@ def is_kernels(asked: lax.DotAlgorithm | lax.DotAlgorithmPreset) -> bool:
         return asked in _KERNEL_ALGORITHMS
     types = (asked.lhs_precision_type, asked.rhs_precision_type, asked.accumulation_type)
     counts = (asked.lhs_component_count, asked.rhs_component_count, asked.num_primitive_operations)
-    return tuple(map(np.dtype, types)) == (BFLOAT16, BFLOAT16, np.dtype(np.float32)) and counts == (1, 1, 1)
+    multiplied = tuple(np.dtype(one) for one in types)
+    return multiplied == (BFLOAT16, BFLOAT16, np.dtype(np.float32)) and counts == (1, 1, 1)
 
 
 def why_no_kernel(lhs: Any, rhs: Any, out: Any, precision: Any) -> str:

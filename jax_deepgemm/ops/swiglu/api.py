@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.ops.quantize.api import checked_input
@@ -28,6 +29,11 @@ def swiglu(h: jax.Array, weight: jax.Array | None = None) -> jax.Array:
     Returns:
       [.., i] in h's dtype.
 
+    Raises:
+      ValueError: h whose last dimension is odd, a weight of another shape than h's rows.
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020), SwiGLU with beta = 1.
+
     >>> h = jnp.array([[1.0, 2.0, 10.0, 20.0]])
     >>> [f"{act:.3f}" for act in swiglu(h, jnp.array([2.0]))[0].tolist()]
     ['14.621', '70.464']
@@ -47,12 +53,12 @@ def swiglu(h: jax.Array, weight: jax.Array | None = None) -> jax.Array:
 
 
 def swiglu_quantize(
-    h: Any,
-    weight: Any = None,
-    rows: Any = None,
+    h: ArrayLike,
+    weight: ArrayLike | None = None,
+    rows: ArrayLike | None = None,
     *,
     transposed: bool = True,
-    dtype: Any = jnp.float8_e4m3fn,
+    dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
 ) -> tuple[jax.Array, ...]:
     """act = silu(gate) * up * weight in float32, quantised as `quantize_both` does, without storing act.
@@ -90,13 +96,13 @@ def swiglu_quantize(
 
 
 def swiglu_grad_quantize(
-    h: Any,
-    weight: Any,
-    dact: Any,
-    rows: Any = None,
+    h: ArrayLike,
+    weight: ArrayLike | None,
+    dact: ArrayLike,
+    rows: ArrayLike | None = None,
     *,
     transposed: bool = True,
-    dtype: Any = jnp.float8_e4m3fn,
+    dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
 ) -> tuple[jax.Array | None, ...]:
     """The gradients of SwiGLU's h, quantised as `quantize_both` does without storing it, and of its weight.
@@ -105,7 +111,7 @@ def swiglu_grad_quantize(
         dweight = sum over the features of dact * silu(gate) * up
 
     Args:
-      h, weight, rows, transposed, dtype, scale_format: as for `swiglu_quantize`.
+      h, weight, rows, transposed, dtype, scale_format: as in `swiglu_quantize`.
       dact: [m, i] in h's dtype, the gradient of act.
 
     Returns:

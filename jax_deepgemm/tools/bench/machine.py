@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 
+import jax
+
 from jax_deepgemm._version import __version__
 
 _NVML_CLOCK_SM = 1
@@ -38,6 +40,11 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def on_gpu() -> bool:
+    """Whether what is measured runs on a GPU."""
+    return jax.default_backend() == "gpu"
 
 
 def gpu() -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jax_deepgemm.core.bench import Row
-from jax_deepgemm.tools.bench import turns, whole
+from jax_deepgemm.tools.bench import machine, turns, whole
 from jax_deepgemm.tools.bench.machine import ClockLog
 from jax_deepgemm.tools.bench.rows import Compiled, figures, names
 from jax_deepgemm.tools.bench.sides import (
@@ -17,7 +17,6 @@ from jax_deepgemm.tools.bench.sides import (
     compiled,
     failed,
     named,
-    on_gpu,
     own,
     timed,
 )
@@ -111,7 +110,7 @@ def _baseline(
 
 @functools.cache
 def _read_flusher() -> Callable[[], None]:
-    return read_flusher(READ_FLUSH_BYTES if on_gpu() else 1 << 20)
+    return read_flusher(READ_FLUSH_BYTES if machine.on_gpu() else 1 << 20)
 
 
 def with_gemms(found: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def drawn(calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     >>> a.shape, b.tolist()
     ((2, 3), [0, 1])
     """
-    flat = [jax.tree.flatten(operands) for operands in calls]
+    flat: list[tuple[list[Any], Any]] = [jax.tree.flatten(operands) for operands in calls]
     wanted: dict[tuple[Any, ...], None] = {}
     for leaves, _ in flat:
         wanted |= {_kind(i, x): None for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)}

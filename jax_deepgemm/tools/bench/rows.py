@@ -36,7 +36,7 @@ class Accumulator:
         return self._held
 
 
-def _failed(result: jax.Array) -> bool:
+def _failed(result: Any) -> bool:
     """Whether the call behind a result is known to have failed; does not wait for it."""
     try:
         if result.is_ready():

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jax_deepgemm.core.bench import KERNEL_PREFIX, Beside, Row
+from jax_deepgemm.tools.bench import machine
 from jax_deepgemm.tools.bench.machine import ClockLog
 from jax_deepgemm.tools.bench.rows import COMPILE_THREADS, Compiled, compile_job, figures
 from jax_deepgemm.tools.bench.timing import Job, Timing, time_jobs
@@ -50,13 +51,8 @@ class Side:
 
     def compile(self) -> Compiled:
         """Compiles it; an error is kept."""
-        options = dict(self.options) if self.options and on_gpu() else None
+        options = dict(self.options) if self.options and machine.on_gpu() else None
         return compile_job(self.function, self.name, self.arguments, options, carry=self.carry)
-
-
-def on_gpu() -> bool:
-    """Whether what is measured runs on a GPU."""
-    return jax.default_backend() == "gpu"
 
 
 def own(row: Row, drawn: Any, name: str) -> Side:
@@ -90,7 +86,7 @@ def timed(
 ) -> dict[str, Timing]:
     """Times what was compiled in one profiler session, with other calls or another flush if given."""
     jobs = [
-        Job(side.name, run, side.prefix if on_gpu() else "")
+        Job(side.name, run, side.prefix if machine.on_gpu() else "")
         for side in sides
         if (run := programs[side.name].run) is not None
     ]
@@ -110,7 +106,7 @@ def baseline_alone(row: Row, drawn: Any, how: Measuring, calls: int) -> dict[str
 
 def named(about: Beside) -> dict[str, Any]:
     """What a result says of a function beside a row's, but for figures."""
-    return {**about.fields, "what": about.what if on_gpu() else about.elsewhere or about.what}
+    return {**about.fields, "what": about.what if machine.on_gpu() else about.elsewhere or about.what}
 
 
 def failed(row: Row, error: Exception, step: str = "") -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 
 from jax_deepgemm.core.bench import Row
+from jax_deepgemm.tools.bench import machine
 from jax_deepgemm.tools.bench.rows import Compiled
-from jax_deepgemm.tools.bench.sides import Measuring, beside, named, on_gpu, own
+from jax_deepgemm.tools.bench.sides import Measuring, beside, named, own
 
 TURNS = 2
 SECONDS = 0.5  # a turn, on a GPU
@@ -37,7 +38,7 @@ def _turns(row: Row, sides: Sequence[Compiled], how: Measuring) -> list[dict[str
     Raises:
       RuntimeError: a side was not compiled.
     """
-    seconds = SECONDS if on_gpu() else 0.02
+    seconds = SECONDS if machine.on_gpu() else 0.02
     runs = []
     for side in sides:
         if side.run is None:

@@ -167,7 +167,7 @@ def shared_memory(p: GemmProblem, c: Sm90Config) -> SharedMemory:
 
 
 def _partial_bytes(c: Sm90Config) -> int:
-    """Of a float32 tile [row][token], as `Slices` in gemm_small_m.cuh has it."""
+    """Bytes of a float32 tile [row][token], as `Slices` in gemm_small_m.cuh has it."""
     return c.rows * (c.cols + 4) * 4
 
 

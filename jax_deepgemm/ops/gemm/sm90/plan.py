@@ -49,7 +49,7 @@ def matrix_map(p: GemmProblem, x: Given, k_major: bool, tile: int) -> TensorMap:
 
 
 def scale_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands) -> list[TensorMap]:
-    """Of A's and B's scales: a box is what a tile needs for a quad of blocks of k (slices: for one block)."""
+    """Maps of A's and B's scales: a box is what a tile needs for a quad of blocks of k, of slices for one."""
     maps = []
     for side, scales, tile in zip(sides(p), (x.a_scales, x.b_scales), (c.block_m, c.block_n), strict=True):
         if scales is not None:
@@ -60,7 +60,7 @@ def scale_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands) -> list[TensorMap
 
 
 def tensor_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands, result: tuple[int, ...]) -> list[TensorMap]:
-    """Of A, B, their scales, and D, whose boxes are slabs of the epilogue: as `leading_parameters` has it."""
+    """Maps of A, B, their scales, and D, whose boxes are slabs of the epilogue; see `leading_parameters`."""
     maps = [matrix_map(p, x.a, p.a_k_major, c.block_m), matrix_map(p, x.b, p.b_k_major, c.block_n)]
     maps += scale_maps(p, c, x)
     if tma_store(p, c):

@@ -108,7 +108,7 @@ def halves(p: GroupedProblem, c: Sm90Config) -> bool:
 
 
 def _waves(even: float, cut: bool) -> float:
-    """Of so many tiles for each SM. `cut`: in two, the last ones."""
+    """How many rounds so many tiles for each SM take. `cut`: the last ones are cut in two."""
     if even > _MANY_WAVES:
         return even + (_HALF / 2 if cut else 0.5)
     return math.floor(even) + _HALF if cut and 0 < even % 1 <= 0.5 else math.ceil(even)
