@@ -44,7 +44,7 @@ def on_one_gpu() -> dict[str, np.ndarray]:
 
 
 def test_fp8_learns_as_bf16_does(on_one_gpu) -> None:
-    """XLA sums gradients of embeddings in any order, so one recipe twice differs by 1 % at the steps where the
+    """XLA sums gradients of embeddings in any order, so one recipe twice differs by 1 % where the
     loss falls fastest; there FP8 was up to 5 % beside BF16. The means of the last steps are closer."""
     bf16, fp8 = on_one_gpu["bf16"], on_one_gpu["fp8"]
     assert bf16[-5:].mean() < 0.75 * bf16[0]
