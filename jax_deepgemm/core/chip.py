@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -110,19 +111,33 @@ def with_sms(chip: Chip, num_sms: int | None) -> Chip:
     return chip if num_sms is None else replace(chip, num_sms=min(num_sms, chip.num_sms))
 
 
-def best_for(capability: str, available: Any) -> str | None:
-    """Returns which of some compute capabilities a GPU uses: its own, or else the newest before it.
+def best_for(capability: str, available: Iterable[str]) -> str | None:
+    """Returns which of some targets serves a compute capability: the newest that can.
 
-    Code for a variant with "a" runs on its own generation only, so a family that is to serve later GPUs
-    registers its portable kernels under the capability that they need at least; they are compiled for the
-    GPU at hand.
+    Targets are named as CUDA names them: "9.0a" is for GPUs of compute capability 9.0 only, as code with
+    Hopper's tensor-core instructions is; "8.0" is portable, for those of 8.0 and later, and is compiled for
+    the GPU at hand.
 
-    >>> best_for("9.0", ("8.0", "9.0")), best_for("8.9", ("8.0", "9.0")), best_for("7.5", ("8.0",))
-    ('9.0', '8.0', None)
+    >>> best_for("9.0", ("8.0", "9.0a")), best_for("10.0", ("8.0", "9.0a")), best_for("7.5", ("8.0",))
+    ('9.0a', '8.0', None)
     """
-    older = [one for one in available if _number(one) <= _number(capability)]
-    return max(older, key=_number, default=None)
+    able = [one for one in available if _serves(one, capability)]
+    return max(able, key=lambda one: _number(one), default=None)
+
+
+def described(target: str) -> str:
+    """A target in words.
+
+    >>> described("9.0a"), described("8.0")
+    ('9.0 (Hopper)', '8.0 (Ampere) and later')
+    """
+    least = target.rstrip("a")
+    return f"{least} ({GENERATIONS[least].name})" + ("" if target.endswith("a") else " and later")
+
+
+def _serves(target: str, capability: str) -> bool:
+    return target == f"{capability}a" or (not target.endswith("a") and _number(target) <= _number(capability))
 
 
 def _number(capability: str) -> tuple[int, ...]:
-    return tuple(map(int, capability.split(".")))
+    return tuple(map(int, capability.rstrip("a").split(".")))

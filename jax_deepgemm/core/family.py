@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from jax_deepgemm.core import tuning
-from jax_deepgemm.core.chip import GENERATIONS, Chip, best_for, with_sms
+from jax_deepgemm.core.chip import GENERATIONS, Chip, best_for, described, with_sms
 from jax_deepgemm.core.launch import LaunchPlan
 from jax_deepgemm.jit.report import KernelSource
 from jax_deepgemm.jit.toolchain import read_settings, say
@@ -76,7 +76,7 @@ def _nothing_broken(problem: Any, config: Any, chip: Chip) -> list[str]:
 
 @dataclass(frozen=True)
 class Kernels(Generic[P, C]):
-    """A family's kernels for one compute capability. Functions are pure.
+    """A family's kernels for one target. Functions are pure.
 
     Attributes:
       sources: (problem, config) -> the kernels that are launched.
@@ -114,7 +114,8 @@ class Family(Generic[P]):
     Attributes:
       name: of the folder.
       problem: the type of its problems; a tuning file knows them by the name of the type.
-      kernels: compute capability -> module that has KERNELS, a `Kernels`. Imported when CUDA first asks.
+      kernels: target, such as "9.0a" (see `chip.best_for`) -> module that has KERNELS, a `Kernels`. Imported
+        when CUDA first asks.
     """
 
     name: str
@@ -122,19 +123,19 @@ class Family(Generic[P]):
     kernels: Mapping[str, str]
 
     def kernels_for(self, chip: Chip) -> Kernels[P, Any]:
-        """The kernels for a GPU: those of its own compute capability, or else of the newest before it.
+        """The kernels for a GPU: those of its own compute capability, or else the newest portable ones.
 
         Raises:
           ValueError: there are none.
         """
-        capability = best_for(chip.capability, self.kernels)
-        if capability is None:
+        target = best_for(chip.capability, self.kernels)
+        if target is None:
             raise ValueError(f"{self.name}: {chip.name} has no kernels; {self.supported()}.")
-        return self.kernels_of(capability)
+        return self.kernels_of(target)
 
-    def kernels_of(self, capability: str) -> Kernels[P, Any]:
-        """The kernels that are registered for just this compute capability."""
-        found: Kernels[P, Any] = importlib.import_module(self.kernels[capability]).KERNELS
+    def kernels_of(self, target: str) -> Kernels[P, Any]:
+        """The kernels that are registered for just this target."""
+        found: Kernels[P, Any] = importlib.import_module(self.kernels[target]).KERNELS
         return found
 
     def runs_on(self, capability: str) -> bool:
@@ -144,11 +145,10 @@ class Family(Generic[P]):
     def supported(self) -> str:
         """What the kernels are for, in words.
 
-        >>> Family("toy", object, {"9.0": "toy.sm90"}).supported()
+        >>> Family("toy", object, {"9.0a": "toy.sm90"}).supported()
         'the kernels are for compute capability 9.0 (Hopper)'
         """
-        named = [f"{one} ({GENERATIONS[one].name})" for one in self.kernels]
-        return f"the kernels are for compute capability {' and '.join(named)}"
+        return f"the kernels are for compute capability {', '.join(map(described, self.kernels))}"
 
     # Choosing
 

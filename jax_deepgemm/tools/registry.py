@@ -7,7 +7,7 @@ import importlib.util
 from types import ModuleType
 from typing import Any
 
-from jax_deepgemm.core.chip import GENERATIONS
+from jax_deepgemm.core.chip import GENERATIONS, described
 from jax_deepgemm.core.family import Family
 from jax_deepgemm.core.tuning import Entry, parsed
 
@@ -79,8 +79,7 @@ def capabilities() -> list[str]:
     >>> capabilities()
     ['9.0 (Hopper)']
     """
-    found = {one: None for family in families() for one in family.kernels}
-    return [f"{one} ({GENERATIONS[one].name})" for one in found]
+    return list(dict.fromkeys(described(one) for family in families() for one in family.kernels))
 
 
 def archs() -> list[str]:
@@ -89,5 +88,5 @@ def archs() -> list[str]:
     >>> archs()
     ['90a']
     """
-    known = [one for one in GENERATIONS if any(family.runs_on(one) for family in families())]
-    return [GENERATIONS[one].arch for one in known if one in {c for f in families() for c in f.kernels}]
+    able = [one for one in GENERATIONS if any(family.runs_on(one) for family in families())]
+    return [GENERATIONS[one].arch for one in able]

@@ -140,7 +140,7 @@ BAD = (
         b=jnp.swapaxes(W, 1, 2),
     ),
     m_bf16(
-        "k of nn", "k differs (256 and 300)", "For b stored [g, n, k] use m_grouped_bf16_gemm_nt", layout="nn"
+        "k of nn", "k differs (256 and 300)", "For b stored [g, n, k] use m_grouped_bf16_gemm_nt", form="nn"
     ),
     m_bf16("k elsewhere", "k differs (255 and 256)", "Make both operands cover the same k", a=X[:, :255]),
     m_bf16("dtype", "a is float32 [4, 256], need bfloat16", "a.astype(jnp.bfloat16)", a=X.astype(F32)),

@@ -50,7 +50,7 @@ class Fills:
 
 
 KERNELS = Kernels[Fills, None](sources=lambda p, config: [fill(132), fill(2)], plan=lambda *_: None)
-FAMILY = Family("fills", Fills, {"9.0": __name__})
+FAMILY = Family("fills", Fills, {"9.0a": __name__})
 
 
 def test_precompile_problems_sources_and_functions(monkeypatch: pytest.MonkeyPatch) -> None:

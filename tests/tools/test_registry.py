@@ -21,7 +21,7 @@ OPS = Path(jax_deepgemm.__file__).parent / "ops"
 
 
 def kernels_of(family: Family) -> list[Kernels]:
-    return [family.kernels_of(capability) for capability in family.kernels]
+    return [family.kernels_of(target) for target in family.kernels]
 
 
 def test_every_folder_of_ops_is_registered() -> None:
@@ -39,10 +39,12 @@ def test_problems_and_configurations_are_plain_data(family: Family) -> None:
 
 @each_family
 def test_every_architecture_is_in_the_table_of_chips(family: Family) -> None:
-    for capability in family.kernels:
+    for target in family.kernels:
+        capability = target.rstrip("a")
         chip = chip_for(GENERATIONS[capability].arch)
         assert family.runs_on(capability)
-        assert family.kernels_for(chip) is family.kernels_of(capability)
+        assert family.kernels_for(chip) is family.kernels_of(target)
+        assert family.runs_on("10.0") == (not target.endswith("a"))
 
 
 @pytest.mark.parametrize("op", [op for op, kind in kinds().items() if not kind.LAYER])

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.log import logger
-from jax_deepgemm.ops.gemm import checks as operands
+from jax_deepgemm.ops.gemm import checks
 from jax_deepgemm.ops.gemm import op as ops
 from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.quantize.array import QuantizedLike
@@ -384,15 +384,15 @@ def _note_transpose(op: str, name: str, shape: tuple[int, ...]) -> None:
     )
 
 
-def _k_last(op: str, name: str, x: operands.Quantized, k_first: bool) -> operands.Quantized:
+def _k_last(op: str, name: str, x: checks.Quantized, k_first: bool) -> checks.Quantized:
     """The operand with k as its last dimension."""
     if not k_first:
         return x
     _note_transpose(op, name, x.values.shape)
-    return operands.Quantized(jnp.swapaxes(x.values, 0, 1), jnp.swapaxes(x.scales, 0, 1), x.block)
+    return checks.Quantized(jnp.swapaxes(x.values, 0, 1), jnp.swapaxes(x.scales, 0, 1), x.block)
 
 
-def _empty(a: jax.Array, b: jax.Array, c: jax.Array | None, options: operands.Options) -> jax.Array:
+def _empty(a: jax.Array, b: jax.Array, c: jax.Array | None, options: checks.Options) -> jax.Array:
     """The result if m, n or k is 0: C, or zeros of the type that a product would have. No kernel runs."""
     if c is not None:
         return c
@@ -402,10 +402,10 @@ def _empty(a: jax.Array, b: jax.Array, c: jax.Array | None, options: operands.Op
 
 def _fp8_gemm(layout: str, a: Any, b: Any, c: Any, *options: Any) -> jax.Array:
     op = f"fp8_gemm_{layout}"
-    checked = operands.check_options(op, *options)
-    left, right, (m, n, k) = operands.check_fp8(op, layout, a, b)
-    addend = operands.check_c(op, c, m, n, checked.out_dtype)
-    side_a, side_b = operands.sides(layout)
+    checked = checks.check_options(op, *options)
+    left, right, (m, n, k) = checks.check_fp8(op, layout, a, b)
+    addend = checks.check_c(op, c, m, n, checked.out_dtype)
+    side_a, side_b = checks.sides(layout)
     if 0 in (m, n, k):
         a, b = (x.values.T if side.k_first else x.values for x, side in ((left, side_a), (right, side_b)))
         return _empty(a, b, addend, checked)
@@ -415,11 +415,11 @@ def _fp8_gemm(layout: str, a: Any, b: Any, c: Any, *options: Any) -> jax.Array:
 
 def _bf16_gemm(layout: str, a: Any, b: Any, c: Any, *options: Any) -> jax.Array:
     op = f"bf16_gemm_{layout}"
-    checked = operands.check_options(op, *options)
-    left, right, (m, n, k) = operands.check_bf16(op, layout, a, b)
-    addend = operands.check_c(op, c, m, n, checked.out_dtype)
+    checked = checks.check_options(op, *options)
+    left, right, (m, n, k) = checks.check_bf16(op, layout, a, b)
+    addend = checks.check_c(op, c, m, n, checked.out_dtype)
     if 0 in (m, n, k):
-        side_a, side_b = operands.sides(layout)
+        side_a, side_b = checks.sides(layout)
         left, right = (x.T if side.k_first else x for x, side in ((left, side_a), (right, side_b)))
         return _empty(left, right, addend, checked)
     return ops.bf16_gemm(layout, left, right, addend, checked)

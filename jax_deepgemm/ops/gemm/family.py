@@ -9,4 +9,4 @@ from jax_deepgemm.ops.gemm.sm90.config import Sm90Config
 
 __all__ = ["FAMILY", "GemmConfig", "GemmProblem", "Sm90Config"]
 
-FAMILY = Family("gemm", GemmProblem, {"9.0": "jax_deepgemm.ops.gemm.sm90.kernels"})
+FAMILY = Family("gemm", GemmProblem, {"9.0a": "jax_deepgemm.ops.gemm.sm90.kernels"})

@@ -23,7 +23,7 @@ from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.log import logger
 from jax_deepgemm.ops.gemm.checks import BLOCKED, Options, Quantized, check_options
 from jax_deepgemm.ops.gemm.config import GemmConfig
-from jax_deepgemm.ops.grouped import checks as operands
+from jax_deepgemm.ops.grouped import checks
 from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.quantize.array import QuantizedLike
 
@@ -105,7 +105,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     """
     op = "m_grouped_fp8_gemm_nt_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
-    rows = operands.Rows(group_sizes, m_indices, ends, alignment, group_offset)
+    rows = checks.Rows(group_sizes, m_indices, ends, alignment, group_offset)
     return _m_grouped_fp8(op, "nt", a, b, rows, expected_m, options)
 
 
@@ -157,7 +157,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
     """
     op = "m_grouped_fp8_gemm_nn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
-    rows = operands.Rows(group_sizes, m_indices, ends, alignment, group_offset)
+    rows = checks.Rows(group_sizes, m_indices, ends, alignment, group_offset)
     return _m_grouped_fp8(op, "nn", a, b, rows, expected_m, options)
 
 
@@ -207,7 +207,7 @@ def m_grouped_bf16_gemm_nt_contiguous(
     """
     op = "m_grouped_bf16_gemm_nt_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
-    rows = operands.Rows(group_sizes, m_indices, ends, alignment, group_offset)
+    rows = checks.Rows(group_sizes, m_indices, ends, alignment, group_offset)
     return _m_grouped_bf16(op, "nt", a, b, rows, expected_m, options)
 
 
@@ -255,7 +255,7 @@ def m_grouped_bf16_gemm_nn_contiguous(
     """
     op = "m_grouped_bf16_gemm_nn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
-    rows = operands.Rows(group_sizes, m_indices, ends, alignment, group_offset)
+    rows = checks.Rows(group_sizes, m_indices, ends, alignment, group_offset)
     return _m_grouped_bf16(op, "nn", a, b, rows, expected_m, options)
 
 
@@ -308,9 +308,9 @@ def m_grouped_fp8_gemm_nt_masked(
     """
     op = "m_grouped_fp8_gemm_nt_masked"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
-    left, right, (m, n, k) = operands.check_fp8(op, operands.masked_sides("nt"), a, b)
-    counts = operands.check_masked_m(op, masked_m, right.values.shape[0])
-    hints = {"zero_rows": _flag(op, zero_rows), "expected_m": operands.check_expected_m(op, expected_m)}
+    left, right, (m, n, k) = checks.check_fp8(op, checks.masked_sides("nt"), a, b)
+    counts = checks.check_masked_m(op, masked_m, right.values.shape[0])
+    hints = {"zero_rows": _flag(op, zero_rows), "expected_m": checks.check_expected_m(op, expected_m)}
     if 0 in (m, n, k):
         return _empty("gmk,gnk->gmn", left.values, right.values, options)
     run = ops.M_MASKED_FP8_BLOCK if right.block == BLOCKED else ops.M_MASKED_FP8_ROW
@@ -358,9 +358,9 @@ def m_grouped_bf16_gemm_nt_masked(
     """
     op = "m_grouped_bf16_gemm_nt_masked"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
-    left, right, (m, n, k) = operands.check_bf16(op, operands.masked_sides("nt"), a, b)
-    counts = operands.check_masked_m(op, masked_m, right.shape[0])
-    hints = {"zero_rows": _flag(op, zero_rows), "expected_m": operands.check_expected_m(op, expected_m)}
+    left, right, (m, n, k) = checks.check_bf16(op, checks.masked_sides("nt"), a, b)
+    counts = checks.check_masked_m(op, masked_m, right.shape[0])
+    hints = {"zero_rows": _flag(op, zero_rows), "expected_m": checks.check_expected_m(op, expected_m)}
     if 0 in (m, n, k):
         return _empty("gmk,gnk->gmn", left, right, options)
     return ops.M_MASKED_BF16["nt"](left, right, counts, **hints, **vars(options))[0]
@@ -517,9 +517,9 @@ def k_grouped_bf16_gemm_tn_contiguous(
     """
     op = "k_grouped_bf16_gemm_tn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
-    left, right, (m, n, k) = operands.check_bf16(op, operands.k_grouped_sides("tn"), a, b)
-    where, count = operands.check_k_groups(op, group_sizes, num_groups, group_offset)
-    addend = operands.check_c(op, c, (count, m, n), options.out_dtype)
+    left, right, (m, n, k) = checks.check_bf16(op, checks.k_grouped_sides("tn"), a, b)
+    where, count = checks.check_k_groups(op, group_sizes, num_groups, group_offset)
+    addend = checks.check_c(op, c, (count, m, n), options.out_dtype)
     if 0 in (m, n, k):
         return _empty_groups("km,kn->mn", left, right, addend, count, options)
     run = ops.K_GROUPED_BF16 if addend is None else ops.K_GROUPED_BF16_ADD
@@ -569,11 +569,11 @@ def _empty_groups(
 
 
 def _m_grouped_fp8(
-    op: str, layout: str, a: Any, b: Any, rows: operands.Rows, expected_m: Any, options: Options
+    op: str, layout: str, a: Any, b: Any, rows: checks.Rows, expected_m: Any, options: Options
 ) -> jax.Array:
-    left, right, (m, n, k) = operands.check_fp8(op, operands.m_grouped_sides(layout), a, b)
-    where = operands.check_rows(op, rows, m, right.values.shape[0])
-    hint = operands.check_expected_m(op, expected_m)
+    left, right, (m, n, k) = checks.check_fp8(op, checks.m_grouped_sides(layout), a, b)
+    where = checks.check_rows(op, rows, m, right.values.shape[0])
+    hint = checks.check_expected_m(op, expected_m)
     if 0 in (m, n, k):
         subscripts = "mk,gnk->mn" if layout == "nt" else "mk,gkn->mn"
         return _empty(subscripts, left.values, right.values, options)
@@ -589,11 +589,11 @@ def _m_grouped_fp8(
 
 
 def _m_grouped_bf16(
-    op: str, layout: str, a: Any, b: Any, rows: operands.Rows, expected_m: Any, options: Options
+    op: str, layout: str, a: Any, b: Any, rows: checks.Rows, expected_m: Any, options: Options
 ) -> jax.Array:
-    left, right, (m, n, k) = operands.check_bf16(op, operands.m_grouped_sides(layout), a, b)
-    where = operands.check_rows(op, rows, m, right.shape[0])
-    hint = operands.check_expected_m(op, expected_m)
+    left, right, (m, n, k) = checks.check_bf16(op, checks.m_grouped_sides(layout), a, b)
+    where = checks.check_rows(op, rows, m, right.shape[0])
+    hint = checks.check_expected_m(op, expected_m)
     if 0 in (m, n, k):
         return _empty("mk,gnk->mn" if layout == "nt" else "mk,gkn->mn", left, right, options)
     run = ops.M_GROUPED_BF16[layout]
@@ -604,9 +604,9 @@ def _m_grouped_bf16(
 def _k_grouped_fp8(
     op: str, layout: str, a: Any, b: Any, c: Any, groups: tuple[Any, ...], options: Options
 ) -> jax.Array:
-    left, right, (m, n, k) = operands.check_fp8(op, operands.k_grouped_sides(layout), a, b)
-    where, count = operands.check_k_groups(op, *groups)
-    addend = operands.check_c(op, c, (count, m, n), options.out_dtype)
+    left, right, (m, n, k) = checks.check_fp8(op, checks.k_grouped_sides(layout), a, b)
+    where, count = checks.check_k_groups(op, *groups)
+    addend = checks.check_c(op, c, (count, m, n), options.out_dtype)
     if 0 in (m, n, k):
         subscripts = "mk,nk->mn" if layout == "nt" else "km,kn->mn"
         return _empty_groups(subscripts, left.values, right.values, addend, count, options)

@@ -5,4 +5,4 @@ from __future__ import annotations
 from jax_deepgemm.core.family import Family
 from jax_deepgemm.ops.quantize.problem import QuantizeProblem
 
-FAMILY = Family("quantize", QuantizeProblem, {"9.0": "jax_deepgemm.ops.quantize.sm90"})
+FAMILY = Family("quantize", QuantizeProblem, {"9.0a": "jax_deepgemm.ops.quantize.sm90"})
