@@ -62,7 +62,7 @@ class ExplainedCall:
       problem: what is to be computed, in words.
       config: the configuration chosen; None of ops that have only one.
       candidates: (configuration, cost) of every candidate, cheapest first; an op takes any as `config=`.
-      stages: slots of the shared-memory ring.
+      stages: slots of the shared-memory ring; 0 of kernels without one.
       scratch_bytes: memory that XLA gives to the call besides its result.
       kernels: what is launched; empty where no compiler is installed, or XLA runs the call.
       note: why there are no kernels, and what to do about it, or "".
@@ -85,7 +85,8 @@ class ExplainedCall:
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.problem}"]
         if self.config is not None:
-            lines += [f"  config   {self.config}, {self.origin}", f"  stages   {self.stages}"]
+            lines.append(f"  config   {self.config}, {self.origin}")
+            lines += [f"  stages   {self.stages}"] if self.stages else []
         if self.kernels or self.config is not None:
             lines.append(f"  scratch  {bytes_text(self.scratch_bytes)}")
         for one in self.kernels:

@@ -53,6 +53,7 @@ def test_a_configuration_is_chosen_and_explained() -> None:
     [kernel] = call.kernels
     assert (kernel.name, kernel.grid, kernel.block) == ("jdg_toy_scale_t128", (50, 1, 1), 128)
     assert "threads=128, cost model" in str(call)
+    assert "stages" not in str(call)  # it has none
 
 
 def test_a_given_configuration_and_a_share_of_the_chip() -> None:
