@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -31,6 +32,8 @@ from tests.shared import (
     shards,
 )
 from tests.shared.cases import ROW, Case
+
+pytestmark = pytest.mark.any_version
 
 ROOT = Path(__file__).parent.parent.parent
 GPU = ROOT / "tests" / "gpu"
@@ -78,7 +81,8 @@ def collected() -> list[str]:
         "no:cacheprovider",
         GPU,
     ]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     return [line for line in found.stdout.splitlines() if "::" in line]
 
 

@@ -7,6 +7,8 @@ import pytest
 from jax_deepgemm.tools import registry
 from tests.shared import import_graph
 
+pytestmark = pytest.mark.any_version
+
 GRAPH = import_graph.imports(import_graph.modules())
 FAMILIES = tuple(folder.removeprefix("jax_deepgemm.") for folder in registry.FOLDERS)
 GENERAL = ("_version", "log", "config", "jit", "core", "tools", "cli")

@@ -22,6 +22,8 @@ from jax_deepgemm.ops.gemm.problem import GemmProblem
 from jax_deepgemm.ops.grouped.problem import GroupedProblem
 from tests.shared.choosing import cheapest
 
+pytestmark = pytest.mark.any_version
+
 SWEEP = Path(__file__).parents[2] / "benchmarks/data/h200_sweep.json"
 FAMILIES = {"dense": 90, "grouped": 100}  # at least so many problems
 

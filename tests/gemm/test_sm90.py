@@ -34,6 +34,8 @@ from tests.shared.choosing import choose
 from tests.shared.device_code import fields_of_concept, fields_of_struct
 from tests.shared.launch_plans import FakeKernel
 
+pytestmark = pytest.mark.any_version
+
 pytest.importorskip("cuda.core")
 
 KINDS: dict[str, dict[str, Any]] = {

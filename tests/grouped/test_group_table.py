@@ -17,6 +17,8 @@ import pytest
 
 import jax_deepgemm
 
+pytestmark = pytest.mark.any_version
+
 NATIVE = Path(__file__).parents[1] / "shared" / "native"
 DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
 TILE = 64  # rows and columns of a tile

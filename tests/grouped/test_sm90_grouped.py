@@ -28,6 +28,8 @@ from tests.shared.choosing import choose
 from tests.shared.device_code import fields_of_concept, fields_of_struct
 from tests.shared.sass import disassemble
 
+pytestmark = pytest.mark.any_version
+
 pytest.importorskip("cuda.core")
 
 BF16, F32, E4, I32 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, jnp.int32

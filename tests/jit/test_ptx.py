@@ -10,6 +10,8 @@ from jax_deepgemm.jit import KernelSource, compile_kernel
 from jax_deepgemm.jit.wgmma import wgmma_wrapper
 from tests.shared.sass import disassemble
 
+pytestmark = pytest.mark.any_version
+
 # --- wgmma -----------------------------------------------------------------------------------------
 
 

@@ -417,7 +417,7 @@ def test_joined_gate_and_up_give_the_product_of_both(half):
     )
     got = jax_deepgemm.fp8_gemm_nt(x, concatenate([gate, up]), out_dtype=jnp.float32)
     want = [jax_deepgemm.fp8_gemm_nt(x, part, out_dtype=jnp.float32) for part in (gate, up)]
-    np.testing.assert_allclose(got, np.concatenate(want, 1), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(got, np.concatenate(want, 1), rtol=1e-5, atol=5e-4)  # of numbers up to 400
 
 
 def test_what_concatenate_refuses():

@@ -351,6 +351,7 @@ def compiled() -> dict[str, Any]:
     return {one.name: one for one in compile_many(list(sources.values()), progress=False)}
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_ptxas_is_content(problem):
     source, shape = kernel_source(problem), cut_of(problem)

@@ -15,6 +15,8 @@ from jax_deepgemm.tools.bench import catalog, floors, plots, report, timing, tra
 from jax_deepgemm.tools.bench.machine import ClockLog
 from jax_deepgemm.tools.bench.measure import measure_baseline
 
+pytestmark = pytest.mark.any_version
+
 MEASURED = {
     "status": "ok",
     "us": 100.0,

@@ -11,6 +11,8 @@ from jax_deepgemm.core.sanitize import Case
 from jax_deepgemm.tools import registry
 from tests.gpu import sanitize
 
+pytestmark = pytest.mark.any_version
+
 LEAST = {"quantize": 10, "swiglu": 6, "gemm": 40, "grouped": 32}
 """So many cases a family has, or more."""
 
