@@ -22,6 +22,7 @@ def test_no_import_runs_up() -> None:
 
 def test_there_is_no_circle() -> None:
     assert import_graph.circles(GRAPH) == []
+    assert import_graph.circles(import_graph.rooms_used(GRAPH)) == []
 
 
 @pytest.mark.parametrize("room", GENERAL)
@@ -41,3 +42,6 @@ def test_the_graph_sees_imports_wherever_they_stand() -> None:
     assert "ops.quantize.api" in GRAPH["ops.gemm.shapes"]  # inside a function
     assert import_graph.circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
     assert import_graph.upward({"jit.x": {"core.y"}, "core.y": set()}) == ["jit.x -> core.y"]
+    families = {"ops.a.x": {"ops.b.y"}, "ops.b.y": set(), "ops.b.z": {"ops.a.x"}}
+    assert import_graph.upward(families) == import_graph.circles(families) == []
+    assert import_graph.circles(import_graph.rooms_used(families)) == [["ops.a", "ops.b"]]

@@ -20,11 +20,8 @@ FLOORS = (
     ("jit",),
     ("config",),
     ("core",),
-    ("ops.quantize",),
-    ("ops.swiglu", "ops.gemm"),
-    ("ops.grouped",),
-    ("ops.ragged_dot",),
-    ("ops", "quantization", "activation", "gemm", "grouped"),
+    ("ops",),
+    ("quantization", "activation", "gemm", "grouped"),
     ("moe",),
     ("flax",),
     ("tools",),
@@ -33,7 +30,8 @@ FLOORS = (
     ("__main__",),
 )
 """Rooms from the ground up; a room uses those on lower floors, and itself. "" is the package as users see it:
-its public names, which the command line uses as they do."""
+its public names, which the command line uses as they do. "ops" stands for all families, each a room, which
+may use each other in one direction (`circles` of rooms)."""
 
 
 def modules() -> dict[str, Path]:
@@ -95,9 +93,20 @@ def arrows(graph: dict[str, set[str]]) -> dict[tuple[str, str], list[str]]:
 def upward(graph: dict[str, set[str]]) -> list[str]:
     """Imports of a room on the same floor or a higher one."""
     floor = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
-    return sorted(
-        each for (room, used), lines in arrows(graph).items() if floor[room] <= floor[used] for each in lines
-    )
+
+    def runs_up(room: str, used: str) -> bool:
+        room, used = (one.partition(".")[0] for one in (room, used))
+        return floor[room] <= floor[used] and not room == used == "ops"
+
+    return sorted(each for pair, lines in arrows(graph).items() if runs_up(*pair) for each in lines)
+
+
+def rooms_used(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Room -> rooms that it uses, for `circles`."""
+    found: dict[str, set[str]] = {room_of(module): set() for module in graph}
+    for room, used in arrows(graph):
+        found[room].add(used)
+    return found
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -133,11 +142,12 @@ def main() -> int:
     graph = imports(modules())
     between = arrows(graph)
     for rooms in reversed(FLOORS):
-        for room in rooms:
+        named = sorted(one for one in rooms_used(graph) if one.partition(".")[0] in rooms)
+        for room in named:
             uses = sorted(used or PACKAGE for one, used in between if one == room)
             print(f"{room or PACKAGE:<16} uses {', '.join(uses) or 'nothing'}")
-    up, round_ = upward(graph), circles(graph)
-    print(f"\n{len(graph)} modules, {sum(map(len, FLOORS))} rooms, {len(between)} arrows between rooms")
+    up, round_ = upward(graph), circles(graph) + circles(rooms_used(graph))
+    print(f"\n{len(graph)} modules, {len(rooms_used(graph))} rooms, {len(between)} arrows between rooms")
     print(f"{len(round_)} circles", *(" <-> ".join(group) for group in round_), sep="\n  ")
     print(f"{len(up)} imports that run up", *up, sep="\n  ")
     return bool(up or round_)
