@@ -36,7 +36,6 @@ from typing import Any
 
 try:
     import optax
-
     from flax import nnx
 except ImportError as error:
     sys.exit(f"{error}. Install it in the clone: pip install '.[flax]' (with a GPU: '.[cuda13,flax]')")

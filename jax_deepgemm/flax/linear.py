@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from flax import nnx
 from jax_deepgemm.core.sharding import entries
 from jax_deepgemm.flax.variables import as_bf16, as_input, check_dtype, check_recipe
 from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal, zeros

@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.extend.core.primitives import dot_general_p
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from flax import nnx
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.flax.linear import SwiGLU
 from jax_deepgemm.flax.variables import as_input, check_dtype, check_recipe

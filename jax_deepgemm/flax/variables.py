@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax import nnx
 from jax_deepgemm.ops.quantize import QuantizedArray, quantize
 
 RECIPES = ("fp8", "bf16")

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax import nnx
 from jax_deepgemm.core.sharding import entries
 from jax_deepgemm.flax.variables import partition_spec, sharding_metadata
 
