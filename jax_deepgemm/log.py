@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 
@@ -23,3 +24,9 @@ def start() -> None:
     handler.setFormatter(logging.Formatter("jax_deepgemm: %(levelname)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(level.upper())
+
+
+@functools.cache
+def note_once(message: str) -> None:
+    """Logs what costs time without being wrong, the first time it is given."""
+    logger.info("%s", message)

@@ -15,11 +15,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_deepgemm.core import _private, launch
-from jax_deepgemm.core.batch import Carried, fold, own_shapes, without_batch
+from jax_deepgemm.core.batch import Carried, fold, without_batch
 from jax_deepgemm.core.chip import Chip, chip_of
 from jax_deepgemm.core.declaration import Declaration, own
 from jax_deepgemm.core.sharding import Batch
-from jax_deepgemm.log import logger
+from jax_deepgemm.log import note_once
 
 Types = tuple[tuple[tuple[int, ...], Any], ...]
 """Shape and dtype of each result."""
@@ -58,7 +58,7 @@ def make_reference(op: Declaration) -> Callable[..., Any]:
         if op.kernel is not None:
             _stand_in(_other_platform(op, platforms - {"cpu"}), params.get("fallback", "error"))
         elif op.without_kernel is not None and "cuda" in platforms:
-            _note(op.without_kernel(ctx.avals_in, **params))
+            note_once(op.without_kernel(ctx.avals_in, **params))
         return lower(ctx, *args, **params)
 
     return rule
@@ -70,11 +70,6 @@ def _stand_in(refusal: str, fallback: str) -> None:
         raise ValueError(refusal)
     if refusal:
         _private.log_once(f"{refusal} Running the reference.")
-
-
-@functools.cache
-def _note(message: str) -> None:
-    logger.info("%s", message)
 
 
 def device_of(ctx: Any) -> Any | None:
@@ -106,11 +101,11 @@ def on_kernel(
     assert op.kernel is not None
     types = op.result_types(arrays, batch, params)
     folded, carried = fold(arrays, batch)
-    own_types = op.result(*own_shapes([x.shape for x in arrays], batch), **params)
     if carried is None or op.kernel.batched:
         count = next((x.shape[0] for x, on in zip(folded, carried or ()) if on), None)
         lead = () if count is None else (count,)
-        results = _call(op, call, params, folded, tuple(((*lead, *s), d) for s, d in own_types), carried)
+        one_level = tuple(((*lead, *shape[len(batch) :]), dtype) for shape, dtype in types)
+        results = _call(op, call, params, folded, one_level, carried)
     else:
         results = without_batch(
             op.rule,

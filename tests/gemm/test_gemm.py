@@ -14,8 +14,9 @@ from hypothesis import given, settings
 
 import jax_deepgemm as jdg
 from jax_deepgemm import QuantizedArray
-from jax_deepgemm.ops.gemm import api, padding, reference
+from jax_deepgemm.log import note_once
 from jax_deepgemm.ops.gemm import op as ops
+from jax_deepgemm.ops.gemm import padding, reference
 from tests.shared import gemm_oracle as oracle
 from tests.shared.arrays import normal
 from tests.shared.cases import (
@@ -202,8 +203,7 @@ def test_padding_works_under_a_leading_dimension_and_passes_what_fits():
 
 
 def test_notes_are_logged_once_per_shape(caplog):
-    padding._note.cache_clear()
-    api._note_transpose.cache_clear()
+    note_once.cache_clear()
     case = Case(4, 6, 40, layout="nn")
     with caplog.at_level(logging.INFO, logger="jax_deepgemm"):
         for _ in range(2):

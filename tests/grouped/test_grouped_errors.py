@@ -14,7 +14,7 @@ import pytest
 
 import jax_deepgemm as jdg
 from jax_deepgemm import QuantizedArray
-from jax_deepgemm.ops.grouped import api
+from jax_deepgemm.log import note_once
 
 E4, BF16, F32 = jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32
 
@@ -212,7 +212,7 @@ def test_refused_while_tracing() -> None:
 
 
 def test_transposed_bytes_are_noted_once(caplog: pytest.LogCaptureFixture) -> None:
-    api._note_transpose.cache_clear()
+    note_once.cache_clear()
     b = pair((3, 256, 40), (3, 2, 1))
     with caplog.at_level(logging.INFO, "jax_deepgemm"):
         for _ in range(2):
@@ -223,10 +223,9 @@ def test_transposed_bytes_are_noted_once(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_padding_is_noted(caplog: pytest.LogCaptureFixture) -> None:
-    from jax_deepgemm.ops.gemm import padding
     from jax_deepgemm.ops.grouped import prepare
 
-    padding._note.cache_clear()
+    note_once.cache_clear()
     with caplog.at_level(logging.INFO, "jax_deepgemm"):
         a = np.zeros((4, 130), jnp.bfloat16)
         prepare.m_grouped_bf16(

@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 import jax_deepgemm as jdg
-from jax_deepgemm.core import kernel_rule
+from jax_deepgemm.log import note_once
 from jax_deepgemm.ops.ragged_dot import op as ragged_ops
 from tests.shared import ragged_oracle as oracle
 
@@ -39,7 +39,7 @@ def lowered(function: Any, *arrays: Any, platforms: tuple[str, ...] = ("cuda",))
 
 @pytest.fixture
 def notes(caplog: pytest.LogCaptureFixture) -> Any:
-    kernel_rule._note.cache_clear()
+    note_once.cache_clear()
     with caplog.at_level(logging.INFO, "jax_deepgemm"):
         yield lambda: [r.getMessage() for r in caplog.records if "runs on XLA" in r.getMessage()]
 

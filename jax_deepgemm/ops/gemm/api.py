@@ -6,7 +6,6 @@ The two letters say how A and B are stored: A is [m, k] ("n") or [k, m] ("t"), B
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.options import Sharding
-from jax_deepgemm.log import logger
+from jax_deepgemm.log import note_once
 from jax_deepgemm.ops.gemm import checks
 from jax_deepgemm.ops.gemm import op as ops
 from jax_deepgemm.ops.gemm.config import GemmConfig
@@ -373,31 +372,15 @@ def bf16_gemm_tt(
     return _bf16_gemm("tt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
-@functools.cache
-def _note_transpose(op: str, name: str, shape: tuple[int, ...]) -> None:
-    logger.info(
-        "%s: %s %s is stored with k first; FP8 tensor cores read along k, so its bytes are transposed at "
-        "each call. Store it with k last and use fp8_gemm_nt to avoid the pass.",
-        op,
-        name,
-        list(shape),
-    )
-
-
 def _k_last(op: str, name: str, x: checks.Quantized, k_first: bool) -> checks.Quantized:
     """The operand with k as its last dimension."""
     if not k_first:
         return x
-    _note_transpose(op, name, x.values.shape)
+    note_once(
+        f"{op}: {name} {list(x.values.shape)} is stored with k first; FP8 tensor cores read along k, so its "
+        "bytes are transposed at each call. Store it with k last and use fp8_gemm_nt to avoid the pass."
+    )
     return checks.Quantized(jnp.swapaxes(x.values, 0, 1), jnp.swapaxes(x.scales, 0, 1), x.block)
-
-
-def _empty(a: jax.Array, b: jax.Array, c: jax.Array | None, options: checks.Options) -> jax.Array:
-    """The result if m, n or k is 0: C, or zeros of the type that a product would have. No kernel runs."""
-    if c is not None:
-        return c
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return jnp.einsum("mk,nk->mn", a, b, out_sharding=options.out_sharding).astype(options.out_dtype)
 
 
 def _fp8_gemm(layout: str, a: Any, b: Any, c: Any, *options: Any) -> jax.Array:
@@ -408,7 +391,7 @@ def _fp8_gemm(layout: str, a: Any, b: Any, c: Any, *options: Any) -> jax.Array:
     side_a, side_b = checks.sides(layout)
     if 0 in (m, n, k):
         a, b = (x.values.T if side.k_first else x.values for x, side in ((left, side_a), (right, side_b)))
-        return _empty(a, b, addend, checked)
+        return ops.empty_product("mk,nk->mn", a, b, checked) if addend is None else addend
     left, right = _k_last(op, "a", left, side_a.k_first), _k_last(op, "b", right, side_b.k_first)
     return ops.fp8_gemm(left, right, addend, checked)
 
@@ -421,5 +404,5 @@ def _bf16_gemm(layout: str, a: Any, b: Any, c: Any, *options: Any) -> jax.Array:
     if 0 in (m, n, k):
         side_a, side_b = checks.sides(layout)
         left, right = (x.T if side.k_first else x for x, side in ((left, side_a), (right, side_b)))
-        return _empty(left, right, addend, checked)
+        return ops.empty_product("mk,nk->mn", left, right, checked) if addend is None else addend
     return ops.bf16_gemm(layout, left, right, addend, checked)

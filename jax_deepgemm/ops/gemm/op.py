@@ -178,3 +178,9 @@ def bf16_gemm(layout: str, a: jax.Array, b: jax.Array, c: jax.Array | None, opti
     if c is None:
         return BF16_GEMM[layout](a, b, layout=layout, **vars(options))[0]
     return BF16_GEMM_ADD[layout](a, b, c, layout=layout, **vars(options))[0]
+
+
+def empty_product(subscripts: str, a: jax.Array, b: jax.Array, options: Options) -> jax.Array:
+    """The result if m, n or k is 0: zeros of the type that a product would have. No kernel runs."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(subscripts, a, b, out_sharding=options.out_sharding).astype(options.out_dtype)

@@ -6,28 +6,14 @@ operand that already fits passes through untouched. A padded operand is copied a
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_deepgemm.log import logger
+from jax_deepgemm.log import note_once
 
 ROW_BYTES = 16
-
-
-@functools.cache
-def _note(name: str, given: tuple[int, ...], padded: tuple[int, ...], dtype: str) -> None:
-    logger.info(
-        "%s %s%s is copied to %s at each call, so that its rows are whole %d bytes; "
-        "store it so to avoid the copy.",
-        name,
-        dtype,
-        list(given),
-        list(padded),
-        ROW_BYTES,
-    )
 
 
 def pad_axis(name: str, x: jax.Array, axis: int, multiple: int) -> jax.Array:
@@ -38,7 +24,10 @@ def pad_axis(name: str, x: jax.Array, axis: int, multiple: int) -> jax.Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, missing)
     padded = jnp.pad(x, widths)
-    _note(name, x.shape, padded.shape, x.dtype.name)
+    note_once(
+        f"{name} {x.dtype.name}{list(x.shape)} is copied to {list(padded.shape)} at each call, so that its "
+        f"rows are whole {ROW_BYTES} bytes; store it so to avoid the copy."
+    )
     return padded
 
 

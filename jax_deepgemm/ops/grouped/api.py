@@ -12,7 +12,6 @@ last row. To have them reported, see `jax_deepgemm.grouped.check_group_sizes`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -20,9 +19,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.options import Sharding
-from jax_deepgemm.log import logger
+from jax_deepgemm.log import note_once
 from jax_deepgemm.ops.gemm.checks import BLOCKED, Options, Quantized, check_options
 from jax_deepgemm.ops.gemm.config import GemmConfig
+from jax_deepgemm.ops.gemm.op import empty_product
 from jax_deepgemm.ops.grouped import checks
 from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.quantize.array import QuantizedLike
@@ -310,9 +310,12 @@ def m_grouped_fp8_gemm_nt_masked(
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
     left, right, (m, n, k) = checks.check_fp8(op, checks.masked_sides("nt"), a, b)
     counts = checks.check_masked_m(op, masked_m, right.values.shape[0])
-    hints = {"zero_rows": _flag(op, zero_rows), "expected_m": checks.check_expected_m(op, expected_m)}
+    hints = {
+        "zero_rows": checks.check_zero_rows(op, zero_rows),
+        "expected_m": checks.check_expected_m(op, expected_m),
+    }
     if 0 in (m, n, k):
-        return _empty("gmk,gnk->gmn", left.values, right.values, options)
+        return empty_product("gmk,gnk->gmn", left.values, right.values, options)
     run = ops.M_MASKED_FP8_BLOCK if right.block == BLOCKED else ops.M_MASKED_FP8_ROW
     arrays = (left.values, left.scales, right.values, right.scales, counts)
     return run(*arrays, **hints, **vars(options))[0]
@@ -360,9 +363,12 @@ def m_grouped_bf16_gemm_nt_masked(
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
     left, right, (m, n, k) = checks.check_bf16(op, checks.masked_sides("nt"), a, b)
     counts = checks.check_masked_m(op, masked_m, right.shape[0])
-    hints = {"zero_rows": _flag(op, zero_rows), "expected_m": checks.check_expected_m(op, expected_m)}
+    hints = {
+        "zero_rows": checks.check_zero_rows(op, zero_rows),
+        "expected_m": checks.check_expected_m(op, expected_m),
+    }
     if 0 in (m, n, k):
-        return _empty("gmk,gnk->gmn", left, right, options)
+        return empty_product("gmk,gnk->gmn", left, right, options)
     return ops.M_MASKED_BF16["nt"](left, right, counts, **hints, **vars(options))[0]
 
 
@@ -521,51 +527,19 @@ def k_grouped_bf16_gemm_tn_contiguous(
     where, count = checks.check_k_groups(op, group_sizes, num_groups, group_offset)
     addend = checks.check_c(op, c, (count, m, n), options.out_dtype)
     if 0 in (m, n, k):
-        return _empty_groups("km,kn->mn", left, right, addend, count, options)
+        return ops.empty_products("km,kn->mn", left, right, addend, count, options)
     run = ops.K_GROUPED_BF16 if addend is None else ops.K_GROUPED_BF16_ADD
     arrays = (left, right, where.group_sizes, where.group_offset, *(() if addend is None else (addend,)))
     return run(*arrays, rows_format=where.rows_format, num_groups=count, **vars(options))[0]
 
 
-@functools.cache
-def _note_transpose(op: str, names: str, shape: tuple[int, ...], way_out: str) -> None:
-    logger.info(
-        "%s: %s %s: FP8 tensor cores read along k, which is not the last dimension, so the bytes are "
-        "transposed at each call. %s",
-        op,
-        names,
-        list(shape),
-        way_out,
-    )
-
-
 def _k_last(op: str, name: str, x: Quantized, way_out: str) -> jax.Array:
     """The values with k as their last dimension."""
-    _note_transpose(op, name, x.values.shape, way_out)
+    note_once(
+        f"{op}: {name} {list(x.values.shape)}: FP8 tensor cores read along k, which is not the last "
+        f"dimension, so the bytes are transposed at each call. {way_out}"
+    )
     return jnp.swapaxes(x.values, -1, -2)
-
-
-def _flag(op: str, zero_rows: Any) -> bool:
-    if not isinstance(zero_rows, bool):
-        raise TypeError(f"{op}: zero_rows is {zero_rows!r}, need True or False; it is static.")
-    return zero_rows
-
-
-def _empty(subscripts: str, a: jax.Array, b: jax.Array, options: Options) -> jax.Array:
-    """The result if m, n or k is 0: zeros of the type that a product would have. No kernel runs."""
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return jnp.einsum(subscripts, a, b, out_sharding=options.out_sharding).astype(options.out_dtype)
-
-
-def _empty_groups(
-    subscripts: str, a: jax.Array, b: jax.Array, c: jax.Array | None, groups: int, options: Options
-) -> jax.Array:
-    """The k-grouped result if m, n or k is 0: C, or zeros."""
-    if c is not None:
-        return c
-    one = jnp.einsum(subscripts, a.astype(jnp.float32), b.astype(jnp.float32)).astype(options.out_dtype)
-    every = jnp.broadcast_to(one[None], (groups, *one.shape))
-    return every if options.out_sharding is None else jax.sharding.reshard(every, options.out_sharding)
 
 
 def _m_grouped_fp8(
@@ -576,7 +550,7 @@ def _m_grouped_fp8(
     hint = checks.check_expected_m(op, expected_m)
     if 0 in (m, n, k):
         subscripts = "mk,gnk->mn" if layout == "nt" else "mk,gkn->mn"
-        return _empty(subscripts, left.values, right.values, options)
+        return empty_product(subscripts, left.values, right.values, options)
     values, scales = right.values, right.scales
     if layout == "nn":
         values = _k_last(
@@ -595,7 +569,7 @@ def _m_grouped_bf16(
     where = checks.check_rows(op, rows, m, right.shape[0])
     hint = checks.check_expected_m(op, expected_m)
     if 0 in (m, n, k):
-        return _empty("mk,gnk->mn" if layout == "nt" else "mk,gkn->mn", left, right, options)
+        return empty_product("mk,gnk->mn" if layout == "nt" else "mk,gkn->mn", left, right, options)
     run = ops.M_GROUPED_BF16[layout]
     arrays = (left, right, where.group_sizes, where.group_offset)
     return run(*arrays, rows_format=where.rows_format, expected_m=hint, **vars(options))[0]
@@ -609,7 +583,7 @@ def _k_grouped_fp8(
     addend = checks.check_c(op, c, (count, m, n), options.out_dtype)
     if 0 in (m, n, k):
         subscripts = "mk,nk->mn" if layout == "nt" else "km,kn->mn"
-        return _empty_groups(subscripts, left.values, right.values, addend, count, options)
+        return ops.empty_products(subscripts, left.values, right.values, addend, count, options)
     pair = []
     for name, x in (("a", left), ("b", right)):
         if layout == "tn":

@@ -233,3 +233,10 @@ def check_c(op: str, c: Any, shape: tuple[int, ...], out_dtype: np.dtype[Any]) -
         way_out += f", or ask for out_dtype=jnp.{other.name}." if other in OUT_DTYPES else "."
         raise ValueError(f"{op}: c is {describe(c)}, need {need}: the result's dtype. {way_out}")
     return jnp.asarray(c)
+
+
+def check_zero_rows(op: str, zero_rows: Any) -> bool:
+    """A static flag."""
+    if not isinstance(zero_rows, bool):
+        raise TypeError(f"{op}: zero_rows is {zero_rows!r}, need True or False; it is static.")
+    return zero_rows

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
+from jax_deepgemm.ops.gemm.checks import Options
 from jax_deepgemm.ops.gemm.op import recut_blocks
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped import prepare, reference, segments
@@ -308,3 +309,14 @@ K_MASKED_BF16: Op = Op(
     jvp=functools.partial(_jvp, lambda: K_MASKED_BF16),
     transpose=_k_masked_transpose,
 )
+
+
+def empty_products(
+    subscripts: str, a: jax.Array, b: jax.Array, c: jax.Array | None, groups: int, options: Options
+) -> jax.Array:
+    """The k-grouped result if m, n or k is 0: C, or zeros."""
+    if c is not None:
+        return c
+    one = jnp.einsum(subscripts, a.astype(jnp.float32), b.astype(jnp.float32)).astype(options.out_dtype)
+    every = jnp.broadcast_to(one[None], (groups, *one.shape))
+    return every if options.out_sharding is None else jax.sharding.reshard(every, options.out_sharding)

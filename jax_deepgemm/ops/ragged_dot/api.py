@@ -29,7 +29,7 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.dtypes import wider
 from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.core.sharding import Axes, as_spec, entries
-from jax_deepgemm.log import logger
+from jax_deepgemm.log import note_once
 from jax_deepgemm.ops.gemm.checks import BFLOAT16, FLOAT32, check_options, is_qwix
 from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.grouped import api
@@ -520,20 +520,12 @@ def _recut(x: jax.Array, spec: list[Axes], cuts: list[Axes]) -> jax.Array:
 def _ordered(name: str, what: str, x: jax.Array, order: tuple[int, ...]) -> jax.Array:
     moved = [d for d in order if x.shape[d] != 1]
     if moved != sorted(moved):
-        _note_transpose(name, what, x.shape, order)
+        dims = ", ".join(map(str, order))
+        note_once(
+            f"{name}: {what} {list(x.shape)} is transposed ({dims}) at each call, which copies it. The "
+            "docstring of ragged_dot_general says which orders of dimensions run as they are."
+        )
     return jnp.transpose(x, order)
-
-
-@functools.cache
-def _note_transpose(name: str, what: str, shape: tuple[int, ...], order: tuple[int, ...]) -> None:
-    logger.info(
-        "%s: %s %s is transposed (%s) at each call, which copies it. The docstring of ragged_dot_general "
-        "says which orders of dimensions run as they are.",
-        name,
-        what,
-        list(shape),
-        ", ".join(map(str, order)),
-    )
 
 
 def _matrices(x: jax.Array, lead: int, rows: int) -> jax.Array:
