@@ -12,11 +12,10 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
     is_known,
-    plan_dispatch,
+    plan_capacity,
     sum_copies,
     take_quantized,
     take_rows,
-    with_capacity,
 )
 from jax_deepgemm.moe.experts import Weight, check_weights
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
@@ -25,6 +24,7 @@ from jax_deepgemm.ops.gemm.checks import PER_ROW
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
 from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.rows.api import move_rows
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_quantize
 
 
@@ -96,7 +96,7 @@ def _moe_mlp_decode(
 ) -> jax.Array:
     experts, tokens = w13.shape[0], x.shape[0]
     rows = tokens if max_rows is None else max_rows
-    plan = with_capacity(plan_dispatch(ids, experts), ids, rows)
+    plan = plan_capacity(ids, experts, rows)
     expected_m = _expected_rows(ids.size, experts, rows) if expected_m is None else expected_m
     row_weights = take_rows(weights.reshape(-1), plan.source)
     run = _bf16 if recipe == "bf16" else _fp8
@@ -163,5 +163,5 @@ def _bf16(
             num_sms=num_sms,
         )
 
-    hidden = gemm(take_rows(x.astype(jnp.bfloat16), plan.token), w13, jnp.bfloat16)
+    hidden = gemm(move_rows(x.astype(jnp.bfloat16), plan.token), w13, jnp.bfloat16)
     return gemm(swiglu(hidden, row_weights.reshape(hidden.shape[:2])), w2, x.dtype)

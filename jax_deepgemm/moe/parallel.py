@@ -21,7 +21,6 @@ from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.core.sharding import as_spec, entries
 from jax_deepgemm.moe import exchange as way
-from jax_deepgemm.moe.dispatch import as_words, from_words
 from jax_deepgemm.moe.exchange import Axis, Exchange
 from jax_deepgemm.moe.experts import (
     HIGHER_ORDER,
@@ -40,6 +39,7 @@ from jax_deepgemm.moe.placement import cuts
 from jax_deepgemm.ops.gemm.checks import PER_ROW
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.quantize import QuantizedArray, dequantize, quantize
+from jax_deepgemm.ops.rows.reference import as_words, from_words
 
 
 def expert_parallel_moe(
