@@ -59,7 +59,7 @@ def moe_mlp_decode(
 
     Args:
       x, ids, weights, w13, w2: as in `moe_mlp`. Quantise the weights beforehand: master weights are quantised
-        at each call.
+        at each call. Of PreparedWeights the FP8 copies are used, and the masters have no gradient.
       max_rows: rows of an expert; copies that find none, those of later tokens, are dropped: they count zero.
         Default: the number of tokens, so that nothing is dropped (a token's ids being distinct).
       recipe, num_sms: as in `moe_mlp`.

@@ -16,11 +16,14 @@ from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
 from jax_deepgemm import fp8_linear, grouped_linear, prepare_weight
+from jax_deepgemm.moe import expert_mlp, moe_layer, moe_mlp, moe_mlp_decode, prepare_weights, route
 from tests.shared.arrays import normal
 
 BF16, F32 = jnp.bfloat16, jnp.float32
-STEPS, M, N, K, G = 3, 40, 256, 384, 4
+STEPS, M, N, K, G, I = 3, 40, 256, 384, 4, 128
 SIZES = jnp.array([7, 0, 20, 9], jnp.int32)
+ROW_WEIGHTS = 1 + normal(5, M, dtype=F32) / 8
+IDS, WEIGHTS = route(normal(6, M, G, dtype=F32), 2)
 
 
 def linear(x: Any, *w: Any) -> Any:
@@ -31,13 +34,32 @@ def grouped(x: Any, *w: Any) -> Any:
     return grouped_linear(grouped_linear(x, w[0], SIZES), w[1], SIZES)
 
 
+def experts(x: Any, *w: Any) -> Any:
+    return expert_mlp(x, *w, SIZES, ROW_WEIGHTS)
+
+
+def mixture(x: Any, *w: Any) -> Any:
+    return moe_mlp(x, IDS, WEIGHTS, *w)
+
+
+def over_devices(x: Any, *w: Any) -> Any:
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    return moe_layer(x, IDS, WEIGHTS, *w, mesh=mesh)[0]
+
+
 def weights(*lead: int) -> tuple[jax.Array, ...]:
     return normal(1, *lead, N, K, dtype=F32) / 16, normal(2, *lead, K, N, dtype=BF16) / 16
+
+
+def expert_weights() -> tuple[jax.Array, ...]:
+    return normal(3, G, 2 * I, K, dtype=BF16) / 16, normal(4, G, K, I, dtype=F32) / 16
 
 
 LAYERS: dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]] = {
     "fp8_linear": (linear, weights()),
     "grouped_linear": (grouped, weights(G)),
+    "expert_mlp": (experts, expert_weights()),
+    "moe_mlp": (mixture, expert_weights()),
 }
 BATCHES = normal(0, STEPS, M, K)
 each_layer = pytest.mark.parametrize("name", list(LAYERS))
@@ -101,14 +123,19 @@ def test_bits_of_masters(name: str) -> None:
     equal(layer(x, *prepared(masters)), layer(x, *masters))
 
 
-@each_layer
-@pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
-def test_ways_to_write_it(name: str, remat: bool) -> None:
+@pytest.mark.parametrize(
+    ("layer", "masters", "ways"),
+    [
+        (*LAYERS["fp8_linear"], (inside, outside, whole)),
+        (jax.checkpoint(mixture), LAYERS["moe_mlp"][1], (inside, outside, whole)),
+        (over_devices, LAYERS["moe_mlp"][1], (inside,)),
+    ],
+    ids=["fp8_linear", "moe_mlp of jax.checkpoint", "moe_layer"],
+)
+def test_ways_to_write_it(layer: Any, masters: Any, ways: Any) -> None:
     """Compiled for a CPU, whose products sum in an order that XLA chooses: not equal bits."""
-    layer, masters = LAYERS[name]
-    layer = jax.checkpoint(layer) if remat else layer
     want = jax.jit(functools.partial(masters_only, layer))(masters, BATCHES)
-    for way in (inside, outside, whole):
+    for way in ways:
         near(jax.jit(functools.partial(way, layer))(masters, BATCHES), want)
     assert np.isfinite(want[0])
 
@@ -230,6 +257,13 @@ def test_another_dtype_of_gradients() -> None:
     equal(grad(master), wide.astype(BF16))
 
 
+def test_decoding_reads_the_copies() -> None:
+    masters, x = LAYERS["moe_mlp"][1], BATCHES[0]
+    equal(
+        moe_mlp_decode(x, IDS, WEIGHTS, *prepare_weights(*masters)), moe_mlp_decode(x, IDS, WEIGHTS, *masters)
+    )
+
+
 W = prepare_weight(jnp.ones((G, N, K), BF16))
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str, Callable[[], Any]]] = [
     (
@@ -259,6 +293,12 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str, Callable[[], Any]]] 
         ValueError,
         "pass the master: w.master",
         lambda: grouped_linear(BATCHES[0], W.master, SIZES, recipe="bf16"),
+    ),
+    (
+        lambda: expert_mlp(BATCHES[0], *prepare_weights(*expert_weights()), SIZES, recipe="bf16"),
+        ValueError,
+        "pass the master: w13.master",
+        lambda: expert_mlp(BATCHES[0], *expert_weights(), SIZES, recipe="bf16"),
     ),
     (lambda: fp8_linear(BATCHES[0], W), ValueError, "w is .4, 256, 384.", lambda: W),
     (lambda: fp8_linear(W, W), TypeError, "the layer quantises it", lambda: W),

@@ -147,7 +147,9 @@ def grouped_linear(
     layer = _Layer(
         out_dtype=options.out_dtype,
         out_sharding=options.out_sharding,
-        gemms=fp8.LayerOptions(expected_m, options.num_sms, options.reduce_dtype),
+        gemms=fp8.LayerOptions(
+            expected_m, options.num_sms, options.reduce_dtype, group_blocks=fp8.rows_are_whole(x)
+        ),
         num_groups=weight.shape[0],
         x=like(x),
         w=like(jax.tree.leaves(weight)[0]),
@@ -255,7 +257,7 @@ def _trained(
 def _trained_fwd(
     layer: _Layer, x: jax.Array, w: jax.Array, copies: Copies | None, groups: fp8.Groups
 ) -> tuple[jax.Array, tuple[_Pair, Bits, fp8.Groups]]:
-    rows, along_rows = fp8.both(x, groups)
+    rows, along_rows = fp8.both(x, groups, layer.gemms)
     copies = Copies.named(w, GROUPED_WEIGHT_FP8) if copies is None else copies
     act = fp8.keep(*along_rows, GROUPED_ACT_FP8)
     return _forward(layer, rows, copies.plain.meant, groups), (act, copies.transposed, groups)
@@ -265,11 +267,11 @@ def _trained_bwd(
     layer: _Layer, residuals: tuple[_Pair, Bits, fp8.Groups], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
     act, weight_t, groups = residuals
-    rows, along_rows = fp8.both(dy, groups)
+    rows, along_rows = fp8.both(dy, groups, layer.gemms)
     dx = _input_gradient(layer, rows, weight_t.meant, groups)
     dtype, spec = layer.w
     x = fp8.AlongRows(*fp8.kept(act))
-    dw = fp8.k_grouped(along_rows, x, groups, layer.num_groups, layer.gemms, dtype, spec)
+    dw = fp8.k_grouped(along_rows, x, groups, dy.shape[0], layer.num_groups, layer.gemms, dtype, spec)
     return dx, dw, None, None
 
 
