@@ -31,7 +31,7 @@ from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_contiguous
 from jax_deepgemm.ops.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize, quantize_rows
-from jax_deepgemm.ops.quantize.prepared import Bits, Copies, prepare_weight
+from jax_deepgemm.ops.quantize.prepared import Bits, Copies, cotangent, prepare_weight
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_grad_quantize, swiglu_quantize
 
 HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, as in jax.hessian)"
@@ -280,7 +280,7 @@ def backward(
 
 def _like_the_weight(prepared: bool, dw: jax.Array | None) -> Any:
     """The gradient of a prepared weight is that of its master."""
-    return PreparedWeight(dw, None) if prepared else dw
+    return cotangent(dw) if prepared else dw
 
 
 def _copies(w: Weight) -> tuple[QuantizedArray, Bits | _Pair]:

@@ -256,6 +256,12 @@ def master_and_copies(w: Any) -> tuple[jax.Array, Copies | None]:
     return (w.master, w.copies) if isinstance(w, PreparedWeight) else (w, None)
 
 
+def cotangent(dw: Any) -> PreparedWeight:
+    """What a backward pass returns for a prepared weight: the gradient of its master, and nothing else."""
+    nothing: Any = None
+    return PreparedWeight(dw, nothing)
+
+
 def _turned(spec: Iterable[Any]) -> P:
     *lead, rows, cols = spec
     return P(*lead, cols, rows)
