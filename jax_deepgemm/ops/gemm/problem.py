@@ -32,7 +32,7 @@ class GemmProblem:
       batches: products of this size in one launch (`jax.vmap`).
       batched: for each operand in the op's order, whether it has a batch dimension.
       table_bytes: shared memory that a grouped kernel's table of groups takes (ops/grouped).
-      weights: how many matrices B there are in all; 0 where they are read more than once or twice.
+      weights: how many matrices B are read in all; 0 where they are read more than once or twice.
 
     Raises nothing; `precompile` and `explain` refuse what no kernel can run.
 

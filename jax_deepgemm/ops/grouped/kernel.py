@@ -44,7 +44,7 @@ def _rows_problem(
 ) -> GroupedProblem:
     """Without a hint, the rows are taken to be shared evenly by all groups there are."""
     rows, k = a.shape
-    expected = expected_m or max(1, rows // max(1, described["segments"]))
+    expected = min(expected_m or max(1, rows // max(1, described["segments"])), rows)
     n = avals_out[0].shape[-1]
     return GroupedProblem(
         ROWS, groups=b.shape[0], m=rows, n=n, k=k, expected=expected, **described, **_out(avals_out)

@@ -68,6 +68,11 @@ class GroupedProblem:
         """Segments in the table."""
         return self.segments if self.grouping == ROWS and self.segmented else self.groups
 
+    @property
+    def hit(self) -> int:
+        """Groups that can have rows: in one matrix of rows, no more than it has."""
+        return min(self.groups, self.m) if self.grouping == ROWS else self.groups
+
     @cached_property
     def gemm(self) -> GemmProblem:
         """One group of the expected size, with what the table takes of shared memory."""
@@ -88,10 +93,11 @@ class GroupedProblem:
 
     @property
     def _weights_read_once(self) -> int:
-        """How many matrices B there are, or 0 where several groups share them or a group has many rows."""
+        """How many matrices B are read, or 0 where several groups share them or a group has many rows."""
         held = self.weights if self.grouping == MASKED_ROWS else self.groups
         uses = self.segments if self.segmented else self.groups
-        return held if not self.inner and self.expected <= _FEW_ROWS and uses <= 2 * held else 0
+        once = not self.inner and self.expected <= _FEW_ROWS and uses <= 2 * held
+        return min(held, self.hit) if once else 0
 
     @property
     def rows_bound(self) -> int:

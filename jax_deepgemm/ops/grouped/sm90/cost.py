@@ -1,4 +1,4 @@
-"""What a configuration costs on a grouped problem: the dense model, summed over groups."""
+"""What a configuration costs on a grouped problem: the dense model, summed over groups that have rows."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def grouped_candidates(p: GroupedProblem, chip: Chip) -> Iterator[Sm90Config]:
 
 
 def grouped_cost(p: GroupedProblem, c: Sm90Config, chip: Chip) -> Cost:
-    """The dense model, summed over groups of sizes around the expected one."""
+    """The dense model, summed over groups of sizes around the expected one, as many as can have rows."""
     col_tiles = ceil_div(p.n, c.block_n)
     if p.inner:
         row_tiles = float(ceil_div(p.m, c.block_m))
     else:
         sizes = [max(1, round(p.expected * factor)) for factor in _SPREAD]
         row_tiles = sum(ceil_div(size, c.block_m) for size in sizes) / len(sizes)
-    tiles = p.groups * row_tiles * col_tiles
+    tiles = p.hit * row_tiles * col_tiles
     waves = _waves(tiles / chip.num_sms, halves(p, c))
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
     kind = kind_of(p.gemm, c.ping_pong)
@@ -97,7 +97,7 @@ def grouped_cost(p: GroupedProblem, c: Sm90Config, chip: Chip) -> Cost:
     per_tile = fixed + for_each * c.block_m * c.block_n * traffic
     compute = waves * (per_tile + p.gemm.k_blocks * per_block(_PER_BLOCK[kind], c))
     again = 0 if p.inner else _READ_AGAIN * min(row_tiles - 1, 1) * p.n * p.gemm.row_bytes
-    moved = p.groups * (p.gemm.bytes_moved + again)
+    moved = p.hit * (p.gemm.bytes_moved + again)
     start = START["fp8" if p.gemm.is_fp8 else "bf16"]
     return Cost(start, compute, moved / _MEMORY_BYTES_PER_US, round(waves))
 
