@@ -33,7 +33,7 @@ class GroupedProblem:
       segmented: whether that description is starts | ends | groups, or just sizes.
       weights: groups of B ("masked_rows": used by group modulo this).
       zero_rows: "masked_rows": whether rows beyond those that count are stored as zeros.
-      a, b, layout, out, add_c, b_scales: as in GemmProblem.
+      a, b, layout, out, add_c, b_scales, gated: as in GemmProblem.
     """
 
     grouping: str
@@ -52,6 +52,7 @@ class GroupedProblem:
     out: str = "bfloat16"
     add_c: bool = False
     b_scales: str = "block"
+    gated: bool = False
 
     @property
     def inner(self) -> bool:
@@ -89,6 +90,7 @@ class GroupedProblem:
             b_scales=self.b_scales,
             table_bytes=(self.capacity + head_end_and_totals) * _SEGMENT_BYTES,
             weights=self._weights_read_once,
+            gated=self.gated,
         )
 
     @property
@@ -114,6 +116,7 @@ class GroupedProblem:
         parts = [f"{SHORT[self.grouping]} {self.a}x{self.b} {self.layout} groups={self.groups}"]
         parts += [f"m={self.m} n={self.n} k={self.k} expected={self.expected} -> {self.out}"]
         parts += ["+C"] if self.add_c else []
+        parts += ["SwiGLU"] if self.gated else []
         parts += (
             [f"B scales {'128x128' if self.b_scales == 'block' else '1x128'}"] if self.gemm.is_fp8 else []
         )

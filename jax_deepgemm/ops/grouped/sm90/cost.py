@@ -30,6 +30,10 @@ _PER_BLOCK = {
         (192, 128): 0.5612,
         (256, 128): 0.7425,
     },
+    "fp8 gated": {
+        (64, 256): 0.5,
+        (128, 256): 0.7477,
+    },
     "fp8 vector": {
         (64, 128): 0.44,
         (128, 128): 0.68,
@@ -62,6 +66,7 @@ _PER_BLOCK = {
 # Microseconds of any tile beside its blocks, and for each element of a bf16 D.
 _PER_TILE = {
     "fp8 block": (0.5942, 6.49e-06),
+    "fp8 gated": (1.2, 6.49e-06),
     "fp8 vector": (0.2, 2.0e-5),
     "fp8 slices": (0.00168, 8.836e-06),
     "bf16": (0.002294, 2.711e-05),
@@ -104,7 +109,7 @@ def grouped_cost(p: GroupedProblem, c: Sm90Config, chip: Chip) -> Cost:
 
 def halves(p: GroupedProblem, c: Sm90Config) -> bool:
     """Whether the last tiles are cut in two where that fills the SMs: those whose columns take two passes."""
-    return not p.inner and passes(p.gemm, c) == 2
+    return not (p.inner or p.gated) and passes(p.gemm, c) == 2
 
 
 def _waves(even: float, cut: bool) -> float:
