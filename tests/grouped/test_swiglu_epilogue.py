@@ -1,4 +1,4 @@
-"""The epilogue that makes a quantised SwiGLU of a tile of gate and up: where each number goes, and which rows.
+"""The epilogue that makes a quantised SwiGLU of a tile of gate and up: where each number goes.
 
 The device code runs on the CPU, a thread for each lane of a warp (tests/shared/native), with the sanitizers
 on, and is compared with the formula. That the kernel's bits are those of `swiglu_quantize` is for
@@ -119,7 +119,8 @@ def check(case: Case, values: np.ndarray, scales: np.ndarray) -> None:
     finite = np.isfinite(act)
     assert (np.isnan(got) == ~finite).all(), case
     error = np.abs(got * mine - act)[finite]
-    assert (error <= np.abs(act)[finite] / 16 + 0.51 * 2.0**-9 * np.broadcast_to(mine, act.shape)[finite]).all()
+    subnormal = 0.51 * 2.0**-9 * np.broadcast_to(mine, act.shape)
+    assert (error <= (np.abs(act) / 16 + subnormal)[finite]).all(), case
     values[where][:, features], scales[where][:, case.feature // 128] = NOT_WRITTEN, NO_SCALE
     assert (values == NOT_WRITTEN).all(), case
     assert (scales == NO_SCALE).all(), case

@@ -59,7 +59,8 @@ def m_grouped_fp8_gemm_swiglu(
     >>> from jax_deepgemm.ops.grouped.gated import m_grouped_fp8_gemm_swiglu
     >>> x = jax.random.normal(jax.random.key(0), (8, 256), jnp.bfloat16)
     >>> w = jax.random.normal(jax.random.key(1), (3, 2 * 128, 256), jnp.bfloat16)
-    >>> act = m_grouped_fp8_gemm_swiglu(quantize(x), quantize(w, (128, 128)), jnp.array([2, 0, 5]), jnp.ones(8))
+    >>> a, b, sizes = quantize(x), quantize(w, (128, 128)), jnp.array([2, 0, 5])
+    >>> act = m_grouped_fp8_gemm_swiglu(a, b, sizes, jnp.ones(8))
     >>> act.values.shape, act.scales.shape, act.dtype.name
     ((8, 128), (8, 1), 'float8_e4m3fn')
 
@@ -85,7 +86,8 @@ def m_grouped_fp8_gemm_swiglu(
     arrays = (left.values, left.scales, right.values, right.scales, _check_weights(op, row_weights, (m,)))
     options = _options(op, expected_m, config, num_sms)
     sizes = (where.group_sizes, where.group_offset)
-    return QuantizedArray(*M_GROUPED(*arrays, *sizes, rows_format=where.rows_format, **options), PER_ROW)
+    values, scales = M_GROUPED(*arrays, *sizes, rows_format=where.rows_format, **options)
+    return QuantizedArray(values, scales, PER_ROW)
 
 
 def m_masked_fp8_gemm_swiglu(
@@ -127,7 +129,8 @@ def m_masked_fp8_gemm_swiglu(
     counts = checks.check_masked_m(op, masked_m, groups)
     weights = _check_weights(op, row_weights, (groups, m))
     arrays = (left.values, left.scales, right.values, right.scales, weights, counts)
-    return QuantizedArray(*M_MASKED(*arrays, **_options(op, expected_m, config, num_sms)), PER_ROW)
+    values, scales = M_MASKED(*arrays, **_options(op, expected_m, config, num_sms))
+    return QuantizedArray(values, scales, PER_ROW)
 
 
 # What is accepted
@@ -185,9 +188,7 @@ def _m_grouped_reference(
     **_: Any,
 ) -> list[jax.Array]:
     sizes = (group_sizes, group_offset)
-    [h] = reference.m_grouped_fp8_gemm(
-        a, sa, b, sb, *sizes, rows_format=rows_format, out_dtype=jnp.bfloat16
-    )
+    [h] = reference.m_grouped_fp8_gemm(a, sa, b, sb, *sizes, rows_format=rows_format, out_dtype=jnp.bfloat16)
     starts, ends, groups = segments.read(group_sizes, rows_format, a.shape[0])
     here = (segments.local_groups(groups, group_offset, b.shape[0]) >= 0).astype(jnp.int32)
     edges = jnp.zeros_like(here, shape=(a.shape[0] + 1,)).at[starts].add(here).at[ends].add(-here)

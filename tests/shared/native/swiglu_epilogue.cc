@@ -1,13 +1,14 @@
-// The epilogue of the grouped GEMM that is fused with SwiGLU: the device code itself, one warp after the other,
-// with a CPU thread for each lane.
+// The epilogue of the grouped GEMM that is fused with SwiGLU: the device code itself, one warp after the
+// other, with a CPU thread for each lane.
 //
 // Reads cases from standard input, nine integers each:
 //   rows of a matrix, matrices, features, first row of the tile, rows_end, zeros_end, feature, matrix, masked
-// then h of the tile [64][256] and the weight of every row, as float32; writes for each case all values (bytes
-// 0xAA where nothing was stored) and all scales (-1).
+// then h of the tile [64][256] and the weight of every row, as float32; writes for each case all values
+// (bytes 0xAA where nothing was stored) and all scales (-1).
+
+#include <cuda.h>
 
 #include <cstdio>
-#include <cuda.h>
 #include <jax_deepgemm/grouped/gemm_grouped_swiglu.cuh>
 #include <thread>
 #include <vector>

@@ -147,7 +147,7 @@ struct SwigluTiles : GroupedTiles<C> {
   const SwigluResult all;
 
   __device__ __forceinline__ void store(MainLoop<C>& loop, const TileRecord& record) const {
-    float(&acc)[C::COLS / 2] = loop.acc[0];
+    float (&acc)[C::COLS / 2] = loop.acc[0];
     const GroupTile mine = group_tile<C>(table, record, p, in.k_blocks);
     const int warp = ptx::thread_index() / 32, lane = ptx::thread_index() % 32;
     const int first_row = record.row + warp * 16, upper = first_row + lane / 4, lower = upper + 8;

@@ -45,8 +45,8 @@ __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar
       : "memory");
 }
 
-// The same, rank 3 and 4, of bytes that nobody will read again: their lines are the first to leave L2, and need not
-// wait until dirty lines have been written back. (A hint of the normal policy is dearer than none:
+// The same, rank 3 and 4, of bytes that nobody will read again: their lines are the first to leave L2, and
+// need not wait until dirty lines have been written back. (A hint of the normal policy is dearer than none:
 // docs/performance_log.md.)
 __device__ __forceinline__ void tma_load_once(u32 smem, const TensorMap& map, u32 bar, int x, int y, int z) {
   u64 policy;

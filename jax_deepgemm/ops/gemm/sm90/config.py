@@ -42,8 +42,8 @@ class Sm90Config(GemmConfig):
         without TMA stores.
       ping_pong: whether each of two warpgroups has whole tiles of 128 rows, in turn, so that one multiplies
         while the other stores (BF16 only).
-      gated: whether the columns of a tile are those of gate and of up of the same features, 128 each, of which
-        the kernel writes the quantised SwiGLU (m-grouped FP8 products fused with it, and no others).
+      gated: whether the columns of a tile are those of gate and of up of the same features, 128 each, of
+        which the kernel writes the quantised SwiGLU (m-grouped FP8 products fused with it, and no others).
     """
 
     block_m: int

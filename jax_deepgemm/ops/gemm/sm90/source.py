@@ -165,7 +165,8 @@ def leading_parameters(p: GemmProblem, c: Sm90Config) -> list[str]:
 
 def described(p: object, c: Sm90Config) -> tuple[tuple[str, object], ...]:
     """What `explain` says of a kernel."""
-    shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs", "ping_pong", "gated")
+    always = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs", "ping_pong")
+    shown = (*always, "gated") if c.gated else always
     return (("problem", str(p)), *((field, getattr(c, field)) for field in shown))
 
 

@@ -55,8 +55,8 @@ def grouped_plan(p: GroupedProblem, c: Sm90Config, chip: Chip, operands: Operand
 
 
 def _gated_maps(maps: list[TensorMap]) -> list[TensorMap]:
-    """The maps of B and its scales, the second and the fourth, with gate | up as a dimension of its own: a box
-    has as many features of each half."""
+    """The maps with gate | up as a dimension of its own in those of B and its scales: a box has as many
+    features of each half."""
     a, b, a_scales, b_scales = maps
     return [a, _in_halves(b), a_scales, _in_halves(b_scales)]
 

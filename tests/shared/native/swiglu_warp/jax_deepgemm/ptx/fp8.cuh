@@ -1,4 +1,5 @@
-// What quantize_tile.cuh and swiglu.cuh take of instructions and of CUDA, for one warp of 32 threads of a CPU.
+// What quantize_tile.cuh and swiglu.cuh take of instructions and of CUDA, for one warp of 32 threads of a
+// CPU.
 #pragma once
 
 #include <barrier>
