@@ -1,7 +1,7 @@
-"""moe_mlp, expert_mlp and grouped_linear with drawn loads of the experts: values and gradients in float32.
+"""moe_mlp, expert_mlp and grouped_linear with drawn loads: values and gradients beside those in float32.
 
-Loads of all kinds: experts without tokens, one expert with all of them, dropped copies, 1 to 2048 experts, and
-rows behind the last group that hold NaN. And magnitudes: what one expert's tokens are is nothing to another's.
+Loads of all kinds: experts without tokens, one expert with all of them, dropped copies, 1 to 2048 experts,
+and rows behind the last group that hold NaN.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def close(got: Any, want: Any, limit: float) -> None:
     assert all(value < limit for value in found), found
 
 
-@pytest.mark.parametrize(
-    ("recipe", "experts"), [("fp8", 1), ("fp8", 5), ("bf16", 5), ("fp8", 2048)], ids=str
-)
+@pytest.mark.parametrize(("recipe", "experts"), [("fp8", 1), ("fp8", 5), ("bf16", 5), ("fp8", 2048)], ids=str)
 def test_moe_mlp_with_any_load(recipe, experts):
     hidden = SIZES[experts][0]
     x, by = normal(0, T, hidden), normal(4, T, hidden)

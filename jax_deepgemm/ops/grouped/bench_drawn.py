@@ -2,7 +2,8 @@
 
 Each row of k belongs to one of the groups with equal probability, so no size is a multiple of 128. "fp8" and
 "bf16" are the public ops, whose scales are those of blocks of the whole k; "fp8 layer" is the weight gradient
-as `grouped_linear` and the MoE layers call it, on the operands that they make for it.
+as `grouped_linear` and the MoE layers call it, on the operands that they make for it, whose blocks begin with
+each group.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ HALF = ((32, 4096, 7168, 32768), (32, 7168, 2048, 32768))
 SMALL = (3, 64, 128, 100)
 KEYS = ("type", "groups", "m", "n", "k")
 LAYER = "fp8 layer"
+OPTIONS = recipe.LayerOptions()
 Function = Callable[..., jax.Array]
 FUNCTIONS: dict[str, Function] = {
     "fp8": functools.partial(k_grouped_fp8_gemm_nt_contiguous, out_dtype=jnp.bfloat16),
@@ -62,7 +64,7 @@ def draw(kind: str, total: int, m: int, n: int) -> tuple[Any, Any]:
 def _layer_operands(a: jax.Array, b: jax.Array, sizes: jax.Array) -> tuple[Any, Any]:
     """A and B as a layer quantises them for its weight gradient."""
     groups = recipe.Groups.of(sizes, None)
-    return recipe.both(a, groups)[1], recipe.both(b, groups)[1]
+    return recipe.both(a, groups, OPTIONS)[1], recipe.both(b, groups, OPTIONS)[1]
 
 
 def _draw_layer(total: int, m: int, n: int, *sizes: Sizes) -> list[tuple[Any, Any]]:
@@ -71,10 +73,10 @@ def _draw_layer(total: int, m: int, n: int, *sizes: Sizes) -> list[tuple[Any, An
     return [_layer_operands(a, b, jnp.asarray(each, jnp.int32)) for each in sizes]
 
 
-def _layer(num_groups: int, a: Any, b: Any, sizes: jax.Array) -> jax.Array:
+def _layer(rows: int, num_groups: int, a: Any, b: Any, sizes: jax.Array) -> jax.Array:
     """The weight gradient of a layer."""
     groups = recipe.Groups.of(sizes, None)
-    return recipe.k_grouped(a, b, groups, num_groups, recipe.LayerOptions(), jnp.bfloat16)
+    return recipe.k_grouped(a, b, groups, rows, num_groups, OPTIONS, jnp.bfloat16)
 
 
 def beside_even(
@@ -130,7 +132,7 @@ def rows(small: bool) -> Iterator[Row]:
             yield beside_even("k_drawn", {"type": kind, **fields}, sizes, function, drawing)
         layer = functools.partial(_draw_layer, total, m, n, sizes, even_sizes(sizes))
         own, even = (lambda drawn: drawn[0]), (lambda drawn: drawn[1])
-        function = functools.partial(_layer, groups)
+        function = functools.partial(_layer, total, groups)
         yield beside_even("k_drawn", {"type": LAYER, **fields}, sizes, function, layer, (own, even))
 
 
