@@ -17,6 +17,7 @@ FOLDERS = (
     "jax_deepgemm.ops.gemm",
     "jax_deepgemm.ops.grouped",
     "jax_deepgemm.ops.ragged_dot",
+    "jax_deepgemm.ops.route",
     "jax_deepgemm.moe",
 )
 """Packages of families of kernels, and of layers that are called, compiled and measured like them."""
@@ -36,7 +37,7 @@ def families() -> list[Family[Any]]:
     """Returns every family of kernels.
 
     >>> [family.name for family in families()]
-    ['quantize', 'gemm', 'grouped']
+    ['quantize', 'gemm', 'grouped', 'route']
     """
     return [module.FAMILY for module in parts("family")]
 
