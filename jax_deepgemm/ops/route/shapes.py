@@ -19,6 +19,7 @@ class RouteShape(CallShape):
     """The choice of experts for tokens, and the gradient of the logits."""
 
     OPS: ClassVar = ("route",)
+    LAYER: ClassVar = True
     tokens: int = size("rows of the logits")
     experts: int = size("columns of the logits")
     top_k: int = size("experts that each token goes to")
