@@ -130,7 +130,8 @@ def test_scores_against_float64(p):
         scores = route_cases.scores(x[token].astype(np.float64), p.router.score)
         chosen = scores[ids[token]]
         want = p.router.scale * (chosen / (chosen.sum() + 1e-20) if p.router.renormalize else chosen)
-        np.testing.assert_allclose(weights[token], want, rtol=1e-6, atol=1e-38)
+        near = 3e-6 if p.router.score == "softmax" else 1e-6  # logit - largest logit is rounded
+        np.testing.assert_allclose(weights[token], want, rtol=near, atol=1e-38)
         ranking = scores + (np.asarray(bias_of(p), np.float64) if p.biased else 0)
         best = route_cases.choice(ranking, p.router)
         np.testing.assert_allclose(ranking[ids[token]], ranking[best], rtol=1e-6, atol=3e-7)
@@ -147,11 +148,11 @@ def test_the_gradient_against_float64(p):
     pull = jax.jit(lambda x, ids, by: gradient_of(True, x, ids, by, r))
     got = np.asarray(pull(x, ids, by)).astype(np.float64)
     wide = np.asarray(x).astype(np.float64)
-    near = 2.0**-8 if p.x == "bfloat16" else 8e-6
+    rounding = 2.0**-8 if p.x == "bfloat16" else 0.0
     for token in range(p.tokens):
-        want = route_cases.gradient(wide[token], ids[token], by[token].astype(np.float64), r)
-        size = np.abs(want).max()
-        assert np.all(np.abs(got[token] - want) <= near * size + 1e-16), (p, token)
+        want, size = route_cases.gradient(wide[token], ids[token], by[token].astype(np.float64), r)
+        near = rounding * np.abs(want) + 2e-6 * size + 1e-16
+        assert np.all(np.abs(got[token] - want) <= near), (p, token)
 
 
 @pytest.mark.smoke

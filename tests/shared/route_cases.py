@@ -55,8 +55,9 @@ def choice(ranking: np.ndarray, router: Router) -> list[int]:
     return sorted(allowed, key=lambda e: (-ranking[e], e))[: router.top_k]
 
 
-def gradient(x: np.ndarray, ids: Any, by: np.ndarray, router: Router) -> np.ndarray:
-    """The gradient of one token's logits in float64, for that of its weights."""
+def gradient(x: np.ndarray, ids: Any, by: np.ndarray, router: Router) -> tuple[np.ndarray, float]:
+    """The gradient of one token's logits in float64, for that of its weights; and how large its terms are,
+    which may cancel."""
     sigmoid, score = scores(x, "sigmoid"), scores(x, router.score)
     slope = {
         "softmax": lambda: score,
@@ -70,4 +71,5 @@ def gradient(x: np.ndarray, ids: Any, by: np.ndarray, router: Router) -> np.ndar
         pull = (pull - (pull * score[ids]).sum() / total) / total
     row = np.zeros_like(x)
     row[ids] = pull
-    return slope * (row - (score @ row if router.score == "softmax" else 0))
+    size = np.abs(router.scale * by).max() * slope[ids].max() / (abs(total) if router.renormalize else 1)
+    return slope * (row - (score @ row if router.score == "softmax" else 0)), size
