@@ -305,6 +305,7 @@ FORWARD = (
     Call("swiglu_quantize", activation.swiglu_quantize, ("x", "row_weights")),
     Call("swiglu_grad_quantize", activation.swiglu_grad_quantize, ("x", "row_weights", "dact")),
     Call("route", _route(), ("logits",)),
+    Call("route sqrt_softplus", _route(score="sqrt_softplus"), ("logits",)),
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
     Call("dispatch, combine", _dispatch_and_combine, ("x", "ids", "weights")),
     Call("plan_dispatch, spread_weights", _row_weights, ("ids", "weights")),
