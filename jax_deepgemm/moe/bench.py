@@ -29,10 +29,10 @@ from jax_deepgemm.ops.quantize.api import quantize
 FORWARD, FROZEN, TRAINING = "forward", "forward, FP8 weights", "forward and backward"
 WIDE = f"{TRAINING}, float32 masters"
 HELD = "forward, FP8 weights, 1 of 8 held"
-EXPERTS = "experts alone, FP8 weights"
+EXPERTS, EXPERTS_BF16 = "experts alone, FP8 weights", "experts alone"
 DEVICES = 8  # that share the experts of "held"
 READ_RATE = 4.5e12  # bytes a second that kernels which only read reach on an H200
-GEMM_RATE = 1480e12  # operations a second of the fastest FP8 products there
+GEMM_RATE = {"fp8": 1480e12, "bf16": 800e12}  # operations a second of the fastest products there
 KINDS = (
     ("^jdg_sm90_(masked_)?k_grouped", 0, "K-grouped GEMM"),
     (f"^{GEMM_PREFIX}", 0, "GEMM"),
@@ -79,6 +79,17 @@ class Layer:
         return self.what.startswith(TRAINING)
 
     @property
+    def chosen(self) -> bool:
+        """Whether the choice of experts is given."""
+        return self.what.startswith(EXPERTS_BF16)
+
+    @property
+    def pictured(self) -> bool:
+        """Whether documents show when its kernels run."""
+        large = self.chosen and self.tokens >= 4096
+        return self.recipe == "fp8" and (large or self.what == TRAINING)
+
+    @property
     def weight_dtype(self) -> str:
         """Of the weights that it is given."""
         fp8 = "FP8 weights" in self.what
@@ -103,13 +114,13 @@ class Layer:
         for read once, or all products at the best rate."""
         met = min(self.held, self.tokens * self.top_k)
         read = 3 * met * self.hidden * self.inner * jnp.dtype(self.weight_dtype).itemsize
-        return round(max(read / READ_RATE, self.flops / GEMM_RATE) * 1e6, 1)
+        return round(max(read / READ_RATE, self.flops / GEMM_RATE[self.recipe]) * 1e6, 1)
 
     @property
     def row(self) -> Row:
         """What the benchmark measures."""
         sizes = f"tokens={self.tokens} hidden={self.hidden} inner={self.inner} experts={self.experts}"
-        floor = {"floor_us": self.floor_us} if self.what == EXPERTS else {}
+        floor = {"floor_us": self.floor_us} if self.chosen else {}
         return Row(
             name=f"moe {self.recipe} {self.what}: {sizes} top_k={self.top_k}",
             fields=dataclasses.asdict(self) | floor,
@@ -120,7 +131,7 @@ class Layer:
             bytes=self.bytes,
             prefix="",
             gemms=GEMM_PREFIX,
-            timeline=self.recipe == "fp8",
+            timeline=self.pictured,
         )
 
 
@@ -152,11 +163,12 @@ def _rows(small: bool) -> Iterator[Row]:
 
 
 def _inference(small: bool) -> Iterator[Row]:
-    if small:
-        yield Layer("fp8", EXPERTS, **SMALL).row
-        return
-    for tokens, hidden, inner, experts in INFERENCE:
-        yield Layer("fp8", EXPERTS, tokens, hidden, inner, experts).row
+    for recipe, what in (("fp8", EXPERTS), ("bf16", EXPERTS_BF16)):
+        if small:
+            yield Layer(recipe, what, **SMALL).row
+            continue
+        for tokens, hidden, inner, experts in INFERENCE:
+            yield Layer(recipe, what, tokens, hidden, inner, experts).row
 
 
 @functools.cache
@@ -186,7 +198,7 @@ def _draw(sizes: Layer, held: int, dtype: str) -> tuple[Any, ...]:
 def _operands(layer: Layer, drawn: tuple[Any, ...]) -> tuple[Any, ...]:
     """Those of a row's function."""
     x, logits, w13, w2, dy = drawn
-    if layer.what == EXPERTS:
+    if layer.chosen:
         return x, *jax.jit(route, static_argnums=1)(logits, layer.top_k), w13, w2
     return (x, logits, w13, w2, dy) if layer.trains else (x, logits, w13, w2)
 
@@ -203,10 +215,11 @@ def _function(layer: Layer) -> Callable[..., Any]:
         y, vjp = jax.vjp(forward, *arguments[:-1])
         return y, vjp(arguments[-1])
 
-    return mlp if layer.what == EXPERTS else training if layer.trains else forward
+    return mlp if layer.chosen else training if layer.trains else forward
 
 
 KEYS = ("tokens", "hidden", "inner", "experts", "top_k")
+RECIPES = ("recipe", "fp8", "bf16")
 TABLES = {
     "moe": Table(
         "A layer of experts, from the router's logits to the combined tokens, all kernels: their sum (us),"
@@ -216,15 +229,17 @@ TABLES = {
         columns=("us", "span us", "TFLOP/s", "GEMMs us", "rest us", "rest", "launches", "temp GB", CLOCK),
         part=lambda fields: "",
         order=2,
+        recipes=RECIPES,
         kinds=KINDS,
     ),
     "moe_inference": Table(
-        "Inference: a layer of experts with FP8 weights, the choice of experts given",
-        KEYS,
+        "Inference: a layer of experts, the choice of experts given; weights in FP8 or bfloat16",
+        ("recipe", *KEYS),
         _inference,
         columns=("us", "span us", "GEMMs us", "floor us", "span / GEMMs", "launches", CLOCK),
         part=lambda fields: "",
         order=2,
+        recipes=RECIPES,
         kinds=KINDS,
     ),
     "moe_step": bench_step.TABLE,

@@ -111,4 +111,5 @@ TABLE = Table(
     baseline="jax.lax.ragged_dot",
     part=lambda fields: "",
     order=2,
+    recipes=("way", "moe_mlp, fp8", "moe_mlp, bf16"),
 )

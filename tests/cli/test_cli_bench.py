@@ -334,7 +334,7 @@ COUNTS = {
     "quantize": 14,
     "linear": 4,
     "moe": 12,
-    "moe_inference": 8,
+    "moe_inference": 16,
     "moe_step": 4,
     "shapes": 24,
     "k_drawn": 13,

@@ -76,4 +76,5 @@ TABLE = Table(
     elsewhere="XLA",
     part=lambda fields: str(fields["what"]),
     order=2,
+    recipes=("", "", ""),
 )
