@@ -148,11 +148,13 @@ def test_fp8_is_compared_with_bf16() -> None:
     dense = {"table": "linear", **rows_of("linear")[0].fields, "status": "ok", "us": 50.0}
     dense |= {"baseline": {"what": "BF16", "status": "ok", "us": 80.0}}
     alone = layer_row(what=moe.WIDE)
-    layer = "forward and backward tokens=4096 hidden=7168 inner=2048 experts=32 top_k=8"
+    prepared = layer_row(what=moe.TRAINING + moe.PREPARED, span_us=910.5)
+    layer = "recipe=fp8 forward and backward{} tokens=4096 hidden=7168 inner=2048 experts=32 top_k=8"
     linear = "forward, FP8 weight m=8192 n=4096 k=7168"
-    assert report.recipes(result(slower, layer_row(), dense, alone)) == [
+    assert report.recipes(result(slower, layer_row(), dense, alone, prepared)) == [
         ["linear", linear, "50", "80", "0.62", "–", "–"],
-        ["moe", layer, "1821", "3642", "0.50", "1.65", "2.00"],
+        ["moe", layer.format(""), "1821", "3642", "0.50", "1.65", "2.00"],
+        ["moe", layer.format(moe.PREPARED), "910", "3642", "0.25", "1.65", "2.00"],
     ]
 
 

@@ -238,20 +238,17 @@ RECIPES = ("table", "of", "FP8 us", "BF16 us", "FP8 / BF16", "FP8 temp GB", "BF1
 
 def recipes(result: dict[str, Any]) -> list[list[str]]:
     """Rows in FP8 beside the same in BF16: from the first start to the last end, where that was measured."""
+    found = {key(row): row for row in result["rows"]}
     lines = []
     for name, about, rows in _rows(result):
-        if about.recipes is None:
-            continue
-        key_of, fp8, bf16 = about.recipes
-        shared = [one for one in about.keys if one != key_of]
-        others = {tuple(row[one] for one in shared): row for row in rows if key_of and row[key_of] == bf16}
         for row in rows:
-            if key_of and row[key_of] != fp8:
+            differs = about.in_bf16(row)
+            if differs is None:
                 continue
-            other = others.get(tuple(row[one] for one in shared)) if key_of else row.get("baseline")
+            other = found.get(key({**row, **differs})) if differs else row.get("baseline")
             if other and row["status"] == other["status"] == "ok":
-                words = " ".join(f"{row[one]}" if one == "what" else f"{one}={row[one]}" for one in shared)
-                lines.append([name, words, *_compared(row, other)])
+                words = [row[one] if one == "what" else f"{one}={row[one]}" for one in about.keys]
+                lines.append([name, " ".join(words), *_compared(row, other)])
     return lines
 
 
