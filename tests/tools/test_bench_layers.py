@@ -173,6 +173,15 @@ def test_pictures_show_what_was_before(tmp_path: Path, monkeypatch: pytest.Monke
     assert report._timelines(tmp_path / "h200.json", result()) == {}
 
 
+def test_a_result_of_layers_alone_has_no_plot_and_no_line_in_the_readme(tmp_path: Path) -> None:
+    path = tmp_path / "layers.json"
+    write(path, result(layer_row()))
+    pages = {target.name: content for target, content in report.documents([path]).items()}
+    assert "img/layers.png" not in pages["benchmarks.md"]
+    assert report.NOTHING in pages["README.md"]
+    assert report.NOTHING in pages["performance.md"], "nothing to compare"
+
+
 def test_floors_of_inference() -> None:
     """Bytes of the experts that tokens can meet at 4.5 TB/s, or products at 1480 TFLOP/s."""
     by = {recipe: [] for recipe in ("fp8", "bf16")}

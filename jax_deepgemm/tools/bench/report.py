@@ -138,7 +138,7 @@ def markdown(path: Path, result: dict[str, Any]) -> str:
 
 
 def readme(path: Path, result: dict[str, Any]) -> str:
-    """Returns the short tables of README.md."""
+    """Returns the short tables of README.md; "" where a result has no row of them."""
     peers = recorded(result["device"])
     found = {key(row): row for row in result["rows"]}
     lines = [
@@ -147,7 +147,7 @@ def readme(path: Path, result: dict[str, Any]) -> str:
         "applies no block scales). DeepGEMM's figures were recorded on the same kind of machine by the same",
         "method ([data](benchmarks/data/deepgemm_h200.json)). Above 1x: this package is faster.",
     ]
-    on_gpu = bool(result["gpu"])
+    on_gpu, shown = bool(result["gpu"]), False
     for titles, group in groupby(_readme_tables(), key=lambda named: header(named[1], on_gpu)):
         rows = [
             [name, *cells(about, found[one], peers.get(one, {}))[:-1]]
@@ -157,7 +157,8 @@ def readme(path: Path, result: dict[str, Any]) -> str:
         ]
         if rows:
             lines += ["", markdown_table(["table", *titles[:-1]], rows)]
-    return "\n".join(lines)
+            shown = True
+    return "\n".join(lines) if shown else ""
 
 
 def _readme_tables() -> list[tuple[str, Table]]:
@@ -193,8 +194,8 @@ def documents(paths: Sequence[Path]) -> dict[Path, str]:
     results = [(path, load(path)) for path in paths]
     measured = [(path, result) for path, result in results if result["gpu"]]
     page = "\n".join(_page_section(path, result) for path, result in measured) or NOTHING
-    short = "\n\n".join(readme(path, result) for path, result in measured) or NOTHING
-    both = "\n\n".join(_recipes_section(path, result) for path, result in measured) or NOTHING
+    short = "\n\n".join(filter(None, (readme(path, result) for path, result in measured))) or NOTHING
+    both = "\n\n".join(_recipes_section(*one) for one in measured if recipes(one[1])) or NOTHING
     targets = {
         ROOT / "docs" / "benchmarks.md": ("results", page),
         ROOT / "docs" / "performance.md": ("recipes", both),
@@ -209,7 +210,7 @@ def _recipes_section(path: Path, result: dict[str, Any]) -> str:
 
 
 def _page_section(path: Path, result: dict[str, Any]) -> str:
-    pictures = [f"![speed](img/{path.stem}.png)\n"]
+    pictures = [f"![speed](img/{path.stem}.png)\n"] if plots.plotted(result) else []
     for target in _timelines(path, result):
         about = "What layers run, kernel by kernel, as bars in time; each bar says its name and microseconds"
         pictures.append(f"{about}:\n\n![kernels in time](img/{target.name})\n")
