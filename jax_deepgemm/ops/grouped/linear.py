@@ -117,8 +117,8 @@ def grouped_linear(
 
     With "fp8" the forward and both backward GEMMs run in FP8, by the recipe of the DeepSeek-V3 report,
     section 3.3: x and dy with one scale per row and 128 features, w with one per 128x128 block; for dw, x and
-    dy with one scale per feature and 128 rows (counted from row 0: groups need no alignment), accumulated in
-    float32. With "bf16" x and w are rounded to bfloat16, and derivatives of any order exist.
+    dy with one scale per feature and 128 rows (they begin with each group, see docs/limits.md), accumulated
+    in float32. With "bf16" x and w are rounded to bfloat16, and derivatives of any order exist.
 
     Weights that several calls use, for microbatches or under `jax.checkpoint`, are quantised once by
     `prepare_weight`: a PreparedWeight as w gives the same bits, and the gradient goes to its master.
