@@ -13,11 +13,10 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
     is_known,
-    plan_dispatch,
+    plan_capacity,
     sum_copies,
     take_quantized,
     take_rows,
-    with_capacity,
 )
 from jax_deepgemm.moe.experts import Weight, check_weights
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
@@ -26,7 +25,8 @@ from jax_deepgemm.ops.gemm.checks import PER_ROW
 from jax_deepgemm.ops.grouped import gated
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
-from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
+from jax_deepgemm.ops.rows.api import move_rows
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_quantize
 
 
@@ -61,7 +61,7 @@ def moe_mlp_decode(
 
     Args:
       x, ids, weights, w13, w2: as in `moe_mlp`. Quantise the weights beforehand: master weights are quantised
-        at each call.
+        at each call. Of PreparedWeights the FP8 copies are used, and the masters have no gradient.
       max_rows: rows of an expert; copies that find none, those of later tokens, are dropped: they count zero.
         Default: the number of tokens, so that nothing is dropped (a token's ids being distinct).
       recipe, num_sms: as in `moe_mlp`.
@@ -98,7 +98,7 @@ def _moe_mlp_decode(
 ) -> jax.Array:
     experts, tokens = w13.shape[0], x.shape[0]
     rows = tokens if max_rows is None else max_rows
-    plan = with_capacity(plan_dispatch(ids, experts), ids, rows)
+    plan = plan_capacity(ids, experts, rows)
     expected_m = _expected_rows(ids.size, experts, rows) if expected_m is None else expected_m
     row_weights = take_rows(weights.reshape(-1), plan.source)
     run = _bf16 if recipe == "bf16" else _fp8
@@ -161,7 +161,7 @@ def _bf16(
     experts = w13.shape[0]
 
     def gemm(a: jax.Array, w: Weight, out_dtype: DTypeLike) -> jax.Array:
-        assert not isinstance(w, QuantizedArray)
+        assert not isinstance(w, PreparedWeight | QuantizedArray)
         return m_grouped_bf16_gemm_nt_masked(
             a.reshape(experts, row_weights.shape[0] // experts, a.shape[-1]),
             w.astype(jnp.bfloat16),
@@ -171,5 +171,5 @@ def _bf16(
             num_sms=num_sms,
         )
 
-    hidden = gemm(take_rows(x.astype(jnp.bfloat16), plan.token), w13, jnp.bfloat16)
+    hidden = gemm(move_rows(x.astype(jnp.bfloat16), plan.token), w13, jnp.bfloat16)
     return gemm(swiglu(hidden, row_weights.reshape(hidden.shape[:2])), w2, x.dtype)

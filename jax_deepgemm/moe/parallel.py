@@ -21,7 +21,6 @@ from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.core.sharding import as_spec, entries
 from jax_deepgemm.moe import exchange as way
-from jax_deepgemm.moe.dispatch import as_words, from_words
 from jax_deepgemm.moe.exchange import Axis, Exchange
 from jax_deepgemm.moe.experts import (
     HIGHER_ORDER,
@@ -40,6 +39,7 @@ from jax_deepgemm.moe.placement import cuts
 from jax_deepgemm.ops.gemm.checks import PER_ROW
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.quantize import QuantizedArray, dequantize, quantize
+from jax_deepgemm.ops.rows.reference import as_words, from_words
 
 
 def expert_parallel_moe(
@@ -81,7 +81,8 @@ def expert_parallel_moe(
       ids: integer [t, top_k], experts of each token among all devices' (device d has [d * e, (d + 1) * e)), a
         token's distinct. Copies with other ids, as -1, are dropped.
       weights: float32 [t, top_k].
-      w13: [e, 2 * i, h], gate and up projections of this device's experts, as in `moe_mlp`, frozen ones too.
+      w13: [e, 2 * i, h], gate and up projections of this device's experts, as in `moe_mlp`, prepared and
+        frozen ones too.
       w2: [e, h, i], their down projections, likewise.
       axis: the mesh axis of the experts, or several.
       method: "all_to_all": fixed room for each pair of devices; on every platform.

@@ -76,3 +76,13 @@ class QuantizeProblem:
     def pairs(self) -> bool:
         """The gradients of gate and up are computed together."""
         return self.kind == "swiglu_grad" and self.width % TILE == 0 and self.x != "float32"
+
+    @property
+    def streamed(self) -> bool:
+        """A block of threads walks over row blocks, the next one's rows on their way."""
+        return self.kind == "quantize" and self.blocks > 0 and self.aligned and self.x != "float32"
+
+    @property
+    def walked(self) -> bool:
+        """There are as many blocks of threads as run at once, and each walks over tiles."""
+        return self.pairs or self.streamed
