@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_deepgemm.core.family import OpKernel
+from jax_deepgemm.ops.quantize.activation import SILU, Activation
 from jax_deepgemm.ops.quantize.array import Block
 from jax_deepgemm.ops.quantize.family import FAMILY
 from jax_deepgemm.ops.quantize.problem import QuantizeProblem
@@ -24,6 +25,7 @@ def problem_of(
     limited: bool,
     weighted: bool = False,
     min_amax: float = 0.0,
+    activation: Activation = SILU,
 ) -> QuantizeProblem:
     """The problem of a call whose first operand is what is read, and whose first result is FP8."""
     *batches, rows, cols = avals_out[0].shape
@@ -39,6 +41,7 @@ def problem_of(
         min_amax=min_amax,
         limited=limited,
         weighted=weighted,
+        activation=activation,
         batches=batches[0] if batches else 1,
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jax_deepgemm.ops.quantize.activation import SILU, Activation
+
 TILE = 128
 
 
@@ -12,7 +14,7 @@ class QuantizeProblem:
     """What is quantised and how.
 
     Attributes:
-      kind: "quantize" (x itself), "swiglu" (of h = gate | up) or "swiglu_grad" (the gradient of h).
+      kind: "quantize" (x itself), "swiglu" (the activation of h) or "swiglu_grad" (the gradient of h).
       rows, cols: of the quantised matrix.
       x: dtype of what is read.
       fp8: dtype of what is written.
@@ -22,6 +24,7 @@ class QuantizeProblem:
       min_amax: what the amax of a block counts as at least; 0: as little as a normal scale allows.
       limited: an operand says from which row on x counts as zeros.
       weighted: "swiglu" and its gradient have a factor per row.
+      activation: of "swiglu" and its gradient.
       batches: number of matrices.
     """
 
@@ -36,14 +39,16 @@ class QuantizeProblem:
     min_amax: float = 0.0
     limited: bool = False
     weighted: bool = False
+    activation: Activation = SILU
     batches: int = 1
 
     def __str__(self) -> str:
         flags = {"transposed": self.transposed, "ue8m0": self.ue8m0, "row limit": self.limited}
         flags |= {"weights": self.weighted, f"batches={self.batches}": self.batches > 1}
         shape, block = f"{self.rows}x{self.cols}", f"{self.block[0]}x{self.block[1]}"
+        kind = " ".join([self.kind, *([self.activation.tag] if self.activation.tag else [])])
         return " ".join(
-            [self.kind, shape, block, f"{self.x} -> {self.fp8}", *(name for name, on in flags.items() if on)]
+            [kind, shape, block, f"{self.x} -> {self.fp8}", *(name for name, on in flags.items() if on)]
         )
 
     @property
@@ -53,8 +58,8 @@ class QuantizeProblem:
 
     @property
     def width(self) -> int:
-        """Features of SwiGLU's result."""
-        return self.cols // 2 if self.kind == "swiglu_grad" else self.cols
+        """Features of the activation's result."""
+        return self.cols // self.activation.halves if self.kind == "swiglu_grad" else self.cols
 
     @property
     def aligned(self) -> bool:
@@ -69,4 +74,11 @@ class QuantizeProblem:
     @property
     def pairs(self) -> bool:
         """The gradients of gate and up are computed together."""
-        return self.kind == "swiglu_grad" and self.width % TILE == 0 and self.x != "float32"
+        apart = self.activation.gated and not self.activation.interleaved
+        return self.kind == "swiglu_grad" and apart and self.width % TILE == 0 and self.x != "float32"
+
+    @property
+    def summed(self) -> int:
+        """Tiles of the gradient of h, side by side, of which each gives the weights' gradient a part."""
+        features = self.cols if self.activation.interleaved else self.width
+        return -(-features // TILE)
