@@ -30,7 +30,7 @@ from jax_deepgemm.ops.grouped import linear
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_contiguous
 from jax_deepgemm.ops.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
-from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.quantize import QuantizedArray, quantize, quantize_rows
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_grad_quantize, swiglu_quantize
 
 HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, as in jax.hessian)"
@@ -130,7 +130,7 @@ def expert_mlp(
     if spec is not None:
         row_weights = jax.sharding.reshard(row_weights, PartitionSpec(*spec[:1]))
     groups = fp8.Groups.of(group_sizes, group_offset)
-    gemms = fp8.LayerOptions(expected_m, num_sms)
+    gemms = fp8.LayerOptions(expected_m, num_sms, group_blocks=fp8.rows_are_whole(rows))
     leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups))
     rows, w13, w2, row_weights, groups = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16":  # gradients of replicated weights are summed in their own dtype, not in bfloat16
@@ -207,8 +207,8 @@ def apply_and_keep(
     second, kept_w2 = _prepare(w2)
     hidden = checkpoint_name(fp8.m_grouped(rows, first, groups, static.gemms, jnp.bfloat16), MOE_HIDDEN)
     trained = not is_frozen(static.w2)
-    end = groups.end(hidden.shape[0])
-    values, scales, *act_t = swiglu_quantize(hidden, row_weights, end, transposed=trained)
+    counted = fp8.counted(groups, hidden.shape[0], static.gemms, trained)
+    values, scales, *act_t = swiglu_quantize(hidden, row_weights, **counted)
     y = fp8.m_grouped(QuantizedArray(values, scales, PER_ROW), second, groups, static.gemms, static.rows)
     return y, Kept(
         rows=None if along_rows is None else fp8.keep(*along_rows, GROUPED_ACT_FP8),
@@ -227,16 +227,15 @@ def backward(
     """(gradient of the rows, of w13, of w2, of the row weights)."""
     groups, gemms = kept.groups, static.gemms
     dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
-    end = groups.end(dact.shape[0])
-    gradients: Any = swiglu_grad_quantize(
-        kept.hidden, kept.row_weights, dact, end, transposed=kept.rows is not None
-    )
+    counted = fp8.counted(groups, dact.shape[0], gemms, kept.rows is not None)
+    gradients: Any = swiglu_grad_quantize(kept.hidden, kept.row_weights, dact, **counted)
     dh, dh_scales, *dh_t, dweights = gradients
     dh_rows = QuantizedArray(dh, dh_scales, PER_ROW)
     drows = fp8.m_grouped(dh_rows, _for_dgrad(kept.w13, static.w13), groups, gemms, static.rows)
     dh_along_rows = fp8.AlongRows(*dh_t) if dh_t else None
-    dw13 = _weight_gradient(static, dh_along_rows, kept.rows, groups, static.w13, static.specs[0])
-    dw2 = _weight_gradient(static, dy_along_rows, kept.act, groups, static.w2, static.specs[1])
+    weight_gradient = functools.partial(_weight_gradient, static, groups, dact.shape[0])
+    dw13 = weight_gradient(dh_along_rows, kept.rows, static.w13, static.specs[0])
+    dw2 = weight_gradient(dy_along_rows, kept.act, static.w2, static.specs[1])
     return drows, dw13, dw2, dweights
 
 
@@ -257,16 +256,17 @@ def _for_dgrad(pair: _Pair, dtype: np.dtype[Any]) -> QuantizedArray:
 
 def _weight_gradient(
     static: Experts,
+    groups: fp8.Groups,
+    rows: int,
     dy: fp8.AlongRows | None,
     kept: _Pair | None,
-    groups: fp8.Groups,
     dtype: np.dtype[Any],
     spec: PartitionSpec | None,
 ) -> jax.Array | None:
     if kept is None or dy is None:
         return None
     x = fp8.AlongRows(*fp8.kept(kept))
-    return fp8.k_grouped(dy, x, groups, static.num_groups, static.gemms, dtype, spec)
+    return fp8.k_grouped(dy, x, groups, rows, static.num_groups, static.gemms, dtype, spec)
 
 
 @functools.partial(ReverseOnly, "expert_mlp", fp8.HIGHER_ORDER)
@@ -277,23 +277,25 @@ def _fp8(
     return apply(static, quantize(rows, PER_ROW), *weights, row_weights, groups)
 
 
-def quantize_rows(
-    trained: bool, x: jax.Array, groups: fp8.Groups
+def quantized(
+    static: Experts, trained: bool, x: jax.Array, groups: fp8.Groups, index: jax.Array | None = None
 ) -> tuple[QuantizedArray, fp8.AlongRows | None]:
-    """x per row, and along rows if a weight's gradient needs that."""
-    return fp8.both(x, groups) if trained else (quantize(x, PER_ROW), None)
+    """x, or x[index], per row, and along rows if a weight's gradient needs that."""
+    if trained:
+        return fp8.both(x, groups, static.gemms, index)
+    return quantize(x, PER_ROW) if index is None else quantize_rows(x, index), None
 
 
 def _fp8_fwd(
     static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
 ) -> tuple[jax.Array, Kept]:
-    quantized, along_rows = quantize_rows(not is_frozen(static.w13), rows, groups)
-    return apply_and_keep(static, quantized, along_rows, w13, w2, row_weights, groups)
+    quantized_rows, along_rows = quantized(static, not is_frozen(static.w13), rows, groups)
+    return apply_and_keep(static, quantized_rows, along_rows, w13, w2, row_weights, groups)
 
 
 def _fp8_bwd(static: Experts, kept: Kept, dy: jax.Array) -> tuple[Any, ...]:
-    quantized, along_rows = quantize_rows(not is_frozen(static.w2), dy, kept.groups)
-    drows, dw13, dw2, dweights = backward(static, kept, quantized, along_rows)
+    quantized_dy, along_rows = quantized(static, not is_frozen(static.w2), dy, kept.groups)
+    drows, dw13, dw2, dweights = backward(static, kept, quantized_dy, along_rows)
     return drows, dw13, dw2, dweights, None
 
 

@@ -31,6 +31,7 @@ def _function(x: np.ndarray, a: Activation) -> tuple[np.ndarray, np.ndarray]:
     return x * sigmoid, sigmoid + a.alpha * x * sigmoid * (1 - sigmoid)
 
 
+@np.errstate(over="ignore")
 def activate(h: np.ndarray, a: Activation) -> tuple[np.ndarray, np.ndarray]:
     """act [.., i] of h [.., 2 i] or [.., i], and for each column of h the derivative of its feature's act."""
     h, limit = h.astype(np.float64), np.inf if a.limit is None else a.limit

@@ -341,6 +341,17 @@ PROBLEMS = [
             ((True, True), (False, False)),
         )
     ),
+    *(
+        QuantizeProblem("quantize", 300, 256, x, transposed=True, blocks=5, indexed=indexed)
+        for x in ("bfloat16", "float32")
+        for indexed in (True, False)
+    ),
+    *(QuantizeProblem("quantize", 300, cols, indexed=True) for cols in (1024, 131)),
+    *(
+        QuantizeProblem(kind, 300, cols, transposed=True, weighted=True, blocks=5)
+        for kind in ("swiglu", "swiglu_grad")
+        for cols in (512, 264)
+    ),
 ]
 
 

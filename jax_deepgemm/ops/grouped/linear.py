@@ -141,7 +141,9 @@ def grouped_linear(
     layer = _Layer(
         out_dtype=options.out_dtype,
         out_sharding=options.out_sharding,
-        gemms=fp8.LayerOptions(expected_m, options.num_sms, options.reduce_dtype),
+        gemms=fp8.LayerOptions(
+            expected_m, options.num_sms, options.reduce_dtype, group_blocks=fp8.rows_are_whole(x)
+        ),
         num_groups=weight.shape[0],
         x=like(x),
         w=like(parts[0]),
@@ -233,7 +235,7 @@ def _trained(layer: _Layer, x: jax.Array, w: jax.Array, groups: fp8.Groups) -> j
 
 
 def _trained_fwd(layer: _Layer, x: jax.Array, w: jax.Array, groups: fp8.Groups) -> tuple[jax.Array, Any]:
-    rows, along_rows = fp8.both(x, groups)
+    rows, along_rows = fp8.both(x, groups, layer.gemms)
     weight, weight_t = fp8.weight_and_transpose(w)
     act = fp8.keep(*along_rows, GROUPED_ACT_FP8)
     return _forward(layer, rows, weight, groups), (
@@ -247,11 +249,12 @@ def _trained_bwd(
     layer: _Layer, residuals: tuple[_Pair, _Pair, fp8.Groups], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     act, weight_t, groups = residuals
-    rows, along_rows = fp8.both(dy, groups)
+    rows, along_rows = fp8.both(dy, groups, layer.gemms)
     dx = _input_gradient(layer, rows, QuantizedArray(*fp8.kept(weight_t), BLOCKED), groups)
     dtype, spec = layer.w
     x = fp8.AlongRows(*fp8.kept(act))
-    return dx, fp8.k_grouped(along_rows, x, groups, layer.num_groups, layer.gemms, dtype, spec), None
+    dw = fp8.k_grouped(along_rows, x, groups, dy.shape[0], layer.num_groups, layer.gemms, dtype, spec)
+    return dx, dw, None
 
 
 _trained.defvjp(_trained_fwd, _trained_bwd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jax_deepgemm.ops.quantize.api import dequantize, quantize
 from jax_deepgemm.ops.quantize.array import QuantizedArray, scales_shape, scales_spec
+from jax_deepgemm.ops.quantize.blocks import row_blocks
 from jax_deepgemm.ops.quantize.casts import (
     per_block_cast_to_fp8,
     per_channel_cast_to_fp8,
@@ -11,6 +12,7 @@ from jax_deepgemm.ops.quantize.casts import (
     per_token_cast_to_fp8,
 )
 from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
+from jax_deepgemm.ops.quantize.groups import quantize_groups, quantize_rows
 from jax_deepgemm.ops.quantize.interop import from_qwix, from_tuple, to_qwix, to_tuple
 from jax_deepgemm.ops.quantize.join import concatenate
 from jax_deepgemm.ops.quantize.scale_layout import (
@@ -45,7 +47,10 @@ __all__ = [
     "per_token_cast_to_fp8",
     "quantize",
     "quantize_both",
+    "quantize_groups",
+    "quantize_rows",
     "quantize_weight",
+    "row_blocks",
     "scales_shape",
     "scales_spec",
     "to_qwix",

@@ -23,6 +23,9 @@ class QuantizeProblem:
       ue8m0: scales are powers of two.
       min_amax: what the amax of a block counts as at least; 0: as little as a normal scale allows.
       limited: an operand says from which row on x counts as zeros.
+      blocks: row blocks, which a table lists, each with its own columns of the transposed copy; 0: tiles of
+        128 rows from row 0 on.
+      indexed: an operand says which row of x each row is.
       weighted: "swiglu" and its gradient have a factor per row.
       activation: of "swiglu" and its gradient.
       batches: number of matrices.
@@ -41,9 +44,12 @@ class QuantizeProblem:
     weighted: bool = False
     activation: Activation = SILU
     batches: int = 1
+    blocks: int = 0
+    indexed: bool = False
 
     def __str__(self) -> str:
         flags = {"transposed": self.transposed, "ue8m0": self.ue8m0, "row limit": self.limited}
+        flags |= {f"blocks={self.blocks}": self.blocks > 0, "indexed": self.indexed}
         flags |= {"weights": self.weighted, f"batches={self.batches}": self.batches > 1}
         shape, block = f"{self.rows}x{self.cols}", f"{self.block[0]}x{self.block[1]}"
         kind = " ".join([self.kind, *([self.activation.tag] if self.activation.tag else [])])
@@ -69,7 +75,7 @@ class QuantizeProblem:
     @property
     def aligned_t(self) -> bool:
         """The same for the rows of the transposed copy."""
-        return self.rows % 8 == 0
+        return self.blocks > 0 or self.rows % 8 == 0
 
     @property
     def pairs(self) -> bool:

@@ -30,11 +30,12 @@ struct Config {{
   static constexpr int TILES = {tiles}, HEIGHT = {height}, ROWS = {rows_of_a_thread};
   static constexpr float MIN_AMAX = {min_amax};
   static constexpr bool UE8M0 = {ue8m0}, TRANSPOSED = {transposed}, LIMITED = {limited};
+  static constexpr bool BLOCKED = {blocked}, INDEXED = {indexed};
   static constexpr bool WEIGHTED = {weighted}, ALIGNED = {aligned}, ALIGNED_T = {aligned_t};
 }};
 {activation}
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
-  const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols}};
+  const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols, {rows_t}}};
   {body}
 }}
 """
@@ -56,14 +57,16 @@ extern "C" __global__ void {name}(const float* parts, float* sums, int tiles, in
 }}
 """
 
-_INPUTS = """\
-const jdg::SwigluInputs<Config::In, jdg::kHalves<Act>> in = {{h, {weight}, {dact}, {limit}, {flags}, {width}}};
-  """
+_ROWS = "const jdg::CountedRows counted = {{{limit}, {blocks}, {batched_limit}}};\n  "
+_INPUTS = (
+    _ROWS + "using Inputs = jdg::SwigluInputs<Config::In, jdg::kHalves<Act>>;\n  "
+    "const Inputs in = {{h, {weight}, {dact}, {flags}, {width}}};\n  "
+)
 _BODIES = {
-    "quantize": "jdg::quantize<Config>(x, {limit}, to, batched_x, batched_limit);",
-    "swiglu": _INPUTS + "jdg::swiglu<Config, Act>(in, to);",
-    "swiglu_grad": _INPUTS + "jdg::swiglu_grad<Config, Act>(in, to, {parts});",
-    "swiglu_grad_pairs": _INPUTS + "jdg::swiglu_grad_pairs<Config, Act>(in, to, {parts}, tiles);",
+    "quantize": _ROWS + "jdg::quantize<Config>({{x, {index}, {sources}, batched_x}}, counted, to);",
+    "swiglu": _INPUTS + "jdg::swiglu<Config, Act>(in, counted, to);",
+    "swiglu_grad": _INPUTS + "jdg::swiglu_grad<Config, Act>(in, counted, to, {parts});",
+    "swiglu_grad_pairs": _INPUTS + "jdg::swiglu_grad_pairs<Config, Act>(in, counted, to, {parts}, tiles);",
 }
 _TYPES = {"bfloat16": "jdg::bf16", "float16": "jdg::f16", "float32": "float"}
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -123,7 +126,8 @@ def cut_of(p: QuantizeProblem) -> Cut:
 def tiles(p: QuantizeProblem) -> int:
     """Tiles of all matrices, those side by side as one; 1 if there are none, as a grid is never empty."""
     cols, shape = p.width if p.pairs else p.cols, cut_of(p)
-    return max(-(-p.rows // shape.height) * -(-cols // (shape.across * TILE)) * p.batches, 1)
+    down = p.blocks or -(-p.rows // shape.height) * p.batches
+    return max(down * -(-cols // (shape.across * TILE)), 1)
 
 
 def shared_memory(p: QuantizeProblem) -> int:
@@ -153,6 +157,8 @@ def kernel_name(p: QuantizeProblem) -> str:
         "ue8m0": p.ue8m0,
         "clamped": p.min_amax > 0,
         "rows": p.limited,
+        "groups": p.blocks > 0,
+        "indexed": p.indexed,
         "w": p.weighted,
     }
     parts += [name for name, on in flags.items() if on]
@@ -167,6 +173,8 @@ def _pointers(p: QuantizeProblem) -> dict[str, str]:
         "h" if swiglu else "x": "const Config::In*",
         "weight": "const float*" if p.weighted else "",
         "dact": "const Config::In*" if p.kind == "swiglu_grad" else "",
+        "index": "const int*" if p.indexed else "",
+        "blocks": "const jdg::RowBlock*" if p.blocks else "",
         "limit": "const int*" if p.limited else "",
         "values": "jdg::u8*",
         "scales": "float*",
@@ -178,7 +186,13 @@ def _pointers(p: QuantizeProblem) -> dict[str, str]:
 
 def _integers(p: QuantizeProblem) -> list[str]:
     names = ["x", "limit"] if p.kind == "quantize" else ["h", "weight", "dact", "limit"]
-    return ["rows", "cols", *(f"batched_{name}" for name in names), *(["tiles"] if p.pairs else [])]
+    more = {"tiles": p.pairs, "sources": p.indexed, "row_blocks": p.blocks > 0}
+    return [
+        "rows",
+        "cols",
+        *(f"batched_{name}" for name in names),
+        *(name for name, on in more.items() if on),
+    ]
 
 
 def _literal(number: float) -> str:
@@ -202,9 +216,10 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
     parts = {"parts": "float*"} if p.kind == "swiglu_grad" and p.weighted else {}
     parameters = [f"{kind} {name}" for name, kind in {**pointers, **parts}.items()]
     parameters += [f"int {name}" for name in _integers(p)]
-    names = ("weight", "dact", "limit", "values_t", "scales_t", "parts")
+    names = ("weight", "dact", "limit", "index", "blocks", "values_t", "scales_t", "parts")
     given = {name: name if name in {**pointers, **parts} else "nullptr" for name in names}
-    flags = ", ".join(name for name in _integers(p) if name.startswith("batched"))
+    flags = ", ".join(name for name in _integers(p) if name.startswith("batched") and "limit" not in name)
+    given |= {"sources": "sources" if p.indexed else "rows", "batched_limit": "batched_limit"}
     width = f"cols / {p.activation.halves}" if p.kind == "swiglu_grad" else "cols"
     name = kernel_name(p)
     body = _BODIES[f"{p.kind}_pairs" if p.pairs else p.kind]
@@ -224,10 +239,12 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
         parameters=", ".join(parameters),
         values_t=given["values_t"],
         scales_t=given["scales_t"],
+        rows_t="row_blocks * jdg::kTile" if p.blocks else "rows",
+        blocked=str(p.blocks > 0).lower(),
         body=body.format(**given, flags=flags, width=width),
         **{
             flag: str(getattr(p, flag)).lower()
-            for flag in ("ue8m0", "transposed", "limited", "weighted", "aligned", "aligned_t")
+            for flag in ("ue8m0", "transposed", "limited", "indexed", "weighted", "aligned", "aligned_t")
         },
     )
     return KernelSource(name, text, (("problem", str(p)),), shared_memory=shared_memory(p))
@@ -248,6 +265,7 @@ def _plan(p: QuantizeProblem, config: None, chip: Chip, given: Operands) -> Laun
     sums = p.kind == "swiglu_grad" and p.weighted
     params += [Scratch(0)] if sums else []
     values = {"rows": p.rows, "cols": p.cols, "tiles": tiles(p) if p.rows and p.cols else 0}
+    values |= {"row_blocks": p.blocks, "sources": given[next(iter(given))].shape[-2]}
     values |= {f"batched_{name}": int(one.batched) for name, one in given.items()}
     params += [Scalar(values.get(name, 0), "int32") for name in _integers(p)]
     launch = Launch(
