@@ -24,7 +24,7 @@ from jax_deepgemm.moe.placement import on_each_device
 from jax_deepgemm.ops.gemm.checks import PER_ROW
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
-from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_quantize
 
 
@@ -59,7 +59,7 @@ def moe_mlp_decode(
 
     Args:
       x, ids, weights, w13, w2: as in `moe_mlp`. Quantise the weights beforehand: master weights are quantised
-        at each call.
+        at each call. Of PreparedWeights the FP8 copies are used, and the masters have no gradient.
       max_rows: rows of an expert; copies that find none, those of later tokens, are dropped: they count zero.
         Default: the number of tokens, so that nothing is dropped (a token's ids being distinct).
       recipe, num_sms: as in `moe_mlp`.
@@ -153,7 +153,7 @@ def _bf16(
     experts = w13.shape[0]
 
     def gemm(a: jax.Array, w: Weight, out_dtype: DTypeLike) -> jax.Array:
-        assert not isinstance(w, QuantizedArray)
+        assert not isinstance(w, PreparedWeight | QuantizedArray)
         return m_grouped_bf16_gemm_nt_masked(
             a.reshape(experts, row_weights.shape[0] // experts, a.shape[-1]),
             w.astype(jnp.bfloat16),

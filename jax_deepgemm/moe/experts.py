@@ -30,7 +30,8 @@ from jax_deepgemm.ops.grouped import linear
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_contiguous
 from jax_deepgemm.ops.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
-from jax_deepgemm.ops.quantize import QuantizedArray, quantize, quantize_rows
+from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize, quantize_rows
+from jax_deepgemm.ops.quantize.prepared import Bits, Copies, cotangent, prepare_weight
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_grad_quantize, swiglu_quantize
 
 HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, as in jax.hessian)"
@@ -38,7 +39,7 @@ HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, a
 MOE_HIDDEN = "jdg_moe_hidden"
 """checkpoint_name of the first GEMM's result, bfloat16 [rows, 2 * intermediate]."""
 
-Weight: TypeAlias = jax.Array | QuantizedArray
+Weight: TypeAlias = jax.Array | PreparedWeight | QuantizedArray
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
 
@@ -54,27 +55,63 @@ class Experts:
     w2: np.dtype[Any]
     specs: tuple[PartitionSpec | None, PartitionSpec | None]
     """PartitionSpecs of w13 and w2 on Explicit axes, for their gradients."""
+    prepared: tuple[bool, bool]
+    """Whether w13 and w2 are PreparedWeights."""
 
     @classmethod
     def of(cls, rows: np.dtype[Any], w13: Weight, w2: Weight, gemms: fp8.LayerOptions) -> Experts:
-        first, second = (linear.like(w.values if isinstance(w, QuantizedArray) else w) for w in (w13, w2))
-        return cls(gemms, w13.shape[0], np.dtype(rows), first[0], second[0], (first[1], second[1]))
+        (first, spec13), (second, spec2) = (linear.like(jax.tree.leaves(w)[0]) for w in (w13, w2))
+        prepared = isinstance(w13, PreparedWeight), isinstance(w2, PreparedWeight)
+        return cls(gemms, w13.shape[0], np.dtype(rows), first, second, (spec13, spec2), prepared)
 
 
 class Kept(NamedTuple):
-    """What waits for the backward pass. FP8 as (bytes, scales); None for rows and act of frozen weights."""
+    """What waits for the backward pass. FP8 as (bytes, scales); None for rows and act of frozen weights.
+
+    Weights are the transposed copies, or as they are where they are frozen.
+    """
 
     rows: _Pair | None
     hidden: jax.Array
     act: _Pair | None
-    w13: _Pair
-    w2: _Pair
+    w13: Bits | _Pair
+    w2: Bits | _Pair
     row_weights: jax.Array
     groups: fp8.Groups
 
 
 def is_frozen(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize == 1
+
+
+def prepare_weights(w13: ArrayLike, w2: ArrayLike) -> tuple[PreparedWeight, PreparedWeight]:
+    """Both weights of the experts quantised once, for all calls of a training step: see `prepare_weight`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax_deepgemm.moe import expert_mlp, prepare_weights
+    >>> batches = jax.random.normal(jax.random.key(0), (4, 10, 256), jnp.bfloat16)
+    >>> w13 = jax.random.normal(jax.random.key(1), (3, 2 * 128, 256)) / 16
+    >>> w2 = jax.random.normal(jax.random.key(2), (3, 256, 128)) / 16
+    >>> def loss(weights, sizes):
+    ...     prepared = prepare_weights(*weights)      # once, outside the scan over microbatches
+    ...     def body(total, rows):
+    ...         return total + jnp.sum(expert_mlp(rows, *prepared, sizes).astype(jnp.float32)), None
+    ...     return jax.lax.scan(body, jnp.float32(0), batches)[0]
+    >>> [dw.shape for dw in jax.grad(loss)((w13, w2), jnp.array([4, 0, 5]))]
+    [(3, 256, 256), (3, 256, 128)]
+
+    Args:
+      w13: [.., e, 2 * i, h] gate and up projections, bfloat16 or float32.
+      w2: [.., e, h, i] down projections, likewise.
+
+    Returns:
+      Two PreparedWeights, which `expert_mlp`, `moe_mlp`, `moe_layer` and `expert_parallel_moe` take in place
+      of w13 and w2. On a mesh they are cut as those are.
+
+    Raises:
+      TypeError, ValueError: as `prepare_weight`.
+    """
+    return prepare_weight(w13), prepare_weight(w2)
 
 
 def expert_mlp(
@@ -101,8 +138,9 @@ def expert_mlp(
 
     Args:
       rows: [m, h] bfloat16 or float32, sorted by expert (`dispatch`).
-      w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or
-        QuantizedArray of block (128, 128) for a frozen weight ("fp8"; it has no gradient).
+      w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or for
+        "fp8" a PreparedWeight of them (`prepare_weights`; the gradient goes to its master), or a
+        QuantizedArray of block (128, 128) for a frozen weight, which has no gradient.
       w2: [e, h, i] down projections, likewise.
       group_sizes: integer [e_all], rows of each expert.
       row_weights: float32 [m], factors of the rows (`spread_weights`); None: ones.
@@ -202,9 +240,9 @@ def apply_and_keep(
     row_weights: jax.Array,
     groups: fp8.Groups,
 ) -> tuple[jax.Array, Kept]:
-    """`apply` of master (or frozen) weights, and what `backward` needs."""
-    first, kept_w13 = _prepare(w13)
-    second, kept_w2 = _prepare(w2)
+    """`apply` of the weights, and what `backward` needs."""
+    first, kept_w13 = _copies(w13)
+    second, kept_w2 = _copies(w2)
     hidden = checkpoint_name(fp8.m_grouped(rows, first, groups, static.gemms, jnp.bfloat16), MOE_HIDDEN)
     trained = not is_frozen(static.w2)
     counted = fp8.counted(groups, hidden.shape[0], static.gemms, trained)
@@ -223,7 +261,7 @@ def apply_and_keep(
 
 def backward(
     static: Experts, kept: Kept, dy: QuantizedArray, dy_along_rows: fp8.AlongRows | None
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array]:
+) -> tuple[jax.Array, Any, Any, jax.Array]:
     """(gradient of the rows, of w13, of w2, of the row weights)."""
     groups, gemms = kept.groups, static.gemms
     dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
@@ -236,22 +274,28 @@ def backward(
     weight_gradient = functools.partial(_weight_gradient, static, groups, dact.shape[0])
     dw13 = weight_gradient(dh_along_rows, kept.rows, static.w13, static.specs[0])
     dw2 = weight_gradient(dy_along_rows, kept.act, static.w2, static.specs[1])
+    dw13, dw2 = map(_like_the_weight, static.prepared, (dw13, dw2))
     return drows, dw13, dw2, dweights
 
 
-def _prepare(w: Weight) -> tuple[QuantizedArray, _Pair]:
+def _like_the_weight(prepared: bool, dw: jax.Array | None) -> Any:
+    """The gradient of a prepared weight is that of its master."""
+    return cotangent(dw) if prepared else dw
+
+
+def _copies(w: Weight) -> tuple[QuantizedArray, Bits | _Pair]:
     """The weight of the forward GEMM, and what the backward one needs: of a frozen one, itself."""
     if isinstance(w, QuantizedArray):
         linear.require_blocked("expert_mlp", w)
         return w, fp8.keep(w.values, w.scales, GROUPED_WEIGHT_FP8)
-    weight, weight_t = fp8.weight_and_transpose(w)
-    return weight, fp8.keep(weight_t.values, weight_t.scales, GROUPED_WEIGHT_FP8)
+    copies = w.copies if isinstance(w, PreparedWeight) else Copies.named(w, GROUPED_WEIGHT_FP8)
+    return copies.plain.meant, copies.transposed
 
 
-def _for_dgrad(pair: _Pair, dtype: np.dtype[Any]) -> QuantizedArray:
-    if is_frozen(dtype):
-        return fp8.transposed(QuantizedArray(*fp8.kept(pair, dtype), BLOCKED))
-    return QuantizedArray(*fp8.kept(pair), BLOCKED)
+def _for_dgrad(kept: Bits | _Pair, dtype: np.dtype[Any]) -> QuantizedArray:
+    if isinstance(kept, Bits):
+        return kept.meant
+    return fp8.transposed(QuantizedArray(*fp8.kept(kept, dtype), BLOCKED))
 
 
 def _weight_gradient(

@@ -63,8 +63,9 @@ def moe_mlp(
       ids: integer [t, top_k], the experts of each token (`route`). Copies with an id outside [0, e) are
         dropped: they count zero, and have zero gradients.
       weights: float32 [t, top_k].
-      w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or
-        QuantizedArray of block (128, 128) for frozen ones.
+      w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or for
+        "fp8" a PreparedWeight of them (`prepare_weights`), or a QuantizedArray of block (128, 128) for frozen
+        ones.
       w2: [e, h, i] down projections, likewise.
       recipe: "fp8": the GEMMs and their gradients in FP8, as in `expert_mlp`. "bf16": all in bfloat16.
       expected_m: rows of an expert to expect, for the choice of the kernel; default t * top_k / e.

@@ -81,7 +81,8 @@ def expert_parallel_moe(
       ids: integer [t, top_k], experts of each token among all devices' (device d has [d * e, (d + 1) * e)), a
         token's distinct. Copies with other ids, as -1, are dropped.
       weights: float32 [t, top_k].
-      w13: [e, 2 * i, h], gate and up projections of this device's experts, as in `moe_mlp`, frozen ones too.
+      w13: [e, 2 * i, h], gate and up projections of this device's experts, as in `moe_mlp`, prepared and
+        frozen ones too.
       w2: [e, h, i], their down projections, likewise.
       axis: the mesh axis of the experts, or several.
       method: "all_to_all": fixed room for each pair of devices; on every platform.

@@ -31,9 +31,9 @@ from jax_deepgemm.core.prefix import prefix_ends
 from jax_deepgemm.ops.gemm.checks import BLOCKED, FLOAT32, PER_ROW
 from jax_deepgemm.ops.grouped.api import k_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_contiguous
 from jax_deepgemm.ops.grouped.checks import as_int32, check_offset
-from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
 from jax_deepgemm.ops.quantize.blocks import padded_sizes, row_blocks
-from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
+from jax_deepgemm.ops.quantize.fused import quantize_both
 from jax_deepgemm.ops.quantize.groups import quantize_groups
 
 E4M3 = np.dtype(jnp.float8_e4m3fn)
@@ -115,19 +115,15 @@ def counted(groups: Groups, rows: int, options: LayerOptions, transposed: bool) 
     return {"rows": groups.end(rows), "transposed": transposed}
 
 
-def weight_and_transpose(w: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
-    """w [g, n, k] in FP8, and its transpose [g, k, n]: the same values and scales."""
-    values, scales, values_t = jax.vmap(quantize_weight)(w)
-    return QuantizedArray(values, scales, BLOCKED), QuantizedArray(values_t, scales.mT, BLOCKED)
-
-
 def transposed(w: QuantizedArray) -> QuantizedArray:
     """The transpose of a frozen weight: a copy of its bytes."""
     return QuantizedArray(w.values.mT, w.scales.mT, (w.block[1], w.block[0]))
 
 
-def forward_weight(w: jax.Array | QuantizedArray) -> QuantizedArray:
-    """A master weight quantised, a frozen one as it is."""
+def forward_weight(w: jax.Array | PreparedWeight | QuantizedArray) -> QuantizedArray:
+    """A master weight quantised, a prepared or frozen one as it is."""
+    if isinstance(w, PreparedWeight):
+        return w.quantized
     return w if isinstance(w, QuantizedArray) else quantize(w, BLOCKED)
 
 

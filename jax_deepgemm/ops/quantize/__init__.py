@@ -15,6 +15,7 @@ from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
 from jax_deepgemm.ops.quantize.groups import quantize_groups, quantize_rows
 from jax_deepgemm.ops.quantize.interop import from_qwix, from_tuple, to_qwix, to_tuple
 from jax_deepgemm.ops.quantize.join import concatenate
+from jax_deepgemm.ops.quantize.prepared import PreparedWeight, prepare_weight
 from jax_deepgemm.ops.quantize.scale_layout import (
     ceil_to_ue8m0,
     get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor,
@@ -30,6 +31,7 @@ from jax_deepgemm.ops.quantize.serialization import register as _register
 _register()
 
 __all__ = [
+    "PreparedWeight",
     "QuantizedArray",
     "ceil_to_ue8m0",
     "concatenate",
@@ -45,6 +47,7 @@ __all__ = [
     "per_channel_cast_to_fp8",
     "per_custom_dims_cast_to_fp8",
     "per_token_cast_to_fp8",
+    "prepare_weight",
     "quantize",
     "quantize_both",
     "quantize_groups",
