@@ -52,9 +52,9 @@ struct Activated {
       sigmoid = x < 0.0f ? 0.0f : x;
       value = sigmoid * sigmoid;
     } else if constexpr (A::FUNCTION == Function::kGelu) {
-      const float near = fminf(fmaxf(x, -16.0f), 16.0f), square = near * near;
-      sigmoid = sigmoid_of(-kLog2E * kScale, near + kCubic * near * square);
-      inner = kScale * (1.0f + 3.0f * kCubic * square);
+      const float square = x * x;
+      sigmoid = sigmoid_of(-kLog2E * kScale, x + kCubic * x * square);
+      inner = kScale * (1.0f + 3.0f * kCubic * fminf(square, 256.0f));  // farther the sigmoid is 0 or 1
       value = x * sigmoid;
     } else {
       sigmoid = sigmoid_of(-kLog2E * A::ALPHA, x);

@@ -143,7 +143,7 @@ __device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In, k
           from.dact(i) * weight * (of_gate ? f.factor(from.up(i)) * f.slope() : f.by_up(from.up(i)));
       if (of_gate) sums[j] += from.dact(i) * f.value * f.factor(from.up(i));
     }
-    if constexpr (!kApart<A>) dh[0][j].forget();  // keeps the rows in order, and with them the registers few
+    if constexpr (!kApart<A> || Activated<A>::kClips) dh[0][j].forget();  // as above
   }
   if (C::WEIGHTED && at.tile_col < summed_columns<A>(width))
     store_parts<C>(sums, parts_of<A>(parts, at.batch, width, all.rows), at.tile_col / kTile, at, all.rows);
