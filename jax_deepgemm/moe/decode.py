@@ -37,6 +37,7 @@ def moe_mlp_decode(
     *,
     max_rows: int | None = None,
     recipe: str = "fp8",
+    form: ExpertForm = PLAIN,
     expected_m: int | None = None,
     num_sms: int | None = None,
 ) -> jax.Array:
@@ -62,7 +63,7 @@ def moe_mlp_decode(
         at each call. Of PreparedWeights the FP8 copies are used, and the masters have no gradient.
       max_rows: rows of an expert; copies that find none, those of later tokens, are dropped: they count zero.
         Default: the number of tokens, so that nothing is dropped (a token's ids being distinct).
-      recipe, num_sms: as in `moe_mlp`.
+      recipe, form, num_sms: as in `moe_mlp`.
       expected_m: rows of an expert to expect, for the choice of the kernel; default: of a balanced load.
 
     Returns:
@@ -74,17 +75,19 @@ def moe_mlp_decode(
     For inference: with "fp8" differentiation raises; train with `moe_mlp`. On a mesh as `moe_mlp`; max_rows
     are then those of one device.
     """
-    x, ids, weights, w13, w2 = map(unwrapped, (x, ids, weights, w13, w2))
+    x, ids, weights, w2 = map(unwrapped, (x, ids, weights, w2))
+    w13, form = one_weight("moe_mlp_decode", w13, form), form.checked("moe_mlp_decode")
     check_tokens("moe_mlp_decode", x, ids, weights)
-    check_weights("moe_mlp_decode", x, w13, w2, recipe)
+    check_weights("moe_mlp_decode", x, w13, w2, recipe, form)
     if max_rows is not None and (max_rows < 0 or (max_rows == 0 and x.shape[0])):
         raise ValueError(f"moe_mlp_decode: max_rows is {max_rows}, need a positive number, or None.")
-    layer = functools.partial(_moe_mlp_decode, recipe, max_rows, expected_m, num_sms)
+    layer = functools.partial(_moe_mlp_decode, recipe, form, max_rows, expected_m, num_sms)
     return on_each_device("moe_mlp_decode", layer, (x, ids, weights, w13, w2))
 
 
 def _moe_mlp_decode(
     recipe: str,
+    form: ExpertForm,
     max_rows: int | None,
     expected_m: int | None,
     num_sms: int | None,
@@ -100,7 +103,7 @@ def _moe_mlp_decode(
     expected_m = _expected_rows(ids.size, experts, rows) if expected_m is None else expected_m
     row_weights = take_rows(weights.reshape(-1), plan.source)
     run = _bf16 if recipe == "bf16" else _fp8
-    y = run(x, w13, w2, plan, row_weights, expected_m, num_sms)
+    y = run(x, w13, w2, plan, row_weights, gemm_options(form, expected_m, num_sms), form)
     return sum_copies(y.reshape(experts * rows, x.shape[1]), plan.position)
 
 
@@ -116,8 +119,8 @@ def _fp8(
     w2: Weight,
     plan: DispatchPlan,
     row_weights: jax.Array,
-    expected_m: int | None,
-    num_sms: int | None,
+    gemms: fp8.LayerOptions,
+    form: ExpertForm,
 ) -> jax.Array:
     experts = w13.shape[0]
 
@@ -126,11 +129,11 @@ def _fp8(
         values, scales = (z.reshape(experts, rows, z.shape[1]) for z in (values, scales))
         return m_grouped_fp8_gemm_nt_masked(
             QuantizedArray(values, scales, PER_ROW),
-            fp8.forward_weight(w),
+            fp8.forward_weight(w, gemms),
             plan.group_sizes,
-            expected_m,
+            gemms.expected_m,
             out_dtype=out_dtype,
-            num_sms=num_sms,
+            num_sms=gemms.num_sms,
         )
 
     rows = take_quantized(quantize(x, PER_ROW), plan.token)
@@ -147,8 +150,8 @@ def _bf16(
     w2: Weight,
     plan: DispatchPlan,
     row_weights: jax.Array,
-    expected_m: int | None,
-    num_sms: int | None,
+    gemms: fp8.LayerOptions,
+    form: ExpertForm,
 ) -> jax.Array:
     experts = w13.shape[0]
 
@@ -158,9 +161,9 @@ def _bf16(
             a.reshape(experts, row_weights.shape[0] // experts, a.shape[-1]),
             w.astype(jnp.bfloat16),
             plan.group_sizes,
-            expected_m,
+            gemms.expected_m,
             out_dtype=out_dtype,
-            num_sms=num_sms,
+            num_sms=gemms.num_sms,
         )
 
     hidden = gemm(take_rows(x.astype(jnp.bfloat16), plan.token), w13, jnp.bfloat16)
