@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +13,22 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
     is_known,
-    plan_dispatch,
+    plan_capacity,
     sum_copies,
     take_quantized,
     take_rows,
-    with_capacity,
 )
-from jax_deepgemm.moe.experts import Weight, check_weights
+from jax_deepgemm.moe.experts import Weight, check_weights, gemm_options, one_weight, weighted
+from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
 from jax_deepgemm.moe.placement import on_each_device
-from jax_deepgemm.ops.gemm.checks import PER_ROW
+from jax_deepgemm.ops.gemm.checks import PER_ROW, check_options
+from jax_deepgemm.ops.grouped import gated
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
+from jax_deepgemm.ops.grouped.op import M_MASKED_BF16
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
+from jax_deepgemm.ops.rows.api import move_rows
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_quantize
 
 
@@ -99,12 +103,17 @@ def _moe_mlp_decode(
 ) -> jax.Array:
     experts, tokens = w13.shape[0], x.shape[0]
     rows = tokens if max_rows is None else max_rows
-    plan = with_capacity(plan_dispatch(ids, experts), ids, rows)
+    plan = plan_capacity(ids, experts, rows)
     expected_m = _expected_rows(ids.size, experts, rows) if expected_m is None else expected_m
     row_weights = take_rows(weights.reshape(-1), plan.source)
     run = _bf16 if recipe == "bf16" else _fp8
     y = run(x, w13, w2, plan, row_weights, gemm_options(form, expected_m, num_sms), form)
     return sum_copies(y.reshape(experts * rows, x.shape[1]), plan.position)
+
+
+class _Options(TypedDict):
+    expected_m: int | None
+    num_sms: int | None
 
 
 def _expected_rows(copies: int, experts: int, rows: int) -> int | None:
@@ -123,25 +132,33 @@ def _fp8(
     form: ExpertForm,
 ) -> jax.Array:
     experts = w13.shape[0]
+    counts, options = plan.group_sizes, _Options(expected_m=gemms.expected_m, num_sms=gemms.num_sms)
 
-    def gemm(values: jax.Array, scales: jax.Array, w: Weight, out_dtype: DTypeLike) -> jax.Array:
-        rows = row_weights.shape[0] // experts
-        values, scales = (z.reshape(experts, rows, z.shape[1]) for z in (values, scales))
-        return m_grouped_fp8_gemm_nt_masked(
-            QuantizedArray(values, scales, PER_ROW),
-            fp8.forward_weight(w, gemms),
-            plan.group_sizes,
-            gemms.expected_m,
-            out_dtype=out_dtype,
-            num_sms=gemms.num_sms,
+    def deep(z: jax.Array) -> jax.Array:
+        return z.reshape(experts, row_weights.shape[0] // experts, *z.shape[1:])
+
+    def gemm(rows: QuantizedArray, w: QuantizedArray, out_dtype: DTypeLike) -> jax.Array:
+        return m_grouped_fp8_gemm_nt_masked(rows, w, counts, out_dtype=out_dtype, **options)
+
+    quantized = functools.partial(quantize, block=PER_ROW, scale_format=form.scale_format)
+    if form.weights_first:
+        taken = quantized(weighted(take_rows(x, plan.token), row_weights))
+        row_weights = jnp.ones_like(row_weights)
+    else:
+        taken = take_quantized(quantized(x), plan.token)
+    rows = QuantizedArray(deep(taken.values), deep(taken.scales), PER_ROW)
+    first, second = (fp8.forward_weight(w, gemms) for w in (w13, w2))
+    # Rows that do not count are undefined from here on, and stay among themselves: scales are per row.
+    if form.fuses and gated.fits(first):
+        act = gated.m_masked_fp8_gemm_swiglu(rows, first, counts, deep(row_weights), **options)
+    else:
+        hidden = gemm(rows, first, jnp.bfloat16)
+        flat = hidden.reshape(row_weights.shape[0], hidden.shape[2])
+        values, scales = swiglu_quantize(
+            flat, row_weights, activation=form.act, transposed=False, scale_format=form.scale_format
         )
-
-    rows = take_quantized(quantize(x, PER_ROW), plan.token)
-    hidden = gemm(rows.values, rows.scales, w13, jnp.bfloat16)
-    # Rows that do not count are undefined here, and stay among themselves: scales are per row.
-    flat = hidden.reshape(row_weights.shape[0], hidden.shape[2])
-    act, scales = swiglu_quantize(flat, row_weights, transposed=False)
-    return gemm(act, scales, w2, x.dtype)
+        act = QuantizedArray(deep(values), deep(scales), PER_ROW)
+    return gemm(act, second, x.dtype)
 
 
 def _bf16(
@@ -157,8 +174,11 @@ def _bf16(
 
     def gemm(a: jax.Array, w: Weight, out_dtype: DTypeLike) -> jax.Array:
         assert not isinstance(w, PreparedWeight | QuantizedArray)
+        a = a.reshape(experts, row_weights.shape[0] // experts, a.shape[-1])
+        if form.weight_layout == "kn":
+            return _masked_nn(a, w.astype(jnp.bfloat16), plan.group_sizes, gemms, out_dtype)
         return m_grouped_bf16_gemm_nt_masked(
-            a.reshape(experts, row_weights.shape[0] // experts, a.shape[-1]),
+            a,
             w.astype(jnp.bfloat16),
             plan.group_sizes,
             gemms.expected_m,
@@ -166,5 +186,23 @@ def _bf16(
             num_sms=gemms.num_sms,
         )
 
-    hidden = gemm(take_rows(x.astype(jnp.bfloat16), plan.token), w13, jnp.bfloat16)
-    return gemm(swiglu(hidden, row_weights.reshape(hidden.shape[:2])), w2, x.dtype)
+    if form.weights_first:
+        rows = weighted(take_rows(x, plan.token), row_weights).astype(jnp.bfloat16)
+        row_weights = jnp.ones_like(row_weights)
+    else:
+        rows = move_rows(x.astype(jnp.bfloat16), plan.token)
+    hidden = gemm(rows, w13, jnp.bfloat16)
+    act = swiglu(hidden, row_weights.reshape(hidden.shape[:2]), activation=form.act)
+    return gemm(act, w2, x.dtype)
+
+
+def _masked_nn(
+    a: jax.Array, b: jax.Array, counts: jax.Array, gemms: fp8.LayerOptions, out_dtype: DTypeLike
+) -> jax.Array:
+    """`m_grouped_bf16_gemm_nt_masked` of b [g, k, n]."""
+    op = "m_grouped_bf16_gemm_nn_masked"
+    if 0 in (*a.shape, *b.shape):
+        return jnp.zeros((*a.shape[:2], b.shape[2]), out_dtype)
+    options = check_options(op, out_dtype, jnp.float32, None, None, gemms.num_sms)
+    hints = {"zero_rows": False, "expected_m": gemms.expected_m}
+    return M_MASKED_BF16["nn"](a, b, counts, **hints, **vars(options))[0]

@@ -7,20 +7,22 @@ gathers: no row is added to by two writers, so results do not depend on their or
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.moe.placement import check_uncut
+from jax_deepgemm.ops.dispatch.api import plan_copies
+from jax_deepgemm.ops.dispatch.reference import is_known as is_known
 from jax_deepgemm.ops.grouped.checks import as_int32
-from jax_deepgemm.ops.quantize import QuantizedArray
+from jax_deepgemm.ops.rows.api import move_rows
+from jax_deepgemm.ops.rows.api import take_quantized as take_quantized
+from jax_deepgemm.ops.rows.reference import take
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +76,22 @@ def plan_dispatch(ids: jax.Array, num_experts: int) -> DispatchPlan:
 
     Raises:
       ValueError: ids that are no [t, top_k] integers.
+
+    On a GPU one launch, whatever the number of copies; deterministic.
     """
+    return _plan(ids, num_experts, None)
+
+
+def plan_capacity(ids: jax.Array, num_experts: int, capacity: int) -> DispatchPlan:
+    """The plan with `capacity` rows for every expert, used or not: row (expert, i) is expert * capacity + i.
+
+    The first copies of an expert get its rows; the others, and those without an expert, are dropped. As
+    `plan_dispatch` otherwise.
+    """
+    return _plan(ids, num_experts, capacity)
+
+
+def _plan(ids: jax.Array, num_experts: int, capacity: int | None) -> DispatchPlan:
     ids = unwrapped(ids)
     if not hasattr(ids, "dtype") or ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         given = (
@@ -83,100 +100,14 @@ def plan_dispatch(ids: jax.Array, num_experts: int) -> DispatchPlan:
         raise ValueError(f"dispatch: ids are {given}, need integers [t, top_k]: the experts of each token.")
     ids = as_int32("dispatch", "ids", ids, "[t, top_k]")
     check_uncut("dispatch", ids=ids)
-    copies = ids.size
-    flat = ids.reshape(copies)
-    expert = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.uint32)
-    expert, source = sort_copies(expert, num_experts)
-    starts = count_below(expert, num_experts)
-    row = jnp.arange(copies, dtype=jnp.int32)
-    filled = row < starts[-1]
-    position = jnp.zeros_like(source).at[source].set(jnp.where(filled, row, copies), unique_indices=True)
-    return DispatchPlan(
-        source=jnp.where(filled, source, copies),
-        position=position.reshape(ids.shape),
-        group_sizes=jnp.diff(starts),
-    )
+    sizes, source, position = plan_copies(ids, num_experts, capacity)
+    return DispatchPlan(source, position, sizes)
 
 
-def sort_copies(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """(sorted experts, where each was), stable. One 32-bit key, where it fits: the fast sort of GPUs."""
-    copies = expert.shape[0]
-    index = lax.iota(jnp.uint32, copies)
-    if is_known(copies) and (num_experts + 1) * copies <= 2**32:
-        packed = lax.sort(expert * jnp.uint32(copies) + index, is_stable=False)  # no two are equal
-        expert, index = packed // max(copies, 1), packed % max(copies, 1)
-    else:
-        expert, index = lax.sort((expert, index), num_keys=2)
-    return expert, index.astype(jnp.int32)
-
-
-def count_below(expert: jax.Array, num_experts: int) -> jax.Array:
-    """int32 [num_experts + 1]: how many of the sorted experts are less than 0, 1, .. num_experts.
-
-    A binary search of gathers that every mesh takes; XLA makes one kernel of it.
-    """
-    copies = expert.shape[0]
-    edges = lax.iota(jnp.uint32, num_experts + 1)
-    low = jnp.zeros_like(edges)  # unsigned, as indices that cannot be negative are used as they are
-    high = low + jnp.asarray(copies, jnp.uint32)
-    for _ in range(copies.bit_length() if is_known(copies) else 31):
-        middle = (low + high) >> 1
-        above = expert.at[middle].get(mode="promise_in_bounds") >= edges
-        low, high = jnp.where(above, low, middle), jnp.where(above, middle, high)
-    return high.astype(jnp.int32)
-
-
-def is_known(size: Any) -> bool:
-    """Whether a size is a number; in `jax.export` it can be a symbol."""
-    return isinstance(size, int)
-
-
-def with_capacity(plan: DispatchPlan, ids: jax.Array, capacity: int) -> DispatchPlan:
-    """The plan with `capacity` rows for every group, used or not: row (group, i) is group * capacity + i.
-
-    The first copies of a group get its rows; the others, and those without a group, are dropped. ids: those
-    of the plan.
-    """
-    copies, groups = plan.source.shape[0], plan.group_sizes.shape[0]
-    starts = jnp.cumsum(plan.group_sizes) - plan.group_sizes
-    sizes = jnp.minimum(plan.group_sizes, capacity)
-    slot = jnp.arange(capacity, dtype=jnp.int32)[None, :]
-    row = jnp.where(slot < sizes[:, None], starts[:, None] + slot, copies).reshape(-1)
-    rank = plan.position - starts.at[ids].get(mode="fill", fill_value=0)
-    kept = (plan.position < copies) & (rank < capacity)
-    position = jnp.where(kept, ids.astype(jnp.int32) * capacity + rank, groups * capacity)
-    return DispatchPlan(take_rows(plan.source, row, fill=copies), position, sizes)
-
-
-def take_rows(x: Any, index: jax.Array, fill: int = 0) -> jax.Array:
-    """x[index] along the first dimension; `fill` where the index is not in range."""
-    x = jnp.asarray(x)
-    if not x.shape[0]:  # which a gather refuses
-        return jnp.broadcast_to(jnp.sum(x, dtype=x.dtype) + x.dtype.type(fill), (*index.shape, *x.shape[1:]))
-    return x.at[index].get(mode="fill", fill_value=fill)
-
-
-def as_words(values: jax.Array) -> jax.Array:
-    """FP8 [rows, n] as uint32 [rows, n / 4], which move faster; uint8 if 4 does not divide n.
-
-    So too of symbolic rows: a program with a wider bitcast of them cannot be loaded.
-    """
-    rows, n = values.shape
-    if n % 4 or not is_known(rows):
-        return lax.bitcast_convert_type(values, jnp.uint8)
-    return lax.bitcast_convert_type(values.reshape(rows, n // 4, 4), jnp.uint32)
-
-
-def from_words(words: jax.Array, dtype: Any) -> jax.Array:
-    """The inverse of `as_words`."""
-    values = lax.bitcast_convert_type(words, dtype)
-    return values.reshape(words.shape[0], math.prod(values.shape[1:]))
-
-
-def take_quantized(tokens: QuantizedArray, token: jax.Array) -> QuantizedArray:
-    """Rows of activations quantised per token; zeros where the index is not in range."""
-    values = from_words(take_rows(as_words(tokens.values), token), tokens.dtype)
-    return QuantizedArray(values, take_rows(tokens.scales, token), tokens.block)
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[index] along the first dimension; zeros where the index is not in range. For what XLA fuses with its
+    neighbours; `move_rows` is for rows that go to memory."""
+    return take(jnp.asarray(x), index)[0]
 
 
 @jax.custom_vjp
@@ -207,11 +138,11 @@ def sum_copies(y: jax.Array, position: jax.Array, weights: jax.Array | None = No
 
 @jax.custom_vjp
 def _spread(x: jax.Array, plan: DispatchPlan) -> jax.Array:
-    return take_rows(x, plan.token)
+    return move_rows(x, plan.token)
 
 
 def _spread_fwd(x: jax.Array, plan: DispatchPlan) -> tuple[jax.Array, jax.Array]:
-    return take_rows(x, plan.token), plan.position
+    return move_rows(x, plan.token), plan.position
 
 
 def _spread_bwd(position: jax.Array, drows: jax.Array) -> tuple[jax.Array, None]:
@@ -231,7 +162,7 @@ def _collect_fwd(y: jax.Array, plan: DispatchPlan) -> tuple[jax.Array, jax.Array
 
 
 def _collect_bwd(token: jax.Array, dout: jax.Array) -> tuple[jax.Array, None]:
-    return take_rows(dout, token), None
+    return move_rows(dout, token), None
 
 
 _collect.defvjp(_collect_fwd, _collect_bwd)

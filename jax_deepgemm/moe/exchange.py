@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepgemm.core.derivatives import same_varying_axes
-from jax_deepgemm.moe.dispatch import DispatchPlan, plan_dispatch, sum_copies, take_rows, with_capacity
+from jax_deepgemm.moe.dispatch import DispatchPlan, plan_capacity, plan_dispatch, sum_copies, take_rows
 from jax_deepgemm.ops.grouped.checks import as_int32
+from jax_deepgemm.ops.rows.api import move_rows
 
 METHODS = ("all_to_all", "ragged")
 Axis: TypeAlias = str | tuple[str, ...]
@@ -120,11 +121,10 @@ def plan_exchange(ids: jax.Array, experts: int, wire: Wire) -> Exchange:
     ids = as_int32("dispatch", "ids", ids, "[t, top_k]")
     exists = (ids >= 0) & (ids < experts * wire.devices)
     device = jnp.where(exists, ids // experts, -1)
-    plan, transfer = plan_dispatch(device, wire.devices), None
     if wire.method == "all_to_all":
-        source = with_capacity(plan, device, wire.sends // wire.devices)
+        source, transfer = plan_capacity(device, wire.devices, wire.sends // wire.devices), None
     else:
-        source, transfer = _ragged(plan, device, wire)
+        source, transfer = _ragged(plan_dispatch(device, wire.devices), device, wire)
     sent = take_rows((ids % experts + 1).astype(jnp.int32).reshape(-1), source.source)  # 0: an empty slot
     received = _collective(wire, transfer, sent) - 1
     target = plan_dispatch(received[:, None], experts)
@@ -194,8 +194,8 @@ def _by_all_gather(wire: Wire, rows: int, transfer: Transfer, x: jax.Array) -> j
 
 def tokens_to_rows(exchange: Exchange, x: jax.Array) -> jax.Array:
     """x [t, ..] of this device's tokens -> [R, ..] rows of this device's experts, zeros in the tail."""
-    sent = take_rows(x, exchange.source.token)
-    return take_rows(_collective(exchange.wire, exchange.transfer, sent), exchange.target.source)
+    sent = move_rows(x, exchange.source.token)
+    return move_rows(_collective(exchange.wire, exchange.transfer, sent), exchange.target.source)
 
 
 def copies_to_rows(exchange: Exchange, x: jax.Array) -> jax.Array:
@@ -216,7 +216,7 @@ def rows_to_copies(exchange: Exchange, y: jax.Array) -> jax.Array:
 
 
 def _rows_back(exchange: Exchange, y: jax.Array) -> jax.Array:
-    received = take_rows(y, exchange.target.position[:, 0])
+    received = move_rows(y, exchange.target.position[:, 0])
     return _collective_back(exchange.wire, exchange.transfer, received)
 
 

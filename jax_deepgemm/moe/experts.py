@@ -28,7 +28,7 @@ from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.ops.gemm.checks import BLOCKED, PER_ROW
-from jax_deepgemm.ops.grouped import linear
+from jax_deepgemm.ops.grouped import gated, linear
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize, quantize_rows
@@ -132,8 +132,9 @@ def prepare_weights(
     Raises:
       TypeError, ValueError: as `prepare_weight`.
     """
-    w13, form = one_weight("prepare_weights", w13, form), form.checked("prepare_weights")
-    return tuple(prepare_weight(w, scale_format=form.scale_format) for w in (w13, w2))
+    one, form = one_weight("prepare_weights", w13, form), form.checked("prepare_weights")
+    first, second = (prepare_weight(w, scale_format=form.scale_format) for w in (one, w2))
+    return first, second
 
 
 def expert_mlp(
@@ -231,11 +232,15 @@ def one_weight(where: str, w13: Any, form: ExpertForm) -> Any:
     return jnp.concatenate([gate, up], axis)
 
 
+def weighted(rows: jax.Array, row_weights: jax.Array) -> jax.Array:
+    """Rows times their weights, rounded to the rows' dtype."""
+    return (rows.astype(jnp.float32) * row_weights[:, None]).astype(rows.dtype)
+
+
 def _weighted(rows: jax.Array, row_weights: jax.Array, groups: fp8.Groups) -> jax.Array:
-    """Rows times their weights, rounded to the rows' dtype; those behind the last group are zeros."""
+    """The same with zeros behind the last group, so that NaN there is in no gradient."""
     counts = jnp.arange(rows.shape[0], dtype=jnp.int32) < groups.end(rows.shape[0])
-    counted = jnp.where(counts[:, None], rows, 0).astype(jnp.float32)
-    return (counted * row_weights[:, None]).astype(rows.dtype)
+    return weighted(jnp.where(counts[:, None], rows, jnp.zeros_like(rows)), row_weights)
 
 
 def check(
@@ -268,8 +273,9 @@ def check_weights(where: str, x: Any, w13: Any, w2: Any, recipe: str, form: Expe
     form.checked(where, w13=w13, w2=w2)
     first, (experts, hidden, intermediate) = form.sizes(w13, w2)
     if first != (experts, form.act.halves * intermediate, hidden) or x.shape[-1] != hidden:
-        inner = "i" if not form.act.gated else "2 * i"
-        order = "" if not form.act.gated else " (gate and up in turns)" if form.act.interleaved else " (gate, then up)"
+        inner = "2 * i" if form.act.gated else "i"
+        order = " (gate and up in turns)" if form.act.interleaved else " (gate, then up)"
+        order = order if form.act.gated else ""
         need = [f"[e, {inner}, h]{order}", "[e, h, i]"]
         if form.weight_layout == "kn":
             need = [f"[e, h, {inner}]{order}", "[e, i, h]"]
@@ -307,9 +313,36 @@ def apply(
     w2: QuantizedArray,
     row_weights: jax.Array,
     groups: fp8.Groups,
+    *,
+    local: bool = True,
 ) -> jax.Array:
-    """y of quantised rows and weights; nothing is kept."""
-    hidden = fp8.m_grouped(rows, w13, groups, static.gemms, jnp.bfloat16)
+    """y of quantised rows and weights; nothing is kept. `local`: whether no mesh axis may cut the experts."""
+    act = _act(static, rows, w13, row_weights, groups, local and static.form.fuses and gated.fits(w13))
+    return fp8.m_grouped(act, w2, groups, static.gemms, static.rows)
+
+
+def _act(
+    static: Experts,
+    rows: QuantizedArray,
+    w13: QuantizedArray,
+    row_weights: jax.Array,
+    groups: fp8.Groups,
+    fused: bool,
+) -> QuantizedArray:
+    """The SwiGLU of the first GEMM, quantised. Fused with it where that is possible: of each row the 8 i
+    bytes that h takes to be written and read again are saved, and a launch."""
+    gemms = static.gemms
+    if fused:
+        return gated.m_grouped_fp8_gemm_swiglu(
+            rows,
+            w13,
+            groups.sizes,
+            row_weights,
+            group_offset=groups.offset,
+            expected_m=gemms.expected_m,
+            num_sms=gemms.num_sms,
+        )
+    hidden = fp8.m_grouped(rows, w13, groups, gemms, jnp.bfloat16)
     end = groups.end(hidden.shape[0])
     values, scales = swiglu_quantize(
         hidden,
@@ -319,7 +352,7 @@ def apply(
         transposed=False,
         scale_format=static.form.scale_format,
     )
-    return fp8.m_grouped(QuantizedArray(values, scales, PER_ROW), w2, groups, static.gemms, static.rows)
+    return QuantizedArray(values, scales, PER_ROW)
 
 
 def apply_and_keep(
@@ -337,9 +370,7 @@ def apply_and_keep(
     hidden = checkpoint_name(fp8.m_grouped(rows, first, groups, static.gemms, jnp.bfloat16), MOE_HIDDEN)
     trained = not is_frozen(static.w2)
     counted = fp8.counted(groups, hidden.shape[0], static.gemms, trained)
-    values, scales, *act_t = swiglu_quantize(
-        hidden, row_weights, activation=static.form.act, **counted
-    )
+    values, scales, *act_t = swiglu_quantize(hidden, row_weights, activation=static.form.act, **counted)
     y = fp8.m_grouped(QuantizedArray(values, scales, PER_ROW), second, groups, static.gemms, static.rows)
     return y, Kept(
         rows=None if along_rows is None else fp8.keep(*along_rows, GROUPED_ACT_FP8),
@@ -412,7 +443,9 @@ def _fp8(
     static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
 ) -> jax.Array:
     weights = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
-    return apply(static, quantized(static, False, rows, groups)[0], *weights, row_weights, groups)
+    return apply(
+        static, quantized(static, False, rows, groups)[0], *weights, row_weights, groups, local=False
+    )
 
 
 def quantized(

@@ -58,6 +58,11 @@ class ExpertForm:
     def act(self) -> Activation:
         return as_activation("ExpertForm", self.activation)
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the first GEMM can give the quantised activation itself (ops/grouped/gated.py)."""
+        return self.act == SILU and self.scale_format == "f32"
+
     def sizes(self, w13: Any, w2: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(experts, rows of the product, features it sums over) of w13 and of w2."""
         shapes = tuple(w13.shape), tuple(w2.shape)

@@ -34,7 +34,6 @@ from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.placement import on_each_device
 from jax_deepgemm.ops.grouped import linear
 from jax_deepgemm.ops.grouped import recipe as fp8
-from jax_deepgemm.ops.quantize import quantize_rows
 
 
 def moe_mlp(
@@ -83,8 +82,8 @@ def moe_mlp(
       num_sms: as in `fp8_gemm_nt`.
 
     Returns:
-      [t, h] in the dtype of x. Weights multiply before the second GEMM, or as form says before the first; a token's copies are summed in
-      float32, slot by slot.
+      [t, h] in the dtype of x. Weights multiply before the second GEMM, or as form says before the first; a
+      token's copies are summed in float32, slot by slot.
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
@@ -144,7 +143,7 @@ def _fp8(
 ) -> jax.Array:
     rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
-    quantized = (fp8.forward_weight(w, static.gemms) for w in (w13, w2))
+    quantized = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     y = experts.apply(static, rows, *quantized, row_weights, _groups(plan))
     return sum_copies(y, plan.position)
 

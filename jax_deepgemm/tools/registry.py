@@ -14,6 +14,8 @@ from jax_deepgemm.core.tuning import Entry, parsed
 FOLDERS = (
     "jax_deepgemm.ops.quantize",
     "jax_deepgemm.ops.swiglu",
+    "jax_deepgemm.ops.dispatch",
+    "jax_deepgemm.ops.rows",
     "jax_deepgemm.ops.gemm",
     "jax_deepgemm.ops.grouped",
     "jax_deepgemm.ops.ragged_dot",
@@ -36,7 +38,7 @@ def families() -> list[Family[Any]]:
     """Returns every family of kernels.
 
     >>> [family.name for family in families()]
-    ['quantize', 'gemm', 'grouped']
+    ['quantize', 'dispatch', 'rows', 'gemm', 'grouped']
     """
     return [module.FAMILY for module in parts("family")]
 

@@ -165,6 +165,10 @@ def _parallel(method: str) -> Callable[..., Any]:
     return call
 
 
+def _prepared(layer: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, ids, weights, w13, w2: layer(x, ids, weights, *moe.prepare_weights(w13, w2))
+
+
 def _layer(*args: Any) -> Any:
     return moe.moe_layer(*args, mesh=mesh_of_two())
 
@@ -295,6 +299,8 @@ FORWARD = (
     Call("ragged_dot_general", _general, ("x_t", "w_t", "long_sizes")),
     Call("ragged_dot_general float32", _general, ("w_t", "w_t", "long_sizes")),
     Call("grouped_linear", jdg.grouped_linear, ("x", "ws_f32", "sizes")),
+    Call("prepare_weight", lambda x, w: jdg.fp8_linear(x, jdg.prepare_weight(w)), ("x", "w_f32")),
+    Call("prepare_weights", _prepared(moe.moe_mlp), MOE),
     Call("swiglu", activation.swiglu, ("x", "row_weights")),
     Call("swiglu_quantize", activation.swiglu_quantize, ("x", "row_weights")),
     Call("swiglu_grad_quantize", activation.swiglu_grad_quantize, ("x", "row_weights", "dact")),
@@ -337,6 +343,7 @@ GRADIENTS = (
     ),
     Call("dispatch, combine", _gradient(_dispatch_and_combine, 0, 2), ("x", "ids", "weights")),
     Call("moe_mlp", _gradient(moe.moe_mlp, 0, 2, 3, 4), MOE),
+    Call("moe_mlp prepared", _gradient(_prepared(moe.moe_mlp), 0, 2, 3, 4), MOE),
     Call("moe_mlp bf16", _gradient(bf16_recipe(moe.moe_mlp), 0, 2, 3, 4), MOE),
     Call("moe_layer", _gradient(lambda *args: _layer(*args)[0], 0, 2, 3, 4), MOE, mesh=True),
 )

@@ -253,13 +253,13 @@ def check_form(where: str, weight_layout: Any, scale_format: Any, **weights: Any
         )
     if scale_format not in SCALE_FORMATS:
         raise ValueError(
-            f"{where}: scale_format is {scale_format!r}, need 'f32' (any float32) or 'ue8m0' (powers of two)."
+            f"{where}: scale_format is {scale_format!r}, need 'f32', or 'ue8m0' for powers of two."
         )
     for name, w in weights.items():
         if weight_layout != "nk" and isinstance(w, QuantizedArray):
             raise ValueError(
-                f"{where}: {name} is quantised, and weight_layout is 'kn'. FP8 products read weights along k, "
-                "so that frozen ones are stored [g, n, k]. Quantise the transposed weight once: "
+                f"{where}: {name} is quantised, and weight_layout is 'kn'. FP8 products read weights along "
+                "k, so that frozen ones are stored [g, n, k]. Quantise the transposed weight once: "
                 f"jax_deepgemm.quantize({name}.mT, (128, 128)), with weight_layout='nk'."
             )
 

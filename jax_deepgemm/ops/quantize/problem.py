@@ -88,3 +88,13 @@ class QuantizeProblem:
         """Tiles of the gradient of h, side by side, of which each gives the weights' gradient a part."""
         features = self.cols if self.activation.interleaved else self.width
         return -(-features // TILE)
+
+    @property
+    def streamed(self) -> bool:
+        """A block of threads walks over row blocks, the next one's rows on their way."""
+        return self.kind == "quantize" and self.blocks > 0 and self.aligned and self.x != "float32"
+
+    @property
+    def walked(self) -> bool:
+        """There are as many blocks of threads as run at once, and each walks over tiles."""
+        return self.pairs or self.streamed

@@ -64,6 +64,8 @@ _INPUTS = (
 )
 _BODIES = {
     "quantize": _ROWS + "jdg::quantize<Config>({{x, {index}, {sources}, batched_x}}, counted, to);",
+    "quantize_stream": _ROWS
+    + "jdg::quantize_stream<Config>({{x, {index}, {sources}, 0}}, counted, to, tiles);",
     "swiglu": _INPUTS + "jdg::swiglu<Config, Act>(in, counted, to);",
     "swiglu_grad": _INPUTS + "jdg::swiglu_grad<Config, Act>(in, counted, to, {parts});",
     "swiglu_grad_pairs": _INPUTS + "jdg::swiglu_grad_pairs<Config, Act>(in, counted, to, {parts}, tiles);",
@@ -131,20 +133,24 @@ def tiles(p: QuantizeProblem) -> int:
 
 
 def shared_memory(p: QuantizeProblem) -> int:
-    """Dynamic shared memory: PairsShared of swiglu.cuh; the other kernels' is static."""
-    if not p.pairs:
+    """Dynamic shared memory: PairsShared of swiglu.cuh, StreamShared of quantize.cuh; others' is static."""
+    if not p.walked:
         return 0
     threads, rows, *_ = cut_of(p)
-    words = 2 * TILE * TILE if p.transposed else 16
-    return 3 * rows * threads * 16 + words + 2 * (threads // 32 + 1) * TILE * 4
+    inputs, tiles = (3, 2) if p.pairs else (1, 1)
+    words = tiles * TILE * TILE if p.transposed else 16
+    return inputs * rows * threads * 16 + words + tiles * (threads // 32 + 1) * TILE * 4
+
+
+def _body(p: QuantizeProblem) -> str:
+    return p.kind + ("_pairs" if p.pairs else "_stream" if p.streamed else "")
 
 
 def kernel_name(p: QuantizeProblem) -> str:
     """The name that profilers show."""
-    kind = f"{p.kind}_pairs" if p.pairs else p.kind
     parts = [
         "jdg",
-        kind,
+        _body(p),
         *([p.activation.tag] if p.activation.tag else []),
         f"{p.block[0]}x{p.block[1]}",
         _SHORT[p.x],
@@ -186,7 +192,7 @@ def _pointers(p: QuantizeProblem) -> dict[str, str]:
 
 def _integers(p: QuantizeProblem) -> list[str]:
     names = ["x", "limit"] if p.kind == "quantize" else ["h", "weight", "dact", "limit"]
-    more = {"tiles": p.pairs, "sources": p.indexed, "row_blocks": p.blocks > 0}
+    more = {"tiles": p.walked, "sources": p.indexed, "row_blocks": p.blocks > 0}
     return [
         "rows",
         "cols",
@@ -222,7 +228,7 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
     given |= {"sources": "sources" if p.indexed else "rows", "batched_limit": "batched_limit"}
     width = f"cols / {p.activation.halves}" if p.kind == "swiglu_grad" else "cols"
     name = kernel_name(p)
-    body = _BODIES[f"{p.kind}_pairs" if p.pairs else p.kind]
+    body = _BODIES[_body(p)]
     text = _TEXT.format(
         header="quantize" if p.kind == "quantize" else "swiglu",
         x=_TYPES[p.x],
@@ -270,7 +276,7 @@ def _plan(p: QuantizeProblem, config: None, chip: Chip, given: Operands) -> Laun
     params += [Scalar(values.get(name, 0), "int32") for name in _integers(p)]
     launch = Launch(
         kernel=compile_kernel(kernel_source(p), arch=chip.arch),
-        grid=(min(tiles(p), chip.num_sms) if p.pairs else tiles(p), 1, 1),
+        grid=(min(tiles(p), chip.num_sms * cut_of(p).blocks_per_sm) if p.walked else tiles(p), 1, 1),
         block=cut_of(p).threads,
         params=tuple(params),
         shared_memory=shared_memory(p),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_deepgemm.core.bench import Table
-from jax_deepgemm.tools.bench import plots
+from jax_deepgemm.tools.bench import plots, timeline
 from jax_deepgemm.tools.bench.catalog import (
     ROOT,
     Result,
@@ -199,6 +200,21 @@ def _page_section(path: Path, result: dict[str, Any]) -> str:
     plot_line = f"![speed](img/{path.stem}.png)\n"
     heading, rest = markdown(path, result).split("\n", 1)
     return f"{heading}\n\n{plot_line}{rest}"
+
+
+def draw_timeline(paths: Sequence[Path], rows: re.Pattern[str], target: Path) -> int:
+    """Draws when the kernels of one call ran: rows of result files that keep it and whose names match.
+
+    Raises:
+      ValueError: not a result file, or no such row.
+      OSError: a picture that cannot be written.
+    """
+    results = [(path.stem, load(path)) for path in paths]
+    kept = [pair for pair in timeline.rows_of(results) if rows.search(f"{pair[0]} ")]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(timeline.draw(kept), encoding="utf-8")
+    print(f"wrote {_relative(target)}")
+    return 0
 
 
 def run(paths: Sequence[Path], *, write: bool, plot: Path | None = None) -> int:

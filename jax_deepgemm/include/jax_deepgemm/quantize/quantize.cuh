@@ -6,6 +6,10 @@
 // Each tile is read once and written once (twice with the transposed copy); several blocks per SM hide each
 // other's latency. Rows that do not count are not read: those from *limit on, or what a table of row blocks
 // says (BLOCKED: a tile for each of its entries). With INDEXED a row is read where the index says.
+//
+// quantize_stream (BLOCKED, numbers of 16 bits): as many blocks of threads as run at once walk over the
+// tiles; while a tile is quantised and stored, cp.async brings the next one's rows, and loads its index.
+//   shared memory: rows [8 of a thread][256 threads] of 16 bytes | TileShared
 #pragma once
 
 #include <jax_deepgemm/quantize/quantize_tile.cuh>
@@ -73,6 +77,69 @@ __device__ __forceinline__ void quantize(const QuantizeInputs<typename C::In>& i
                                              all.cols - at.col - tile * kTile);
   }
   quantize_tiles<C>(v, shared, to, at, kTile);
+}
+
+// A thread copies what it will read itself: no barrier between.
+template <class C>
+struct StreamShared {
+  static constexpr int kThreads = kTile / C::ROWS * 16;
+  uint4 slots[C::ROWS][kThreads];
+  TileShared<C> tile;
+};
+
+// Lane l's part of the index: of the l % ROWS-th row of the thread.
+template <class C>
+__device__ __forceinline__ int request_index(const QuantizeInputs<typename C::In>& in, const Place& at) {
+  const int row = at.row + static_cast<int>(threadIdx.x) % C::ROWS;
+  if (at.empty() || row >= at.counted) return -1;
+  return C::INDEXED ? in.index[row] : row;
+}
+
+template <class C>
+__device__ __forceinline__ void request_rows(const QuantizeInputs<typename C::In>& in,
+                                             StreamShared<C>& shared, const Place& at, int index, int cols) {
+#pragma unroll
+  for (int j = 0; j < C::ROWS; ++j) {
+    const int source = __shfl_sync(kEveryLane, index, (threadIdx.x & 16) | j);
+    const bool there = static_cast<u32>(source) < static_cast<u32>(in.sources) && at.col < cols;
+    const i64 first = there ? static_cast<i64>(source) * cols + at.col : 0;
+    ptx::copy_async(smem_address(&shared.slots[j][threadIdx.x]), in.x + first, there ? 16 : 0);
+  }
+  ptx::copy_async_commit();
+}
+
+// The rows of the tile of this number, and the thread's place in it; empty if there is none.
+template <class C>
+__device__ __forceinline__ Place listed_place(const CountedRows& counted, const Quantized& to, int number,
+                                              int tiles) {
+  Place at = Place::of<C>(number, to.rows, to.cols);
+  at.end = at.tile_row;
+  return number < tiles ? at.within<C>(at.listed<C>(counted.blocks)) : at;
+}
+
+template <QuantizeConfig C>
+__device__ __forceinline__ void quantize_stream(const QuantizeInputs<typename C::In>& in,
+                                                const CountedRows& counted, const Quantized& to, int tiles) {
+  static_assert(C::BLOCKED && C::ALIGNED && C::ROWS == 8);
+  extern __shared__ __align__(16) char memory[];
+  StreamShared<C>& shared = *reinterpret_cast<StreamShared<C>*>(memory);
+  int number = blockIdx.x;
+  Place at = listed_place<C>(counted, to, number, tiles);
+  request_rows<C>(in, shared, at, request_index<C>(in, at), to.cols);
+  number += gridDim.x;
+  int index = request_index<C>(in, listed_place<C>(counted, to, number, tiles));
+  while (!at.empty()) {
+    Chunk<typename C::In> v[1][C::ROWS];
+    ptx::copy_async_wait();
+#pragma unroll
+    for (int j = 0; j < C::ROWS; ++j)
+      v[0][j].take(ptx::load_shared_16(smem_address(&shared.slots[j][threadIdx.x])));
+    request_rows<C>(in, shared, listed_place<C>(counted, to, number, tiles), index, to.cols);
+    number += gridDim.x;
+    index = request_index<C>(in, listed_place<C>(counted, to, number, tiles));
+    quantize_tiles<C>(v, shared.tile, to, at, 0);
+    at = listed_place<C>(counted, to, number - gridDim.x, tiles);
+  }
 }
 
 }  // namespace jdg

@@ -99,11 +99,15 @@ struct Chunk {
   __device__ __forceinline__ void take(uint4 v) {
     pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
   }
-  __device__ __forceinline__ float operator[](int i) const {
+  __device__ __forceinline__ static float unpacked(u32 pair, int i) {
     if constexpr (is_same<T, bf16>)
-      return __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000u : pairs[i / 2] << 16);
+      return __uint_as_float(i ? pair & 0xFFFF0000u : pair << 16);
     else
-      return ptx::half_to_float(static_cast<u16>(pairs[i / 2] >> i % 2 * 16));
+      return ptx::half_to_float(static_cast<u16>(pair >> i * 16));
+  }
+  __device__ __forceinline__ float operator[](int i) const { return unpacked(pairs[i / 2], i % 2); }
+  __device__ __forceinline__ static u32 larger(u32 a, u32 b) {
+    return is_same<T, bf16> ? ptx::max_magnitude_bf16x2(a, b) : ptx::max_magnitude_f16x2(a, b);
   }
   __device__ __forceinline__ void infinities_to_nan() {
 #pragma unroll
@@ -311,13 +315,34 @@ __device__ __forceinline__ void find_maxima(Maxima<ROWS>& of, const Chunk<T> (&x
   }
 }
 
+// The same with infinities, two numbers at a time; a maximum may be NaN where all are.
+template <int ROWS, class T>
+__device__ __forceinline__ void find_paired_maxima(Maxima<ROWS>& of, const Chunk<T> (&x)[ROWS]) {
+  using Pairs = Chunk<T>;
+  u32 cols[kWide / 2];
+#pragma unroll
+  for (int j = 0; j < ROWS; ++j) {
+    u32 row = x[j].pairs[0];
+#pragma unroll
+    for (int i = 1; i < kWide / 2; ++i) row = Pairs::larger(row, x[j].pairs[i]);
+    of.row[j] = fmaxf(fabsf(Pairs::unpacked(row, 0)), fabsf(Pairs::unpacked(row, 1)));
+#pragma unroll
+    for (int i = 0; i < kWide / 2; ++i) cols[i] = j ? Pairs::larger(cols[i], x[j].pairs[i]) : x[0].pairs[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kWide; ++i) of.col[i] = fabsf(Pairs::unpacked(cols[i / 2], i % 2));
+}
+
 template <class C, class T>
 __device__ __forceinline__ void find_finite_maxima(Maxima<C::ROWS> (&of)[C::TILES],
                                                    Chunk<T> (&x)[C::TILES][C::ROWS]) {
   float top = 0.0f;
 #pragma unroll
   for (int tile = 0; tile < C::TILES; ++tile) {
-    find_maxima<false>(of[tile], x[tile]);
+    if constexpr (is_same<T, float>)
+      find_maxima<false>(of[tile], x[tile]);
+    else
+      find_paired_maxima(of[tile], x[tile]);
 #pragma unroll
     for (int j = 0; j < C::ROWS; ++j) top = fmaxf(top, of[tile].row[j]);
   }
@@ -468,6 +493,45 @@ __device__ __forceinline__ void transpose(const Chunk<T> (&x)[C::ROWS], float bl
   }
 }
 
+// store_values and transpose in one, of eight rows, so that each number is unpacked once.
+template <class C, class T>
+__device__ __forceinline__ void store_both(const Chunk<T> (&x)[C::ROWS], const float (&row)[C::ROWS],
+                                           const float (&inverses)[kTile], u8* tile, const Quantized& to,
+                                           const Place& at) {
+  using Fp8 = typename C::Fp8;
+  static_assert(C::ROWS == 8 && C::SCALES == Scales::kRow);
+  const int first = at.col - at.tile_col, group = first / kWide, rows = at.row - at.tile_row;
+  u8* line = to.values + static_cast<i64>(at.row) * to.cols + at.col;
+  float col[kWide];
+  column_inverses<false>(col, 1.0f, inverses, at);
+  u32 turned[2][kWide];
+#pragma unroll
+  for (int j = 0; j < C::ROWS; j += 2) {
+    float v[2][kWide];
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) {
+      v[0][i] = x[j][i], v[1][i] = x[j + 1][i];
+      const u32 pair = Fp8::pack(ptx::mul_ftz(v[0][i], col[i]), ptx::mul_ftz(v[1][i], col[i]));
+      if (j % 4 == 0)
+        turned[j / 4][i] = pair;
+      else
+        turned[j / 4][i] |= pair << 16;
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k, line += to.cols) {
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) v[k][i] = ptx::mul_ftz(v[k][i], row[j + k]);
+      const uint2 bytes = {pack_four<Fp8>(v[k][0], v[k][1], v[k][2], v[k][3]),
+                           pack_four<Fp8>(v[k][4], v[k][5], v[k][6], v[k][7])};
+      if (at.row + j + k < at.end) store_bytes<C::ALIGNED>(line, bytes, to.cols - at.col);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kWide; ++i)
+    *reinterpret_cast<uint2*>(tile + (first + i) * kTile + ((rows / 8) ^ group) * 8) = {turned[0][i],
+                                                                                        turned[1][i]};
+}
+
 template <class C>
 __device__ __forceinline__ void store_transposed(const u8* tile, const Quantized& to, const Place& at) {
   constexpr int kStep = kTile / C::ROWS;  // columns that the block stores at a time
@@ -511,16 +575,22 @@ __device__ __forceinline__ void quantize_tiles(Chunk<T> (&x)[C::TILES][C::ROWS],
   }
   if constexpr (C::SCALES == Scales::kColumn) __syncthreads();
   if constexpr (kRows) row_scales<C>(row, maxima, to, at, apart);
+  constexpr bool kBoth = kRows && C::TRANSPOSED && C::ROWS == 8 && C::TILES == 1 && !is_same<T, float>;
+  if constexpr (kBoth) {
+    __syncthreads();
+    forget(x[0]);
+    store_both<C>(x[0], row[0], shared.inverses[0], reinterpret_cast<u8*>(shared.words), to, at);
+  }
 #pragma unroll
-  for (int tile = 0; tile < C::TILES; ++tile) {
+  for (int tile = 0; tile < C::TILES && !kBoth; ++tile) {
     forget(x[tile]);
     store_values<C>(x[tile], row[tile], block, shared.inverses[tile], to, at.moved(tile * apart));
   }
   if constexpr (C::TRANSPOSED) {
     u8* const words = reinterpret_cast<u8*>(shared.words);
-    if constexpr (kColumns) __syncthreads();
+    if constexpr (kColumns && !kBoth) __syncthreads();
 #pragma unroll
-    for (int tile = 0; tile < C::TILES; ++tile) {
+    for (int tile = 0; tile < C::TILES && !kBoth; ++tile) {
       forget(x[tile]);
       transpose<C>(x[tile], block, shared.inverses[tile], words + tile * kTile * kTile,
                    at.moved(tile * apart));

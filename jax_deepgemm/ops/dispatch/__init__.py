@@ -1,0 +1,1 @@
+"""Which row each copy of each token has: a stable counting sort by expert."""

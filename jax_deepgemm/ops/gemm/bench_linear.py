@@ -1,0 +1,79 @@
+"""Rows of the benchmark: a linear layer forward and backward, beside the same in BF16 by cuBLASLt."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_deepgemm.core.bench import BESIDE_BASELINE, CLOCK, Beside, Row, Table
+from jax_deepgemm.ops.gemm.linear import fp8_linear
+from jax_deepgemm.ops.quantize.api import quantize
+
+FROZEN, TRAINING = "forward, FP8 weight", "forward and backward"
+SIZES = ((8192, 4096, 7168), (8192, 7168, 2048))
+"""Tokens, n, k."""
+CUBLASLT_ONLY = {"xla_gpu_enable_triton_gemm": False}
+
+
+@functools.partial(jax.jit, static_argnums=range(3))
+def _draw(m: int, n: int, k: int) -> tuple[Any, ...]:
+    """x, w, the gradient of the result, and w in FP8."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (m, k), (n, k), (m, n)
+    x, w, dy = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    return x, w, dy, quantize(w, (128, 128))
+
+
+def _training(layer: Callable[..., jax.Array], x: jax.Array, w: jax.Array, dy: jax.Array) -> Any:
+    y, vjp = jax.vjp(layer, x, w)
+    return y, vjp(dy)
+
+
+def _bf16(x: jax.Array, w: jax.Array) -> jax.Array:
+    return x @ w.T
+
+
+def rows(small: bool) -> Iterator[Row]:
+    """The table's rows."""
+    for m, n, k in ((64, 256, 128),) if small else SIZES:
+        draw = functools.partial(_draw, m, n, k)
+        for what in (FROZEN, TRAINING):
+            trains = what == TRAINING
+            both = functools.partial(_training, fp8_linear), functools.partial(_training, _bf16)
+            ours, theirs = both if trains else (fp8_linear, _bf16)
+            yield Row(
+                name=f"linear {what}: m={m} n={n} k={k}",
+                fields={"what": what, "m": m, "n": n, "k": k},
+                function=ours,
+                draw=draw,
+                flops=2 * m * n * k * (3 if trains else 1),
+                operands=(lambda drawn: drawn[:3]) if trains else (lambda drawn: (drawn[0], drawn[3])),
+                prefix="",
+                gemms="jdg_sm90_",
+                baseline=Beside(
+                    "BF16 by cuBLASLt through jnp",
+                    theirs,
+                    (lambda drawn: drawn[:3]) if trains else (lambda drawn: drawn[:2]),
+                    elsewhere="XLA dot",
+                    options=CUBLASLT_ONLY,
+                ),
+            )
+
+
+TABLE = Table(
+    "fp8_linear with a bfloat16 weight, all kernels, beside BF16 through jnp",
+    ("what", "m", "n", "k"),
+    rows,
+    columns=(
+        *("us", "span us", "TFLOP/s", "GEMMs us", "launches", "temp GB"),
+        *(*BESIDE_BASELINE, "{baseline} temp GB", CLOCK),
+    ),
+    baseline="BF16 by cuBLASLt",
+    elsewhere="XLA",
+    part=lambda fields: str(fields["what"]),
+    order=2,
+)

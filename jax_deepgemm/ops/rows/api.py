@@ -1,0 +1,73 @@
+"""Rows by their index, moved by a kernel where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_deepgemm.ops.quantize import QuantizedArray
+from jax_deepgemm.ops.rows import reference
+from jax_deepgemm.ops.rows.op import TAKE, TAKE_SCALED
+
+
+def move_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[index], with zeros where there is no such row.
+
+    >>> import jax.numpy as jnp
+    >>> move_rows(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1, 2, -1, 0])).tolist()
+    [[3.0, 4.0], [0.0, 0.0], [0.0, 0.0], [1.0, 2.0]]
+
+    Args:
+      x: [t, h], any dtype.
+      index: int32 [m]. -1 is no row, and neither is t.
+
+    Returns:
+      [m, h] in the dtype of x. The gradient sums the rows that were taken from one.
+
+    Raises nothing. Symbolic sizes, and numbers that are not of whole bytes, take the plain form.
+    """
+    if not _moves(x, index):
+        return reference.take(x, index)[0]
+    return TAKE(x, index, dtypes=(np.dtype(x.dtype),), fallback="reference")[0]
+
+
+def take_quantized(x: QuantizedArray, index: jax.Array) -> QuantizedArray:
+    """Rows of an array that is quantised per row: values and scales, in one launch.
+
+    >>> import jax.numpy as jnp
+    >>> from jax_deepgemm import quantize
+    >>> x = quantize(jnp.ones((2, 256), jnp.bfloat16), (1, 128))
+    >>> take_quantized(x, jnp.array([1, 5, 0])).scales.shape
+    (3, 2)
+
+    Args:
+      x: values [t, h], block (1, 128).
+      index: int32 [m].
+
+    Returns:
+      [m, h], quantised alike; values and scales are zero where there is no such row.
+
+    Raises nothing.
+    """
+    if _moves(x.values, index) and _moves(x.scales, index):
+        dtypes = (np.dtype(x.values.dtype), np.dtype(x.scales.dtype))
+        values, scales = TAKE_SCALED(x.values, x.scales, index, dtypes=dtypes, fallback="reference")
+    else:
+        values, scales = reference.take(x.values, x.scales, index)
+    return QuantizedArray(values, scales, x.block)
+
+
+def _moves(x: Any, index: Any) -> bool:
+    """Whether the op takes these."""
+    known = all(isinstance(size, int) for size in (*x.shape, *index.shape))
+    return known and (x.ndim, index.ndim) == (2, 1) and _bits(x.dtype) >= 8
+
+
+def _bits(dtype: Any) -> int:
+    """Of a number, in memory; 0 of what is none."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return int(jnp.finfo(dtype).bits)
+    return int(jnp.iinfo(dtype).bits) if jnp.issubdtype(dtype, jnp.integer) else 0

@@ -1,0 +1,22 @@
+"""From the operands of the ops that take rows to the problem that their kernel solves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_deepgemm.core.family import OpKernel
+from jax_deepgemm.ops.rows.family import FAMILY
+from jax_deepgemm.ops.rows.problem import RowsProblem
+
+
+def _problem(avals_in: Sequence[Any], avals_out: Sequence[Any], **_: Any) -> RowsProblem:
+    *given, index = avals_in
+    sizes = [x.shape[1] * np.dtype(x.dtype).itemsize for x in given]
+    return RowsProblem(index.shape[0], given[0].shape[0], *sizes)
+
+
+take = OpKernel(FAMILY, _problem, ("x", "index"))
+take_scaled = OpKernel(FAMILY, _problem, ("x", "scales", "index"))

@@ -1,0 +1,55 @@
+"""Rows by their index as ops. Rows that are taken from are whole on each device; columns, and the rows that
+are wanted, are cut freely."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_deepgemm.core.declaration import Dims
+from jax_deepgemm.core.derivatives import Wanted, same_varying_axes
+from jax_deepgemm.core.family import LazyKernel
+from jax_deepgemm.core.op import Op
+from jax_deepgemm.ops.rows import reference
+
+
+def _result(*shapes: Dims, dtypes: tuple[np.dtype, ...]) -> list[tuple[Dims, Any]]:
+    *given, index = shapes
+    return [((*index, x[1]), dtype) for x, dtype in zip(given, dtypes, strict=True)]
+
+
+def _jvp(primals: list[Any], tangents: list[Any], *, dtypes: tuple[np.dtype, ...], **options: Any) -> Any:
+    index = primals[-1]
+    return [
+        None if tangent is None else TAKE(tangent, index, dtypes=(dtype,), **options)[0]
+        for tangent, dtype in zip(tangents[:-1], dtypes, strict=True)
+    ]
+
+
+def _transpose(which: int, cotangents: list[jax.Array], operands: list[Any], **_: Any) -> jax.Array:
+    """Rows that were taken several times sum up."""
+    wanted, index = operands[which], operands[-1]
+    assert isinstance(wanted, Wanted)
+    zeros, rows, index = same_varying_axes([jnp.zeros(wanted.shape, wanted.dtype), cotangents[which], index])
+    if not wanted.shape[0]:
+        return zeros
+    return zeros.at[index].add(rows, mode="drop", wrap_negative_indices=False)
+
+
+def _op(name: str, rule: str, kernel: str) -> Op:
+    return Op(
+        name,
+        rule,
+        _result,
+        reference.take,
+        kernel=LazyKernel("jax_deepgemm.ops.rows.kernel", kernel),
+        jvp=_jvp,
+        transpose=_transpose,
+    )
+
+
+TAKE = _op("take_rows", "t h, m -> m h", "take")
+TAKE_SCALED = _op("take_rows_scaled", "t h, t b, m -> m h, m b", "take_scaled")

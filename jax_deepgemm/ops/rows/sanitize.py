@@ -1,0 +1,31 @@
+"""Calls for compute-sanitizer: rows of every width of vectors, of several pieces, with scales and without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_deepgemm.core.sanitize import Case
+from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.rows.api import move_rows, take_quantized
+
+ROWS, WANTED = 33, 75
+
+
+def _scales(x: QuantizedArray, index: jax.Array) -> jax.Array:
+    """Of the kernel that takes values too, which are as many bytes."""
+    taken = take_quantized(x, index)
+    return jnp.concatenate([taken.values.astype(jnp.float32), taken.scales], axis=1)
+
+
+def cases() -> Iterator[Case]:
+    """Yields a case for each kind; every row of the index that does not exist is zero."""
+    rng = np.random.default_rng(0)
+    index = jnp.asarray(rng.integers(-2, ROWS + 2, WANTED), jnp.int32)
+    for width in (2088, 2052, 70, 33):
+        x = jnp.asarray(rng.standard_normal((ROWS, width)), jnp.bfloat16)
+        yield Case(f"rows {width}", move_rows, (x, index))
+        yield Case(f"rows quantised {width}", _scales, (quantize(x, (1, 128)), index))
