@@ -28,7 +28,8 @@ CASES = 120
 
 @dataclass(frozen=True)
 class Case:
-    """`kind` is "rows", "masked", "inner" or "blocks", inner of whole blocks; `extent` the rows (inner: k) of the operand."""
+    """`kind` is "rows", "masked", "inner" or "blocks" (inner, of whole blocks); `extent` the rows (inner: k)
+    of the operand."""
 
     kind: str
     segmented: bool

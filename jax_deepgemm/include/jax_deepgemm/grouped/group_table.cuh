@@ -101,7 +101,7 @@ __device__ __forceinline__ int clamp(i64 v, int low, int high) {
 // What a group takes of k or of the rows: its size, or whole blocks.
 template <class C>
 __device__ __forceinline__ int room(int size) {
-  return C::WHOLE_BLOCKS ? align_up(size, 128) : size;
+  return C::WHOLE_BLOCKS ? ceil_div(size, 128) * 128 : size;
 }
 
 // Start and end of every segment, by one warp. Segment 0 of kRows is what lies before the first group of this
