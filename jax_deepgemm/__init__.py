@@ -41,7 +41,14 @@ if TYPE_CHECKING:
         m_grouped_fp8_gemm_nt_masked,
     )
     from jax_deepgemm.ops.grouped.linear import grouped_linear
-    from jax_deepgemm.ops.quantize import QuantizedArray, dequantize, quantize
+    from jax_deepgemm.ops.quantize import (
+        PreparedWeight,
+        QuantizedArray,
+        accumulate_gradients,
+        dequantize,
+        prepare_weight,
+        quantize,
+    )
     from jax_deepgemm.ops.ragged_dot.api import ragged_dot, ragged_dot_general
     from jax_deepgemm.tools.explain import explain
     from jax_deepgemm.tools.precompile import precompile
@@ -58,7 +65,10 @@ _HOME = {
     "fp8_linear": "ops.gemm.linear",
     "GemmConfig": "ops.gemm.family",
     "GemmProblem": "ops.gemm.family",
+    "PreparedWeight": "ops.quantize",
+    "accumulate_gradients": "ops.quantize",
     "QuantizedArray": "ops.quantize",
+    "prepare_weight": "ops.quantize",
     "quantize": "ops.quantize",
     "dequantize": "ops.quantize",
     "k_grouped_bf16_gemm_tn_contiguous": "ops.grouped.api",
@@ -84,8 +94,10 @@ _log.start()
 __all__ = [
     "GemmConfig",
     "GemmProblem",
+    "PreparedWeight",
     "QuantizedArray",
     "__version__",
+    "accumulate_gradients",
     "bf16_gemm_nn",
     "bf16_gemm_nt",
     "bf16_gemm_tn",
@@ -111,6 +123,7 @@ __all__ = [
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
     "precompile",
+    "prepare_weight",
     "quantize",
     "ragged_dot",
     "ragged_dot_general",

@@ -91,6 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --report: draw a plot of each table into this folder",
     )
     parser.add_argument(
+        "--timeline",
+        type=output_file,
+        metavar="SVG",
+        help="with --report: draw when the kernels of one call ran, of rows that keep it and match --rows",
+    )
+    parser.add_argument(
         "--write",
         action="store_true",
         help="with --report: rewrite docs/benchmarks.md, its plot, and README.md of this source tree",
@@ -98,11 +104,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("write", "plot"):
+    for name in ("write", "plot", "timeline"):
         if getattr(args, name) and not args.report:
             raise UsageError(f"--{name} needs --report with the result files to show")
     if args.report:
         with refusing():
+            if args.timeline:
+                return report.draw_timeline(args.report, args.rows, args.timeline)
             return report.run(args.report, write=args.write, plot=args.plot)
     return measure(args)
 

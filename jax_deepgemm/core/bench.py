@@ -82,6 +82,7 @@ class Row:
       session: rows with the same are measured in one profiler session; None: rows with the same draw are.
       baseline: what stands beside it.
       read_flush: whether it is timed again after a flush that reads, which leaves no dirty lines in L2.
+      timeline: whether the result keeps when each kernel of one call ran, for a picture.
       in_turns: it and its baseline run back to back in turns, by the wall clock, instead.
       whole: the program that a model would run instead of this function alone, which then must run no kernel
         but its own; that is measured too, also by the wall clock.
@@ -101,6 +102,7 @@ class Row:
     session: Hashable = None
     baseline: Beside | None = None
     read_flush: bool = False
+    timeline: bool = False
     in_turns: bool = False
     whole: Beside | None = None
 
@@ -144,6 +146,10 @@ class Table:
       reads: (fields) -> the bytes that the kernel reads and does little else, or None: it does more. A floor
         is shown for rows that were timed after a flush that reads.
       readme: values of the keys of rows that README.md shows.
+      in_bf16: (fields of a row) -> what differs in the row of the same in BF16, which docs/performance.md
+        compares it with: {} for its baseline, None for no row.
+      kinds: what kernels do, for pictures: (regular expression of names, least microseconds, a kind of
+        `KINDS` in tools/bench/timeline.py); the first that fits counts.
     """
 
     title: str
@@ -161,6 +167,8 @@ class Table:
     type: str = ""
     reads: Callable[[Fields], int | None] | None = None
     readme: tuple[tuple[Any, ...], ...] = ()
+    in_bf16: Callable[[Fields], Fields | None] = lambda fields: None
+    kinds: tuple[tuple[str, float, str], ...] = ()
 
 
 def recorded_rows(tables: Mapping[str, Any], name: str) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ except ImportError as error:
 
 from jax_deepgemm.flax.linear import Linear, SwiGLU
 from jax_deepgemm.flax.moe import Load, MoE, RouterBias
+from jax_deepgemm.flax.prepared import WeightCopies, prepared_weights
 from jax_deepgemm.flax.variables import QuantizedParam, named_shardings, quantize_module
 from jax_deepgemm.ops.quantize.serialization import register as _register
 
@@ -23,6 +24,8 @@ __all__ = [
     "QuantizedParam",
     "RouterBias",
     "SwiGLU",
+    "WeightCopies",
     "named_shardings",
+    "prepared_weights",
     "quantize_module",
 ]

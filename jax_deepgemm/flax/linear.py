@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.sharding import entries
+from jax_deepgemm.flax.prepared import weight
 from jax_deepgemm.flax.variables import as_bf16, as_input, check_dtype, check_recipe
 from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal, zeros
 from jax_deepgemm.ops.gemm.api import bf16_gemm_nt
@@ -96,7 +97,7 @@ class Linear(nnx.Module):
           out_sharding: y's sharding on a mesh with Explicit axes; needed there if in_features is cut.
         """
         x = as_input("Linear", x, self.dtype)
-        y = linear(self.recipe, x, self.weight.get_value(), out_sharding)
+        y = linear(self.recipe, x, weight(self, "weight"), out_sharding)
         return y if self.bias is None else _add(y, self.bias.get_value())
 
     @classmethod
@@ -237,7 +238,7 @@ class SwiGLU(nnx.Module):
 
 
 def linear(recipe: str, x: jax.Array, w: Any, out_sharding: Any = None) -> jax.Array:
-    """x [.., k] @ w.T in the dtype of x, for w [n, k], master weight or QuantizedArray."""
+    """x [.., k] @ w.T in the dtype of x, for w [n, k], a master weight, prepared or quantised."""
     if recipe == "fp8" or isinstance(w, QuantizedArray):
         return fp8_linear(x, w, out_dtype=x.dtype, out_sharding=out_sharding)
     spec = out_sharding.spec if isinstance(out_sharding, NamedSharding) else out_sharding

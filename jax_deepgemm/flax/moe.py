@@ -16,6 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.flax.linear import SwiGLU
+from jax_deepgemm.flax.prepared import weight
 from jax_deepgemm.flax.variables import as_input, check_dtype, check_recipe
 from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal
 from jax_deepgemm.moe import expert_parallel_moe, moe_layer, moe_mlp, moe_mlp_decode, route
@@ -238,7 +239,7 @@ class MoE(nnx.Module):
 
     def _experts(self, *routed: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(y, dropped) of tokens, ids, weights."""
-        operands: Any = (*routed, self.w13.get_value(), self.w2.get_value())
+        operands: Any = (*routed, weight(self, "w13"), weight(self, "w2"))
         recipe = self._recipe()
         if self.expert_axis is None:
             return moe_mlp(*operands, recipe=recipe), jnp.zeros((), jnp.int32)
@@ -248,7 +249,7 @@ class MoE(nnx.Module):
         return moe_layer(*operands, mesh=self.mesh, expert_axis=self.expert_axis, recipe=recipe, **options)
 
     def _few_tokens(self, *routed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        operands: Any = (*routed, self.w13.get_value(), self.w2.get_value())
+        operands: Any = (*routed, weight(self, "w13"), weight(self, "w2"))
         y = moe_mlp_decode(*operands, recipe=self._recipe())
         return y, jnp.zeros((), jnp.int32)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax_deepgemm.moe.decode import moe_mlp_decode
 from jax_deepgemm.moe.dispatch import DispatchPlan, combine, dispatch, plan_dispatch, spread_weights
-from jax_deepgemm.moe.experts import expert_mlp
+from jax_deepgemm.moe.experts import expert_mlp, prepare_weights
 from jax_deepgemm.moe.layer import moe_mlp
 from jax_deepgemm.moe.parallel import expert_parallel_moe, moe_layer
 from jax_deepgemm.moe.route import DEEPSEEK_V3, route
@@ -20,6 +20,7 @@ __all__ = [
     "moe_mlp",
     "moe_mlp_decode",
     "plan_dispatch",
+    "prepare_weights",
     "route",
     "spread_weights",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,10 @@ from jax_deepgemm.moe.experts import Weight, check_weights
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
 from jax_deepgemm.moe.placement import on_each_device
 from jax_deepgemm.ops.gemm.checks import PER_ROW
+from jax_deepgemm.ops.grouped import gated
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
-from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
 from jax_deepgemm.ops.rows.api import move_rows
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_quantize
 
@@ -59,7 +61,7 @@ def moe_mlp_decode(
 
     Args:
       x, ids, weights, w13, w2: as in `moe_mlp`. Quantise the weights beforehand: master weights are quantised
-        at each call.
+        at each call. Of PreparedWeights the FP8 copies are used, and the masters have no gradient.
       max_rows: rows of an expert; copies that find none, those of later tokens, are dropped: they count zero.
         Default: the number of tokens, so that nothing is dropped (a token's ids being distinct).
       recipe, num_sms: as in `moe_mlp`.
@@ -104,6 +106,11 @@ def _moe_mlp_decode(
     return sum_copies(y.reshape(experts * rows, x.shape[1]), plan.position)
 
 
+class _Options(TypedDict):
+    expected_m: int | None
+    num_sms: int | None
+
+
 def _expected_rows(copies: int, experts: int, rows: int) -> int | None:
     """Those of a balanced load that find room."""
     balanced = expected_rows(copies, experts)
@@ -120,25 +127,26 @@ def _fp8(
     num_sms: int | None,
 ) -> jax.Array:
     experts = w13.shape[0]
+    counts, options = plan.group_sizes, _Options(expected_m=expected_m, num_sms=num_sms)
 
-    def gemm(values: jax.Array, scales: jax.Array, w: Weight, out_dtype: DTypeLike) -> jax.Array:
-        rows = row_weights.shape[0] // experts
-        values, scales = (z.reshape(experts, rows, z.shape[1]) for z in (values, scales))
-        return m_grouped_fp8_gemm_nt_masked(
-            QuantizedArray(values, scales, PER_ROW),
-            fp8.forward_weight(w),
-            plan.group_sizes,
-            expected_m,
-            out_dtype=out_dtype,
-            num_sms=num_sms,
-        )
+    def deep(z: jax.Array) -> jax.Array:
+        return z.reshape(experts, row_weights.shape[0] // experts, *z.shape[1:])
 
-    rows = take_quantized(quantize(x, PER_ROW), plan.token)
-    hidden = gemm(rows.values, rows.scales, w13, jnp.bfloat16)
-    # Rows that do not count are undefined here, and stay among themselves: scales are per row.
-    flat = hidden.reshape(row_weights.shape[0], hidden.shape[2])
-    act, scales = swiglu_quantize(flat, row_weights, transposed=False)
-    return gemm(act, scales, w2, x.dtype)
+    def gemm(rows: QuantizedArray, w: QuantizedArray, out_dtype: DTypeLike) -> jax.Array:
+        return m_grouped_fp8_gemm_nt_masked(rows, w, counts, out_dtype=out_dtype, **options)
+
+    taken = take_quantized(quantize(x, PER_ROW), plan.token)
+    rows = QuantizedArray(deep(taken.values), deep(taken.scales), PER_ROW)
+    first, second = fp8.forward_weight(w13), fp8.forward_weight(w2)
+    # Rows that do not count are undefined from here on, and stay among themselves: scales are per row.
+    if gated.fits(first):
+        act = gated.m_masked_fp8_gemm_swiglu(rows, first, counts, deep(row_weights), **options)
+    else:
+        hidden = gemm(rows, first, jnp.bfloat16)
+        flat = hidden.reshape(row_weights.shape[0], hidden.shape[2])
+        values, scales = swiglu_quantize(flat, row_weights, transposed=False)
+        act = QuantizedArray(deep(values), deep(scales), PER_ROW)
+    return gemm(act, second, x.dtype)
 
 
 def _bf16(
@@ -153,7 +161,7 @@ def _bf16(
     experts = w13.shape[0]
 
     def gemm(a: jax.Array, w: Weight, out_dtype: DTypeLike) -> jax.Array:
-        assert not isinstance(w, QuantizedArray)
+        assert not isinstance(w, PreparedWeight | QuantizedArray)
         return m_grouped_bf16_gemm_nt_masked(
             a.reshape(experts, row_weights.shape[0] // experts, a.shape[-1]),
             w.astype(jnp.bfloat16),

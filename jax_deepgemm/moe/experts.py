@@ -26,11 +26,12 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.ops.gemm.checks import BLOCKED, PER_ROW
-from jax_deepgemm.ops.grouped import linear
+from jax_deepgemm.ops.grouped import gated, linear
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_contiguous
 from jax_deepgemm.ops.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
-from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize, quantize_rows
+from jax_deepgemm.ops.quantize.prepared import Bits, Copies, cotangent, prepare_weight
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_grad_quantize, swiglu_quantize
 
 HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, as in jax.hessian)"
@@ -38,7 +39,7 @@ HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, a
 MOE_HIDDEN = "jdg_moe_hidden"
 """checkpoint_name of the first GEMM's result, bfloat16 [rows, 2 * intermediate]."""
 
-Weight: TypeAlias = jax.Array | QuantizedArray
+Weight: TypeAlias = jax.Array | PreparedWeight | QuantizedArray
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
 
@@ -54,27 +55,63 @@ class Experts:
     w2: np.dtype[Any]
     specs: tuple[PartitionSpec | None, PartitionSpec | None]
     """PartitionSpecs of w13 and w2 on Explicit axes, for their gradients."""
+    prepared: tuple[bool, bool]
+    """Whether w13 and w2 are PreparedWeights."""
 
     @classmethod
     def of(cls, rows: np.dtype[Any], w13: Weight, w2: Weight, gemms: fp8.LayerOptions) -> Experts:
-        first, second = (linear.like(w.values if isinstance(w, QuantizedArray) else w) for w in (w13, w2))
-        return cls(gemms, w13.shape[0], np.dtype(rows), first[0], second[0], (first[1], second[1]))
+        (first, spec13), (second, spec2) = (linear.like(jax.tree.leaves(w)[0]) for w in (w13, w2))
+        prepared = isinstance(w13, PreparedWeight), isinstance(w2, PreparedWeight)
+        return cls(gemms, w13.shape[0], np.dtype(rows), first, second, (spec13, spec2), prepared)
 
 
 class Kept(NamedTuple):
-    """What waits for the backward pass. FP8 as (bytes, scales); None for rows and act of frozen weights."""
+    """What waits for the backward pass. FP8 as (bytes, scales); None for rows and act of frozen weights.
+
+    Weights are the transposed copies, or as they are where they are frozen.
+    """
 
     rows: _Pair | None
     hidden: jax.Array
     act: _Pair | None
-    w13: _Pair
-    w2: _Pair
+    w13: Bits | _Pair
+    w2: Bits | _Pair
     row_weights: jax.Array
     groups: fp8.Groups
 
 
 def is_frozen(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize == 1
+
+
+def prepare_weights(w13: ArrayLike, w2: ArrayLike) -> tuple[PreparedWeight, PreparedWeight]:
+    """Both weights of the experts quantised once, for all calls of a training step: see `prepare_weight`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax_deepgemm.moe import expert_mlp, prepare_weights
+    >>> batches = jax.random.normal(jax.random.key(0), (4, 10, 256), jnp.bfloat16)
+    >>> w13 = jax.random.normal(jax.random.key(1), (3, 2 * 128, 256)) / 16
+    >>> w2 = jax.random.normal(jax.random.key(2), (3, 256, 128)) / 16
+    >>> def loss(weights, sizes):
+    ...     prepared = prepare_weights(*weights)      # once, outside the scan over microbatches
+    ...     def body(total, rows):
+    ...         return total + jnp.sum(expert_mlp(rows, *prepared, sizes).astype(jnp.float32)), None
+    ...     return jax.lax.scan(body, jnp.float32(0), batches)[0]
+    >>> [dw.shape for dw in jax.grad(loss)((w13, w2), jnp.array([4, 0, 5]))]
+    [(3, 256, 256), (3, 256, 128)]
+
+    Args:
+      w13: [.., e, 2 * i, h] gate and up projections, bfloat16 or float32.
+      w2: [.., e, h, i] down projections, likewise.
+
+    Returns:
+      Two PreparedWeights, which `expert_mlp`, `moe_mlp`, `moe_layer` and `expert_parallel_moe` take in place
+      of w13 and w2. On a mesh they are cut as those are.
+
+    Raises:
+      TypeError, ValueError: as `prepare_weight`.
+    """
+    return prepare_weight(w13), prepare_weight(w2)
 
 
 def expert_mlp(
@@ -101,8 +138,9 @@ def expert_mlp(
 
     Args:
       rows: [m, h] bfloat16 or float32, sorted by expert (`dispatch`).
-      w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or
-        QuantizedArray of block (128, 128) for a frozen weight ("fp8"; it has no gradient).
+      w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or for
+        "fp8" a PreparedWeight of them (`prepare_weights`; the gradient goes to its master), or a
+        QuantizedArray of block (128, 128) for a frozen weight, which has no gradient.
       w2: [e, h, i] down projections, likewise.
       group_sizes: integer [e_all], rows of each expert.
       row_weights: float32 [m], factors of the rows (`spread_weights`); None: ones.
@@ -130,7 +168,7 @@ def expert_mlp(
     if spec is not None:
         row_weights = jax.sharding.reshard(row_weights, PartitionSpec(*spec[:1]))
     groups = fp8.Groups.of(group_sizes, group_offset)
-    gemms = fp8.LayerOptions(expected_m, num_sms)
+    gemms = fp8.LayerOptions(expected_m, num_sms, group_blocks=fp8.rows_are_whole(rows))
     leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups))
     rows, w13, w2, row_weights, groups = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16":  # gradients of replicated weights are summed in their own dtype, not in bfloat16
@@ -185,12 +223,39 @@ def apply(
     w2: QuantizedArray,
     row_weights: jax.Array,
     groups: fp8.Groups,
+    *,
+    local: bool = True,
 ) -> jax.Array:
-    """y of quantised rows and weights; nothing is kept."""
-    hidden = fp8.m_grouped(rows, w13, groups, static.gemms, jnp.bfloat16)
+    """y of quantised rows and weights; nothing is kept. `local`: whether no mesh axis may cut the experts."""
+    act = _act(static, rows, w13, row_weights, groups, local and gated.fits(w13))
+    return fp8.m_grouped(act, w2, groups, static.gemms, static.rows)
+
+
+def _act(
+    static: Experts,
+    rows: QuantizedArray,
+    w13: QuantizedArray,
+    row_weights: jax.Array,
+    groups: fp8.Groups,
+    fused: bool,
+) -> QuantizedArray:
+    """The SwiGLU of the first GEMM, quantised. Fused with it where that is possible: of each row the 8 i
+    bytes that h takes to be written and read again are saved, and a launch."""
+    gemms = static.gemms
+    if fused:
+        return gated.m_grouped_fp8_gemm_swiglu(
+            rows,
+            w13,
+            groups.sizes,
+            row_weights,
+            group_offset=groups.offset,
+            expected_m=gemms.expected_m,
+            num_sms=gemms.num_sms,
+        )
+    hidden = fp8.m_grouped(rows, w13, groups, gemms, jnp.bfloat16)
     end = groups.end(hidden.shape[0])
     values, scales = swiglu_quantize(hidden, row_weights, end, transposed=False)
-    return fp8.m_grouped(QuantizedArray(values, scales, PER_ROW), w2, groups, static.gemms, static.rows)
+    return QuantizedArray(values, scales, PER_ROW)
 
 
 def apply_and_keep(
@@ -202,13 +267,13 @@ def apply_and_keep(
     row_weights: jax.Array,
     groups: fp8.Groups,
 ) -> tuple[jax.Array, Kept]:
-    """`apply` of master (or frozen) weights, and what `backward` needs."""
-    first, kept_w13 = _prepare(w13)
-    second, kept_w2 = _prepare(w2)
+    """`apply` of the weights, and what `backward` needs."""
+    first, kept_w13 = _copies(w13)
+    second, kept_w2 = _copies(w2)
     hidden = checkpoint_name(fp8.m_grouped(rows, first, groups, static.gemms, jnp.bfloat16), MOE_HIDDEN)
     trained = not is_frozen(static.w2)
-    end = groups.end(hidden.shape[0])
-    values, scales, *act_t = swiglu_quantize(hidden, row_weights, end, transposed=trained)
+    counted = fp8.counted(groups, hidden.shape[0], static.gemms, trained)
+    values, scales, *act_t = swiglu_quantize(hidden, row_weights, **counted)
     y = fp8.m_grouped(QuantizedArray(values, scales, PER_ROW), second, groups, static.gemms, static.rows)
     return y, Kept(
         rows=None if along_rows is None else fp8.keep(*along_rows, GROUPED_ACT_FP8),
@@ -223,50 +288,56 @@ def apply_and_keep(
 
 def backward(
     static: Experts, kept: Kept, dy: QuantizedArray, dy_along_rows: fp8.AlongRows | None
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array]:
+) -> tuple[jax.Array, Any, Any, jax.Array]:
     """(gradient of the rows, of w13, of w2, of the row weights)."""
     groups, gemms = kept.groups, static.gemms
     dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
-    end = groups.end(dact.shape[0])
-    gradients: Any = swiglu_grad_quantize(
-        kept.hidden, kept.row_weights, dact, end, transposed=kept.rows is not None
-    )
+    counted = fp8.counted(groups, dact.shape[0], gemms, kept.rows is not None)
+    gradients: Any = swiglu_grad_quantize(kept.hidden, kept.row_weights, dact, **counted)
     dh, dh_scales, *dh_t, dweights = gradients
     dh_rows = QuantizedArray(dh, dh_scales, PER_ROW)
     drows = fp8.m_grouped(dh_rows, _for_dgrad(kept.w13, static.w13), groups, gemms, static.rows)
     dh_along_rows = fp8.AlongRows(*dh_t) if dh_t else None
-    dw13 = _weight_gradient(static, dh_along_rows, kept.rows, groups, static.w13, static.specs[0])
-    dw2 = _weight_gradient(static, dy_along_rows, kept.act, groups, static.w2, static.specs[1])
+    weight_gradient = functools.partial(_weight_gradient, static, groups, dact.shape[0])
+    dw13 = weight_gradient(dh_along_rows, kept.rows, static.w13, static.specs[0])
+    dw2 = weight_gradient(dy_along_rows, kept.act, static.w2, static.specs[1])
+    dw13, dw2 = map(_like_the_weight, static.prepared, (dw13, dw2))
     return drows, dw13, dw2, dweights
 
 
-def _prepare(w: Weight) -> tuple[QuantizedArray, _Pair]:
+def _like_the_weight(prepared: bool, dw: jax.Array | None) -> Any:
+    """The gradient of a prepared weight is that of its master."""
+    return cotangent(dw) if prepared else dw
+
+
+def _copies(w: Weight) -> tuple[QuantizedArray, Bits | _Pair]:
     """The weight of the forward GEMM, and what the backward one needs: of a frozen one, itself."""
     if isinstance(w, QuantizedArray):
         linear.require_blocked("expert_mlp", w)
         return w, fp8.keep(w.values, w.scales, GROUPED_WEIGHT_FP8)
-    weight, weight_t = fp8.weight_and_transpose(w)
-    return weight, fp8.keep(weight_t.values, weight_t.scales, GROUPED_WEIGHT_FP8)
+    copies = w.copies if isinstance(w, PreparedWeight) else Copies.named(w, GROUPED_WEIGHT_FP8)
+    return copies.plain.meant, copies.transposed
 
 
-def _for_dgrad(pair: _Pair, dtype: np.dtype[Any]) -> QuantizedArray:
-    if is_frozen(dtype):
-        return fp8.transposed(QuantizedArray(*fp8.kept(pair, dtype), BLOCKED))
-    return QuantizedArray(*fp8.kept(pair), BLOCKED)
+def _for_dgrad(kept: Bits | _Pair, dtype: np.dtype[Any]) -> QuantizedArray:
+    if isinstance(kept, Bits):
+        return kept.meant
+    return fp8.transposed(QuantizedArray(*fp8.kept(kept, dtype), BLOCKED))
 
 
 def _weight_gradient(
     static: Experts,
+    groups: fp8.Groups,
+    rows: int,
     dy: fp8.AlongRows | None,
     kept: _Pair | None,
-    groups: fp8.Groups,
     dtype: np.dtype[Any],
     spec: PartitionSpec | None,
 ) -> jax.Array | None:
     if kept is None or dy is None:
         return None
     x = fp8.AlongRows(*fp8.kept(kept))
-    return fp8.k_grouped(dy, x, groups, static.num_groups, static.gemms, dtype, spec)
+    return fp8.k_grouped(dy, x, groups, rows, static.num_groups, static.gemms, dtype, spec)
 
 
 @functools.partial(ReverseOnly, "expert_mlp", fp8.HIGHER_ORDER)
@@ -274,26 +345,28 @@ def _fp8(
     static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
 ) -> jax.Array:
     weights = fp8.forward_weight(w13), fp8.forward_weight(w2)
-    return apply(static, quantize(rows, PER_ROW), *weights, row_weights, groups)
+    return apply(static, quantize(rows, PER_ROW), *weights, row_weights, groups, local=False)
 
 
-def quantize_rows(
-    trained: bool, x: jax.Array, groups: fp8.Groups
+def quantized(
+    static: Experts, trained: bool, x: jax.Array, groups: fp8.Groups, index: jax.Array | None = None
 ) -> tuple[QuantizedArray, fp8.AlongRows | None]:
-    """x per row, and along rows if a weight's gradient needs that."""
-    return fp8.both(x, groups) if trained else (quantize(x, PER_ROW), None)
+    """x, or x[index], per row, and along rows if a weight's gradient needs that."""
+    if trained:
+        return fp8.both(x, groups, static.gemms, index)
+    return quantize(x, PER_ROW) if index is None else quantize_rows(x, index), None
 
 
 def _fp8_fwd(
     static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
 ) -> tuple[jax.Array, Kept]:
-    quantized, along_rows = quantize_rows(not is_frozen(static.w13), rows, groups)
-    return apply_and_keep(static, quantized, along_rows, w13, w2, row_weights, groups)
+    quantized_rows, along_rows = quantized(static, not is_frozen(static.w13), rows, groups)
+    return apply_and_keep(static, quantized_rows, along_rows, w13, w2, row_weights, groups)
 
 
 def _fp8_bwd(static: Experts, kept: Kept, dy: jax.Array) -> tuple[Any, ...]:
-    quantized, along_rows = quantize_rows(not is_frozen(static.w2), dy, kept.groups)
-    drows, dw13, dw2, dweights = backward(static, kept, quantized, along_rows)
+    quantized_dy, along_rows = quantized(static, not is_frozen(static.w2), dy, kept.groups)
+    drows, dw13, dw2, dweights = backward(static, kept, quantized_dy, along_rows)
     return drows, dw13, dw2, dweights, None
 
 

@@ -20,15 +20,13 @@ from jax_deepgemm.moe.dispatch import (
     spread,
     spread_weights,
     sum_copies,
-    take_quantized,
     take_rows,
 )
 from jax_deepgemm.moe.experts import Experts, Weight, check_weights, expert_mlp
 from jax_deepgemm.moe.placement import on_each_device
-from jax_deepgemm.ops.gemm.checks import PER_ROW
 from jax_deepgemm.ops.grouped import linear
 from jax_deepgemm.ops.grouped import recipe as fp8
-from jax_deepgemm.ops.quantize import quantize
+from jax_deepgemm.ops.quantize import quantize_rows
 
 
 def moe_mlp(
@@ -65,8 +63,9 @@ def moe_mlp(
       ids: integer [t, top_k], the experts of each token (`route`). Copies with an id outside [0, e) are
         dropped: they count zero, and have zero gradients.
       weights: float32 [t, top_k].
-      w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or
-        QuantizedArray of block (128, 128) for frozen ones.
+      w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or for
+        "fp8" a PreparedWeight of them (`prepare_weights`), or a QuantizedArray of block (128, 128) for frozen
+        ones.
       w2: [e, h, i] down projections, likewise.
       recipe: "fp8": the GEMMs and their gradients in FP8, as in `expert_mlp`. "bf16": all in bfloat16.
       expected_m: rows of an expert to expect, for the choice of the kernel; default t * top_k / e.
@@ -129,7 +128,7 @@ def _groups(plan: DispatchPlan) -> fp8.Groups:
 def _fp8(
     static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
 ) -> jax.Array:
-    rows = take_quantized(quantize(x, PER_ROW), plan.token)  # the bits of quantising the copies
+    rows = quantize_rows(x, plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     quantized = fp8.forward_weight(w13), fp8.forward_weight(w2)
     y = experts.apply(static, rows, *quantized, row_weights, _groups(plan))
@@ -140,7 +139,7 @@ def _fp8_fwd(
     static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
 ) -> tuple[jax.Array, tuple[experts.Kept, DispatchPlan]]:
     groups, trained = _groups(plan), not experts.is_frozen(static.w13)
-    rows, along_rows = experts.quantize_rows(trained, take_rows(x, plan.token), groups)
+    rows, along_rows = experts.quantized(static, trained, x, groups, plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     y, kept = experts.apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups)
     return sum_copies(y, plan.position), (kept, plan)
@@ -149,7 +148,7 @@ def _fp8_fwd(
 def _fp8_bwd(static: Experts, residuals: tuple[experts.Kept, DispatchPlan], dy: jax.Array) -> tuple[Any, ...]:
     kept, plan = residuals
     trained = not experts.is_frozen(static.w2)
-    rows, along_rows = experts.quantize_rows(trained, take_rows(dy, plan.token), kept.groups)
+    rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token)
     drows, dw13, dw2, drow_weights = experts.backward(static, kept, rows, along_rows)
     return sum_copies(drows, plan.position), take_rows(drow_weights, plan.position), dw13, dw2, None
 

@@ -81,7 +81,8 @@ def expert_parallel_moe(
       ids: integer [t, top_k], experts of each token among all devices' (device d has [d * e, (d + 1) * e)), a
         token's distinct. Copies with other ids, as -1, are dropped.
       weights: float32 [t, top_k].
-      w13: [e, 2 * i, h], gate and up projections of this device's experts, as in `moe_mlp`, frozen ones too.
+      w13: [e, 2 * i, h], gate and up projections of this device's experts, as in `moe_mlp`, prepared and
+        frozen ones too.
       w2: [e, h, i], their down projections, likewise.
       axis: the mesh axis of the experts, or several.
       method: "all_to_all": fixed room for each pair of devices; on every platform.
@@ -272,9 +273,9 @@ def _send(exchange: Exchange, x: jax.Array, numbers: jax.Array | None) -> _Parce
     return _Parcel(QuantizedArray(values, scales, PER_ROW), row_numbers)
 
 
-def _along_rows(rows: QuantizedArray, groups: fp8.Groups) -> fp8.AlongRows:
+def _along_rows(static: Experts, rows: QuantizedArray, groups: fp8.Groups) -> fp8.AlongRows:
     """Rows that came quantised, quantised along rows."""
-    return fp8.both(dequantize(rows, jnp.bfloat16), groups)[1]
+    return fp8.both(dequantize(rows, jnp.bfloat16), groups, static.gemms)[1]
 
 
 def _groups(exchange: Exchange) -> fp8.Groups:
@@ -296,7 +297,7 @@ def _fp8_fwd(
 ) -> tuple[jax.Array, tuple[Kept, Exchange]]:
     rows, row_weights = _send(exchange, x, weights)
     groups = _groups(exchange)
-    along_rows = None if is_frozen(static.w13) else _along_rows(rows, groups)
+    along_rows = None if is_frozen(static.w13) else _along_rows(static, rows, groups)
     y, kept = apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups)
     return way.rows_to_tokens(exchange, y), (kept, exchange)
 
@@ -304,7 +305,7 @@ def _fp8_fwd(
 def _fp8_bwd(static: Experts, residuals: tuple[Kept, Exchange], dy: jax.Array) -> tuple[Any, ...]:
     kept, exchange = residuals
     rows, _ = _send(exchange, dy, None)
-    along_rows = None if is_frozen(static.w2) else _along_rows(rows, kept.groups)
+    along_rows = None if is_frozen(static.w2) else _along_rows(static, rows, kept.groups)
     drows, dw13, dw2, drow_weights = backward(static, kept, rows, along_rows)
     dx = way.rows_to_tokens(exchange, drows)
     return dx, way.rows_to_copies(exchange, drow_weights), dw13, dw2, None

@@ -72,7 +72,7 @@ def clamp(value: int, low: int, high: int) -> int:
 def draw(rng: random.Random) -> Case:
     kind = rng.choice(["rows", "rows", "rows", "masked", "inner", "inner"])
     segmented = kind != "masked" and rng.random() < 0.5
-    total, extent = rng.choice([1, 2, 5, 31, 32, 33, 70]), rng.choice([1, 63, 64, 700, 5000])
+    total, extent = rng.choice([1, 2, 5, 31, 32, 33, 70, 256, 300]), rng.choice([1, 63, 64, 700, 5000])
     groups = total if kind == "masked" else rng.choice([total, max(1, total // 2), total + 3, 1])
     offset = rng.choice([0, 0, 0, rng.randint(0, total), -1, -3, total + 5, SMALLEST, LARGEST])
     kinds_of_size = [0, 1, extent, rng.randint(0, max(1, extent // 3))]

@@ -20,7 +20,7 @@ from jax_deepgemm.ops.gemm.family import GemmConfig
 from jax_deepgemm.ops.gemm.sm90.config import passes, shared_memory
 from jax_deepgemm.ops.grouped import kernel
 from jax_deepgemm.ops.grouped.problem import GroupedProblem
-from jax_deepgemm.ops.grouped.sm90.cost import grouped_candidates
+from jax_deepgemm.ops.grouped.sm90.cost import grouped_candidates, grouped_cost
 from jax_deepgemm.ops.grouped.sm90.rules import broken_rules
 from jax_deepgemm.ops.grouped.sm90.source import grouped_name, grouped_source
 from jax_deepgemm.tools.precompile import compile_many
@@ -258,6 +258,23 @@ def test_weights_that_groups_share_stay_in_l2() -> None:
     assert not problem("masked_rows", **few, weights=1).gemm.b_once
     assert problem(**few).gemm.b_once
     assert not problem(**few | {"segments": 64}, segmented=True).gemm.b_once
+
+
+def test_no_more_groups_are_hit_than_there_are_rows() -> None:
+    """What is read is what can have rows, and so are the tiles that the SMs share."""
+    sizes: dict[str, Any] = {"n": 4096, "k": 7168, "expected": 1}
+    few, as_many = (problem(m=8, groups=g, segments=g, **sizes) for g in (256, 8))
+    assert (few.hit, as_many.hit, problem("masked_rows", m=8, groups=256, segments=256).hit) == (8, 8, 256)
+    tile = GemmConfig(64, 256, 4, slabs=4)
+    assert grouped_cost(few, tile, H200) == grouped_cost(as_many, tile, H200)
+    assert few.gemm.b_once  # all 256 matrices would be too large
+    assert not problem(m=64, groups=256, segments=256, **sizes).gemm.b_once
+
+
+def test_a_hint_promises_no_rows_that_are_not_there() -> None:
+    ins = [shape(8, 256), shape(6, 384, 256), shape(6, dtype=I32), shape(1, dtype=I32)]
+    found = kernel.m_grouped_bf16_gemm.problem(ins, [shape(8, 384)], batch=None, layout="nt", expected_m=100)
+    assert found.expected == 8
 
 
 def test_precompile_takes_grouped_problems() -> None:

@@ -39,3 +39,8 @@ def test_only_the_casts_of_deepgemm_clamp(cast):
     values, scales = cast(jnp.full((128, 128), 1e-8))
     assert (np.asarray(scales) == np.float32(1e-4) / np.float32(448)).all()
     assert float(values.astype(jnp.float32).max()) == pytest.approx(448e-4, rel=0.07)
+
+
+@pytest.mark.parametrize("name", magnitudes.NEIGHBOURING)
+def test_an_expert_beside_one_whose_tokens_are_a_million_times_larger(name):
+    magnitudes.check_neighbours(name)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jax_deepgemm import dequantize, fp8_gemm_nt, fp8_linear, grouped_linear, quantize
 from jax_deepgemm.moe import expert_mlp, moe_mlp, route
@@ -133,3 +134,56 @@ def check_products() -> None:
         for left, right in ((power, 0), (0, power), (power, -power)):
             got = np.asarray(step(x * 2.0**left, w * 2.0**right), np.float64)
             np.testing.assert_array_equal(got, plain * 2.0 ** (left + right))
+
+
+# Neighbours ------------------------------------------------------------------------------------------------
+
+LARGER = 1e6
+"""How much larger the tokens of the first group are than the others'."""
+NEIGHBOURING = ("grouped_linear", "expert_mlp", "moe_mlp")
+NEIGHBOURS = np.array([5, 0, 25, 10], np.int32)
+"""Rows of each group, all within 128."""
+
+
+def neighbours() -> dict[str, Layer]:
+    """Layers each of whose tokens goes to one expert; those of the first expert are `LARGER`."""
+    x = normal(0, TOKENS, HIDDEN)
+    expert = np.repeat(np.arange(EXPERTS), NEIGHBOURS)
+    x = jnp.where(expert[:, None] == 0, x.astype(F32) * LARGER, x.astype(F32)).astype(x.dtype)
+    grouped, (w13, w2) = layers()["grouped_linear"].arguments[1], layers()["expert_mlp"].arguments[1:]
+    order = np.random.default_rng(0).permutation(TOKENS)
+    ids, ones = jnp.asarray(expert[order])[:, None], jnp.ones((TOKENS, 1), F32)
+    exact = functools.partial(jnp.einsum, "mk,mnk->mn", precision="highest")
+    return {
+        "grouped_linear": Layer(
+            lambda w: grouped_linear(x, w, jnp.asarray(NEIGHBOURS)),
+            (grouped,),
+            lambda w: exact(x.astype(F32), w[expert]),
+            0.05,
+        ),
+        "expert_mlp": Layer(
+            lambda w13, w2: expert_mlp(x, w13, w2, jnp.asarray(NEIGHBOURS)),
+            (w13, w2),
+            lambda w13, w2: moe_plain(x, jnp.asarray(expert)[:, None], ones, w13, w2),
+            0.09,
+        ),
+        "moe_mlp": Layer(
+            lambda w13, w2: moe_mlp(x[order], ids, ones, w13, w2),
+            (w13, w2),
+            lambda w13, w2: moe_plain(x[order], ids, ones, w13, w2),
+            0.09,
+        ),
+    }
+
+
+def check_neighbours(name: str) -> None:
+    """Gradients of the other experts' weights are right, however large the tokens of the first are."""
+    layer = neighbours()[name]
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("one",))  # all rows are surely on one device
+    whole = jax.shard_map(layer.function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    dy = normal(7, *jax.eval_shape(layer.plain, *layer.arguments).shape).astype(F32)
+    got, want = (gradients(f, layer.arguments)(dy) for f in (whole, layer.plain))
+    for one, other in zip(got, want, strict=True):
+        for expert in np.flatnonzero(NEIGHBOURS)[1:]:
+            error = relative(one[expert], other[expert])
+            assert error < layer.limit, (name, expert, error)

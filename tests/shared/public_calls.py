@@ -25,7 +25,7 @@ PER_ROW, BLOCKED, PER_COLUMN = (1, 128), (128, 128), (128, 1)
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 6, 256, 128, 4, 2
 
 WITHOUT_ARRAYS = {
-    "GemmConfig", "GemmProblem", "QuantizedArray", "DEEPSEEK_V3", "DispatchPlan",
+    "GemmConfig", "GemmProblem", "QuantizedArray", "PreparedWeight", "DEEPSEEK_V3", "DispatchPlan",
     "__version__", "config", "embed_kernels",
     "explain", "export_checks", "precompile", "from_tuple", "to_tuple", "from_qwix", "to_qwix",
     "scales_shape", "scales_spec", "get_tma_aligned_size", "get_k_alignment_for_contiguous_layout",
@@ -165,6 +165,10 @@ def _parallel(method: str) -> Callable[..., Any]:
     return call
 
 
+def _prepared(layer: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, ids, weights, w13, w2: layer(x, ids, weights, *moe.prepare_weights(w13, w2))
+
+
 def _layer(*args: Any) -> Any:
     return moe.moe_layer(*args, mesh=mesh_of_two())
 
@@ -295,10 +299,13 @@ FORWARD = (
     Call("ragged_dot_general", _general, ("x_t", "w_t", "long_sizes")),
     Call("ragged_dot_general float32", _general, ("w_t", "w_t", "long_sizes")),
     Call("grouped_linear", jdg.grouped_linear, ("x", "ws_f32", "sizes")),
+    Call("prepare_weight", lambda x, w: jdg.fp8_linear(x, jdg.prepare_weight(w)), ("x", "w_f32")),
+    Call("prepare_weights", _prepared(moe.moe_mlp), MOE),
     Call("swiglu", activation.swiglu, ("x", "row_weights")),
     Call("swiglu_quantize", activation.swiglu_quantize, ("x", "row_weights")),
     Call("swiglu_grad_quantize", activation.swiglu_grad_quantize, ("x", "row_weights", "dact")),
     Call("route", _route(), ("logits",)),
+    Call("route sqrt_softplus", _route(score="sqrt_softplus"), ("logits",)),
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
     Call("dispatch, combine", _dispatch_and_combine, ("x", "ids", "weights")),
     Call("plan_dispatch, spread_weights", _row_weights, ("ids", "weights")),
@@ -337,6 +344,7 @@ GRADIENTS = (
     ),
     Call("dispatch, combine", _gradient(_dispatch_and_combine, 0, 2), ("x", "ids", "weights")),
     Call("moe_mlp", _gradient(moe.moe_mlp, 0, 2, 3, 4), MOE),
+    Call("moe_mlp prepared", _gradient(_prepared(moe.moe_mlp), 0, 2, 3, 4), MOE),
     Call("moe_mlp bf16", _gradient(bf16_recipe(moe.moe_mlp), 0, 2, 3, 4), MOE),
     Call("moe_layer", _gradient(lambda *args: _layer(*args)[0], 0, 2, 3, 4), MOE, mesh=True),
 )

@@ -341,6 +341,17 @@ PROBLEMS = [
             ((True, True), (False, False)),
         )
     ),
+    *(
+        QuantizeProblem("quantize", 300, 256, x, transposed=True, blocks=5, indexed=indexed)
+        for x in ("bfloat16", "float32")
+        for indexed in (True, False)
+    ),
+    *(QuantizeProblem("quantize", 300, cols, indexed=True) for cols in (1024, 131)),
+    *(
+        QuantizeProblem(kind, 300, cols, transposed=True, weighted=True, blocks=5)
+        for kind in ("swiglu", "swiglu_grad")
+        for cols in (512, 264)
+    ),
 ]
 
 
@@ -372,10 +383,11 @@ def test_every_field_of_the_configuration_is_documented():
         assert fields_of_struct(kernel_source(problem).text, "Config") == sorted(documented)
 
 
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.pairs], ids=str)
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.walked], ids=str)
 def test_shared_memory_is_what_the_kernel_lays_out(problem):
     source = kernel_source(problem)
-    check = f"static_assert(sizeof(jdg::PairsShared<Config>) == {source.shared_memory});"
+    kind = "PairsShared" if problem.pairs else "StreamShared"
+    check = f"static_assert(sizeof(jdg::{kind}<Config>) == {source.shared_memory});"
     text = source.text.replace('extern "C"', f'{check}\nextern "C"', 1)
     compile_many([type(source)(source.name, text)], progress=False)
 

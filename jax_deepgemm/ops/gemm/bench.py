@@ -28,7 +28,9 @@ from jax_deepgemm.core.bench import (
     every_row,
     recorded_rows,
 )
+from jax_deepgemm.ops.gemm import bench_linear
 from jax_deepgemm.ops.gemm.api import bf16_gemm_nt, fp8_gemm_nt
+from jax_deepgemm.ops.gemm.bench_linear import CUBLASLT_ONLY
 from jax_deepgemm.ops.quantize.api import quantize
 
 GEMM_PREFIX = "jdg_sm90_"
@@ -61,7 +63,6 @@ WHOLE_OPS = (
 SMALL_M = 64
 """Up to here weights are all that is read, and floors of reading say what is possible."""
 FP8_BASELINE_ROWS = 16  # a multiple of it for A: else XLA pads at each call, or converts to BF16 below
-CUBLASLT_ONLY = {"xla_gpu_enable_triton_gemm": False}
 MNK = ("m", "n", "k")
 
 
@@ -300,6 +301,7 @@ TABLES = {
         readme=((128, 4096, 7168), (4096, 4096, 7168)),
     ),
     "shapes": OTHER_SHAPES,
+    "linear": bench_linear.TABLE,
     "sustained": Table(
         "FP8 back to back, half a second each in turns, without flush, by the wall clock",
         MNK,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,15 @@ from jax_deepgemm.ops.gemm.checks import (
 from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.gemm.tokens import Tokens
 from jax_deepgemm.ops.quantize import QuantizedArray, quantize
-from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
+from jax_deepgemm.ops.quantize.fused import quantize_both
+from jax_deepgemm.ops.quantize.prepared import (
+    Bits,
+    Copies,
+    PreparedWeight,
+    as_it_came,
+    check_trained,
+    master_and_copies,
+)
 
 LINEAR_OUT = "jdg_linear_out"
 """checkpoint_name of the layer's result."""
@@ -70,6 +78,7 @@ class _Recipe:
     x: tuple[np.dtype[Any], PartitionSpec | None]
     """dtype and, on Explicit axes, spec of x, for its gradient; likewise w."""
     w: tuple[np.dtype[Any], PartitionSpec | None]
+    with_weight: bool
 
     def quantize(self, x: jax.Array, block: tuple[int, int], dtype: Any = E4M3) -> QuantizedArray:
         return quantize(x, block, dtype, self.scale_format)
@@ -79,25 +88,56 @@ class _Recipe:
         values, scales, values_t, scales_t = quantize_both(x, dtype=dtype, scale_format=self.scale_format)
         return QuantizedArray(values, scales, PER_ROW), QuantizedArray(values_t, scales_t.T, PER_ROW)
 
-    def quantize_weight(self, w: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
-        """w and w.T in one pass."""
-        values, scales, values_t = quantize_weight(w, scale_format=self.scale_format)
-        return QuantizedArray(values, scales, BLOCKED), QuantizedArray(values_t, scales.T, BLOCKED)
-
     def gradient(
-        self, a: QuantizedArray, b: QuantizedArray, like: tuple[np.dtype[Any], PartitionSpec | None]
+        self,
+        a: QuantizedArray,
+        b: QuantizedArray,
+        like: tuple[np.dtype[Any], PartitionSpec | None],
+        c: jax.Array | None = None,
     ) -> jax.Array:
-        """A @ B.T as the gradient of an argument of this dtype and spec."""
+        """C + A @ B.T as the gradient of an argument of this dtype and spec."""
         dtype, spec = like
         reduce = self.reduce_dtype if self.reduce_dtype == dtype else FLOAT32
         return fp8_gemm_nt(
-            a, b, out_dtype=dtype, out_sharding=spec, reduce_dtype=reduce, num_sms=self.num_sms
+            a, b, c, out_dtype=dtype, out_sharding=spec, reduce_dtype=reduce, num_sms=self.num_sms
         )
+
+
+@overload
+def fp8_linear(
+    x: jax.Array,
+    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    *,
+    out_dtype: DTypeLike = ...,
+    grad_dtype: DTypeLike = ...,
+    scale_format: str = ...,
+    config: GemmConfig | None = ...,
+    out_sharding: PartitionSpec | NamedSharding | None = ...,
+    reduce_dtype: DTypeLike = ...,
+    num_sms: int | None = ...,
+    with_weight: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def fp8_linear(
+    x: jax.Array,
+    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    *,
+    out_dtype: DTypeLike = ...,
+    grad_dtype: DTypeLike = ...,
+    scale_format: str = ...,
+    config: GemmConfig | None = ...,
+    out_sharding: PartitionSpec | NamedSharding | None = ...,
+    reduce_dtype: DTypeLike = ...,
+    num_sms: int | None = ...,
+    with_weight: Literal[True],
+) -> tuple[jax.Array, Any]: ...
 
 
 def fp8_linear(
     x: jax.Array,
-    w: jax.Array | QuantizedArray | tuple[jax.Array, jax.Array],
+    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
     grad_dtype: DTypeLike = jnp.float8_e4m3fn,
@@ -106,7 +146,8 @@ def fp8_linear(
     out_sharding: PartitionSpec | NamedSharding | None = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
-) -> jax.Array:
+    with_weight: bool = False,
+) -> Any:
     """y = x @ w.T with FP8 GEMMs in the forward and the backward pass.
 
     >>> import jax, jax.numpy as jnp
@@ -124,23 +165,29 @@ def fp8_linear(
     master values at each call. The gradients follow the recipe of the DeepSeek-V3 report, section 3.3: dx
     takes dy per token, dw takes dy and x with one scale per 128 tokens, all sums in float32.
 
+    A weight that several calls use, for microbatches or under `jax.checkpoint`, is quantised once by
+    `prepare_weight`: a PreparedWeight as w gives the same bits, and the gradient goes to its master.
+
     A QuantizedArray as w is a frozen weight: it is used as it is, and only x has a gradient (its own is
     zero). Keep it out of the differentiated arguments: FP8 leaves count as floating point in `jax.grad`.
 
     Args:
       x: [.., k] bfloat16 or float32. The leading dimensions are tokens; any of them may be 0.
-      w: [n, k] bfloat16 or float32 master weight, or a QuantizedArray or (values, scales) tuple [n, k] of
-        block (128, 128). Block (1, 128) works in the forward pass only.
+      w: [n, k] bfloat16 or float32 master weight, or a PreparedWeight of one, or a QuantizedArray or (values,
+        scales) tuple [n, k] of block (128, 128). Block (1, 128) works in the forward pass only.
       out_dtype: dtype of y, bfloat16 or float32. dx and dw have the dtypes of x and w.
       grad_dtype: dtype of the quantised dy, float8_e4m3fn or float8_e5m2.
-      scale_format: "f32", or "ue8m0" for scales that are powers of two.
+      scale_format: "f32", or "ue8m0" for scales that are powers of two; those of a PreparedWeight are as
+        they were made.
       config: a GemmConfig for the forward GEMM.
       out_sharding: y's sharding on a mesh with Explicit axes; needed there if k is cut.
       reduce_dtype: what devices exchange partial results in: float32, or out_dtype.
       num_sms: as in `fp8_gemm_nt`.
+      with_weight: also return w, as it came. Where that is used in place of w from there on, the product of
+        the weight gradient adds to the gradient of the later uses, in its buffer: see `accumulate_gradients`.
 
     Returns:
-      [.., n] in out_dtype.
+      [.., n] in out_dtype; or (that, w).
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
@@ -156,6 +203,8 @@ def fp8_linear(
     """
     x, w = unwrapped(x), layer_weight("fp8_linear", _WEIGHT, w)
     _check_shapes(x, w)
+    if with_weight:
+        check_trained("fp8_linear", w=w)
     options = check_options("fp8_linear", out_dtype, reduce_dtype, out_sharding, config, num_sms)
     grad_dtype = dtype_option("fp8_linear", "grad_dtype", grad_dtype, "float8_e4m3fn or float8_e5m2")
     if grad_dtype not in FP8_DTYPES:
@@ -163,7 +212,8 @@ def fp8_linear(
             f"fp8_linear: grad_dtype is {grad_dtype.name}, need float8_e4m3fn or float8_e5m2. "
             "float8_e4m3fn is the recipe's choice."
         )
-    x, *weights = same_varying_axes([x, *jax.tree.leaves(w)])
+    leaves, tree = jax.tree.flatten((x, w))
+    x, w = jax.tree.unflatten(tree, same_varying_axes(leaves))
     tokens = Tokens.of(x if x.ndim > 1 else x[None])
     flat = tokens.flatten(x if x.ndim > 1 else x[None])
     recipe = _Recipe(
@@ -175,20 +225,29 @@ def fp8_linear(
         config=config,
         out_sharding=_flat_out_sharding(tokens, options.out_sharding, x.ndim),
         x=_like(flat),
-        w=_like(weights[0]),
+        w=_like(jax.tree.leaves(w)[0]),
+        with_weight=with_weight,
     )
     if isinstance(w, QuantizedArray):
-        y = _frozen_linear(recipe, flat, QuantizedArray(weights[0], weights[1], w.block))
+        y = _frozen_linear(recipe, flat, w)
     else:
-        y = _linear(recipe, flat, weights[0])
+        y = _linear(recipe, flat, *master_and_copies(w))
+    if with_weight:
+        y, master = y
+        w = as_it_came(w, master)
     y = tokens.unflatten(y)
     if options.out_sharding is not None and x.ndim > 1 and jax.typeof(y).sharding.mesh.explicit_axes:
         y = jax.sharding.reshard(y, options.out_sharding)
-    return checkpoint_name(y if x.ndim > 1 else y[0], LINEAR_OUT)
+    y = checkpoint_name(y if x.ndim > 1 else y[0], LINEAR_OUT)
+    return (y, w) if with_weight else y
 
 
 def _check_shapes(x: Any, w: Any) -> None:
-    if not hasattr(x, "dtype") or isinstance(x, QuantizedArray) or np.dtype(x.dtype) not in OUT_DTYPES:
+    if (
+        not hasattr(x, "dtype")
+        or isinstance(x, PreparedWeight | QuantizedArray)
+        or np.dtype(x.dtype) not in OUT_DTYPES
+    ):
         given = np.dtype(x.dtype).name if hasattr(x, "dtype") else type(x).__name__
         raise TypeError(
             f"fp8_linear: x is {given}, need a bfloat16 or float32 array: the layer quantises it. "
@@ -197,7 +256,7 @@ def _check_shapes(x: Any, w: Any) -> None:
     if not isinstance(w, QuantizedArray) and (not hasattr(w, "dtype") or np.dtype(w.dtype) not in OUT_DTYPES):
         given = np.dtype(w.dtype).name if hasattr(w, "dtype") else type(w).__name__
         raise TypeError(
-            f"fp8_linear: w is {given}, need a bfloat16 or float32 master weight, "
+            f"fp8_linear: w is {given}, need a bfloat16 or float32 master weight or a PreparedWeight, "
             "or a QuantizedArray or (values, scales) tuple for a frozen one."
         )
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[-1]:
@@ -206,13 +265,13 @@ def _check_shapes(x: Any, w: Any) -> None:
             "need x [.., k] and w [n, k] with the same k. "
             "A weight stored [k, n] is passed as w.T; stacked weights go through jax.vmap."
         )
-    if isinstance(w, QuantizedArray):
+    if isinstance(w, PreparedWeight | QuantizedArray):
         w.check("fp8_linear", "w")
-        if tuple(w.block) not in (BLOCKED, PER_ROW):
-            raise ValueError(
-                f"fp8_linear: w has one scale per block {w.block}, need (128, 128), "
-                "or (1, 128) without gradients. Quantise it so: jax_deepgemm.quantize(w, (128, 128))."
-            )
+    if isinstance(w, QuantizedArray) and tuple(w.block) not in (BLOCKED, PER_ROW):
+        raise ValueError(
+            f"fp8_linear: w has one scale per block {w.block}, need (128, 128), "
+            "or (1, 128) without gradients. Quantise it so: jax_deepgemm.quantize(w, (128, 128))."
+        )
 
 
 def _like(x: jax.Array) -> tuple[np.dtype[Any], PartitionSpec | None]:
@@ -264,22 +323,30 @@ _first_order = functools.partial(
 
 
 @_first_order
-def _linear(recipe: _Recipe, x: jax.Array, w: jax.Array) -> jax.Array:
-    return _forward(recipe, recipe.quantize(x, PER_ROW), recipe.quantize(w, BLOCKED))
+def _linear(recipe: _Recipe, x: jax.Array, w: jax.Array, copies: Copies | None) -> Any:
+    """w: the master, whose copies are made here if there are none."""
+    weight = recipe.quantize(w, BLOCKED) if copies is None else copies.plain.meant
+    y = _forward(recipe, recipe.quantize(x, PER_ROW), weight)
+    return (y, w) if recipe.with_weight else y
 
 
-def _linear_fwd(recipe: _Recipe, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[_Bytes, _Bytes]]:
+def _linear_fwd(
+    recipe: _Recipe, x: jax.Array, w: jax.Array, copies: Copies | None
+) -> tuple[Any, tuple[_Bytes, Bits]]:
     along_features, along_tokens = recipe.quantize_both(x)
-    weight, turned = recipe.quantize_weight(w)
-    kept = _keep(along_tokens, ACT_FP8), _keep(turned, WEIGHT_FP8)
-    return _forward(recipe, along_features, weight), kept
+    copies = Copies.named(w, WEIGHT_FP8, recipe.scale_format) if copies is None else copies
+    y = _forward(recipe, along_features, copies.plain.meant)
+    return (y, w) if recipe.with_weight else y, (_keep(along_tokens, ACT_FP8), copies.transposed)
 
 
-def _linear_bwd(recipe: _Recipe, kept: tuple[_Bytes, _Bytes], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_along_tokens, turned = _kept(kept[0], PER_ROW), _kept(kept[1], BLOCKED)
+def _linear_bwd(
+    recipe: _Recipe, kept: tuple[_Bytes, Bits], cotangents: Any
+) -> tuple[jax.Array, jax.Array, None]:
+    dy, later = cotangents if recipe.with_weight else (cotangents, None)
+    x_along_tokens = _kept(kept[0], PER_ROW)
     along_features, along_tokens = recipe.quantize_both(dy, recipe.grad_dtype)
-    dx = recipe.gradient(along_features, turned, recipe.x)
-    return dx, recipe.gradient(along_tokens, x_along_tokens, recipe.w)
+    dx = recipe.gradient(along_features, kept[1].meant, recipe.x)
+    return dx, recipe.gradient(along_tokens, x_along_tokens, recipe.w, later), None
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)

@@ -32,7 +32,8 @@ class GemmProblem:
       batches: products of this size in one launch (`jax.vmap`).
       batched: for each operand in the op's order, whether it has a batch dimension.
       table_bytes: shared memory that a grouped kernel's table of groups takes (ops/grouped).
-      weights: how many matrices B there are in all; 0 where they are read more than once or twice.
+      weights: how many matrices B are read in all; 0 where they are read more than once or twice.
+      gated: whether B is [gate | up], of whose product only the SwiGLU is written, in FP8 (ops/grouped).
 
     Raises nothing; `precompile` and `explain` refuse what no kernel can run.
 
@@ -54,6 +55,7 @@ class GemmProblem:
     batched: tuple[bool, ...] = ()
     table_bytes: int = 0
     weights: int = 1
+    gated: bool = False
 
     @property
     def is_fp8(self) -> bool:
@@ -119,7 +121,8 @@ class GemmProblem:
     def bytes_moved(self) -> int:
         """Bytes that memory must move at least: every operand once."""
         once = (self.m + self.n) * self.row_bytes
-        once += self.m * self.n * self.out_bytes * (2 if self.add_c else 1)
+        written = self.n // 2 if self.gated else self.n * self.out_bytes * (2 if self.add_c else 1)
+        once += self.m * written
         return self.batches * once
 
     def __str__(self) -> str:

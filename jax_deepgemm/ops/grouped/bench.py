@@ -18,7 +18,7 @@ from typing import Any
 
 from jax_deepgemm.core.bench import BESIDE_PEER, CLOCK, RATES, Fields, Row, Table, every_row, recorded_rows
 from jax_deepgemm.ops.gemm.bench import OTHER_SHAPES
-from jax_deepgemm.ops.grouped import bench_skew
+from jax_deepgemm.ops.grouped import bench_drawn, bench_skew
 from jax_deepgemm.ops.grouped.bench_rows import UNIT, contiguous, draw_sizes, k_grouped, masked, padded
 
 GROUPED_KEYS = ("type", "groups", "m", "n", "k")
@@ -72,6 +72,11 @@ def _other_shapes(small: bool) -> Iterator[Row]:
         for kind in KINDS:
             row = contiguous(kind, "drawn", m, n, k, sizes)
             yield replace(row, fields={"op": "m_grouped", **row.fields})
+
+
+def _skew(small: bool) -> Iterator[Row]:
+    yield from bench_skew.rows(small)
+    yield from bench_drawn.skewed(small)
 
 
 def _recorded(
@@ -133,7 +138,8 @@ TABLES = {
         readme=(("fp8", 32, 192, 6144, 7168), ("fp8", 32, 20, 7168, 3072)),
     ),
     "k_grouped": _table(
-        "K-grouped (weight gradient): D = C + Aᵀ B of each group, k expected in each, float32 C and D",
+        "K-grouped (weight gradient): D = C + Aᵀ B of each group, k expected in each (multiples of 128, as"
+        " DeepGEMM needs them; as a router draws them: below), float32 C and D",
         _k_grouped,
         "k_grouped",
         readme=(
@@ -143,11 +149,12 @@ TABLES = {
         ),
     ),
     "shapes": replace(OTHER_SHAPES, rows=_other_shapes),
+    "k_drawn": bench_drawn.TABLE,
     "skew": Table(
-        "Groups of very different sizes beside as many rows spread evenly: one group with half of all m rows,"
-        " or few rows for each of many groups; ratio of times, smaller is better",
+        "Groups of very different sizes beside as many rows spread evenly: one group with half of all m rows"
+        " (K-grouped: of all k), or few rows for each of many groups; ratio of times, smaller is better",
         ("type", "case", *GROUPED_KEYS[1:]),
-        bench_skew.rows,
+        _skew,
         columns=("us", "TFLOP/s", "GB/s", "{baseline} us", "ratio", CLOCK),
         baseline="even sizes",
         peer="DeepGEMM",

@@ -5,6 +5,7 @@ Operands come prepared: without vmap's dimensions (a batch is more segments), pa
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +45,7 @@ def _rows_problem(
 ) -> GroupedProblem:
     """Without a hint, the rows are taken to be shared evenly by all groups there are."""
     rows, k = a.shape
-    expected = expected_m or max(1, rows // max(1, described["segments"]))
+    expected = min(expected_m or max(1, rows // max(1, described["segments"])), rows)
     n = avals_out[0].shape[-1]
     return GroupedProblem(
         ROWS, groups=b.shape[0], m=rows, n=n, k=k, expected=expected, **described, **_out(avals_out)
@@ -176,6 +177,21 @@ def _k_masked_bf16(
     return GroupedProblem(MASKED_INNER, **counts, **sizes, **_out(avals_out), **_bf16("tn"))
 
 
+def _gated(plain: GroupedProblem) -> GroupedProblem:
+    """Of a problem whose result is [.., features]: B has gate and up of them."""
+    return dataclasses.replace(plain, n=2 * plain.n, out="bfloat16", gated=True)
+
+
+def _m_grouped_swiglu(avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> GroupedProblem:
+    *scaled, _weights, sizes, offset = avals_in
+    return _gated(_m_grouped_fp8((*scaled, sizes, offset), avals_out, **params))
+
+
+def _m_masked_swiglu(avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> GroupedProblem:
+    *scaled, _weights, counts = avals_in
+    return _gated(_m_masked_fp8((*scaled, counts), avals_out, **params))
+
+
 _SCALED = ("a", "a_scales", "b", "b_scales")
 
 m_grouped_fp8_gemm = OpKernel(FAMILY, _m_grouped_fp8, (*_SCALED, "group_sizes", "group_offset"))
@@ -184,6 +200,12 @@ m_grouped_bf16_gemm = OpKernel(FAMILY, _m_grouped_bf16, ("a", "b", "group_sizes"
 """a [m, k], b [g, n, k] (layout "nt") or [g, k, n] ("nn"), sizes or segments, offset."""
 m_masked_fp8_gemm = OpKernel(FAMILY, _m_masked_fp8, (*_SCALED, "group_sizes"))
 """a [g, m, k], scales [g, m, kb], b [weights, n, k], scales, masked_m [g]."""
+m_grouped_fp8_gemm_swiglu = OpKernel(
+    FAMILY, _m_grouped_swiglu, (*_SCALED, "row_weights", "group_sizes", "group_offset")
+)
+"""a [m, k], scales [m, kb], b [g, 2 f, k], scales, row weights [m], sizes or segments, offset."""
+m_masked_fp8_gemm_swiglu = OpKernel(FAMILY, _m_masked_swiglu, (*_SCALED, "row_weights", "group_sizes"))
+"""a [g, m, k], scales [g, m, kb], b [weights, 2 f, k], scales, row weights [g, m], masked_m [g]."""
 m_masked_bf16_gemm = OpKernel(FAMILY, _m_masked_bf16, ("a", "b", "group_sizes"))
 """a [g, m, k], b [weights, n, k] or [weights, k, n], masked_m [g]."""
 k_grouped_fp8_gemm = OpKernel(FAMILY, _k_grouped_fp8, (*_SCALED, "group_sizes", "group_offset", "c"))

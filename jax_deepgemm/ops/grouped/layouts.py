@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
+from jax_deepgemm.core.prefix import prefix_ends
 from jax_deepgemm.ops.grouped import segments
 
 _alignment = 128
@@ -110,7 +111,7 @@ def group_sizes_to_indices(group_sizes: jax.Array, m: int) -> jax.Array:
     Returns:
       int32 [m]. Raises nothing.
     """
-    return _indices(segments.prefix_ends(group_sizes, m), m)
+    return _indices(prefix_ends(group_sizes, m), m)
 
 
 def group_sizes_to_ends(group_sizes: jax.Array, alignment: int = 1) -> jax.Array:
@@ -308,7 +309,7 @@ def check_group_sizes(group_sizes: jax.Array, m: int) -> jax.Array:
         group=worst,
         size=group_sizes[worst],
     )
-    fits = segments.prefix_ends(group_sizes, m + 1)[-1] <= m
+    fits = prefix_ends(group_sizes, m + 1)[-1] <= m
     checkify.debug_check(
         fits, "group_sizes {sizes} sum to more than the {m} rows", sizes=group_sizes, m=jnp.int32(m)
     )

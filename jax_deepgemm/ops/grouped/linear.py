@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.ops.gemm.checks import BLOCKED, OUT_DTYPES, PER_ROW, Side, check_options, layer_weight
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_contiguous
-from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
+from jax_deepgemm.ops.quantize.prepared import Bits, Copies, as_it_came, check_trained, master_and_copies
 
 GROUPED_OUT = "jdg_grouped_out"
 """checkpoint_name of the layer's result."""
@@ -48,11 +49,46 @@ class _Layer:
     x: _Like
     """dtype and, on Explicit axes, spec of x, for its gradient; likewise w."""
     w: _Like
+    with_weight: bool
+
+
+@overload
+def grouped_linear(
+    x: jax.Array,
+    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    group_sizes: jax.Array,
+    *,
+    recipe: str = ...,
+    group_offset: ArrayLike | None = ...,
+    out_dtype: DTypeLike = ...,
+    expected_m: int | None = ...,
+    out_sharding: PartitionSpec | NamedSharding | None = ...,
+    reduce_dtype: DTypeLike = ...,
+    num_sms: int | None = ...,
+    with_weight: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def grouped_linear(
+    x: jax.Array,
+    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    group_sizes: jax.Array,
+    *,
+    recipe: str = ...,
+    group_offset: ArrayLike | None = ...,
+    out_dtype: DTypeLike = ...,
+    expected_m: int | None = ...,
+    out_sharding: PartitionSpec | NamedSharding | None = ...,
+    reduce_dtype: DTypeLike = ...,
+    num_sms: int | None = ...,
+    with_weight: Literal[True],
+) -> tuple[jax.Array, Any]: ...
 
 
 def grouped_linear(
     x: jax.Array,
-    w: jax.Array | QuantizedArray | tuple[jax.Array, jax.Array],
+    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
     group_sizes: jax.Array,
     *,
     recipe: str = "fp8",
@@ -62,7 +98,8 @@ def grouped_linear(
     out_sharding: PartitionSpec | NamedSharding | None = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
-) -> jax.Array:
+    with_weight: bool = False,
+) -> Any:
     """y = x @ w[g].T for the rows of each group g, with gradients.
 
     >>> import jax, jax.numpy as jnp
@@ -80,16 +117,20 @@ def grouped_linear(
 
     With "fp8" the forward and both backward GEMMs run in FP8, by the recipe of the DeepSeek-V3 report,
     section 3.3: x and dy with one scale per row and 128 features, w with one per 128x128 block; for dw, x and
-    dy with one scale per feature and 128 rows (counted from row 0: groups need no alignment), accumulated in
-    float32. With "bf16" x and w are rounded to bfloat16, and derivatives of any order exist.
+    dy with one scale per feature and 128 rows (they begin with each group, see docs/limits.md), accumulated
+    in float32. With "bf16" x and w are rounded to bfloat16, and derivatives of any order exist.
+
+    Weights that several calls use, for microbatches or under `jax.checkpoint`, are quantised once by
+    `prepare_weight`: a PreparedWeight as w gives the same bits, and the gradient goes to its master.
 
     A QuantizedArray as w is a frozen weight: only x has a gradient, for which its bytes are transposed. Keep
     it out of the differentiated arguments: FP8 leaves count as floating point in `jax.grad`.
 
     Args:
       x: [m, k] bfloat16 or float32; the rows of group 0, then those of group 1, and so on.
-      w: [g, n, k] bfloat16 or float32 master weights, or for "fp8" a QuantizedArray or (values, scales)
-        tuple [g, n, k] of block (128, 128). Block (1, 128) works in the forward pass only.
+      w: [g, n, k] bfloat16 or float32 master weights, or for "fp8" a PreparedWeight of them, or a
+        QuantizedArray or (values, scales) tuple [g, n, k] of block (128, 128). Block (1, 128) works in the
+        forward pass only.
       group_sizes: integer [g_all], g_all >= g. Any sizes; negative ones count as 0.
       recipe: "fp8" or "bf16".
       group_offset: the group of w[0], for a part of the weights; int or int32 array, default 0. Rows of
@@ -99,9 +140,12 @@ def grouped_linear(
       out_sharding: y's sharding on a mesh with Explicit axes; needed there if k or g is cut.
       reduce_dtype: what devices exchange partial results in: float32, or out_dtype.
       num_sms: as in `fp8_gemm_nt`.
+      with_weight: also return w, as it came. Where that is used in place of w from there on, the product of
+        the weight gradient adds to the gradient of the later uses, in its buffer (with "bf16" XLA adds): see
+        `accumulate_gradients`.
 
     Returns:
-      [m, n] in out_dtype. Rows behind the last group are zero, and have a zero gradient.
+      [m, n] in out_dtype; or (that, w). Rows behind the last group are zero, and have a zero gradient.
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
@@ -121,6 +165,8 @@ def grouped_linear(
             "w [g, n, k] with the same k. Weights stored [g, k, n] are passed as w.mT."
         )
     check_sizes("grouped_linear", group_sizes, weight.shape[0])
+    if with_weight:
+        check_trained("grouped_linear", w=weight)
     options = check_options("grouped_linear", out_dtype, reduce_dtype, out_sharding, None, num_sms)
     if recipe == "bf16":
         assert not isinstance(weight, QuantizedArray)
@@ -135,23 +181,30 @@ def grouped_linear(
             reduce_dtype=options.reduce_dtype,
             num_sms=options.num_sms,
         )
-        return checkpoint_name(y, GROUPED_OUT)
+        y = checkpoint_name(y, GROUPED_OUT)
+        return (y, weight) if with_weight else y
     groups = fp8.Groups.of(group_sizes, group_offset)
-    x, sizes, offset, *parts = same_varying_axes([x, *groups, *jax.tree.leaves(weight)])
+    leaves, tree = jax.tree.flatten((x, weight, groups))
+    x, weight, groups = jax.tree.unflatten(tree, same_varying_axes(leaves))
     layer = _Layer(
         out_dtype=options.out_dtype,
         out_sharding=options.out_sharding,
-        gemms=fp8.LayerOptions(expected_m, options.num_sms, options.reduce_dtype),
+        gemms=fp8.LayerOptions(
+            expected_m, options.num_sms, options.reduce_dtype, group_blocks=fp8.rows_are_whole(x)
+        ),
         num_groups=weight.shape[0],
         x=like(x),
-        w=like(parts[0]),
+        w=like(jax.tree.leaves(weight)[0]),
+        with_weight=with_weight,
     )
-    groups = fp8.Groups(sizes, offset)
     if isinstance(weight, QuantizedArray):
-        y = _frozen(layer, x, QuantizedArray(parts[0], parts[1], weight.block), groups)
+        y = _frozen(layer, x, weight, groups)
     else:
-        y = _trained(layer, x, parts[0], groups)
-    return checkpoint_name(y, GROUPED_OUT)
+        y = _trained(layer, x, *master_and_copies(weight), groups)
+    if not with_weight:
+        return checkpoint_name(y, GROUPED_OUT)
+    y, master = y
+    return checkpoint_name(y, GROUPED_OUT), as_it_came(weight, master)
 
 
 def like(x: jax.Array) -> _Like:
@@ -167,7 +220,11 @@ def check_recipe(where: str, recipe: Any) -> None:
 
 def check_rows(where: str, name: str, x: Any) -> None:
     """x is [rows, features] in bfloat16 or float32."""
-    if not hasattr(x, "dtype") or isinstance(x, QuantizedArray) or np.dtype(x.dtype) not in OUT_DTYPES:
+    if (
+        not hasattr(x, "dtype")
+        or isinstance(x, PreparedWeight | QuantizedArray)
+        or np.dtype(x.dtype) not in OUT_DTYPES
+    ):
         given = np.dtype(x.dtype).name if hasattr(x, "dtype") else type(x).__name__
         raise TypeError(
             f"{where}: {name} is {given}, need a bfloat16 or float32 array: the layer quantises it. "
@@ -181,8 +238,15 @@ def check_rows(where: str, name: str, x: Any) -> None:
 
 
 def check_weight(where: str, name: str, w: Any, recipe: str) -> None:
-    """w is [groups, n, k], a master weight or, for "fp8", a frozen one."""
-    if isinstance(w, QuantizedArray):
+    """w is [groups, n, k], a master weight or, for "fp8", a prepared or frozen one."""
+    if isinstance(w, PreparedWeight):
+        w.check(where, name)
+        if recipe == "bf16":
+            raise ValueError(
+                f"{where}: {name} is prepared for FP8 and recipe is 'bf16'. Use recipe='fp8', or pass the "
+                f"master: {name}.master."
+            )
+    elif isinstance(w, QuantizedArray):
         w.check(where, name)
         if recipe == "bf16":
             raise ValueError(
@@ -197,8 +261,8 @@ def check_weight(where: str, name: str, w: Any, recipe: str) -> None:
     elif not hasattr(w, "dtype") or np.dtype(w.dtype) not in OUT_DTYPES:
         given = np.dtype(w.dtype).name if hasattr(w, "dtype") else type(w).__name__
         raise TypeError(
-            f"{where}: {name} is {given}, need bfloat16 or float32 master weights, or a QuantizedArray for "
-            "frozen ones."
+            f"{where}: {name} is {given}, need bfloat16 or float32 master weights, a PreparedWeight of them, "
+            "or a QuantizedArray for frozen ones."
         )
     if w.ndim != 3:
         raise ValueError(f"{where}: {name} is {list(w.shape)}, need [groups, n, k].")
@@ -228,30 +292,34 @@ _first_order = functools.partial(ReverseOnly, "grouped_linear", fp8.HIGHER_ORDER
 
 
 @_first_order
-def _trained(layer: _Layer, x: jax.Array, w: jax.Array, groups: fp8.Groups) -> jax.Array:
-    return _forward(layer, quantize(x, PER_ROW), quantize(w, BLOCKED), groups)
+def _trained(layer: _Layer, x: jax.Array, w: jax.Array, copies: Copies | None, groups: fp8.Groups) -> Any:
+    """w: the masters, whose copies are made here if there are none."""
+    weight = quantize(w, BLOCKED) if copies is None else copies.plain.meant
+    y = _forward(layer, quantize(x, PER_ROW), weight, groups)
+    return (y, w) if layer.with_weight else y
 
 
-def _trained_fwd(layer: _Layer, x: jax.Array, w: jax.Array, groups: fp8.Groups) -> tuple[jax.Array, Any]:
-    rows, along_rows = fp8.both(x, groups)
-    weight, weight_t = fp8.weight_and_transpose(w)
+def _trained_fwd(
+    layer: _Layer, x: jax.Array, w: jax.Array, copies: Copies | None, groups: fp8.Groups
+) -> tuple[Any, tuple[_Pair, Bits, fp8.Groups]]:
+    rows, along_rows = fp8.both(x, groups, layer.gemms)
+    copies = Copies.named(w, GROUPED_WEIGHT_FP8) if copies is None else copies
     act = fp8.keep(*along_rows, GROUPED_ACT_FP8)
-    return _forward(layer, rows, weight, groups), (
-        act,
-        fp8.keep(weight_t.values, weight_t.scales, GROUPED_WEIGHT_FP8),
-        groups,
-    )
+    y = _forward(layer, rows, copies.plain.meant, groups)
+    return (y, w) if layer.with_weight else y, (act, copies.transposed, groups)
 
 
 def _trained_bwd(
-    layer: _Layer, residuals: tuple[_Pair, _Pair, fp8.Groups], dy: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
+    layer: _Layer, residuals: tuple[_Pair, Bits, fp8.Groups], cotangents: Any
+) -> tuple[jax.Array, jax.Array, None, None]:
+    dy, later = cotangents if layer.with_weight else (cotangents, None)
     act, weight_t, groups = residuals
-    rows, along_rows = fp8.both(dy, groups)
-    dx = _input_gradient(layer, rows, QuantizedArray(*fp8.kept(weight_t), BLOCKED), groups)
+    rows, along_rows = fp8.both(dy, groups, layer.gemms)
+    dx = _input_gradient(layer, rows, weight_t.meant, groups)
     dtype, spec = layer.w
     x = fp8.AlongRows(*fp8.kept(act))
-    return dx, fp8.k_grouped(along_rows, x, groups, layer.num_groups, layer.gemms, dtype, spec), None
+    dw = fp8.k_grouped(along_rows, x, groups, dy.shape[0], layer.num_groups, layer.gemms, dtype, spec, later)
+    return dx, dw, None, None
 
 
 _trained.defvjp(_trained_fwd, _trained_bwd)

@@ -107,6 +107,26 @@ def m_grouped_fp8(
     return *_pad_fp8("m_grouped_fp8_gemm", a, sa, b, sb), group_sizes, group_offset
 
 
+def m_grouped_swiglu(
+    a: jax.Array,
+    sa: jax.Array,
+    b: jax.Array,
+    sb: jax.Array,
+    row_weights: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    *,
+    rows_format: str,
+    **_: Any,
+) -> Arrays:
+    rows, (b, sb), group_sizes, group_offset = _fold_m_grouped(
+        (a, sa, row_weights[..., None]), (b, sb), group_sizes, group_offset, rows_format
+    )
+    a, sa, row_weights = rows
+    padded = _pad_fp8("m_grouped_fp8_gemm_swiglu", a, sa, b, sb)
+    return *padded, row_weights[:, 0], group_sizes, group_offset
+
+
 def m_grouped_bf16(
     a: jax.Array,
     b: jax.Array,
@@ -140,6 +160,19 @@ def m_masked_fp8(
 ) -> Arrays:
     (a, sa), (b, sb), counts = _fold_masked((a, sa), (b, sb), counts)
     return *_pad_fp8("m_masked_fp8_gemm", a, sa, b, sb), counts
+
+
+def m_masked_swiglu(
+    a: jax.Array,
+    sa: jax.Array,
+    b: jax.Array,
+    sb: jax.Array,
+    row_weights: jax.Array,
+    counts: jax.Array,
+    **_: Any,
+) -> Arrays:
+    (a, sa, row_weights), (b, sb), counts = _fold_masked((a, sa, row_weights[..., None]), (b, sb), counts)
+    return *_pad_fp8("m_masked_fp8_gemm_swiglu", a, sa, b, sb), row_weights[..., 0], counts
 
 
 def m_masked_bf16(a: jax.Array, b: jax.Array, counts: jax.Array, *, layout: str, **_: Any) -> Arrays:

@@ -33,7 +33,7 @@ class GroupedProblem:
       segmented: whether that description is starts | ends | groups, or just sizes.
       weights: groups of B ("masked_rows": used by group modulo this).
       zero_rows: "masked_rows": whether rows beyond those that count are stored as zeros.
-      a, b, layout, out, add_c, b_scales: as in GemmProblem.
+      a, b, layout, out, add_c, b_scales, gated: as in GemmProblem.
     """
 
     grouping: str
@@ -52,6 +52,7 @@ class GroupedProblem:
     out: str = "bfloat16"
     add_c: bool = False
     b_scales: str = "block"
+    gated: bool = False
 
     @property
     def inner(self) -> bool:
@@ -67,6 +68,11 @@ class GroupedProblem:
     def held(self) -> int:
         """Segments in the table."""
         return self.segments if self.grouping == ROWS and self.segmented else self.groups
+
+    @property
+    def hit(self) -> int:
+        """Groups that can have rows: in one matrix of rows, no more than it has."""
+        return min(self.groups, self.m) if self.grouping == ROWS else self.groups
 
     @cached_property
     def gemm(self) -> GemmProblem:
@@ -84,14 +90,16 @@ class GroupedProblem:
             b_scales=self.b_scales,
             table_bytes=(self.capacity + head_end_and_totals) * _SEGMENT_BYTES,
             weights=self._weights_read_once,
+            gated=self.gated,
         )
 
     @property
     def _weights_read_once(self) -> int:
-        """How many matrices B there are, or 0 where several groups share them or a group has many rows."""
+        """How many matrices B are read, or 0 where several groups share them or a group has many rows."""
         held = self.weights if self.grouping == MASKED_ROWS else self.groups
         uses = self.segments if self.segmented else self.groups
-        return held if not self.inner and self.expected <= _FEW_ROWS and uses <= 2 * held else 0
+        once = not self.inner and self.expected <= _FEW_ROWS and uses <= 2 * held
+        return min(held, self.hit) if once else 0
 
     @property
     def rows_bound(self) -> int:
@@ -108,6 +116,7 @@ class GroupedProblem:
         parts = [f"{SHORT[self.grouping]} {self.a}x{self.b} {self.layout} groups={self.groups}"]
         parts += [f"m={self.m} n={self.n} k={self.k} expected={self.expected} -> {self.out}"]
         parts += ["+C"] if self.add_c else []
+        parts += ["SwiGLU"] if self.gated else []
         parts += (
             [f"B scales {'128x128' if self.b_scales == 'block' else '1x128'}"] if self.gemm.is_fp8 else []
         )

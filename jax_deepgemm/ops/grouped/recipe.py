@@ -5,6 +5,10 @@ share them.
     dx = dy @ w[group]         dy 1x128 along n,        the transposed bytes of the same FP8 weight
     dw = dy.T @ rows           both 1x128 along rows,   accumulated in float32
 
+Blocks of 128 rows begin with each group (quantize/blocks.py) where a device surely has all the rows: then no
+expert's scales depend on another's tokens, and the product that sums over rows walks over whole blocks. Where
+rows are, or may be, cut over devices by XLA, blocks are those of all rows, 0-127, 128-255, ..
+
 What is kept for the backward pass is kept as bytes: jax.checkpoint passes what it saves through
 reduce_precision, which knows no largest exponent with numbers in it, so float8_e4m3fn values from 256 on
 would come back as infinities.
@@ -22,12 +26,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from jax_deepgemm.core.op import mesh_of
+from jax_deepgemm.core.prefix import prefix_ends
 from jax_deepgemm.ops.gemm.checks import BLOCKED, FLOAT32, PER_ROW
 from jax_deepgemm.ops.grouped.api import k_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_contiguous
 from jax_deepgemm.ops.grouped.checks import as_int32, check_offset
-from jax_deepgemm.ops.grouped.segments import prefix_ends
-from jax_deepgemm.ops.quantize import QuantizedArray, quantize
-from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
+from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
+from jax_deepgemm.ops.quantize.blocks import padded_sizes, row_blocks
+from jax_deepgemm.ops.quantize.fused import quantize_both
+from jax_deepgemm.ops.quantize.groups import quantize_groups
 
 E4M3 = np.dtype(jnp.float8_e4m3fn)
 RECIPES = ("fp8", "bf16")
@@ -38,7 +45,8 @@ HIGHER_ORDER = "recipe='bf16'"
 class AlongRows(NamedTuple):
     """Rows quantised and stored as the weight gradient wants them.
 
-    values [features, rows] in FP8; scales float32 [ceil(rows / 128), features], one per 128 rows and feature.
+    values [features, columns] in FP8; scales float32 [columns / 128, features], one per 128 rows and feature.
+    Columns are the rows, or with LayerOptions.group_blocks those of row blocks.
     """
 
     values: jax.Array
@@ -68,18 +76,43 @@ class LayerOptions:
     expected_m: int | None = None
     num_sms: int | None = None
     reduce_dtype: np.dtype[Any] = FLOAT32
+    group_blocks: bool = True
+    """Whether blocks of 128 rows begin with each group."""
 
 
-def both(x: jax.Array, groups: Groups) -> tuple[QuantizedArray, AlongRows]:
-    """x [rows, features] quantised along features, and along rows and transposed; tail rows do not count."""
-    values, scales, *along_rows = quantize_both(x, groups.end(x.shape[0]))
+def rows_are_whole(rows: jax.Array) -> bool:
+    """Whether a function surely runs on one device's rows: in jax.shard_map, or where there is one device.
+
+    Elsewhere XLA may cut them over a mesh. Under plain jit in a process of several devices that cannot be
+    seen when a function is traced.
+    """
+    mesh = mesh_of([jax.typeof(rows)])
+    if mesh.empty:
+        return jax.device_count() == 1
+    return all(mesh.shape[name] == 1 or name in mesh.manual_axes for name in mesh.axis_names)
+
+
+def both(
+    x: jax.Array, groups: Groups, options: LayerOptions, index: jax.Array | None = None
+) -> tuple[QuantizedArray, AlongRows]:
+    """Rows quantised along features, and along rows and transposed; those behind the last group are zeros.
+
+    The rows are those of x [rows, features], or with an index (group_blocks only) x[index].
+    """
+    if options.group_blocks:
+        blocks = row_blocks(groups.sizes, x.shape[0] if index is None else index.shape[0])
+        values, scales, *along_rows = quantize_groups(x, blocks, index)
+    else:
+        assert index is None
+        values, scales, *along_rows = quantize_both(x, groups.end(x.shape[0]))
     return QuantizedArray(values, scales, PER_ROW), AlongRows(*along_rows)
 
 
-def weight_and_transpose(w: jax.Array) -> tuple[QuantizedArray, QuantizedArray]:
-    """w [g, n, k] in FP8, and its transpose [g, k, n]: the same values and scales."""
-    values, scales, values_t = jax.vmap(quantize_weight)(w)
-    return QuantizedArray(values, scales, BLOCKED), QuantizedArray(values_t, scales.mT, BLOCKED)
+def counted(groups: Groups, rows: int, options: LayerOptions, transposed: bool) -> dict[str, Any]:
+    """Arguments of swiglu_quantize and its gradient: which rows count, and whether they are transposed."""
+    if transposed and options.group_blocks:
+        return {"blocks": row_blocks(groups.sizes, rows)}
+    return {"rows": groups.end(rows), "transposed": transposed}
 
 
 def transposed(w: QuantizedArray) -> QuantizedArray:
@@ -87,8 +120,10 @@ def transposed(w: QuantizedArray) -> QuantizedArray:
     return QuantizedArray(w.values.mT, w.scales.mT, (w.block[1], w.block[0]))
 
 
-def forward_weight(w: jax.Array | QuantizedArray) -> QuantizedArray:
-    """A master weight quantised, a frozen one as it is."""
+def forward_weight(w: jax.Array | PreparedWeight | QuantizedArray) -> QuantizedArray:
+    """A master weight quantised, a prepared or frozen one as it is."""
+    if isinstance(w, PreparedWeight):
+        return w.quantized
     return w if isinstance(w, QuantizedArray) else quantize(w, BLOCKED)
 
 
@@ -118,17 +153,20 @@ def k_grouped(
     dy: AlongRows,
     x: AlongRows,
     groups: Groups,
+    rows: int,
     num_groups: int,
     options: LayerOptions,
     out_dtype: Any,
     out_sharding: PartitionSpec | None = None,
+    c: jax.Array | None = None,
 ) -> jax.Array:
-    """[num_groups, n, k]: the sum over each group's rows of dy [row, n] * x [row, k]."""
+    """[num_groups, n, k]: C plus the sum over each group's rows of dy [row, n] * x [row, k]."""
     a, b = (QuantizedArray(q.values, q.scales.T, PER_ROW) for q in (dy, x))
     return k_grouped_fp8_gemm_nt_contiguous(
         a,
         b,
-        groups.sizes,
+        padded_sizes(groups.sizes, rows) if options.group_blocks else groups.sizes,
+        c,
         num_groups=num_groups,
         group_offset=groups.offset,
         out_dtype=out_dtype,

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_deepgemm.core.prefix import prefix_ends
+
 FORMATS = ("sizes", "segments")
 
 
@@ -46,16 +48,6 @@ def read(group_sizes: jax.Array, rows_format: str, rows: int) -> Segments:
 def write(segments: Segments) -> jax.Array:
     """The segments as an operand of format "segments"."""
     return jnp.concatenate([x.astype(jnp.int32) for x in segments], axis=-1)
-
-
-def prefix_ends(sizes: jax.Array, rows: int) -> jax.Array:
-    """Where each group ends if it starts where the one before ended; also if int32 cannot hold their sum."""
-    if isinstance(rows, int) and sizes.shape[-1] * rows < 2**31:
-        sizes = jnp.clip(sizes, 0, rows)
-        return jnp.minimum(jnp.cumsum(sizes, axis=-1, dtype=jnp.int32), rows)
-    last = jnp.asarray(rows, jnp.int32)  # of symbolic rows, as jax.export has them, only the run knows
-    sizes = jnp.clip(sizes, 0, last)
-    return jax.lax.associative_scan(lambda x, y: jnp.minimum(x, last - y) + y, sizes, axis=-1)
 
 
 def window(group_sizes: jax.Array, rows_format: str, rows: int, first: jax.Array, size: int) -> jax.Array:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from jax_deepgemm.ops.quantize.accumulate import accumulate_gradients
 from jax_deepgemm.ops.quantize.api import dequantize, quantize
 from jax_deepgemm.ops.quantize.array import QuantizedArray, scales_shape, scales_spec
+from jax_deepgemm.ops.quantize.blocks import row_blocks
 from jax_deepgemm.ops.quantize.casts import (
     per_block_cast_to_fp8,
     per_channel_cast_to_fp8,
@@ -11,8 +13,10 @@ from jax_deepgemm.ops.quantize.casts import (
     per_token_cast_to_fp8,
 )
 from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
+from jax_deepgemm.ops.quantize.groups import quantize_groups, quantize_rows
 from jax_deepgemm.ops.quantize.interop import from_qwix, from_tuple, to_qwix, to_tuple
 from jax_deepgemm.ops.quantize.join import concatenate
+from jax_deepgemm.ops.quantize.prepared import PreparedWeight, prepare_weight
 from jax_deepgemm.ops.quantize.scale_layout import (
     ceil_to_ue8m0,
     get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor,
@@ -28,7 +32,9 @@ from jax_deepgemm.ops.quantize.serialization import register as _register
 _register()
 
 __all__ = [
+    "PreparedWeight",
     "QuantizedArray",
+    "accumulate_gradients",
     "ceil_to_ue8m0",
     "concatenate",
     "dequantize",
@@ -43,9 +49,13 @@ __all__ = [
     "per_channel_cast_to_fp8",
     "per_custom_dims_cast_to_fp8",
     "per_token_cast_to_fp8",
+    "prepare_weight",
     "quantize",
     "quantize_both",
+    "quantize_groups",
+    "quantize_rows",
     "quantize_weight",
+    "row_blocks",
     "scales_shape",
     "scales_spec",
     "to_qwix",

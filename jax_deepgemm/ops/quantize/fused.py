@@ -63,7 +63,7 @@ def quantize_both(
     [128.0, 129.0, 130.0, 131.0]
     """
     x, _, dtype = checked_input(x, PER_ROW, dtype, scale_format, "quantize_both")
-    _check_rank("quantize_both", "x", x)
+    check_rank("quantize_both", "x", x)
     limit = row_limit("quantize_both", rows)
     values, scales, values_t, scales_t = both_op(dtype, scale_format, bool(limit))(
         *same_varying_axes([x, *limit])
@@ -112,7 +112,7 @@ def row_limit(where: str, rows: Any) -> list[jax.Array]:
     return [rows.reshape(1)]
 
 
-def _check_rank(where: str, name: str, x: jax.Array) -> None:
+def check_rank(where: str, name: str, x: jax.Array) -> None:
     if x.ndim != 2:
         raise ValueError(
             f"{where}: {name} has shape {list(x.shape)}, need rank 2. For stacked matrices use jax.vmap."

@@ -10,7 +10,7 @@ import numpy as np
 from jax_deepgemm.core.family import OpKernel
 from jax_deepgemm.ops.quantize.array import Block
 from jax_deepgemm.ops.quantize.family import FAMILY
-from jax_deepgemm.ops.quantize.problem import QuantizeProblem
+from jax_deepgemm.ops.quantize.problem import TILE, QuantizeProblem
 
 
 def problem_of(
@@ -21,9 +21,11 @@ def problem_of(
     block: Block,
     scale_format: str,
     transposed: bool,
-    limited: bool,
+    limited: bool = False,
     weighted: bool = False,
     min_amax: float = 0.0,
+    blocked: bool = False,
+    indexed: bool = False,
 ) -> QuantizeProblem:
     """The problem of a call whose first operand is what is read, and whose first result is FP8."""
     *batches, rows, cols = avals_out[0].shape
@@ -40,6 +42,8 @@ def problem_of(
         limited=limited,
         weighted=weighted,
         batches=batches[0] if batches else 1,
+        blocks=avals_out[2].shape[1] // TILE if blocked else 0,
+        indexed=indexed,
     )
 
 
@@ -67,3 +71,21 @@ def _quantize(
 
 quantize = OpKernel(FAMILY, _quantize, ("x", "limit"))
 """x [rows, cols](, the row from which on x counts as zeros)."""
+
+
+def _of_groups(
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    block: Block,
+    scale_format: str,
+    **form: Any,
+) -> QuantizeProblem:
+    given = {name: form[name] for name in ("transposed", "indexed", "blocked") if name in form}
+    return problem_of("quantize", avals_in, avals_out, block=block, scale_format=scale_format, **given)
+
+
+quantize_indexed = OpKernel(FAMILY, _of_groups, ("x", "index", "blocks"))
+"""x [t, cols], the row of x for each row(, the table of row blocks)."""
+quantize_blocked = OpKernel(FAMILY, _of_groups, ("x", "blocks"))
+"""x [rows, cols], the table of row blocks."""

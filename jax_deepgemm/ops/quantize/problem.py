@@ -21,6 +21,9 @@ class QuantizeProblem:
       ue8m0: scales are powers of two.
       min_amax: what the amax of a block counts as at least; 0: as little as a normal scale allows.
       limited: an operand says from which row on x counts as zeros.
+      blocks: row blocks, which a table lists, each with its own columns of the transposed copy; 0: tiles of
+        128 rows from row 0 on.
+      indexed: an operand says which row of x each row is.
       weighted: "swiglu" and its gradient have a factor per row.
       batches: number of matrices.
     """
@@ -37,9 +40,12 @@ class QuantizeProblem:
     limited: bool = False
     weighted: bool = False
     batches: int = 1
+    blocks: int = 0
+    indexed: bool = False
 
     def __str__(self) -> str:
         flags = {"transposed": self.transposed, "ue8m0": self.ue8m0, "row limit": self.limited}
+        flags |= {f"blocks={self.blocks}": self.blocks > 0, "indexed": self.indexed}
         flags |= {"weights": self.weighted, f"batches={self.batches}": self.batches > 1}
         shape, block = f"{self.rows}x{self.cols}", f"{self.block[0]}x{self.block[1]}"
         return " ".join(
@@ -64,9 +70,19 @@ class QuantizeProblem:
     @property
     def aligned_t(self) -> bool:
         """The same for the rows of the transposed copy."""
-        return self.rows % 8 == 0
+        return self.blocks > 0 or self.rows % 8 == 0
 
     @property
     def pairs(self) -> bool:
         """The gradients of gate and up are computed together."""
         return self.kind == "swiglu_grad" and self.width % TILE == 0 and self.x != "float32"
+
+    @property
+    def streamed(self) -> bool:
+        """A block of threads walks over row blocks, the next one's rows on their way."""
+        return self.kind == "quantize" and self.blocks > 0 and self.aligned and self.x != "float32"
+
+    @property
+    def walked(self) -> bool:
+        """There are as many blocks of threads as run at once, and each walks over tiles."""
+        return self.pairs or self.streamed

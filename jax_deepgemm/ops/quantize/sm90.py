@@ -17,6 +17,8 @@ from jax_deepgemm.jit import KernelSource, compile_kernel
 from jax_deepgemm.ops.quantize.problem import TILE, QuantizeProblem
 
 SUM_THREADS = 256
+STRIPE_BYTES, STRIPE_TILES = 8 << 20, 8
+"""Of rows that are taken by an index: a part of L2, and no more tiles than fill whole lines of DRAM."""
 
 # include/jax_deepgemm/quantize/quantize_tile.cuh says what each field means.
 _TEXT = """\
@@ -29,11 +31,12 @@ struct Config {{
   static constexpr int TILES = {tiles}, HEIGHT = {height}, ROWS = {rows_of_a_thread};
   static constexpr float MIN_AMAX = {min_amax};
   static constexpr bool UE8M0 = {ue8m0}, TRANSPOSED = {transposed}, LIMITED = {limited};
+  static constexpr bool BLOCKED = {blocked}, INDEXED = {indexed};
   static constexpr bool WEIGHTED = {weighted}, ALIGNED = {aligned}, ALIGNED_T = {aligned_t};
 }};
 
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
-  const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols}};
+  const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols, {rows_t}}};
   {body}
 }}
 """
@@ -46,12 +49,15 @@ extern "C" __global__ void {name}(const float* parts, float* sums, int tiles, in
 }}
 """
 
-_INPUTS = "const jdg::SwigluInputs<Config::In> in = {{h, {weight}, {dact}, {limit}, {flags}, {width}}};\n  "
+_ROWS = "const jdg::CountedRows counted = {{{limit}, {blocks}, {batched_limit}}};\n  "
+_INPUTS = _ROWS + "const jdg::SwigluInputs<Config::In> in = {{h, {weight}, {dact}, {flags}, {width}}};\n  "
 _BODIES = {
-    "quantize": "jdg::quantize<Config>(x, {limit}, to, batched_x, batched_limit);",
-    "swiglu": _INPUTS + "jdg::swiglu<Config>(in, to);",
-    "swiglu_grad": _INPUTS + "jdg::swiglu_grad<Config>(in, to, {parts});",
-    "swiglu_grad_pairs": _INPUTS + "jdg::swiglu_grad_pairs<Config>(in, to, {parts}, tiles);",
+    "quantize": _ROWS + "jdg::quantize<Config>({{x, {index}, {sources}, batched_x, {stripe}}}, counted, to);",
+    "quantize_stream": _ROWS
+    + "jdg::quantize_stream<Config>({{x, {index}, {sources}, 0, {stripe}}}, counted, to, tiles);",
+    "swiglu": _INPUTS + "jdg::swiglu<Config>(in, counted, to);",
+    "swiglu_grad": _INPUTS + "jdg::swiglu_grad<Config>(in, counted, to, {parts});",
+    "swiglu_grad_pairs": _INPUTS + "jdg::swiglu_grad_pairs<Config>(in, counted, to, {parts}, tiles);",
 }
 _TYPES = {"bfloat16": "jdg::bf16", "float16": "jdg::f16", "float32": "float"}
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -110,22 +116,34 @@ def cut_of(p: QuantizeProblem) -> Cut:
 def tiles(p: QuantizeProblem) -> int:
     """Tiles of all matrices, those side by side as one; 1 if there are none, as a grid is never empty."""
     cols, shape = p.width if p.pairs else p.cols, cut_of(p)
-    return max(-(-p.rows // shape.height) * -(-cols // (shape.across * TILE)) * p.batches, 1)
+    down = p.blocks or -(-p.rows // shape.height) * p.batches
+    return max(down * -(-cols // (shape.across * TILE)), 1)
+
+
+def stripe(p: QuantizeProblem, sources: int) -> int:
+    """Columns of tiles to be done before the next ones, so that x's part of them stays in L2 meanwhile."""
+    item = 4 if p.x == "float32" else 2
+    fit = STRIPE_BYTES // (max(sources, 1) * TILE * item * cut_of(p).across)
+    return max(min(fit, STRIPE_TILES), 1)
 
 
 def shared_memory(p: QuantizeProblem) -> int:
-    """Dynamic shared memory: PairsShared of swiglu.cuh; the other kernels' is static."""
-    if not p.pairs:
+    """Dynamic shared memory: PairsShared of swiglu.cuh, StreamShared of quantize.cuh; others' is static."""
+    if not p.walked:
         return 0
     threads, rows, *_ = cut_of(p)
-    words = 2 * TILE * TILE if p.transposed else 16
-    return 3 * rows * threads * 16 + words + 2 * (threads // 32 + 1) * TILE * 4
+    inputs, tiles = (3, 2) if p.pairs else (1, 1)
+    words = tiles * TILE * TILE if p.transposed else 16
+    return inputs * rows * threads * 16 + words + tiles * (threads // 32 + 1) * TILE * 4
+
+
+def _body(p: QuantizeProblem) -> str:
+    return p.kind + ("_pairs" if p.pairs else "_stream" if p.streamed else "")
 
 
 def kernel_name(p: QuantizeProblem) -> str:
     """The name that profilers show."""
-    kind = f"{p.kind}_pairs" if p.pairs else p.kind
-    parts = ["jdg", kind, f"{p.block[0]}x{p.block[1]}", _SHORT[p.x], _FP8[p.fp8].lower()]
+    parts = ["jdg", _body(p), f"{p.block[0]}x{p.block[1]}", _SHORT[p.x], _FP8[p.fp8].lower()]
     shape = cut_of(p)
     parts += [f"tile{shape.height}x{shape.across * TILE}"] if shape.height != TILE else []
     flags = {
@@ -133,6 +151,8 @@ def kernel_name(p: QuantizeProblem) -> str:
         "ue8m0": p.ue8m0,
         "clamped": p.min_amax > 0,
         "rows": p.limited,
+        "groups": p.blocks > 0,
+        "indexed": p.indexed,
         "w": p.weighted,
     }
     parts += [name for name, on in flags.items() if on]
@@ -147,6 +167,8 @@ def _pointers(p: QuantizeProblem) -> dict[str, str]:
         "h" if swiglu else "x": "const Config::In*",
         "weight": "const float*" if p.weighted else "",
         "dact": "const Config::In*" if p.kind == "swiglu_grad" else "",
+        "index": "const int*" if p.indexed else "",
+        "blocks": "const jdg::RowBlock*" if p.blocks else "",
         "limit": "const int*" if p.limited else "",
         "values": "jdg::u8*",
         "scales": "float*",
@@ -158,7 +180,13 @@ def _pointers(p: QuantizeProblem) -> dict[str, str]:
 
 def _integers(p: QuantizeProblem) -> list[str]:
     names = ["x", "limit"] if p.kind == "quantize" else ["h", "weight", "dact", "limit"]
-    return ["rows", "cols", *(f"batched_{name}" for name in names), *(["tiles"] if p.pairs else [])]
+    more = {"tiles": p.walked, "sources": p.indexed, "stripe": p.indexed, "row_blocks": p.blocks > 0}
+    return [
+        "rows",
+        "cols",
+        *(f"batched_{name}" for name in names),
+        *(name for name, on in more.items() if on),
+    ]
 
 
 def kernel_source(p: QuantizeProblem) -> KernelSource:
@@ -168,12 +196,14 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
     parts = {"parts": "float*"} if p.kind == "swiglu_grad" and p.weighted else {}
     parameters = [f"{kind} {name}" for name, kind in {**pointers, **parts}.items()]
     parameters += [f"int {name}" for name in _integers(p)]
-    names = ("weight", "dact", "limit", "values_t", "scales_t", "parts")
+    names = ("weight", "dact", "limit", "index", "blocks", "values_t", "scales_t", "parts")
     given = {name: name if name in {**pointers, **parts} else "nullptr" for name in names}
-    flags = ", ".join(name for name in _integers(p) if name.startswith("batched"))
+    flags = ", ".join(name for name in _integers(p) if name.startswith("batched") and "limit" not in name)
+    given |= {"sources": "sources" if p.indexed else "rows", "stripe": "stripe" if p.indexed else "1"}
+    given |= {"batched_limit": "batched_limit"}
     width = "cols / 2" if p.kind == "swiglu_grad" else "cols"
     name = kernel_name(p)
-    body = _BODIES[f"{p.kind}_pairs" if p.pairs else p.kind]
+    body = _BODIES[_body(p)]
     text = _TEXT.format(
         header="quantize" if p.kind == "quantize" else "swiglu",
         x=_TYPES[p.x],
@@ -189,10 +219,12 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
         parameters=", ".join(parameters),
         values_t=given["values_t"],
         scales_t=given["scales_t"],
+        rows_t="row_blocks * jdg::kTile" if p.blocks else "rows",
+        blocked=str(p.blocks > 0).lower(),
         body=body.format(**given, flags=flags, width=width),
         **{
             flag: str(getattr(p, flag)).lower()
-            for flag in ("ue8m0", "transposed", "limited", "weighted", "aligned", "aligned_t")
+            for flag in ("ue8m0", "transposed", "limited", "indexed", "weighted", "aligned", "aligned_t")
         },
     )
     return KernelSource(name, text, (("problem", str(p)),), shared_memory=shared_memory(p))
@@ -213,11 +245,13 @@ def _plan(p: QuantizeProblem, config: None, chip: Chip, given: Operands) -> Laun
     sums = p.kind == "swiglu_grad" and p.weighted
     params += [Scratch(0)] if sums else []
     values = {"rows": p.rows, "cols": p.cols, "tiles": tiles(p) if p.rows and p.cols else 0}
+    sources = given[next(iter(given))].shape[-2]
+    values |= {"row_blocks": p.blocks, "sources": sources, "stripe": stripe(p, sources)}
     values |= {f"batched_{name}": int(one.batched) for name, one in given.items()}
     params += [Scalar(values.get(name, 0), "int32") for name in _integers(p)]
     launch = Launch(
         kernel=compile_kernel(kernel_source(p), arch=chip.arch),
-        grid=(min(tiles(p), chip.num_sms) if p.pairs else tiles(p), 1, 1),
+        grid=(min(tiles(p), chip.num_sms * cut_of(p).blocks_per_sm) if p.walked else tiles(p), 1, 1),
         block=cut_of(p).threads,
         params=tuple(params),
         shared_memory=shared_memory(p),

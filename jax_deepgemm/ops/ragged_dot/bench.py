@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,8 +23,9 @@ from jax_deepgemm.core.bench import (
     every_row,
     recorded_rows,
 )
+from jax_deepgemm.ops.grouped import bench_drawn
 from jax_deepgemm.ops.grouped.bench import GROUPED_KEYS, draw_sizes
-from jax_deepgemm.ops.ragged_dot.api import ragged_dot
+from jax_deepgemm.ops.ragged_dot.api import ragged_dot, ragged_dot_general
 
 SIZES = (
     (4, 8192, 6144, 7168),
@@ -66,6 +68,22 @@ def _row(groups: int, m: int, n: int, k: int) -> Row:
     )
 
 
+CONTRACTION = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+"""The weight gradient of a ragged_dot: sums over the rows of each group."""
+
+
+def _contraction(a: jax.Array, b: jax.Array, sizes: jax.Array) -> jax.Array:
+    return ragged_dot_general(a, b, sizes, CONTRACTION)
+
+
+def _k_drawn(small: bool) -> Iterator[Row]:
+    for groups, m, n, k in (bench_drawn.SMALL,) if small else bench_drawn.SIZES[:1]:
+        fields = {"type": "bf16 ragged", "groups": groups, "m": m, "n": n, "k": k}
+        sizes = bench_drawn.drawn_sizes(groups, groups * k)
+        draw = functools.partial(bench_drawn.draw, "bf16", groups * k, m, n)
+        yield bench_drawn.beside_even("k_drawn", fields, sizes, _contraction, draw)
+
+
 def _draw(total: int, groups: int, n: int, k: int) -> tuple[jax.Array, jax.Array]:
     lhs = jax.random.normal(jax.random.key(0), (total, k), jnp.bfloat16)
     return lhs, jax.random.normal(jax.random.key(1), (groups, k, n), jnp.bfloat16)
@@ -92,5 +110,6 @@ TABLES = {
             ("bf16", 8, 4096, 4096, 4096),
             ("bf16", 32, 256, 7168, 3072),
         ),
-    )
+    ),
+    "k_drawn": replace(bench_drawn.TABLE, rows=_k_drawn),
 }

@@ -11,9 +11,15 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.ops.quantize.api import checked_input
+from jax_deepgemm.ops.quantize.blocks import check_blocks
 from jax_deepgemm.ops.quantize.fused import row_limit
 from jax_deepgemm.ops.swiglu import reference
-from jax_deepgemm.ops.swiglu.op import swiglu_grad_op, swiglu_op
+from jax_deepgemm.ops.swiglu.op import (
+    swiglu_grad_groups_op,
+    swiglu_grad_op,
+    swiglu_groups_op,
+    swiglu_op,
+)
 
 
 def swiglu(h: jax.Array, weight: jax.Array | None = None) -> jax.Array:
@@ -57,6 +63,7 @@ def swiglu_quantize(
     weight: ArrayLike | None = None,
     rows: ArrayLike | None = None,
     *,
+    blocks: ArrayLike | None = None,
     transposed: bool = True,
     dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
@@ -67,13 +74,15 @@ def swiglu_quantize(
       h: [m, 2 i] bfloat16, float16 or float32: gate | up. More dimensions: jax.vmap.
       weight: [m] float32, a factor per row, or None.
       rows: int32 scalar or [1]; rows from here on count as zeros, whatever they hold. None: all count.
+      blocks: int32 [b, 4], `row_blocks(group_sizes, m)`, instead of rows: the transposed copy's blocks begin
+        with each group, as `quantize_groups` has them.
       transposed: also give the transposed copy, which the weight gradient of the next GEMM reads.
       dtype: float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for powers of two.
 
     Returns:
       values [m, i], scales [m, ceil(i / 128)], and with `transposed` values_t [i, m], scales_t [ceil(m /
-      128), i]: see `quantize_both`.
+      128), i]: see `quantize_both`; of blocks values_t [i, 128 b], scales_t [b, i]: see `quantize_groups`.
 
     Raises:
       TypeError, ValueError: types, shapes or formats outside the above.
@@ -91,6 +100,10 @@ def swiglu_quantize(
     h, dtype = _checked_h("swiglu_quantize", h, dtype, scale_format)
     weights = _checked_weight("swiglu_quantize", h, weight)
     limit = row_limit("swiglu_quantize", rows)
+    if blocks is not None:
+        table = _blocks("swiglu_quantize", blocks, rows, transposed)
+        grouped = swiglu_groups_op(dtype, scale_format, bool(weights))
+        return tuple(grouped(*same_varying_axes([h, *weights, *table])))
     op = swiglu_op(dtype, scale_format, bool(transposed), bool(weights), bool(limit))
     return tuple(op(*same_varying_axes([h, *weights, *limit])))
 
@@ -101,6 +114,7 @@ def swiglu_grad_quantize(
     dact: ArrayLike,
     rows: ArrayLike | None = None,
     *,
+    blocks: ArrayLike | None = None,
     transposed: bool = True,
     dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
@@ -111,13 +125,13 @@ def swiglu_grad_quantize(
         dweight = sum over the features of dact * silu(gate) * up
 
     Args:
-      h, weight, rows, transposed, dtype, scale_format: as in `swiglu_quantize`.
+      h, weight, rows, blocks, transposed, dtype, scale_format: as in `swiglu_quantize`.
       dact: [m, i] in h's dtype, the gradient of act.
 
     Returns:
       dh's values [m, 2 i], scales [m, ceil(2 i / 128)], with `transposed` values_t [2 i, m], scales_t [ceil(m
-      / 128), 2 i], then dweight [m] float32 (None if weight is). dweight's sum has a fixed order: equal bits
-      every time.
+      / 128), 2 i] (of blocks [2 i, 128 b] and [b, 2 i]), then dweight [m] float32 (None if weight is).
+      dweight's sum has a fixed order: equal bits every time.
 
     Raises:
       TypeError, ValueError: types, shapes or formats outside the above.
@@ -140,9 +154,22 @@ def swiglu_grad_quantize(
             f"type of h ({list(h.shape)}) with half its columns. Convert it: dact.astype(h.dtype)."
         )
     limit = row_limit(where, rows)
-    op = swiglu_grad_op(dtype, scale_format, bool(transposed), bool(weights), bool(limit))
+    if blocks is None:
+        op = swiglu_grad_op(dtype, scale_format, bool(transposed), bool(weights), bool(limit))
+    else:
+        limit = _blocks(where, blocks, rows, transposed)
+        op = swiglu_grad_groups_op(dtype, scale_format, bool(weights))
     results = tuple(op(*same_varying_axes([h, *weights, dact, *limit])))
     return results if weights else (*results, None)
+
+
+def _blocks(where: str, blocks: Any, rows: Any, transposed: bool) -> list[jax.Array]:
+    if rows is not None or not transposed:
+        raise ValueError(
+            f"{where}: blocks are given with {'rows' if rows is not None else 'transposed=False'}, need them "
+            "alone: they say which rows count, and matter to the transposed copy only."
+        )
+    return check_blocks(where, blocks)
 
 
 def _checked_h(where: str, h: Any, dtype: Any, scale_format: str) -> tuple[jax.Array, np.dtype]:

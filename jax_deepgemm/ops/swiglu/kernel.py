@@ -13,7 +13,7 @@ from jax_deepgemm.ops.quantize.problem import QuantizeProblem
 PER_ROW = (1, 128)
 
 
-def _kernel(kind: str, *parts: str) -> OpKernel:
+def _kernel(kind: str, *parts: str, blocked: bool = False) -> OpKernel:
     def problem(
         avals_in: Sequence[Any], avals_out: Sequence[Any], *, scale_format: str, transposed: bool, **_: Any
     ) -> QuantizeProblem:
@@ -24,14 +24,19 @@ def _kernel(kind: str, *parts: str) -> OpKernel:
             block=PER_ROW,
             scale_format=scale_format,
             transposed=transposed,
-            limited=len(avals_in) > len(parts),
+            limited=not blocked and len(avals_in) > len(parts),
             weighted="weight" in parts,
+            blocked=blocked,
         )
 
-    return OpKernel(FAMILY, problem, (*parts, "limit"))
+    return OpKernel(FAMILY, problem, (*parts, "blocks" if blocked else "limit"))
 
 
 swiglu = _kernel("swiglu", "h")
 swiglu_weighted = _kernel("swiglu", "h", "weight")
 swiglu_grad = _kernel("swiglu_grad", "h", "dact")
 swiglu_grad_weighted = _kernel("swiglu_grad", "h", "weight", "dact")
+swiglu_blocked = _kernel("swiglu", "h", blocked=True)
+swiglu_weighted_blocked = _kernel("swiglu", "h", "weight", blocked=True)
+swiglu_grad_blocked = _kernel("swiglu_grad", "h", "dact", blocked=True)
+swiglu_grad_weighted_blocked = _kernel("swiglu_grad", "h", "weight", "dact", blocked=True)

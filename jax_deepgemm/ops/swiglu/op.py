@@ -1,5 +1,5 @@
 """SwiGLU with quantisation as ops. Rows are cut freely; features of the result follow what is asked of it,
-while h = gate | up stays whole along them."""
+while h = gate | up stays whole along them. With row blocks everything is whole on each device."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from jax_deepgemm.ops.quantize.fused import (
     shares_blocks,
     with_every_level,
 )
+from jax_deepgemm.ops.quantize.groups import groups_shapes, pieces_of_whole, quantized_groups
 from jax_deepgemm.ops.quantize.op import HINT, BlockOp
 from jax_deepgemm.ops.swiglu import reference
 
@@ -108,10 +109,61 @@ def swiglu_grad_op(
     )
 
 
-def _kernel(name: str, weighted: bool, scale_format: str, transposed: bool) -> LazyKernel:
+@functools.cache
+def swiglu_groups_op(dtype: np.dtype, scale_format: str, weighted: bool) -> BlockOp:
+    """(h[, weight], blocks) -> [values, scales, values_t, scales_t], by row blocks."""
+
+    def plain(h: jax.Array, *rest: jax.Array) -> list[jax.Array]:
+        *weight, blocks = rest
+        act = reference.act(h, weight[0] if weighted else None, None)
+        return quantized_groups(act, blocks, dtype, scale_format)
+
+    return BlockOp(
+        _name("swiglu_quantize_groups", dtype, scale_format, w=weighted),
+        f"t f{', t' if weighted else ''}, n four -> {_GROUPS}",
+        lambda h, *rest: groups_shapes(h[0], h[1] // 2, rest[-1][0], dtype),
+        plain,
+        spmd=pieces_of_whole(*_GROUPS_DIMENSIONS),
+        kernel=_kernel("swiglu", weighted, scale_format, True, blocked=True),
+        grad_hint=HINT,
+    )
+
+
+@functools.cache
+def swiglu_grad_groups_op(dtype: np.dtype, scale_format: str, weighted: bool) -> BlockOp:
+    """(h[, weight], dact, blocks) -> [values, scales, values_t, scales_t][dweight], the first ones of dh."""
+
+    def plain(h: jax.Array, *rest: jax.Array) -> list[jax.Array]:
+        *weight, dact, blocks = rest
+        counted = jnp.sum(blocks[:, 2], dtype=jnp.int32)[None]
+        dh, dweight = reference.grad(h, weight[0] if weighted else None, dact, counted)
+        return [*quantized_groups(dh, blocks, dtype, scale_format), *([dweight] if weighted else [])]
+
+    def result(h: Dims, *rest: Dims) -> list[Any]:
+        dweight = [((h[0],), np.dtype(np.float32))] if weighted else []
+        return [*groups_shapes(h[0], h[1], rest[-1][0], dtype), *dweight]
+
+    return BlockOp(
+        _name("swiglu_grad_quantize_groups", dtype, scale_format, w=weighted),
+        f"t f{', t' if weighted else ''}, t i, n four -> {_GROUPS}{', r' if weighted else ''}",
+        result,
+        plain,
+        spmd=pieces_of_whole(*_GROUPS_DIMENSIONS),
+        kernel=_kernel("swiglu_grad", weighted, scale_format, True, blocked=True),
+        grad_hint=HINT,
+    )
+
+
+_GROUPS = "r c, r c_blocks, c p, b c"
+_GROUPS_DIMENSIONS = ("r", "c", "c_blocks", "p", "b")
+
+
+def _kernel(
+    name: str, weighted: bool, scale_format: str, transposed: bool, blocked: bool = False
+) -> LazyKernel:
     form: dict[str, Any] = {"scale_format": scale_format, "transposed": transposed}
-    name += "_weighted" * weighted
-    return LazyKernel("jax_deepgemm.ops.swiglu.kernel", name, batched=True, **form)
+    name += "_weighted" * weighted + "_blocked" * blocked
+    return LazyKernel("jax_deepgemm.ops.swiglu.kernel", name, batched=not blocked, **form)
 
 
 def _name(stem: str, dtype: np.dtype, scale_format: str, **flags: bool) -> str:

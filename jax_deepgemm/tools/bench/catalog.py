@@ -90,8 +90,12 @@ def _beside(row: Result) -> Result:
     return row.get("baseline") or {}
 
 
-def _over(own: float, other: float | None) -> float | None:
-    return own / other if other else None
+def _over(own: float | None, other: float | None) -> float | None:
+    return own / other if own is not None and other else None
+
+
+def _gigabytes(size: int | None) -> str:
+    return _number(None if size is None else size / 1e9, "{:.2f}")
 
 
 def _clock(figures: Result, name: str) -> str:
@@ -114,6 +118,11 @@ CELLS: dict[str, Callable[[Result, Mapping[str, Any]], str]] = {
     "ratio": lambda row, peer: _number(_over(row["us"], _beside(row).get("us")), "{:.2f}"),
     "{baseline} TFLOP/s": lambda row, peer: _number(_beside(row).get("tflops"), "{:.0f}"),
     "all us": lambda row, peer: f"{row['all_us']:.1f}",
+    "span us": lambda row, peer: _number(row.get("span_us")),
+    "span / GEMMs": lambda row, peer: _number(_over(row.get("span_us"), row.get("gemm_us")), "{:.2f}"),
+    "launches": lambda row, peer: _number(row.get("launches"), "{:d}"),
+    "temp GB": lambda row, peer: _gigabytes(row.get("temp_bytes")),
+    "{baseline} temp GB": lambda row, peer: _gigabytes(_beside(row).get("temp_bytes")),
     "GEMMs us": lambda row, peer: _number(row.get("gemm_us")),
     "rest us": lambda row, peer: _number(row.get("rest_us")),
     "rest": lambda row, peer: _number(row["rest_us"] / row["us"] if "rest_us" in row else None, "{:.0%}"),
@@ -121,7 +130,7 @@ CELLS: dict[str, Callable[[Result, Mapping[str, Any]], str]] = {
     "op us": lambda row, peer: _number(row["whole"]["us"]),
     "wall us": lambda row, peer: _number(row["wall_us"]),
     "wall - kernels us": lambda row, peer: _number(row.get("idle_us")),
-    "floor us": lambda row, peer: _number(_floor(row, "write")),
+    "floor us": lambda row, peer: _number(row.get("floor_us", _floor(row, "write"))),
     "read flush us": lambda row, peer: _number(row.get("read_flush", {}).get("us")),
     "read flush floor us": lambda row, peer: _number(_floor(row, "read")),
     "SM MHz": lambda row, peer: _clock(row, "sm_mhz_median"),

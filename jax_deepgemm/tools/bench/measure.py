@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jax_deepgemm.core.bench import Row
-from jax_deepgemm.tools.bench import machine, turns, whole
+from jax_deepgemm.tools.bench import machine, timeline, turns, whole
 from jax_deepgemm.tools.bench.machine import ClockLog
 from jax_deepgemm.tools.bench.rows import Compiled, figures, names
 from jax_deepgemm.tools.bench.sides import (
@@ -87,7 +87,9 @@ def _kernels(session: Sequence[Row], drawn: Mapping[Any, Any], how: Measuring) -
     for row, mine, base in zip(session, ours, theirs, strict=True):
         program = programs[mine]
         found: dict[str, Any] = {**row.fields, "compile_ms": round(program.milliseconds, 1)}
-        found |= with_gemms(figures(row, timings.get(mine), program.error), row.gemms)
+        found |= with_gemms(figures(row, timings.get(mine), program.error), row.gemms) | held(row, program)
+        if row.timeline:
+            found |= timeline.kept(timings.get(mine))
         if row.read_flush:
             found["read_flush"] = figures(row, after_read.get(mine), program.error)
         if row.baseline is not None:
@@ -105,7 +107,12 @@ def _baseline(
     if program is None:
         return baseline_alone(row, drawn, how, about.calls or how.calls)
     compile_ms = {"compile_ms": round(program.milliseconds, 1)} if about.ours else {}
-    return named(about) | compile_ms | figures(row, timing, program.error)
+    return named(about) | compile_ms | figures(row, timing, program.error) | held(row, program)
+
+
+def held(row: Row, program: Compiled) -> dict[str, Any]:
+    """Bytes that the program of a whole layer holds beside operands and results, where that is known."""
+    return {} if row.prefix or program.temporary is None else {"temp_bytes": program.temporary}
 
 
 @functools.cache

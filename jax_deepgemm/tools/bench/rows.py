@@ -48,11 +48,16 @@ def _failed(result: Any) -> bool:
 
 @dataclass
 class Compiled:
-    """A compiled function bound to its arguments, or the reason why there is none."""
+    """A compiled function bound to its arguments, or the reason why there is none.
+
+    Attributes:
+      temporary: bytes that it holds while it runs, beside operands and results; None: not known.
+    """
 
     run: Callable[[], Any] | None
     milliseconds: float
     error: str = ""
+    temporary: int | None = None
 
 
 def compile_job(
@@ -79,11 +84,19 @@ def compile_job(
         text = str(error).strip() or repr(error)
         return Compiled(None, (time.perf_counter() - begin) * 1e3, f"{type(error).__name__}: {text[:300]}")
     milliseconds = (time.perf_counter() - begin) * 1e3
+    temporary = _temporary(compiled)
     if carry is None:
-        return Compiled(lambda: compiled(*arguments), milliseconds)
+        return Compiled(lambda: compiled(*arguments), milliseconds, temporary=temporary)
     place = held or Accumulator(arguments[carry])
     before, behind = arguments[:carry], arguments[carry + 1 :]
-    return Compiled(lambda: place.update(lambda c: compiled(*before, c, *behind)), milliseconds)
+    update = lambda: place.update(lambda c: compiled(*before, c, *behind))  # noqa: E731
+    return Compiled(update, milliseconds, temporary=temporary)
+
+
+def _temporary(compiled: Any) -> int | None:
+    """Bytes of temporary buffers, which not every backend tells."""
+    found = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
+    return None if found is None else int(found)
 
 
 def names(stem: str, group: Sequence[Any]) -> list[str]:
@@ -92,17 +105,23 @@ def names(stem: str, group: Sequence[Any]) -> list[str]:
 
 
 def figures(row: Row, timing: Timing | None, compile_error: str) -> dict[str, Any]:
-    """The part of a row that was measured."""
+    """The part of a row that was measured.
+
+    Of what runs several kernels it says what they took from the first start to the last end, and how many
+    they were.
+    """
     if timing is None or timing.measured is None:
         return {"status": "failed", "error": compile_error or (timing.error if timing else "not measured")}
     measured = timing.measured
-    median = measured.median
+    median, span = measured.median, measured.span
+    several = {"span_us": round(span, 3), "launches": measured.launches} if span and not row.prefix else {}
     return {
         "status": "ok",
         "us": round(median, 3),
         "us_min": round(min(measured.microseconds), 3),
         "us_max": round(max(measured.microseconds), 3),
         "all_us": round(measured.median_of_everything, 3),
+        **several,
         "calls": len(measured.microseconds),
         "tflops": round(row.flops / median / 1e6, 1),
         "gbytes_per_s": round(row.bytes / median / 1e3, 1),

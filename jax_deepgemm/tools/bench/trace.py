@@ -42,12 +42,14 @@ class Measured:
       kernels: their names, in order of first launch.
       by_kernel: median microseconds per call of each of them.
       everything: microseconds of each call with all that ran, such as copies and padding before the kernel.
+      calls: the events of each call that count; none where there was no trace.
     """
 
     microseconds: tuple[float, ...]
     kernels: tuple[str, ...]
     by_kernel: dict[str, float]
     everything: tuple[float, ...] = ()
+    calls: tuple[tuple[Event, ...], ...] = ()
 
     @property
     def median(self) -> float:
@@ -56,6 +58,30 @@ class Measured:
     @property
     def median_of_everything(self) -> float:
         return statistics.median(self.everything or self.microseconds)
+
+    @property
+    def span(self) -> float | None:
+        """Median microseconds from the first start to the last end: what idles between kernels counts too."""
+        return statistics.median(map(span_of, self.calls)) if self.calls else None
+
+    @property
+    def launches(self) -> int | None:
+        """Median number of what ran: kernels, copies and fills."""
+        return statistics.median_high(map(len, self.calls)) if self.calls else None
+
+    def typical(self) -> tuple[Event, ...]:
+        """The call with the median span, its events by start; none where there was no trace."""
+        by_span = sorted(self.calls, key=span_of)
+        return by_span[len(by_span) // 2] if by_span else ()
+
+
+def span_of(call: Sequence[Event]) -> float:
+    """Microseconds from the first start to the last end.
+
+    >>> span_of([Event("a", 1000.0, 9000.0), Event("b", 2000.0, 3000.0)])
+    9.0
+    """
+    return (max(e.start + e.duration for e in call) - min(e.start for e in call)) / 1e3
 
 
 def device_events(profile: Any) -> list[Event]:
@@ -154,11 +180,13 @@ def measured(calls: Iterable[Sequence[Event]], prefix: str = "") -> Measured:
     """
     times: list[float] = []
     everything: list[float] = []
+    counted: list[tuple[Event, ...]] = []
     by_kernel: dict[str, list[float]] = {}
     for call in calls:
         chosen = [event for event in call if event.name.startswith(prefix)]
         if not chosen:
             raise ValueError(f"no kernel named {prefix}* among {sorted({event.name for event in call})}")
+        counted.append(tuple(chosen))
         times.append(sum(event.duration for event in chosen) / 1e3)
         everything.append(sum(event.duration for event in call) / 1e3)
         per_call: dict[str, float] = {}
@@ -169,4 +197,4 @@ def measured(calls: Iterable[Sequence[Event]], prefix: str = "") -> Measured:
     if not times:
         raise ValueError("the trace shows no call of this function")
     medians = {name: statistics.median(durations) for name, durations in by_kernel.items()}
-    return Measured(tuple(times), tuple(by_kernel), medians, tuple(everything))
+    return Measured(tuple(times), tuple(by_kernel), medians, tuple(everything), tuple(counted))

@@ -10,11 +10,11 @@
 #include <thread>
 #include <vector>
 
-template <jdg::Grouping G, bool S>
+template <jdg::Grouping G, bool S, int CAPACITY>
 struct Config {
   static constexpr jdg::Grouping GROUPING = G;
   static constexpr bool SEGMENTED = S, ZERO_ROWS = false;
-  static constexpr int ROWS = 64, COLS = 64, TABLE_BYTES = (2048 + 3) * 16;
+  static constexpr int ROWS = 64, COLS = 64, TABLE_BYTES = (CAPACITY + 3) * 16;
 };
 
 template <class C>
@@ -35,6 +35,14 @@ void show(const jdg::Groups& groups, const jdg::Extents& problem) {
   for (std::thread& one : warp) one.join();
 }
 
+template <jdg::Grouping G, bool S>
+void show_in(const jdg::Groups& groups, const jdg::Extents& problem) {
+  if (groups.total <= 32 && groups.here <= 32)
+    show<Config<G, S, 32>>(groups, problem);
+  else
+    show<Config<G, S, 2048>>(groups, problem);
+}
+
 int main() {
   using jdg::Grouping;
   int grouping, segmented, offset, total, here, shared, extent, m, n;
@@ -46,12 +54,12 @@ int main() {
     const jdg::Groups groups{sizes.data(), &offset, total, here, shared, extent};
     const jdg::Extents problem{m, n, 1, 0, 1};
     if (grouping == 0)
-      segmented ? show<Config<Grouping::kRows, true>>(groups, problem)
-                : show<Config<Grouping::kRows, false>>(groups, problem);
+      segmented ? show_in<Grouping::kRows, true>(groups, problem)
+                : show_in<Grouping::kRows, false>(groups, problem);
     else if (grouping == 1)
-      show<Config<Grouping::kMaskedRows, false>>(groups, problem);
+      show_in<Grouping::kMaskedRows, false>(groups, problem);
     else
-      segmented ? show<Config<Grouping::kInner, true>>(groups, problem)
-                : show<Config<Grouping::kInner, false>>(groups, problem);
+      segmented ? show_in<Grouping::kInner, true>(groups, problem)
+                : show_in<Grouping::kInner, false>(groups, problem);
   }
 }

@@ -27,6 +27,8 @@ concept GemmConfig = requires {
   C::ROW_SCALES;           // Scale: the scales of the rows; kNone makes this a BF16 kernel
   C::COL_SCALES;           // Scale: the scales of the columns
   C::SWAP_AB;              // bool: whether rows are B's and columns A's, so that D is stored transposed
+  C::GATED;                // bool: whether a tile's columns are rows of gate and, behind them, those of up
+                           // of the same features (grouped/gemm_grouped_swiglu.cuh)
   C::MASK_K;               // bool: whether a tile's k may begin or end inside a block (k in groups)
 
   // The tile

@@ -78,6 +78,16 @@ __device__ __forceinline__ void load_scale_box(u32 slot, const TensorMap& map, u
     ptx::tma_load(slot, map, bar, kb, first, batch);
 }
 
+// A tile's columns, or their scales, of a map [batch, gate or up, feature, k]: both halves in one box.
+template <bool ONCE>
+__device__ __forceinline__ void load_gated(u32 slot, const TensorMap& map, u32 bar, int k, int feature,
+                                           int batch) {
+  if constexpr (ONCE)
+    ptx::tma_load_once(slot, map, bar, k, feature, 0, batch);
+  else
+    ptx::tma_load(slot, map, bar, k, feature, 0, batch);
+}
+
 // The scales of one step of blocks of k, of both operands.
 template <class C>
 __device__ __forceinline__ void load_scales(const Ring<C>& ring, const Operands& in, const Tile& tile,
@@ -85,8 +95,12 @@ __device__ __forceinline__ void load_scales(const Ring<C>& ring, const Operands&
   using L = Layout<C>;
   load_scale_box<C>(L::kRowVector ? ring.row_scales() : ring.block_scales(), *in.row_scales, ring.full(),
                     L::kRowVector ? tile.row : tile.row / 128, kb, tile.batch * in.batched_row_scales);
-  load_scale_box<C>(L::kColVector ? ring.col_scales() : ring.block_scales(), *in.col_scales, ring.full(),
-                    L::kColVector ? tile.col : tile.col / 128, kb, tile.col_batch * in.batched_col_scales);
+  if constexpr (C::GATED)
+    load_gated<false>(ring.block_scales(), *in.col_scales, ring.full(), kb, tile.col / 2 / 128,
+                      tile.col_batch * in.batched_col_scales);
+  else
+    load_scale_box<C>(L::kColVector ? ring.col_scales() : ring.block_scales(), *in.col_scales, ring.full(),
+                      L::kColVector ? tile.col : tile.col / 128, kb, tile.col_batch * in.batched_col_scales);
 }
 
 // Slots without data.
@@ -109,8 +123,12 @@ __device__ __forceinline__ void load_block(Ring<C>& ring, const Operands& in, co
   ring.expect(L::kSlotBytes + (SCALES ? L::kScaleBytes : 0));
   load_operand<C::ROWS_K_MAJOR, C::ROWS, C::ROWS_ONCE>(ring.rows(), *in.rows, ring.full(), tile.row, k,
                                                        tile.batch * in.batched_rows);
-  load_operand<C::COLS_K_MAJOR, C::COLS, C::COLS_ONCE>(ring.cols(), *in.cols, ring.full(), tile.col, k,
-                                                       tile.col_batch * in.batched_cols);
+  if constexpr (C::GATED)
+    load_gated<C::COLS_ONCE>(ring.cols(), *in.cols, ring.full(), k, tile.col / 2,
+                             tile.col_batch * in.batched_cols);
+  else
+    load_operand<C::COLS_K_MAJOR, C::COLS, C::COLS_ONCE>(ring.cols(), *in.cols, ring.full(), tile.col, k,
+                                                         tile.col_batch * in.batched_cols);
   if constexpr (SCALES) {
     load_scales<C>(ring, in, tile, k / C::BLOCK_K);
     ring.advance_scales();

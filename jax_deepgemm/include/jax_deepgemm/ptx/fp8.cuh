@@ -61,6 +61,18 @@ __device__ __forceinline__ float half_to_float(u16 bits) {
   return v;
 }
 
+// Of both halves the number of larger magnitude, its sign of no meaning; a NaN only beside another NaN.
+__device__ __forceinline__ u32 max_magnitude_bf16x2(u32 a, u32 b) {
+  u32 larger;
+  asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+__device__ __forceinline__ u32 max_magnitude_f16x2(u32 a, u32 b) {
+  u32 larger;
+  asm("max.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
 // 16 bytes that no thread will read again.
 __device__ __forceinline__ uint4 load_once(const void* at) {
   uint4 v;

@@ -28,6 +28,11 @@ __device__ __forceinline__ void store_shared_byte(u32 address, int value) {
   asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+// Two bytes, the low one first.
+__device__ __forceinline__ void store_shared_pair(u32 address, u16 bytes) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(bytes) : "memory");
+}
+
 __device__ __forceinline__ float2 load_shared_2(u32 address) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));

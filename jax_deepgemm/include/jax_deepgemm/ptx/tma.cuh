@@ -45,8 +45,8 @@ __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar
       : "memory");
 }
 
-// The same, rank 3, of bytes that nobody will read again: their lines are the first to leave L2, and need not
-// wait until dirty lines have been written back. (A hint of the normal policy is dearer than none:
+// The same, rank 3 and 4, of bytes that nobody will read again: their lines are the first to leave L2, and
+// need not wait until dirty lines have been written back. (A hint of the normal policy is dearer than none:
 // docs/performance_log.md.)
 __device__ __forceinline__ void tma_load_once(u32 smem, const TensorMap& map, u32 bar, int x, int y, int z) {
   u64 policy;
@@ -55,6 +55,17 @@ __device__ __forceinline__ void tma_load_once(u32 smem, const TensorMap& map, u3
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
       "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem),
       "l"(&map), "r"(bar), "r"(x), "r"(y), "r"(z), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_load_once(u32 smem, const TensorMap& map, u32 bar, int x, int y, int z,
+                                              int w) {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(smem),
+      "l"(&map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
       : "memory");
 }
 

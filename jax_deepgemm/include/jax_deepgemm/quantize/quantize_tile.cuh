@@ -45,6 +45,8 @@ concept QuantizeConfig = requires {
   C::UE8M0;         // bool: whether scales are powers of two
   C::TRANSPOSED;    // bool: whether a transposed copy is written too
   C::LIMITED;       // bool: whether rows from a number on that is read from memory count as zeros
+  C::BLOCKED;       // bool: whether a table lists the rows of each tile (RowBlock)
+  C::INDEXED;       // bool: whether rows are taken by an index (quantize)
   C::WEIGHTED;      // bool: whether rows have weights (swiglu)
   C::ALIGNED;       // bool: whether rows have a multiple of 8 columns, so that 8 numbers are moved at once
   C::ALIGNED_T;     // bool: the same of the transposed copy's rows
@@ -97,11 +99,15 @@ struct Chunk {
   __device__ __forceinline__ void take(uint4 v) {
     pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
   }
-  __device__ __forceinline__ float operator[](int i) const {
+  __device__ __forceinline__ static float unpacked(u32 pair, int i) {
     if constexpr (is_same<T, bf16>)
-      return __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000u : pairs[i / 2] << 16);
+      return __uint_as_float(i ? pair & 0xFFFF0000u : pair << 16);
     else
-      return ptx::half_to_float(static_cast<u16>(pairs[i / 2] >> i % 2 * 16));
+      return ptx::half_to_float(static_cast<u16>(pair >> i * 16));
+  }
+  __device__ __forceinline__ float operator[](int i) const { return unpacked(pairs[i / 2], i % 2); }
+  __device__ __forceinline__ static u32 larger(u32 a, u32 b) {
+    return is_same<T, bf16> ? ptx::max_magnitude_bf16x2(a, b) : ptx::max_magnitude_f16x2(a, b);
   }
   __device__ __forceinline__ void infinities_to_nan() {
 #pragma unroll
@@ -157,13 +163,33 @@ __device__ __forceinline__ void load_chunk(Chunk<T>& chunk, const T* at, bool in
   }
 }
 
+// Rows that a tile has where a table says so: ops/quantize/blocks.py makes it. Tiles without any stand at
+// its end.
+struct alignas(16) RowBlock {
+  int first, rows, counted, group;
+};
+
+// Which rows count: all of them (limit and blocks are null), those before *limit, or what each block says.
+struct CountedRows {
+  const int* limit;
+  const RowBlock* blocks;
+  int batched_limit;
+};
+
 // Where a tile is, and the thread's first number in it.
 struct Place {
   int batch, tile_row, tile_col, row, col;
+  int tile_row_t;  // the tile's first row in the transposed copy
+  int end;         // the tile's rows are those before it, ...
+  int counted;     // ... and those from here on count as zeros
 
   __device__ __forceinline__ Place moved(int cols) const {
-    return {batch, tile_row, tile_col + cols, row, col + cols};
+    Place at = *this;
+    at.tile_col += cols;
+    at.col += cols;
+    return at;
   }
+  __device__ __forceinline__ bool empty() const { return end <= tile_row; }
 
   // The index-th place, C::HEIGHT rows high and `tiles` tiles wide; neighbours in a row follow each other.
   template <class C>
@@ -171,12 +197,30 @@ struct Place {
     const u32 across = max(ceil_div(cols, tiles * kTile), 1), down = max(ceil_div(rows, C::HEIGHT), 1);
     const u32 line = static_cast<u32>(index) / across;
     Place at;
-    at.batch = line / down;
-    at.tile_row = (line - at.batch * down) * C::HEIGHT;
+    at.batch = C::BLOCKED ? 0 : line / down;
+    at.tile_row = at.tile_row_t = (line - at.batch * down) * C::HEIGHT;
     at.tile_col = (index - line * across) * tiles * kTile;
     at.row = at.tile_row + static_cast<int>(threadIdx.x) / 16 * C::ROWS;
     at.col = at.tile_col + static_cast<int>(threadIdx.x) % 16 * kWide;
+    at.end = at.counted = rows;
     return at;
+  }
+
+  // With BLOCKED, `of` counts tiles only: the rows of this one.
+  template <class C>
+  __device__ __forceinline__ Place within(const RowBlock& block) const {
+    static_assert(C::BLOCKED && C::HEIGHT == kTile);
+    Place at = *this;
+    at.row += block.first - at.tile_row;
+    at.tile_row = block.first;
+    at.end = block.first + block.rows;
+    at.counted = block.first + block.counted;
+    return at;
+  }
+
+  template <class C>
+  __device__ __forceinline__ RowBlock listed(const RowBlock* blocks) const {
+    return blocks[tile_row_t / kTile];
   }
 };
 
@@ -184,19 +228,21 @@ struct Place {
 struct Quantized {
   u8* values;       // [rows, cols]
   float* scales;    // its grid
-  u8* values_t;     // [cols, rows], or null
-  float* scales_t;  // [ceil(rows / 128), cols], or null
-  int rows, cols;
+  u8* values_t;     // [cols, rows_t], or null
+  float* scales_t;  // [ceil(rows_t / 128), cols], or null
+  int rows, cols, rows_t;
 
   __device__ __forceinline__ Quantized of_batch(int batch, int scales_per_matrix) const {
     const i64 size = static_cast<i64>(rows) * cols * batch;
-    const i64 grid_t = static_cast<i64>(ceil_div(rows, kTile)) * cols * batch;
+    const i64 size_of_t = static_cast<i64>(rows_t) * cols * batch;
+    const i64 grid_t = static_cast<i64>(ceil_div(rows_t, kTile)) * cols * batch;
     return {values + size,
             scales + static_cast<i64>(scales_per_matrix) * batch,
-            values_t + size,
+            values_t + size_of_t,
             scales_t + grid_t,
             rows,
-            cols};
+            cols,
+            rows_t};
   }
 };
 
@@ -269,13 +315,34 @@ __device__ __forceinline__ void find_maxima(Maxima<ROWS>& of, const Chunk<T> (&x
   }
 }
 
+// The same with infinities, two numbers at a time; a maximum may be NaN where all are.
+template <int ROWS, class T>
+__device__ __forceinline__ void find_paired_maxima(Maxima<ROWS>& of, const Chunk<T> (&x)[ROWS]) {
+  using Pairs = Chunk<T>;
+  u32 cols[kWide / 2];
+#pragma unroll
+  for (int j = 0; j < ROWS; ++j) {
+    u32 row = x[j].pairs[0];
+#pragma unroll
+    for (int i = 1; i < kWide / 2; ++i) row = Pairs::larger(row, x[j].pairs[i]);
+    of.row[j] = fmaxf(fabsf(Pairs::unpacked(row, 0)), fabsf(Pairs::unpacked(row, 1)));
+#pragma unroll
+    for (int i = 0; i < kWide / 2; ++i) cols[i] = j ? Pairs::larger(cols[i], x[j].pairs[i]) : x[0].pairs[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kWide; ++i) of.col[i] = fabsf(Pairs::unpacked(cols[i / 2], i % 2));
+}
+
 template <class C, class T>
 __device__ __forceinline__ void find_finite_maxima(Maxima<C::ROWS> (&of)[C::TILES],
                                                    Chunk<T> (&x)[C::TILES][C::ROWS]) {
   float top = 0.0f;
 #pragma unroll
   for (int tile = 0; tile < C::TILES; ++tile) {
-    find_maxima<false>(of[tile], x[tile]);
+    if constexpr (is_same<T, float>)
+      find_maxima<false>(of[tile], x[tile]);
+    else
+      find_paired_maxima(of[tile], x[tile]);
 #pragma unroll
     for (int j = 0; j < C::ROWS; ++j) top = fmaxf(top, of[tile].row[j]);
   }
@@ -336,7 +403,7 @@ __device__ __forceinline__ void store_values(const Chunk<T> (&x)[C::ROWS], const
     for (int i = 0; i < kWide; ++i) v[i] = ptx::mul_ftz(x[j][i], C::SCALES == Scales::kRow ? row[j] : col[i]);
     const uint2 bytes = {pack_four<typename C::Fp8>(v[0], v[1], v[2], v[3]),
                          pack_four<typename C::Fp8>(v[4], v[5], v[6], v[7])};
-    if (at.row + j < to.rows) store_bytes<C::ALIGNED>(line, bytes, to.cols - at.col);
+    if (at.row + j < at.end) store_bytes<C::ALIGNED>(line, bytes, to.cols - at.col);
   }
 }
 
@@ -353,7 +420,7 @@ __device__ __forceinline__ void row_scales(float (&inverse)[C::TILES][C::ROWS],
   const int lane = threadIdx.x % 16, row = at.row + lane / C::TILES;
   const int across = ceil_div(to.cols, kTile), tile = (at.tile_col + lane % C::TILES * apart) / kTile;
   const bool there = C::TILES == 1 || tile < across;
-  if (lane < C::ROWS * C::TILES && row < to.rows && there)
+  if (lane < C::ROWS * C::TILES && row < at.end && there)
     to.scales[static_cast<i64>(row) * across + tile] = scale;
   spread_lanes(v, ptx::rcp_rn(scale));
 #pragma unroll
@@ -382,8 +449,8 @@ __device__ __forceinline__ void column_scales(float* scales, TileShared<C>& shar
   for (int w = 0; w < TileShared<C>::kWarps; ++w) amax = fmaxf(amax, shared.maxima[tile][w][line]);
   const float scale = scale_of<C>(amax);
   shared.inverses[tile][line] = ptx::rcp_rn(scale);
-  if (at.tile_col + line < to.cols && at.tile_row < to.rows)
-    scales[static_cast<i64>(at.tile_row / kTile) * to.cols + at.tile_col + line] = scale;
+  if (at.tile_col + line < to.cols && at.tile_row < at.end)
+    scales[static_cast<i64>(at.tile_row_t / kTile) * to.cols + at.tile_col + line] = scale;
 }
 
 // The inverse of the tile's one scale.
@@ -426,14 +493,53 @@ __device__ __forceinline__ void transpose(const Chunk<T> (&x)[C::ROWS], float bl
   }
 }
 
+// store_values and transpose in one, of eight rows, so that each number is unpacked once.
+template <class C, class T>
+__device__ __forceinline__ void store_both(const Chunk<T> (&x)[C::ROWS], const float (&row)[C::ROWS],
+                                           const float (&inverses)[kTile], u8* tile, const Quantized& to,
+                                           const Place& at) {
+  using Fp8 = typename C::Fp8;
+  static_assert(C::ROWS == 8 && C::SCALES == Scales::kRow);
+  const int first = at.col - at.tile_col, group = first / kWide, rows = at.row - at.tile_row;
+  u8* line = to.values + static_cast<i64>(at.row) * to.cols + at.col;
+  float col[kWide];
+  column_inverses<false>(col, 1.0f, inverses, at);
+  u32 turned[2][kWide];
+#pragma unroll
+  for (int j = 0; j < C::ROWS; j += 2) {
+    float v[2][kWide];
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) {
+      v[0][i] = x[j][i], v[1][i] = x[j + 1][i];
+      const u32 pair = Fp8::pack(ptx::mul_ftz(v[0][i], col[i]), ptx::mul_ftz(v[1][i], col[i]));
+      if (j % 4 == 0)
+        turned[j / 4][i] = pair;
+      else
+        turned[j / 4][i] |= pair << 16;
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k, line += to.cols) {
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) v[k][i] = ptx::mul_ftz(v[k][i], row[j + k]);
+      const uint2 bytes = {pack_four<Fp8>(v[k][0], v[k][1], v[k][2], v[k][3]),
+                           pack_four<Fp8>(v[k][4], v[k][5], v[k][6], v[k][7])};
+      if (at.row + j + k < at.end) store_bytes<C::ALIGNED>(line, bytes, to.cols - at.col);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kWide; ++i)
+    *reinterpret_cast<uint2*>(tile + (first + i) * kTile + ((rows / 8) ^ group) * 8) = {turned[0][i],
+                                                                                        turned[1][i]};
+}
+
 template <class C>
 __device__ __forceinline__ void store_transposed(const u8* tile, const Quantized& to, const Place& at) {
   constexpr int kStep = kTile / C::ROWS;  // columns that the block stores at a time
-  const int part = threadIdx.x % 16, left = to.rows - at.tile_row - part * 8;
+  const int part = threadIdx.x % 16, left = to.rows_t - at.tile_row_t - part * 8;
   const int first = threadIdx.x / 16;
-  u8* line_at = to.values_t + static_cast<i64>(at.tile_col + first) * to.rows + at.tile_row + part * 8;
+  u8* line_at = to.values_t + static_cast<i64>(at.tile_col + first) * to.rows_t + at.tile_row_t + part * 8;
 #pragma unroll
-  for (int i = 0; i < kTile; i += kStep, line_at += static_cast<i64>(kStep) * to.rows) {
+  for (int i = 0; i < kTile; i += kStep, line_at += static_cast<i64>(kStep) * to.rows_t) {
     const int line = i + first;
     const uint2 bytes = *reinterpret_cast<const uint2*>(tile + line * kTile + (part ^ (line / kWide)) * 8);
     if (at.tile_col + line < to.cols) store_bytes<C::ALIGNED_T>(line_at, bytes, left);
@@ -469,16 +575,22 @@ __device__ __forceinline__ void quantize_tiles(Chunk<T> (&x)[C::TILES][C::ROWS],
   }
   if constexpr (C::SCALES == Scales::kColumn) __syncthreads();
   if constexpr (kRows) row_scales<C>(row, maxima, to, at, apart);
+  constexpr bool kBoth = kRows && C::TRANSPOSED && C::ROWS == 8 && C::TILES == 1 && !is_same<T, float>;
+  if constexpr (kBoth) {
+    __syncthreads();
+    forget(x[0]);
+    store_both<C>(x[0], row[0], shared.inverses[0], reinterpret_cast<u8*>(shared.words), to, at);
+  }
 #pragma unroll
-  for (int tile = 0; tile < C::TILES; ++tile) {
+  for (int tile = 0; tile < C::TILES && !kBoth; ++tile) {
     forget(x[tile]);
     store_values<C>(x[tile], row[tile], block, shared.inverses[tile], to, at.moved(tile * apart));
   }
   if constexpr (C::TRANSPOSED) {
     u8* const words = reinterpret_cast<u8*>(shared.words);
-    if constexpr (kColumns) __syncthreads();
+    if constexpr (kColumns && !kBoth) __syncthreads();
 #pragma unroll
-    for (int tile = 0; tile < C::TILES; ++tile) {
+    for (int tile = 0; tile < C::TILES && !kBoth; ++tile) {
       forget(x[tile]);
       transpose<C>(x[tile], block, shared.inverses[tile], words + tile * kTile * kTile,
                    at.moved(tile * apart));

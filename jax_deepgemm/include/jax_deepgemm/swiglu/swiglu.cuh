@@ -36,8 +36,7 @@ struct SwigluInputs {
   const In* h;
   const float* weight;
   const In* dact;
-  const int* limit;
-  int batched_h, batched_weight, batched_dact, batched_limit;
+  int batched_h, batched_weight, batched_dact;
   int width;  // i
 
   __device__ __forceinline__ SwigluInputs of_batch(int batch, int rows) const {
@@ -46,7 +45,6 @@ struct SwigluInputs {
     own.h += before * batched_h * width * 2;
     own.dact += before * batched_dact * width;
     own.weight += before * batched_weight;
-    own.limit += batch * batched_limit;
     return own;
   }
 };
@@ -59,13 +57,16 @@ __device__ __forceinline__ float weight_of(const float* weight, int row, int row
 }
 
 template <QuantizeConfig C>
-__device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In>& in, const Quantized& all) {
+__device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In>& in, const CountedRows& counted,
+                                       const Quantized& all) {
   __shared__ TileShared<C> shared;
   using In = typename C::In;
-  const Place at = Place::of<C>(blockIdx.x, all.rows, all.cols);
-  const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
-  const SwigluInputs<In> own = in.of_batch(at.batch, all.rows);
-  const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all.rows), left = in.width - at.col;
+  const Place tile = Place::of<C>(blockIdx.x, all.rows, all.cols);
+  const Quantized to = all.of_batch(tile.batch, scales_per_matrix<C>(all.rows, all.cols));
+  const SwigluInputs<In> own = in.of_batch(tile.batch, all.rows);
+  const Place at = with_rows<C>(tile, counted, all.rows);
+  if (C::BLOCKED && at.empty()) return;
+  const int rows = at.counted, left = in.width - at.col;
 
   const In* line = own.h + static_cast<i64>(at.row) * in.width * 2 + at.col;
   Chunk<In> gate[C::ROWS], up[C::ROWS];
@@ -93,7 +94,7 @@ __device__ __forceinline__ void store_parts(float (&sums)[C::ROWS], float* parts
                                             int rows) {
   const float sum = combine_lanes(sums, [](float a, float b) { return a + b; });
   const int lane = threadIdx.x % 16, row = at.row + lane;
-  if (lane < C::ROWS && row < rows) parts[static_cast<i64>(tile) * rows + row] = sum;
+  if (lane < C::ROWS && row < at.end) parts[static_cast<i64>(tile) * rows + row] = sum;
 }
 
 template <class C>
@@ -102,14 +103,16 @@ __device__ __forceinline__ float* parts_of(float* parts, int batch, int width, i
 }
 
 template <QuantizeConfig C>
-__device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In>& in, const Quantized& all,
-                                            float* parts) {
+__device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In>& in,
+                                            const CountedRows& counted, const Quantized& all, float* parts) {
   __shared__ TileShared<C> shared;
   using In = typename C::In;
-  const Place at = Place::of<C>(blockIdx.x, all.rows, all.cols);
-  const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
-  const SwigluInputs<In> own = in.of_batch(at.batch, all.rows);
-  const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all.rows), width = in.width;
+  const Place tile = Place::of<C>(blockIdx.x, all.rows, all.cols);
+  const Quantized to = all.of_batch(tile.batch, scales_per_matrix<C>(all.rows, all.cols));
+  const SwigluInputs<In> own = in.of_batch(tile.batch, all.rows);
+  const Place at = with_rows<C>(tile, counted, all.rows);
+  if (C::BLOCKED && at.empty()) return;
+  const int rows = at.counted, width = in.width;
 
   Chunk<float> dh[1][C::ROWS];
   float sums[C::ROWS];
@@ -156,7 +159,7 @@ template <class C>
 __device__ __forceinline__ void request_inputs(const SwigluInputs<typename C::In>& in, PairsShared<C>& shared,
                                                const Place& at, int all_rows) {
   const SwigluInputs<typename C::In> own = in.of_batch(at.batch, all_rows);
-  const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all_rows);
+  const int rows = at.counted;
 #pragma unroll
   for (int j = 0; j < C::ROWS; ++j) {
     const int row = at.row + j < rows ? at.row + j : 0, bytes = at.row + j < rows ? 16 : 0;
@@ -169,19 +172,55 @@ __device__ __forceinline__ void request_inputs(const SwigluInputs<typename C::In
   ptx::copy_async_commit();
 }
 
+// The places that a block of threads walks over: its own, then every gridDim.x-th. The entry of a table of
+// rows is read one place ahead, so that nobody waits for it.
+template <class C>
+struct Walk {
+  const CountedRows& counted;
+  int rows, width, tiles, index;
+  Place place;
+  RowBlock block;
+
+  __device__ __forceinline__ Walk(const CountedRows& counted, int rows, int width, int tiles)
+      : counted(counted), rows(rows), width(width), tiles(tiles), index(blockIdx.x) {
+    look_ahead();
+  }
+  __device__ __forceinline__ void look_ahead() {
+    place = Place::of<C>(index, rows, width);
+    if constexpr (C::BLOCKED)
+      if (index < tiles) block = place.listed<C>(counted.blocks);
+  }
+  // The next place; an empty one if there is none.
+  __device__ __forceinline__ Place next() {
+    Place at = place;
+    if (index >= tiles) {
+      at.end = at.tile_row;
+      return at;
+    }
+    if constexpr (C::BLOCKED)
+      at = place.within<C>(block);
+    else
+      at = with_rows<C>(place, counted, rows);
+    index += gridDim.x;
+    look_ahead();
+    return at;
+  }
+};
+
 template <QuantizeConfig C>
 __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C::In>& in,
-                                                  const Quantized& all, float* parts, int tiles) {
+                                                  const CountedRows& counted, const Quantized& all,
+                                                  float* parts, int tiles) {
   extern __shared__ __align__(16) char memory[];
   PairsShared<C>& shared = *reinterpret_cast<PairsShared<C>*>(memory);
-  int index = blockIdx.x;
-  Place next = Place::of<C>(index, all.rows, in.width);
-  if (index < tiles) request_inputs<C>(in, shared, next, all.rows);
-  for (; index < tiles; index += gridDim.x) {
+  Walk<C> walk(counted, all.rows, in.width, tiles);
+  Place next = walk.next();
+  if (!next.empty()) request_inputs<C>(in, shared, next, all.rows);
+  while (!next.empty()) {
     const Place at = next;
     const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
     const SwigluInputs<typename C::In> own = in.of_batch(at.batch, all.rows);
-    const int rows = counted_rows(C::LIMITED ? own.limit : nullptr, all.rows);
+    const int rows = at.counted;
 
     Chunk<float> dh[2][C::ROWS];  // of gate, of up
     float sums[C::ROWS];
@@ -206,10 +245,8 @@ __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C:
     if (C::WEIGHTED)
       store_parts<C>(sums, parts_of<C>(parts, at.batch, in.width, all.rows), at.tile_col / kTile, at,
                      all.rows);
-    if (index + gridDim.x < tiles) {
-      next = Place::of<C>(index + gridDim.x, all.rows, in.width);
-      request_inputs<C>(in, shared, next, all.rows);
-    }
+    next = walk.next();
+    if (!next.empty()) request_inputs<C>(in, shared, next, all.rows);
     quantize_tiles<C>(dh, shared.tile, to, at, in.width);
   }
 }

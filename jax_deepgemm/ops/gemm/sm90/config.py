@@ -42,6 +42,8 @@ class Sm90Config(GemmConfig):
         without TMA stores.
       ping_pong: whether each of two warpgroups has whole tiles of 128 rows, in turn, so that one multiplies
         while the other stores (BF16 only).
+      gated: whether the columns of a tile are those of gate and of up of the same features, 128 each, of
+        which the kernel writes the quantised SwiGLU (m-grouped FP8 products fused with it, and no others).
     """
 
     block_m: int
@@ -52,6 +54,7 @@ class Sm90Config(GemmConfig):
     blocks_per_sm: int = 1
     slabs: int = 0
     ping_pong: bool = False
+    gated: bool = False
 
     @property
     def one_tile(self) -> bool:
@@ -75,8 +78,8 @@ class Sm90Config(GemmConfig):
 
     @property
     def across(self) -> int:
-        """Warpgroups side by side: of few rows, two have half of the columns each."""
-        return 2 if self.rows == 64 and self.cols % 128 == 0 and not self.one_tile else 1
+        """Warpgroups side by side: of few rows, two have half of the columns each, but not gate and up."""
+        return 2 if self.rows == 64 and self.cols % 128 == 0 and not (self.one_tile or self.gated) else 1
 
     @property
     def threads(self) -> int:
@@ -104,8 +107,8 @@ class Sm90Config(GemmConfig):
     def __str__(self) -> str:
         tile = f"{'swap-AB ' if self.swap_ab else ''}{self.block_m}x{self.block_n}"
         split = f" split_k={self.split_k}" if self.split_k > 1 else ""
-        turns = " ping-pong" if self.ping_pong else ""
-        return f"{tile} stages={self.stages}{split} blocks/SM={self.blocks_per_sm}{turns}"
+        turns, gated = " ping-pong" if self.ping_pong else "", " gated" if self.gated else ""
+        return f"{tile} stages={self.stages}{split} blocks/SM={self.blocks_per_sm}{turns}{gated}"
 
 
 GemmConfig.DEFAULT = Sm90Config
@@ -137,7 +140,7 @@ class SharedMemory:
 def tma_store(p: GemmProblem, c: Sm90Config) -> bool:
     """Whether D leaves through TMA: from the persistent kernel, if its rows are 16-byte aligned."""
     width = SLAB_ROW_BYTES // p.out_bytes
-    return not c.one_tile and p.n * p.out_bytes % 16 == 0 and c.cols // c.across >= width
+    return not (c.one_tile or c.gated) and p.n * p.out_bytes % 16 == 0 and c.cols // c.across >= width
 
 
 def passes(p: GemmProblem, c: Sm90Config) -> int:
@@ -194,6 +197,8 @@ def fit_stages(p: GemmProblem, c: Sm90Config, chip: Chip, limit: int = _MAX_STAG
 
 
 def _slab_choices(p: GemmProblem, c: Sm90Config) -> list[int]:
+    if c.gated:
+        return [2]  # of 8 rows of 128 features in FP8, stored by the warp itself
     if not tma_store(p, c):
         return [0]
     whole = c.cols // c.across * p.out_bytes // SLAB_ROW_BYTES * (16 // SLAB_ROWS)  # of a warp's 16 rows
@@ -221,6 +226,11 @@ def problems_with(p: GemmProblem, c: Sm90Config) -> list[str]:
         (
             takes_turns or not c.ping_pong,
             f"ping_pong is for BF16 operands and 128 rows, without {few}",
+        ),
+        (c.gated == p.gated, "gated is for products that are fused with SwiGLU, and for all of them"),
+        (
+            not c.gated or (rows in (64, 128) and cols == 256 and not (c.one_tile or c.ping_pong)),
+            f"gated tiles are 64x256 or 128x256, not {rows}x{cols}",
         ),
         (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),
     ]

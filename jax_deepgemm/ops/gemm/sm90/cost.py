@@ -141,18 +141,21 @@ Tiles = Mapping[tuple[int, int], float]
 
 def kind_of(p: GemmProblem, ping_pong: bool) -> str:
     """The key of a persistent kernel in the tables of constants."""
+    if p.gated:
+        return "fp8 gated"
     return f"fp8 {p.b_scales}" if p.is_fp8 else "bf16 ping-pong" if ping_pong else "bf16"
 
 
 def per_block(measured: Tiles, c: Sm90Config) -> float:
     """Microseconds of a block of k; a tile that is no candidate was no better than its neighbours."""
-    return measured.get((c.rows, c.cols), 1.3 * measured[128, 128] * c.rows * c.cols / 128**2)
+    found = measured.get((c.rows, c.cols))
+    return 1.3 * measured[128, 128] * c.rows * c.cols / 128**2 if found is None else found
 
 
 def persistent_tiles(measured: Mapping[str, Tiles], p: GemmProblem) -> list[Sm90Config]:
     """The tiles in such a table that are for a problem, without stages."""
     return [
-        Sm90Config(rows, cols, 0, ping_pong=turns)
+        Sm90Config(rows, cols, 0, ping_pong=turns, gated=p.gated)
         for turns in ((False,) if p.is_fp8 else (False, True))
         for rows, cols in measured[kind_of(p, turns)]
     ]

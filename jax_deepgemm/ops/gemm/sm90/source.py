@@ -18,7 +18,7 @@ struct Config {{
   static constexpr int PASSES = {passes}, SPLITS = {splits}, ACROSS = {across};
   static constexpr bool HALVES = {halves};
   static constexpr int WARPGROUPS = {warpgroups}, SCALE_SLOTS = {scale_slots};
-  static constexpr bool SWAP_AB = {swap_ab}, PING_PONG = {ping_pong};
+  static constexpr bool SWAP_AB = {swap_ab}, PING_PONG = {ping_pong}, GATED = {gated};
   static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging};
   static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
@@ -59,7 +59,7 @@ def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
     parts += ["once"] if p.b_once else []
     parts += ["acc" if p.reduces else "add"] if p.add_c else []
     if not c.one_tile:
-        parts += ["odd"] if p.n % 2 else [] if tma_store(p, c) else ["unaligned"]
+        parts += ["odd"] if p.n % 2 else [] if tma_store(p, c) or c.gated else ["unaligned"]
     return "_".join(parts)
 
 
@@ -107,6 +107,7 @@ def config_text(
         warpgroups=c.warpgroups,
         swap_ab=as_cpp(c.swap_ab),
         ping_pong=as_cpp(c.ping_pong),
+        gated=as_cpp(c.gated),
         splits=c.split_k,
         scale_slots=memory.scale_slots,
         slabs=c.slabs,
@@ -154,6 +155,8 @@ def leading_parameters(p: GemmProblem, c: Sm90Config) -> list[str]:
     a, b = sides(p)
     maps = [f"{map_type} {side.name}_map" for side in (a, b)]
     maps += [f"{map_type} {side.name}_scale_map" for side in (a, b) if side.has_scale_map]
+    if p.gated:
+        return [*maps, "jdg::u8* values", "float* act_scales", "const float* row_weights"]
     maps += [f"{map_type} d_map"] if tma_store(p, c) else []
     pointers = [f"{out_type(p)}* d"]
     pointers += [f"const {out_type(p)}* c"] if reads_c(p) else []
@@ -162,7 +165,8 @@ def leading_parameters(p: GemmProblem, c: Sm90Config) -> list[str]:
 
 def described(p: object, c: Sm90Config) -> tuple[tuple[str, object], ...]:
     """What `explain` says of a kernel."""
-    shown = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs", "ping_pong")
+    always = ("block_m", "block_n", "stages", "swap_ab", "split_k", "blocks_per_sm", "slabs", "ping_pong")
+    shown = (*always, "gated") if c.gated else always
     return (("problem", str(p)), *((field, getattr(c, field)) for field in shown))
 
 

@@ -1,4 +1,4 @@
-"""What a configuration costs on a grouped problem: the dense model, summed over groups."""
+"""What a configuration costs on a grouped problem: the dense model, summed over groups that have rows."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ _PER_BLOCK = {
         (128, 256): 0.7477,
         (192, 128): 0.5612,
         (256, 128): 0.7425,
+    },
+    "fp8 gated": {
+        (64, 256): 0.5,
+        (128, 256): 0.7477,
     },
     "fp8 vector": {
         (64, 128): 0.44,
@@ -62,6 +66,7 @@ _PER_BLOCK = {
 # Microseconds of any tile beside its blocks, and for each element of a bf16 D.
 _PER_TILE = {
     "fp8 block": (0.5942, 6.49e-06),
+    "fp8 gated": (1.2, 6.49e-06),
     "fp8 vector": (0.2, 2.0e-5),
     "fp8 slices": (0.00168, 8.836e-06),
     "bf16": (0.002294, 2.711e-05),
@@ -82,14 +87,14 @@ def grouped_candidates(p: GroupedProblem, chip: Chip) -> Iterator[Sm90Config]:
 
 
 def grouped_cost(p: GroupedProblem, c: Sm90Config, chip: Chip) -> Cost:
-    """The dense model, summed over groups of sizes around the expected one."""
+    """The dense model, summed over groups of sizes around the expected one, as many as can have rows."""
     col_tiles = ceil_div(p.n, c.block_n)
     if p.inner:
         row_tiles = float(ceil_div(p.m, c.block_m))
     else:
         sizes = [max(1, round(p.expected * factor)) for factor in _SPREAD]
         row_tiles = sum(ceil_div(size, c.block_m) for size in sizes) / len(sizes)
-    tiles = p.groups * row_tiles * col_tiles
+    tiles = p.hit * row_tiles * col_tiles
     waves = _waves(tiles / chip.num_sms, halves(p, c))
     traffic = (2 if p.out == "float32" else 1) * (2 if p.add_c else 1)
     kind = kind_of(p.gemm, c.ping_pong)
@@ -97,14 +102,14 @@ def grouped_cost(p: GroupedProblem, c: Sm90Config, chip: Chip) -> Cost:
     per_tile = fixed + for_each * c.block_m * c.block_n * traffic
     compute = waves * (per_tile + p.gemm.k_blocks * per_block(_PER_BLOCK[kind], c))
     again = 0 if p.inner else _READ_AGAIN * min(row_tiles - 1, 1) * p.n * p.gemm.row_bytes
-    moved = p.groups * (p.gemm.bytes_moved + again)
+    moved = p.hit * (p.gemm.bytes_moved + again)
     start = START["fp8" if p.gemm.is_fp8 else "bf16"]
     return Cost(start, compute, moved / _MEMORY_BYTES_PER_US, round(waves))
 
 
 def halves(p: GroupedProblem, c: Sm90Config) -> bool:
     """Whether the last tiles are cut in two where that fills the SMs: those whose columns take two passes."""
-    return not p.inner and passes(p.gemm, c) == 2
+    return not (p.inner or p.gated) and passes(p.gemm, c) == 2
 
 
 def _waves(even: float, cut: bool) -> float:

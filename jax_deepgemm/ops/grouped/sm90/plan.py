@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jax_deepgemm.core.chip import Chip
 from jax_deepgemm.core.family import Operands
-from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Scalar
+from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Result, Scalar, TensorMap
 from jax_deepgemm.jit import compile_kernel
 from jax_deepgemm.ops.gemm.problem import ceil_div
 from jax_deepgemm.ops.gemm.sm90.config import Sm90Config, shared_memory
@@ -14,13 +16,19 @@ from jax_deepgemm.ops.grouped.sm90.cost import halves
 from jax_deepgemm.ops.grouped.sm90.source import INTEGERS, grouped_source, has_offset
 
 _DESCRIBED = ("group_sizes", "group_offset")
+_ROW_WEIGHTS = "row_weights"
 
 
 def grouped_plan(p: GroupedProblem, c: Sm90Config, chip: Chip, operands: Operands) -> LaunchPlan:
     """One launch that computes `p` with `c`."""
-    x = GemmOperands(**{part: one for part, one in operands.items() if part not in _DESCRIBED})
+    beside = (*_DESCRIBED, _ROW_WEIGHTS)
+    x = GemmOperands(**{part: one for part, one in operands.items() if part not in beside})
     lead = () if p.grouping == ROWS else (p.groups,)
     maps = tensor_maps(p.gemm, c, x, (*lead, p.m, p.n))
+    buffers: list[Operand | Result] = [*pointers(p.gemm, x)]
+    if p.gated:
+        maps = _gated_maps(maps)
+        buffers = [Result(0), Result(1), Operand(operands[_ROW_WEIGHTS].index)]
     described = _DESCRIBED if has_offset(p) else _DESCRIBED[:1]
     groups = [Operand(operands[part].index) for part in described if part in operands]
     integers = {
@@ -40,7 +48,26 @@ def grouped_plan(p: GroupedProblem, c: Sm90Config, chip: Chip, operands: Operand
         kernel=compile_kernel(grouped_source(p, c), arch=chip.arch),
         grid=(min(most_tiles, chip.num_sms), 1, 1),
         block=c.threads,
-        params=(*maps, *pointers(p.gemm, x), *groups, *scalars),
+        params=(*maps, *buffers, *groups, *scalars),
         shared_memory=shared_memory(p.gemm, c).total,
     )
     return LaunchPlan((*copy_of_c(p.gemm, x.c, p.groups), launch), label=str(p))
+
+
+def _gated_maps(maps: list[TensorMap]) -> list[TensorMap]:
+    """The maps with gate | up as a dimension of its own in those of B and its scales: a box has as many
+    features of each half."""
+    a, b, a_scales, b_scales = maps
+    return [a, _in_halves(b), a_scales, _in_halves(b_scales)]
+
+
+def _in_halves(whole: TensorMap) -> TensorMap:
+    (k, rows, groups), (row, matrix) = whole.dims, whole.strides
+    columns, height, _ = whole.box
+    half = rows // 2
+    return replace(
+        whole,
+        dims=(k, half, 2, groups),
+        strides=(row, half * row, matrix),
+        box=(columns, height // 2, 2, 1),
+    )

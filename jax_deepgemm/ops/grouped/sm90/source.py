@@ -21,7 +21,7 @@ from jax_deepgemm.ops.grouped.sm90.cost import halves
 
 _ENUM = {ROWS: "kRows", MASKED_ROWS: "kMaskedRows", INNER: "kInner", MASKED_INNER: "kMaskedInner"}
 _TEXT = """\
-#include <jax_deepgemm/grouped/gemm_grouped.cuh>
+#include <jax_deepgemm/grouped/{header}.cuh>
 
 {mma}
 {config}
@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__({threads}, 1) {name}({parameters}) 
   const jdg::Operands operands = {{{operands}}};
   const jdg::Groups groups = {{sizes, {offset}, total, here, weights, extent}};
   const jdg::Extents extents = {{m, n, 1, 0, stripe}};
-  jdg::gemm_grouped<GroupedConfig>(operands, groups, extents, {d_map}, d, {c});
+  jdg::{header}<GroupedConfig>(operands, groups, extents, {result});
 }}
 """
 
@@ -58,6 +58,7 @@ def grouped_name(p: GroupedProblem, c: Sm90Config) -> str:
     """The name that profilers show."""
     base = kernel_name(p.gemm, c).removeprefix("jdg_sm90_")
     parts = ["jdg_sm90", SHORT[p.grouping], base, f"g{p.capacity}"]
+    parts += ["swiglu"] if p.gated else []
     parts += ["seg"] if p.segmented else []
     parts += ["zero"] if p.zero_rows else []
     return "_".join(parts)
@@ -71,9 +72,12 @@ def grouped_source(p: GroupedProblem, c: Sm90Config) -> KernelSource:
     operands = ["&a_map", "&b_map", a.scale_map, b.scale_map, "k_blocks"]
     operands += [str(flag) for flag in (batched_a, batched_b, batched_a, batched_b)]
     parameters = [*leading_parameters(p.gemm, c), "const int* sizes"]
+    d_map = "&d_map" if tma_store(p.gemm, c) else "nullptr"
+    addend = "c" if reads_c(p.gemm) else f"static_cast<const {out_type(p.gemm)}*>(nullptr)"
     parameters += ["const int* offset"] if has_offset(p) else []
     name = grouped_name(p, c)
     text = _TEXT.format(
+        header="gemm_grouped_swiglu" if p.gated else "gemm_grouped",
         mma=product(p.gemm, c, a, b),
         config=config_text(p.gemm, c, a, b, mask_k=p.inner, halves=halves(p, c)),
         grouping=_ENUM[p.grouping],
@@ -84,7 +88,6 @@ def grouped_source(p: GroupedProblem, c: Sm90Config) -> KernelSource:
         parameters=", ".join([*parameters, *(f"int {x}" for x in INTEGERS)]),
         operands=", ".join(operands),
         offset="offset" if has_offset(p) else "nullptr",
-        d_map="&d_map" if tma_store(p.gemm, c) else "nullptr",
-        c="c" if reads_c(p.gemm) else f"static_cast<const {out_type(p.gemm)}*>(nullptr)",
+        result="{values, act_scales, row_weights, n / 2}" if p.gated else f"{d_map}, d, {addend}",
     )
     return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p.gemm, c).total)

@@ -61,7 +61,8 @@ struct Layout {
 };
 
 inline int max(int a, int b) { return a > b ? a : b; }
-inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 namespace ptx {
 inline char shared[1 << 16];

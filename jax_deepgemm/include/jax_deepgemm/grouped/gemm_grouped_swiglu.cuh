@@ -1,0 +1,183 @@
+// Grouped FP8 GEMM whose result is not h = A B^T but its SwiGLU, quantised: h never reaches memory.
+//
+// clang-format off
+//   h        = rows * B[group]^T              gate | up, rounded to bfloat16 as if it were stored
+//   act      = silu(gate) * up * weight[row]  float32
+//   values   = act / scale in E4M3            one scale for each row and 128 features
+// clang-format on
+//
+// The kernel is that of gemm_grouped.cuh, with two differences. A tile's columns are the 128 rows of B that
+// make gate of its features, and behind them the 128 that make up: one TMA box of a map [group, gate or up,
+// feature, k], and one of their scales. They are multiplied in two passes, so that a thread's accumulator
+// holds gate and up of the same 2 x 32 elements, and the epilogue needs nobody else but for a row's maximum,
+// which the four lanes of a quad share.
+//
+// clang-format off
+//   epilogue of a warp, 16 rows     accumulator -> act, in its place -> maxima -> scales
+//                                   -> values in this warp's slab [16][128 bytes] -> 16 bytes a lane -> memory
+// clang-format on
+//
+// Rows behind a group's last one are zeros up to where the next one's rows begin, as in gemm_grouped.cuh.
+// The slab is written and read by ordinary instructions of one warp: __syncwarp orders them, and no TMA
+// reads it. Its 16-byte chunks are exchanged by row against bank conflicts.
+//
+// Arithmetic is that of swiglu.cuh and quantize_tile.cuh, so results are those of the kernels in a row, bit
+// for bit.
+#pragma once
+
+#include <jax_deepgemm/grouped/gemm_grouped.cuh>
+#include <jax_deepgemm/swiglu/swiglu.cuh>
+
+namespace jdg {
+
+// What is written, [rows, width] and [rows, width / 128], and the factors of the rows.
+struct SwigluResult {
+  u8* values;
+  float* scales;
+  const float* weights;
+  int width;
+
+  // Of the matrix that begins `rows` further on.
+  __device__ __forceinline__ SwigluResult from(i64 rows) const {
+    return {values + rows * width, scales + rows * (width / kTile), weights + rows, width};
+  }
+};
+
+// How scales are made of maxima (quantize_tile.cuh).
+struct ActScales {
+  using Fp8 = E4m3;
+  static constexpr float MIN_AMAX = 0.0f;
+  static constexpr bool UE8M0 = false;
+};
+
+// Two numbers of a thread's accumulator as bfloat16 would hold them.
+__device__ __forceinline__ float2 rounded(const float* pair) {
+  const u32 packed = ptx::pack_bf16(pair[0], pair[1]);
+  return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000u)};
+}
+
+// A number for each of a thread's two rows, `upper` and, eight further on, `lower`.
+struct TwoRows {
+  float upper, lower;
+  __device__ __forceinline__ float of(int i) const { return i / 2 % 2 ? lower : upper; }
+};
+
+// acc[.. COUNT / 2) = SwiGLU of it and of the other half; zeros in rows that do not count.
+template <int COUNT>
+__device__ __forceinline__ void activate(float (&acc)[COUNT], const TwoRows& weight, bool upper_counts,
+                                         bool lower_counts) {
+#pragma unroll
+  for (int i = 0; i < COUNT / 2; i += 2) {
+    const float2 gate = rounded(acc + i), up = rounded(acc + COUNT / 2 + i);
+    const bool counts = i / 2 % 2 ? lower_counts : upper_counts;
+    acc[i] = counts ? Silu(gate.x).value * up.x * weight.of(i) : 0.0f;
+    acc[i + 1] = counts ? Silu(gate.y).value * up.y * weight.of(i) : 0.0f;
+  }
+}
+
+template <int COUNT>
+__device__ __forceinline__ TwoRows maxima(const float (&act)[COUNT]) {
+  TwoRows top = {0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < COUNT / 2; ++i) {
+    float& of_row = i / 2 % 2 ? top.lower : top.upper;
+    of_row = fmaxf(of_row, fabsf(act[i]));
+  }
+  return top;
+}
+
+// The scale of a row, of a quad's maxima.
+__device__ __forceinline__ float quad_scale(float amax) {
+  amax = fmaxf(amax, __shfl_xor_sync(kEveryLane, amax, 1));
+  amax = fmaxf(amax, __shfl_xor_sync(kEveryLane, amax, 2));
+  return scale_of<ActScales>(amax);
+}
+
+// The scales of a thread's rows. E4M3 has no infinity: it becomes NaN, which does not count.
+template <int COUNT>
+__device__ __forceinline__ TwoRows act_scales(float (&act)[COUNT]) {
+  TwoRows top = maxima(act);
+  if (__any_sync(kEveryLane, fmaxf(top.upper, top.lower) == kInfinity)) {
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; ++i)
+      if (fabsf(act[i]) == kInfinity) act[i] = __uint_as_float(0x7FC00000);
+    top = maxima(act);
+  }
+  return {quad_scale(top.upper), quad_scale(top.lower)};
+}
+
+// A warp's 16 rows of act into its slab: bytes of row r in chunks of 16 that are exchanged by r % 8.
+template <int COUNT>
+__device__ __forceinline__ void fill_act_slab(u32 slab, const float (&act)[COUNT], const TwoRows& scales) {
+  const int lane = ptx::thread_index() % 32, row = lane / 4;
+  const TwoRows inverse = {ptx::rcp_rn(scales.upper), ptx::rcp_rn(scales.lower)};
+  const u32 line = slab + row * kTile + lane % 4 * 2;
+  const auto put = [&](u32 at, const float* two, float by) {
+    ptx::store_shared_pair(at, ptx::pack_e4m3(ptx::mul_ftz(two[0], by), ptx::mul_ftz(two[1], by)));
+  };
+#pragma unroll
+  for (int eight = 0; eight < kTile / 8; ++eight) {
+    const u32 at = line + (eight / 2 ^ row) * 16 + eight % 2 * 8;
+    put(at, act + eight * 4, inverse.upper);
+    put(at + kSlabBytes, act + eight * 4 + 2, inverse.lower);
+  }
+}
+
+// A warp's slab to memory, of rows up to `rows_end`.
+__device__ __forceinline__ void store_act_slab(u32 slab, const SwigluResult& to, int first_row, int rows_end,
+                                               int feature) {
+  const int lane = ptx::thread_index() % 32;
+#pragma unroll
+  for (int i = 0; i < 2 * kSlabRows * (kTile / 16) / 32; ++i) {
+    const int row = i * 4 + lane / 8, chunk = lane % 8;
+    const uint4 bytes = ptx::load_shared_16(slab + row * kTile + (chunk ^ row % 8) * 16);
+    u8* at = to.values + static_cast<i64>(first_row + row) * to.width + feature + chunk * 16;
+    if (first_row + row < rows_end) *reinterpret_cast<uint4*>(at) = bytes;
+  }
+}
+
+template <class C>
+struct SwigluTiles : GroupedTiles<C> {
+  using Work = TileRecord;
+  using GroupedTiles<C>::in, GroupedTiles<C>::p, GroupedTiles<C>::table;
+  static_assert(C::GATED && C::COLS == 2 * kTile && C::PASSES == 2 && C::ACROSS == 1 && kParts<C> == 1,
+                "a thread has gate and up of the same elements");
+  static_assert(C::SLABS == 2, "a warp's slab");
+
+  const SwigluResult all;
+
+  __device__ __forceinline__ void store(MainLoop<C>& loop, const TileRecord& record) const {
+    float (&acc)[C::COLS / 2] = loop.acc[0];
+    const GroupTile mine = group_tile<C>(table, record, p, in.k_blocks);
+    const int warp = ptx::thread_index() / 32, lane = ptx::thread_index() % 32;
+    const int first_row = record.row + warp * 16, upper = first_row + lane / 4, lower = upper + 8;
+    if (whole_warp(first_row >= mine.zeros_end)) return;
+    const i64 before = GroupTable<C>::kRowsInGroups ? 0 : static_cast<i64>(mine.tile.batch) * p.m;
+    const SwigluResult to = all.from(before);
+
+    const bool upper_counts = upper < mine.rows_end, lower_counts = lower < mine.rows_end;
+    const TwoRows weight = {upper_counts ? to.weights[upper] : 0.0f, lower_counts ? to.weights[lower] : 0.0f};
+    activate(acc, weight, upper_counts, lower_counts);
+    const TwoRows scales = act_scales(acc);
+
+    const int feature = mine.tile.col / 2, across = to.width / kTile, block = feature / kTile;
+    if (lane % 4 == 0) {
+      if (upper < mine.zeros_end) to.scales[static_cast<i64>(upper) * across + block] = scales.upper;
+      if (lower < mine.zeros_end) to.scales[static_cast<i64>(lower) * across + block] = scales.lower;
+    }
+    const u32 slab = slabs_of_warp<C>(loop.ring.smem);
+    __syncwarp();  // all lanes have read what the tile before left there
+    fill_act_slab(slab, acc, scales);
+    __syncwarp();
+    store_act_slab(slab, to, first_row, mine.zeros_end, feature);
+  }
+};
+
+template <class C>
+  requires GemmConfig<C> && GroupedConfig<C>
+__device__ __forceinline__ void gemm_grouped_swiglu(const Operands& in, const Groups& groups,
+                                                    const Extents& p, const SwigluResult& to) {
+  persistent<C>(SwigluTiles<C>{{in, groups, p, nullptr, nullptr, nullptr, {}}, to});
+}
+
+}  // namespace jdg
