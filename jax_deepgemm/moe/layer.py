@@ -22,11 +22,18 @@ from jax_deepgemm.moe.dispatch import (
     sum_copies,
     take_rows,
 )
-from jax_deepgemm.moe.experts import Experts, Weight, check_weights, expert_mlp
+from jax_deepgemm.moe.experts import (
+    Experts,
+    Weight,
+    check_weights,
+    expert_mlp,
+    gemm_options,
+    one_weight,
+)
+from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.placement import check_no_explicit_axes, on_each_device
 from jax_deepgemm.ops.grouped import linear
 from jax_deepgemm.ops.grouped import recipe as fp8
-from jax_deepgemm.ops.quantize import quantize_rows
 from jax_deepgemm.ops.quantize.prepared import check_trained
 
 
@@ -39,6 +46,7 @@ def moe_mlp(
     w2: Weight,
     *,
     recipe: str = ...,
+    form: ExpertForm = ...,
     expected_m: int | None = ...,
     num_sms: int | None = ...,
     with_weights: Literal[False] = ...,
@@ -54,6 +62,7 @@ def moe_mlp(
     w2: Weight,
     *,
     recipe: str = ...,
+    form: ExpertForm = ...,
     expected_m: int | None = ...,
     num_sms: int | None = ...,
     with_weights: Literal[True],
@@ -68,6 +77,7 @@ def moe_mlp(
     w2: Weight,
     *,
     recipe: str = "fp8",
+    form: ExpertForm = PLAIN,
     expected_m: int | None = None,
     num_sms: int | None = None,
     with_weights: bool = False,
@@ -98,15 +108,17 @@ def moe_mlp(
       w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or for
         "fp8" a PreparedWeight of them (`prepare_weights`), or a QuantizedArray of block (128, 128) for frozen
         ones.
+        Or two arrays, (gate, up), as in `expert_mlp`.
       w2: [e, h, i] down projections, likewise.
       recipe: "fp8": the GEMMs and their gradients in FP8, as in `expert_mlp`. "bf16": all in bfloat16.
+      form: how the model's experts are built (`ExpertForm`).
       expected_m: rows of an expert to expect, for the choice of the kernel; default t * top_k / e.
       num_sms: as in `fp8_gemm_nt`.
       with_weights: as in `expert_mlp`; on Explicit axes inside `jax.shard_map` only.
 
     Returns:
-      [t, h] in the dtype of x; or (that, (w13, w2)). Weights multiply before the second GEMM; a token's
-      copies are summed in float32, slot by slot.
+      [t, h] in the dtype of x; or (that, (w13, w2)). Weights multiply before the second GEMM, or as form says
+      before the first; a token's copies are summed in float32, slot by slot.
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
@@ -116,18 +128,21 @@ def moe_mlp(
     w2 are gathered where other dimensions than the experts are cut. On Auto axes do that inside
     `jax.shard_map`. Experts cut over devices: `moe_layer`, or inside `jax.shard_map` `expert_parallel_moe`.
     """
-    x, ids, weights, w13, w2 = map(unwrapped, (x, ids, weights, w13, w2))
-    check_tokens("moe_mlp", x, ids, weights)
-    check_weights("moe_mlp", x, w13, w2, recipe)
+    x, ids, weights, w2 = map(unwrapped, (x, ids, weights, w2))
     if with_weights:
         check_trained("moe_mlp", w13=w13, w2=w2)
+    w13, form = one_weight("moe_mlp", w13, form), form.checked("moe_mlp")
+    check_tokens("moe_mlp", x, ids, weights)
+    check_weights("moe_mlp", x, w13, w2, recipe, form)
+    if with_weights:
         check_no_explicit_axes("moe_mlp", x)
-    layer = functools.partial(_moe_mlp, recipe, expected_m, num_sms, with_weights)
+    layer = functools.partial(_moe_mlp, recipe, form, expected_m, num_sms, with_weights)
     return on_each_device("moe_mlp", layer, (x, ids, weights, w13, w2))
 
 
 def _moe_mlp(
     recipe: str,
+    form: ExpertForm,
     expected_m: int | None,
     num_sms: int | None,
     with_weights: bool,
@@ -141,7 +156,7 @@ def _moe_mlp(
     expected_m = expected_rows(ids.size, w13.shape[0]) if expected_m is None else expected_m
     leaves, tree = jax.tree.flatten((x, weights, w13, w2, plan))
     x, weights, w13, w2, plan = jax.tree.unflatten(tree, same_varying_axes(leaves))
-    if recipe == "bf16":
+    if recipe == "bf16" or form.weights_first:
         y = expert_mlp(
             spread(x, plan),
             w13,
@@ -149,12 +164,14 @@ def _moe_mlp(
             plan.group_sizes,
             spread_weights(weights, plan),
             recipe=recipe,
+            form=form,
             expected_m=expected_m,
             num_sms=num_sms,
         )
         y = combine(y, plan)
         return (y, (w13, w2)) if with_weights else y
-    static = Experts.of(x.dtype, w13, w2, fp8.LayerOptions(expected_m, num_sms), with_weights)
+    gemms = gemm_options(form, expected_m, num_sms)
+    static = Experts.of(x.dtype, w13, w2, gemms, form, with_weights)
     return static.public(_fp8(static, x, weights, w13, w2, plan), w13, w2)
 
 
@@ -166,9 +183,9 @@ def _groups(plan: DispatchPlan) -> fp8.Groups:
 def _fp8(
     static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
 ) -> Any:
-    rows = quantize_rows(x, plan.token)
+    rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
-    quantized = fp8.forward_weight(w13), fp8.forward_weight(w2)
+    quantized = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     y = experts.apply(static, rows, *quantized, row_weights, _groups(plan))
     return static.results(sum_copies(y, plan.position), w13, w2)
 
