@@ -334,6 +334,7 @@ COUNTS = {
     "quantize": 14,
     "dispatch": 21,
     "rows": 6,
+    "route": 40,
     "linear": 6,
     "moe": 15,
     "moe_inference": 16,
