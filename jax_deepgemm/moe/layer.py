@@ -22,11 +22,18 @@ from jax_deepgemm.moe.dispatch import (
     sum_copies,
     take_rows,
 )
-from jax_deepgemm.moe.experts import Experts, Weight, check_weights, expert_mlp
+from jax_deepgemm.moe.experts import (
+    Experts,
+    Weight,
+    check_weights,
+    expert_mlp,
+    gemm_options,
+    one_weight,
+)
+from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.placement import on_each_device
 from jax_deepgemm.ops.grouped import linear
 from jax_deepgemm.ops.grouped import recipe as fp8
-from jax_deepgemm.ops.quantize import quantize_rows
 
 
 def moe_mlp(
@@ -37,6 +44,7 @@ def moe_mlp(
     w2: Weight,
     *,
     recipe: str = "fp8",
+    form: ExpertForm = PLAIN,
     expected_m: int | None = None,
     num_sms: int | None = None,
 ) -> jax.Array:
@@ -66,14 +74,16 @@ def moe_mlp(
       w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or for
         "fp8" a PreparedWeight of them (`prepare_weights`), or a QuantizedArray of block (128, 128) for frozen
         ones.
+        Or two arrays, (gate, up), as in `expert_mlp`.
       w2: [e, h, i] down projections, likewise.
       recipe: "fp8": the GEMMs and their gradients in FP8, as in `expert_mlp`. "bf16": all in bfloat16.
+      form: how the model's experts are built (`ExpertForm`).
       expected_m: rows of an expert to expect, for the choice of the kernel; default t * top_k / e.
       num_sms: as in `fp8_gemm_nt`.
 
     Returns:
-      [t, h] in the dtype of x. Weights multiply before the second GEMM; a token's copies are summed in
-      float32, slot by slot.
+      [t, h] in the dtype of x. Weights multiply before the second GEMM, or as form says before the first; a
+      token's copies are summed in float32, slot by slot.
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
@@ -83,15 +93,17 @@ def moe_mlp(
     w2 are gathered where other dimensions than the experts are cut. On Auto axes do that inside
     `jax.shard_map`. Experts cut over devices: `moe_layer`, or inside `jax.shard_map` `expert_parallel_moe`.
     """
-    x, ids, weights, w13, w2 = map(unwrapped, (x, ids, weights, w13, w2))
+    x, ids, weights, w2 = map(unwrapped, (x, ids, weights, w2))
+    w13, form = one_weight("moe_mlp", w13, form), form.checked("moe_mlp")
     check_tokens("moe_mlp", x, ids, weights)
-    check_weights("moe_mlp", x, w13, w2, recipe)
-    layer = functools.partial(_moe_mlp, recipe, expected_m, num_sms)
+    check_weights("moe_mlp", x, w13, w2, recipe, form)
+    layer = functools.partial(_moe_mlp, recipe, form, expected_m, num_sms)
     return on_each_device("moe_mlp", layer, (x, ids, weights, w13, w2))
 
 
 def _moe_mlp(
     recipe: str,
+    form: ExpertForm,
     expected_m: int | None,
     num_sms: int | None,
     x: jax.Array,
@@ -104,7 +116,7 @@ def _moe_mlp(
     expected_m = expected_rows(ids.size, w13.shape[0]) if expected_m is None else expected_m
     leaves, tree = jax.tree.flatten((x, weights, w13, w2, plan))
     x, weights, w13, w2, plan = jax.tree.unflatten(tree, same_varying_axes(leaves))
-    if recipe == "bf16":
+    if recipe == "bf16" or form.weights_first:
         y = expert_mlp(
             spread(x, plan),
             w13,
@@ -112,11 +124,12 @@ def _moe_mlp(
             plan.group_sizes,
             spread_weights(weights, plan),
             recipe=recipe,
+            form=form,
             expected_m=expected_m,
             num_sms=num_sms,
         )
         return combine(y, plan)
-    static = Experts.of(x.dtype, w13, w2, fp8.LayerOptions(expected_m, num_sms))
+    static = Experts.of(x.dtype, w13, w2, gemm_options(form, expected_m, num_sms), form)
     return _fp8(static, x, weights, w13, w2, plan)
 
 
@@ -128,9 +141,9 @@ def _groups(plan: DispatchPlan) -> fp8.Groups:
 def _fp8(
     static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
 ) -> jax.Array:
-    rows = quantize_rows(x, plan.token)
+    rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
-    quantized = fp8.forward_weight(w13), fp8.forward_weight(w2)
+    quantized = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     y = experts.apply(static, rows, *quantized, row_weights, _groups(plan))
     return sum_copies(y, plan.position)
 
