@@ -99,7 +99,7 @@ def row_blocks(group_sizes: ArrayLike, rows: int) -> jax.Array:
 def located(blocks: jax.Array, rows: int) -> Located:
     """Where the columns of a transposed copy come from, for the reference."""
     first, _, counted, _ = jnp.moveaxis(blocks, -1, 0)
-    within = jnp.arange(ROWS, dtype=jnp.int32)
+    within = jnp.arange(ROWS, dtype=jnp.int32)[None]
     row = jnp.where(within < counted[:, None], first[:, None] + within, rows)
     return Located(row.reshape(-1), jnp.sum(counted, dtype=jnp.int32)[None])
 

@@ -18,6 +18,8 @@ from jax_deepgemm.ops.quantize.activation import Activation
 from jax_deepgemm.ops.quantize.problem import TILE, QuantizeProblem
 
 SUM_THREADS = 256
+STRIPE_BYTES, STRIPE_TILES = 8 << 20, 8
+"""Of rows that are taken by an index: a part of L2, and no more tiles than fill whole lines of DRAM."""
 
 # include/jax_deepgemm/quantize/quantize_tile.cuh says what each field means.
 _TEXT = """\
@@ -63,9 +65,9 @@ _INPUTS = (
     "const Inputs in = {{h, {weight}, {dact}, {flags}, {width}}};\n  "
 )
 _BODIES = {
-    "quantize": _ROWS + "jdg::quantize<Config>({{x, {index}, {sources}, batched_x}}, counted, to);",
+    "quantize": _ROWS + "jdg::quantize<Config>({{x, {index}, {sources}, batched_x, {stripe}}}, counted, to);",
     "quantize_stream": _ROWS
-    + "jdg::quantize_stream<Config>({{x, {index}, {sources}, 0}}, counted, to, tiles);",
+    + "jdg::quantize_stream<Config>({{x, {index}, {sources}, 0, {stripe}}}, counted, to, tiles);",
     "swiglu": _INPUTS + "jdg::swiglu<Config, Act>(in, counted, to);",
     "swiglu_grad": _INPUTS + "jdg::swiglu_grad<Config, Act>(in, counted, to, {parts});",
     "swiglu_grad_pairs": _INPUTS + "jdg::swiglu_grad_pairs<Config, Act>(in, counted, to, {parts}, tiles);",
@@ -132,6 +134,13 @@ def tiles(p: QuantizeProblem) -> int:
     return max(down * -(-cols // (shape.across * TILE)), 1)
 
 
+def stripe(p: QuantizeProblem, sources: int) -> int:
+    """Columns of tiles to be done before the next ones, so that x's part of them stays in L2 meanwhile."""
+    item = 4 if p.x == "float32" else 2
+    fit = STRIPE_BYTES // (max(sources, 1) * TILE * item * cut_of(p).across)
+    return max(min(fit, STRIPE_TILES), 1)
+
+
 def shared_memory(p: QuantizeProblem) -> int:
     """Dynamic shared memory: PairsShared of swiglu.cuh, StreamShared of quantize.cuh; others' is static."""
     if not p.walked:
@@ -192,7 +201,7 @@ def _pointers(p: QuantizeProblem) -> dict[str, str]:
 
 def _integers(p: QuantizeProblem) -> list[str]:
     names = ["x", "limit"] if p.kind == "quantize" else ["h", "weight", "dact", "limit"]
-    more = {"tiles": p.walked, "sources": p.indexed, "row_blocks": p.blocks > 0}
+    more = {"tiles": p.walked, "sources": p.indexed, "stripe": p.indexed, "row_blocks": p.blocks > 0}
     return [
         "rows",
         "cols",
@@ -225,7 +234,8 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
     names = ("weight", "dact", "limit", "index", "blocks", "values_t", "scales_t", "parts")
     given = {name: name if name in {**pointers, **parts} else "nullptr" for name in names}
     flags = ", ".join(name for name in _integers(p) if name.startswith("batched") and "limit" not in name)
-    given |= {"sources": "sources" if p.indexed else "rows", "batched_limit": "batched_limit"}
+    given |= {"sources": "sources" if p.indexed else "rows", "stripe": "stripe" if p.indexed else "1"}
+    given |= {"batched_limit": "batched_limit"}
     width = f"cols / {p.activation.halves}" if p.kind == "swiglu_grad" else "cols"
     name = kernel_name(p)
     body = _BODIES[_body(p)]
@@ -271,7 +281,8 @@ def _plan(p: QuantizeProblem, config: None, chip: Chip, given: Operands) -> Laun
     sums = p.kind == "swiglu_grad" and p.weighted
     params += [Scratch(0)] if sums else []
     values = {"rows": p.rows, "cols": p.cols, "tiles": tiles(p) if p.rows and p.cols else 0}
-    values |= {"row_blocks": p.blocks, "sources": given[next(iter(given))].shape[-2]}
+    sources = given[next(iter(given))].shape[-2]
+    values |= {"row_blocks": p.blocks, "sources": sources, "stripe": stripe(p, sources)}
     values |= {f"batched_{name}": int(one.batched) for name, one in given.items()}
     params += [Scalar(values.get(name, 0), "int32") for name in _integers(p)]
     launch = Launch(

@@ -45,7 +45,19 @@ struct QuantizeInputs {
   const In* x;       // [sources, cols]
   const int* index;  // [rows], or null: row i of x
   int sources, batched;
+  int stripe;  // with an index: so many columns of tiles are done before the next ones
 };
+
+// The number, line by line, of the number-th tile in stripes. A row of x that several rows are copies of is
+// then read from L2 by all but the first of them: of all columns, x would not stay there.
+template <class C>
+__device__ __forceinline__ int striped(int number, int stripe, int lines, int cols) {
+  if constexpr (!C::INDEXED) return number;
+  const u32 across = max(ceil_div(cols, C::TILES * kTile), 1), size = stripe * lines;
+  const u32 before = static_cast<u32>(number) / size, left = number - before * size;
+  const u32 mine = min(static_cast<u32>(stripe), across - before * stripe), line = left / mine;
+  return line * across + before * stripe + left - line * mine;
+}
 
 // Whether there is a row of x for a row that is taken by the index, and where it begins.
 template <class In>
@@ -108,13 +120,15 @@ __device__ __forceinline__ void request_rows(const QuantizeInputs<typename C::In
   ptx::copy_async_commit();
 }
 
-// The rows of the tile of this number, and the thread's place in it; empty if there is none.
+// The rows of the tile of this number, and the thread's place in it; without rows if there is none.
 template <class C>
-__device__ __forceinline__ Place listed_place(const CountedRows& counted, const Quantized& to, int number,
-                                              int tiles) {
-  Place at = Place::of<C>(number, to.rows, to.cols);
-  at.end = at.tile_row;
-  return number < tiles ? at.within<C>(at.listed<C>(counted.blocks)) : at;
+__device__ __forceinline__ Place listed_place(const CountedRows& counted, const Quantized& to, int stripe,
+                                              int number, int tiles) {
+  const int last = min(number, tiles - 1);
+  Place at = Place::of<C>(striped<C>(last, stripe, to.rows_t / kTile, to.cols), to.rows, to.cols);
+  at = at.within<C>(at.listed<C>(counted.blocks));
+  if (number >= tiles) at.end = at.tile_row;
+  return at;
 }
 
 template <QuantizeConfig C>
@@ -123,22 +137,21 @@ __device__ __forceinline__ void quantize_stream(const QuantizeInputs<typename C:
   static_assert(C::BLOCKED && C::ALIGNED && C::ROWS == 8);
   extern __shared__ __align__(16) char memory[];
   StreamShared<C>& shared = *reinterpret_cast<StreamShared<C>*>(memory);
+  const auto place = [&](int number) { return listed_place<C>(counted, to, in.stripe, number, tiles); };
   int number = blockIdx.x;
-  Place at = listed_place<C>(counted, to, number, tiles);
+  Place at = place(number);
   request_rows<C>(in, shared, at, request_index<C>(in, at), to.cols);
-  number += gridDim.x;
-  int index = request_index<C>(in, listed_place<C>(counted, to, number, tiles));
-  while (!at.empty()) {
+  int index = request_index<C>(in, place(number + gridDim.x));
+  for (; number < tiles; number += gridDim.x) {
     Chunk<typename C::In> v[1][C::ROWS];
     ptx::copy_async_wait();
 #pragma unroll
     for (int j = 0; j < C::ROWS; ++j)
       v[0][j].take(ptx::load_shared_16(smem_address(&shared.slots[j][threadIdx.x])));
-    request_rows<C>(in, shared, listed_place<C>(counted, to, number, tiles), index, to.cols);
-    number += gridDim.x;
-    index = request_index<C>(in, listed_place<C>(counted, to, number, tiles));
-    quantize_tiles<C>(v, shared.tile, to, at, 0);
-    at = listed_place<C>(counted, to, number - gridDim.x, tiles);
+    request_rows<C>(in, shared, place(number + gridDim.x), index, to.cols);
+    index = request_index<C>(in, place(number + 2 * gridDim.x));
+    if (!at.empty()) quantize_tiles<C>(v, shared.tile, to, at, 0);
+    at = place(number + gridDim.x);
   }
 }
 
