@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 
 from jax_deepgemm.activation import GPT_OSS, Activation, swiglu_grad_quantize, swiglu_quantize
+from jax_deepgemm.moe import moe_mlp, moe_mlp_decode
 from jax_deepgemm.ops.quantize.blocks import row_blocks
 from jax_deepgemm.ops.quantize.problem import QuantizeProblem
 from tests.gpu.test_fused_gpu import assert_bits, draw, near
 from tests.shared.activations import ACTIVATIONS
+from tests.shared.expert_forms import BOUND, MODELS, arrays, float64
+from tests.shared.moe_oracle import pull, relative
 
 VARIANTS = {name: activation for name, activation in ACTIVATIONS.items() if activation.tag}
 # Whole tiles, tails that are aligned, tails that are not, less than a tile, gpt-oss's width.
@@ -101,3 +104,32 @@ def test_activations_repeat_their_bits(activation):
         jax.block_until_ready(noise)
         del noise
         assert_bits([np.asarray(part) for part in step(h, weight, dact)], first)
+
+
+# Layers -------------------------------------------------------------------------------------------------
+
+SIZES = ((300, 256, 384, 8, 2), (77, 520, 200, 5, 3))
+"""Whole blocks; tails everywhere."""
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_models(model, recipe):
+    """Forward, gradients and decoding, against float64; twice, with the same bits."""
+    form = MODELS[model]
+    for sizes in SIZES:
+        x, ids, weights, w13, w2, dy = arrays(form, sizes)
+        want = float64(form, x, ids, weights, w13, w2, dy)
+        run = functools.partial(moe_mlp, recipe=recipe, form=form)
+
+        def layer(x, weights, w13, w2, ids=ids, run=run):
+            return run(x, ids, weights, w13, w2)
+
+        got, again = (pull(layer, x, weights, w13, w2, by=dy) for _ in range(2))
+        errors = [relative(one, other) for one, other in zip(got, want, strict=True)]
+        assert max(errors) < BOUND[recipe], (sizes, errors)
+        for one, other in zip(got, again, strict=True):
+            assert_bits([np.asarray(one, np.float32)], [np.asarray(other, np.float32)])
+        few = jax.jit(functools.partial(moe_mlp_decode, recipe=recipe, form=form))(x, ids, weights, w13, w2)
+        assert relative(few, want[0]) < BOUND[recipe]
