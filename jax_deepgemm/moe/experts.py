@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
+from jax_deepgemm.moe.bias import bias_gradient, check_biases, with_bias
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.ops.gemm.checks import BLOCKED, PER_ROW
 from jax_deepgemm.ops.grouped import gated, linear
@@ -60,14 +61,23 @@ class Experts:
     prepared: tuple[bool, bool]
     """Whether w13 and w2 are PreparedWeights."""
     form: ExpertForm
+    b13: np.dtype[Any] | None
+    """dtype of the first bias, if there is one."""
 
     @classmethod
     def of(
-        cls, rows: np.dtype[Any], w13: Weight, w2: Weight, gemms: fp8.LayerOptions, form: ExpertForm
+        cls,
+        rows: np.dtype[Any],
+        w13: Weight,
+        w2: Weight,
+        gemms: fp8.LayerOptions,
+        form: ExpertForm,
+        b13: jax.Array | None = None,
     ) -> Experts:
         (first, spec13), (second, spec2) = (linear.like(jax.tree.leaves(w)[0]) for w in (w13, w2))
+        bias = None if b13 is None else np.dtype(b13.dtype)
         prepared = isinstance(w13, PreparedWeight), isinstance(w2, PreparedWeight)
-        return cls(gemms, w13.shape[0], np.dtype(rows), first, second, (spec13, spec2), prepared, form)
+        return cls(gemms, w13.shape[0], np.dtype(rows), first, second, (spec13, spec2), prepared, form, bias)
 
 
 class Kept(NamedTuple):
@@ -144,6 +154,8 @@ def expert_mlp(
     group_sizes: jax.Array,
     row_weights: jax.Array | None = None,
     *,
+    b13: jax.Array | None = None,
+    b2: jax.Array | None = None,
     recipe: str = "fp8",
     form: ExpertForm = PLAIN,
     group_offset: ArrayLike | None = None,
@@ -169,6 +181,9 @@ def expert_mlp(
       w2: [e, h, i] down projections, likewise.
       group_sizes: integer [e_all], rows of each expert.
       row_weights: float32 [m], factors of the rows (`spread_weights`); None: ones.
+      b13: [e, 2 * i] bias of the first product, in the order of w13's rows, bfloat16 or float32, or None. In
+        FP8 it is one more pass over h; its gradient is summed from dh as dw13 reads it.
+      b2: [e, h] bias of the second product, times the row's weight, likewise.
       recipe: "fp8": both GEMMs and their four gradients in FP8. "bf16": all in bfloat16.
       form: how the model's experts are built (`ExpertForm`): activation, layout of the weights, where the
         routing weight multiplies, format of the scales.
@@ -189,7 +204,9 @@ def expert_mlp(
     """
     rows, w2, group_sizes, row_weights = map(unwrapped, (rows, w2, group_sizes, row_weights))
     w13, form = one_weight("expert_mlp", w13, form), form.checked("expert_mlp")
+    b13, b2 = map(unwrapped, (b13, b2))
     check("expert_mlp", rows, w13, w2, group_sizes, row_weights, recipe, form)
+    check_biases("expert_mlp", w13, w2, form, b13, b2)
     if row_weights is None:
         row_weights = jnp.ones(rows.shape[:1], jnp.float32)
     spec = linear.like(rows)[1]
@@ -199,11 +216,14 @@ def expert_mlp(
     if form.weights_first:
         rows, row_weights = _weighted(rows, row_weights, groups), jnp.ones_like(row_weights)
     gemms = gemm_options(form, expected_m, num_sms, fp8.rows_are_whole(rows))
-    leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups))
-    rows, w13, w2, row_weights, groups = jax.tree.unflatten(tree, same_varying_axes(leaves))
+    leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups, b13, b2))
+    rows, w13, w2, row_weights, groups, b13, b2 = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16":  # gradients of replicated weights are summed in their own dtype, not in bfloat16
-        return _bf16(rows, w13, w2, groups, row_weights, gemms, form)
-    return _fp8(Experts.of(rows.dtype, w13, w2, gemms, form), rows, w13, w2, row_weights, groups)
+        y = _bf16(rows, w13, w2, groups, row_weights, b13, gemms, form)
+    else:
+        static = Experts.of(rows.dtype, w13, w2, gemms, form, b13)
+        y = _fp8(static, rows, w13, w2, row_weights, b13, groups)
+    return with_bias(y, b2, groups, row_weights)
 
 
 def one_weight(where: str, w13: Any, form: ExpertForm) -> Any:
@@ -291,6 +311,7 @@ def _bf16(
     w2: Any,
     groups: fp8.Groups,
     row_weights: jax.Array,
+    b13: jax.Array | None,
     gemms: fp8.LayerOptions,
     form: ExpertForm,
 ) -> jax.Array:
@@ -301,7 +322,8 @@ def _bf16(
         expected_m=gemms.expected_m,
         num_sms=gemms.num_sms,
     )
-    hidden = checkpoint_name(gemm(rows.astype(jnp.bfloat16), w13.astype(jnp.bfloat16)), MOE_HIDDEN)
+    hidden = with_bias(gemm(rows.astype(jnp.bfloat16), w13.astype(jnp.bfloat16)), b13, groups)
+    hidden = checkpoint_name(hidden, MOE_HIDDEN)
     act = swiglu(hidden, row_weights, activation=form.act)
     return gemm(act, w2.astype(jnp.bfloat16), out_dtype=rows.dtype)
 
@@ -313,11 +335,13 @@ def apply(
     w2: QuantizedArray,
     row_weights: jax.Array,
     groups: fp8.Groups,
+    b13: jax.Array | None = None,
     *,
     local: bool = True,
 ) -> jax.Array:
     """y of quantised rows and weights; nothing is kept. `local`: whether no mesh axis may cut the experts."""
-    act = _act(static, rows, w13, row_weights, groups, local and static.form.fuses and gated.fits(w13))
+    fused = local and static.form.fuses and b13 is None and gated.fits(w13)
+    act = _act(static, rows, w13, row_weights, groups, b13, fused)
     return fp8.m_grouped(act, w2, groups, static.gemms, static.rows)
 
 
@@ -327,6 +351,7 @@ def _act(
     w13: QuantizedArray,
     row_weights: jax.Array,
     groups: fp8.Groups,
+    b13: jax.Array | None,
     fused: bool,
 ) -> QuantizedArray:
     """The SwiGLU of the first GEMM, quantised. Fused with it where that is possible: of each row the 8 i
@@ -342,7 +367,7 @@ def _act(
             expected_m=gemms.expected_m,
             num_sms=gemms.num_sms,
         )
-    hidden = fp8.m_grouped(rows, w13, groups, gemms, jnp.bfloat16)
+    hidden = with_bias(fp8.m_grouped(rows, w13, groups, gemms, jnp.bfloat16), b13, groups)
     end = groups.end(hidden.shape[0])
     values, scales = swiglu_quantize(
         hidden,
@@ -363,11 +388,13 @@ def apply_and_keep(
     w2: Weight,
     row_weights: jax.Array,
     groups: fp8.Groups,
+    b13: jax.Array | None = None,
 ) -> tuple[jax.Array, Kept]:
     """`apply` of the weights, and what `backward` needs."""
     first, kept_w13 = _copies(static, w13)
     second, kept_w2 = _copies(static, w2)
-    hidden = checkpoint_name(fp8.m_grouped(rows, first, groups, static.gemms, jnp.bfloat16), MOE_HIDDEN)
+    hidden = with_bias(fp8.m_grouped(rows, first, groups, static.gemms, jnp.bfloat16), b13, groups)
+    hidden = checkpoint_name(hidden, MOE_HIDDEN)
     trained = not is_frozen(static.w2)
     counted = fp8.counted(groups, hidden.shape[0], static.gemms, trained)
     values, scales, *act_t = swiglu_quantize(hidden, row_weights, activation=static.form.act, **counted)
@@ -385,11 +412,12 @@ def apply_and_keep(
 
 def backward(
     static: Experts, kept: Kept, dy: QuantizedArray, dy_along_rows: fp8.AlongRows | None
-) -> tuple[jax.Array, Any, Any, jax.Array]:
-    """(gradient of the rows, of w13, of w2, of the row weights)."""
+) -> tuple[jax.Array, Any, Any, jax.Array, jax.Array | None]:
+    """(gradient of the rows, of w13, of w2, of the row weights, of b13)."""
     groups, gemms = kept.groups, static.gemms
     dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
-    counted = fp8.counted(groups, dact.shape[0], gemms, kept.rows is not None)
+    along_rows = kept.rows is not None or static.b13 is not None
+    counted = fp8.counted(groups, dact.shape[0], gemms, along_rows)
     gradients: Any = swiglu_grad_quantize(
         kept.hidden, kept.row_weights, dact, activation=static.form.act, **counted
     )
@@ -401,7 +429,11 @@ def backward(
     dw13 = weight_gradient(dh_along_rows, kept.rows, static.w13, static.specs[0])
     dw2 = weight_gradient(dy_along_rows, kept.act, static.w2, static.specs[1])
     dw13, dw2 = map(_like_the_weight, static.prepared, (dw13, dw2))
-    return drows, dw13, dw2, dweights
+    db13 = None
+    if static.b13 is not None and dh_along_rows is not None:
+        count = static.num_groups
+        db13 = bias_gradient(dh_along_rows, groups, dact.shape[0], count, gemms, static.b13)
+    return drows, dw13, dw2, dweights, db13
 
 
 def _like_the_weight(prepared: bool, dw: jax.Array | None) -> Any:
@@ -440,12 +472,17 @@ def _weight_gradient(
 
 @functools.partial(ReverseOnly, "expert_mlp", fp8.HIGHER_ORDER)
 def _fp8(
-    static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
+    static: Experts,
+    rows: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    row_weights: jax.Array,
+    b13: jax.Array | None,
+    groups: fp8.Groups,
 ) -> jax.Array:
     weights = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
-    return apply(
-        static, quantized(static, False, rows, groups)[0], *weights, row_weights, groups, local=False
-    )
+    quantized_rows, _ = quantized(static, False, rows, groups)
+    return apply(static, quantized_rows, *weights, row_weights, groups, b13, local=False)
 
 
 def quantized(
@@ -461,16 +498,22 @@ def quantized(
 
 
 def _fp8_fwd(
-    static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
+    static: Experts,
+    rows: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    row_weights: jax.Array,
+    b13: jax.Array | None,
+    groups: fp8.Groups,
 ) -> tuple[jax.Array, Kept]:
     quantized_rows, along_rows = quantized(static, not is_frozen(static.w13), rows, groups)
-    return apply_and_keep(static, quantized_rows, along_rows, w13, w2, row_weights, groups)
+    return apply_and_keep(static, quantized_rows, along_rows, w13, w2, row_weights, groups, b13)
 
 
 def _fp8_bwd(static: Experts, kept: Kept, dy: jax.Array) -> tuple[Any, ...]:
     quantized_dy, along_rows = quantized(static, not is_frozen(static.w2), dy, kept.groups)
-    drows, dw13, dw2, dweights = backward(static, kept, quantized_dy, along_rows)
-    return drows, dw13, dw2, dweights, None
+    drows, dw13, dw2, dweights, db13 = backward(static, kept, quantized_dy, along_rows)
+    return drows, dw13, dw2, dweights, db13, None
 
 
 _fp8.defvjp(_fp8_fwd, _fp8_bwd)

@@ -12,6 +12,8 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.moe import experts
+from jax_deepgemm.moe.bias import check_biases
+from jax_deepgemm.moe.bias import of_tokens as bias_of_tokens
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
     combine,
@@ -43,6 +45,8 @@ def moe_mlp(
     w13: Weight,
     w2: Weight,
     *,
+    b13: jax.Array | None = None,
+    b2: jax.Array | None = None,
     recipe: str = "fp8",
     form: ExpertForm = PLAIN,
     expected_m: int | None = None,
@@ -76,6 +80,7 @@ def moe_mlp(
         ones.
         Or two arrays, (gate, up), as in `expert_mlp`.
       w2: [e, h, i] down projections, likewise.
+      b13, b2: biases [e, 2 * i] and [e, h] of the two products, bfloat16 or float32, as in `expert_mlp`.
       recipe: "fp8": the GEMMs and their gradients in FP8, as in `expert_mlp`. "bf16": all in bfloat16.
       form: how the model's experts are built (`ExpertForm`).
       expected_m: rows of an expert to expect, for the choice of the kernel; default t * top_k / e.
@@ -97,8 +102,10 @@ def moe_mlp(
     w13, form = one_weight("moe_mlp", w13, form), form.checked("moe_mlp")
     check_tokens("moe_mlp", x, ids, weights)
     check_weights("moe_mlp", x, w13, w2, recipe, form)
+    b13, b2 = map(unwrapped, (b13, b2))
+    check_biases("moe_mlp", w13, w2, form, b13, b2)
     layer = functools.partial(_moe_mlp, recipe, form, expected_m, num_sms)
-    return on_each_device("moe_mlp", layer, (x, ids, weights, w13, w2))
+    return on_each_device("moe_mlp", layer, (x, ids, weights, w13, w2, b13, b2))
 
 
 def _moe_mlp(
@@ -111,11 +118,13 @@ def _moe_mlp(
     weights: jax.Array,
     w13: Weight,
     w2: Weight,
+    b13: jax.Array | None,
+    b2: jax.Array | None,
 ) -> jax.Array:
     plan = plan_dispatch(ids, w13.shape[0])
     expected_m = expected_rows(ids.size, w13.shape[0]) if expected_m is None else expected_m
-    leaves, tree = jax.tree.flatten((x, weights, w13, w2, plan))
-    x, weights, w13, w2, plan = jax.tree.unflatten(tree, same_varying_axes(leaves))
+    leaves, tree = jax.tree.flatten((x, ids, weights, w13, w2, b13, b2, plan))
+    x, ids, weights, w13, w2, b13, b2, plan = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16" or form.weights_first:
         y = expert_mlp(
             spread(x, plan),
@@ -123,14 +132,20 @@ def _moe_mlp(
             w2,
             plan.group_sizes,
             spread_weights(weights, plan),
+            b13=b13,
             recipe=recipe,
             form=form,
             expected_m=expected_m,
             num_sms=num_sms,
         )
-        return combine(y, plan)
-    static = Experts.of(x.dtype, w13, w2, gemm_options(form, expected_m, num_sms), form)
-    return _fp8(static, x, weights, w13, w2, plan)
+        y = combine(y, plan)
+    else:
+        static = Experts.of(x.dtype, w13, w2, gemm_options(form, expected_m, num_sms), form, b13)
+        y = _fp8(static, x, weights, w13, w2, b13, plan)
+    if b2 is None:
+        return y
+    bias = bias_of_tokens(ids, None if form.weights_first else weights, b2)
+    return (y.astype(jnp.float32) + bias).astype(y.dtype)
 
 
 def _groups(plan: DispatchPlan) -> fp8.Groups:
@@ -139,22 +154,34 @@ def _groups(plan: DispatchPlan) -> fp8.Groups:
 
 @functools.partial(ReverseOnly, "moe_mlp", experts.HIGHER_ORDER)
 def _fp8(
-    static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
+    static: Experts,
+    x: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    b13: jax.Array | None,
+    plan: DispatchPlan,
 ) -> jax.Array:
     rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     quantized = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
-    y = experts.apply(static, rows, *quantized, row_weights, _groups(plan))
+    y = experts.apply(static, rows, *quantized, row_weights, _groups(plan), b13)
     return sum_copies(y, plan.position)
 
 
 def _fp8_fwd(
-    static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
+    static: Experts,
+    x: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    b13: jax.Array | None,
+    plan: DispatchPlan,
 ) -> tuple[jax.Array, tuple[experts.Kept, DispatchPlan]]:
     groups, trained = _groups(plan), not experts.is_frozen(static.w13)
     rows, along_rows = experts.quantized(static, trained, x, groups, plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
-    y, kept = experts.apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups)
+    y, kept = experts.apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups, b13)
     return sum_copies(y, plan.position), (kept, plan)
 
 
@@ -162,8 +189,9 @@ def _fp8_bwd(static: Experts, residuals: tuple[experts.Kept, DispatchPlan], dy: 
     kept, plan = residuals
     trained = not experts.is_frozen(static.w2)
     rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token)
-    drows, dw13, dw2, drow_weights = experts.backward(static, kept, rows, along_rows)
-    return sum_copies(drows, plan.position), take_rows(drow_weights, plan.position), dw13, dw2, None
+    drows, dw13, dw2, drow_weights, db13 = experts.backward(static, kept, rows, along_rows)
+    dweights = take_rows(drow_weights, plan.position)
+    return sum_copies(drows, plan.position), dweights, dw13, dw2, db13, None
 
 
 _fp8.defvjp(_fp8_fwd, _fp8_bwd)

@@ -24,7 +24,7 @@ from jax_deepgemm.moe import (
     spread_weights,
 )
 from tests.shared import op_checks
-from tests.shared.expert_forms import BOUND, MODELS, arrays, float64
+from tests.shared.expert_forms import BOUND, MODELS, arrays, biases, float64
 from tests.shared.moe_oracle import pull, relative, wide
 
 E = 4
@@ -65,6 +65,45 @@ def test_decode(model, recipe):
     x, ids, weights, w13, w2, _ = arrays(MODELS[model])
     got = moe_mlp_decode(x, ids, weights, w13, w2, recipe=recipe, form=MODELS[model])
     assert relative(got, wanted(model)[0]) < BOUND[recipe]
+
+
+@both
+@pytest.mark.parametrize("model", ["gpt-oss", "nemotron3"])
+@pytest.mark.parametrize("layer", [moe_mlp, over_mesh, experts])
+def test_biases(layer, model, recipe):
+    form = MODELS[model]
+    x, ids, weights, w13, w2, dy = arrays(form)
+    b13, b2 = biases(form, w13, w2)
+    want = float64(form, x, ids, weights, w13, w2, dy, b13, b2)
+
+    def run(x: Any, weights: Any, w13: Any, w2: Any, b13: Any, b2: Any) -> jax.Array:
+        return layer(x, ids, weights, w13, w2, b13=b13, b2=b2, recipe=recipe, form=form)
+
+    got = pull(run, x, weights, w13, w2, b13, b2, by=dy)
+    errors = [relative(one, other) for one, other in zip(got, want, strict=True)]
+    assert max(errors) < BOUND[recipe], errors
+    assert [one.dtype for one in got[5:]] == [b13.dtype, b2.dtype]
+    if layer is moe_mlp:
+        few = moe_mlp_decode(x, ids, weights, w13, w2, b13=b13, b2=b2, recipe=recipe, form=form)
+        assert relative(few, want[0]) < BOUND[recipe]
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+def test_bias_of_some_experts_and_rows_of_none(recipe):
+    """With an offset; NaN behind the last group reaches no gradient."""
+    form = ExpertForm("relu2")
+    rows = jnp.ones((20, 128), jnp.bfloat16).at[16:].set(jnp.nan)
+    w = jnp.full((2, 128, 128), 1 / 128, jnp.float32)
+    b13, b2 = jnp.ones((2, 128)), jnp.array([[1.0], [10.0]]) * jnp.ones((1, 128))
+
+    def run(b13: jax.Array, b2: jax.Array) -> jax.Array:
+        sizes = jnp.array([4, 3, 0, 9], jnp.int32)
+        return expert_mlp(rows, w, w, sizes, b13=b13, b2=b2, recipe=recipe, form=form, group_offset=1)
+
+    y, db13, db2 = pull(run, b13, b2, by=jnp.ones((20, 128), jnp.bfloat16).at[16:].set(jnp.nan))
+    np.testing.assert_allclose(wide(y)[:, 0], [0] * 4 + [5] * 3 + [0] * 13, rtol=0.05)
+    np.testing.assert_allclose(db13, [[3 * 4] * 128, [0] * 128], rtol=0.05)
+    np.testing.assert_allclose(db2, [[3] * 128, [0] * 128], rtol=0.05)
 
 
 @both
@@ -129,6 +168,10 @@ ARGS: Any = arrays(ExpertForm())[:5]
         (lambda: moe_mlp(*ARGS, form=ExpertForm("swish")), r"activation is 'swish'"),
         (lambda: moe_mlp(*ARGS, form=ExpertForm(weight_layout="nt")), r"weight_layout is 'nt', need 'nk'"),
         (lambda: moe_mlp(*ARGS, form=ExpertForm(scale_format="e8")), r"scale_format is 'e8', need 'f32'"),
+        (
+            lambda: moe_mlp(*ARGS, b13=jnp.ones((4, 128))),
+            r"b13 is float32 \[4, 128\], need bfloat16 or float32 \[4, 256\]",
+        ),
         (
             lambda: moe_mlp(*ARGS[:3], (ARGS[3], ARGS[3]), ARGS[4], form=ExpertForm(GPT_OSS)),
             r"w13 is 2 arrays and the activation is .*need one array",
