@@ -10,6 +10,8 @@
 #   SANITIZE_ARGS=grouped benchmarks/h200.sh sanitize      kernels whose names contain it
 #   LIMIT_TEST=300 LIMIT_SANITIZE=300 LIMIT_BENCH=400 ...   seconds each part may take
 #
+#   TRAIN_ARGS='--steps 60' benchmarks/h200.sh train       the training example in BF16 and FP8: tokens a second, memory, losses
+#
 # Results go to $OUT (default: out): a log of each part, bench.json, seconds.json (how long tests take; tests/gpu has a copy, by which they
 # are dealt out), summary.txt. The exit code is 0 if all parts passed.
 
@@ -100,9 +102,10 @@ run_sanitize() {
     return $code
 }
 
-run_bench() {
+run_bench() { # on one GPU, as the programs that are measured are those of one device
+    export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
     # shellcheck disable=SC2086
-    "$PYTHON" -m jax_deepgemm bench --out "$OUT/bench.json" --time-limit $((${LIMIT_BENCH:-420} - 40)) ${BENCH_ARGS:-}
+    "$PYTHON" -m jax_deepgemm bench --out "$OUT/bench.json" --time-limit $((${LIMIT_BENCH:-560} - 40)) ${BENCH_ARGS:-}
 }
 
 run_demo() {
@@ -111,14 +114,20 @@ run_demo() {
     "$PYTHON" -m jax_deepgemm demo ${DEMO_ARGS:-}
 }
 
-export -f pytests run_build run_test run_smoke run_sanitize run_bench run_demo
-declare -A limits=([build]=120 [test]=480 [smoke]=90 [sanitize]=300 [bench]=420 [demo]=120)
+run_train() {
+    export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+    # shellcheck disable=SC2086
+    "$PYTHON" examples/train_moe_lm.py --config h200 --attention cudnn --out "$OUT/train" ${TRAIN_ARGS:-}
+}
+
+export -f pytests run_build run_test run_smoke run_sanitize run_bench run_demo run_train
+declare -A limits=([build]=120 [test]=480 [smoke]=90 [sanitize]=300 [bench]=560 [demo]=120 [train]=300)
 
 parts=("$@")
 ((${#parts[@]})) || parts=(build test sanitize bench demo)
 for name in "${parts[@]}"; do
     if [[ -z ${limits[$name]:-} ]]; then
-        echo "no part named $name; there are build, test, smoke, sanitize, bench, demo" >&2
+        echo "no part named $name; there are build, test, smoke, sanitize, bench, demo, train" >&2
         exit 2
     fi
     limit=LIMIT_${name^^}

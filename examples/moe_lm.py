@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax_deepgemm.flax import Linear, Load, MoE
 
 VOCABULARY = 256
+ATTENTIONS = ("xla", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Config:
       batch: sequences of a step, over all devices.
       steps: optimizer steps.
       learning_rate: of AdamW, after `warmup` steps; it falls to a tenth along a cosine.
+      attention: "xla", or "cudnn" on GPUs, which keeps no scores in memory.
       bias_rate: how fast the router's bias moves against the load of an expert, per step.
       method, capacity_factor: how tokens travel to experts of other devices, as `expert_parallel_moe` says.
     """
@@ -54,6 +56,7 @@ class Config:
     learning_rate: float
     warmup: int
     bias_rate: float = 1e-3
+    attention: str = "xla"
     method: str = "all_to_all"
     capacity_factor: float | None = None
 
@@ -113,15 +116,21 @@ def rotate(x: jax.Array, positions: jax.Array, base: float = 10000.0) -> jax.Arr
 
 
 @jax.checkpoint  # scores and probabilities [batch, heads, length, length] are made again in the backward pass
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax.Array:
+    if implementation == "xla":
+        return xla_attention(q, k, v)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 class Attention(nnx.Module):
     """Causal attention with rotary positions; projections by Linear, the rest plain JAX."""
 
     def __init__(self, config: Config, recipe: str, rngs: nnx.Rngs) -> None:
-        self.heads, self.head_dim = config.heads, config.head_dim
+        self.heads, self.head_dim, self.implementation = config.heads, config.head_dim, config.attention
         inner = config.heads * config.head_dim
         self.qkv = Linear(config.hidden, 3 * inner, use_bias=False, recipe=recipe, rngs=rngs)
         self.out = Linear(inner, config.hidden, use_bias=False, recipe=recipe, rngs=rngs)
@@ -132,7 +141,7 @@ class Attention(nnx.Module):
         return rotate(q, positions), rotate(k, positions), v
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = causal_attention(*self.project(x, jnp.arange(x.shape[1])))
+        y = causal_attention(*self.project(x, jnp.arange(x.shape[1])), self.implementation)
         return self.out(y.reshape(*x.shape[:-1], -1))
 
     def step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:

@@ -3,6 +3,7 @@
     pip install '.[flax]'                                      # in the clone; with a GPU '.[cuda13,flax]'
     python examples/train_moe_lm.py                            # tiny: a CPU, two minutes
     python examples/train_moe_lm.py --config h200              # 64 experts, 1.7e9 parameters: one H200
+    python examples/train_moe_lm.py --config h200 --attention cudnn          # the same, attention by cuDNN
     python examples/train_moe_lm.py --config h200 --mesh 2x2   # four: data x expert
 
 The batch is cut over both axes of the mesh, the experts of every layer over `expert`; everything else is
@@ -45,7 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from moe_lm import CONFIGS, Config, LanguageModel, batches, parameter_count, standard_library
+from moe_lm import ATTENTIONS, CONFIGS, Config, LanguageModel, batches, parameter_count, standard_library
 
 from jax_deepgemm.cli.arguments import Parser, above_zero, names_of, output_folder, whole
 from jax_deepgemm.flax import Load, named_shardings
@@ -64,6 +65,7 @@ class Curve:
       loss: mean cross-entropy of each step, in nats per byte.
       tokens_per_second: over all devices, without the first step, which compiles.
       first_step_seconds: compiling included.
+      memory_gb: of a device during a step: state, temporary buffers and results.
       largest_load: of each step, the load of the fullest expert over the mean load; 1 is balance.
       dropped: of each step, copies of tokens that found no room at their expert (see --capacity-factor).
     """
@@ -71,6 +73,7 @@ class Curve:
     loss: list[float]
     tokens_per_second: float
     first_step_seconds: float
+    memory_gb: float
     largest_load: list[float]
     dropped: list[float]
 
@@ -86,6 +89,9 @@ def make_parser() -> Parser:
     parser.add_argument("--steps", type=number, help="optimizer steps (default: the configuration's)")
     parser.add_argument("--layers", type=number, help="blocks of the model (default: the configuration's)")
     parser.add_argument("--batch", type=number, help="sequences of a step (default: the configuration's)")
+    parser.add_argument(
+        "--attention", choices=ATTENTIONS, help="cudnn: of GPUs, no scores in memory (default: xla)"
+    )
     parser.add_argument(
         "--method", choices=("all_to_all", "ragged"), help="how tokens travel to their experts"
     )
@@ -169,10 +175,12 @@ class Training:
         self.shardings = self.place(*self.abstract)
         self.tokens = NamedSharding(mesh, BATCH_CUT)
         replicated = NamedSharding(mesh, P())
-        self.compiled = jax.jit(self.update, donate_argnums=0, out_shardings=(self.shardings, replicated))
+        self.program = jax.jit(self.update, donate_argnums=0, out_shardings=(self.shardings, replicated))
+        self.compiled: Any = None
 
     def build(self) -> LanguageModel:
-        return LanguageModel(self.config, recipe=self.recipe, mesh=self.mesh, rngs=nnx.Rngs(self.seed))
+        mesh = self.mesh if self.mesh.size > 1 else None  # nothing travels on one device
+        return LanguageModel(self.config, recipe=self.recipe, mesh=mesh, rngs=nnx.Rngs(self.seed))
 
     def initial(self) -> State:
         _, params, rest = nnx.split(self.build(), nnx.Param, ...)
@@ -212,8 +220,16 @@ class Training:
     def step(self, tokens: np.ndarray) -> jax.Array:
         """Takes tokens [batch, context + 1], the same in all processes; returns what `update` measured."""
         placed = jax.make_array_from_callback(tokens.shape, self.tokens, lambda index: tokens[index])
+        if self.compiled is None:
+            self.compiled = self.program.lower(self.state, placed).compile()
         self.state, measured = self.compiled(self.state, placed)
         return measured
+
+    def memory_gb(self) -> float:
+        """What a device holds during a step, once one was taken."""
+        found = self.compiled.memory_analysis()
+        sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes
+        return (sum(sizes) - found.alias_size_in_bytes) / 1e9
 
 
 def train(config: Config, recipe: str, mesh: Mesh, seed: int, text: np.ndarray) -> tuple[Training, Curve]:
@@ -238,7 +254,7 @@ def train(config: Config, recipe: str, mesh: Mesh, seed: int, text: np.ndarray) 
         if config.steps > 1:
             rate = (config.steps - 1) * config.batch * config.context / (time.perf_counter() - begin)
     loss, load, dropped = np.stack(measured).T.tolist()
-    return training, Curve(loss, rate, first, load, dropped)
+    return training, Curve(loss, rate, first, training.memory_gb(), load, dropped)
 
 
 def stream() -> Any:
@@ -303,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
     mesh = start(args)
     given = {
         name: value
-        for name in ("steps", "layers", "batch", "method", "capacity_factor")
+        for name in ("steps", "layers", "batch", "attention", "method", "capacity_factor")
         if (value := getattr(args, name)) is not None
     }
     config = dataclasses.replace(CONFIGS[args.config], **given)
@@ -322,7 +338,8 @@ def main(arguments: list[str] | None = None) -> int:
         curves[recipe] = curve
         say(
             f"{recipe:4}  loss {curve.loss[0]:.4f} -> {curve.final():.4f}   "
-            f"{curve.tokens_per_second:,.0f} tokens/s   first step {curve.first_step_seconds:.1f} s   "
+            f"{curve.tokens_per_second:,.0f} tokens/s   {curve.memory_gb:.1f} GB   "
+            f"first step {curve.first_step_seconds:.1f} s   "
             f"fullest expert {curve.largest_load[-1]:.2f} x mean"
         )
         if args.save:

@@ -41,7 +41,14 @@ if TYPE_CHECKING:
         m_grouped_fp8_gemm_nt_masked,
     )
     from jax_deepgemm.ops.grouped.linear import grouped_linear
-    from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, dequantize, prepare_weight, quantize
+    from jax_deepgemm.ops.quantize import (
+        PreparedWeight,
+        QuantizedArray,
+        accumulate_gradients,
+        dequantize,
+        prepare_weight,
+        quantize,
+    )
     from jax_deepgemm.ops.ragged_dot.api import ragged_dot, ragged_dot_general
     from jax_deepgemm.tools.explain import explain
     from jax_deepgemm.tools.precompile import precompile
@@ -59,6 +66,7 @@ _HOME = {
     "GemmConfig": "ops.gemm.family",
     "GemmProblem": "ops.gemm.family",
     "PreparedWeight": "ops.quantize",
+    "accumulate_gradients": "ops.quantize",
     "QuantizedArray": "ops.quantize",
     "prepare_weight": "ops.quantize",
     "quantize": "ops.quantize",
@@ -89,6 +97,7 @@ __all__ = [
     "PreparedWeight",
     "QuantizedArray",
     "__version__",
+    "accumulate_gradients",
     "bf16_gemm_nn",
     "bf16_gemm_nt",
     "bf16_gemm_tn",

@@ -146,6 +146,8 @@ class Table:
       reads: (fields) -> the bytes that the kernel reads and does little else, or None: it does more. A floor
         is shown for rows that were timed after a flush that reads.
       readme: values of the keys of rows that README.md shows.
+      in_bf16: (fields of a row) -> what differs in the row of the same in BF16, which docs/performance.md
+        compares it with: {} for its baseline, None for no row.
       kinds: what kernels do, for pictures: (regular expression of names, least microseconds, a kind of
         `KINDS` in tools/bench/timeline.py); the first that fits counts.
     """
@@ -165,6 +167,7 @@ class Table:
     type: str = ""
     reads: Callable[[Fields], int | None] | None = None
     readme: tuple[tuple[Any, ...], ...] = ()
+    in_bf16: Callable[[Fields], Fields | None] = lambda fields: None
     kinds: tuple[tuple[str, float, str], ...] = ()
 
 

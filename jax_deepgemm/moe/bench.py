@@ -19,20 +19,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_deepgemm.core.bench import CLOCK, Row, Table
+from jax_deepgemm.core.bench import CLOCK, Fields, Row, Table
 from jax_deepgemm.moe import bench_step
 from jax_deepgemm.moe.layer import moe_mlp
 from jax_deepgemm.moe.route import route
 from jax_deepgemm.ops.gemm.bench import GEMM_PREFIX
 from jax_deepgemm.ops.quantize.api import quantize
+from jax_deepgemm.ops.quantize.prepared import prepare_weight
 
 FORWARD, FROZEN, TRAINING = "forward", "forward, FP8 weights", "forward and backward"
 WIDE = f"{TRAINING}, float32 masters"
+PREPARED = ", weights prepared"
+FP8_WEIGHTS = "FP8 weights"
 HELD = "forward, FP8 weights, 1 of 8 held"
-EXPERTS = "experts alone, FP8 weights"
+EXPERTS, EXPERTS_BF16 = "experts alone, FP8 weights", "experts alone"
 DEVICES = 8  # that share the experts of "held"
 READ_RATE = 4.5e12  # bytes a second that kernels which only read reach on an H200
-GEMM_RATE = 1480e12  # operations a second of the fastest FP8 products there
+GEMM_RATE = {"fp8": 1480e12, "bf16": 800e12}  # operations a second of the fastest products there
 KINDS = (
     ("^jdg_sm90_(masked_)?k_grouped", 0, "K-grouped GEMM"),
     (f"^{GEMM_PREFIX}", 0, "GEMM"),
@@ -55,8 +58,8 @@ class Layer:
     Attributes:
       recipe: "fp8" or "bf16".
       what: "forward" and "forward and backward" have bfloat16 master weights, or float32 ones if they say so,
-        which FP8 quantises each time; "FP8 weights" were quantised before. "experts alone": the choice of
-        experts is given, the router's part is not counted.
+        which FP8 quantises each time, or which come with FP8 copies ("weights prepared"); "FP8 weights" were
+        quantised before. "experts alone": the choice of experts is given, the router's part is not counted.
       experts: that tokens are routed to; all are held, but for "1 of 8 held".
     """
 
@@ -79,10 +82,26 @@ class Layer:
         return self.what.startswith(TRAINING)
 
     @property
+    def chosen(self) -> bool:
+        """Whether the choice of experts is given."""
+        return self.what.startswith(EXPERTS_BF16)
+
+    @property
+    def pictured(self) -> bool:
+        """Whether documents show when its kernels run."""
+        large = self.chosen and self.tokens >= 4096
+        return self.recipe == "fp8" and (large or self.what in (TRAINING, f"{TRAINING}{PREPARED}"))
+
+    @property
     def weight_dtype(self) -> str:
         """Of the weights that it is given."""
-        fp8 = "FP8 weights" in self.what
-        return "float8_e4m3fn" if fp8 else "float32" if self.what == WIDE else "bfloat16"
+        fp8 = FP8_WEIGHTS in self.what
+        return "float8_e4m3fn" if fp8 else "float32" if self.what.startswith(WIDE) else "bfloat16"
+
+    @property
+    def prepared(self) -> bool:
+        """Whether its master weights come with FP8 copies."""
+        return self.what.endswith(PREPARED)
 
     @property
     def flops(self) -> int:
@@ -103,24 +122,24 @@ class Layer:
         for read once, or all products at the best rate."""
         met = min(self.held, self.tokens * self.top_k)
         read = 3 * met * self.hidden * self.inner * jnp.dtype(self.weight_dtype).itemsize
-        return round(max(read / READ_RATE, self.flops / GEMM_RATE) * 1e6, 1)
+        return round(max(read / READ_RATE, self.flops / GEMM_RATE[self.recipe]) * 1e6, 1)
 
     @property
     def row(self) -> Row:
         """What the benchmark measures."""
         sizes = f"tokens={self.tokens} hidden={self.hidden} inner={self.inner} experts={self.experts}"
-        floor = {"floor_us": self.floor_us} if self.what == EXPERTS else {}
+        floor = {"floor_us": self.floor_us} if self.chosen else {}
         return Row(
             name=f"moe {self.recipe} {self.what}: {sizes} top_k={self.top_k}",
             fields=dataclasses.asdict(self) | floor,
             function=_function(self),
-            draw=_drawing(replace(self, recipe="", what=""), self.held, self.weight_dtype),
+            draw=_drawing(replace(self, recipe="", what=""), self.held, self.weight_dtype, self.prepared),
             operands=functools.partial(_operands, self),
             flops=self.flops,
             bytes=self.bytes,
             prefix="",
             gemms=GEMM_PREFIX,
-            timeline=self.recipe == "fp8",
+            timeline=self.pictured,
         )
 
 
@@ -149,24 +168,27 @@ def _rows(small: bool) -> Iterator[Row]:
         for what in (TRAINING, WIDE):
             for recipe in ("fp8", "bf16"):
                 yield Layer(recipe, what, **sizes).row
+        yield Layer("fp8", f"{TRAINING}{PREPARED}", **sizes).row
+    yield Layer("fp8", f"{WIDE}{PREPARED}", **first).row
 
 
 def _inference(small: bool) -> Iterator[Row]:
-    if small:
-        yield Layer("fp8", EXPERTS, **SMALL).row
-        return
-    for tokens, hidden, inner, experts in INFERENCE:
-        yield Layer("fp8", EXPERTS, tokens, hidden, inner, experts).row
+    for recipe, what in (("fp8", EXPERTS), ("bf16", EXPERTS_BF16)):
+        if small:
+            yield Layer(recipe, what, **SMALL).row
+            continue
+        for tokens, hidden, inner, experts in INFERENCE:
+            yield Layer(recipe, what, tokens, hidden, inner, experts).row
 
 
 @functools.cache
-def _drawing(sizes: Layer, held: int, dtype: str) -> Callable[[], Any]:
+def _drawing(sizes: Layer, held: int, dtype: str, prepared: bool) -> Callable[[], Any]:
     """One for all rows of equal operands, which are measured together."""
-    return functools.partial(_draw, sizes, held, dtype)
+    return functools.partial(_draw, sizes, held, dtype, prepared)
 
 
-@functools.partial(jax.jit, static_argnums=range(3))
-def _draw(sizes: Layer, held: int, dtype: str) -> tuple[Any, ...]:
+@functools.partial(jax.jit, static_argnums=range(4))
+def _draw(sizes: Layer, held: int, dtype: str, prepared: bool) -> tuple[Any, ...]:
     """Tokens, logits of the router, both weights, and the gradient of the result."""
     keys = jax.random.split(jax.random.key(0), 5)
     x, dy = (jax.random.normal(key, (sizes.tokens, sizes.hidden), jnp.bfloat16) for key in keys[:2])
@@ -175,7 +197,9 @@ def _draw(sizes: Layer, held: int, dtype: str) -> tuple[Any, ...]:
     def weight(key: jax.Array, n: int, k: int) -> Any:
         def one(key: jax.Array) -> Any:  # an expert at a time: random bits take eight times as much memory
             w = k**-0.5 * jax.random.normal(key, (n, k))
-            return quantize(w, (128, 128)) if dtype == "float8_e4m3fn" else w.astype(dtype)
+            if dtype == "float8_e4m3fn":
+                return quantize(w, (128, 128))
+            return prepare_weight(w.astype(dtype)) if prepared else w.astype(dtype)
 
         return lax.map(one, jax.random.split(key, held))
 
@@ -186,7 +210,7 @@ def _draw(sizes: Layer, held: int, dtype: str) -> tuple[Any, ...]:
 def _operands(layer: Layer, drawn: tuple[Any, ...]) -> tuple[Any, ...]:
     """Those of a row's function."""
     x, logits, w13, w2, dy = drawn
-    if layer.what == EXPERTS:
+    if layer.chosen:
         return x, *jax.jit(route, static_argnums=1)(logits, layer.top_k), w13, w2
     return (x, logits, w13, w2, dy) if layer.trains else (x, logits, w13, w2)
 
@@ -203,10 +227,29 @@ def _function(layer: Layer) -> Callable[..., Any]:
         y, vjp = jax.vjp(forward, *arguments[:-1])
         return y, vjp(arguments[-1])
 
-    return mlp if layer.what == EXPERTS else training if layer.trains else forward
+    def of_prepared(x: Any, logits: Any, w13: Any, w2: Any, dy: Any) -> Any:
+        def of_masters(x: Any, logits: Any, *masters: Any) -> jax.Array:
+            both = (w.with_master(master) for w, master in zip((w13, w2), masters, strict=True))
+            return forward(x, logits, *both)
+
+        y, vjp = jax.vjp(of_masters, x, logits, w13.master, w2.master)
+        return y, vjp(dy)
+
+    if layer.prepared:
+        return of_prepared
+    return mlp if layer.chosen else training if layer.trains else forward
 
 
 KEYS = ("tokens", "hidden", "inner", "experts", "top_k")
+
+
+def _in_bf16(fields: Fields) -> Fields | None:
+    """The same with bfloat16 weights, or masters of the same type, where it is measured."""
+    if fields["recipe"] == "bf16":
+        return None
+    return {"recipe": "bf16", "what": fields["what"].removesuffix(PREPARED).removesuffix(f", {FP8_WEIGHTS}")}
+
+
 TABLES = {
     "moe": Table(
         "A layer of experts, from the router's logits to the combined tokens, all kernels: their sum (us),"
@@ -216,15 +259,17 @@ TABLES = {
         columns=("us", "span us", "TFLOP/s", "GEMMs us", "rest us", "rest", "launches", "temp GB", CLOCK),
         part=lambda fields: "",
         order=2,
+        in_bf16=_in_bf16,
         kinds=KINDS,
     ),
     "moe_inference": Table(
-        "Inference: a layer of experts with FP8 weights, the choice of experts given",
-        KEYS,
+        "Inference: a layer of experts, the choice of experts given; weights in FP8 or bfloat16",
+        ("recipe", *KEYS),
         _inference,
         columns=("us", "span us", "GEMMs us", "floor us", "span / GEMMs", "launches", CLOCK),
         part=lambda fields: "",
         order=2,
+        in_bf16=_in_bf16,
         kinds=KINDS,
     ),
     "moe_step": bench_step.TABLE,

@@ -111,4 +111,5 @@ TABLE = Table(
     baseline="jax.lax.ragged_dot",
     part=lambda fields: "",
     order=2,
+    in_bf16=lambda fields: {"way": "moe_mlp, bf16"} if fields["way"] == "moe_mlp, fp8" else None,
 )

@@ -19,6 +19,7 @@ FOLDERS = (
     "jax_deepgemm.ops.gemm",
     "jax_deepgemm.ops.grouped",
     "jax_deepgemm.ops.ragged_dot",
+    "jax_deepgemm.ops.route",
     "jax_deepgemm.moe",
 )
 """Packages of families of kernels, and of layers that are called, compiled and measured like them."""
@@ -38,7 +39,7 @@ def families() -> list[Family[Any]]:
     """Returns every family of kernels.
 
     >>> [family.name for family in families()]
-    ['quantize', 'dispatch', 'rows', 'gemm', 'grouped']
+    ['quantize', 'dispatch', 'rows', 'gemm', 'grouped', 'route']
     """
     return [module.FAMILY for module in parts("family")]
 

@@ -25,7 +25,7 @@ PER_ROW, BLOCKED, PER_COLUMN = (1, 128), (128, 128), (128, 1)
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 6, 256, 128, 4, 2
 
 WITHOUT_ARRAYS = {
-    "GemmConfig", "GemmProblem", "QuantizedArray", "DEEPSEEK_V3", "DispatchPlan",
+    "GemmConfig", "GemmProblem", "QuantizedArray", "PreparedWeight", "DEEPSEEK_V3", "DispatchPlan",
     "Activation", "ExpertForm", "GPT_OSS",
     "__version__", "config", "embed_kernels",
     "explain", "export_checks", "precompile", "from_tuple", "to_tuple", "from_qwix", "to_qwix",
@@ -321,6 +321,7 @@ FORWARD = (
     Call("swiglu_quantize", activation.swiglu_quantize, ("x", "row_weights")),
     Call("swiglu_grad_quantize", activation.swiglu_grad_quantize, ("x", "row_weights", "dact")),
     Call("route", _route(), ("logits",)),
+    Call("route sqrt_softplus", _route(score="sqrt_softplus"), ("logits",)),
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
     Call("dispatch, combine", _dispatch_and_combine, ("x", "ids", "weights")),
     Call("plan_dispatch, spread_weights", _row_weights, ("ids", "weights")),

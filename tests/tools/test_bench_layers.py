@@ -142,17 +142,60 @@ def test_timeline_needs_results(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "--timeline needs --report" in capsys.readouterr().err
 
 
+def test_fp8_is_compared_with_bf16() -> None:
+    """By spans, where they were measured; also with the baseline of a table that has one recipe."""
+    slower = layer_row(recipe="bf16", span_us=3642.0, temp_bytes=2_000_000_000)
+    dense = {"table": "linear", **rows_of("linear")[0].fields, "status": "ok", "us": 50.0}
+    dense |= {"baseline": {"what": "BF16", "status": "ok", "us": 80.0}}
+    alone = layer_row(what=moe.WIDE)
+    prepared = layer_row(what=moe.TRAINING + moe.PREPARED, span_us=910.5)
+    layer = "recipe=fp8 forward and backward{} tokens=4096 hidden=7168 inner=2048 experts=32 top_k=8"
+    linear = "forward, FP8 weight m=8192 n=4096 k=7168"
+    assert report.recipes(result(slower, layer_row(), dense, alone, prepared)) == [
+        ["linear", linear, "50", "80", "0.62", "–", "–"],
+        ["moe", layer.format(""), "1821", "3642", "0.50", "1.65", "2.00"],
+        ["moe", layer.format(moe.PREPARED), "910", "3642", "0.25", "1.65", "2.00"],
+    ]
+
+
+def test_pictures_show_what_was_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tmp_path / "before.json"
+    monkeypatch.setattr(report, "BEFORE", before)
+    found = result(layer_row())
+    [(target, now)] = report._timelines(tmp_path / "h200.json", found).items()
+    assert target.name == "h200-moe.svg"
+    assert f"img/{target.name}" in report._page_section(tmp_path / "h200.json", found)
+    write(before, found)
+    [both] = report._timelines(tmp_path / "h200.json", found).values()
+    lanes = [[line for line in drawn.splitlines() if "from first start" in line] for drawn in (now, both)]
+    assert list(map(len, lanes)) == [1, 2]
+    assert lanes[1][0].count(">before: ") == lanes[1][1].count(">now: ") == 1
+    assert report._timelines(tmp_path / "h200.json", result()) == {}
+
+
+def test_a_result_of_layers_alone_has_no_plot_and_no_line_in_the_readme(tmp_path: Path) -> None:
+    path = tmp_path / "layers.json"
+    write(path, result(layer_row()))
+    pages = {target.name: content for target, content in report.documents([path]).items()}
+    assert "img/layers.png" not in pages["benchmarks.md"]
+    assert report.NOTHING in pages["README.md"]
+    assert report.NOTHING in pages["performance.md"], "nothing to compare"
+
+
 def test_floors_of_inference() -> None:
     """Bytes of the experts that tokens can meet at 4.5 TB/s, or products at 1480 TFLOP/s."""
-    floors = [row.fields["floor_us"] for row in rows_of("moe_inference")]
-    assert floors == pytest.approx([78, 313, 313, 134, 488, 1950, 418, 3343], abs=1)
+    by = {recipe: [] for recipe in ("fp8", "bf16")}
+    for row in rows_of("moe_inference"):
+        by[row.fields["recipe"]].append(row.fields["floor_us"])
+    assert by["fp8"] == pytest.approx([78, 313, 313, 134, 488, 1950, 418, 3343], abs=1)
+    assert by["bf16"][:4] == pytest.approx([2 * floor for floor in by["fp8"][:4]], abs=1)
 
 
 def test_loads_of_experts_are_drawn_and_the_same_for_both_recipes() -> None:
     first, second = (row for row in rows_of("moe", True) if row.fields["what"] == moe.TRAINING)
     assert first.draw is second.draw
     assert all(a is b for a, b in zip(*(row.operands(d) for row, d in two(first, second)), strict=True))
-    [given] = rows_of("moe_inference", True)
+    given, _ = rows_of("moe_inference", True)
     drawn = given.draw()
     _, ids, weights, *_ = given.operands(drawn)
     loads = np.bincount(np.asarray(ids).ravel(), minlength=4)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax_deepgemm.core.bench import BESIDE_BASELINE, CLOCK, Beside, Row, Table
 from jax_deepgemm.ops.gemm.linear import fp8_linear
 from jax_deepgemm.ops.quantize.api import quantize
+from jax_deepgemm.ops.quantize.prepared import prepare_weight
 
 FROZEN, TRAINING = "forward, FP8 weight", "forward and backward"
+PREPARED = f"{TRAINING}, weight prepared"
 SIZES = ((8192, 4096, 7168), (8192, 7168, 2048))
 """Tokens, n, k."""
 CUBLASLT_ONLY = {"xla_gpu_enable_triton_gemm": False}
@@ -21,11 +23,11 @@ CUBLASLT_ONLY = {"xla_gpu_enable_triton_gemm": False}
 
 @functools.partial(jax.jit, static_argnums=range(3))
 def _draw(m: int, n: int, k: int) -> tuple[Any, ...]:
-    """x, w, the gradient of the result, and w in FP8."""
+    """x, w, the gradient of the result, w in FP8, and prepared."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (m, k), (n, k), (m, n)
     x, w, dy = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
-    return x, w, dy, quantize(w, (128, 128))
+    return x, w, dy, quantize(w, (128, 128)), prepare_weight(w)
 
 
 def _training(layer: Callable[..., jax.Array], x: jax.Array, w: jax.Array, dy: jax.Array) -> Any:
@@ -33,31 +35,45 @@ def _training(layer: Callable[..., jax.Array], x: jax.Array, w: jax.Array, dy: j
     return y, vjp(dy)
 
 
+def _prepared(x: jax.Array, w: Any, dy: jax.Array) -> Any:
+    return _training(lambda x, master: fp8_linear(x, w.with_master(master)), x, w.master, dy)
+
+
 def _bf16(x: jax.Array, w: jax.Array) -> jax.Array:
     return x @ w.T
+
+
+WAYS: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
+    FROZEN: (fp8_linear, _bf16, 3),
+    TRAINING: (functools.partial(_training, fp8_linear), functools.partial(_training, _bf16), 1),
+    PREPARED: (_prepared, functools.partial(_training, _bf16), 4),
+}
+"""What is measured: in FP8, in BF16, and which of the draw is the weight in FP8."""
+
+
+def _operands(what: str, weight: int, drawn: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, dy = drawn[0], drawn[2]
+    return (x, drawn[weight]) if what == FROZEN else (x, drawn[weight], dy)
 
 
 def rows(small: bool) -> Iterator[Row]:
     """The table's rows."""
     for m, n, k in ((64, 256, 128),) if small else SIZES:
         draw = functools.partial(_draw, m, n, k)
-        for what in (FROZEN, TRAINING):
-            trains = what == TRAINING
-            both = functools.partial(_training, fp8_linear), functools.partial(_training, _bf16)
-            ours, theirs = both if trains else (fp8_linear, _bf16)
+        for what, (ours, theirs, weight) in WAYS.items():
             yield Row(
                 name=f"linear {what}: m={m} n={n} k={k}",
                 fields={"what": what, "m": m, "n": n, "k": k},
                 function=ours,
                 draw=draw,
-                flops=2 * m * n * k * (3 if trains else 1),
-                operands=(lambda drawn: drawn[:3]) if trains else (lambda drawn: (drawn[0], drawn[3])),
+                flops=2 * m * n * k * (1 if what == FROZEN else 3),
+                operands=functools.partial(_operands, what, weight),
                 prefix="",
                 gemms="jdg_sm90_",
                 baseline=Beside(
                     "BF16 by cuBLASLt through jnp",
                     theirs,
-                    (lambda drawn: drawn[:3]) if trains else (lambda drawn: drawn[:2]),
+                    functools.partial(_operands, what, 1),
                     elsewhere="XLA dot",
                     options=CUBLASLT_ONLY,
                 ),
@@ -76,4 +92,5 @@ TABLE = Table(
     elsewhere="XLA",
     part=lambda fields: str(fields["what"]),
     order=2,
+    in_bf16=lambda fields: {},
 )

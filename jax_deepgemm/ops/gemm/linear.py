@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,14 @@ from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.gemm.tokens import Tokens
 from jax_deepgemm.ops.quantize import QuantizedArray, quantize
 from jax_deepgemm.ops.quantize.fused import quantize_both
-from jax_deepgemm.ops.quantize.prepared import Bits, Copies, PreparedWeight, master_and_copies
+from jax_deepgemm.ops.quantize.prepared import (
+    Bits,
+    Copies,
+    PreparedWeight,
+    as_it_came,
+    check_trained,
+    master_and_copies,
+)
 
 LINEAR_OUT = "jdg_linear_out"
 """checkpoint_name of the layer's result."""
@@ -71,6 +78,7 @@ class _Recipe:
     x: tuple[np.dtype[Any], PartitionSpec | None]
     """dtype and, on Explicit axes, spec of x, for its gradient; likewise w."""
     w: tuple[np.dtype[Any], PartitionSpec | None]
+    with_weight: bool
 
     def quantize(self, x: jax.Array, block: tuple[int, int], dtype: Any = E4M3) -> QuantizedArray:
         return quantize(x, block, dtype, self.scale_format)
@@ -81,14 +89,50 @@ class _Recipe:
         return QuantizedArray(values, scales, PER_ROW), QuantizedArray(values_t, scales_t.T, PER_ROW)
 
     def gradient(
-        self, a: QuantizedArray, b: QuantizedArray, like: tuple[np.dtype[Any], PartitionSpec | None]
+        self,
+        a: QuantizedArray,
+        b: QuantizedArray,
+        like: tuple[np.dtype[Any], PartitionSpec | None],
+        c: jax.Array | None = None,
     ) -> jax.Array:
-        """A @ B.T as the gradient of an argument of this dtype and spec."""
+        """C + A @ B.T as the gradient of an argument of this dtype and spec."""
         dtype, spec = like
         reduce = self.reduce_dtype if self.reduce_dtype == dtype else FLOAT32
         return fp8_gemm_nt(
-            a, b, out_dtype=dtype, out_sharding=spec, reduce_dtype=reduce, num_sms=self.num_sms
+            a, b, c, out_dtype=dtype, out_sharding=spec, reduce_dtype=reduce, num_sms=self.num_sms
         )
+
+
+@overload
+def fp8_linear(
+    x: jax.Array,
+    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    *,
+    out_dtype: DTypeLike = ...,
+    grad_dtype: DTypeLike = ...,
+    scale_format: str = ...,
+    config: GemmConfig | None = ...,
+    out_sharding: PartitionSpec | NamedSharding | None = ...,
+    reduce_dtype: DTypeLike = ...,
+    num_sms: int | None = ...,
+    with_weight: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def fp8_linear(
+    x: jax.Array,
+    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    *,
+    out_dtype: DTypeLike = ...,
+    grad_dtype: DTypeLike = ...,
+    scale_format: str = ...,
+    config: GemmConfig | None = ...,
+    out_sharding: PartitionSpec | NamedSharding | None = ...,
+    reduce_dtype: DTypeLike = ...,
+    num_sms: int | None = ...,
+    with_weight: Literal[True],
+) -> tuple[jax.Array, Any]: ...
 
 
 def fp8_linear(
@@ -102,7 +146,8 @@ def fp8_linear(
     out_sharding: PartitionSpec | NamedSharding | None = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
-) -> jax.Array:
+    with_weight: bool = False,
+) -> Any:
     """y = x @ w.T with FP8 GEMMs in the forward and the backward pass.
 
     >>> import jax, jax.numpy as jnp
@@ -138,9 +183,11 @@ def fp8_linear(
       out_sharding: y's sharding on a mesh with Explicit axes; needed there if k is cut.
       reduce_dtype: what devices exchange partial results in: float32, or out_dtype.
       num_sms: as in `fp8_gemm_nt`.
+      with_weight: also return w, as it came. Where that is used in place of w from there on, the product of
+        the weight gradient adds to the gradient of the later uses, in its buffer: see `accumulate_gradients`.
 
     Returns:
-      [.., n] in out_dtype.
+      [.., n] in out_dtype; or (that, w).
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
@@ -156,6 +203,8 @@ def fp8_linear(
     """
     x, w = unwrapped(x), layer_weight("fp8_linear", _WEIGHT, w)
     _check_shapes(x, w)
+    if with_weight:
+        check_trained("fp8_linear", w=w)
     options = check_options("fp8_linear", out_dtype, reduce_dtype, out_sharding, config, num_sms)
     grad_dtype = dtype_option("fp8_linear", "grad_dtype", grad_dtype, "float8_e4m3fn or float8_e5m2")
     if grad_dtype not in FP8_DTYPES:
@@ -177,15 +226,20 @@ def fp8_linear(
         out_sharding=_flat_out_sharding(tokens, options.out_sharding, x.ndim),
         x=_like(flat),
         w=_like(jax.tree.leaves(w)[0]),
+        with_weight=with_weight,
     )
     if isinstance(w, QuantizedArray):
         y = _frozen_linear(recipe, flat, w)
     else:
         y = _linear(recipe, flat, *master_and_copies(w))
+    if with_weight:
+        y, master = y
+        w = as_it_came(w, master)
     y = tokens.unflatten(y)
     if options.out_sharding is not None and x.ndim > 1 and jax.typeof(y).sharding.mesh.explicit_axes:
         y = jax.sharding.reshard(y, options.out_sharding)
-    return checkpoint_name(y if x.ndim > 1 else y[0], LINEAR_OUT)
+    y = checkpoint_name(y if x.ndim > 1 else y[0], LINEAR_OUT)
+    return (y, w) if with_weight else y
 
 
 def _check_shapes(x: Any, w: Any) -> None:
@@ -269,28 +323,30 @@ _first_order = functools.partial(
 
 
 @_first_order
-def _linear(recipe: _Recipe, x: jax.Array, w: jax.Array, copies: Copies | None) -> jax.Array:
+def _linear(recipe: _Recipe, x: jax.Array, w: jax.Array, copies: Copies | None) -> Any:
     """w: the master, whose copies are made here if there are none."""
     weight = recipe.quantize(w, BLOCKED) if copies is None else copies.plain.meant
-    return _forward(recipe, recipe.quantize(x, PER_ROW), weight)
+    y = _forward(recipe, recipe.quantize(x, PER_ROW), weight)
+    return (y, w) if recipe.with_weight else y
 
 
 def _linear_fwd(
     recipe: _Recipe, x: jax.Array, w: jax.Array, copies: Copies | None
-) -> tuple[jax.Array, tuple[_Bytes, Bits]]:
+) -> tuple[Any, tuple[_Bytes, Bits]]:
     along_features, along_tokens = recipe.quantize_both(x)
     copies = Copies.named(w, WEIGHT_FP8, recipe.scale_format) if copies is None else copies
     y = _forward(recipe, along_features, copies.plain.meant)
-    return y, (_keep(along_tokens, ACT_FP8), copies.transposed)
+    return (y, w) if recipe.with_weight else y, (_keep(along_tokens, ACT_FP8), copies.transposed)
 
 
 def _linear_bwd(
-    recipe: _Recipe, kept: tuple[_Bytes, Bits], dy: jax.Array
+    recipe: _Recipe, kept: tuple[_Bytes, Bits], cotangents: Any
 ) -> tuple[jax.Array, jax.Array, None]:
+    dy, later = cotangents if recipe.with_weight else (cotangents, None)
     x_along_tokens = _kept(kept[0], PER_ROW)
     along_features, along_tokens = recipe.quantize_both(dy, recipe.grad_dtype)
     dx = recipe.gradient(along_features, kept[1].meant, recipe.x)
-    return dx, recipe.gradient(along_tokens, x_along_tokens, recipe.w), None
+    return dx, recipe.gradient(along_tokens, x_along_tokens, recipe.w, later), None
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)

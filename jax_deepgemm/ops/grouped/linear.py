@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax_deepgemm.ops.grouped.api import (
 )
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
 from jax_deepgemm.ops.quantize.api import SCALE_FORMATS
-from jax_deepgemm.ops.quantize.prepared import Bits, Copies, master_and_copies
+from jax_deepgemm.ops.quantize.prepared import Bits, Copies, as_it_came, check_trained, master_and_copies
 
 GROUPED_OUT = "jdg_grouped_out"
 """checkpoint_name of the layer's result."""
@@ -56,6 +56,41 @@ class _Layer:
     x: _Like
     """dtype and, on Explicit axes, spec of x, for its gradient; likewise w."""
     w: _Like
+    with_weight: bool
+
+
+@overload
+def grouped_linear(
+    x: jax.Array,
+    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    group_sizes: jax.Array,
+    *,
+    recipe: str = ...,
+    group_offset: ArrayLike | None = ...,
+    out_dtype: DTypeLike = ...,
+    expected_m: int | None = ...,
+    out_sharding: PartitionSpec | NamedSharding | None = ...,
+    reduce_dtype: DTypeLike = ...,
+    num_sms: int | None = ...,
+    with_weight: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def grouped_linear(
+    x: jax.Array,
+    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    group_sizes: jax.Array,
+    *,
+    recipe: str = ...,
+    group_offset: ArrayLike | None = ...,
+    out_dtype: DTypeLike = ...,
+    expected_m: int | None = ...,
+    out_sharding: PartitionSpec | NamedSharding | None = ...,
+    reduce_dtype: DTypeLike = ...,
+    num_sms: int | None = ...,
+    with_weight: Literal[True],
+) -> tuple[jax.Array, Any]: ...
 
 
 def grouped_linear(
@@ -72,7 +107,8 @@ def grouped_linear(
     out_sharding: PartitionSpec | NamedSharding | None = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
-) -> jax.Array:
+    with_weight: bool = False,
+) -> Any:
     """y = x @ w[g].T for the rows of each group g, with gradients.
 
     >>> import jax, jax.numpy as jnp
@@ -90,8 +126,8 @@ def grouped_linear(
 
     With "fp8" the forward and both backward GEMMs run in FP8, by the recipe of the DeepSeek-V3 report,
     section 3.3: x and dy with one scale per row and 128 features, w with one per 128x128 block; for dw, x and
-    dy with one scale per feature and 128 rows (counted from row 0: groups need no alignment), accumulated in
-    float32. With "bf16" x and w are rounded to bfloat16, and derivatives of any order exist.
+    dy with one scale per feature and 128 rows (they begin with each group, see docs/limits.md), accumulated
+    in float32. With "bf16" x and w are rounded to bfloat16, and derivatives of any order exist.
 
     Weights that several calls use, for microbatches or under `jax.checkpoint`, are quantised once by
     `prepare_weight`: a PreparedWeight as w gives the same bits, and the gradient goes to its master.
@@ -117,9 +153,12 @@ def grouped_linear(
       out_sharding: y's sharding on a mesh with Explicit axes; needed there if k or g is cut.
       reduce_dtype: what devices exchange partial results in: float32, or out_dtype.
       num_sms: as in `fp8_gemm_nt`.
+      with_weight: also return w, as it came. Where that is used in place of w from there on, the product of
+        the weight gradient adds to the gradient of the later uses, in its buffer (with "bf16" XLA adds): see
+        `accumulate_gradients`.
 
     Returns:
-      [m, n] in out_dtype. Rows behind the last group are zero, and have a zero gradient.
+      [m, n] in out_dtype; or (that, w). Rows behind the last group are zero, and have a zero gradient.
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
@@ -143,6 +182,8 @@ def grouped_linear(
             f"weight_layout={other!r}."
         )
     check_sizes("grouped_linear", group_sizes, weight.shape[0])
+    if with_weight:
+        check_trained("grouped_linear", w=weight)
     options = check_options("grouped_linear", out_dtype, reduce_dtype, out_sharding, None, num_sms)
     if recipe == "bf16":
         assert not isinstance(weight, QuantizedArray)
@@ -157,7 +198,8 @@ def grouped_linear(
             reduce_dtype=options.reduce_dtype,
             num_sms=options.num_sms,
         )
-        return checkpoint_name(y, GROUPED_OUT)
+        y = checkpoint_name(y, GROUPED_OUT)
+        return (y, weight) if with_weight else y
     groups = fp8.Groups.of(group_sizes, group_offset)
     leaves, tree = jax.tree.flatten((x, weight, groups))
     x, weight, groups = jax.tree.unflatten(tree, same_varying_axes(leaves))
@@ -175,12 +217,16 @@ def grouped_linear(
         num_groups=weight.shape[0],
         x=like(x),
         w=like(jax.tree.leaves(weight)[0]),
+        with_weight=with_weight,
     )
     if isinstance(weight, QuantizedArray):
         y = _frozen(layer, x, weight, groups)
     else:
         y = _trained(layer, x, *master_and_copies(weight), groups)
-    return checkpoint_name(y, GROUPED_OUT)
+    if not with_weight:
+        return checkpoint_name(y, GROUPED_OUT)
+    y, master = y
+    return checkpoint_name(y, GROUPED_OUT), as_it_came(weight, master)
 
 
 def like(x: jax.Array) -> _Like:
@@ -292,32 +338,33 @@ _first_order = functools.partial(ReverseOnly, "grouped_linear", fp8.HIGHER_ORDER
 
 
 @_first_order
-def _trained(
-    layer: _Layer, x: jax.Array, w: jax.Array, copies: Copies | None, groups: fp8.Groups
-) -> jax.Array:
+def _trained(layer: _Layer, x: jax.Array, w: jax.Array, copies: Copies | None, groups: fp8.Groups) -> Any:
     """w: the masters, whose copies are made here if there are none."""
     weight = fp8.forward_weight(w if copies is None else PreparedWeight(w, copies), layer.gemms)
-    return _forward(layer, _rows(layer, x), weight, groups)
+    y = _forward(layer, _rows(layer, x), weight, groups)
+    return (y, w) if layer.with_weight else y
 
 
 def _trained_fwd(
     layer: _Layer, x: jax.Array, w: jax.Array, copies: Copies | None, groups: fp8.Groups
-) -> tuple[jax.Array, tuple[_Pair, Bits, fp8.Groups]]:
+) -> tuple[Any, tuple[_Pair, Bits, fp8.Groups]]:
     rows, along_rows = fp8.both(x, groups, layer.gemms)
     weight, weight_t = fp8.both_weights(w, copies, layer.gemms, GROUPED_WEIGHT_FP8)
     act = fp8.keep(*along_rows, GROUPED_ACT_FP8)
-    return _forward(layer, rows, weight, groups), (act, weight_t, groups)
+    y = _forward(layer, rows, weight, groups)
+    return (y, w) if layer.with_weight else y, (act, weight_t, groups)
 
 
 def _trained_bwd(
-    layer: _Layer, residuals: tuple[_Pair, Bits, fp8.Groups], dy: jax.Array
+    layer: _Layer, residuals: tuple[_Pair, Bits, fp8.Groups], cotangents: Any
 ) -> tuple[jax.Array, jax.Array, None, None]:
+    dy, later = cotangents if layer.with_weight else (cotangents, None)
     act, weight_t, groups = residuals
     rows, along_rows = fp8.both(dy, groups, layer.gemms)
     dx = _input_gradient(layer, rows, weight_t.meant, groups)
     dtype, spec = layer.w
     x = fp8.AlongRows(*fp8.kept(act))
-    dw = fp8.k_grouped(along_rows, x, groups, dy.shape[0], layer.num_groups, layer.gemms, dtype, spec)
+    dw = fp8.k_grouped(along_rows, x, groups, dy.shape[0], layer.num_groups, layer.gemms, dtype, spec, later)
     return dx, dw, None, None
 
 

@@ -182,14 +182,16 @@ def k_grouped(
     options: LayerOptions,
     out_dtype: Any,
     out_sharding: PartitionSpec | None = None,
+    c: jax.Array | None = None,
 ) -> jax.Array:
-    """The sum over each group's rows of dy [row, n] * x [row, k], stored as the weights are."""
+    """C plus the sum over each group's rows of dy [row, n] * x [row, k], stored as the weights are."""
     pair = (dy, x) if options.weight_layout == "nk" else (x, dy)
     a, b = (QuantizedArray(q.values, q.scales.T, PER_ROW) for q in pair)
     return k_grouped_fp8_gemm_nt_contiguous(
         a,
         b,
         padded_sizes(groups.sizes, rows) if options.group_blocks else groups.sizes,
+        c,
         num_groups=num_groups,
         group_offset=groups.offset,
         out_dtype=out_dtype,

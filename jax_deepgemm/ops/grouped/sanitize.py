@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax_deepgemm.ops.grouped.api import (
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
 )
+from jax_deepgemm.ops.grouped.gated import m_grouped_fp8_gemm_swiglu, m_masked_fp8_gemm_swiglu
 from jax_deepgemm.ops.quantize.api import quantize
 
 HALVES = GemmConfig(128, 256, 4, slabs=2)
@@ -47,6 +49,7 @@ def cases() -> Iterator[Case]:
 
     yield from _contiguous(normal)
     yield from _masked(normal)
+    yield from _gated(normal)
     yield from _k_grouped(normal)
 
 
@@ -92,6 +95,34 @@ def _masked(normal: Normal) -> Iterator[Case]:
         yield Case(f"masked {kind} zero_rows", zeroing, (a, b, mask))
     gradient = jax.grad(lambda w, a, m: valid(bf16(a, w, m), m).sum())
     yield Case("masked bf16, gradient of B", gradient, (w, deep, mask))
+
+
+def _gated(normal: Normal) -> Iterator[Case]:
+    """Scales are compared: a value may be another number of FP8 where h is rounded otherwise."""
+    capacity, mask = 100, jnp.asarray([100, 0, 3, 70], jnp.int32)
+    w, a, sizes = (
+        quantize(normal(GROUPS, 2 * 256, K), (128, 128)),
+        normal(ROWS, K, good=USED),
+        jnp.asarray(SIZES),
+    )
+    weights, deep = jnp.ones(ROWS).at[USED:].set(jnp.nan), quantize(normal(GROUPS, capacity, K))
+    for height in (64, 128):
+        fused = on_few(m_grouped_fp8_gemm_swiglu, config=GemmConfig(height, 256, 4, slabs=2, gated=True))
+
+        def rows(a: jax.Array, w: jax.Array, s: jax.Array, x: jax.Array, fused: Any = fused) -> jax.Array:
+            found: jax.Array = fused(a, w, s, x).scales
+            return found
+
+        yield Case(f"grouped swiglu {height}", rows, (quantize(a), w, sizes, weights))
+    for name, wrong in BAD.items():
+        operands = (quantize(normal(ROWS, K)), w, jnp.asarray(wrong), jnp.ones(ROWS))
+        yield Case(f"grouped swiglu, {name}", rows, operands)
+
+    def masked(a: jax.Array, w: jax.Array, m: jax.Array, x: jax.Array) -> jax.Array:
+        found = on_few(m_masked_fp8_gemm_swiglu)(a, w, m, x).scales
+        return jnp.where(jnp.arange(capacity)[:, None] < m[:, None, None], found, 0)
+
+    yield Case("masked swiglu", masked, (deep, w, mask, jnp.ones((GROUPS, capacity))))
 
 
 def _k_grouped(normal: Normal) -> Iterator[Case]:

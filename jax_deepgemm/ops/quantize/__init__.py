@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jax_deepgemm.ops.quantize.accumulate import accumulate_gradients
 from jax_deepgemm.ops.quantize.api import dequantize, quantize
 from jax_deepgemm.ops.quantize.array import QuantizedArray, scales_shape, scales_spec
 from jax_deepgemm.ops.quantize.blocks import row_blocks
@@ -33,6 +34,7 @@ _register()
 __all__ = [
     "PreparedWeight",
     "QuantizedArray",
+    "accumulate_gradients",
     "ceil_to_ue8m0",
     "concatenate",
     "dequantize",

@@ -256,6 +256,21 @@ def master_and_copies(w: Any) -> tuple[jax.Array, Copies | None]:
     return (w.master, w.copies) if isinstance(w, PreparedWeight) else (w, None)
 
 
+def as_it_came(w: Any, master: jax.Array) -> Any:
+    """The weight whose master went through a layer."""
+    return PreparedWeight(master, w.copies) if isinstance(w, PreparedWeight) else master
+
+
+def check_trained(where: str, **weights: Any) -> None:
+    """Refuses a frozen weight where a layer is to hand its weights on to their gradients."""
+    for name, w in weights.items():
+        if isinstance(w, QuantizedArray):
+            raise ValueError(
+                f"{where}: {name} is quantised, and a frozen weight has no gradient to accumulate. Leave out "
+                "with_weight, or pass the master."
+            )
+
+
 def cotangent(dw: Any) -> PreparedWeight:
     """What a backward pass returns for a prepared weight: the gradient of its master, and nothing else."""
     nothing: Any = None

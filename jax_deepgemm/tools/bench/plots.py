@@ -36,6 +36,11 @@ def together(result: dict[str, Any], target: Path) -> bool:
     return bool(panels) and _draw(panels, COLUMNS, result["device"], target)
 
 
+def plotted(result: dict[str, Any]) -> bool:
+    """Whether plots show any row of a result."""
+    return bool(_panels(result, list(tables())))
+
+
 def _panels(result: dict[str, Any], names: Sequence[str]) -> list[tuple[str, list[Result]]]:
     """Titles and rows: a panel for each type of operands that a table has."""
     known, found = tables(), dict[str, list[Result]]()

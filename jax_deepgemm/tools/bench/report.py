@@ -26,6 +26,8 @@ from jax_deepgemm.tools.bench.catalog import (
 from jax_deepgemm.tools.shape_files import parse_json
 from jax_deepgemm.tools.text import markdown_table, table
 
+BEFORE = ROOT / "benchmarks" / "data" / "layers_before.json"
+"""Layers as they ran before kernels or layers changed much, for pictures; a result file."""
 BEGIN, END = "<!-- begin generated: {} -->", "<!-- end generated: {} -->"
 COMMAND = "python -m jax_deepgemm bench --report benchmarks/results/*.json --write"
 SUMMARY = ("table", "of", "rows", "against", "geometric mean", "worst", "time ratio", "worst time ratio")
@@ -136,7 +138,7 @@ def markdown(path: Path, result: dict[str, Any]) -> str:
 
 
 def readme(path: Path, result: dict[str, Any]) -> str:
-    """Returns the short tables of README.md."""
+    """Returns the short tables of README.md; "" where a result has no row of them."""
     peers = recorded(result["device"])
     found = {key(row): row for row in result["rows"]}
     lines = [
@@ -145,7 +147,7 @@ def readme(path: Path, result: dict[str, Any]) -> str:
         "applies no block scales). DeepGEMM's figures were recorded on the same kind of machine by the same",
         "method ([data](benchmarks/data/deepgemm_h200.json)). Above 1x: this package is faster.",
     ]
-    on_gpu = bool(result["gpu"])
+    on_gpu, shown = bool(result["gpu"]), False
     for titles, group in groupby(_readme_tables(), key=lambda named: header(named[1], on_gpu)):
         rows = [
             [name, *cells(about, found[one], peers.get(one, {}))[:-1]]
@@ -155,7 +157,8 @@ def readme(path: Path, result: dict[str, Any]) -> str:
         ]
         if rows:
             lines += ["", markdown_table(["table", *titles[:-1]], rows)]
-    return "\n".join(lines)
+            shown = True
+    return "\n".join(lines) if shown else ""
 
 
 def _readme_tables() -> list[tuple[str, Table]]:
@@ -187,19 +190,73 @@ NOTHING = "No result file of a GPU is committed yet, so no speed is claimed here
 
 
 def documents(paths: Sequence[Path]) -> dict[Path, str]:
-    """Returns what docs/benchmarks.md and README.md must say for these result files."""
+    """Returns what docs/benchmarks.md, docs/performance.md and README.md must say for these result files."""
     results = [(path, load(path)) for path in paths]
     measured = [(path, result) for path, result in results if result["gpu"]]
     page = "\n".join(_page_section(path, result) for path, result in measured) or NOTHING
-    short = "\n\n".join(readme(path, result) for path, result in measured) or NOTHING
-    targets = {ROOT / "docs" / "benchmarks.md": page, ROOT / "README.md": short}
-    return {path: replaced(path.read_text(), "results", content) for path, content in targets.items()}
+    short = "\n\n".join(filter(None, (readme(path, result) for path, result in measured))) or NOTHING
+    both = "\n\n".join(_recipes_section(*one) for one in measured if recipes(one[1])) or NOTHING
+    targets = {
+        ROOT / "docs" / "benchmarks.md": ("results", page),
+        ROOT / "docs" / "performance.md": ("recipes", both),
+        ROOT / "README.md": ("results", short),
+    }
+    return {path: replaced(path.read_text(), *content) for path, content in targets.items()}
+
+
+def _recipes_section(path: Path, result: dict[str, Any]) -> str:
+    head = f"{result['device']}, from `{_relative(path)}`, measured {result['started'][:10]}:"
+    return f"{head}\n\n{markdown_table(RECIPES, recipes(result))}"
 
 
 def _page_section(path: Path, result: dict[str, Any]) -> str:
-    plot_line = f"![speed](img/{path.stem}.png)\n"
+    pictures = [f"![speed](img/{path.stem}.png)\n"] if plots.plotted(result) else []
+    for target in _timelines(path, result):
+        about = "What layers run, kernel by kernel, as bars in time; each bar says its name and microseconds"
+        pictures.append(f"{about}:\n\n![kernels in time](img/{target.name})\n")
     heading, rest = markdown(path, result).split("\n", 1)
-    return f"{heading}\n\n{plot_line}{rest}"
+    return "\n".join([heading, "", "\n".join(pictures) + rest])
+
+
+def _timelines(path: Path, result: dict[str, Any]) -> dict[Path, str]:
+    """Pictures of a result, one for each table that keeps when kernels ran; what is recorded of before is
+    drawn above it."""
+    before = load(BEFORE)["rows"] if BEFORE.is_file() else []
+    found = {}
+    for name in tables():
+        parts = [
+            (title, {"rows": [row for row in rows if row["table"] == name]})
+            for title, rows in (("before", before), ("now", result["rows"]))
+        ]
+        if timeline.rows_of(parts[1:]):
+            picture = timeline.draw(timeline.rows_of(parts))
+            found[ROOT / "docs" / "img" / f"{path.stem}-{name}.svg"] = picture
+    return found
+
+
+RECIPES = ("table", "of", "FP8 us", "BF16 us", "FP8 / BF16", "FP8 temp GB", "BF16 temp GB")
+
+
+def recipes(result: dict[str, Any]) -> list[list[str]]:
+    """Rows in FP8 beside the same in BF16: from the first start to the last end, where that was measured."""
+    found = {key(row): row for row in result["rows"]}
+    lines = []
+    for name, about, rows in _rows(result):
+        for row in rows:
+            differs = about.in_bf16(row)
+            if differs is None:
+                continue
+            other = found.get(key({**row, **differs})) if differs else row.get("baseline")
+            if other and row["status"] == other["status"] == "ok":
+                words = [row[one] if one == "what" else f"{one}={row[one]}" for one in about.keys]
+                lines.append([name, " ".join(words), *_compared(row, other)])
+    return lines
+
+
+def _compared(row: Result, other: Result) -> list[str]:
+    mine, theirs = ((one["span_us"] if "span_us" in one else one["us"]) for one in (row, other))
+    held = [f"{one['temp_bytes'] / 1e9:.2f}" if "temp_bytes" in one else "–" for one in (row, other)]
+    return [f"{mine:.0f}", f"{theirs:.0f}", f"{mine / theirs:.2f}", *held]
 
 
 def draw_timeline(paths: Sequence[Path], rows: re.Pattern[str], target: Path) -> int:
@@ -239,5 +296,8 @@ def run(paths: Sequence[Path], *, write: bool, plot: Path | None = None) -> int:
     for path, result in results:
         target = ROOT / "docs" / "img" / f"{path.stem}.png"
         if result["gpu"] and plots.together(result, target):
+            print(f"wrote {_relative(target)}")
+        for target, picture in (_timelines(path, result) if result["gpu"] else {}).items():
+            target.write_text(picture, encoding="utf-8")
             print(f"wrote {_relative(target)}")
     return 0

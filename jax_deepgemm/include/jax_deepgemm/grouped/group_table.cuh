@@ -79,10 +79,10 @@ struct GroupTable {
   }
 };
 
-// Warps' worths of segments that are read and summed together, because each costs a round trip to memory and
-// the latency of its shuffles.
+// Neighbouring segments that a lane reads together and sums by itself, so that a warp's sum, which costs the
+// latency of ten shuffles, is needed once for all of them.
 template <class C>
-constexpr int kBatch = smaller(8, ceil_div(C::TABLE_BYTES / 16 - 3, 32));
+constexpr int kRun = smaller(8, ceil_div(C::TABLE_BYTES / 16 - 3, 32));
 
 // Inclusive sum over a warp; of values up to 2^31, so it does not fit an int.
 __device__ __forceinline__ i64 scan(i64 sum) {
@@ -104,11 +104,11 @@ template <class C>
 __device__ __forceinline__ int read_segments(const Groups& g, u32 base) {
   using Table = GroupTable<C>;
   const int lane = threadIdx.x % 32, head = Table::kRowsInGroups ? 1 : 0;
-  int size[kBatch<C>];
+  int size[kRun<C>];
   const auto load_sizes = [&](int first) {
 #pragma unroll
-    for (int b = 0; b < kBatch<C>; ++b) {
-      const int i = first + b * 32 + lane;
+    for (int b = 0; b < kRun<C>; ++b) {
+      const int i = first + lane * kRun<C> + b;
       size[b] = i < g.total ? g.sizes[i] : 0;
     }
   };
@@ -136,24 +136,22 @@ __device__ __forceinline__ int read_segments(const Groups& g, u32 base) {
       ptx::store_shared_4(base + (head + i) * 16, place, place, 0, i);
     }
     __syncwarp();
-    for (int first = 0; first < g.total; first += 32 * kBatch<C>) {
+    for (int first = 0; first < g.total; first += 32 * kRun<C>) {
       if (first > 0) load_sizes(first);
-      i64 sums[kBatch<C>];
+      i64 mine = 0;
 #pragma unroll
-      for (int b = 0; b < kBatch<C>; ++b) {
-        size[b] = clamp(size[b], 0, g.extent);
-        sums[b] = scan(size[b]);
-      }
+      for (int b = 0; b < kRun<C>; ++b) mine += size[b] = clamp(size[b], 0, g.extent);
+      i64 sum = last + scan(mine) - mine;
 #pragma unroll
-      for (int b = 0; b < kBatch<C>; ++b) {
-        const int i = first + b * 32 + lane;
-        const i64 group = i - offset, sum = last + sums[b];
-        const int start = clamp(sum - size[b], 0, g.extent), end = clamp(sum, 0, g.extent);
+      for (int b = 0; b < kRun<C>; ++b) {
+        const int i = first + lane * kRun<C> + b, start = clamp(sum, 0, g.extent);
+        sum += size[b];
+        const i64 group = i - offset;
         if (i < g.total && group >= 0 && group < count)
-          ptx::store_shared_4(base + (head + static_cast<int>(group)) * 16, start, end, 0,
+          ptx::store_shared_4(base + (head + static_cast<int>(group)) * 16, start, clamp(sum, 0, g.extent), 0,
                               static_cast<int>(group));
-        last = __shfl_sync(0xFFFFFFFF, end, 31);
       }
+      last = __shfl_sync(0xFFFFFFFF, clamp(sum, 0, g.extent), 31);
     }
   }
   if (head && lane == 0) ptx::store_shared_4(base, 0, 0, 0, -1);
@@ -178,25 +176,28 @@ __device__ __forceinline__ GroupTable<C> make_table(const Groups& g, const Exten
   if (threadIdx.x < 32) {
     const int lane = threadIdx.x;
     table.segments = read_segments<C>(g, table.base);
+    constexpr int kMostTiles = 0x7FFFFFFF;
     constexpr int kHead = GroupTable<C>::kRowsInGroups ? 1 : 0;
     const int col_tiles = ceil_div(p.n, C::COLS);
     const auto tiles_of = [&](int i) { return ceil_div(covered_rows(table, i, p), C::ROWS) * col_tiles; };
     int before = kHead ? tiles_of(0) : 0;
-    for (int first = kHead; first < table.segments; first += 32 * kBatch<C>) {
-      int tiles[kBatch<C>];
-      i64 sums[kBatch<C>];
+    for (int first = kHead; first < table.segments; first += 32 * kRun<C>) {
+      int tiles[kRun<C>];
+      i64 mine = 0;
 #pragma unroll
-      for (int b = 0; b < kBatch<C>; ++b) {
-        const int i = first + b * 32 + lane;
-        tiles[b] = i < table.segments ? tiles_of(i) : 0;
-        sums[b] = scan(tiles[b]);
+      for (int b = 0; b < kRun<C>; ++b) {
+        const int i = first + lane * kRun<C> + b;
+        mine += tiles[b] = i < table.segments ? tiles_of(i) : 0;
       }
+      i64 sum = before + scan(mine) - mine;
 #pragma unroll
-      for (int b = 0; b < kBatch<C>; ++b) {
-        const int i = first + b * 32 + lane, end = clamp(before + sums[b], 0, 0x7FFFFFFF);
-        if (i < table.segments) ptx::store_shared(table.at(i) + 8, __int_as_float(end - tiles[b]));
-        before = __shfl_sync(0xFFFFFFFF, end, 31);
+      for (int b = 0; b < kRun<C>; ++b) {
+        const int i = first + lane * kRun<C> + b;
+        if (i < table.segments)
+          ptx::store_shared(table.at(i) + 8, __int_as_float(clamp(sum + tiles[b], 0, kMostTiles) - tiles[b]));
+        sum += tiles[b];
       }
+      before = __shfl_sync(0xFFFFFFFF, clamp(sum, 0, kMostTiles), 31);
     }
     if (lane == 0) ptx::store_shared_4(totals, table.segments, before, 0, 0);
   }

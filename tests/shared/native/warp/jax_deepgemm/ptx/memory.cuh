@@ -1,0 +1,2 @@
+#pragma once
+#include <jax_deepgemm/ptx/warp.cuh>
