@@ -19,9 +19,12 @@ from jax_deepgemm.flax.linear import SwiGLU
 from jax_deepgemm.flax.prepared import weight
 from jax_deepgemm.flax.variables import as_input, check_dtype, check_recipe
 from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal
-from jax_deepgemm.moe import expert_parallel_moe, moe_layer, moe_mlp, moe_mlp_decode, route
+from jax_deepgemm.moe import ExpertForm, expert_parallel_moe, moe_layer, moe_mlp, moe_mlp_decode, route
 from jax_deepgemm.ops.gemm.tokens import Tokens
 from jax_deepgemm.ops.quantize import QuantizedArray
+from jax_deepgemm.ops.quantize.activation import Activation
+
+_PLAIN = ExpertForm()
 
 
 class Load(NamedTuple):
@@ -72,8 +75,8 @@ class MoE(nnx.Module):
       gate: nnx.Param [experts, hidden] float32, the router; its logits are computed in float32.
       bias: RouterBias [experts] float32, added to the scores in the choice of experts only; None without
         `balance`.
-      w13: nnx.Param [experts, 2 * intermediate, hidden], gate and up projections, gate first; after
-        `quantize_module` a QuantizedParam, as w2.
+      w13: nnx.Param [experts, 2 * intermediate, hidden], gate and up projections, gate first, or as form
+        says; after `quantize_module` a QuantizedParam, as w2.
       w2: nnx.Param [experts, hidden, intermediate], down projections.
       shared: `SwiGLU` that every token visits, or None.
 
@@ -82,6 +85,8 @@ class MoE(nnx.Module):
       intermediate: width of one expert.
       num_experts, top_k: experts there are, and experts of a token.
       shared_intermediate: width of the shared expert; 0: there is none.
+      form: how the experts are built, `jax_deepgemm.moe.ExpertForm`: activation, layout of w13 and w2, where
+        routing weights multiply, format of the scales. A shared expert is a SwiGLU, of gate | up.
       recipe: "fp8" or "bf16", of all products but the router's; quantised weights are used in FP8 either way.
       score, num_groups, top_groups, scale: as in `jax_deepgemm.moe.route`.
       renormalize: as in `route`. None: where top_k > 1; a single weight divided by itself would leave the
@@ -118,6 +123,7 @@ class MoE(nnx.Module):
         *,
         shared_intermediate: int = 0,
         recipe: str = "fp8",
+        form: ExpertForm = _PLAIN,
         score: str | None = "softmax",
         num_groups: int | None = None,
         top_groups: int | None = None,
@@ -134,7 +140,13 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.num_experts, self.top_k = num_experts, top_k
-        self.recipe = check_recipe("MoE", recipe)
+        self.recipe, self.form = check_recipe("MoE", recipe), form.checked("MoE")
+        self.scale_format = self.form.scale_format
+        if shared_intermediate and self.form.act != Activation():
+            raise ValueError(
+                f"MoE: shared_intermediate is {shared_intermediate} and form has {self.form.act}: the shared "
+                "expert here is a SwiGLU. Add one of yours to y, and leave shared_intermediate out."
+            )
         self.dtype = None if dtype is None else check_dtype("MoE", "dtype", dtype)
         self.score, self.num_groups, self.top_groups = score, num_groups, top_groups
         self.renormalize, self.scale = renormalize, scale
@@ -145,12 +157,14 @@ class MoE(nnx.Module):
         def experts(init: Initializer, *shape: int) -> nnx.Param:
             spec = None if expert_axis is None else P(expert_axis, None, None)
             shape = (num_experts, *shape)
-            return draw("MoE", init, rngs.params(), shape, param_dtype, spec=spec, mesh=mesh)
+            turned = self.form.weight_layout == "nk"
+            return draw("MoE", init, rngs.params(), shape, param_dtype, spec=spec, mesh=mesh, turned=turned)
 
         self.gate = draw("MoE", kernel_init, rngs.params(), (hidden, num_experts), jnp.float32)
         balance = score == "sigmoid" if balance is None else balance
         self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32)) if balance else nnx.data(None)
-        self.w13 = experts(GateUp(kernel_init), hidden, 2 * intermediate)
+        gate_up = GateUp(kernel_init, self.form.act.interleaved) if self.form.act.gated else kernel_init
+        self.w13 = experts(gate_up, hidden, self.form.act.halves * intermediate)
         self.w2 = experts(kernel_init, intermediate, hidden)
         self.shared = nnx.data(None)
         if shared_intermediate:
@@ -240,17 +254,17 @@ class MoE(nnx.Module):
     def _experts(self, *routed: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(y, dropped) of tokens, ids, weights."""
         operands: Any = (*routed, weight(self, "w13"), weight(self, "w2"))
-        recipe = self._recipe()
+        options: dict[str, Any] = {"recipe": self._recipe(), "form": self.form}
         if self.expert_axis is None:
-            return moe_mlp(*operands, recipe=recipe), jnp.zeros((), jnp.int32)
-        options: dict[str, Any] = {"method": self.method, "capacity_factor": self.capacity_factor}
+            return moe_mlp(*operands, **options), jnp.zeros((), jnp.int32)
+        options |= {"method": self.method, "capacity_factor": self.capacity_factor}
         if self.expert_axis in jax.sharding.get_abstract_mesh().manual_axes:
-            return expert_parallel_moe(*operands, axis=self.expert_axis, recipe=recipe, **options)
-        return moe_layer(*operands, mesh=self.mesh, expert_axis=self.expert_axis, recipe=recipe, **options)
+            return expert_parallel_moe(*operands, axis=self.expert_axis, **options)
+        return moe_layer(*operands, mesh=self.mesh, expert_axis=self.expert_axis, **options)
 
     def _few_tokens(self, *routed: jax.Array) -> tuple[jax.Array, jax.Array]:
         operands: Any = (*routed, weight(self, "w13"), weight(self, "w2"))
-        y = moe_mlp_decode(*operands, recipe=self._recipe())
+        y = moe_mlp_decode(*operands, recipe=self._recipe(), form=self.form)
         return y, jnp.zeros((), jnp.int32)
 
     def _recipe(self) -> str:

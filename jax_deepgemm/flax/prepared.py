@@ -67,13 +67,17 @@ def prepared_weights(module: nnx.Module) -> Iterator[None]:
             "recipe='fp8' and master weights. Leave the context out."
         )
     for layer, name, master in added:
-        setattr(layer, name, WeightCopies(prepare_weight(master).copies))
+        setattr(layer, name, WeightCopies(_copies(layer, master)))
     try:
         yield
     finally:
         for layer, name, _ in added:
             if hasattr(layer, name):
                 delattr(layer, name)
+
+
+def _copies(layer: nnx.Module, master: Any) -> Copies:
+    return prepare_weight(master, scale_format=getattr(layer, "scale_format", "f32")).copies
 
 
 def weight(layer: nnx.Module, name: str) -> Any:

@@ -25,13 +25,17 @@ zeros: Initializer = nnx.initializers.zeros_init()
 
 @dataclass(frozen=True)
 class GateUp:
-    """An initialiser that draws gate and up for themselves, (in, out / 2) each, side by side."""
+    """An initialiser that draws gate and up for themselves, (in, out / 2) each, side by side or in turns."""
 
     init: Initializer
+    interleaved: bool = False
 
     def __call__(self, key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
         half = (shape[0], shape[1] // 2)
-        return jnp.concatenate([self.init(key, half, dtype) for key in jax.random.split(key)], axis=1)
+        parts = [self.init(key, half, dtype) for key in jax.random.split(key)]
+        if self.interleaved:
+            return jnp.stack(parts, axis=-1).reshape(shape)
+        return jnp.concatenate(parts, axis=1)
 
 
 def draw(
@@ -43,6 +47,7 @@ def draw(
     *,
     spec: P | None = None,
     mesh: Mesh | None = None,
+    turned: bool = True,
 ) -> nnx.Param:
     """A Param [size], [out, in] or [experts, out, in], from an initialiser of vectors or matrices (in, out).
 
@@ -53,8 +58,9 @@ def draw(
       shape: (size,), (in, out) or (experts, in, out).
       spec: how the Param is cut; kept as its metadata.
       mesh: the mesh of that; default: that of `jax.set_mesh`. With neither, nothing is cut yet.
+      turned: False: stored (in, out) as drawn, of experts.
     """
-    value = _in_place(_Draw(where, init, shape, np.dtype(dtype)), key, spec, mesh)
+    value = _in_place(_Draw(where, init, shape, np.dtype(dtype), turned), key, spec, mesh)
     return nnx.Param(value, **sharding_metadata(spec))
 
 
@@ -66,17 +72,20 @@ class _Draw:
     init: Initializer
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    turned: bool = True
 
     @property
     def stored(self) -> tuple[int, ...]:
-        return self.shape if len(self.shape) < 2 else (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        turned = self.turned and len(self.shape) > 1
+        return self.shape if not turned else (*self.shape[:-2], self.shape[-1], self.shape[-2])
 
     def __call__(self, key: jax.Array) -> jax.Array:
         if len(self.shape) == 1:
             return self._drawn(key)
         if len(self.shape) == 2:
             return self._drawn(key).T
-        return jax.vmap(lambda key: self._drawn(key).T)(jax.random.split(key, self.shape[0]))
+        keys = jax.random.split(key, self.shape[0])
+        return jax.vmap(lambda key: self._drawn(key).T if self.turned else self._drawn(key))(keys)
 
     def _drawn(self, key: jax.Array) -> jax.Array:
         """The vector, or one matrix (in, out)."""

@@ -18,13 +18,15 @@ from jax_deepgemm.moe.dispatch import (
     take_quantized,
     take_rows,
 )
-from jax_deepgemm.moe.experts import Weight, check_weights
+from jax_deepgemm.moe.experts import Weight, check_weights, gemm_options, one_weight, weighted
+from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
 from jax_deepgemm.moe.placement import on_each_device
-from jax_deepgemm.ops.gemm.checks import PER_ROW
+from jax_deepgemm.ops.gemm.checks import PER_ROW, check_options
 from jax_deepgemm.ops.grouped import gated
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
+from jax_deepgemm.ops.grouped.op import M_MASKED_BF16
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
 from jax_deepgemm.ops.rows.api import move_rows
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_quantize
@@ -39,6 +41,7 @@ def moe_mlp_decode(
     *,
     max_rows: int | None = None,
     recipe: str = "fp8",
+    form: ExpertForm = PLAIN,
     expected_m: int | None = None,
     num_sms: int | None = None,
 ) -> jax.Array:
@@ -64,7 +67,7 @@ def moe_mlp_decode(
         at each call. Of PreparedWeights the FP8 copies are used, and the masters have no gradient.
       max_rows: rows of an expert; copies that find none, those of later tokens, are dropped: they count zero.
         Default: the number of tokens, so that nothing is dropped (a token's ids being distinct).
-      recipe, num_sms: as in `moe_mlp`.
+      recipe, form, num_sms: as in `moe_mlp`.
       expected_m: rows of an expert to expect, for the choice of the kernel; default: of a balanced load.
 
     Returns:
@@ -76,17 +79,19 @@ def moe_mlp_decode(
     For inference: with "fp8" differentiation raises; train with `moe_mlp`. On a mesh as `moe_mlp`; max_rows
     are then those of one device.
     """
-    x, ids, weights, w13, w2 = map(unwrapped, (x, ids, weights, w13, w2))
+    x, ids, weights, w2 = map(unwrapped, (x, ids, weights, w2))
+    w13, form = one_weight("moe_mlp_decode", w13, form), form.checked("moe_mlp_decode")
     check_tokens("moe_mlp_decode", x, ids, weights)
-    check_weights("moe_mlp_decode", x, w13, w2, recipe)
+    check_weights("moe_mlp_decode", x, w13, w2, recipe, form)
     if max_rows is not None and (max_rows < 0 or (max_rows == 0 and x.shape[0])):
         raise ValueError(f"moe_mlp_decode: max_rows is {max_rows}, need a positive number, or None.")
-    layer = functools.partial(_moe_mlp_decode, recipe, max_rows, expected_m, num_sms)
+    layer = functools.partial(_moe_mlp_decode, recipe, form, max_rows, expected_m, num_sms)
     return on_each_device("moe_mlp_decode", layer, (x, ids, weights, w13, w2))
 
 
 def _moe_mlp_decode(
     recipe: str,
+    form: ExpertForm,
     max_rows: int | None,
     expected_m: int | None,
     num_sms: int | None,
@@ -102,7 +107,7 @@ def _moe_mlp_decode(
     expected_m = _expected_rows(ids.size, experts, rows) if expected_m is None else expected_m
     row_weights = take_rows(weights.reshape(-1), plan.source)
     run = _bf16 if recipe == "bf16" else _fp8
-    y = run(x, w13, w2, plan, row_weights, expected_m, num_sms)
+    y = run(x, w13, w2, plan, row_weights, gemm_options(form, expected_m, num_sms), form)
     return sum_copies(y.reshape(experts * rows, x.shape[1]), plan.position)
 
 
@@ -123,11 +128,11 @@ def _fp8(
     w2: Weight,
     plan: DispatchPlan,
     row_weights: jax.Array,
-    expected_m: int | None,
-    num_sms: int | None,
+    gemms: fp8.LayerOptions,
+    form: ExpertForm,
 ) -> jax.Array:
     experts = w13.shape[0]
-    counts, options = plan.group_sizes, _Options(expected_m=expected_m, num_sms=num_sms)
+    counts, options = plan.group_sizes, _Options(expected_m=gemms.expected_m, num_sms=gemms.num_sms)
 
     def deep(z: jax.Array) -> jax.Array:
         return z.reshape(experts, row_weights.shape[0] // experts, *z.shape[1:])
@@ -135,16 +140,23 @@ def _fp8(
     def gemm(rows: QuantizedArray, w: QuantizedArray, out_dtype: DTypeLike) -> jax.Array:
         return m_grouped_fp8_gemm_nt_masked(rows, w, counts, out_dtype=out_dtype, **options)
 
-    taken = take_quantized(quantize(x, PER_ROW), plan.token)
+    quantized = functools.partial(quantize, block=PER_ROW, scale_format=form.scale_format)
+    if form.weights_first:
+        taken = quantized(weighted(take_rows(x, plan.token), row_weights))
+        row_weights = jnp.ones_like(row_weights)
+    else:
+        taken = take_quantized(quantized(x), plan.token)
     rows = QuantizedArray(deep(taken.values), deep(taken.scales), PER_ROW)
-    first, second = fp8.forward_weight(w13), fp8.forward_weight(w2)
+    first, second = (fp8.forward_weight(w, gemms) for w in (w13, w2))
     # Rows that do not count are undefined from here on, and stay among themselves: scales are per row.
-    if gated.fits(first):
+    if form.fuses and gated.fits(first):
         act = gated.m_masked_fp8_gemm_swiglu(rows, first, counts, deep(row_weights), **options)
     else:
         hidden = gemm(rows, first, jnp.bfloat16)
         flat = hidden.reshape(row_weights.shape[0], hidden.shape[2])
-        values, scales = swiglu_quantize(flat, row_weights, transposed=False)
+        values, scales = swiglu_quantize(
+            flat, row_weights, activation=form.act, transposed=False, scale_format=form.scale_format
+        )
         act = QuantizedArray(deep(values), deep(scales), PER_ROW)
     return gemm(act, second, x.dtype)
 
@@ -155,21 +167,42 @@ def _bf16(
     w2: Weight,
     plan: DispatchPlan,
     row_weights: jax.Array,
-    expected_m: int | None,
-    num_sms: int | None,
+    gemms: fp8.LayerOptions,
+    form: ExpertForm,
 ) -> jax.Array:
     experts = w13.shape[0]
 
     def gemm(a: jax.Array, w: Weight, out_dtype: DTypeLike) -> jax.Array:
         assert not isinstance(w, PreparedWeight | QuantizedArray)
+        a = a.reshape(experts, row_weights.shape[0] // experts, a.shape[-1])
+        if form.weight_layout == "kn":
+            return _masked_nn(a, w.astype(jnp.bfloat16), plan.group_sizes, gemms, out_dtype)
         return m_grouped_bf16_gemm_nt_masked(
-            a.reshape(experts, row_weights.shape[0] // experts, a.shape[-1]),
+            a,
             w.astype(jnp.bfloat16),
             plan.group_sizes,
-            expected_m,
+            gemms.expected_m,
             out_dtype=out_dtype,
-            num_sms=num_sms,
+            num_sms=gemms.num_sms,
         )
 
-    hidden = gemm(move_rows(x.astype(jnp.bfloat16), plan.token), w13, jnp.bfloat16)
-    return gemm(swiglu(hidden, row_weights.reshape(hidden.shape[:2])), w2, x.dtype)
+    if form.weights_first:
+        rows = weighted(take_rows(x, plan.token), row_weights).astype(jnp.bfloat16)
+        row_weights = jnp.ones_like(row_weights)
+    else:
+        rows = move_rows(x.astype(jnp.bfloat16), plan.token)
+    hidden = gemm(rows, w13, jnp.bfloat16)
+    act = swiglu(hidden, row_weights.reshape(hidden.shape[:2]), activation=form.act)
+    return gemm(act, w2, x.dtype)
+
+
+def _masked_nn(
+    a: jax.Array, b: jax.Array, counts: jax.Array, gemms: fp8.LayerOptions, out_dtype: DTypeLike
+) -> jax.Array:
+    """`m_grouped_bf16_gemm_nt_masked` of b [g, k, n]."""
+    op = "m_grouped_bf16_gemm_nn_masked"
+    if 0 in (*a.shape, *b.shape):
+        return jnp.zeros((*a.shape[:2], b.shape[2]), out_dtype)
+    options = check_options(op, out_dtype, jnp.float32, None, None, gemms.num_sms)
+    hints = {"zero_rows": False, "expected_m": gemms.expected_m}
+    return M_MASKED_BF16["nn"](a, b, counts, **hints, **vars(options))[0]

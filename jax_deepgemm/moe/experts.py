@@ -12,8 +12,9 @@ bfloat16, the transposed FP8 weights.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,21 @@ from jax.typing import ArrayLike
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
+from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.ops.gemm.checks import BLOCKED, PER_ROW
 from jax_deepgemm.ops.grouped import gated, linear
 from jax_deepgemm.ops.grouped import recipe as fp8
-from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_contiguous
 from jax_deepgemm.ops.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize, quantize_rows
-from jax_deepgemm.ops.quantize.prepared import Bits, Copies, cotangent, prepare_weight
+from jax_deepgemm.ops.quantize.join import concatenate
+from jax_deepgemm.ops.quantize.prepared import (
+    Bits,
+    as_it_came,
+    check_trained,
+    cotangent,
+    master_and_copies,
+    prepare_weight,
+)
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_grad_quantize, swiglu_quantize
 
 HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, as in jax.hessian)"
@@ -57,12 +66,39 @@ class Experts:
     """PartitionSpecs of w13 and w2 on Explicit axes, for their gradients."""
     prepared: tuple[bool, bool]
     """Whether w13 and w2 are PreparedWeights."""
+    form: ExpertForm
+    with_weights: bool = False
+    """Whether the layer returns (y, masters)."""
 
     @classmethod
-    def of(cls, rows: np.dtype[Any], w13: Weight, w2: Weight, gemms: fp8.LayerOptions) -> Experts:
+    def of(
+        cls,
+        rows: np.dtype[Any],
+        w13: Weight,
+        w2: Weight,
+        gemms: fp8.LayerOptions,
+        form: ExpertForm,
+        with_weights: bool = False,
+    ) -> Experts:
         (first, spec13), (second, spec2) = (linear.like(jax.tree.leaves(w)[0]) for w in (w13, w2))
         prepared = isinstance(w13, PreparedWeight), isinstance(w2, PreparedWeight)
-        return cls(gemms, w13.shape[0], np.dtype(rows), first, second, (spec13, spec2), prepared)
+        specs = spec13, spec2
+        return cls(gemms, w13.shape[0], np.dtype(rows), first, second, specs, prepared, form, with_weights)
+
+    def results(self, y: jax.Array, *weights: Weight) -> Any:
+        """y, or with_weights (y, masters): what the differentiated function of a layer returns."""
+        return (y, [master_and_copies(w)[0] for w in weights]) if self.with_weights else y
+
+    def cotangents(self, given: Any) -> tuple[jax.Array, Any]:
+        """Those of y, and of the masters that were handed on."""
+        return given if self.with_weights else (given, (None, None))
+
+    def public(self, results: Any, *weights: Weight) -> Any:
+        """y, or with_weights (y, (w13, w2)), from what the differentiated function returned."""
+        if not self.with_weights:
+            return results
+        y, masters = results
+        return y, tuple(map(as_it_came, weights, masters))
 
 
 class Kept(NamedTuple):
@@ -80,11 +116,25 @@ class Kept(NamedTuple):
     groups: fp8.Groups
 
 
+def gemm_options(
+    form: ExpertForm, expected_m: int | None, num_sms: int | None, group_blocks: bool = True
+) -> fp8.LayerOptions:
+    return fp8.LayerOptions(
+        expected_m,
+        num_sms,
+        group_blocks=group_blocks,
+        weight_layout=form.weight_layout,
+        scale_format=form.scale_format,
+    )
+
+
 def is_frozen(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize == 1
 
 
-def prepare_weights(w13: ArrayLike, w2: ArrayLike) -> tuple[PreparedWeight, PreparedWeight]:
+def prepare_weights(
+    w13: ArrayLike | Sequence[ArrayLike], w2: ArrayLike, *, form: ExpertForm = PLAIN
+) -> tuple[PreparedWeight, PreparedWeight]:
     """Both weights of the experts quantised once, for all calls of a training step: see `prepare_weight`.
 
     >>> import jax, jax.numpy as jnp
@@ -102,7 +152,9 @@ def prepare_weights(w13: ArrayLike, w2: ArrayLike) -> tuple[PreparedWeight, Prep
 
     Args:
       w13: [.., e, 2 * i, h] gate and up projections, bfloat16 or float32.
+        Or two arrays, (gate, up), which are joined here: the gradients are theirs.
       w2: [.., e, h, i] down projections, likewise.
+      form: as in `expert_mlp`.
 
     Returns:
       Two PreparedWeights, which `expert_mlp`, `moe_mlp`, `moe_layer` and `expert_parallel_moe` take in place
@@ -111,7 +163,43 @@ def prepare_weights(w13: ArrayLike, w2: ArrayLike) -> tuple[PreparedWeight, Prep
     Raises:
       TypeError, ValueError: as `prepare_weight`.
     """
-    return prepare_weight(w13), prepare_weight(w2)
+    one, form = one_weight("prepare_weights", w13, form), form.checked("prepare_weights")
+    first, second = (prepare_weight(w, scale_format=form.scale_format) for w in (one, w2))
+    return first, second
+
+
+@overload
+def expert_mlp(
+    rows: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    group_sizes: jax.Array,
+    row_weights: jax.Array | None = ...,
+    *,
+    recipe: str = ...,
+    form: ExpertForm = ...,
+    group_offset: ArrayLike | None = ...,
+    expected_m: int | None = ...,
+    num_sms: int | None = ...,
+    with_weights: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def expert_mlp(
+    rows: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    group_sizes: jax.Array,
+    row_weights: jax.Array | None = ...,
+    *,
+    recipe: str = ...,
+    form: ExpertForm = ...,
+    group_offset: ArrayLike | None = ...,
+    expected_m: int | None = ...,
+    num_sms: int | None = ...,
+    with_weights: Literal[True],
+) -> tuple[jax.Array, tuple[Any, Any]]: ...
 
 
 def expert_mlp(
@@ -122,10 +210,12 @@ def expert_mlp(
     row_weights: jax.Array | None = None,
     *,
     recipe: str = "fp8",
+    form: ExpertForm = PLAIN,
     group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
     num_sms: int | None = None,
-) -> jax.Array:
+    with_weights: bool = False,
+) -> Any:
     """y = (silu(gate) * up * row_weight) @ w2[e].T with gate | up = row @ w13[e].T, for the rows of each
     expert e.
 
@@ -140,18 +230,24 @@ def expert_mlp(
       rows: [m, h] bfloat16 or float32, sorted by expert (`dispatch`).
       w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or for
         "fp8" a PreparedWeight of them (`prepare_weights`; the gradient goes to its master), or a
-        QuantizedArray of block (128, 128) for a frozen weight, which has no gradient.
+        QuantizedArray of block (128, 128) for a frozen weight, which has no gradient. Or two arrays, (gate
+        [e, i, h], up [e, i, h]), masters or frozen, which are joined at each call, a copy.
       w2: [e, h, i] down projections, likewise.
       group_sizes: integer [e_all], rows of each expert.
       row_weights: float32 [m], factors of the rows (`spread_weights`); None: ones.
       recipe: "fp8": both GEMMs and their four gradients in FP8. "bf16": all in bfloat16.
+      form: how the model's experts are built (`ExpertForm`): activation, layout of the weights, where the
+        routing weight multiplies, format of the scales.
       group_offset: the expert of w13[0], where only a part of the experts is here.
       expected_m: rows of an expert to expect, for the choice of the kernel.
       num_sms: as in `fp8_gemm_nt`.
+      with_weights: also return w13 and w2, as they came. Where these are used in place of w13 and w2 from
+        there on, the products of weight gradients add to the gradients of the later uses, in their buffers
+        (with "bf16" XLA adds): see `accumulate_gradients`.
 
     Returns:
-      [m, h] in the dtype of rows. Rows behind the last group, and those of experts that are not here, are
-      zero.
+      [m, h] in the dtype of rows; or (that, (w13, w2)). Rows behind the last group, and those of experts
+      that are not here, are zero.
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
@@ -160,25 +256,78 @@ def expert_mlp(
     `jax.checkpoint` policies the kept FP8 activations are named "jdg_grouped_act_fp8", the kept FP8 weights
     "jdg_grouped_weight_fp8", and the first GEMM's result "jdg_moe_hidden".
     """
-    rows, w13, w2, group_sizes, row_weights = map(unwrapped, (rows, w13, w2, group_sizes, row_weights))
-    check("expert_mlp", rows, w13, w2, group_sizes, row_weights, recipe)
+    rows, w2, group_sizes, row_weights = map(unwrapped, (rows, w2, group_sizes, row_weights))
+    if with_weights:
+        check_trained("expert_mlp", w13=w13, w2=w2)
+    w13, form = one_weight("expert_mlp", w13, form), form.checked("expert_mlp")
+    check("expert_mlp", rows, w13, w2, group_sizes, row_weights, recipe, form)
     if row_weights is None:
         row_weights = jnp.ones(rows.shape[:1], jnp.float32)
     spec = linear.like(rows)[1]
     if spec is not None:
         row_weights = jax.sharding.reshard(row_weights, PartitionSpec(*spec[:1]))
     groups = fp8.Groups.of(group_sizes, group_offset)
-    gemms = fp8.LayerOptions(expected_m, num_sms, group_blocks=fp8.rows_are_whole(rows))
+    if form.weights_first:
+        rows, row_weights = _weighted(rows, row_weights, groups), jnp.ones_like(row_weights)
+    gemms = gemm_options(form, expected_m, num_sms, fp8.rows_are_whole(rows))
     leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups))
     rows, w13, w2, row_weights, groups = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16":  # gradients of replicated weights are summed in their own dtype, not in bfloat16
-        return _bf16(rows, w13, w2, groups, row_weights, gemms)
-    return _fp8(Experts.of(rows.dtype, w13, w2, gemms), rows, w13, w2, row_weights, groups)
+        y = _bf16(rows, w13, w2, groups, row_weights, gemms, form)
+        return (y, (w13, w2)) if with_weights else y
+    static = Experts.of(rows.dtype, w13, w2, gemms, form, with_weights)
+    return static.public(_fp8(static, rows, w13, w2, row_weights, groups), w13, w2)
 
 
-def check(where: str, rows: Any, w13: Any, w2: Any, sizes: Any, row_weights: Any, recipe: str) -> None:
+def one_weight(where: str, w13: Any, form: ExpertForm) -> Any:
+    """w13, of two arrays joined."""
+    if not isinstance(w13, tuple | list):
+        return unwrapped(w13)
+    if len(w13) != 2 or not form.act.gated or form.act.interleaved:
+        raise ValueError(
+            f"{where}: w13 is {len(w13)} arrays and the activation is {form.act}, need one array, or for "
+            "activations of gate and up that do not take turns two, (gate, up)."
+        )
+    gate, up = map(unwrapped, w13)
+    if isinstance(gate, PreparedWeight) or isinstance(up, PreparedWeight):
+        raise TypeError(
+            f"{where}: w13 is two weights, at least one of them prepared. Prepare them as one: "
+            "prepare_weights((gate, up), w2)."
+        )
+    if tuple(gate.shape) != tuple(up.shape) or gate.dtype != up.dtype:
+        raise ValueError(
+            f"{where}: w13 is (gate {gate.dtype.name} {list(gate.shape)}, up {up.dtype.name} "
+            f"{list(up.shape)}), need arrays of the same shape and dtype."
+        )
+    axis = -2 if form.weight_layout == "nk" else -1
+    if isinstance(gate, QuantizedArray):
+        return concatenate([gate, up], axis)
+    return jnp.concatenate([gate, up], axis)
+
+
+def weighted(rows: jax.Array, row_weights: jax.Array) -> jax.Array:
+    """Rows times their weights, rounded to the rows' dtype."""
+    return (rows.astype(jnp.float32) * row_weights[:, None]).astype(rows.dtype)
+
+
+def _weighted(rows: jax.Array, row_weights: jax.Array, groups: fp8.Groups) -> jax.Array:
+    """The same with zeros behind the last group, so that NaN there is in no gradient."""
+    counts = jnp.arange(rows.shape[0], dtype=jnp.int32) < groups.end(rows.shape[0])
+    return weighted(jnp.where(counts[:, None], rows, jnp.zeros_like(rows)), row_weights)
+
+
+def check(
+    where: str,
+    rows: Any,
+    w13: Any,
+    w2: Any,
+    sizes: Any,
+    row_weights: Any,
+    recipe: str,
+    form: ExpertForm,
+) -> None:
     linear.check_rows(where, "rows", rows)
-    check_weights(where, rows, w13, w2, recipe)
+    check_weights(where, rows, w13, w2, recipe, form)
     linear.check_sizes(where, sizes, w13.shape[0])
     if row_weights is not None and (
         tuple(row_weights.shape) != (rows.shape[0],) or row_weights.dtype != jnp.float32
@@ -189,31 +338,45 @@ def check(where: str, rows: Any, w13: Any, w2: Any, sizes: Any, row_weights: Any
         )
 
 
-def check_weights(where: str, x: Any, w13: Any, w2: Any, recipe: str) -> None:
+def check_weights(where: str, x: Any, w13: Any, w2: Any, recipe: str, form: ExpertForm) -> None:
     """w13 [e, 2 * i, h] and w2 [e, h, i] of x [.., h], for a recipe there is."""
     linear.check_recipe(where, recipe)
     linear.check_weight(where, "w13", w13, recipe)
     linear.check_weight(where, "w2", w2, recipe)
-    experts, hidden, intermediate = w2.shape
-    if tuple(w13.shape) != (experts, 2 * intermediate, hidden) or x.shape[-1] != hidden:
+    form.checked(where, w13=w13, w2=w2)
+    first, (experts, hidden, intermediate) = form.sizes(w13, w2)
+    if first != (experts, form.act.halves * intermediate, hidden) or x.shape[-1] != hidden:
+        inner = "2 * i" if form.act.gated else "i"
+        order = " (gate and up in turns)" if form.act.interleaved else " (gate, then up)"
+        order = order if form.act.gated else ""
+        need = [f"[e, {inner}, h]{order}", "[e, h, i]"]
+        if form.weight_layout == "kn":
+            need = [f"[e, h, {inner}]{order}", "[e, i, h]"]
         raise ValueError(
             f"{where}: inputs are {list(x.shape)}, w13 is {list(w13.shape)} and w2 is {list(w2.shape)}, "
-            "need [.., h], [e, 2 * i, h] (gate, then up) and [e, h, i]."
+            f"need [.., h], {need[0]} and {need[1]}. ExpertForm says other layouts and activations: form=."
         )
 
 
 def _bf16(
-    rows: jax.Array, w13: Any, w2: Any, groups: fp8.Groups, row_weights: jax.Array, gemms: fp8.LayerOptions
+    rows: jax.Array,
+    w13: Any,
+    w2: Any,
+    groups: fp8.Groups,
+    row_weights: jax.Array,
+    gemms: fp8.LayerOptions,
+    form: ExpertForm,
 ) -> jax.Array:
     gemm = functools.partial(
-        m_grouped_bf16_gemm_nt_contiguous,
+        linear.BF16_GEMMS[form.weight_layout],
         group_sizes=groups.sizes,
         group_offset=groups.offset,
         expected_m=gemms.expected_m,
         num_sms=gemms.num_sms,
     )
     hidden = checkpoint_name(gemm(rows.astype(jnp.bfloat16), w13.astype(jnp.bfloat16)), MOE_HIDDEN)
-    return gemm(swiglu(hidden, row_weights), w2.astype(jnp.bfloat16), out_dtype=rows.dtype)
+    act = swiglu(hidden, row_weights, activation=form.act)
+    return gemm(act, w2.astype(jnp.bfloat16), out_dtype=rows.dtype)
 
 
 def apply(
@@ -227,7 +390,7 @@ def apply(
     local: bool = True,
 ) -> jax.Array:
     """y of quantised rows and weights; nothing is kept. `local`: whether no mesh axis may cut the experts."""
-    act = _act(static, rows, w13, row_weights, groups, local and gated.fits(w13))
+    act = _act(static, rows, w13, row_weights, groups, local and static.form.fuses and gated.fits(w13))
     return fp8.m_grouped(act, w2, groups, static.gemms, static.rows)
 
 
@@ -254,7 +417,14 @@ def _act(
         )
     hidden = fp8.m_grouped(rows, w13, groups, gemms, jnp.bfloat16)
     end = groups.end(hidden.shape[0])
-    values, scales = swiglu_quantize(hidden, row_weights, end, transposed=False)
+    values, scales = swiglu_quantize(
+        hidden,
+        row_weights,
+        end,
+        activation=static.form.act,
+        transposed=False,
+        scale_format=static.form.scale_format,
+    )
     return QuantizedArray(values, scales, PER_ROW)
 
 
@@ -268,12 +438,12 @@ def apply_and_keep(
     groups: fp8.Groups,
 ) -> tuple[jax.Array, Kept]:
     """`apply` of the weights, and what `backward` needs."""
-    first, kept_w13 = _copies(w13)
-    second, kept_w2 = _copies(w2)
+    first, kept_w13 = _copies(static, w13)
+    second, kept_w2 = _copies(static, w2)
     hidden = checkpoint_name(fp8.m_grouped(rows, first, groups, static.gemms, jnp.bfloat16), MOE_HIDDEN)
     trained = not is_frozen(static.w2)
     counted = fp8.counted(groups, hidden.shape[0], static.gemms, trained)
-    values, scales, *act_t = swiglu_quantize(hidden, row_weights, **counted)
+    values, scales, *act_t = swiglu_quantize(hidden, row_weights, activation=static.form.act, **counted)
     y = fp8.m_grouped(QuantizedArray(values, scales, PER_ROW), second, groups, static.gemms, static.rows)
     return y, Kept(
         rows=None if along_rows is None else fp8.keep(*along_rows, GROUPED_ACT_FP8),
@@ -287,20 +457,29 @@ def apply_and_keep(
 
 
 def backward(
-    static: Experts, kept: Kept, dy: QuantizedArray, dy_along_rows: fp8.AlongRows | None
+    static: Experts,
+    kept: Kept,
+    dy: QuantizedArray,
+    dy_along_rows: fp8.AlongRows | None,
+    later: Any = (None, None),
 ) -> tuple[jax.Array, Any, Any, jax.Array]:
-    """(gradient of the rows, of w13, of w2, of the row weights)."""
+    """(gradient of the rows, of w13, of w2, of the row weights).
+
+    later: gradients of the later uses of w13 and w2, which theirs are added to; None where there are none.
+    """
     groups, gemms = kept.groups, static.gemms
     dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
     counted = fp8.counted(groups, dact.shape[0], gemms, kept.rows is not None)
-    gradients: Any = swiglu_grad_quantize(kept.hidden, kept.row_weights, dact, **counted)
+    gradients: Any = swiglu_grad_quantize(
+        kept.hidden, kept.row_weights, dact, activation=static.form.act, **counted
+    )
     dh, dh_scales, *dh_t, dweights = gradients
     dh_rows = QuantizedArray(dh, dh_scales, PER_ROW)
     drows = fp8.m_grouped(dh_rows, _for_dgrad(kept.w13, static.w13), groups, gemms, static.rows)
     dh_along_rows = fp8.AlongRows(*dh_t) if dh_t else None
     weight_gradient = functools.partial(_weight_gradient, static, groups, dact.shape[0])
-    dw13 = weight_gradient(dh_along_rows, kept.rows, static.w13, static.specs[0])
-    dw2 = weight_gradient(dy_along_rows, kept.act, static.w2, static.specs[1])
+    dw13 = weight_gradient(dh_along_rows, kept.rows, static.w13, static.specs[0], later[0])
+    dw2 = weight_gradient(dy_along_rows, kept.act, static.w2, static.specs[1], later[1])
     dw13, dw2 = map(_like_the_weight, static.prepared, (dw13, dw2))
     return drows, dw13, dw2, dweights
 
@@ -310,13 +489,12 @@ def _like_the_weight(prepared: bool, dw: jax.Array | None) -> Any:
     return cotangent(dw) if prepared else dw
 
 
-def _copies(w: Weight) -> tuple[QuantizedArray, Bits | _Pair]:
+def _copies(static: Experts, w: Weight) -> tuple[QuantizedArray, Bits | _Pair]:
     """The weight of the forward GEMM, and what the backward one needs: of a frozen one, itself."""
     if isinstance(w, QuantizedArray):
         linear.require_blocked("expert_mlp", w)
         return w, fp8.keep(w.values, w.scales, GROUPED_WEIGHT_FP8)
-    copies = w.copies if isinstance(w, PreparedWeight) else Copies.named(w, GROUPED_WEIGHT_FP8)
-    return copies.plain.meant, copies.transposed
+    return fp8.both_weights(*master_and_copies(w), static.gemms, GROUPED_WEIGHT_FP8)
 
 
 def _for_dgrad(kept: Bits | _Pair, dtype: np.dtype[Any]) -> QuantizedArray:
@@ -333,19 +511,22 @@ def _weight_gradient(
     kept: _Pair | None,
     dtype: np.dtype[Any],
     spec: PartitionSpec | None,
+    later: jax.Array | None,
 ) -> jax.Array | None:
     if kept is None or dy is None:
         return None
     x = fp8.AlongRows(*fp8.kept(kept))
-    return fp8.k_grouped(dy, x, groups, rows, static.num_groups, static.gemms, dtype, spec)
+    return fp8.k_grouped(dy, x, groups, rows, static.num_groups, static.gemms, dtype, spec, later)
 
 
 @functools.partial(ReverseOnly, "expert_mlp", fp8.HIGHER_ORDER)
 def _fp8(
     static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
-) -> jax.Array:
-    weights = fp8.forward_weight(w13), fp8.forward_weight(w2)
-    return apply(static, quantize(rows, PER_ROW), *weights, row_weights, groups, local=False)
+) -> Any:
+    weights = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
+    quantized_rows, _ = quantized(static, False, rows, groups)
+    y = apply(static, quantized_rows, *weights, row_weights, groups, local=False)
+    return static.results(y, w13, w2)
 
 
 def quantized(
@@ -354,19 +535,24 @@ def quantized(
     """x, or x[index], per row, and along rows if a weight's gradient needs that."""
     if trained:
         return fp8.both(x, groups, static.gemms, index)
-    return quantize(x, PER_ROW) if index is None else quantize_rows(x, index), None
+    form = static.form.scale_format
+    if index is None:
+        return quantize(x, PER_ROW, scale_format=form), None
+    return quantize_rows(x, index, scale_format=form), None
 
 
 def _fp8_fwd(
     static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
-) -> tuple[jax.Array, Kept]:
+) -> tuple[Any, Kept]:
     quantized_rows, along_rows = quantized(static, not is_frozen(static.w13), rows, groups)
-    return apply_and_keep(static, quantized_rows, along_rows, w13, w2, row_weights, groups)
+    y, kept = apply_and_keep(static, quantized_rows, along_rows, w13, w2, row_weights, groups)
+    return static.results(y, w13, w2), kept
 
 
-def _fp8_bwd(static: Experts, kept: Kept, dy: jax.Array) -> tuple[Any, ...]:
+def _fp8_bwd(static: Experts, kept: Kept, cotangents: Any) -> tuple[Any, ...]:
+    dy, later = static.cotangents(cotangents)
     quantized_dy, along_rows = quantized(static, not is_frozen(static.w2), dy, kept.groups)
-    drows, dw13, dw2, dweights = backward(static, kept, quantized_dy, along_rows)
+    drows, dw13, dw2, dweights = backward(static, kept, quantized_dy, along_rows, later)
     return drows, dw13, dw2, dweights, None
 
 

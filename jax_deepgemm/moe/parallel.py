@@ -32,8 +32,11 @@ from jax_deepgemm.moe.experts import (
     backward,
     check_weights,
     expert_mlp,
+    gemm_options,
     is_frozen,
+    one_weight,
 )
+from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
 from jax_deepgemm.moe.placement import cuts
 from jax_deepgemm.ops.gemm.checks import PER_ROW
@@ -53,6 +56,7 @@ def expert_parallel_moe(
     method: str = "all_to_all",
     capacity_factor: float | None = None,
     recipe: str = "fp8",
+    form: ExpertForm = PLAIN,
     expected_m: int | None = None,
     num_sms: int | None = None,
     emulate_ragged: bool | None = None,
@@ -91,7 +95,8 @@ def expert_parallel_moe(
         "all_to_all" in equal parts for every source device. None: room for the worst case, so that nothing is
         dropped; with "all_to_all" that much travels too. What has no room is dropped, the copies of later
         tokens first ("ragged": those of later devices); weights are not scaled up for it.
-      recipe, expected_m, num_sms: as in `moe_mlp`.
+      recipe, form, expected_m, num_sms: as in `moe_mlp`. With `form.weights_first` tokens travel in the dtype
+        of x also in FP8.
       emulate_ragged: "ragged" by an all-gather, for tests; default: in programs for CPUs.
 
     Returns:
@@ -105,15 +110,16 @@ def expert_parallel_moe(
     sum over them. In FP8 the weights' gradients see the tokens (and the gradients of the results) as they
     travelled: quantised per token, then once more along tokens. Deterministic.
     """
-    x, ids, weights, w13, w2 = map(unwrapped, (x, ids, weights, w13, w2))
+    x, ids, weights, w2 = map(unwrapped, (x, ids, weights, w2))
+    w13, form = one_weight("expert_parallel_moe", w13, form), form.checked("expert_parallel_moe")
     check_tokens("expert_parallel_moe", x, ids, weights)
-    check_weights("expert_parallel_moe", x, w13, w2, recipe)
+    check_weights("expert_parallel_moe", x, w13, w2, recipe, form)
     way.check_method("expert_parallel_moe", method, capacity_factor)
     experts = w13.shape[0]
     wire = way.plan_wire(axis, method, x.shape[0], ids.shape[1], experts, capacity_factor, emulate_ragged)
     exchange = way.plan_exchange(ids, experts, wire)
     expected_m = expected_rows(ids.size, experts) if expected_m is None else expected_m
-    if recipe == "bf16":
+    if recipe == "bf16" or form.weights_first:
         rows, row_weights = way.send_tokens(exchange, x), way.send_weights(exchange, weights)
         y = expert_mlp(
             rows,
@@ -122,11 +128,12 @@ def expert_parallel_moe(
             exchange.target.group_sizes,
             row_weights,
             recipe=recipe,
+            form=form,
             expected_m=expected_m,
             num_sms=num_sms,
         )
         return way.return_rows(exchange, y), exchange.dropped
-    static = Experts.of(x.dtype, w13, w2, fp8.LayerOptions(expected_m, num_sms))
+    static = Experts.of(x.dtype, w13, w2, gemm_options(form, expected_m, num_sms), form)
     leaves, tree = jax.tree.flatten((x, weights, w13, w2, exchange))
     return _fp8(static, *jax.tree.unflatten(tree, same_varying_axes(leaves))), exchange.dropped
 
@@ -144,6 +151,7 @@ def moe_layer(
     method: str = "all_to_all",
     capacity_factor: float | None = None,
     recipe: str = "fp8",
+    form: ExpertForm = PLAIN,
     expected_m: int | None = None,
     num_sms: int | None = None,
     emulate_ragged: bool | None = None,
@@ -171,7 +179,7 @@ def moe_layer(
       mesh: default: that of `jax.set_mesh`.
       expert_axis: mesh axis that cuts the experts.
       token_axes: mesh axes that cut the tokens, expert_axis among them; default: all.
-      method, capacity_factor, recipe, expected_m, num_sms, emulate_ragged: as in `expert_parallel_moe`.
+      method, capacity_factor, recipe, form, expected_m, num_sms, emulate_ragged: as in `expert_parallel_moe`.
 
     Returns:
       (y [t, h], dropped int32 []: copies of all tokens that had no room). On Explicit axes y is cut as x
@@ -181,9 +189,10 @@ def moe_layer(
       ValueError, TypeError: operands that do not fit, axes that the mesh has not, tokens or experts that the
       devices do not divide; the message names both sides.
     """
-    x, ids, weights, w13, w2 = map(unwrapped, (x, ids, weights, w13, w2))
+    x, ids, weights, w2 = map(unwrapped, (x, ids, weights, w2))
+    w13, form = one_weight("moe_layer", w13, form), form.checked("moe_layer")
     check_tokens("moe_layer", x, ids, weights)
-    check_weights("moe_layer", x, w13, w2, recipe)
+    check_weights("moe_layer", x, w13, w2, recipe, form)
     axes = mesh or jax.sharding.get_abstract_mesh()
     experts_over = way.axis_names(expert_axis)
     free = [name for name in axes.axis_names if name not in axes.manual_axes]
@@ -197,6 +206,7 @@ def moe_layer(
             method=method,
             capacity_factor=capacity_factor,
             recipe=recipe,
+            form=form,
             expected_m=expected_m,
             num_sms=num_sms,
             emulate_ragged=emulate_ragged,
@@ -260,9 +270,9 @@ class _Parcel(NamedTuple):
     numbers: jax.Array
 
 
-def _send(exchange: Exchange, x: jax.Array, numbers: jax.Array | None) -> _Parcel:
+def _send(exchange: Exchange, x: jax.Array, numbers: jax.Array | None, scale_format: str = "f32") -> _Parcel:
     """x [t, h], quantised per token, as rows of the experts; with numbers [t, top_k], one collective more."""
-    q = quantize(x, PER_ROW)
+    q = quantize(x, PER_ROW, scale_format=scale_format)
     values = from_words(way.tokens_to_rows(exchange, as_words(q.values)), q.dtype)
     if numbers is None:
         scales, row_numbers = way.tokens_to_rows(exchange, q.scales), jnp.zeros(0)
@@ -286,8 +296,8 @@ def _groups(exchange: Exchange) -> fp8.Groups:
 def _fp8(
     static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, exchange: Exchange
 ) -> jax.Array:
-    rows, row_weights = _send(exchange, x, weights)
-    quantized = fp8.forward_weight(w13), fp8.forward_weight(w2)
+    rows, row_weights = _send(exchange, x, weights, static.form.scale_format)
+    quantized = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     y = apply(static, rows, *quantized, row_weights, _groups(exchange))
     return way.rows_to_tokens(exchange, y)
 
@@ -295,7 +305,7 @@ def _fp8(
 def _fp8_fwd(
     static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, exchange: Exchange
 ) -> tuple[jax.Array, tuple[Kept, Exchange]]:
-    rows, row_weights = _send(exchange, x, weights)
+    rows, row_weights = _send(exchange, x, weights, static.form.scale_format)
     groups = _groups(exchange)
     along_rows = None if is_frozen(static.w13) else _along_rows(static, rows, groups)
     y, kept = apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups)
@@ -304,7 +314,7 @@ def _fp8_fwd(
 
 def _fp8_bwd(static: Experts, residuals: tuple[Kept, Exchange], dy: jax.Array) -> tuple[Any, ...]:
     kept, exchange = residuals
-    rows, _ = _send(exchange, dy, None)
+    rows, _ = _send(exchange, dy, None, static.form.scale_format)
     along_rows = None if is_frozen(static.w2) else _along_rows(static, rows, kept.groups)
     drows, dw13, dw2, drow_weights = backward(static, kept, rows, along_rows)
     dx = way.rows_to_tokens(exchange, drows)

@@ -288,7 +288,16 @@ OTHERS: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
         "give group_offset too",
         (lambda: general(XK, YK, S, INNER, num_groups=2, group_offset=0),),
     ),
-    "layer k": (lambda: layer(X, G_T, S), "passed as w.mT", (lambda: layer(X, G_T.mT, S),)),
+    "layer k": (
+        lambda: layer(X, G_T, S),
+        r"For weights stored \[g, k, n\] pass weight_layout='kn'",
+        (lambda: layer(X, G_T, S, weight_layout="kn"),),
+    ),
+    "layer frozen, turned": (
+        lambda: layer(X, jdg.quantize(G_T, (128, 128)), S, weight_layout="kn"),
+        r"jax_deepgemm\.quantize\(w\.mT, \(128, 128\)\), with weight_layout='nk'",
+        (lambda: layer(X, jdg.quantize(G_T.mT, (128, 128)), S),),
+    ),
     "layer rank": (
         lambda: layer(XM, G, S),
         r"x\.reshape\(-1, x\.shape\[-1\]\), or use jax\.vmap",

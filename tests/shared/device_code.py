@@ -11,12 +11,12 @@ INCLUDE = Path(jax_deepgemm.__file__).parent / "include" / "jax_deepgemm"
 
 
 def fields_of_concept(header: str, concept: str) -> dict[str, str]:
-    """Name -> explanation of every field that a configuration must have: lines `C::NAME;  // words`."""
+    """Name -> explanation of every field that a configuration must have: `C::NAME;  // words`, any letter."""
     [body] = re.findall(
         rf"^concept {concept} = requires {{\n(.*?)^}};", (INCLUDE / header).read_text(), re.M | re.S
     )
-    required = re.findall(r"C::(\w+);", body)
-    documented = re.findall(r"^ +(?:typename )?C::(\w+); +// (.+)$", body, re.M)
+    required = re.findall(r"[A-Z]::(\w+);", body)
+    documented = re.findall(r"^ +(?:typename )?[A-Z]::(\w+); +// (.+)$", body, re.M)
     assert required == [name for name, _ in documented], "a field without its line"
     return dict(documented)
 

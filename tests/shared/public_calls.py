@@ -26,6 +26,7 @@ TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 6, 256, 128, 4, 2
 
 WITHOUT_ARRAYS = {
     "GemmConfig", "GemmProblem", "QuantizedArray", "PreparedWeight", "DEEPSEEK_V3", "DispatchPlan",
+    "Activation", "ExpertForm", "GPT_OSS",
     "__version__", "config", "embed_kernels",
     "explain", "export_checks", "precompile", "from_tuple", "to_tuple", "from_qwix", "to_qwix",
     "scales_shape", "scales_spec", "get_tma_aligned_size", "get_k_alignment_for_contiguous_layout",
@@ -120,6 +121,10 @@ def _operands() -> dict[str, Any]:
         "powers": jnp.asarray(2.0 ** rng.integers(-3, 3, (TOKENS, 4)), jnp.float32),
         "ks": integers(128, 640),
         "words": jnp.asarray(rng.integers(1, 254, (TOKENS, 4)) * 0x01010101, jnp.int32),
+        "w13_t": normal(EXPERTS, HIDDEN, 2 * WIDTH, dtype=jnp.float32),
+        "w2_t": normal(EXPERTS, WIDTH, HIDDEN, dtype=jnp.float32),
+        "w13_half": normal(EXPERTS, WIDTH, HIDDEN, dtype=jnp.float32),
+        "ws_t_f32": normal(3, HIDDEN, WIDTH, dtype=jnp.float32),
     }  # fmt: skip
 
 
@@ -169,6 +174,14 @@ def _prepared(layer: Callable[..., Any]) -> Callable[..., Any]:
     return lambda x, ids, weights, w13, w2: layer(x, ids, weights, *moe.prepare_weights(w13, w2))
 
 
+def _accumulated(w: jax.Array, sums: jax.Array, x: jax.Array) -> Any:
+    def loss(w: Any, x: jax.Array) -> Any:
+        y, w = jdg.fp8_linear(x, w, with_weight=True)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), w
+
+    return jdg.accumulate_gradients(loss, jdg.prepare_weight(w), sums, x)
+
+
 def _layer(*args: Any) -> Any:
     return moe.moe_layer(*args, mesh=mesh_of_two())
 
@@ -179,6 +192,9 @@ def _general(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 MOE = ("x", "ids", "weights", "w13", "w2")
+TURNED_MOE = ("x", "ids", "weights", "w13_t", "w2_t")
+GPT_OSS = moe.ExpertForm(activation.GPT_OSS, "kn")
+RELU2 = moe.ExpertForm("relu2")
 FROZEN_MOE = ("x", "ids", "weights", "q_w13", "q_w2")
 with_f32 = functools.partial(functools.partial, out_dtype=jnp.float32)
 bf16_recipe = functools.partial(functools.partial, recipe="bf16")
@@ -301,6 +317,7 @@ FORWARD = (
     Call("grouped_linear", jdg.grouped_linear, ("x", "ws_f32", "sizes")),
     Call("prepare_weight", lambda x, w: jdg.fp8_linear(x, jdg.prepare_weight(w)), ("x", "w_f32")),
     Call("prepare_weights", _prepared(moe.moe_mlp), MOE),
+    Call("accumulate_gradients", _accumulated, ("w_f32", "w_f32", "x")),
     Call("swiglu", activation.swiglu, ("x", "row_weights")),
     Call("swiglu_quantize", activation.swiglu_quantize, ("x", "row_weights")),
     Call("swiglu_grad_quantize", activation.swiglu_grad_quantize, ("x", "row_weights", "dact")),
@@ -311,7 +328,11 @@ FORWARD = (
     Call("plan_dispatch, spread_weights", _row_weights, ("ids", "weights")),
     Call("expert_mlp", moe.expert_mlp, ("x", "w13", "w2", "expert_sizes", "row_weights")),
     Call("moe_mlp", moe.moe_mlp, FROZEN_MOE),
+    Call(
+        "moe_mlp relu2", functools.partial(moe.moe_mlp, form=RELU2), ("x", "ids", "weights", "w13_half", "w2")
+    ),
     Call("moe_mlp_decode", moe.moe_mlp_decode, FROZEN_MOE),
+    Call("moe_mlp_decode gpt-oss", functools.partial(moe.moe_mlp_decode, form=GPT_OSS), TURNED_MOE),
     Call("moe_mlp_decode bf16", bf16_recipe(moe.moe_mlp_decode), MOE),
     Call("expert_parallel_moe", _parallel("all_to_all"), FROZEN_MOE, mesh=True),
     Call("moe_layer", _layer, MOE, mesh=True),
@@ -344,6 +365,12 @@ GRADIENTS = (
     ),
     Call("dispatch, combine", _gradient(_dispatch_and_combine, 0, 2), ("x", "ids", "weights")),
     Call("moe_mlp", _gradient(moe.moe_mlp, 0, 2, 3, 4), MOE),
+    Call("moe_mlp gpt-oss", _gradient(functools.partial(moe.moe_mlp, form=GPT_OSS), 0, 2, 3, 4), TURNED_MOE),
+    Call(
+        "grouped_linear turned",
+        _gradient(functools.partial(jdg.grouped_linear, weight_layout="kn"), 0, 1),
+        ("x", "ws_t_f32", "sizes"),
+    ),
     Call("moe_mlp prepared", _gradient(_prepared(moe.moe_mlp), 0, 2, 3, 4), MOE),
     Call("moe_mlp bf16", _gradient(bf16_recipe(moe.moe_mlp), 0, 2, 3, 4), MOE),
     Call("moe_layer", _gradient(lambda *args: _layer(*args)[0], 0, 2, 3, 4), MOE, mesh=True),

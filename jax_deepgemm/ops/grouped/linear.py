@@ -22,8 +22,12 @@ from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.ops.gemm.checks import BLOCKED, OUT_DTYPES, PER_ROW, Side, check_options, layer_weight
 from jax_deepgemm.ops.grouped import recipe as fp8
-from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_contiguous
+from jax_deepgemm.ops.grouped.api import (
+    m_grouped_bf16_gemm_nn_contiguous,
+    m_grouped_bf16_gemm_nt_contiguous,
+)
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
+from jax_deepgemm.ops.quantize.api import SCALE_FORMATS
 from jax_deepgemm.ops.quantize.prepared import Bits, Copies, as_it_came, check_trained, master_and_copies
 
 GROUPED_OUT = "jdg_grouped_out"
@@ -32,6 +36,9 @@ GROUPED_ACT_FP8 = "jdg_grouped_act_fp8"
 """checkpoint_name of the FP8 activations kept for the weight gradient."""
 GROUPED_WEIGHT_FP8 = "jdg_grouped_weight_fp8"
 """checkpoint_name of the FP8 weights kept for the input gradient."""
+
+BF16_GEMMS = {"nk": m_grouped_bf16_gemm_nt_contiguous, "kn": m_grouped_bf16_gemm_nn_contiguous}
+"""The product of rows with weights of each layout; its derivatives read and write the same layout."""
 
 _WEIGHT = Side("w", "n", False, (BLOCKED, PER_ROW), ("g",))
 _Like: TypeAlias = tuple[np.dtype[Any], PartitionSpec | None]
@@ -92,6 +99,8 @@ def grouped_linear(
     group_sizes: jax.Array,
     *,
     recipe: str = "fp8",
+    weight_layout: str = "nk",
+    scale_format: str = "f32",
     group_offset: ArrayLike | None = None,
     out_dtype: DTypeLike = jnp.bfloat16,
     expected_m: int | None = None,
@@ -133,6 +142,10 @@ def grouped_linear(
         forward pass only.
       group_sizes: integer [g_all], g_all >= g. Any sizes; negative ones count as 0.
       recipe: "fp8" or "bf16".
+      weight_layout: "nk", or "kn" for masters and prepared weights [g, k, n], with gradients [g, k, n]. No
+        weight is transposed: BF16 products read either layout, and the pass that quantises for FP8 writes
+        both. Frozen weights are [g, n, k].
+      scale_format: with "fp8", of the scales of x, dy and masters: "f32", or "ue8m0" for powers of two.
       group_offset: the group of w[0], for a part of the weights; int or int32 array, default 0. Rows of
         groups without a weight here are zero in y and in dx.
       out_dtype: dtype of y, bfloat16 or float32. dx and dw have the dtypes of x and w.
@@ -159,10 +172,14 @@ def grouped_linear(
     weight = layer_weight("grouped_linear", _WEIGHT, w)
     check_rows("grouped_linear", "x", x)
     check_weight("grouped_linear", "w", weight, recipe)
-    if x.shape[1] != weight.shape[2]:
+    check_form("grouped_linear", weight_layout, scale_format, w=weight)
+    if x.shape[1] != weight.shape[1 + weight_layout.index("k")]:
+        stored = ", ".join(weight_layout)
+        other = "kn" if weight_layout == "nk" else "nk"
         raise ValueError(
             f"grouped_linear: x is {list(x.shape)} and w is {list(weight.shape)}, need x [m, k] and "
-            "w [g, n, k] with the same k. Weights stored [g, k, n] are passed as w.mT."
+            f"w [g, {stored}] with the same k. For weights stored [g, {', '.join(other)}] pass "
+            f"weight_layout={other!r}."
         )
     check_sizes("grouped_linear", group_sizes, weight.shape[0])
     if with_weight:
@@ -170,7 +187,7 @@ def grouped_linear(
     options = check_options("grouped_linear", out_dtype, reduce_dtype, out_sharding, None, num_sms)
     if recipe == "bf16":
         assert not isinstance(weight, QuantizedArray)
-        y = m_grouped_bf16_gemm_nt_contiguous(
+        y = BF16_GEMMS[weight_layout](
             x.astype(jnp.bfloat16),
             weight.astype(jnp.bfloat16),
             group_sizes,
@@ -190,7 +207,12 @@ def grouped_linear(
         out_dtype=options.out_dtype,
         out_sharding=options.out_sharding,
         gemms=fp8.LayerOptions(
-            expected_m, options.num_sms, options.reduce_dtype, group_blocks=fp8.rows_are_whole(x)
+            expected_m,
+            options.num_sms,
+            options.reduce_dtype,
+            fp8.rows_are_whole(x),
+            weight_layout,
+            scale_format,
         ),
         num_groups=weight.shape[0],
         x=like(x),
@@ -268,6 +290,26 @@ def check_weight(where: str, name: str, w: Any, recipe: str) -> None:
         raise ValueError(f"{where}: {name} is {list(w.shape)}, need [groups, n, k].")
 
 
+def check_form(where: str, weight_layout: Any, scale_format: Any, **weights: Any) -> None:
+    """Options that there are, and frozen weights as tensor cores read them."""
+    if weight_layout not in fp8.WEIGHT_LAYOUTS:
+        raise ValueError(
+            f"{where}: weight_layout is {weight_layout!r}, need 'nk' for weights [g, n, k], or 'kn' for "
+            "[g, k, n]."
+        )
+    if scale_format not in SCALE_FORMATS:
+        raise ValueError(
+            f"{where}: scale_format is {scale_format!r}, need 'f32', or 'ue8m0' for powers of two."
+        )
+    for name, w in weights.items():
+        if weight_layout != "nk" and isinstance(w, QuantizedArray):
+            raise ValueError(
+                f"{where}: {name} is quantised, and weight_layout is 'kn'. FP8 products read weights along "
+                "k, so that frozen ones are stored [g, n, k]. Quantise the transposed weight once: "
+                f"jax_deepgemm.quantize({name}.mT, (128, 128)), with weight_layout='nk'."
+            )
+
+
 def check_sizes(where: str, sizes: Any, groups: int) -> None:
     if not hasattr(sizes, "dtype") or not jnp.issubdtype(sizes.dtype, jnp.integer) or sizes.ndim != 1:
         given = f"{sizes.dtype} {list(sizes.shape)}" if hasattr(sizes, "dtype") else type(sizes).__name__
@@ -283,6 +325,10 @@ def _forward(layer: _Layer, x: QuantizedArray, w: QuantizedArray, groups: fp8.Gr
     return fp8.m_grouped(x, w, groups, layer.gemms, layer.out_dtype, layer.out_sharding)
 
 
+def _rows(layer: _Layer, x: jax.Array) -> QuantizedArray:
+    return quantize(x, PER_ROW, scale_format=layer.gemms.scale_format)
+
+
 def _input_gradient(layer: _Layer, dy: QuantizedArray, w_t: QuantizedArray, groups: fp8.Groups) -> jax.Array:
     dtype, spec = layer.x
     return fp8.m_grouped(dy, w_t, groups, layer.gemms, dtype, spec)
@@ -294,8 +340,8 @@ _first_order = functools.partial(ReverseOnly, "grouped_linear", fp8.HIGHER_ORDER
 @_first_order
 def _trained(layer: _Layer, x: jax.Array, w: jax.Array, copies: Copies | None, groups: fp8.Groups) -> Any:
     """w: the masters, whose copies are made here if there are none."""
-    weight = quantize(w, BLOCKED) if copies is None else copies.plain.meant
-    y = _forward(layer, quantize(x, PER_ROW), weight, groups)
+    weight = fp8.forward_weight(w if copies is None else PreparedWeight(w, copies), layer.gemms)
+    y = _forward(layer, _rows(layer, x), weight, groups)
     return (y, w) if layer.with_weight else y
 
 
@@ -303,10 +349,10 @@ def _trained_fwd(
     layer: _Layer, x: jax.Array, w: jax.Array, copies: Copies | None, groups: fp8.Groups
 ) -> tuple[Any, tuple[_Pair, Bits, fp8.Groups]]:
     rows, along_rows = fp8.both(x, groups, layer.gemms)
-    copies = Copies.named(w, GROUPED_WEIGHT_FP8) if copies is None else copies
+    weight, weight_t = fp8.both_weights(w, copies, layer.gemms, GROUPED_WEIGHT_FP8)
     act = fp8.keep(*along_rows, GROUPED_ACT_FP8)
-    y = _forward(layer, rows, copies.plain.meant, groups)
-    return (y, w) if layer.with_weight else y, (act, copies.transposed, groups)
+    y = _forward(layer, rows, weight, groups)
+    return (y, w) if layer.with_weight else y, (act, weight_t, groups)
 
 
 def _trained_bwd(
@@ -327,19 +373,19 @@ _trained.defvjp(_trained_fwd, _trained_bwd)
 
 @_first_order
 def _frozen(layer: _Layer, x: jax.Array, w: QuantizedArray, groups: fp8.Groups) -> jax.Array:
-    return _forward(layer, quantize(x, PER_ROW), w, groups)
+    return _forward(layer, _rows(layer, x), w, groups)
 
 
 def _frozen_fwd(layer: _Layer, x: jax.Array, w: QuantizedArray, groups: fp8.Groups) -> tuple[jax.Array, Any]:
     require_blocked("grouped_linear", w)
-    y = _forward(layer, quantize(x, PER_ROW), w, groups)
+    y = _forward(layer, _rows(layer, x), w, groups)
     return y, (fp8.keep(w.values, w.scales, GROUPED_WEIGHT_FP8), groups)
 
 
 def _frozen_bwd(layer: _Layer, residuals: tuple[_Pair, fp8.Groups], dy: jax.Array) -> tuple[Any, ...]:
     w, groups = residuals
     weight_t = fp8.transposed(QuantizedArray(*fp8.kept(w, layer.w[0]), BLOCKED))
-    return _input_gradient(layer, quantize(dy, PER_ROW), weight_t, groups), None, None
+    return _input_gradient(layer, _rows(layer, dy), weight_t, groups), None, None
 
 
 _frozen.defvjp(_frozen_fwd, _frozen_bwd)

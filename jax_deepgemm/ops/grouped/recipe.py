@@ -28,16 +28,19 @@ from jax.sharding import PartitionSpec
 
 from jax_deepgemm.core.op import mesh_of
 from jax_deepgemm.core.prefix import prefix_ends
-from jax_deepgemm.ops.gemm.checks import BLOCKED, FLOAT32, PER_ROW
+from jax_deepgemm.ops.gemm.checks import BLOCKED, FLOAT32, PER_ROW, Options
+from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.grouped.api import k_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_contiguous
 from jax_deepgemm.ops.grouped.checks import as_int32, check_offset
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
-from jax_deepgemm.ops.quantize.blocks import padded_sizes, row_blocks
+from jax_deepgemm.ops.quantize.blocks import row_blocks
 from jax_deepgemm.ops.quantize.fused import quantize_both
 from jax_deepgemm.ops.quantize.groups import quantize_groups
+from jax_deepgemm.ops.quantize.prepared import Bits, Copies
 
 E4M3 = np.dtype(jnp.float8_e4m3fn)
 RECIPES = ("fp8", "bf16")
+WEIGHT_LAYOUTS = ("nk", "kn")
 HIGHER_ORDER = "recipe='bf16'"
 """What has the derivatives that FP8 lacks, for errors."""
 
@@ -78,6 +81,10 @@ class LayerOptions:
     reduce_dtype: np.dtype[Any] = FLOAT32
     group_blocks: bool = True
     """Whether blocks of 128 rows begin with each group."""
+    weight_layout: str = "nk"
+    """How masters, their gradients and prepared weights are stored: [g, n, k] or [g, k, n]."""
+    scale_format: str = "f32"
+    """Of what the layer quantises: "f32", or "ue8m0" for powers of two."""
 
 
 def rows_are_whole(rows: jax.Array) -> bool:
@@ -101,18 +108,19 @@ def both(
     """
     if options.group_blocks:
         blocks = row_blocks(groups.sizes, x.shape[0] if index is None else index.shape[0])
-        values, scales, *along_rows = quantize_groups(x, blocks, index)
+        values, scales, *along_rows = quantize_groups(x, blocks, index, scale_format=options.scale_format)
     else:
         assert index is None
-        values, scales, *along_rows = quantize_both(x, groups.end(x.shape[0]))
+        end = groups.end(x.shape[0])
+        values, scales, *along_rows = quantize_both(x, end, scale_format=options.scale_format)
     return QuantizedArray(values, scales, PER_ROW), AlongRows(*along_rows)
 
 
 def counted(groups: Groups, rows: int, options: LayerOptions, transposed: bool) -> dict[str, Any]:
     """Arguments of swiglu_quantize and its gradient: which rows count, and whether they are transposed."""
     if transposed and options.group_blocks:
-        return {"blocks": row_blocks(groups.sizes, rows)}
-    return {"rows": groups.end(rows), "transposed": transposed}
+        return {"blocks": row_blocks(groups.sizes, rows), "scale_format": options.scale_format}
+    return {"rows": groups.end(rows), "transposed": transposed, "scale_format": options.scale_format}
 
 
 def transposed(w: QuantizedArray) -> QuantizedArray:
@@ -120,11 +128,28 @@ def transposed(w: QuantizedArray) -> QuantizedArray:
     return QuantizedArray(w.values.mT, w.scales.mT, (w.block[1], w.block[0]))
 
 
-def forward_weight(w: jax.Array | PreparedWeight | QuantizedArray) -> QuantizedArray:
-    """A master weight quantised, a prepared or frozen one as it is."""
+def forward_weight(w: jax.Array | PreparedWeight | QuantizedArray, options: LayerOptions) -> QuantizedArray:
+    """[g, n, k]: a master weight quantised, a prepared or frozen one as it is."""
+    if isinstance(w, QuantizedArray):
+        return w
     if isinstance(w, PreparedWeight):
-        return w.quantized
-    return w if isinstance(w, QuantizedArray) else quantize(w, BLOCKED)
+        return w.quantized if options.weight_layout == "nk" else w.transposed
+    if options.weight_layout == "nk":
+        return quantize(w, BLOCKED, scale_format=options.scale_format)
+    return Copies.of(w, options.scale_format).transposed.meant  # the pass that quantises transposes too
+
+
+def both_weights(
+    w: jax.Array, copies: Copies | None, options: LayerOptions, name: str
+) -> tuple[QuantizedArray, Bits]:
+    """A weight as the forward GEMM reads it, [g, n, k], and as that of the input gradient does, [g, k, n].
+
+    copies: of a prepared weight, or None; those that are made here wait under a checkpoint_name.
+    """
+    made = copies is None
+    plain, transposed = Copies.of(w, options.scale_format) if copies is None else copies
+    forth, back = (plain, transposed) if options.weight_layout == "nk" else (transposed, plain)
+    return forth.meant, Bits(*(checkpoint_name(part, name) for part in back)) if made else back
 
 
 def m_grouped(
@@ -160,12 +185,15 @@ def k_grouped(
     out_sharding: PartitionSpec | None = None,
     c: jax.Array | None = None,
 ) -> jax.Array:
-    """[num_groups, n, k]: C plus the sum over each group's rows of dy [row, n] * x [row, k]."""
-    a, b = (QuantizedArray(q.values, q.scales.T, PER_ROW) for q in (dy, x))
+    """C plus the sum over each group's rows of dy [row, n] * x [row, k], stored as the weights are."""
+    pair = (dy, x) if options.weight_layout == "nk" else (x, dy)
+    if options.group_blocks:
+        return _k_grouped_blocks(*pair, groups, rows, num_groups, options, out_dtype, out_sharding, c)
+    a, b = (QuantizedArray(q.values, q.scales.T, PER_ROW) for q in pair)
     return k_grouped_fp8_gemm_nt_contiguous(
         a,
         b,
-        padded_sizes(groups.sizes, rows) if options.group_blocks else groups.sizes,
+        groups.sizes,
         c,
         num_groups=num_groups,
         group_offset=groups.offset,
@@ -174,6 +202,28 @@ def k_grouped(
         reduce_dtype=_reduce_dtype(options, out_dtype),
         num_sms=options.num_sms,
     )
+
+
+def _k_grouped_blocks(
+    a: AlongRows,
+    b: AlongRows,
+    groups: Groups,
+    rows: int,
+    num_groups: int,
+    options: LayerOptions,
+    out_dtype: Any,
+    out_sharding: PartitionSpec | None,
+    c: jax.Array | None,
+) -> jax.Array:
+    """The same of operands whose groups begin with a block, for the kernel that knows it."""
+    dtype = np.dtype(out_dtype)
+    form = Options(dtype, _reduce_dtype(options, dtype), out_sharding, None, options.num_sms)
+    if 0 in (a.values.shape[0], b.values.shape[0], rows):
+        return ops.empty_products("mk,nk->mn", a.values, b.values, c, num_groups, form)
+    run = ops.K_GROUPED_FP8 if c is None else ops.K_GROUPED_FP8_ADD
+    sizes = jnp.diff(prefix_ends(groups.sizes, rows), prepend=0)
+    arrays = (a.values, a.scales, b.values, b.scales, sizes, groups.offset, *(() if c is None else (c,)))
+    return run(*arrays, rows_format="blocks", num_groups=num_groups, **vars(form))[0]
 
 
 def _reduce_dtype(options: LayerOptions, out_dtype: Any) -> np.dtype[Any]:

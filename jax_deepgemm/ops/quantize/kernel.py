@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_deepgemm.core.family import OpKernel
+from jax_deepgemm.ops.quantize.activation import SILU, Activation
 from jax_deepgemm.ops.quantize.array import Block
 from jax_deepgemm.ops.quantize.family import FAMILY
 from jax_deepgemm.ops.quantize.problem import TILE, QuantizeProblem
@@ -24,6 +25,7 @@ def problem_of(
     limited: bool = False,
     weighted: bool = False,
     min_amax: float = 0.0,
+    activation: Activation = SILU,
     blocked: bool = False,
     indexed: bool = False,
 ) -> QuantizeProblem:
@@ -41,6 +43,7 @@ def problem_of(
         min_amax=min_amax,
         limited=limited,
         weighted=weighted,
+        activation=activation,
         batches=batches[0] if batches else 1,
         blocks=avals_out[2].shape[1] // TILE if blocked else 0,
         indexed=indexed,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jax_deepgemm.ops.quantize.activation import SILU, Activation
+
 TILE = 128
 
 
@@ -12,7 +14,7 @@ class QuantizeProblem:
     """What is quantised and how.
 
     Attributes:
-      kind: "quantize" (x itself), "swiglu" (of h = gate | up) or "swiglu_grad" (the gradient of h).
+      kind: "quantize" (x itself), "swiglu" (the activation of h) or "swiglu_grad" (the gradient of h).
       rows, cols: of the quantised matrix.
       x: dtype of what is read.
       fp8: dtype of what is written.
@@ -25,6 +27,7 @@ class QuantizeProblem:
         128 rows from row 0 on.
       indexed: an operand says which row of x each row is.
       weighted: "swiglu" and its gradient have a factor per row.
+      activation: of "swiglu" and its gradient.
       batches: number of matrices.
     """
 
@@ -39,6 +42,7 @@ class QuantizeProblem:
     min_amax: float = 0.0
     limited: bool = False
     weighted: bool = False
+    activation: Activation = SILU
     batches: int = 1
     blocks: int = 0
     indexed: bool = False
@@ -48,8 +52,9 @@ class QuantizeProblem:
         flags |= {f"blocks={self.blocks}": self.blocks > 0, "indexed": self.indexed}
         flags |= {"weights": self.weighted, f"batches={self.batches}": self.batches > 1}
         shape, block = f"{self.rows}x{self.cols}", f"{self.block[0]}x{self.block[1]}"
+        kind = " ".join([self.kind, *([self.activation.tag] if self.activation.tag else [])])
         return " ".join(
-            [self.kind, shape, block, f"{self.x} -> {self.fp8}", *(name for name, on in flags.items() if on)]
+            [kind, shape, block, f"{self.x} -> {self.fp8}", *(name for name, on in flags.items() if on)]
         )
 
     @property
@@ -59,8 +64,8 @@ class QuantizeProblem:
 
     @property
     def width(self) -> int:
-        """Features of SwiGLU's result."""
-        return self.cols // 2 if self.kind == "swiglu_grad" else self.cols
+        """Features of the activation's result."""
+        return self.cols // self.activation.halves if self.kind == "swiglu_grad" else self.cols
 
     @property
     def aligned(self) -> bool:
@@ -75,7 +80,14 @@ class QuantizeProblem:
     @property
     def pairs(self) -> bool:
         """The gradients of gate and up are computed together."""
-        return self.kind == "swiglu_grad" and self.width % TILE == 0 and self.x != "float32"
+        apart = self.activation.gated and not self.activation.interleaved
+        return self.kind == "swiglu_grad" and apart and self.width % TILE == 0 and self.x != "float32"
+
+    @property
+    def summed(self) -> int:
+        """Tiles of the gradient of h, side by side, of which each gives the weights' gradient a part."""
+        features = self.cols if self.activation.interleaved else self.width
+        return -(-features // TILE)
 
     @property
     def streamed(self) -> bool:

@@ -14,6 +14,7 @@ from jax_deepgemm.core.chip import Chip
 from jax_deepgemm.core.family import Kernels, Operands
 from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Param, Result, Scalar, Scratch
 from jax_deepgemm.jit import KernelSource, compile_kernel
+from jax_deepgemm.ops.quantize.activation import Activation
 from jax_deepgemm.ops.quantize.problem import TILE, QuantizeProblem
 
 SUM_THREADS = 256
@@ -34,11 +35,20 @@ struct Config {{
   static constexpr bool BLOCKED = {blocked}, INDEXED = {indexed};
   static constexpr bool WEIGHTED = {weighted}, ALIGNED = {aligned}, ALIGNED_T = {aligned_t};
 }};
-
+{activation}
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
   const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols, {rows_t}}};
   {body}
 }}
+"""
+
+# include/jax_deepgemm/swiglu/activation.cuh says what each field means.
+_ACTIVATION = """
+struct Act {{
+  static constexpr jdg::Function FUNCTION = jdg::Function::{function};
+  static constexpr float LIMIT = {limit}, ALPHA = {alpha}, SHIFT = {shift};
+  static constexpr bool INTERLEAVED = {interleaved};
+}};
 """
 
 _SUM_TEXT = """\
@@ -50,18 +60,22 @@ extern "C" __global__ void {name}(const float* parts, float* sums, int tiles, in
 """
 
 _ROWS = "const jdg::CountedRows counted = {{{limit}, {blocks}, {batched_limit}}};\n  "
-_INPUTS = _ROWS + "const jdg::SwigluInputs<Config::In> in = {{h, {weight}, {dact}, {flags}, {width}}};\n  "
+_INPUTS = (
+    _ROWS + "using Inputs = jdg::SwigluInputs<Config::In, jdg::kHalves<Act>>;\n  "
+    "const Inputs in = {{h, {weight}, {dact}, {flags}, {width}}};\n  "
+)
 _BODIES = {
     "quantize": _ROWS + "jdg::quantize<Config>({{x, {index}, {sources}, batched_x, {stripe}}}, counted, to);",
     "quantize_stream": _ROWS
     + "jdg::quantize_stream<Config>({{x, {index}, {sources}, 0, {stripe}}}, counted, to, tiles);",
-    "swiglu": _INPUTS + "jdg::swiglu<Config>(in, counted, to);",
-    "swiglu_grad": _INPUTS + "jdg::swiglu_grad<Config>(in, counted, to, {parts});",
-    "swiglu_grad_pairs": _INPUTS + "jdg::swiglu_grad_pairs<Config>(in, counted, to, {parts}, tiles);",
+    "swiglu": _INPUTS + "jdg::swiglu<Config, Act>(in, counted, to);",
+    "swiglu_grad": _INPUTS + "jdg::swiglu_grad<Config, Act>(in, counted, to, {parts});",
+    "swiglu_grad_pairs": _INPUTS + "jdg::swiglu_grad_pairs<Config, Act>(in, counted, to, {parts}, tiles);",
 }
 _TYPES = {"bfloat16": "jdg::bf16", "float16": "jdg::f16", "float32": "float"}
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 _FP8 = {"float8_e4m3fn": "E4m3", "float8_e5m2": "E5m2"}
+_FUNCTIONS = {"silu": "kSilu", "gelu": "kGelu", "relu2": "kReluSquared"}
 _SCALES = {(1, TILE): "kRow", (TILE, 1): "kColumn", (TILE, TILE): "kBlock"}
 
 
@@ -143,7 +157,14 @@ def _body(p: QuantizeProblem) -> str:
 
 def kernel_name(p: QuantizeProblem) -> str:
     """The name that profilers show."""
-    parts = ["jdg", _body(p), f"{p.block[0]}x{p.block[1]}", _SHORT[p.x], _FP8[p.fp8].lower()]
+    parts = [
+        "jdg",
+        _body(p),
+        *([p.activation.tag] if p.activation.tag else []),
+        f"{p.block[0]}x{p.block[1]}",
+        _SHORT[p.x],
+        _FP8[p.fp8].lower(),
+    ]
     shape = cut_of(p)
     parts += [f"tile{shape.height}x{shape.across * TILE}"] if shape.height != TILE else []
     flags = {
@@ -189,6 +210,20 @@ def _integers(p: QuantizeProblem) -> list[str]:
     ]
 
 
+def _literal(number: float) -> str:
+    return f"{np.float32(number).item().hex()}f"
+
+
+def _activation(a: Activation) -> str:
+    return _ACTIVATION.format(
+        function=_FUNCTIONS[a.function],
+        limit="jdg::kInfinity" if a.limit is None else _literal(a.limit),
+        alpha=_literal(a.alpha),
+        shift=_literal(a.shift),
+        interleaved=str(a.interleaved).lower(),
+    )
+
+
 def kernel_source(p: QuantizeProblem) -> KernelSource:
     """The source of the kernel that solves p, equal for all sizes that are aligned and divided alike."""
     shape = cut_of(p)
@@ -201,7 +236,7 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
     flags = ", ".join(name for name in _integers(p) if name.startswith("batched") and "limit" not in name)
     given |= {"sources": "sources" if p.indexed else "rows", "stripe": "stripe" if p.indexed else "1"}
     given |= {"batched_limit": "batched_limit"}
-    width = "cols / 2" if p.kind == "swiglu_grad" else "cols"
+    width = f"cols / {p.activation.halves}" if p.kind == "swiglu_grad" else "cols"
     name = kernel_name(p)
     body = _BODIES[_body(p)]
     text = _TEXT.format(
@@ -209,7 +244,8 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
         x=_TYPES[p.x],
         fp8=_FP8[p.fp8],
         scales=_SCALES[p.block],
-        min_amax=f"{np.float32(p.min_amax).item().hex()}f",
+        min_amax=_literal(p.min_amax),
+        activation="" if p.kind == "quantize" else _activation(p.activation),
         tiles=2 if p.pairs else shape.across,
         height=shape.height,
         rows_of_a_thread=shape.rows,
@@ -258,7 +294,7 @@ def _plan(p: QuantizeProblem, config: None, chip: Chip, given: Operands) -> Laun
     )
     if not sums:
         return LaunchPlan((launch,), label=str(p))
-    columns = -(-p.width // TILE)
+    columns = p.summed
     integers = (columns, p.rows, p.batches)
     add = Launch(
         kernel=compile_kernel(sum_source(), arch=chip.arch),

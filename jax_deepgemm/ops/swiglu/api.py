@@ -1,4 +1,4 @@
-"""swiglu, swiglu_quantize, swiglu_grad_quantize."""
+"""swiglu, swiglu_quantize, swiglu_grad_quantize: for SwiGLU and the other activations of experts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.ops.quantize.activation import SILU, Activation, as_activation
 from jax_deepgemm.ops.quantize.api import checked_input
 from jax_deepgemm.ops.quantize.blocks import check_blocks
 from jax_deepgemm.ops.quantize.fused import row_limit
@@ -22,21 +23,24 @@ from jax_deepgemm.ops.swiglu.op import (
 )
 
 
-def swiglu(h: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+def swiglu(
+    h: jax.Array, weight: jax.Array | None = None, *, activation: str | Activation = SILU
+) -> jax.Array:
     """silu(gate) * up * weight of h = gate | up, computed in float32 and rounded once.
 
     For FP8 use `swiglu_quantize`. This one is jnp, which XLA fuses, with derivatives of any order; for them h
     and weight are kept, and nothing else.
 
     Args:
-      h: [.., 2 i] bfloat16, float16 or float32.
+      h: [.., 2 i] bfloat16, float16 or float32; [.., i] for an activation without a gate.
       weight: [..] a factor per row, or None.
+      activation: "silu", "gelu", "relu2", or an `Activation`, which says what they are.
 
     Returns:
       [.., i] in h's dtype.
 
     Raises:
-      ValueError: h whose last dimension is odd, a weight of another shape than h's rows.
+      ValueError: h whose last dimension is odd, a weight of another shape than h's rows, another activation.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020), SwiGLU with beta = 1.
 
@@ -44,7 +48,8 @@ def swiglu(h: jax.Array, weight: jax.Array | None = None) -> jax.Array:
     >>> [f"{act:.3f}" for act in swiglu(h, jnp.array([2.0]))[0].tolist()]
     ['14.621', '70.464']
     """
-    if h.ndim < 1 or h.shape[-1] % 2:
+    activation = as_activation("swiglu", activation)
+    if h.ndim < 1 or h.shape[-1] % activation.halves:
         raise ValueError(f"swiglu: h has shape {list(h.shape)}, need [.., 2 i], gate and up side by side.")
     if weight is not None and weight.shape != h.shape[:-1]:
         raise ValueError(
@@ -53,7 +58,7 @@ def swiglu(h: jax.Array, weight: jax.Array | None = None) -> jax.Array:
         )
 
     def compute(h: jax.Array, weight: jax.Array | None) -> jax.Array:
-        return reference.act(h, weight, None).astype(h.dtype)
+        return reference.act(h, weight, None, activation).astype(h.dtype)
 
     return jax.checkpoint(compute)(h, weight)
 
@@ -63,6 +68,7 @@ def swiglu_quantize(
     weight: ArrayLike | None = None,
     rows: ArrayLike | None = None,
     *,
+    activation: str | Activation = SILU,
     blocks: ArrayLike | None = None,
     transposed: bool = True,
     dtype: DTypeLike = jnp.float8_e4m3fn,
@@ -71,9 +77,11 @@ def swiglu_quantize(
     """act = silu(gate) * up * weight in float32, quantised as `quantize_both` does, without storing act.
 
     Args:
-      h: [m, 2 i] bfloat16, float16 or float32: gate | up. More dimensions: jax.vmap.
+      h: [m, 2 i] bfloat16, float16 or float32: gate | up; [m, i] for an activation without a gate. More
+        dimensions: jax.vmap.
       weight: [m] float32, a factor per row, or None.
       rows: int32 scalar or [1]; rows from here on count as zeros, whatever they hold. None: all count.
+      activation: as in `swiglu`, in the place of silu(gate) * up.
       blocks: int32 [b, 4], `row_blocks(group_sizes, m)`, instead of rows: the transposed copy's blocks begin
         with each group, as `quantize_groups` has them.
       transposed: also give the transposed copy, which the weight gradient of the next GEMM reads.
@@ -97,14 +105,15 @@ def swiglu_quantize(
     >>> values.shape, values_t.shape, f"{values[0, 0].astype(jnp.float32) * scales[0, 0]:.3f}"
     ((2, 128), (128, 2), '1.964')
     """
-    h, dtype = _checked_h("swiglu_quantize", h, dtype, scale_format)
+    activation = as_activation("swiglu_quantize", activation)
+    h, dtype = _checked_h("swiglu_quantize", h, dtype, scale_format, activation)
     weights = _checked_weight("swiglu_quantize", h, weight)
     limit = row_limit("swiglu_quantize", rows)
     if blocks is not None:
         table = _blocks("swiglu_quantize", blocks, rows, transposed)
-        grouped = swiglu_groups_op(dtype, scale_format, bool(weights))
+        grouped = swiglu_groups_op(dtype, scale_format, bool(weights), activation)
         return tuple(grouped(*same_varying_axes([h, *weights, *table])))
-    op = swiglu_op(dtype, scale_format, bool(transposed), bool(weights), bool(limit))
+    op = swiglu_op(dtype, scale_format, bool(transposed), bool(weights), bool(limit), activation)
     return tuple(op(*same_varying_axes([h, *weights, *limit])))
 
 
@@ -114,6 +123,7 @@ def swiglu_grad_quantize(
     dact: ArrayLike,
     rows: ArrayLike | None = None,
     *,
+    activation: str | Activation = SILU,
     blocks: ArrayLike | None = None,
     transposed: bool = True,
     dtype: DTypeLike = jnp.float8_e4m3fn,
@@ -125,7 +135,8 @@ def swiglu_grad_quantize(
         dweight = sum over the features of dact * silu(gate) * up
 
     Args:
-      h, weight, rows, blocks, transposed, dtype, scale_format: as in `swiglu_quantize`.
+      h, weight, rows, activation, blocks, transposed, dtype, scale_format: as in `swiglu_quantize`. Of
+        another activation dh is likewise dact * weight * its derivatives, in the columns that h has them in.
       dact: [m, i] in h's dtype, the gradient of act.
 
     Returns:
@@ -144,21 +155,22 @@ def swiglu_grad_quantize(
     ((2, 256), (2, 2), '280.73')
     """
     where = "swiglu_grad_quantize"
-    h, dtype = _checked_h(where, h, dtype, scale_format)
+    activation = as_activation(where, activation)
+    h, dtype = _checked_h(where, h, dtype, scale_format, activation)
     weights = _checked_weight(where, h, weight)
     dact = jnp.asarray(dact)
-    wanted = (h.shape[0], h.shape[1] // 2)
+    wanted = (h.shape[0], h.shape[1] // activation.halves)
     if dact.shape != wanted or dact.dtype != h.dtype:
         raise ValueError(
             f"{where}: dact is {dact.dtype.name}{list(dact.shape)}, need {h.dtype.name}{list(wanted)}, the "
-            f"type of h ({list(h.shape)}) with half its columns. Convert it: dact.astype(h.dtype)."
+            f"type of h ({list(h.shape)}) with a column per feature. Convert it: dact.astype(h.dtype)."
         )
     limit = row_limit(where, rows)
     if blocks is None:
-        op = swiglu_grad_op(dtype, scale_format, bool(transposed), bool(weights), bool(limit))
+        op = swiglu_grad_op(dtype, scale_format, bool(transposed), bool(weights), bool(limit), activation)
     else:
         limit = _blocks(where, blocks, rows, transposed)
-        op = swiglu_grad_groups_op(dtype, scale_format, bool(weights))
+        op = swiglu_grad_groups_op(dtype, scale_format, bool(weights), activation)
     results = tuple(op(*same_varying_axes([h, *weights, dact, *limit])))
     return results if weights else (*results, None)
 
@@ -172,9 +184,11 @@ def _blocks(where: str, blocks: Any, rows: Any, transposed: bool) -> list[jax.Ar
     return check_blocks(where, blocks)
 
 
-def _checked_h(where: str, h: Any, dtype: Any, scale_format: str) -> tuple[jax.Array, np.dtype]:
+def _checked_h(
+    where: str, h: Any, dtype: Any, scale_format: str, activation: Activation
+) -> tuple[jax.Array, np.dtype]:
     h, _, dtype = checked_input(h, (1, 128), dtype, scale_format, where)
-    if h.ndim != 2 or h.shape[1] % 2:
+    if h.ndim != 2 or h.shape[1] % activation.halves:
         raise ValueError(
             f"{where}: h has shape {list(h.shape)}, need [m, 2 i], gate and up side by side. For stacked "
             "matrices use jax.vmap."

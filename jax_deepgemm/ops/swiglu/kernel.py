@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax_deepgemm.core.family import OpKernel
+from jax_deepgemm.ops.quantize.activation import Activation
 from jax_deepgemm.ops.quantize.family import FAMILY
 from jax_deepgemm.ops.quantize.kernel import problem_of
 from jax_deepgemm.ops.quantize.problem import QuantizeProblem
@@ -15,7 +16,13 @@ PER_ROW = (1, 128)
 
 def _kernel(kind: str, *parts: str, blocked: bool = False) -> OpKernel:
     def problem(
-        avals_in: Sequence[Any], avals_out: Sequence[Any], *, scale_format: str, transposed: bool, **_: Any
+        avals_in: Sequence[Any],
+        avals_out: Sequence[Any],
+        *,
+        scale_format: str,
+        transposed: bool,
+        activation: Activation,
+        **_: Any,
     ) -> QuantizeProblem:
         return problem_of(
             kind,
@@ -26,6 +33,7 @@ def _kernel(kind: str, *parts: str, blocked: bool = False) -> OpKernel:
             transposed=transposed,
             limited=not blocked and len(avals_in) > len(parts),
             weighted="weight" in parts,
+            activation=activation,
             blocked=blocked,
         )
 

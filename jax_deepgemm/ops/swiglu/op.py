@@ -1,5 +1,5 @@
-"""SwiGLU with quantisation as ops. Rows are cut freely; features of the result follow what is asked of it,
-while h = gate | up stays whole along them. With row blocks everything is whole on each device."""
+"""Activations with quantisation as ops. Rows are cut freely; features of the result follow what is asked of
+it, while h = gate | up stays whole along them. With row blocks everything is whole on each device."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jax_deepgemm.core.declaration import Dims
 from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.quantize import reference as quantization
+from jax_deepgemm.ops.quantize.activation import SILU, Activation
 from jax_deepgemm.ops.quantize.fused import (
     both_blocks,
     both_rule,
@@ -31,7 +32,14 @@ from jax_deepgemm.ops.swiglu import reference
 
 
 @functools.cache
-def swiglu_op(dtype: np.dtype, scale_format: str, transposed: bool, weighted: bool, limited: bool) -> BlockOp:
+def swiglu_op(
+    dtype: np.dtype,
+    scale_format: str,
+    transposed: bool,
+    weighted: bool,
+    limited: bool,
+    activation: Activation = SILU,
+) -> BlockOp:
     """(h[, weight][, rows]) -> [values, scales][values_t, scales_t]."""
 
     def spread(h: jax.Array, *rest: jax.Array) -> tuple[jax.Array, Any, Any]:
@@ -39,36 +47,41 @@ def swiglu_op(dtype: np.dtype, scale_format: str, transposed: bool, weighted: bo
         return h, next(given) if weighted else None, next(given) if limited else None
 
     def plain(*arrays: jax.Array) -> list[jax.Array]:
-        act = reference.act(*spread(*arrays))
+        act = reference.act(*spread(*arrays), activation)
         return _quantized(act, dtype, scale_format, transposed)
 
     def on_shard(plan: ShardingPlan, local: Callable[..., Any], *arrays: jax.Array) -> Any:
         h, *rest = arrays
         if plan.cut("c"):
-            gate, up = (_columns(half, plan, "c") for half in jnp.split(h, 2, axis=-1))
-            h = jnp.concatenate([gate, up], axis=-1)
+            mine = [_columns(half, plan, "c") for half in reference.halves(h, activation)]
+            h = reference.joined(mine, activation)
         arrays = (h, *rest[: len(rest) - limited], *own_limit(plan, rest[len(rest) - limited :]))
         if not shares_blocks(plan, "rc", transposed):
             return arrays, None
-        act = reference.act(*spread(*with_every_level(plan, arrays)))
+        act = reference.act(*spread(*with_every_level(plan, arrays)), activation)
         return None, both_shared(plan, "rc", act, dtype, scale_format, transposed)
 
     operands = ["r f", *(["r"] if weighted else []), *(["one"] if limited else [])]
     return BlockOp(
-        _name("swiglu_quantize", dtype, scale_format, t=transposed, w=weighted, rows=limited),
+        _name("swiglu_quantize", activation, dtype, scale_format, t=transposed, w=weighted, rows=limited),
         f"{', '.join(operands)} -> {both_rule('c', transposed)}",
-        lambda h, *_: both_shapes(h[0], h[1] // 2, dtype, transposed),
+        lambda h, *_: both_shapes(h[0], h[1] // activation.halves, dtype, transposed),
         plain,
         blocks=both_blocks("c", transposed),
         spmd=on_shard,
-        kernel=_kernel("swiglu", weighted, scale_format, transposed),
+        kernel=_kernel("swiglu", weighted, scale_format, transposed, activation),
         grad_hint=HINT,
     )
 
 
 @functools.cache
 def swiglu_grad_op(
-    dtype: np.dtype, scale_format: str, transposed: bool, weighted: bool, limited: bool
+    dtype: np.dtype,
+    scale_format: str,
+    transposed: bool,
+    weighted: bool,
+    limited: bool,
+    activation: Activation = SILU,
 ) -> BlockOp:
     """(h[, weight], dact[, rows]) -> [values, scales][values_t, scales_t][dweight], the first ones of dh."""
 
@@ -78,7 +91,7 @@ def swiglu_grad_op(
         return h, weight, next(given), next(given) if limited else None
 
     def plain(*arrays: jax.Array) -> list[jax.Array]:
-        dh, dweight = reference.grad(*spread(*arrays))
+        dh, dweight = reference.grad(*spread(*arrays), activation)
         return [*_quantized(dh, dtype, scale_format, transposed), *([dweight] if weighted else [])]
 
     def on_shard(plan: ShardingPlan, local: Callable[..., Any], *arrays: jax.Array) -> Any:
@@ -86,7 +99,7 @@ def swiglu_grad_op(
         arrays = (*arrays[:count], *own_limit(plan, arrays[count:]))
         if not shares_blocks(plan, "rg", transposed) and not plan.cut("g"):
             return arrays, None
-        dh, dweight = reference.grad(*spread(*with_every_level(plan, arrays)))
+        dh, dweight = reference.grad(*spread(*with_every_level(plan, arrays)), activation)
         if plan.cut("g"):
             dh = _columns(dh, plan, "g")
         quantized = both_shared(plan, "rg", dh, dtype, scale_format, transposed)
@@ -98,45 +111,51 @@ def swiglu_grad_op(
 
     operands = ["r f", *(["r"] if weighted else []), "r c", *(["one"] if limited else [])]
     return BlockOp(
-        _name("swiglu_grad_quantize", dtype, scale_format, t=transposed, w=weighted, rows=limited),
+        _name(
+            "swiglu_grad_quantize", activation, dtype, scale_format, t=transposed, w=weighted, rows=limited
+        ),
         f"{', '.join(operands)} -> {both_rule('g', transposed)}{', r' if weighted else ''}",
         result,
         plain,
         blocks=both_blocks("g", transposed),
         spmd=on_shard,
-        kernel=_kernel("swiglu_grad", weighted, scale_format, transposed),
+        kernel=_kernel("swiglu_grad", weighted, scale_format, transposed, activation),
         grad_hint=HINT,
     )
 
 
 @functools.cache
-def swiglu_groups_op(dtype: np.dtype, scale_format: str, weighted: bool) -> BlockOp:
+def swiglu_groups_op(
+    dtype: np.dtype, scale_format: str, weighted: bool, activation: Activation = SILU
+) -> BlockOp:
     """(h[, weight], blocks) -> [values, scales, values_t, scales_t], by row blocks."""
 
     def plain(h: jax.Array, *rest: jax.Array) -> list[jax.Array]:
         *weight, blocks = rest
-        act = reference.act(h, weight[0] if weighted else None, None)
+        act = reference.act(h, weight[0] if weighted else None, None, activation)
         return quantized_groups(act, blocks, dtype, scale_format)
 
     return BlockOp(
-        _name("swiglu_quantize_groups", dtype, scale_format, w=weighted),
+        _name("swiglu_quantize_groups", activation, dtype, scale_format, w=weighted),
         f"t f{', t' if weighted else ''}, n four -> {_GROUPS}",
-        lambda h, *rest: groups_shapes(h[0], h[1] // 2, rest[-1][0], dtype),
+        lambda h, *rest: groups_shapes(h[0], h[1] // activation.halves, rest[-1][0], dtype),
         plain,
         spmd=pieces_of_whole(*_GROUPS_DIMENSIONS),
-        kernel=_kernel("swiglu", weighted, scale_format, True, blocked=True),
+        kernel=_kernel("swiglu", weighted, scale_format, True, activation, blocked=True),
         grad_hint=HINT,
     )
 
 
 @functools.cache
-def swiglu_grad_groups_op(dtype: np.dtype, scale_format: str, weighted: bool) -> BlockOp:
+def swiglu_grad_groups_op(
+    dtype: np.dtype, scale_format: str, weighted: bool, activation: Activation = SILU
+) -> BlockOp:
     """(h[, weight], dact, blocks) -> [values, scales, values_t, scales_t][dweight], the first ones of dh."""
 
     def plain(h: jax.Array, *rest: jax.Array) -> list[jax.Array]:
         *weight, dact, blocks = rest
         counted = jnp.sum(blocks[:, 2], dtype=jnp.int32)[None]
-        dh, dweight = reference.grad(h, weight[0] if weighted else None, dact, counted)
+        dh, dweight = reference.grad(h, weight[0] if weighted else None, dact, counted, activation)
         return [*quantized_groups(dh, blocks, dtype, scale_format), *([dweight] if weighted else [])]
 
     def result(h: Dims, *rest: Dims) -> list[Any]:
@@ -144,12 +163,12 @@ def swiglu_grad_groups_op(dtype: np.dtype, scale_format: str, weighted: bool) ->
         return [*groups_shapes(h[0], h[1], rest[-1][0], dtype), *dweight]
 
     return BlockOp(
-        _name("swiglu_grad_quantize_groups", dtype, scale_format, w=weighted),
+        _name("swiglu_grad_quantize_groups", activation, dtype, scale_format, w=weighted),
         f"t f{', t' if weighted else ''}, t i, n four -> {_GROUPS}{', r' if weighted else ''}",
         result,
         plain,
         spmd=pieces_of_whole(*_GROUPS_DIMENSIONS),
-        kernel=_kernel("swiglu_grad", weighted, scale_format, True, blocked=True),
+        kernel=_kernel("swiglu_grad", weighted, scale_format, True, activation, blocked=True),
         grad_hint=HINT,
     )
 
@@ -159,15 +178,25 @@ _GROUPS_DIMENSIONS = ("r", "c", "c_blocks", "p", "b")
 
 
 def _kernel(
-    name: str, weighted: bool, scale_format: str, transposed: bool, blocked: bool = False
+    name: str,
+    weighted: bool,
+    scale_format: str,
+    transposed: bool,
+    activation: Activation,
+    blocked: bool = False,
 ) -> LazyKernel:
-    form: dict[str, Any] = {"scale_format": scale_format, "transposed": transposed}
+    form: dict[str, Any] = {
+        "scale_format": scale_format,
+        "transposed": transposed,
+        "activation": activation,
+    }
     name += "_weighted" * weighted + "_blocked" * blocked
     return LazyKernel("jax_deepgemm.ops.swiglu.kernel", name, batched=not blocked, **form)
 
 
-def _name(stem: str, dtype: np.dtype, scale_format: str, **flags: bool) -> str:
-    return "_".join([stem, dtype.name, scale_format, *(name for name, on in flags.items() if on)])
+def _name(stem: str, activation: Activation, dtype: np.dtype, scale_format: str, **flags: bool) -> str:
+    parts = [stem, *([activation.tag] if activation.tag else []), dtype.name, scale_format]
+    return "_".join([*parts, *(name for name, on in flags.items() if on)])
 
 
 def _quantized(x: jax.Array, dtype: np.dtype, scale_format: str, transposed: bool) -> list[jax.Array]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 
 from jax_deepgemm.core.sanitize import Case
+from jax_deepgemm.ops.quantize.activation import GPT_OSS, Activation
 from jax_deepgemm.ops.swiglu.api import swiglu_grad_quantize, swiglu_quantize
 
 M, N = 520, 272  # tails in both dimensions
@@ -15,7 +17,8 @@ ROWS = 300  # that are valid
 
 
 def cases() -> Iterator[Case]:
-    """Yields widths of whole blocks of 128, of vectors only, and of neither."""
+    """Yields widths of whole blocks of 128, of vectors only, and of neither; then activations that lie other
+    than gate | up."""
     rng, rows, weight = np.random.default_rng(0), jnp.int32(ROWS), jnp.ones((M,), jnp.float32)
     for width in (2 * 128, N, N + 2):
         h, dact = (
@@ -25,3 +28,12 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"swiglu_grad {width}", lambda h, d: swiglu_grad_quantize(h, weight, d, rows)[4], (h, dact)
         )
+    for name, activation in {"gpt-oss": GPT_OSS, "relu2": Activation("relu2")}.items():
+        for width in (N, N + 2):
+            h, dact = (
+                jnp.asarray(rng.standard_normal((M, columns)), jnp.bfloat16)
+                for columns in (width, width // activation.halves)
+            )
+            forth, back = (partial(f, activation=activation) for f in (swiglu_quantize, swiglu_grad_quantize))
+            yield Case(f"{name} {width}", lambda h, f=forth: f(h, weight, rows)[3], (h,))
+            yield Case(f"{name} gradient {width}", lambda h, d, f=back: f(h, weight, d, rows)[4], (h, dact))

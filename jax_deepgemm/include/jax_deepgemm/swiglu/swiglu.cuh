@@ -1,13 +1,14 @@
-// SwiGLU and its gradient, quantised as they are computed. h [rows, 2 i] = gate | up.
+// SwiGLU, or another activation, and its gradient, quantised as they are computed. h [rows, 2 i] = gate | up.
 //
 // clang-format off
-//   act  = silu(gate) * up * weight[row]                              float32, then quantize_tile.cuh
+//   act  = silu(gate) * up * weight[row]                              float32, then quantize_tile.cuh; for
+//                                                                     other activations see activation.cuh
 //   dh   = dact * weight[row] * [up * silu'(gate) | silu(gate)]       as [rows, 2 i]
 //   dweight[row] = sum over i of dact * silu(gate) * up               the tiles' partial sums, added in order
 //
 // swiglu       one tile of act per block of 256 threads
 // swiglu_grad  one tile of dh per block of 256 threads, for any i and any type
-// swiglu_grad_pairs (bf16, i a multiple of 128)  the tile of dgate and that of dup of the same features
+// swiglu_grad_pairs (16 bits, gate | up apart, i a multiple of 128)  the tile of dgate and that of dup of the same features
 //              together, so that inputs are read and silu is computed once; 512 threads, one block per SM
 //              walks over the tiles, and cp.async brings the next tile's inputs while this one is stored.
 //              A thread copies what it will read itself: no barrier between.
@@ -16,22 +17,12 @@
 // clang-format on
 #pragma once
 
-#include <jax_deepgemm/quantize/quantize.cuh>
+#include <jax_deepgemm/swiglu/activation.cuh>
 
 namespace jdg {
 
-struct Silu {
-  float sigmoid, value;
-  __device__ __forceinline__ explicit Silu(float x) {
-    constexpr float kLog2E = 1.4426950408889634f;
-    sigmoid = ptx::rcp_approx(1.0f + ptx::ex2_approx(-kLog2E * x));
-    value = x * sigmoid;
-  }
-  __device__ __forceinline__ float slope() const { return sigmoid + value * (1.0f - sigmoid); }
-};
-
 // What is read: h, the weights (or null), and for the gradient dact [rows, i].
-template <class In>
+template <class In, int HALVES>
 struct SwigluInputs {
   const In* h;
   const float* weight;
@@ -42,7 +33,7 @@ struct SwigluInputs {
   __device__ __forceinline__ SwigluInputs of_batch(int batch, int rows) const {
     const i64 before = static_cast<i64>(batch) * rows;
     SwigluInputs own = *this;
-    own.h += before * batched_h * width * 2;
+    own.h += before * batched_h * width * HALVES;
     own.dact += before * batched_dact * width;
     own.weight += before * batched_weight;
     return own;
@@ -56,33 +47,30 @@ __device__ __forceinline__ float weight_of(const float* weight, int row, int row
   return row < rows ? weight[row] : 0.0f;
 }
 
-template <QuantizeConfig C>
-__device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In>& in, const CountedRows& counted,
-                                       const Quantized& all) {
+template <QuantizeConfig C, Activation A>
+__device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In, kHalves<A>>& in,
+                                       const CountedRows& counted, const Quantized& all) {
   __shared__ TileShared<C> shared;
   using In = typename C::In;
   const Place tile = Place::of<C>(blockIdx.x, all.rows, all.cols);
   const Quantized to = all.of_batch(tile.batch, scales_per_matrix<C>(all.rows, all.cols));
-  const SwigluInputs<In> own = in.of_batch(tile.batch, all.rows);
+  const SwigluInputs<In, kHalves<A>> own = in.of_batch(tile.batch, all.rows);
   const Place at = with_rows<C>(tile, counted, all.rows);
   if (C::BLOCKED && at.empty()) return;
   const int rows = at.counted, left = in.width - at.col;
 
-  const In* line = own.h + static_cast<i64>(at.row) * in.width * 2 + at.col;
-  Chunk<In> gate[C::ROWS], up[C::ROWS];
+  const In* line =
+      own.h + static_cast<i64>(at.row) * in.width * kHalves<A> + (A::INTERLEAVED ? 2 * at.col : at.col);
+  Features<In, A> h[C::ROWS];
 #pragma unroll
-  for (int j = 0; j < C::ROWS; ++j) {
-    load_chunk<In, C::ALIGNED>(gate[j], line, at.row + j < rows, left);
-    line += in.width;
-    load_chunk<In, C::ALIGNED>(up[j], line, at.row + j < rows, left);
-    line += in.width;
-  }
+  for (int j = 0; j < C::ROWS; ++j) h[j].template load<C::ALIGNED>(line, in.width, at.row + j < rows, left);
   Chunk<float> act[1][C::ROWS];
 #pragma unroll
   for (int j = 0; j < C::ROWS; ++j) {
     const float weight = weight_of<C>(own.weight, at.row + j, rows);
 #pragma unroll
-    for (int i = 0; i < kWide; ++i) act[0][j].v[i] = Silu(gate[j][i]).value * up[j][i] * weight;
+    for (int i = 0; i < kWide; ++i)
+      act[0][j].v[i] = Activated<A>(h[j].gate(i)).value * Activated<A>::factor(h[j].up(i)) * weight;
     act[0][j].forget();  // keeps the rows in order, and with them the registers few
   }
   quantize_tiles<C>(act, shared, to, at, 0);
@@ -97,19 +85,25 @@ __device__ __forceinline__ void store_parts(float (&sums)[C::ROWS], float* parts
   if (lane < C::ROWS && row < at.end) parts[static_cast<i64>(tile) * rows + row] = sum;
 }
 
-template <class C>
-__device__ __forceinline__ float* parts_of(float* parts, int batch, int width, int rows) {
-  return parts + static_cast<i64>(batch) * ceil_div(width, kTile) * rows;
+// Tiles that give parts: those of the gate's columns, or where gate and up take turns all.
+template <Activation A>
+__device__ __forceinline__ int summed_columns(int width) {
+  return A::INTERLEAVED ? 2 * width : width;
 }
 
-template <QuantizeConfig C>
-__device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In>& in,
+template <Activation A>
+__device__ __forceinline__ float* parts_of(float* parts, int batch, int width, int rows) {
+  return parts + static_cast<i64>(batch) * ceil_div(summed_columns<A>(width), kTile) * rows;
+}
+
+template <QuantizeConfig C, Activation A>
+__device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In, kHalves<A>>& in,
                                             const CountedRows& counted, const Quantized& all, float* parts) {
   __shared__ TileShared<C> shared;
   using In = typename C::In;
   const Place tile = Place::of<C>(blockIdx.x, all.rows, all.cols);
   const Quantized to = all.of_batch(tile.batch, scales_per_matrix<C>(all.rows, all.cols));
-  const SwigluInputs<In> own = in.of_batch(tile.batch, all.rows);
+  const SwigluInputs<In, kHalves<A>> own = in.of_batch(tile.batch, all.rows);
   const Place at = with_rows<C>(tile, counted, all.rows);
   if (C::BLOCKED && at.empty()) return;
   const int rows = at.counted, width = in.width;
@@ -121,30 +115,38 @@ __device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In>& 
     const int row = at.row + j;
     const float weight = weight_of<C>(own.weight, row, rows);
     const i64 line = static_cast<i64>(row) * width;
-    Chunk<In> gate, up, dact;
-    gate.clear(), up.clear(), dact.clear();
+    GradientInputs<In, A> from;
+    from.clear();
     const auto load = [&](int i, auto take) {  // of column at.col + i, which is one of feature f
       const int col = at.col + i, f = col < width ? col : col - width;
       if (row < rows && col < 2 * width) take(own.h + 2 * line + f, own.dact + line + f);
     };
-    if constexpr (C::ALIGNED) {
-      load(0, [&](const In* h, const In* d) { gate.load(h), up.load(h + width), dact.load(d); });
+    if constexpr (!kApart<A>) {
+      from.template load<C::ALIGNED>(own.h + kHalves<A> * line, own.dact + line, width, at.col, row < rows);
+    } else if constexpr (C::ALIGNED) {
+      load(0, [&](const In* h, const In* d) {
+        from.first.load(h), from.second.load(h + width), from.given.load(d);
+      });
     } else {
 #pragma unroll
       for (int i = 0; i < kWide; ++i)
-        load(i, [&](const In* h, const In* d) { gate.set(i, h[0]), up.set(i, h[width]), dact.set(i, d[0]); });
+        load(i, [&](const In* h, const In* d) {
+          from.first.set(i, h[0]), from.second.set(i, h[width]), from.given.set(i, d[0]);
+        });
     }
     sums[j] = 0.0f;
 #pragma unroll
     for (int i = 0; i < kWide; ++i) {
-      const Silu silu(gate[i]);
-      const bool of_gate = at.col + i < width;
-      dh[0][j].v[i] = dact[i] * weight * (of_gate ? up[i] * silu.slope() : silu.value);
-      if (of_gate) sums[j] += dact[i] * silu.value * up[i];
+      const Activated<A> f(from.gate(i));
+      const bool of_gate = from.of_gate(i, at.col, width);
+      dh[0][j].v[i] =
+          from.dact(i) * weight * (of_gate ? f.factor(from.up(i)) * f.slope() : f.by_up(from.up(i)));
+      if (of_gate) sums[j] += from.dact(i) * f.value * f.factor(from.up(i));
     }
+    if constexpr (!kApart<A> || Activated<A>::kClips) dh[0][j].forget();  // as above
   }
-  if (C::WEIGHTED && at.tile_col < width)
-    store_parts<C>(sums, parts_of<C>(parts, at.batch, width, all.rows), at.tile_col / kTile, at, all.rows);
+  if (C::WEIGHTED && at.tile_col < summed_columns<A>(width))
+    store_parts<C>(sums, parts_of<A>(parts, at.batch, width, all.rows), at.tile_col / kTile, at, all.rows);
   quantize_tiles<C>(dh, shared, to, at, 0);
 }
 
@@ -155,10 +157,10 @@ struct PairsShared {
   TileShared<C> tile;
 };
 
-template <class C>
-__device__ __forceinline__ void request_inputs(const SwigluInputs<typename C::In>& in, PairsShared<C>& shared,
-                                               const Place& at, int all_rows) {
-  const SwigluInputs<typename C::In> own = in.of_batch(at.batch, all_rows);
+template <class C, Activation A>
+__device__ __forceinline__ void request_inputs(const SwigluInputs<typename C::In, kHalves<A>>& in,
+                                               PairsShared<C>& shared, const Place& at, int all_rows) {
+  const SwigluInputs<typename C::In, kHalves<A>> own = in.of_batch(at.batch, all_rows);
   const int rows = at.counted;
 #pragma unroll
   for (int j = 0; j < C::ROWS; ++j) {
@@ -207,19 +209,20 @@ struct Walk {
   }
 };
 
-template <QuantizeConfig C>
-__device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C::In>& in,
+template <QuantizeConfig C, Activation A>
+__device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C::In, kHalves<A>>& in,
                                                   const CountedRows& counted, const Quantized& all,
                                                   float* parts, int tiles) {
+  static_assert(kApart<A>);
   extern __shared__ __align__(16) char memory[];
   PairsShared<C>& shared = *reinterpret_cast<PairsShared<C>*>(memory);
   Walk<C> walk(counted, all.rows, in.width, tiles);
   Place next = walk.next();
-  if (!next.empty()) request_inputs<C>(in, shared, next, all.rows);
+  if (!next.empty()) request_inputs<C, A>(in, shared, next, all.rows);
   while (!next.empty()) {
     const Place at = next;
     const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
-    const SwigluInputs<typename C::In> own = in.of_batch(at.batch, all.rows);
+    const SwigluInputs<typename C::In, kHalves<A>> own = in.of_batch(at.batch, all.rows);
     const int rows = at.counted;
 
     Chunk<float> dh[2][C::ROWS];  // of gate, of up
@@ -235,18 +238,18 @@ __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C:
       sums[j] = 0.0f;
 #pragma unroll
       for (int i = 0; i < kWide; ++i) {
-        const Silu silu(gate[i]);
+        const Activated<A> f(gate[i]);
         const float scaled = dact[i] * weight;
-        dh[0][j].v[i] = scaled * (up[i] * silu.slope());
-        dh[1][j].v[i] = scaled * silu.value;
-        sums[j] += dact[i] * silu.value * up[i];
+        dh[0][j].v[i] = scaled * (f.factor(up[i]) * f.slope());
+        dh[1][j].v[i] = scaled * f.by_up(up[i]);
+        sums[j] += dact[i] * f.value * f.factor(up[i]);
       }
     }
     if (C::WEIGHTED)
-      store_parts<C>(sums, parts_of<C>(parts, at.batch, in.width, all.rows), at.tile_col / kTile, at,
+      store_parts<C>(sums, parts_of<A>(parts, at.batch, in.width, all.rows), at.tile_col / kTile, at,
                      all.rows);
     next = walk.next();
-    if (!next.empty()) request_inputs<C>(in, shared, next, all.rows);
+    if (!next.empty()) request_inputs<C, A>(in, shared, next, all.rows);
     quantize_tiles<C>(dh, shared.tile, to, at, in.width);
   }
 }

@@ -1,0 +1,202 @@
+"""Experts as models have them, against every expert on every token in float64: forward and gradients."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_deepgemm import quantize
+from jax_deepgemm.activation import GPT_OSS, Activation
+from jax_deepgemm.moe import (
+    ExpertForm,
+    combine,
+    dispatch,
+    expert_mlp,
+    moe_layer,
+    moe_mlp,
+    moe_mlp_decode,
+    prepare_weights,
+    spread_weights,
+)
+from tests.shared import op_checks
+from tests.shared.activations import activate
+from tests.shared.moe_oracle import normal, pull, random_ids, relative, wide
+
+T, H, I, E, K = 24, 128, 128, 4, 2
+MODELS = {
+    "qwen3": ExpertForm(),
+    "gpt-oss": ExpertForm(GPT_OSS, "kn"),
+    "llama4": ExpertForm(weights_first=True),
+    "gemma4": ExpertForm("gelu", "kn"),
+    "nemotron3": ExpertForm("relu2"),
+    "deepseek-v4": ExpertForm(Activation(limit=6.0), scale_format="ue8m0"),
+}
+BOUND = {"bf16": 0.012, "fp8": 0.09}
+every = pytest.mark.parametrize("model", MODELS)
+both = pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+
+
+def arrays(form: ExpertForm) -> tuple[Any, ...]:
+    """x, ids, weights, w13, w2, dy. Some copies are dropped."""
+    n = form.act.halves * I
+    w13, w2 = (
+        normal(1, E, n, H, dtype=jnp.float32, scale=0.2),
+        normal(2, E, H, I, dtype=jnp.float32, scale=0.1),
+    )
+    if form.weight_layout == "kn":
+        w13, w2 = w13.mT, w2.mT
+    weights = jnp.asarray(np.random.default_rng(3).uniform(0.2, 1, (T, K)), jnp.float32)
+    return normal(0, T, H), random_ids(4, T, K, E, dropped=0.1), weights, w13, w2, normal(5, T, H)
+
+
+def float64(form: ExpertForm, x: Any, ids: Any, weights: Any, w13: Any, w2: Any, dy: Any) -> list[np.ndarray]:
+    """y and the gradients of x, weights, w13, w2, expert by expert."""
+    x, weights, w13, w2, dy = map(wide, (x, weights, w13, w2, dy))
+    turned = form.weight_layout == "kn"
+    first, second = (np.swapaxes(w, 1, 2) if turned else w for w in (w13, w2))
+    y, dx, dweights = np.zeros_like(x), np.zeros_like(x), np.zeros_like(weights)
+    dfirst, dsecond = np.zeros_like(first), np.zeros_like(second)
+    for expert, slot in itertools.product(range(E), range(K)):
+        mine = np.asarray(ids)[:, slot] == expert
+        weight = weights[mine, slot, None]
+        rows = x[mine] * weight if form.weights_first else x[mine]
+        act, partials = activate(rows @ first[expert].T, form.act)
+        after = 1 if form.weights_first else weight
+        y[mine] += (act * after) @ second[expert].T
+        dact = dy[mine] @ second[expert]
+        repeat = {1: lambda d: d, 2: lambda d: np.concatenate([d, d], axis=1)}[form.act.halves]
+        dact_of_h = np.repeat(dact, 2, axis=1) if form.act.interleaved else repeat(dact)
+        dh = partials * dact_of_h * after
+        drows = dh @ first[expert]
+        dx[mine] += drows * weight if form.weights_first else drows
+        of_weight = drows * x[mine] if form.weights_first else dact * act
+        dweights[mine, slot] += of_weight.sum(axis=1)
+        dfirst[expert] += dh.T @ rows
+        dsecond[expert] += dy[mine].T @ (act * after)
+    return [y, dx, dweights, *(np.swapaxes(d, 1, 2) if turned else d for d in (dfirst, dsecond))]
+
+
+def over_mesh(*args: Any, **options: Any) -> jax.Array:
+    return moe_layer(*args, mesh=op_checks.make_mesh("auto", (4,), ("expert",)), **options)[0]
+
+
+def experts(x: Any, ids: Any, weights: Any, w13: Any, w2: Any, **options: Any) -> jax.Array:
+    rows, plan = dispatch(x, ids, E)
+    y = expert_mlp(rows, w13, w2, plan.group_sizes, spread_weights(weights, plan), **options)
+    return combine(y, plan)
+
+
+@functools.cache
+def wanted(model: str) -> list[np.ndarray]:
+    return float64(MODELS[model], *arrays(MODELS[model]))
+
+
+@both
+@every
+@pytest.mark.parametrize("layer", [moe_mlp, over_mesh, experts])
+def test_forward_and_gradients(layer, model, recipe):
+    x, ids, weights, w13, w2, dy = arrays(MODELS[model])
+    run = functools.partial(layer, recipe=recipe, form=MODELS[model])
+    got = pull(lambda x, weights, *w: run(x, ids, weights, *w), x, weights, w13, w2, by=dy)
+    errors = [relative(one, other) for one, other in zip(got, wanted(model), strict=True)]
+    assert max(errors) < BOUND[recipe], errors
+    assert [one.shape for one in got[3:]] == [w13.shape, w2.shape]
+
+
+@both
+@every
+def test_decode(model, recipe):
+    x, ids, weights, w13, w2, _ = arrays(MODELS[model])
+    got = moe_mlp_decode(x, ids, weights, w13, w2, recipe=recipe, form=MODELS[model])
+    assert relative(got, wanted(model)[0]) < BOUND[recipe]
+
+
+@both
+@pytest.mark.parametrize("model", ["qwen3", "gemma4"])
+def test_two_arrays_are_one(model, recipe):
+    form = MODELS[model]
+    x, ids, weights, w13, w2, dy = arrays(form)
+    axis = 1 if form.weight_layout == "nk" else 2
+
+    def run(x: Any, pair: Any, w2: Any) -> jax.Array:
+        return moe_mlp(x, ids, weights, pair, w2, recipe=recipe, form=form)
+
+    y, dx, dw13, dw2 = pull(run, x, w13, w2, by=dy)
+    got = pull(run, x, tuple(jnp.split(w13, 2, axis)), w2, by=dy)
+    for one, other in zip((*got[:2], jnp.concatenate(got[2], axis), got[3]), (y, dx, dw13, dw2), strict=True):
+        np.testing.assert_array_equal(wide(one), wide(other))
+
+
+def test_prepared_weights_of_another_layout_and_of_two_arrays():
+    form = MODELS["gemma4"]
+    x, ids, weights, w13, w2, dy = arrays(form)
+
+    def run(x: Any, pair: Any, w2: Any, prepare: bool) -> jax.Array:
+        pair, w2 = prepare_weights(pair, w2, form=form) if prepare else (pair, w2)
+        return moe_mlp(x, ids, weights, pair, w2, form=form)
+
+    operands = x, tuple(jnp.split(w13, 2, 2)), w2
+    one, other = (
+        pull(functools.partial(run, prepare=prepare), *operands, by=dy) for prepare in (True, False)
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(wide(a), wide(b))
+
+
+def test_frozen_weights():
+    x, ids, weights, w13, w2, _ = arrays(MODELS["nemotron3"])
+    frozen = (quantize(w, (128, 128)) for w in (w13, w2))
+    got = moe_mlp(x, ids, weights, *frozen, form=MODELS["nemotron3"])
+    assert relative(got, wanted("nemotron3")[0]) < BOUND["fp8"]
+
+
+def test_scales_are_powers_of_two():
+    text = jax.jit(functools.partial(moe_mlp, form=MODELS["deepseek-v4"])).lower(
+        *arrays(MODELS["deepseek-v4"])[:5]
+    )
+    ops = text.as_text(debug_info=True)
+    assert "ue8m0" in ops
+    assert "quantize_f32" not in ops
+
+
+ARGS: Any = arrays(ExpertForm())[:5]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: moe_mlp(*ARGS, form=ExpertForm("relu2")), r"need \[.., h\], \[e, i, h\] and \[e, h, i\]"),
+        (
+            lambda: moe_mlp(*ARGS, form=ExpertForm(GPT_OSS, "kn")),
+            r"\[e, h, 2 \* i\] \(gate and up in turns\) and \[e, i, h\]. ExpertForm says",
+        ),
+        (lambda: moe_mlp(*ARGS, form=ExpertForm("swish")), r"activation is 'swish'"),
+        (lambda: moe_mlp(*ARGS, form=ExpertForm(weight_layout="nt")), r"weight_layout is 'nt', need 'nk'"),
+        (lambda: moe_mlp(*ARGS, form=ExpertForm(scale_format="e8")), r"scale_format is 'e8', need 'f32'"),
+        (
+            lambda: moe_mlp(*ARGS[:3], (ARGS[3], ARGS[3]), ARGS[4], form=ExpertForm(GPT_OSS)),
+            r"w13 is 2 arrays and the activation is .*need one array",
+        ),
+        (
+            lambda: moe_mlp(*ARGS[:3], (ARGS[3], ARGS[4]), ARGS[4]),
+            r"w13 is \(gate float32 \[4, 256, 128\], up float32 \[4, 128, 128\]\)",
+        ),
+        (
+            lambda: moe_mlp(
+                *ARGS[:3],
+                *(quantize(w.mT, (128, 128)) for w in ARGS[3:]),
+                form=ExpertForm(weight_layout="kn"),
+            ),
+            r"w13 is quantised, and weight_layout is 'kn'.*quantize\(w13.mT, \(128, 128\)\)",
+        ),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
