@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,14 @@ from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize, quantize_rows
 from jax_deepgemm.ops.quantize.join import concatenate
-from jax_deepgemm.ops.quantize.prepared import Bits, cotangent, master_and_copies, prepare_weight
+from jax_deepgemm.ops.quantize.prepared import (
+    Bits,
+    as_it_came,
+    check_trained,
+    cotangent,
+    master_and_copies,
+    prepare_weight,
+)
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_grad_quantize, swiglu_quantize
 
 HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, as in jax.hessian)"
@@ -60,14 +67,38 @@ class Experts:
     prepared: tuple[bool, bool]
     """Whether w13 and w2 are PreparedWeights."""
     form: ExpertForm
+    with_weights: bool = False
+    """Whether the layer returns (y, masters)."""
 
     @classmethod
     def of(
-        cls, rows: np.dtype[Any], w13: Weight, w2: Weight, gemms: fp8.LayerOptions, form: ExpertForm
+        cls,
+        rows: np.dtype[Any],
+        w13: Weight,
+        w2: Weight,
+        gemms: fp8.LayerOptions,
+        form: ExpertForm,
+        with_weights: bool = False,
     ) -> Experts:
         (first, spec13), (second, spec2) = (linear.like(jax.tree.leaves(w)[0]) for w in (w13, w2))
         prepared = isinstance(w13, PreparedWeight), isinstance(w2, PreparedWeight)
-        return cls(gemms, w13.shape[0], np.dtype(rows), first, second, (spec13, spec2), prepared, form)
+        specs = spec13, spec2
+        return cls(gemms, w13.shape[0], np.dtype(rows), first, second, specs, prepared, form, with_weights)
+
+    def results(self, y: jax.Array, *weights: Weight) -> Any:
+        """y, or with_weights (y, masters): what the differentiated function of a layer returns."""
+        return (y, [master_and_copies(w)[0] for w in weights]) if self.with_weights else y
+
+    def cotangents(self, given: Any) -> tuple[jax.Array, Any]:
+        """Those of y, and of the masters that were handed on."""
+        return given if self.with_weights else (given, (None, None))
+
+    def public(self, results: Any, *weights: Weight) -> Any:
+        """y, or with_weights (y, (w13, w2)), from what the differentiated function returned."""
+        if not self.with_weights:
+            return results
+        y, masters = results
+        return y, tuple(map(as_it_came, weights, masters))
 
 
 class Kept(NamedTuple):
@@ -137,6 +168,40 @@ def prepare_weights(
     return first, second
 
 
+@overload
+def expert_mlp(
+    rows: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    group_sizes: jax.Array,
+    row_weights: jax.Array | None = ...,
+    *,
+    recipe: str = ...,
+    form: ExpertForm = ...,
+    group_offset: ArrayLike | None = ...,
+    expected_m: int | None = ...,
+    num_sms: int | None = ...,
+    with_weights: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def expert_mlp(
+    rows: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    group_sizes: jax.Array,
+    row_weights: jax.Array | None = ...,
+    *,
+    recipe: str = ...,
+    form: ExpertForm = ...,
+    group_offset: ArrayLike | None = ...,
+    expected_m: int | None = ...,
+    num_sms: int | None = ...,
+    with_weights: Literal[True],
+) -> tuple[jax.Array, tuple[Any, Any]]: ...
+
+
 def expert_mlp(
     rows: jax.Array,
     w13: Weight,
@@ -149,7 +214,8 @@ def expert_mlp(
     group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
     num_sms: int | None = None,
-) -> jax.Array:
+    with_weights: bool = False,
+) -> Any:
     """y = (silu(gate) * up * row_weight) @ w2[e].T with gate | up = row @ w13[e].T, for the rows of each
     expert e.
 
@@ -175,10 +241,13 @@ def expert_mlp(
       group_offset: the expert of w13[0], where only a part of the experts is here.
       expected_m: rows of an expert to expect, for the choice of the kernel.
       num_sms: as in `fp8_gemm_nt`.
+      with_weights: also return w13 and w2, as they came. Where these are used in place of w13 and w2 from
+        there on, the products of weight gradients add to the gradients of the later uses, in their buffers
+        (with "bf16" XLA adds): see `accumulate_gradients`.
 
     Returns:
-      [m, h] in the dtype of rows. Rows behind the last group, and those of experts that are not here, are
-      zero.
+      [m, h] in the dtype of rows; or (that, (w13, w2)). Rows behind the last group, and those of experts
+      that are not here, are zero.
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
@@ -188,6 +257,8 @@ def expert_mlp(
     "jdg_grouped_weight_fp8", and the first GEMM's result "jdg_moe_hidden".
     """
     rows, w2, group_sizes, row_weights = map(unwrapped, (rows, w2, group_sizes, row_weights))
+    if with_weights:
+        check_trained("expert_mlp", w13=w13, w2=w2)
     w13, form = one_weight("expert_mlp", w13, form), form.checked("expert_mlp")
     check("expert_mlp", rows, w13, w2, group_sizes, row_weights, recipe, form)
     if row_weights is None:
@@ -202,8 +273,10 @@ def expert_mlp(
     leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups))
     rows, w13, w2, row_weights, groups = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16":  # gradients of replicated weights are summed in their own dtype, not in bfloat16
-        return _bf16(rows, w13, w2, groups, row_weights, gemms, form)
-    return _fp8(Experts.of(rows.dtype, w13, w2, gemms, form), rows, w13, w2, row_weights, groups)
+        y = _bf16(rows, w13, w2, groups, row_weights, gemms, form)
+        return (y, (w13, w2)) if with_weights else y
+    static = Experts.of(rows.dtype, w13, w2, gemms, form, with_weights)
+    return static.public(_fp8(static, rows, w13, w2, row_weights, groups), w13, w2)
 
 
 def one_weight(where: str, w13: Any, form: ExpertForm) -> Any:
@@ -384,9 +457,16 @@ def apply_and_keep(
 
 
 def backward(
-    static: Experts, kept: Kept, dy: QuantizedArray, dy_along_rows: fp8.AlongRows | None
+    static: Experts,
+    kept: Kept,
+    dy: QuantizedArray,
+    dy_along_rows: fp8.AlongRows | None,
+    later: Any = (None, None),
 ) -> tuple[jax.Array, Any, Any, jax.Array]:
-    """(gradient of the rows, of w13, of w2, of the row weights)."""
+    """(gradient of the rows, of w13, of w2, of the row weights).
+
+    later: gradients of the later uses of w13 and w2, which theirs are added to; None where there are none.
+    """
     groups, gemms = kept.groups, static.gemms
     dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
     counted = fp8.counted(groups, dact.shape[0], gemms, kept.rows is not None)
@@ -398,8 +478,8 @@ def backward(
     drows = fp8.m_grouped(dh_rows, _for_dgrad(kept.w13, static.w13), groups, gemms, static.rows)
     dh_along_rows = fp8.AlongRows(*dh_t) if dh_t else None
     weight_gradient = functools.partial(_weight_gradient, static, groups, dact.shape[0])
-    dw13 = weight_gradient(dh_along_rows, kept.rows, static.w13, static.specs[0])
-    dw2 = weight_gradient(dy_along_rows, kept.act, static.w2, static.specs[1])
+    dw13 = weight_gradient(dh_along_rows, kept.rows, static.w13, static.specs[0], later[0])
+    dw2 = weight_gradient(dy_along_rows, kept.act, static.w2, static.specs[1], later[1])
     dw13, dw2 = map(_like_the_weight, static.prepared, (dw13, dw2))
     return drows, dw13, dw2, dweights
 
@@ -431,21 +511,22 @@ def _weight_gradient(
     kept: _Pair | None,
     dtype: np.dtype[Any],
     spec: PartitionSpec | None,
+    later: jax.Array | None,
 ) -> jax.Array | None:
     if kept is None or dy is None:
         return None
     x = fp8.AlongRows(*fp8.kept(kept))
-    return fp8.k_grouped(dy, x, groups, rows, static.num_groups, static.gemms, dtype, spec)
+    return fp8.k_grouped(dy, x, groups, rows, static.num_groups, static.gemms, dtype, spec, later)
 
 
 @functools.partial(ReverseOnly, "expert_mlp", fp8.HIGHER_ORDER)
 def _fp8(
     static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
-) -> jax.Array:
+) -> Any:
     weights = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
-    return apply(
-        static, quantized(static, False, rows, groups)[0], *weights, row_weights, groups, local=False
-    )
+    quantized_rows, _ = quantized(static, False, rows, groups)
+    y = apply(static, quantized_rows, *weights, row_weights, groups, local=False)
+    return static.results(y, w13, w2)
 
 
 def quantized(
@@ -462,14 +543,16 @@ def quantized(
 
 def _fp8_fwd(
     static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
-) -> tuple[jax.Array, Kept]:
+) -> tuple[Any, Kept]:
     quantized_rows, along_rows = quantized(static, not is_frozen(static.w13), rows, groups)
-    return apply_and_keep(static, quantized_rows, along_rows, w13, w2, row_weights, groups)
+    y, kept = apply_and_keep(static, quantized_rows, along_rows, w13, w2, row_weights, groups)
+    return static.results(y, w13, w2), kept
 
 
-def _fp8_bwd(static: Experts, kept: Kept, dy: jax.Array) -> tuple[Any, ...]:
+def _fp8_bwd(static: Experts, kept: Kept, cotangents: Any) -> tuple[Any, ...]:
+    dy, later = static.cotangents(cotangents)
     quantized_dy, along_rows = quantized(static, not is_frozen(static.w2), dy, kept.groups)
-    drows, dw13, dw2, dweights = backward(static, kept, quantized_dy, along_rows)
+    drows, dw13, dw2, dweights = backward(static, kept, quantized_dy, along_rows, later)
     return drows, dw13, dw2, dweights, None
 
 

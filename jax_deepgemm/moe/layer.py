@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,42 @@ from jax_deepgemm.moe.experts import (
     one_weight,
 )
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
-from jax_deepgemm.moe.placement import on_each_device
+from jax_deepgemm.moe.placement import check_no_explicit_axes, on_each_device
 from jax_deepgemm.ops.grouped import linear
 from jax_deepgemm.ops.grouped import recipe as fp8
+from jax_deepgemm.ops.quantize.prepared import check_trained
+
+
+@overload
+def moe_mlp(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    *,
+    recipe: str = ...,
+    form: ExpertForm = ...,
+    expected_m: int | None = ...,
+    num_sms: int | None = ...,
+    with_weights: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def moe_mlp(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    *,
+    recipe: str = ...,
+    form: ExpertForm = ...,
+    expected_m: int | None = ...,
+    num_sms: int | None = ...,
+    with_weights: Literal[True],
+) -> tuple[jax.Array, tuple[Any, Any]]: ...
 
 
 def moe_mlp(
@@ -47,7 +80,8 @@ def moe_mlp(
     form: ExpertForm = PLAIN,
     expected_m: int | None = None,
     num_sms: int | None = None,
-) -> jax.Array:
+    with_weights: bool = False,
+) -> Any:
     """Each token through its experts: y[t] = sum_s weights[t, s] * MLP of expert ids[t, s] of x[t].
 
     >>> import jax, jax.numpy as jnp
@@ -80,10 +114,11 @@ def moe_mlp(
       form: how the model's experts are built (`ExpertForm`).
       expected_m: rows of an expert to expect, for the choice of the kernel; default t * top_k / e.
       num_sms: as in `fp8_gemm_nt`.
+      with_weights: as in `expert_mlp`; on Explicit axes inside `jax.shard_map` only.
 
     Returns:
-      [t, h] in the dtype of x. Weights multiply before the second GEMM, or as form says before the first; a
-      token's copies are summed in float32, slot by slot.
+      [t, h] in the dtype of x; or (that, (w13, w2)). Weights multiply before the second GEMM, or as form says
+      before the first; a token's copies are summed in float32, slot by slot.
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
@@ -94,10 +129,14 @@ def moe_mlp(
     `jax.shard_map`. Experts cut over devices: `moe_layer`, or inside `jax.shard_map` `expert_parallel_moe`.
     """
     x, ids, weights, w2 = map(unwrapped, (x, ids, weights, w2))
+    if with_weights:
+        check_trained("moe_mlp", w13=w13, w2=w2)
     w13, form = one_weight("moe_mlp", w13, form), form.checked("moe_mlp")
     check_tokens("moe_mlp", x, ids, weights)
     check_weights("moe_mlp", x, w13, w2, recipe, form)
-    layer = functools.partial(_moe_mlp, recipe, form, expected_m, num_sms)
+    if with_weights:
+        check_no_explicit_axes("moe_mlp", x)
+    layer = functools.partial(_moe_mlp, recipe, form, expected_m, num_sms, with_weights)
     return on_each_device("moe_mlp", layer, (x, ids, weights, w13, w2))
 
 
@@ -106,12 +145,13 @@ def _moe_mlp(
     form: ExpertForm,
     expected_m: int | None,
     num_sms: int | None,
+    with_weights: bool,
     x: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
     w13: Weight,
     w2: Weight,
-) -> jax.Array:
+) -> Any:
     plan = plan_dispatch(ids, w13.shape[0])
     expected_m = expected_rows(ids.size, w13.shape[0]) if expected_m is None else expected_m
     leaves, tree = jax.tree.flatten((x, weights, w13, w2, plan))
@@ -128,9 +168,11 @@ def _moe_mlp(
             expected_m=expected_m,
             num_sms=num_sms,
         )
-        return combine(y, plan)
-    static = Experts.of(x.dtype, w13, w2, gemm_options(form, expected_m, num_sms), form)
-    return _fp8(static, x, weights, w13, w2, plan)
+        y = combine(y, plan)
+        return (y, (w13, w2)) if with_weights else y
+    gemms = gemm_options(form, expected_m, num_sms)
+    static = Experts.of(x.dtype, w13, w2, gemms, form, with_weights)
+    return static.public(_fp8(static, x, weights, w13, w2, plan), w13, w2)
 
 
 def _groups(plan: DispatchPlan) -> fp8.Groups:
@@ -140,29 +182,32 @@ def _groups(plan: DispatchPlan) -> fp8.Groups:
 @functools.partial(ReverseOnly, "moe_mlp", experts.HIGHER_ORDER)
 def _fp8(
     static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
-) -> jax.Array:
+) -> Any:
     rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     quantized = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     y = experts.apply(static, rows, *quantized, row_weights, _groups(plan))
-    return sum_copies(y, plan.position)
+    return static.results(sum_copies(y, plan.position), w13, w2)
 
 
 def _fp8_fwd(
     static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
-) -> tuple[jax.Array, tuple[experts.Kept, DispatchPlan]]:
+) -> tuple[Any, tuple[experts.Kept, DispatchPlan]]:
     groups, trained = _groups(plan), not experts.is_frozen(static.w13)
     rows, along_rows = experts.quantized(static, trained, x, groups, plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     y, kept = experts.apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups)
-    return sum_copies(y, plan.position), (kept, plan)
+    return static.results(sum_copies(y, plan.position), w13, w2), (kept, plan)
 
 
-def _fp8_bwd(static: Experts, residuals: tuple[experts.Kept, DispatchPlan], dy: jax.Array) -> tuple[Any, ...]:
+def _fp8_bwd(
+    static: Experts, residuals: tuple[experts.Kept, DispatchPlan], cotangents: Any
+) -> tuple[Any, ...]:
     kept, plan = residuals
+    dy, later = static.cotangents(cotangents)
     trained = not experts.is_frozen(static.w2)
     rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token)
-    drows, dw13, dw2, drow_weights = experts.backward(static, kept, rows, along_rows)
+    drows, dw13, dw2, drow_weights = experts.backward(static, kept, rows, along_rows, later)
     return sum_copies(drows, plan.position), take_rows(drow_weights, plan.position), dw13, dw2, None
 
 
