@@ -102,7 +102,7 @@ def routers(draw: Any) -> tuple[int, Router]:
     return groups * size, Router(top_k, score, groups, top_groups, draw(st.booleans()), 1.5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(routers(), st.integers(0, 2**32 - 1), st.booleans())
 def test_any_scores_are_ranked_as_by_a_loop(form, seed, biased):
     """Ready scores, which no rounding moves; others by the scores that the reference gives every expert."""
