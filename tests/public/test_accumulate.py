@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -190,6 +192,13 @@ def _explicit(w: Weights) -> Any:
     )
     with jax.set_mesh(mesh):
         return _moe(w)
+
+
+@pytest.mark.parametrize("layer", [fp8_linear, grouped_linear, expert_mlp, moe_mlp])
+def test_overloads_say_what_the_function_takes(layer: Any) -> None:
+    for overload in typing.get_overloads(layer):
+        assert list(inspect.signature(overload).parameters) == list(inspect.signature(layer).parameters)
+    assert len(typing.get_overloads(layer)) == 2
 
 
 ERRORS: list[tuple[Callable[[Weights, Weights], Any], str]] = [
