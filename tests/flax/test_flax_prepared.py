@@ -216,3 +216,29 @@ def test_sums_of_another_module_are_refused() -> None:
     accumulate_gradients(
         one_loss, model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)), BATCHES[0]
     )
+
+
+def test_sums_of_stacked_layers_that_rematerialise() -> None:
+    """The weights of each layer go through nnx.scan and nnx.remat, and come back."""
+
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs: nnx.Rngs) -> Linear:
+        return Linear(128, 128, rngs=rngs)
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def through(layer: Linear, x: jax.Array) -> jax.Array:
+        return nnx.remat(Linear.__call__)(layer, x)
+
+    def deep(layers: Any, x: jax.Array) -> jax.Array:
+        return one_loss(lambda x: through(layers, x), x)
+
+    layers = stack(nnx.Rngs(0))
+    start = jax.tree.map(lambda w: w + 1, zeros(layers))
+    with prepared_weights(layers):
+        graph, state = nnx.split(layers)
+        step = lambda state, x: accumulate_gradients(deep, nnx.merge(graph, state), start, x)[1]  # noqa: E731
+        got = jax.jit(step)(state, BATCHES[0])
+        text = str(jax.make_jaxpr(lambda state, x: jax.tree.leaves(step(state, x)))(state, BATCHES[0]))
+    near(got, jax.tree.map(lambda dw: dw + 1, nnx.jit(nnx.grad(deep))(layers, BATCHES[0])))
+    assert text.count("= fp8_gemm_row_add[") == 1

@@ -194,6 +194,7 @@ def _explicit(w: Weights) -> Any:
         return _moe(w)
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("layer", [fp8_linear, grouped_linear, expert_mlp, moe_mlp])
 def test_overloads_say_what_the_function_takes(layer: Any) -> None:
     for overload in typing.get_overloads(layer):
@@ -227,6 +228,7 @@ ERRORS: list[tuple[Callable[[Weights, Weights], Any], str]] = [
 ]
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("case", ERRORS, ids=[case[1] for case in ERRORS])
 def test_errors(case: Any) -> None:
     call, message = case
