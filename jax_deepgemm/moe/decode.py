@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
+from jax_deepgemm.moe.bias import check_biases
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
     is_known,
@@ -39,6 +40,8 @@ def moe_mlp_decode(
     w13: Weight,
     w2: Weight,
     *,
+    b13: jax.Array | None = None,
+    b2: jax.Array | None = None,
     max_rows: int | None = None,
     recipe: str = "fp8",
     form: ExpertForm = PLAIN,
@@ -67,7 +70,7 @@ def moe_mlp_decode(
         at each call. Of PreparedWeights the FP8 copies are used, and the masters have no gradient.
       max_rows: rows of an expert; copies that find none, those of later tokens, are dropped: they count zero.
         Default: the number of tokens, so that nothing is dropped (a token's ids being distinct).
-      recipe, form, num_sms: as in `moe_mlp`.
+      b13, b2, recipe, form, num_sms: as in `moe_mlp`.
       expected_m: rows of an expert to expect, for the choice of the kernel; default: of a balanced load.
 
     Returns:
@@ -83,10 +86,12 @@ def moe_mlp_decode(
     w13, form = one_weight("moe_mlp_decode", w13, form), form.checked("moe_mlp_decode")
     check_tokens("moe_mlp_decode", x, ids, weights)
     check_weights("moe_mlp_decode", x, w13, w2, recipe, form)
+    b13, b2 = map(unwrapped, (b13, b2))
+    check_biases("moe_mlp_decode", w13, w2, form, b13, b2)
     if max_rows is not None and (max_rows < 0 or (max_rows == 0 and x.shape[0])):
         raise ValueError(f"moe_mlp_decode: max_rows is {max_rows}, need a positive number, or None.")
     layer = functools.partial(_moe_mlp_decode, recipe, form, max_rows, expected_m, num_sms)
-    return on_each_device("moe_mlp_decode", layer, (x, ids, weights, w13, w2))
+    return on_each_device("moe_mlp_decode", layer, (x, ids, weights, w13, w2, b13, b2))
 
 
 def _moe_mlp_decode(
@@ -100,6 +105,8 @@ def _moe_mlp_decode(
     weights: jax.Array,
     w13: Weight,
     w2: Weight,
+    b13: jax.Array | None,
+    b2: jax.Array | None,
 ) -> jax.Array:
     experts, tokens = w13.shape[0], x.shape[0]
     rows = tokens if max_rows is None else max_rows
@@ -107,13 +114,24 @@ def _moe_mlp_decode(
     expected_m = _expected_rows(ids.size, experts, rows) if expected_m is None else expected_m
     row_weights = take_rows(weights.reshape(-1), plan.source)
     run = _bf16 if recipe == "bf16" else _fp8
-    y = run(x, w13, w2, plan, row_weights, gemm_options(form, expected_m, num_sms), form)
+    y = run(x, w13, w2, b13, plan, row_weights, gemm_options(form, expected_m, num_sms), form)
+    y = _biased(y, b2, None if form.weights_first else row_weights)
     return sum_copies(y.reshape(experts * rows, x.shape[1]), plan.position)
 
 
 class _Options(TypedDict):
     expected_m: int | None
     num_sms: int | None
+
+
+def _biased(x: jax.Array, bias: jax.Array | None, row_weights: jax.Array | None = None) -> jax.Array:
+    """x [experts, rows, n] plus each expert's bias, times the weights of the rows."""
+    if bias is None:
+        return x
+    rows = bias.astype(jnp.float32)[:, None]
+    if row_weights is not None:
+        rows = rows * row_weights.reshape(*x.shape[:2], 1)
+    return (x.astype(jnp.float32) + rows).astype(x.dtype)
 
 
 def _expected_rows(copies: int, experts: int, rows: int) -> int | None:
@@ -126,6 +144,7 @@ def _fp8(
     x: jax.Array,
     w13: Weight,
     w2: Weight,
+    b13: jax.Array | None,
     plan: DispatchPlan,
     row_weights: jax.Array,
     gemms: fp8.LayerOptions,
@@ -149,10 +168,10 @@ def _fp8(
     rows = QuantizedArray(deep(taken.values), deep(taken.scales), PER_ROW)
     first, second = (fp8.forward_weight(w, gemms) for w in (w13, w2))
     # Rows that do not count are undefined from here on, and stay among themselves: scales are per row.
-    if form.fuses and gated.fits(first):
+    if form.fuses and b13 is None and gated.fits(first):
         act = gated.m_masked_fp8_gemm_swiglu(rows, first, counts, deep(row_weights), **options)
     else:
-        hidden = gemm(rows, first, jnp.bfloat16)
+        hidden = _biased(gemm(rows, first, jnp.bfloat16), b13)
         flat = hidden.reshape(row_weights.shape[0], hidden.shape[2])
         values, scales = swiglu_quantize(
             flat, row_weights, activation=form.act, transposed=False, scale_format=form.scale_format
@@ -165,6 +184,7 @@ def _bf16(
     x: jax.Array,
     w13: Weight,
     w2: Weight,
+    b13: jax.Array | None,
     plan: DispatchPlan,
     row_weights: jax.Array,
     gemms: fp8.LayerOptions,
@@ -191,7 +211,7 @@ def _bf16(
         row_weights = jnp.ones_like(row_weights)
     else:
         rows = move_rows(x.astype(jnp.bfloat16), plan.token)
-    hidden = gemm(rows, w13, jnp.bfloat16)
+    hidden = _biased(gemm(rows, w13, jnp.bfloat16), b13)
     act = swiglu(hidden, row_weights.reshape(hidden.shape[:2]), activation=form.act)
     return gemm(act, w2, x.dtype)
 

@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
+from jax_deepgemm.moe.bias import bias_gradient, check_biases, with_bias
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.ops.gemm.checks import BLOCKED, PER_ROW
 from jax_deepgemm.ops.grouped import gated, linear
@@ -69,6 +70,8 @@ class Experts:
     form: ExpertForm
     with_weights: bool = False
     """Whether the layer returns (y, masters)."""
+    b13: np.dtype[Any] | None = None
+    """dtype of the first bias, if there is one."""
 
     @classmethod
     def of(
@@ -79,11 +82,23 @@ class Experts:
         gemms: fp8.LayerOptions,
         form: ExpertForm,
         with_weights: bool = False,
+        b13: jax.Array | None = None,
     ) -> Experts:
         (first, spec13), (second, spec2) = (linear.like(jax.tree.leaves(w)[0]) for w in (w13, w2))
+        bias = None if b13 is None else np.dtype(b13.dtype)
         prepared = isinstance(w13, PreparedWeight), isinstance(w2, PreparedWeight)
-        specs = spec13, spec2
-        return cls(gemms, w13.shape[0], np.dtype(rows), first, second, specs, prepared, form, with_weights)
+        return cls(
+            gemms,
+            w13.shape[0],
+            np.dtype(rows),
+            first,
+            second,
+            (spec13, spec2),
+            prepared,
+            form,
+            with_weights,
+            bias,
+        )
 
     def results(self, y: jax.Array, *weights: Weight) -> Any:
         """y, or with_weights (y, masters): what the differentiated function of a layer returns."""
@@ -93,10 +108,10 @@ class Experts:
         """Those of y, and of the masters that were handed on."""
         return given if self.with_weights else (given, (None, None))
 
-    def public(self, results: Any, *weights: Weight) -> Any:
-        """y, or with_weights (y, (w13, w2)), from what the differentiated function returned."""
+    def public(self, results: Any, *weights: Weight) -> tuple[jax.Array, Any]:
+        """y, and with_weights (w13, w2), from what the differentiated function returned."""
         if not self.with_weights:
-            return results
+            return results, None
         y, masters = results
         return y, tuple(map(as_it_came, weights, masters))
 
@@ -176,6 +191,8 @@ def expert_mlp(
     group_sizes: jax.Array,
     row_weights: jax.Array | None = ...,
     *,
+    b13: jax.Array | None = ...,
+    b2: jax.Array | None = ...,
     recipe: str = ...,
     form: ExpertForm = ...,
     group_offset: ArrayLike | None = ...,
@@ -193,6 +210,8 @@ def expert_mlp(
     group_sizes: jax.Array,
     row_weights: jax.Array | None = ...,
     *,
+    b13: jax.Array | None = ...,
+    b2: jax.Array | None = ...,
     recipe: str = ...,
     form: ExpertForm = ...,
     group_offset: ArrayLike | None = ...,
@@ -209,6 +228,8 @@ def expert_mlp(
     group_sizes: jax.Array,
     row_weights: jax.Array | None = None,
     *,
+    b13: jax.Array | None = None,
+    b2: jax.Array | None = None,
     recipe: str = "fp8",
     form: ExpertForm = PLAIN,
     group_offset: ArrayLike | None = None,
@@ -235,6 +256,9 @@ def expert_mlp(
       w2: [e, h, i] down projections, likewise.
       group_sizes: integer [e_all], rows of each expert.
       row_weights: float32 [m], factors of the rows (`spread_weights`); None: ones.
+      b13: [e, 2 * i] bias of the first product, in the order of w13's rows, bfloat16 or float32, or None. In
+        FP8 it is one more pass over h; its gradient is summed from dh as dw13 reads it.
+      b2: [e, h] bias of the second product, times the row's weight, likewise.
       recipe: "fp8": both GEMMs and their four gradients in FP8. "bf16": all in bfloat16.
       form: how the model's experts are built (`ExpertForm`): activation, layout of the weights, where the
         routing weight multiplies, format of the scales.
@@ -260,7 +284,9 @@ def expert_mlp(
     if with_weights:
         check_trained("expert_mlp", w13=w13, w2=w2)
     w13, form = one_weight("expert_mlp", w13, form), form.checked("expert_mlp")
+    b13, b2 = map(unwrapped, (b13, b2))
     check("expert_mlp", rows, w13, w2, group_sizes, row_weights, recipe, form)
+    check_biases("expert_mlp", w13, w2, form, b13, b2)
     if row_weights is None:
         row_weights = jnp.ones(rows.shape[:1], jnp.float32)
     spec = linear.like(rows)[1]
@@ -270,13 +296,15 @@ def expert_mlp(
     if form.weights_first:
         rows, row_weights = _weighted(rows, row_weights, groups), jnp.ones_like(row_weights)
     gemms = gemm_options(form, expected_m, num_sms, fp8.rows_are_whole(rows))
-    leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups))
-    rows, w13, w2, row_weights, groups = jax.tree.unflatten(tree, same_varying_axes(leaves))
+    leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups, b13, b2))
+    rows, w13, w2, row_weights, groups, b13, b2 = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16":  # gradients of replicated weights are summed in their own dtype, not in bfloat16
-        y = _bf16(rows, w13, w2, groups, row_weights, gemms, form)
-        return (y, (w13, w2)) if with_weights else y
-    static = Experts.of(rows.dtype, w13, w2, gemms, form, with_weights)
-    return static.public(_fp8(static, rows, w13, w2, row_weights, groups), w13, w2)
+        y, handed_on = _bf16(rows, w13, w2, groups, row_weights, b13, gemms, form), (w13, w2)
+    else:
+        static = Experts.of(rows.dtype, w13, w2, gemms, form, with_weights, b13)
+        y, handed_on = static.public(_fp8(static, rows, w13, w2, row_weights, b13, groups), w13, w2)
+    y = with_bias(y, b2, groups, row_weights)
+    return (y, handed_on) if with_weights else y
 
 
 def one_weight(where: str, w13: Any, form: ExpertForm) -> Any:
@@ -364,6 +392,7 @@ def _bf16(
     w2: Any,
     groups: fp8.Groups,
     row_weights: jax.Array,
+    b13: jax.Array | None,
     gemms: fp8.LayerOptions,
     form: ExpertForm,
 ) -> jax.Array:
@@ -374,7 +403,8 @@ def _bf16(
         expected_m=gemms.expected_m,
         num_sms=gemms.num_sms,
     )
-    hidden = checkpoint_name(gemm(rows.astype(jnp.bfloat16), w13.astype(jnp.bfloat16)), MOE_HIDDEN)
+    hidden = with_bias(gemm(rows.astype(jnp.bfloat16), w13.astype(jnp.bfloat16)), b13, groups)
+    hidden = checkpoint_name(hidden, MOE_HIDDEN)
     act = swiglu(hidden, row_weights, activation=form.act)
     return gemm(act, w2.astype(jnp.bfloat16), out_dtype=rows.dtype)
 
@@ -386,11 +416,13 @@ def apply(
     w2: QuantizedArray,
     row_weights: jax.Array,
     groups: fp8.Groups,
+    b13: jax.Array | None = None,
     *,
     local: bool = True,
 ) -> jax.Array:
     """y of quantised rows and weights; nothing is kept. `local`: whether no mesh axis may cut the experts."""
-    act = _act(static, rows, w13, row_weights, groups, local and static.form.fuses and gated.fits(w13))
+    fused = local and static.form.fuses and b13 is None and gated.fits(w13)
+    act = _act(static, rows, w13, row_weights, groups, b13, fused)
     return fp8.m_grouped(act, w2, groups, static.gemms, static.rows)
 
 
@@ -400,6 +432,7 @@ def _act(
     w13: QuantizedArray,
     row_weights: jax.Array,
     groups: fp8.Groups,
+    b13: jax.Array | None,
     fused: bool,
 ) -> QuantizedArray:
     """The SwiGLU of the first GEMM, quantised. Fused with it where that is possible: of each row the 8 i
@@ -415,7 +448,7 @@ def _act(
             expected_m=gemms.expected_m,
             num_sms=gemms.num_sms,
         )
-    hidden = fp8.m_grouped(rows, w13, groups, gemms, jnp.bfloat16)
+    hidden = with_bias(fp8.m_grouped(rows, w13, groups, gemms, jnp.bfloat16), b13, groups)
     end = groups.end(hidden.shape[0])
     values, scales = swiglu_quantize(
         hidden,
@@ -436,11 +469,13 @@ def apply_and_keep(
     w2: Weight,
     row_weights: jax.Array,
     groups: fp8.Groups,
+    b13: jax.Array | None = None,
 ) -> tuple[jax.Array, Kept]:
     """`apply` of the weights, and what `backward` needs."""
     first, kept_w13 = _copies(static, w13)
     second, kept_w2 = _copies(static, w2)
-    hidden = checkpoint_name(fp8.m_grouped(rows, first, groups, static.gemms, jnp.bfloat16), MOE_HIDDEN)
+    hidden = with_bias(fp8.m_grouped(rows, first, groups, static.gemms, jnp.bfloat16), b13, groups)
+    hidden = checkpoint_name(hidden, MOE_HIDDEN)
     trained = not is_frozen(static.w2)
     counted = fp8.counted(groups, hidden.shape[0], static.gemms, trained)
     values, scales, *act_t = swiglu_quantize(hidden, row_weights, activation=static.form.act, **counted)
@@ -462,14 +497,15 @@ def backward(
     dy: QuantizedArray,
     dy_along_rows: fp8.AlongRows | None,
     later: Any = (None, None),
-) -> tuple[jax.Array, Any, Any, jax.Array]:
-    """(gradient of the rows, of w13, of w2, of the row weights).
+) -> tuple[jax.Array, Any, Any, jax.Array, jax.Array | None]:
+    """(gradient of the rows, of w13, of w2, of the row weights, of b13).
 
     later: gradients of the later uses of w13 and w2, which theirs are added to; None where there are none.
     """
     groups, gemms = kept.groups, static.gemms
     dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
-    counted = fp8.counted(groups, dact.shape[0], gemms, kept.rows is not None)
+    along_rows = kept.rows is not None or static.b13 is not None
+    counted = fp8.counted(groups, dact.shape[0], gemms, along_rows)
     gradients: Any = swiglu_grad_quantize(
         kept.hidden, kept.row_weights, dact, activation=static.form.act, **counted
     )
@@ -481,7 +517,11 @@ def backward(
     dw13 = weight_gradient(dh_along_rows, kept.rows, static.w13, static.specs[0], later[0])
     dw2 = weight_gradient(dy_along_rows, kept.act, static.w2, static.specs[1], later[1])
     dw13, dw2 = map(_like_the_weight, static.prepared, (dw13, dw2))
-    return drows, dw13, dw2, dweights
+    db13 = None
+    if static.b13 is not None and dh_along_rows is not None:
+        count = static.num_groups
+        db13 = bias_gradient(dh_along_rows, groups, dact.shape[0], count, gemms, static.b13)
+    return drows, dw13, dw2, dweights, db13
 
 
 def _like_the_weight(prepared: bool, dw: jax.Array | None) -> Any:
@@ -521,11 +561,17 @@ def _weight_gradient(
 
 @functools.partial(ReverseOnly, "expert_mlp", fp8.HIGHER_ORDER)
 def _fp8(
-    static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
+    static: Experts,
+    rows: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    row_weights: jax.Array,
+    b13: jax.Array | None,
+    groups: fp8.Groups,
 ) -> Any:
     weights = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     quantized_rows, _ = quantized(static, False, rows, groups)
-    y = apply(static, quantized_rows, *weights, row_weights, groups, local=False)
+    y = apply(static, quantized_rows, *weights, row_weights, groups, b13, local=False)
     return static.results(y, w13, w2)
 
 
@@ -542,18 +588,24 @@ def quantized(
 
 
 def _fp8_fwd(
-    static: Experts, rows: jax.Array, w13: Weight, w2: Weight, row_weights: jax.Array, groups: fp8.Groups
+    static: Experts,
+    rows: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    row_weights: jax.Array,
+    b13: jax.Array | None,
+    groups: fp8.Groups,
 ) -> tuple[Any, Kept]:
     quantized_rows, along_rows = quantized(static, not is_frozen(static.w13), rows, groups)
-    y, kept = apply_and_keep(static, quantized_rows, along_rows, w13, w2, row_weights, groups)
+    y, kept = apply_and_keep(static, quantized_rows, along_rows, w13, w2, row_weights, groups, b13)
     return static.results(y, w13, w2), kept
 
 
 def _fp8_bwd(static: Experts, kept: Kept, cotangents: Any) -> tuple[Any, ...]:
     dy, later = static.cotangents(cotangents)
     quantized_dy, along_rows = quantized(static, not is_frozen(static.w2), dy, kept.groups)
-    drows, dw13, dw2, dweights = backward(static, kept, quantized_dy, along_rows, later)
-    return drows, dw13, dw2, dweights, None
+    drows, dw13, dw2, dweights, db13 = backward(static, kept, quantized_dy, along_rows, later)
+    return drows, dw13, dw2, dweights, db13, None
 
 
 _fp8.defvjp(_fp8_fwd, _fp8_bwd)

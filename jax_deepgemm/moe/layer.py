@@ -12,6 +12,8 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.moe import experts
+from jax_deepgemm.moe.bias import check_biases
+from jax_deepgemm.moe.bias import of_tokens as bias_of_tokens
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
     combine,
@@ -45,6 +47,8 @@ def moe_mlp(
     w13: Weight,
     w2: Weight,
     *,
+    b13: jax.Array | None = ...,
+    b2: jax.Array | None = ...,
     recipe: str = ...,
     form: ExpertForm = ...,
     expected_m: int | None = ...,
@@ -61,6 +65,8 @@ def moe_mlp(
     w13: Weight,
     w2: Weight,
     *,
+    b13: jax.Array | None = ...,
+    b2: jax.Array | None = ...,
     recipe: str = ...,
     form: ExpertForm = ...,
     expected_m: int | None = ...,
@@ -76,6 +82,8 @@ def moe_mlp(
     w13: Weight,
     w2: Weight,
     *,
+    b13: jax.Array | None = None,
+    b2: jax.Array | None = None,
     recipe: str = "fp8",
     form: ExpertForm = PLAIN,
     expected_m: int | None = None,
@@ -110,6 +118,7 @@ def moe_mlp(
         ones.
         Or two arrays, (gate, up), as in `expert_mlp`.
       w2: [e, h, i] down projections, likewise.
+      b13, b2: biases [e, 2 * i] and [e, h] of the two products, bfloat16 or float32, as in `expert_mlp`.
       recipe: "fp8": the GEMMs and their gradients in FP8, as in `expert_mlp`. "bf16": all in bfloat16.
       form: how the model's experts are built (`ExpertForm`).
       expected_m: rows of an expert to expect, for the choice of the kernel; default t * top_k / e.
@@ -136,8 +145,10 @@ def moe_mlp(
     check_weights("moe_mlp", x, w13, w2, recipe, form)
     if with_weights:
         check_no_explicit_axes("moe_mlp", x)
+    b13, b2 = map(unwrapped, (b13, b2))
+    check_biases("moe_mlp", w13, w2, form, b13, b2)
     layer = functools.partial(_moe_mlp, recipe, form, expected_m, num_sms, with_weights)
-    return on_each_device("moe_mlp", layer, (x, ids, weights, w13, w2))
+    return on_each_device("moe_mlp", layer, (x, ids, weights, w13, w2, b13, b2))
 
 
 def _moe_mlp(
@@ -151,11 +162,13 @@ def _moe_mlp(
     weights: jax.Array,
     w13: Weight,
     w2: Weight,
+    b13: jax.Array | None,
+    b2: jax.Array | None,
 ) -> Any:
     plan = plan_dispatch(ids, w13.shape[0])
     expected_m = expected_rows(ids.size, w13.shape[0]) if expected_m is None else expected_m
-    leaves, tree = jax.tree.flatten((x, weights, w13, w2, plan))
-    x, weights, w13, w2, plan = jax.tree.unflatten(tree, same_varying_axes(leaves))
+    leaves, tree = jax.tree.flatten((x, ids, weights, w13, w2, b13, b2, plan))
+    x, ids, weights, w13, w2, b13, b2, plan = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16" or form.weights_first:
         y = expert_mlp(
             spread(x, plan),
@@ -163,16 +176,22 @@ def _moe_mlp(
             w2,
             plan.group_sizes,
             spread_weights(weights, plan),
+            b13=b13,
             recipe=recipe,
             form=form,
             expected_m=expected_m,
             num_sms=num_sms,
         )
         y = combine(y, plan)
-        return (y, (w13, w2)) if with_weights else y
-    gemms = gemm_options(form, expected_m, num_sms)
-    static = Experts.of(x.dtype, w13, w2, gemms, form, with_weights)
-    return static.public(_fp8(static, x, weights, w13, w2, plan), w13, w2)
+        handed_on: Any = (w13, w2)
+    else:
+        gemms = gemm_options(form, expected_m, num_sms)
+        static = Experts.of(x.dtype, w13, w2, gemms, form, with_weights, b13)
+        y, handed_on = static.public(_fp8(static, x, weights, w13, w2, b13, plan), w13, w2)
+    if b2 is not None:
+        bias = bias_of_tokens(ids, None if form.weights_first else weights, b2)
+        y = (y.astype(jnp.float32) + bias).astype(y.dtype)
+    return (y, handed_on) if with_weights else y
 
 
 def _groups(plan: DispatchPlan) -> fp8.Groups:
@@ -181,22 +200,34 @@ def _groups(plan: DispatchPlan) -> fp8.Groups:
 
 @functools.partial(ReverseOnly, "moe_mlp", experts.HIGHER_ORDER)
 def _fp8(
-    static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
+    static: Experts,
+    x: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    b13: jax.Array | None,
+    plan: DispatchPlan,
 ) -> Any:
     rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     quantized = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
-    y = experts.apply(static, rows, *quantized, row_weights, _groups(plan))
+    y = experts.apply(static, rows, *quantized, row_weights, _groups(plan), b13)
     return static.results(sum_copies(y, plan.position), w13, w2)
 
 
 def _fp8_fwd(
-    static: Experts, x: jax.Array, weights: jax.Array, w13: Weight, w2: Weight, plan: DispatchPlan
+    static: Experts,
+    x: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    b13: jax.Array | None,
+    plan: DispatchPlan,
 ) -> tuple[Any, tuple[experts.Kept, DispatchPlan]]:
     groups, trained = _groups(plan), not experts.is_frozen(static.w13)
     rows, along_rows = experts.quantized(static, trained, x, groups, plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
-    y, kept = experts.apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups)
+    y, kept = experts.apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups, b13)
     return static.results(sum_copies(y, plan.position), w13, w2), (kept, plan)
 
 
@@ -207,8 +238,9 @@ def _fp8_bwd(
     dy, later = static.cotangents(cotangents)
     trained = not experts.is_frozen(static.w2)
     rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token)
-    drows, dw13, dw2, drow_weights = experts.backward(static, kept, rows, along_rows, later)
-    return sum_copies(drows, plan.position), take_rows(drow_weights, plan.position), dw13, dw2, None
+    drows, dw13, dw2, drow_weights, db13 = experts.backward(static, kept, rows, along_rows, later)
+    dweights = take_rows(drow_weights, plan.position)
+    return sum_copies(drows, plan.position), dweights, dw13, dw2, db13, None
 
 
 _fp8.defvjp(_fp8_fwd, _fp8_bwd)

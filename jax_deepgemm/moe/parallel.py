@@ -21,6 +21,7 @@ from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.core.sharding import as_spec, entries
 from jax_deepgemm.moe import exchange as way
+from jax_deepgemm.moe.bias import check_biases
 from jax_deepgemm.moe.exchange import Axis, Exchange
 from jax_deepgemm.moe.experts import (
     HIGHER_ORDER,
@@ -52,6 +53,8 @@ def expert_parallel_moe(
     w13: Weight,
     w2: Weight,
     *,
+    b13: jax.Array | None = None,
+    b2: jax.Array | None = None,
     axis: Axis,
     method: str = "all_to_all",
     capacity_factor: float | None = None,
@@ -88,6 +91,7 @@ def expert_parallel_moe(
       w13: [e, 2 * i, h], gate and up projections of this device's experts, as in `moe_mlp`, prepared and
         frozen ones too.
       w2: [e, h, i], their down projections, likewise.
+      b13, b2: biases of this device's experts, as in `moe_mlp`.
       axis: the mesh axis of the experts, or several.
       method: "all_to_all": fixed room for each pair of devices; on every platform.
         "ragged": `lax.ragged_all_to_all`, where only what is needed travels; GPUs (elsewhere emulated).
@@ -95,8 +99,8 @@ def expert_parallel_moe(
         "all_to_all" in equal parts for every source device. None: room for the worst case, so that nothing is
         dropped; with "all_to_all" that much travels too. What has no room is dropped, the copies of later
         tokens first ("ragged": those of later devices); weights are not scaled up for it.
-      recipe, form, expected_m, num_sms: as in `moe_mlp`. With `form.weights_first` tokens travel in the dtype
-        of x also in FP8.
+      recipe, form, expected_m, num_sms: as in `moe_mlp`. With `form.weights_first`, or
+        biases, tokens travel in the dtype of x also in FP8.
       emulate_ragged: "ragged" by an all-gather, for tests; default: in programs for CPUs.
 
     Returns:
@@ -114,12 +118,14 @@ def expert_parallel_moe(
     w13, form = one_weight("expert_parallel_moe", w13, form), form.checked("expert_parallel_moe")
     check_tokens("expert_parallel_moe", x, ids, weights)
     check_weights("expert_parallel_moe", x, w13, w2, recipe, form)
+    b13, b2 = map(unwrapped, (b13, b2))
+    check_biases("expert_parallel_moe", w13, w2, form, b13, b2)
     way.check_method("expert_parallel_moe", method, capacity_factor)
     experts = w13.shape[0]
     wire = way.plan_wire(axis, method, x.shape[0], ids.shape[1], experts, capacity_factor, emulate_ragged)
     exchange = way.plan_exchange(ids, experts, wire)
     expected_m = expected_rows(ids.size, experts) if expected_m is None else expected_m
-    if recipe == "bf16" or form.weights_first:
+    if recipe == "bf16" or form.weights_first or b13 is not None or b2 is not None:
         rows, row_weights = way.send_tokens(exchange, x), way.send_weights(exchange, weights)
         y = expert_mlp(
             rows,
@@ -127,6 +133,8 @@ def expert_parallel_moe(
             w2,
             exchange.target.group_sizes,
             row_weights,
+            b13=b13,
+            b2=b2,
             recipe=recipe,
             form=form,
             expected_m=expected_m,
@@ -145,6 +153,8 @@ def moe_layer(
     w13: Weight,
     w2: Weight,
     *,
+    b13: jax.Array | None = None,
+    b2: jax.Array | None = None,
     mesh: Mesh | None = None,
     expert_axis: Axis = "expert",
     token_axes: Axis | None = None,
@@ -176,6 +186,7 @@ def moe_layer(
       w13: [e, 2 * i, h], gate and up projections as in `moe_mlp`; e is a multiple of the devices of
         expert_axis.
       w2: [e, h, i], down projections, likewise.
+      b13, b2: biases of all experts, as in `moe_mlp`.
       mesh: default: that of `jax.set_mesh`.
       expert_axis: mesh axis that cuts the experts.
       token_axes: mesh axes that cut the tokens, expert_axis among them; default: all.
@@ -193,6 +204,8 @@ def moe_layer(
     w13, form = one_weight("moe_layer", w13, form), form.checked("moe_layer")
     check_tokens("moe_layer", x, ids, weights)
     check_weights("moe_layer", x, w13, w2, recipe, form)
+    b13, b2 = map(unwrapped, (b13, b2))
+    check_biases("moe_layer", w13, w2, form, b13, b2)
     axes = mesh or jax.sharding.get_abstract_mesh()
     experts_over = way.axis_names(expert_axis)
     free = [name for name in axes.axis_names if name not in axes.manual_axes]
@@ -200,8 +213,11 @@ def moe_layer(
     _check_mesh(dict(axes.shape), experts_over, tokens_over, x.shape[0], w13.shape[0])
 
     def local(*args: Any) -> tuple[jax.Array, jax.Array]:
+        *operands, b13, b2 = args
         y, dropped = expert_parallel_moe(
-            *args,
+            *operands,
+            b13=b13,
+            b2=b2,
             axis=expert_axis,
             method=method,
             capacity_factor=capacity_factor,
@@ -214,8 +230,8 @@ def moe_layer(
         return y, lax.psum(dropped, tokens_over)
 
     tokens, experts = P(tokens_over), P(experts_over)
-    specs = (tokens, tokens, tokens, experts, experts)
-    args = (x, ids, weights, w13, w2)
+    specs = (tokens, tokens, tokens, experts, experts, experts, experts)
+    args = (x, ids, weights, w13, w2, b13, b2)
     run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, P()), axis_names=set(free))
     if not axes.explicit_axes:
         return run(*args)
@@ -316,7 +332,7 @@ def _fp8_bwd(static: Experts, residuals: tuple[Kept, Exchange], dy: jax.Array) -
     kept, exchange = residuals
     rows, _ = _send(exchange, dy, None, static.form.scale_format)
     along_rows = None if is_frozen(static.w2) else _along_rows(static, rows, kept.groups)
-    drows, dw13, dw2, drow_weights = backward(static, kept, rows, along_rows)
+    drows, dw13, dw2, drow_weights, _ = backward(static, kept, rows, along_rows)
     dx = way.rows_to_tokens(exchange, drows)
     return dx, way.rows_to_copies(exchange, drow_weights), dw13, dw2, None
 

@@ -19,7 +19,7 @@ def cuts(x: Any) -> list[Axes]:
 
 
 def on_each_device(where: str, layer: Callable[..., jax.Array], operands: Sequence[Any]) -> jax.Array:
-    """layer(x, ids, weights, w13, w2) -> y of one device, on the tokens that each device has.
+    """layer(x, ids, weights, w13, w2, ..) -> y of one device, on the tokens that each device has.
 
     On Explicit axes tokens stay where they are, and so does y; weights are gathered where anything but their
     experts is cut. Elsewhere the layer as it is.
@@ -28,11 +28,11 @@ def on_each_device(where: str, layer: Callable[..., jax.Array], operands: Sequen
     mesh = mesh_of([jax.typeof(leaf) for leaf in leaves])
     if not mesh.explicit_axes:
         return layer(*operands)
-    for name, w in zip(("w13", "w2"), operands[3:], strict=True):
+    for name, w in zip(("w13", "w2", "b13", "b2"), operands[3:], strict=False):
         _check_experts(where, name, w)
     spec = as_spec(cuts(operands[0]))
     tokens = as_spec(cuts(operands[0])[:1])
-    specs = (tokens, tokens, tokens, P(), P())
+    specs = (tokens, tokens, tokens, *(P() for _ in operands[3:]))
     run = jax.shard_map(layer, in_specs=specs, out_specs=tokens, axis_names=set(mesh.explicit_axes))
 
     def placed(*operands: Any) -> jax.Array:

@@ -15,11 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_deepgemm import grouped_linear
 from jax_deepgemm.activation import GPT_OSS, Activation, swiglu_grad_quantize, swiglu_quantize
+from jax_deepgemm.moe import moe_mlp, moe_mlp_decode
 from jax_deepgemm.ops.quantize.blocks import row_blocks
 from jax_deepgemm.ops.quantize.problem import QuantizeProblem
 from tests.gpu.test_fused_gpu import assert_bits, draw, near
 from tests.shared.activations import ACTIVATIONS
+from tests.shared.expert_forms import BOUND, MODELS, arrays, biases, float64
+from tests.shared.moe_oracle import pull, relative
 
 VARIANTS = {name: activation for name, activation in ACTIVATIONS.items() if activation.tag}
 # Whole tiles, tails that are aligned, tails that are not, less than a tile, gpt-oss's width.
@@ -101,3 +105,71 @@ def test_activations_repeat_their_bits(activation):
         jax.block_until_ready(noise)
         del noise
         assert_bits([np.asarray(part) for part in step(h, weight, dact)], first)
+
+
+# Layers -------------------------------------------------------------------------------------------------
+
+SIZES = ((300, 256, 384, 8, 2), (77, 520, 200, 5, 3))
+"""Whole blocks; tails everywhere."""
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_models(model, recipe):
+    """Forward, gradients and decoding, against float64; twice, with the same bits."""
+    form = MODELS[model]
+    for sizes in SIZES:
+        x, ids, weights, w13, w2, dy = arrays(form, sizes)
+        want = float64(form, x, ids, weights, w13, w2, dy)
+        run = functools.partial(moe_mlp, recipe=recipe, form=form)
+
+        def layer(x, weights, w13, w2, ids=ids, run=run):
+            return run(x, ids, weights, w13, w2)
+
+        got, again = (pull(layer, x, weights, w13, w2, by=dy) for _ in range(2))
+        errors = [relative(one, other) for one, other in zip(got, want, strict=True)]
+        assert max(errors) < BOUND[recipe], (sizes, errors)
+        for one, other in zip(got, again, strict=True):
+            assert_bits([np.asarray(one, np.float32)], [np.asarray(other, np.float32)])
+        few = jax.jit(functools.partial(moe_mlp_decode, recipe=recipe, form=form))(x, ids, weights, w13, w2)
+        assert relative(few, want[0]) < BOUND[recipe]
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+@pytest.mark.parametrize("model", ["gpt-oss", "nemotron3"])
+def test_biases(model, recipe):
+    form = MODELS[model]
+    for sizes in SIZES:
+        x, ids, weights, w13, w2, dy = arrays(form, sizes)
+        b13, b2 = biases(form, w13, w2)
+        want = float64(form, x, ids, weights, w13, w2, dy, b13, b2)
+
+        def layer(x, weights, w13, w2, b13, b2, ids=ids):
+            return moe_mlp(x, ids, weights, w13, w2, b13=b13, b2=b2, recipe=recipe, form=form)
+
+        got, again = (pull(layer, x, weights, w13, w2, b13, b2, by=dy) for _ in range(2))
+        errors = [relative(one, other) for one, other in zip(got, want, strict=True)]
+        assert max(errors) < BOUND[recipe], (sizes, errors)
+        for one, other in zip(got, again, strict=True):
+            assert_bits([np.asarray(one, np.float32)], [np.asarray(other, np.float32)])
+        few = jax.jit(functools.partial(moe_mlp_decode, recipe=recipe, form=form))
+        assert relative(few(x, ids, weights, w13, w2, b13=b13, b2=b2), want[0]) < BOUND[recipe]
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+def test_grouped_linear_of_either_layout(recipe):
+    """The bits of the other layout in FP8, whose copies are the same; in BF16 another kernel's sums."""
+    x, w = (
+        jnp.asarray(draw((300, 264), spread=0.5)),
+        jnp.asarray(draw((4, 200, 264), "float32", 1, spread=0.5)),
+    )
+    sizes, dy = jnp.array([130, 0, 1, 150], jnp.int32), jnp.asarray(draw((300, 200), seed=2, spread=0))
+
+    def run(x: jax.Array, w: jax.Array, layout: str) -> jax.Array:
+        return grouped_linear(x, w, sizes, recipe=recipe, weight_layout=layout)
+
+    y, dx, dw = pull(functools.partial(run, layout="nk"), x, w, by=dy)
+    got = pull(functools.partial(run, layout="kn"), x, w.mT, by=dy)
+    for one, other in zip((*got[:2], got[2].mT), (y, dx, dw), strict=True):
+        assert relative(one, other) < (1e-6 if recipe == "fp8" else 2e-3)

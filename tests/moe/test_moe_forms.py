@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from jax_deepgemm import quantize
-from jax_deepgemm.activation import GPT_OSS, Activation
+from jax_deepgemm.activation import GPT_OSS
 from jax_deepgemm.moe import (
     ExpertForm,
     combine,
@@ -25,61 +24,12 @@ from jax_deepgemm.moe import (
     spread_weights,
 )
 from tests.shared import op_checks
-from tests.shared.activations import activate
-from tests.shared.moe_oracle import normal, pull, random_ids, relative, wide
+from tests.shared.expert_forms import BOUND, MODELS, arrays, biases, float64
+from tests.shared.moe_oracle import pull, relative, wide
 
-T, H, I, E, K = 24, 128, 128, 4, 2
-MODELS = {
-    "qwen3": ExpertForm(),
-    "gpt-oss": ExpertForm(GPT_OSS, "kn"),
-    "llama4": ExpertForm(weights_first=True),
-    "gemma4": ExpertForm("gelu", "kn"),
-    "nemotron3": ExpertForm("relu2"),
-    "deepseek-v4": ExpertForm(Activation(limit=6.0), scale_format="ue8m0"),
-}
-BOUND = {"bf16": 0.012, "fp8": 0.09}
+E = 4
 every = pytest.mark.parametrize("model", MODELS)
 both = pytest.mark.parametrize("recipe", ["fp8", "bf16"])
-
-
-def arrays(form: ExpertForm) -> tuple[Any, ...]:
-    """x, ids, weights, w13, w2, dy. Some copies are dropped."""
-    n = form.act.halves * I
-    w13, w2 = (
-        normal(1, E, n, H, dtype=jnp.float32, scale=0.2),
-        normal(2, E, H, I, dtype=jnp.float32, scale=0.1),
-    )
-    if form.weight_layout == "kn":
-        w13, w2 = w13.mT, w2.mT
-    weights = jnp.asarray(np.random.default_rng(3).uniform(0.2, 1, (T, K)), jnp.float32)
-    return normal(0, T, H), random_ids(4, T, K, E, dropped=0.1), weights, w13, w2, normal(5, T, H)
-
-
-def float64(form: ExpertForm, x: Any, ids: Any, weights: Any, w13: Any, w2: Any, dy: Any) -> list[np.ndarray]:
-    """y and the gradients of x, weights, w13, w2, expert by expert."""
-    x, weights, w13, w2, dy = map(wide, (x, weights, w13, w2, dy))
-    turned = form.weight_layout == "kn"
-    first, second = (np.swapaxes(w, 1, 2) if turned else w for w in (w13, w2))
-    y, dx, dweights = np.zeros_like(x), np.zeros_like(x), np.zeros_like(weights)
-    dfirst, dsecond = np.zeros_like(first), np.zeros_like(second)
-    for expert, slot in itertools.product(range(E), range(K)):
-        mine = np.asarray(ids)[:, slot] == expert
-        weight = weights[mine, slot, None]
-        rows = x[mine] * weight if form.weights_first else x[mine]
-        act, partials = activate(rows @ first[expert].T, form.act)
-        after = 1 if form.weights_first else weight
-        y[mine] += (act * after) @ second[expert].T
-        dact = dy[mine] @ second[expert]
-        repeat = {1: lambda d: d, 2: lambda d: np.concatenate([d, d], axis=1)}[form.act.halves]
-        dact_of_h = np.repeat(dact, 2, axis=1) if form.act.interleaved else repeat(dact)
-        dh = partials * dact_of_h * after
-        drows = dh @ first[expert]
-        dx[mine] += drows * weight if form.weights_first else drows
-        of_weight = drows * x[mine] if form.weights_first else dact * act
-        dweights[mine, slot] += of_weight.sum(axis=1)
-        dfirst[expert] += dh.T @ rows
-        dsecond[expert] += dy[mine].T @ (act * after)
-    return [y, dx, dweights, *(np.swapaxes(d, 1, 2) if turned else d for d in (dfirst, dsecond))]
 
 
 def over_mesh(*args: Any, **options: Any) -> jax.Array:
@@ -115,6 +65,45 @@ def test_decode(model, recipe):
     x, ids, weights, w13, w2, _ = arrays(MODELS[model])
     got = moe_mlp_decode(x, ids, weights, w13, w2, recipe=recipe, form=MODELS[model])
     assert relative(got, wanted(model)[0]) < BOUND[recipe]
+
+
+@both
+@pytest.mark.parametrize("model", ["gpt-oss", "nemotron3"])
+@pytest.mark.parametrize("layer", [moe_mlp, over_mesh, experts])
+def test_biases(layer, model, recipe):
+    form = MODELS[model]
+    x, ids, weights, w13, w2, dy = arrays(form)
+    b13, b2 = biases(form, w13, w2)
+    want = float64(form, x, ids, weights, w13, w2, dy, b13, b2)
+
+    def run(x: Any, weights: Any, w13: Any, w2: Any, b13: Any, b2: Any) -> jax.Array:
+        return layer(x, ids, weights, w13, w2, b13=b13, b2=b2, recipe=recipe, form=form)
+
+    got = pull(run, x, weights, w13, w2, b13, b2, by=dy)
+    errors = [relative(one, other) for one, other in zip(got, want, strict=True)]
+    assert max(errors) < BOUND[recipe], errors
+    assert [one.dtype for one in got[5:]] == [b13.dtype, b2.dtype]
+    if layer is moe_mlp:
+        few = moe_mlp_decode(x, ids, weights, w13, w2, b13=b13, b2=b2, recipe=recipe, form=form)
+        assert relative(few, want[0]) < BOUND[recipe]
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+def test_bias_of_some_experts_and_rows_of_none(recipe):
+    """With an offset; NaN behind the last group reaches no gradient."""
+    form = ExpertForm("relu2")
+    rows = jnp.ones((20, 128), jnp.bfloat16).at[16:].set(jnp.nan)
+    w = jnp.full((2, 128, 128), 1 / 128, jnp.float32)
+    b13, b2 = jnp.ones((2, 128)), jnp.array([[1.0], [10.0]]) * jnp.ones((1, 128))
+
+    def run(b13: jax.Array, b2: jax.Array) -> jax.Array:
+        sizes = jnp.array([4, 3, 0, 9], jnp.int32)
+        return expert_mlp(rows, w, w, sizes, b13=b13, b2=b2, recipe=recipe, form=form, group_offset=1)
+
+    y, db13, db2 = pull(run, b13, b2, by=jnp.ones((20, 128), jnp.bfloat16).at[16:].set(jnp.nan))
+    np.testing.assert_allclose(wide(y)[:, 0], [0] * 4 + [5] * 3 + [0] * 13, rtol=0.05)
+    np.testing.assert_allclose(db13, [[3 * 4] * 128, [0] * 128], rtol=0.05)
+    np.testing.assert_allclose(db2, [[3] * 128, [0] * 128], rtol=0.05)
 
 
 @both
@@ -179,6 +168,10 @@ ARGS: Any = arrays(ExpertForm())[:5]
         (lambda: moe_mlp(*ARGS, form=ExpertForm("swish")), r"activation is 'swish'"),
         (lambda: moe_mlp(*ARGS, form=ExpertForm(weight_layout="nt")), r"weight_layout is 'nt', need 'nk'"),
         (lambda: moe_mlp(*ARGS, form=ExpertForm(scale_format="e8")), r"scale_format is 'e8', need 'f32'"),
+        (
+            lambda: moe_mlp(*ARGS, b13=jnp.ones((4, 128))),
+            r"b13 is float32 \[4, 128\], need bfloat16 or float32 \[4, 256\]",
+        ),
         (
             lambda: moe_mlp(*ARGS[:3], (ARGS[3], ARGS[3]), ARGS[4], form=ExpertForm(GPT_OSS)),
             r"w13 is 2 arrays and the activation is .*need one array",

@@ -125,6 +125,8 @@ def _operands() -> dict[str, Any]:
         "w2_t": normal(EXPERTS, WIDTH, HIDDEN, dtype=jnp.float32),
         "w13_half": normal(EXPERTS, WIDTH, HIDDEN, dtype=jnp.float32),
         "ws_t_f32": normal(3, HIDDEN, WIDTH, dtype=jnp.float32),
+        "b13": normal(EXPERTS, 2 * WIDTH, dtype=jnp.float32),
+        "b2": normal(EXPERTS, HIDDEN, dtype=jnp.float32),
     }  # fmt: skip
 
 
@@ -192,6 +194,12 @@ def _general(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 MOE = ("x", "ids", "weights", "w13", "w2")
+
+
+def _biased(*operands: Any, **options: Any) -> jax.Array:
+    return moe.moe_mlp(*operands[:5], b13=operands[5], b2=operands[6], **options)
+
+
 TURNED_MOE = ("x", "ids", "weights", "w13_t", "w2_t")
 GPT_OSS = moe.ExpertForm(activation.GPT_OSS, "kn")
 RELU2 = moe.ExpertForm("relu2")
@@ -332,6 +340,7 @@ FORWARD = (
         "moe_mlp relu2", functools.partial(moe.moe_mlp, form=RELU2), ("x", "ids", "weights", "w13_half", "w2")
     ),
     Call("moe_mlp_decode", moe.moe_mlp_decode, FROZEN_MOE),
+    Call("moe_mlp biases", _biased, (*MOE, "b13", "b2")),
     Call("moe_mlp_decode gpt-oss", functools.partial(moe.moe_mlp_decode, form=GPT_OSS), TURNED_MOE),
     Call("moe_mlp_decode bf16", bf16_recipe(moe.moe_mlp_decode), MOE),
     Call("expert_parallel_moe", _parallel("all_to_all"), FROZEN_MOE, mesh=True),
@@ -365,6 +374,8 @@ GRADIENTS = (
     ),
     Call("dispatch, combine", _gradient(_dispatch_and_combine, 0, 2), ("x", "ids", "weights")),
     Call("moe_mlp", _gradient(moe.moe_mlp, 0, 2, 3, 4), MOE),
+    Call("moe_mlp biases", _gradient(_biased, 0, 2, 3, 4, 5, 6), (*MOE, "b13", "b2")),
+    Call("moe_mlp biases bf16", _gradient(bf16_recipe(_biased), 0, 5, 6), (*MOE, "b13", "b2")),
     Call("moe_mlp gpt-oss", _gradient(functools.partial(moe.moe_mlp, form=GPT_OSS), 0, 2, 3, 4), TURNED_MOE),
     Call(
         "grouped_linear turned",
