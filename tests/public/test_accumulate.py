@@ -16,7 +16,7 @@ import pytest
 
 import jax_deepgemm as jdg
 from jax_deepgemm import accumulate_gradients, fp8_linear, grouped_linear, prepare_weight
-from jax_deepgemm.moe import expert_mlp, moe_mlp, route
+from jax_deepgemm.moe import ExpertForm, expert_mlp, moe_mlp, route
 from tests.gemm import test_aot
 from tests.shared.arrays import normal
 
@@ -49,9 +49,9 @@ def experts(weights: Weights, x: Any) -> Any:
     return jnp.mean(jnp.square(y)), weights | {"first": first, "second": second}
 
 
-def mixture(weights: Weights, x: Any, recipe: str = "fp8") -> Any:
+def mixture(weights: Weights, x: Any, **options: Any) -> Any:
     pair = weights["first"], weights["second"]
-    y, (first, second) = moe_mlp(x, IDS, WEIGHTS, *pair, with_weights=True, recipe=recipe)
+    y, (first, second) = moe_mlp(x, IDS, WEIGHTS, *pair, with_weights=True, **options)
     y = y.astype(F32) + weights["bias"].astype(F32)
     return jnp.mean(jnp.square(y)), weights | {"first": first, "second": second}
 
@@ -70,6 +70,7 @@ LOSSES: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "grouped_linear": (grouped, (G,)),
     "expert_mlp": (experts, (G,)),
     "moe_mlp": (mixture, (G,)),
+    "moe_mlp weights first": (functools.partial(mixture, form=ExpertForm(weights_first=True)), (G,)),
 }
 
 
