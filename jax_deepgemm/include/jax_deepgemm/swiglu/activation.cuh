@@ -70,7 +70,7 @@ struct Activated {
   }
   // What f is multiplied by.
   __device__ __forceinline__ static float factor(float up) {
-    if constexpr (kClips) up = up > A::LIMIT ? A::LIMIT : up < -A::LIMIT ? -A::LIMIT : up;
+    if constexpr (kClips) up = fabsf(up) > A::LIMIT ? copysignf(A::LIMIT, up) : up;
     if constexpr (A::SHIFT != 0.0f) up += A::SHIFT;
     return up;
   }
