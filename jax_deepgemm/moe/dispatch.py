@@ -20,7 +20,7 @@ from jax_deepgemm.moe.placement import check_uncut
 from jax_deepgemm.ops.dispatch.api import plan_copies
 from jax_deepgemm.ops.dispatch.reference import is_known as is_known
 from jax_deepgemm.ops.grouped.checks import as_int32
-from jax_deepgemm.ops.rows.api import move_rows
+from jax_deepgemm.ops.rows.api import move_rows, sum_rows
 from jax_deepgemm.ops.rows.api import take_quantized as take_quantized
 from jax_deepgemm.ops.rows.reference import take
 
@@ -129,10 +129,11 @@ permute.defvjp(_permute_fwd, _permute_bwd)
 
 def sum_copies(y: jax.Array, position: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """sum_s weights[t, s] * y[position[t, s]] in float32, in the order of the slots, rounded once."""
+    if weights is None:
+        return sum_rows(y, position)
     total = jnp.zeros((position.shape[0], *y.shape[1:]), jnp.float32)
     for slot in range(position.shape[1]):  # not one gather [t, top_k, h]: XLA fuses these into one loop
-        term = take_rows(y, position[:, slot]).astype(jnp.float32)
-        total += term if weights is None else term * weights[:, slot, None]
+        total += take_rows(y, position[:, slot]).astype(jnp.float32) * weights[:, slot, None]
     return total.astype(y.dtype)
 
 

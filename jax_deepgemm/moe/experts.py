@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,14 @@ from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize, quantize_rows
 from jax_deepgemm.ops.quantize.join import concatenate
-from jax_deepgemm.ops.quantize.prepared import Bits, cotangent, master_and_copies, prepare_weight
+from jax_deepgemm.ops.quantize.prepared import (
+    Bits,
+    as_it_came,
+    check_trained,
+    cotangent,
+    master_and_copies,
+    prepare_weight,
+)
 from jax_deepgemm.ops.swiglu import swiglu, swiglu_grad_quantize, swiglu_quantize
 
 HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, as in jax.hessian)"
@@ -61,7 +68,9 @@ class Experts:
     prepared: tuple[bool, bool]
     """Whether w13 and w2 are PreparedWeights."""
     form: ExpertForm
-    b13: np.dtype[Any] | None
+    with_weights: bool = False
+    """Whether the layer returns (y, masters)."""
+    b13: np.dtype[Any] | None = None
     """dtype of the first bias, if there is one."""
 
     @classmethod
@@ -72,12 +81,39 @@ class Experts:
         w2: Weight,
         gemms: fp8.LayerOptions,
         form: ExpertForm,
+        with_weights: bool = False,
         b13: jax.Array | None = None,
     ) -> Experts:
         (first, spec13), (second, spec2) = (linear.like(jax.tree.leaves(w)[0]) for w in (w13, w2))
         bias = None if b13 is None else np.dtype(b13.dtype)
         prepared = isinstance(w13, PreparedWeight), isinstance(w2, PreparedWeight)
-        return cls(gemms, w13.shape[0], np.dtype(rows), first, second, (spec13, spec2), prepared, form, bias)
+        return cls(
+            gemms,
+            w13.shape[0],
+            np.dtype(rows),
+            first,
+            second,
+            (spec13, spec2),
+            prepared,
+            form,
+            with_weights,
+            bias,
+        )
+
+    def results(self, y: jax.Array, *weights: Weight) -> Any:
+        """y, or with_weights (y, masters): what the differentiated function of a layer returns."""
+        return (y, [master_and_copies(w)[0] for w in weights]) if self.with_weights else y
+
+    def cotangents(self, given: Any) -> tuple[jax.Array, Any]:
+        """Those of y, and of the masters that were handed on."""
+        return given if self.with_weights else (given, (None, None))
+
+    def public(self, results: Any, *weights: Weight) -> tuple[jax.Array, Any]:
+        """y, and with_weights (w13, w2), from what the differentiated function returned."""
+        if not self.with_weights:
+            return results, None
+        y, masters = results
+        return y, tuple(map(as_it_came, weights, masters))
 
 
 class Kept(NamedTuple):
@@ -147,6 +183,44 @@ def prepare_weights(
     return first, second
 
 
+@overload
+def expert_mlp(
+    rows: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    group_sizes: jax.Array,
+    row_weights: jax.Array | None = ...,
+    *,
+    b13: jax.Array | None = ...,
+    b2: jax.Array | None = ...,
+    recipe: str = ...,
+    form: ExpertForm = ...,
+    group_offset: ArrayLike | None = ...,
+    expected_m: int | None = ...,
+    num_sms: int | None = ...,
+    with_weights: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def expert_mlp(
+    rows: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    group_sizes: jax.Array,
+    row_weights: jax.Array | None = ...,
+    *,
+    b13: jax.Array | None = ...,
+    b2: jax.Array | None = ...,
+    recipe: str = ...,
+    form: ExpertForm = ...,
+    group_offset: ArrayLike | None = ...,
+    expected_m: int | None = ...,
+    num_sms: int | None = ...,
+    with_weights: Literal[True],
+) -> tuple[jax.Array, tuple[Any, Any]]: ...
+
+
 def expert_mlp(
     rows: jax.Array,
     w13: Weight,
@@ -161,7 +235,8 @@ def expert_mlp(
     group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
     num_sms: int | None = None,
-) -> jax.Array:
+    with_weights: bool = False,
+) -> Any:
     """y = (silu(gate) * up * row_weight) @ w2[e].T with gate | up = row @ w13[e].T, for the rows of each
     expert e.
 
@@ -190,10 +265,13 @@ def expert_mlp(
       group_offset: the expert of w13[0], where only a part of the experts is here.
       expected_m: rows of an expert to expect, for the choice of the kernel.
       num_sms: as in `fp8_gemm_nt`.
+      with_weights: also return w13 and w2, as they came. Where these are used in place of w13 and w2 from
+        there on, the products of weight gradients add to the gradients of the later uses, in their buffers
+        (with "bf16" XLA adds): see `accumulate_gradients`.
 
     Returns:
-      [m, h] in the dtype of rows. Rows behind the last group, and those of experts that are not here, are
-      zero.
+      [m, h] in the dtype of rows; or (that, (w13, w2)). Rows behind the last group, and those of experts
+      that are not here, are zero.
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
@@ -203,6 +281,8 @@ def expert_mlp(
     "jdg_grouped_weight_fp8", and the first GEMM's result "jdg_moe_hidden".
     """
     rows, w2, group_sizes, row_weights = map(unwrapped, (rows, w2, group_sizes, row_weights))
+    if with_weights:
+        check_trained("expert_mlp", w13=w13, w2=w2)
     w13, form = one_weight("expert_mlp", w13, form), form.checked("expert_mlp")
     b13, b2 = map(unwrapped, (b13, b2))
     check("expert_mlp", rows, w13, w2, group_sizes, row_weights, recipe, form)
@@ -219,11 +299,12 @@ def expert_mlp(
     leaves, tree = jax.tree.flatten((rows, w13, w2, row_weights, groups, b13, b2))
     rows, w13, w2, row_weights, groups, b13, b2 = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16":  # gradients of replicated weights are summed in their own dtype, not in bfloat16
-        y = _bf16(rows, w13, w2, groups, row_weights, b13, gemms, form)
+        y, handed_on = _bf16(rows, w13, w2, groups, row_weights, b13, gemms, form), (w13, w2)
     else:
-        static = Experts.of(rows.dtype, w13, w2, gemms, form, b13)
-        y = _fp8(static, rows, w13, w2, row_weights, b13, groups)
-    return with_bias(y, b2, groups, row_weights)
+        static = Experts.of(rows.dtype, w13, w2, gemms, form, with_weights, b13)
+        y, handed_on = static.public(_fp8(static, rows, w13, w2, row_weights, b13, groups), w13, w2)
+    y = with_bias(y, b2, groups, row_weights)
+    return (y, handed_on) if with_weights else y
 
 
 def one_weight(where: str, w13: Any, form: ExpertForm) -> Any:
@@ -411,9 +492,16 @@ def apply_and_keep(
 
 
 def backward(
-    static: Experts, kept: Kept, dy: QuantizedArray, dy_along_rows: fp8.AlongRows | None
+    static: Experts,
+    kept: Kept,
+    dy: QuantizedArray,
+    dy_along_rows: fp8.AlongRows | None,
+    later: Any = (None, None),
 ) -> tuple[jax.Array, Any, Any, jax.Array, jax.Array | None]:
-    """(gradient of the rows, of w13, of w2, of the row weights, of b13)."""
+    """(gradient of the rows, of w13, of w2, of the row weights, of b13).
+
+    later: gradients of the later uses of w13 and w2, which theirs are added to; None where there are none.
+    """
     groups, gemms = kept.groups, static.gemms
     dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
     along_rows = kept.rows is not None or static.b13 is not None
@@ -426,8 +514,8 @@ def backward(
     drows = fp8.m_grouped(dh_rows, _for_dgrad(kept.w13, static.w13), groups, gemms, static.rows)
     dh_along_rows = fp8.AlongRows(*dh_t) if dh_t else None
     weight_gradient = functools.partial(_weight_gradient, static, groups, dact.shape[0])
-    dw13 = weight_gradient(dh_along_rows, kept.rows, static.w13, static.specs[0])
-    dw2 = weight_gradient(dy_along_rows, kept.act, static.w2, static.specs[1])
+    dw13 = weight_gradient(dh_along_rows, kept.rows, static.w13, static.specs[0], later[0])
+    dw2 = weight_gradient(dy_along_rows, kept.act, static.w2, static.specs[1], later[1])
     dw13, dw2 = map(_like_the_weight, static.prepared, (dw13, dw2))
     db13 = None
     if static.b13 is not None and dh_along_rows is not None:
@@ -463,11 +551,12 @@ def _weight_gradient(
     kept: _Pair | None,
     dtype: np.dtype[Any],
     spec: PartitionSpec | None,
+    later: jax.Array | None,
 ) -> jax.Array | None:
     if kept is None or dy is None:
         return None
     x = fp8.AlongRows(*fp8.kept(kept))
-    return fp8.k_grouped(dy, x, groups, rows, static.num_groups, static.gemms, dtype, spec)
+    return fp8.k_grouped(dy, x, groups, rows, static.num_groups, static.gemms, dtype, spec, later)
 
 
 @functools.partial(ReverseOnly, "expert_mlp", fp8.HIGHER_ORDER)
@@ -479,10 +568,11 @@ def _fp8(
     row_weights: jax.Array,
     b13: jax.Array | None,
     groups: fp8.Groups,
-) -> jax.Array:
+) -> Any:
     weights = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     quantized_rows, _ = quantized(static, False, rows, groups)
-    return apply(static, quantized_rows, *weights, row_weights, groups, b13, local=False)
+    y = apply(static, quantized_rows, *weights, row_weights, groups, b13, local=False)
+    return static.results(y, w13, w2)
 
 
 def quantized(
@@ -505,14 +595,16 @@ def _fp8_fwd(
     row_weights: jax.Array,
     b13: jax.Array | None,
     groups: fp8.Groups,
-) -> tuple[jax.Array, Kept]:
+) -> tuple[Any, Kept]:
     quantized_rows, along_rows = quantized(static, not is_frozen(static.w13), rows, groups)
-    return apply_and_keep(static, quantized_rows, along_rows, w13, w2, row_weights, groups, b13)
+    y, kept = apply_and_keep(static, quantized_rows, along_rows, w13, w2, row_weights, groups, b13)
+    return static.results(y, w13, w2), kept
 
 
-def _fp8_bwd(static: Experts, kept: Kept, dy: jax.Array) -> tuple[Any, ...]:
+def _fp8_bwd(static: Experts, kept: Kept, cotangents: Any) -> tuple[Any, ...]:
+    dy, later = static.cotangents(cotangents)
     quantized_dy, along_rows = quantized(static, not is_frozen(static.w2), dy, kept.groups)
-    drows, dw13, dw2, dweights, db13 = backward(static, kept, quantized_dy, along_rows)
+    drows, dw13, dw2, dweights, db13 = backward(static, kept, quantized_dy, along_rows, later)
     return drows, dw13, dw2, dweights, db13, None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,46 @@ from jax_deepgemm.moe.experts import (
     one_weight,
 )
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
-from jax_deepgemm.moe.placement import on_each_device
+from jax_deepgemm.moe.placement import check_no_explicit_axes, on_each_device
 from jax_deepgemm.ops.grouped import linear
 from jax_deepgemm.ops.grouped import recipe as fp8
+from jax_deepgemm.ops.quantize.prepared import check_trained
+
+
+@overload
+def moe_mlp(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    *,
+    b13: jax.Array | None = ...,
+    b2: jax.Array | None = ...,
+    recipe: str = ...,
+    form: ExpertForm = ...,
+    expected_m: int | None = ...,
+    num_sms: int | None = ...,
+    with_weights: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def moe_mlp(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    *,
+    b13: jax.Array | None = ...,
+    b2: jax.Array | None = ...,
+    recipe: str = ...,
+    form: ExpertForm = ...,
+    expected_m: int | None = ...,
+    num_sms: int | None = ...,
+    with_weights: Literal[True],
+) -> tuple[jax.Array, tuple[Any, Any]]: ...
 
 
 def moe_mlp(
@@ -51,7 +88,8 @@ def moe_mlp(
     form: ExpertForm = PLAIN,
     expected_m: int | None = None,
     num_sms: int | None = None,
-) -> jax.Array:
+    with_weights: bool = False,
+) -> Any:
     """Each token through its experts: y[t] = sum_s weights[t, s] * MLP of expert ids[t, s] of x[t].
 
     >>> import jax, jax.numpy as jnp
@@ -85,10 +123,11 @@ def moe_mlp(
       form: how the model's experts are built (`ExpertForm`).
       expected_m: rows of an expert to expect, for the choice of the kernel; default t * top_k / e.
       num_sms: as in `fp8_gemm_nt`.
+      with_weights: as in `expert_mlp`; on Explicit axes inside `jax.shard_map` only.
 
     Returns:
-      [t, h] in the dtype of x. Weights multiply before the second GEMM, or as form says before the first; a
-      token's copies are summed in float32, slot by slot.
+      [t, h] in the dtype of x; or (that, (w13, w2)). Weights multiply before the second GEMM, or as form says
+      before the first; a token's copies are summed in float32, slot by slot.
 
     Raises:
       ValueError, TypeError: operands that do not fit; the message names both sides.
@@ -99,12 +138,16 @@ def moe_mlp(
     `jax.shard_map`. Experts cut over devices: `moe_layer`, or inside `jax.shard_map` `expert_parallel_moe`.
     """
     x, ids, weights, w2 = map(unwrapped, (x, ids, weights, w2))
+    if with_weights:
+        check_trained("moe_mlp", w13=w13, w2=w2)
     w13, form = one_weight("moe_mlp", w13, form), form.checked("moe_mlp")
     check_tokens("moe_mlp", x, ids, weights)
     check_weights("moe_mlp", x, w13, w2, recipe, form)
+    if with_weights:
+        check_no_explicit_axes("moe_mlp", x)
     b13, b2 = map(unwrapped, (b13, b2))
     check_biases("moe_mlp", w13, w2, form, b13, b2)
-    layer = functools.partial(_moe_mlp, recipe, form, expected_m, num_sms)
+    layer = functools.partial(_moe_mlp, recipe, form, expected_m, num_sms, with_weights)
     return on_each_device("moe_mlp", layer, (x, ids, weights, w13, w2, b13, b2))
 
 
@@ -113,6 +156,7 @@ def _moe_mlp(
     form: ExpertForm,
     expected_m: int | None,
     num_sms: int | None,
+    with_weights: bool,
     x: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
@@ -120,7 +164,7 @@ def _moe_mlp(
     w2: Weight,
     b13: jax.Array | None,
     b2: jax.Array | None,
-) -> jax.Array:
+) -> Any:
     plan = plan_dispatch(ids, w13.shape[0])
     expected_m = expected_rows(ids.size, w13.shape[0]) if expected_m is None else expected_m
     leaves, tree = jax.tree.flatten((x, ids, weights, w13, w2, b13, b2, plan))
@@ -139,13 +183,15 @@ def _moe_mlp(
             num_sms=num_sms,
         )
         y = combine(y, plan)
+        handed_on: Any = (w13, w2)
     else:
-        static = Experts.of(x.dtype, w13, w2, gemm_options(form, expected_m, num_sms), form, b13)
-        y = _fp8(static, x, weights, w13, w2, b13, plan)
-    if b2 is None:
-        return y
-    bias = bias_of_tokens(ids, None if form.weights_first else weights, b2)
-    return (y.astype(jnp.float32) + bias).astype(y.dtype)
+        gemms = gemm_options(form, expected_m, num_sms)
+        static = Experts.of(x.dtype, w13, w2, gemms, form, with_weights, b13)
+        y, handed_on = static.public(_fp8(static, x, weights, w13, w2, b13, plan), w13, w2)
+    if b2 is not None:
+        bias = bias_of_tokens(ids, None if form.weights_first else weights, b2)
+        y = (y.astype(jnp.float32) + bias).astype(y.dtype)
+    return (y, handed_on) if with_weights else y
 
 
 def _groups(plan: DispatchPlan) -> fp8.Groups:
@@ -161,12 +207,12 @@ def _fp8(
     w2: Weight,
     b13: jax.Array | None,
     plan: DispatchPlan,
-) -> jax.Array:
+) -> Any:
     rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     quantized = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     y = experts.apply(static, rows, *quantized, row_weights, _groups(plan), b13)
-    return sum_copies(y, plan.position)
+    return static.results(sum_copies(y, plan.position), w13, w2)
 
 
 def _fp8_fwd(
@@ -177,19 +223,22 @@ def _fp8_fwd(
     w2: Weight,
     b13: jax.Array | None,
     plan: DispatchPlan,
-) -> tuple[jax.Array, tuple[experts.Kept, DispatchPlan]]:
+) -> tuple[Any, tuple[experts.Kept, DispatchPlan]]:
     groups, trained = _groups(plan), not experts.is_frozen(static.w13)
     rows, along_rows = experts.quantized(static, trained, x, groups, plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     y, kept = experts.apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups, b13)
-    return sum_copies(y, plan.position), (kept, plan)
+    return static.results(sum_copies(y, plan.position), w13, w2), (kept, plan)
 
 
-def _fp8_bwd(static: Experts, residuals: tuple[experts.Kept, DispatchPlan], dy: jax.Array) -> tuple[Any, ...]:
+def _fp8_bwd(
+    static: Experts, residuals: tuple[experts.Kept, DispatchPlan], cotangents: Any
+) -> tuple[Any, ...]:
     kept, plan = residuals
+    dy, later = static.cotangents(cotangents)
     trained = not experts.is_frozen(static.w2)
     rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token)
-    drows, dw13, dw2, drow_weights, db13 = experts.backward(static, kept, rows, along_rows)
+    drows, dw13, dw2, drow_weights, db13 = experts.backward(static, kept, rows, along_rows, later)
     dweights = take_rows(drow_weights, plan.position)
     return sum_copies(drows, plan.position), dweights, dw13, dw2, db13, None
 

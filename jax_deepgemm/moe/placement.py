@@ -68,6 +68,16 @@ def _check_experts(where: str, name: str, w: Any) -> None:
         )
 
 
+def check_no_explicit_axes(where: str, x: Any) -> None:
+    """Refuses with_weights where weights are copied to devices that each have some tokens."""
+    axes = jax.typeof(x).sharding.mesh.explicit_axes
+    if axes:
+        raise ValueError(
+            f"{where}: with_weights on the Explicit axes {axes} of the mesh, need the tokens of one device. "
+            "Call it inside jax.shard_map over these axes, or leave out with_weights: XLA then adds."
+        )
+
+
 def check_uncut(where: str, **arrays: Any) -> None:
     """Refuses rows that Explicit axes cut, where their order over all devices would count."""
     for name, x in arrays.items():

@@ -335,6 +335,7 @@ COUNTS = {
     "dispatch": 21,
     "rows": 6,
     "linear": 6,
+    "route": 40,
     "moe": 15,
     "moe_inference": 16,
     "moe_step": 4,

@@ -6,6 +6,7 @@ Run: pytest -m gpu tests/gpu/test_dispatch_gpu.py        (about a minute)
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,9 @@ from jax_deepgemm.core import launch
 from jax_deepgemm.ops.dispatch.api import plan_copies
 from jax_deepgemm.ops.dispatch.problem import DispatchProblem
 from jax_deepgemm.ops.quantize import quantize
-from jax_deepgemm.ops.rows.api import move_rows, take_quantized
-from jax_deepgemm.ops.rows.problem import RowsProblem
+from jax_deepgemm.ops.rows import reference
+from jax_deepgemm.ops.rows.api import move_rows, sum_rows, take_quantized
+from jax_deepgemm.ops.rows.problem import SUMMED, RowsProblem
 from tests.shared import dispatch_oracle
 from tests.shared.arrays import normal
 
@@ -41,6 +43,7 @@ SIZES = [
     (1 << 20, 2048),
 ]
 LARGE = [(1 << 24, 256), (1 << 24, 2048)]
+SLOTS = (1, 2, 8, 10)
 LOADS = ("balanced", "one expert", "few experts", "some dropped", "all dropped", "sorted")
 ROW_SHAPES = [(4096, 7168), (64, 2048), (5, 1), (7, 33), (100, 260), (3, 40000), (1, 8)]
 
@@ -52,6 +55,9 @@ def kernels() -> Iterator[Any]:
     for rows, width in ROW_SHAPES:
         for size in (2, 4):
             yield RowsProblem(8 * rows, rows, size * width)
+        for slots, dtype in itertools.product(SLOTS, SUMMED):
+            size = 4 if dtype == "float32" else 2
+            yield RowsProblem(8 * rows // slots, rows, size * width, slots=slots, dtype=dtype)
         yield RowsProblem(8 * rows, rows, width, 4 * -(-width // 128))
 
 
@@ -180,6 +186,26 @@ def test_rows(shape):
     got = jax.jit(take_quantized)(q, at)
     assert_bits(got.values, taken(q.values, at))
     assert_bits(got.scales, taken(q.scales, at))
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("shape", ROW_SHAPES, ids=str)
+def test_sums_of_rows(shape, slots):
+    """Bit for bit the reference's, on the CPU: in float32, slot by slot, rounded once."""
+    at = index(shape[0])[: 8 * shape[0] // slots * slots].reshape(-1, slots)
+    for dtype in SUMMED:
+        x = normal(0, *shape, dtype=dtype)
+        got = jax.jit(sum_rows)(x, at)
+        with jax.default_device(jax.devices("cpu")[0]):
+            (want,) = jax.jit(reference.sums)(np.asarray(x), at)
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+def test_rows_that_no_sum_wants_are_not_read():
+    x = normal(0, 40, 264).at[20:].set(jnp.nan)
+    at = np.where(index(40) < 20, index(40), -1).reshape(-1, 8)
+    assert np.isfinite(np.asarray(jax.jit(sum_rows)(x, at), np.float32)).all()
 
 
 def test_the_gradient_of_rows():

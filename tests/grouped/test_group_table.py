@@ -28,7 +28,8 @@ CASES = 120
 
 @dataclass(frozen=True)
 class Case:
-    """`kind` is "rows", "masked" or "inner"; `extent` the rows (inner: k) of the operand."""
+    """`kind` is "rows", "masked", "inner" or "blocks" (inner, of whole blocks); `extent` the rows (inner: k)
+    of the operand."""
 
     kind: str
     segmented: bool
@@ -45,7 +46,7 @@ class Case:
         return len(self.sizes) // (3 if self.segmented else 1)
 
     def text(self) -> str:
-        kind = ("rows", "masked", "inner").index(self.kind)
+        kind = ("rows", "masked", "inner", "blocks").index(self.kind)
         numbers = (kind, int(self.segmented), self.offset, self.total, self.groups, self.shared)
         return " ".join(map(str, (*numbers, self.extent, self.m, self.n, *self.sizes)))
 
@@ -60,8 +61,10 @@ class Case:
             return [(s, e, g - self.offset) for s, e, g in zip(starts, ends, groups, strict=True)]
         found, end = [], 0
         for group, size in enumerate(self.sizes):
-            start, end = end, clamp(end + clamp(size, 0, self.extent), 0, self.extent)
-            found.append((start, end, group - self.offset))
+            size = clamp(size, 0, self.extent)
+            room = -(-size // 128) * 128 if self.kind == "blocks" else size
+            start, end = end, clamp(end + room, 0, self.extent)
+            found.append((start, min(start + size, end), group - self.offset))
         return found
 
 
@@ -70,8 +73,8 @@ def clamp(value: int, low: int, high: int) -> int:
 
 
 def draw(rng: random.Random) -> Case:
-    kind = rng.choice(["rows", "rows", "rows", "masked", "inner", "inner"])
-    segmented = kind != "masked" and rng.random() < 0.5
+    kind = rng.choice(["rows", "rows", "rows", "masked", "inner", "inner", "blocks"])
+    segmented = kind not in ("masked", "blocks") and rng.random() < 0.5
     total, extent = rng.choice([1, 2, 5, 31, 32, 33, 70, 256, 300]), rng.choice([1, 63, 64, 700, 5000])
     groups = total if kind == "masked" else rng.choice([total, max(1, total // 2), total + 3, 1])
     offset = rng.choice([0, 0, 0, rng.randint(0, total), -1, -3, total + 5, SMALLEST, LARGEST])
@@ -85,7 +88,7 @@ def draw(rng: random.Random) -> Case:
         if rng.random() < 0.3:
             named = [rng.choice([SMALLEST, LARGEST, -1, group]) for group in named]
         sizes = [*edges[::2], *edges[1::2], *named]
-    m = extent if kind != "inner" else 100
+    m = extent if kind in ("rows", "masked") else 100
     shared = rng.choice([groups, max(1, groups // 2)])
     return Case(kind, segmented, offset, groups, shared, extent, m, rng.choice([8, 64, 136]), tuple(sizes))
 
@@ -114,7 +117,9 @@ def test_tables_of_any_sizes(program: Path) -> None:
         segments, tiles, *words = map(int, line.split())
         table = [tuple(words[i : i + 4]) for i in range(0, len(words), 4)]
         assert len(table) == segments + 1
-        {"rows": check_rows, "masked": check_masked, "inner": check_inner}[case.kind](case, table, tiles)
+        {"rows": check_rows, "masked": check_masked, "inner": check_inner, "blocks": check_inner}[case.kind](
+            case, table, tiles
+        )
 
 
 def column_tiles(case: Case) -> int:

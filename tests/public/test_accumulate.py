@@ -1,4 +1,4 @@
-"""accumulate_gradients: sums of gradients are right whatever goes through layers, and where they are written."""
+"""accumulate_gradients: sums are right whatever goes through layers, and are written in their place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 import jax_deepgemm as jdg
 from jax_deepgemm import accumulate_gradients, fp8_linear, grouped_linear, prepare_weight
+from jax_deepgemm.moe import expert_mlp, moe_mlp, route
 from tests.gemm import test_aot
 from tests.shared.arrays import normal
 
@@ -21,6 +22,7 @@ BF16, F32 = jnp.bfloat16, jnp.float32
 STEPS, M, N, K, G = 3, 40, 256, 384, 2
 SIZES = jnp.array([15, 20], jnp.int32)
 BATCHES = normal(0, STEPS, M, K)
+IDS, WEIGHTS = route(normal(6, M, G, dtype=F32), 1)
 Weights = dict[str, Any]
 
 
@@ -33,19 +35,39 @@ def linear(weights: Weights, x: Any) -> Any:
 
 def grouped(weights: Weights, x: Any, recipe: str = "fp8") -> Any:
     y, first = grouped_linear(x, weights["first"], SIZES, with_weight=True, recipe=recipe)
-    y, second = grouped_linear(y, weights["second"], SIZES, with_weight=True, recipe=recipe)
+    y, second = grouped_linear(y[:, : N // 2], weights["second"], SIZES, with_weight=True, recipe=recipe)
+    y = y.astype(F32) + weights["bias"].astype(F32)
+    return jnp.mean(jnp.square(y)), weights | {"first": first, "second": second}
+
+
+def experts(weights: Weights, x: Any) -> Any:
+    pair = weights["first"], weights["second"]
+    y, (first, second) = expert_mlp(x, *pair, SIZES, with_weights=True)
+    y = y.astype(F32) + weights["bias"].astype(F32)
+    return jnp.mean(jnp.square(y)), weights | {"first": first, "second": second}
+
+
+def mixture(weights: Weights, x: Any, recipe: str = "fp8") -> Any:
+    pair = weights["first"], weights["second"]
+    y, (first, second) = moe_mlp(x, IDS, WEIGHTS, *pair, with_weights=True, recipe=recipe)
     y = y.astype(F32) + weights["bias"].astype(F32)
     return jnp.mean(jnp.square(y)), weights | {"first": first, "second": second}
 
 
 def masters(*lead: int, dtype: Any = BF16) -> Weights:
-    first, second = normal(1, *lead, N, K, dtype=dtype) / 16, normal(2, *lead, K, N, dtype=dtype) / 16
+    """With groups, the first weight is also gate and up of experts."""
+    first, second = (
+        normal(1, *lead, N, K, dtype=dtype) / 16,
+        normal(2, *lead, K, N // max(1, 2 * bool(lead)), dtype=dtype) / 16,
+    )
     return {"first": first, "second": second, "bias": normal(3, K, dtype=dtype)}
 
 
 LOSSES: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "fp8_linear": (linear, ()),
     "grouped_linear": (grouped, (G,)),
+    "expert_mlp": (experts, (G,)),
+    "moe_mlp": (mixture, (G,)),
 }
 
 
@@ -149,11 +171,25 @@ def test_other_results_of_a_loss() -> None:
     near(totals, expected(linear, weights, sums, BATCHES[:1]))
 
 
-def test_bf16_recipe_hands_on_too() -> None:
+@pytest.mark.parametrize("loss", [grouped, mixture])
+def test_bf16_recipe_hands_on_too(loss: Any) -> None:
     weights = masters(G)
     sums = jax.tree.map(lambda w: jnp.ones(w.shape, F32), weights)
-    loss = functools.partial(grouped, recipe="bf16")
+    loss = functools.partial(loss, recipe="bf16")
     near(accumulate_gradients(loss, weights, sums, BATCHES[0])[1], expected(loss, weights, sums, BATCHES[:1]))
+
+
+def _moe(w: Weights, weights_of: Any = lambda w: w) -> Any:
+    w2 = w["second"][None, :, : N // 2]
+    return moe_mlp(BATCHES[0], IDS * 0, WEIGHTS, w["first"][None], weights_of(w2), with_weights=True)
+
+
+def _explicit(w: Weights) -> Any:
+    mesh = jax.make_mesh(
+        (2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2]
+    )
+    with jax.set_mesh(mesh):
+        return _moe(w)
 
 
 ERRORS: list[tuple[Callable[[Weights, Weights], Any], str]] = [
@@ -177,6 +213,8 @@ ERRORS: list[tuple[Callable[[Weights, Weights], Any], str]] = [
         ),
         "grouped_linear: w is quantised",
     ),
+    (lambda w, s: _moe(w, lambda w2: jdg.quantize(w2, (128, 128))), "moe_mlp: w2 is quantised"),
+    (lambda w, s: _explicit(w), "moe_mlp: with_weights on the Explicit axes .* inside jax.shard_map"),
 ]
 
 
@@ -212,7 +250,9 @@ def test_the_product_adds_in_place(name: str) -> None:
     assert len(calls) == 2
     assert all("output_to_operand_aliasing={{" in line for line in calls)
     assert len(re.findall(r"may-alias", hlo)) == 3
-    for shape in {",".join(map(str, dims)) for dims in ((*lead, N, K), (*lead, K, N))}:
+    for shape in {
+        ",".join(map(str, dims)) for dims in (x.shape for x in (weights["first"], weights["second"]))
+    }:
         made = re.findall(rf"= f32\[{shape}\]\S* (\w[\w-]*)\(", hlo)
         assert set(made) <= {"parameter", "get-tuple-element", "custom-call", "bitcast"}, made
-    assert len(re.findall(r"%quantize_weight\S*_kernel\S* = ", hlo)) == 2
+    assert len(re.findall(r"%quantize_weight\S*_kernel\S* = .*jax_deepgemm_launch", hlo)) == 2

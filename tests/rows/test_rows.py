@@ -16,9 +16,9 @@ from jax_deepgemm import export_checks
 from jax_deepgemm.core.chip import H200
 from jax_deepgemm.ops.quantize import QuantizedArray, quantize
 from jax_deepgemm.ops.rows import sm90
-from jax_deepgemm.ops.rows.api import move_rows, take_quantized
+from jax_deepgemm.ops.rows.api import move_rows, sum_rows, take_quantized
 from jax_deepgemm.ops.rows.family import FAMILY
-from jax_deepgemm.ops.rows.op import TAKE
+from jax_deepgemm.ops.rows.op import SUMS, TAKE
 from jax_deepgemm.ops.rows.problem import RowsProblem
 from tests.shared import op_checks
 from tests.shared.arrays import normal
@@ -95,20 +95,60 @@ CASE = OpCase(
 )
 
 
-@pytest.mark.parametrize("check", [one for one in op_checks.checks([CASE]) if "grad-" not in one.id])
+SLOTS = 3
+
+
+def sums(x: jax.Array, at: jax.Array, out_sharding: Any = None) -> jax.Array:
+    return SUMS(x, at, dtype=np.dtype(x.dtype), out_sharding=out_sharding)[0]
+
+
+SUM_CASE = OpCase(
+    "sum",
+    sums,
+    lambda seed: [normal(seed, T, H, dtype=jnp.float32), index(seed).reshape(-1, SLOTS)],
+    nests=(((0, 0),), ((None, 0),), ((0, None),)),
+    shards=(
+        Shard((P(), P("x")), P("x"), modes=("auto", "explicit", "shard_map")),
+        Shard((P(None, "y"), P("x")), P("x", "y")),
+        Shard((P("x"), P()), P(), ("all-gather",)),
+    ),
+    plain=lambda x, at: plain(x, at.reshape(-1)).reshape(-1, SLOTS, H).sum(1),
+    wrt=(0,),
+    second=True,
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32"])
+@pytest.mark.parametrize("slots", [1, 3, 9, 0])
+def test_sums_of_every_type(dtype, slots):
+    """In float32, slot by slot, rounded once."""
+    x, at = normal(0, T, 7, dtype=jnp.float32).astype(dtype), index(1, 5 * slots).reshape(5, slots)
+    want = np.zeros((5, 7), np.float32)
+    for slot in range(slots):
+        want += taken(x, at[:, slot]).astype(np.float32)
+    got = jax.jit(sum_rows)(x, at)
+    assert got.dtype == x.dtype
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(jnp.asarray(want).astype(dtype)))
+
+
+CHECKS = [one for one in op_checks.checks([CASE, SUM_CASE]) if "grad-" not in one.id]
+
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_op(check):
     check()
 
 
 @pytest.mark.any_version
-def test_values_and_scales_are_one_launch():
+def test_each_is_one_launch():
     pytest.importorskip("cuda.core")
     pytest.importorskip("jax_deepgemm._ffi")
     at = jax.ShapeDtypeStruct((32768,), jnp.int32)
     values = jax.ShapeDtypeStruct((4096, 7168), jnp.float8_e4m3fn)
     x = QuantizedArray(values, jax.ShapeDtypeStruct((4096, 56), jnp.float32), (1, 128))
-    for function, given in ((take_quantized, x), (move_rows, jax.ShapeDtypeStruct((64, 7), jnp.bfloat16))):
-        text = jax.jit(function).trace(given, at).lower(lowering_platforms=("cuda",)).as_text()
+    rows, every = jax.ShapeDtypeStruct((64, 7), jnp.bfloat16), jax.ShapeDtypeStruct((4096, 8), jnp.int32)
+    for function, given, wanted in ((take_quantized, x, at), (move_rows, rows, at), (sum_rows, rows, every)):
+        text = jax.jit(function).trace(given, wanted).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("@jax_deepgemm_launch(") == 1
         assert "stablehlo.gather" not in text
 
@@ -124,6 +164,24 @@ def test_pieces_cover_a_row(sizes):
     [launch] = plan.steps
     assert launch.grid == (13, cut.pieces, 1)
     assert not launch.kernel.report.problems()
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize("slots", [1, 2, 3, 8, 12])
+@pytest.mark.parametrize(
+    ("row_bytes", "dtype"), [(14336, "bfloat16"), (14, "float16"), (4, "float32"), (40000, "float32")]
+)
+def test_pieces_cover_a_sum(slots, row_bytes, dtype):
+    pytest.importorskip("cuda.core")
+    problem = RowsProblem(100, 50, row_bytes, slots=slots, dtype=dtype)
+    cut, plan = sm90.cut_of(problem), FAMILY.plan(problem, H200, {})
+    covered = cut.pieces * cut.held * 32 * cut.bytes
+    assert row_bytes <= covered < row_bytes + 32 * cut.bytes * max(cut.pieces, cut.held)
+    assert cut.bytes >= (2 if dtype != "float32" else 4)
+    [launch] = plan.steps
+    assert launch.grid == (13 * cut.pieces, 1, 1)
+    assert not launch.kernel.report.problems()
+    assert launch.kernel.report.static_smem_bytes <= 48 * 1024
 
 
 def test_a_row_that_is_too_long_is_refused():

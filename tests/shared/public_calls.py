@@ -176,6 +176,14 @@ def _prepared(layer: Callable[..., Any]) -> Callable[..., Any]:
     return lambda x, ids, weights, w13, w2: layer(x, ids, weights, *moe.prepare_weights(w13, w2))
 
 
+def _accumulated(w: jax.Array, sums: jax.Array, x: jax.Array) -> Any:
+    def loss(w: Any, x: jax.Array) -> Any:
+        y, w = jdg.fp8_linear(x, w, with_weight=True)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), w
+
+    return jdg.accumulate_gradients(loss, jdg.prepare_weight(w), sums, x)
+
+
 def _layer(*args: Any) -> Any:
     return moe.moe_layer(*args, mesh=mesh_of_two())
 
@@ -317,6 +325,7 @@ FORWARD = (
     Call("grouped_linear", jdg.grouped_linear, ("x", "ws_f32", "sizes")),
     Call("prepare_weight", lambda x, w: jdg.fp8_linear(x, jdg.prepare_weight(w)), ("x", "w_f32")),
     Call("prepare_weights", _prepared(moe.moe_mlp), MOE),
+    Call("accumulate_gradients", _accumulated, ("w_f32", "w_f32", "x")),
     Call("swiglu", activation.swiglu, ("x", "row_weights")),
     Call("swiglu_quantize", activation.swiglu_quantize, ("x", "row_weights")),
     Call("swiglu_grad_quantize", activation.swiglu_grad_quantize, ("x", "row_weights", "dact")),

@@ -156,7 +156,8 @@ def _k_grouped_fp8(
 ) -> GroupedProblem:
     a, _sa, b, _sb, sizes, _offset, *c = avals_in
     types = {"a": type_name(a), "b": type_name(b), "b_scales": "slices"}
-    return _inner_problem(avals_out, a.shape[1], bool(c), _segments(sizes, rows_format, batch) | types)
+    described = _segments(sizes, rows_format, batch) | {"whole_blocks": rows_format == "blocks"}
+    return _inner_problem(avals_out, a.shape[1], bool(c), described | types)
 
 
 def _k_grouped_bf16(

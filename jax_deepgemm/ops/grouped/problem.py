@@ -46,6 +46,7 @@ class GroupedProblem:
     segmented: bool = False
     weights: int = 1
     zero_rows: bool = False
+    whole_blocks: bool = False
     a: str = "e4m3"
     b: str = "e4m3"
     layout: str = "nt"
@@ -116,6 +117,7 @@ class GroupedProblem:
         parts = [f"{SHORT[self.grouping]} {self.a}x{self.b} {self.layout} groups={self.groups}"]
         parts += [f"m={self.m} n={self.n} k={self.k} expected={self.expected} -> {self.out}"]
         parts += ["+C"] if self.add_c else []
+        parts += ["whole blocks"] if self.whole_blocks else []
         parts += ["SwiGLU"] if self.gated else []
         parts += (
             [f"B scales {'128x128' if self.b_scales == 'block' else '1x128'}"] if self.gemm.is_fp8 else []

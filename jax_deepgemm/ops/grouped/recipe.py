@@ -28,11 +28,12 @@ from jax.sharding import PartitionSpec
 
 from jax_deepgemm.core.op import mesh_of
 from jax_deepgemm.core.prefix import prefix_ends
-from jax_deepgemm.ops.gemm.checks import BLOCKED, FLOAT32, PER_ROW
+from jax_deepgemm.ops.gemm.checks import BLOCKED, FLOAT32, PER_ROW, Options
+from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.grouped.api import k_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_contiguous
 from jax_deepgemm.ops.grouped.checks import as_int32, check_offset
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
-from jax_deepgemm.ops.quantize.blocks import padded_sizes, row_blocks
+from jax_deepgemm.ops.quantize.blocks import row_blocks
 from jax_deepgemm.ops.quantize.fused import quantize_both
 from jax_deepgemm.ops.quantize.groups import quantize_groups
 from jax_deepgemm.ops.quantize.prepared import Bits, Copies
@@ -186,11 +187,13 @@ def k_grouped(
 ) -> jax.Array:
     """C plus the sum over each group's rows of dy [row, n] * x [row, k], stored as the weights are."""
     pair = (dy, x) if options.weight_layout == "nk" else (x, dy)
+    if options.group_blocks:
+        return _k_grouped_blocks(*pair, groups, rows, num_groups, options, out_dtype, out_sharding, c)
     a, b = (QuantizedArray(q.values, q.scales.T, PER_ROW) for q in pair)
     return k_grouped_fp8_gemm_nt_contiguous(
         a,
         b,
-        padded_sizes(groups.sizes, rows) if options.group_blocks else groups.sizes,
+        groups.sizes,
         c,
         num_groups=num_groups,
         group_offset=groups.offset,
@@ -199,6 +202,28 @@ def k_grouped(
         reduce_dtype=_reduce_dtype(options, out_dtype),
         num_sms=options.num_sms,
     )
+
+
+def _k_grouped_blocks(
+    a: AlongRows,
+    b: AlongRows,
+    groups: Groups,
+    rows: int,
+    num_groups: int,
+    options: LayerOptions,
+    out_dtype: Any,
+    out_sharding: PartitionSpec | None,
+    c: jax.Array | None,
+) -> jax.Array:
+    """The same of operands whose groups begin with a block, for the kernel that knows it."""
+    dtype = np.dtype(out_dtype)
+    form = Options(dtype, _reduce_dtype(options, dtype), out_sharding, None, options.num_sms)
+    if 0 in (a.values.shape[0], b.values.shape[0], rows):
+        return ops.empty_products("mk,nk->mn", a.values, b.values, c, num_groups, form)
+    run = ops.K_GROUPED_FP8 if c is None else ops.K_GROUPED_FP8_ADD
+    sizes = jnp.diff(prefix_ends(groups.sizes, rows), prepend=0)
+    arrays = (a.values, a.scales, b.values, b.scales, sizes, groups.offset, *(() if c is None else (c,)))
+    return run(*arrays, rows_format="blocks", num_groups=num_groups, **vars(form))[0]
 
 
 def _reduce_dtype(options: LayerOptions, out_dtype: Any) -> np.dtype[Any]:

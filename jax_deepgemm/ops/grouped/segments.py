@@ -1,6 +1,7 @@
-"""Where each group's rows are: the int32 operand `group_sizes` of the grouped ops, in its two formats.
+"""Where each group's rows are: the int32 operand `group_sizes` of the grouped ops, in its formats.
 
     "sizes"      [G]     rows of group 0, then those of group 1, ..: as jax.lax.ragged_dot's group_sizes
+    "blocks"     [G]     the same where each group begins at a multiple of 128, zeros between (k-grouped FP8)
     "segments"   [3 * S] starts | ends | groups: rows [starts[i], ends[i]) belong to group groups[i]
 
 Segments ascend and share no row; a group has at most one of them; a group that the op does not have gives
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 
 from jax_deepgemm.core.prefix import prefix_ends
 
-FORMATS = ("sizes", "segments")
+FORMATS = ("sizes", "blocks", "segments")
+BLOCK = 128
 
 
 class Segments(NamedTuple):
@@ -32,9 +34,12 @@ class Segments(NamedTuple):
 
 def read(group_sizes: jax.Array, rows_format: str, rows: int) -> Segments:
     """The segments of either format, cut at the number of rows."""
-    if rows_format == "sizes":
-        ends = prefix_ends(group_sizes, rows)
+    if rows_format in ("sizes", "blocks"):
+        blocks = rows_format == "blocks"
+        ends = prefix_ends(-(-group_sizes // BLOCK) * BLOCK if blocks else group_sizes, rows)
         starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
+        if blocks:
+            ends = jnp.clip(starts + group_sizes, starts, ends)
         return Segments(
             starts,
             ends,

@@ -70,7 +70,8 @@ def accumulate_gradients(
         value, after, *aux = loss(jax.tree.unflatten(tree, used), *args)
         if jnp.shape(value) != ():
             raise ValueError(
-                f"accumulate_gradients: the loss is {list(jnp.shape(value))}, need a scalar. Take a mean or sum."
+                f"accumulate_gradients: the loss is {list(jnp.shape(value))}, need a scalar. Take a mean, "
+                "or a sum."
             )
         left = _matched("the weights that the loss returns", tree, after)
         return (value, [_left(w, slot, one) for w, slot, one in zip(given, slots, left, strict=True)]), aux

@@ -262,8 +262,13 @@ def as_it_came(w: Any, master: jax.Array) -> Any:
 
 
 def check_trained(where: str, **weights: Any) -> None:
-    """Refuses a frozen weight where a layer is to hand its weights on to their gradients."""
+    """Refuses weights that a layer cannot hand on to their gradients: frozen ones, and two for one."""
     for name, w in weights.items():
+        if isinstance(w, tuple | list):
+            raise ValueError(
+                f"{where}: {name} is two arrays, joined at each call, need one array to hand on. "
+                "Join them once before, or leave out with_weights."
+            )
         if isinstance(w, QuantizedArray):
             raise ValueError(
                 f"{where}: {name} is quantised, and a frozen weight has no gradient to accumulate. Leave out "

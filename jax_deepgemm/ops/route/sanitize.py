@@ -30,16 +30,16 @@ def cases() -> Iterator[Case]:
         x = np.random.default_rng(0).normal(size=(TOKENS, experts)).astype(np.float32)
         x[::3] = np.sort(np.abs(x[::3]))
         x[1::3] = 0.5
-        weights = functools.partial(_weights, top_k, options)
+        loss = functools.partial(_loss, top_k, options)
         name = f"route {experts} top {top_k}"
-        yield Case(name, functools.partial(_ids, top_k, options), (jnp.asarray(x),))
-        yield Case(f"{name} gradient", jax.grad(weights), (jnp.asarray(np.abs(x), jnp.bfloat16),))
-
-
-def _ids(top_k: int, options: dict[str, Any], logits: jax.Array) -> jax.Array:
-    bias = jnp.arange(logits.shape[1], dtype=jnp.float32) % 3
-    return route(logits, top_k, bias=bias, **options)[0]
+        yield Case(name, functools.partial(_weights, top_k, options), (jnp.asarray(x),))
+        yield Case(f"{name} gradient", jax.grad(loss), (jnp.asarray(np.abs(x), jnp.bfloat16),))
 
 
 def _weights(top_k: int, options: dict[str, Any], logits: jax.Array) -> jax.Array:
-    return jnp.sum(route(logits, top_k, **options)[1] ** 2)
+    bias = jnp.arange(logits.shape[1], dtype=jnp.float32) % 3
+    return route(logits, top_k, bias=bias, **options)[1]
+
+
+def _loss(top_k: int, options: dict[str, Any], logits: jax.Array) -> jax.Array:
+    return jnp.sum(route(logits, top_k, **options)[1] * jnp.arange(1.0, top_k + 1))

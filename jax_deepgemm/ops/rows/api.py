@@ -10,7 +10,8 @@ import numpy as np
 
 from jax_deepgemm.ops.quantize import QuantizedArray
 from jax_deepgemm.ops.rows import reference
-from jax_deepgemm.ops.rows.op import TAKE, TAKE_SCALED
+from jax_deepgemm.ops.rows.op import SUMS, TAKE, TAKE_SCALED
+from jax_deepgemm.ops.rows.problem import SUMMED
 
 
 def move_rows(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -58,6 +59,29 @@ def take_quantized(x: QuantizedArray, index: jax.Array) -> QuantizedArray:
     else:
         values, scales = reference.take(x.values, x.scales, index)
     return QuantizedArray(values, scales, x.block)
+
+
+def sum_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """The sums of x[index[t, s]] over s; nothing is added where there is no such row.
+
+    >>> import jax.numpy as jnp
+    >>> sum_rows(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[0, 1], [1, 2]])).tolist()
+    [[4.0, 6.0], [3.0, 4.0]]
+
+    Args:
+      x: [m, ..], any floating dtype.
+      index: int32 [t, s].
+
+    Returns:
+      [t, ..] in the dtype of x: summed in float32, in the order of s, and rounded once. The gradient of a row
+      is the sum of those of the sums that it is in.
+
+    Raises nothing. Symbolic sizes, and types that the kernel does not sum, take the plain form.
+    """
+    known = all(isinstance(size, int) for size in (*x.shape, *index.shape))
+    if not (known and x.ndim == 2 and index.shape[1] and np.dtype(x.dtype).name in SUMMED):
+        return reference.sums(x, index)[0]
+    return SUMS(x, index, dtype=np.dtype(x.dtype), fallback="reference")[0]
 
 
 def _moves(x: Any, index: Any) -> bool:

@@ -18,5 +18,13 @@ def _problem(avals_in: Sequence[Any], avals_out: Sequence[Any], **_: Any) -> Row
     return RowsProblem(index.shape[0], given[0].shape[0], *sizes)
 
 
+def _sums(avals_in: Sequence[Any], avals_out: Sequence[Any], **_: Any) -> RowsProblem:
+    x, index = avals_in
+    dtype = np.dtype(x.dtype)
+    rows, slots = index.shape
+    return RowsProblem(rows, x.shape[0], x.shape[1] * dtype.itemsize, slots=slots, dtype=dtype.name)
+
+
 take = OpKernel(FAMILY, _problem, ("x", "index"))
 take_scaled = OpKernel(FAMILY, _problem, ("x", "scales", "index"))
+sums = OpKernel(FAMILY, _sums, ("x", "index"))

@@ -53,3 +53,26 @@ def _op(name: str, rule: str, kernel: str) -> Op:
 
 TAKE = _op("take_rows", "t h, m -> m h", "take")
 TAKE_SCALED = _op("take_rows_scaled", "t h, t b, m -> m h, m b", "take_scaled")
+
+
+def _sums_jvp(primals: list[Any], tangents: list[Any], *, dtype: np.dtype, **options: Any) -> Any:
+    return SUMS(tangents[0], primals[1], dtype=dtype, **options)
+
+
+def _sums_transpose(which: int, cotangents: list[jax.Array], operands: list[Any], **_: Any) -> jax.Array:
+    wanted, index = operands
+    assert isinstance(wanted, Wanted)
+    rows = jnp.broadcast_to(cotangents[0][:, None], (*index.shape, wanted.shape[1]))
+    dtypes = (wanted.dtype,)
+    return _transpose(0, [rows.reshape(-1, wanted.shape[1])], [wanted, index.reshape(-1)], dtypes=dtypes)
+
+
+SUMS = Op(
+    "sum_rows",
+    "m h, t s -> t h",
+    lambda x, index, *, dtype: [((index[0], x[1]), dtype)],
+    reference.sums,
+    kernel=LazyKernel("jax_deepgemm.ops.rows.kernel", "sums"),
+    jvp=_sums_jvp,
+    transpose=_sums_transpose,
+)

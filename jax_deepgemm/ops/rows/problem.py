@@ -4,28 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SUMMED = ("bfloat16", "float16", "float32")
+"""Types of numbers that a kernel sums."""
+
 
 @dataclass(frozen=True)
 class RowsProblem:
-    """Rows that are taken by an index.
+    """Rows that are taken by an index, or summed.
 
     Attributes:
       rows: how many are wanted.
       rows_from: how many there are.
       row_bytes: of each.
       scale_bytes: of each row's scales, which come along; 0: none.
+      slots: rows that are summed for each that is wanted; 0: it is taken as it is.
+      dtype: of numbers that are summed.
     """
 
     rows: int
     rows_from: int
     row_bytes: int
     scale_bytes: int = 0
+    slots: int = 0
+    dtype: str = ""
 
     def __str__(self) -> str:
+        if self.slots:
+            what = f"{self.rows} sums of {self.slots}"
+            return f"{what} of {self.rows_from} rows of {self.row_bytes} bytes {self.dtype}"
         scales = f" + {self.scale_bytes}" if self.scale_bytes else ""
         return f"take {self.rows} of {self.rows_from} rows of {self.row_bytes}{scales} bytes"
 
     @property
     def flops(self) -> int:
-        """None: these kernels move bytes."""
+        """None that count: these kernels move bytes."""
         return 0

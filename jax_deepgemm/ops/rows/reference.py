@@ -25,6 +25,14 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
+def sums(x: jax.Array, index: jax.Array, *, dtype: Any = None) -> list[jax.Array]:
+    """x, index -> the sums of x[index[.., s]] over s in float32, in the order of s, rounded once."""
+    total = jnp.zeros((index.shape[0], *x.shape[1:]), jnp.float32)
+    for slot in range(index.shape[1]):  # not one gather [.., s, h]: XLA fuses these into one loop
+        total += _take(x, index[:, slot]).astype(jnp.float32)
+    return [total.astype(x.dtype)]
+
+
 def as_words(values: jax.Array) -> jax.Array:
     """FP8 [rows, n] as uint32 [rows, n / 4], which move faster; uint8 if 4 does not divide n.
 

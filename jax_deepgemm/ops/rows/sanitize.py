@@ -1,4 +1,4 @@
-"""Calls for compute-sanitizer: rows of every width of vectors, of several pieces, with scales and without."""
+"""Calls for compute-sanitizer: rows of every width of vectors, of several pieces, with scales; their sums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_deepgemm.core.sanitize import Case
 from jax_deepgemm.ops.quantize import QuantizedArray, quantize
-from jax_deepgemm.ops.rows.api import move_rows, take_quantized
+from jax_deepgemm.ops.rows.api import move_rows, sum_rows, take_quantized
 
 ROWS, WANTED = 33, 75
 
@@ -28,4 +28,5 @@ def cases() -> Iterator[Case]:
     for width in (2088, 2052, 70, 33):
         x = jnp.asarray(rng.standard_normal((ROWS, width)), jnp.bfloat16)
         yield Case(f"rows {width}", move_rows, (x, index))
+        yield Case(f"sums {width}", sum_rows, (x, index.reshape(-1, 15 if width > 2052 else 3)))
         yield Case(f"rows quantised {width}", _scales, (quantize(x, (1, 128)), index))

@@ -1,4 +1,4 @@
-"""Taking rows: problem -> source text and LaunchPlan; include/jax_deepgemm/rows/take.cuh says how."""
+"""Taking and summing rows: problem -> source text and LaunchPlan; include/jax_deepgemm/rows/ says how."""
 
 from __future__ import annotations
 
@@ -12,28 +12,50 @@ from jax_deepgemm.ops.rows.problem import RowsProblem
 
 WARPS = 8
 MOST_VECTORS = 8
-"""Of a lane: 4 KB of a warp are under way at once, of vectors of 16 bytes."""
+"""That a lane loads at once: 4 KB of a warp, of vectors of 16 bytes."""
+MOST_SUMMED = 2
+"""Vectors of sums that a lane has: eight float32 each of bfloat16."""
 MOST_PIECES = 65_535
 
-_TEXT = """\
+_TAKE = """\
 #include <jax_deepgemm/rows/take.cuh>
 
 extern "C" __global__ void __launch_bounds__({threads}) {name}(
     const void* from, {scales_from}const int* index, void* to, {scales_to}int rows_from, int rows,
     int vectors, int scale_vectors) {{
-  jdg::take<{bytes}, {count}, {warps}, {scale}>(from, {from_scales}, index, to, {to_scales}, rows_from, rows,
-                                                vectors, scale_vectors);
+  jdg::take<{bytes}, {held}, {warps}, {scale}>(from, {from_scales}, index, to, {to_scales}, rows_from, rows,
+                                               vectors, scale_vectors);
 }}
 """
+_SUM = """\
+#include <jax_deepgemm/rows/sum.cuh>
+
+extern "C" __global__ void __launch_bounds__({threads}) {name}(
+    const void* from, const int* index, void* to, int rows_from, int rows, int slots, int vectors,
+    int pieces) {{
+  jdg::sum_rows<{dtype}, {bytes}, {held}, {slots}, {warps}>(from, index, to, rows_from, rows, slots, vectors,
+                                                            pieces);
+}}
+"""
+_TYPES = {"bfloat16": "jdg::bf16", "float16": "jdg::half", "float32": "float"}
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 class Cut(NamedTuple):
-    """How rows are cut: bytes of a vector, and of a vector of scales (0: none), vectors of a lane, warps of a
-    row."""
+    """How rows are cut.
+
+    Attributes:
+      bytes: of a vector.
+      scale: of a vector of scales; 0: none.
+      held: vectors of a row that a lane has.
+      slots: rows that are loaded at once.
+      pieces: warps of a row.
+    """
 
     bytes: int
     scale: int
     held: int
+    slots: int
     pieces: int
 
 
@@ -49,13 +71,18 @@ def vector_bytes(row_bytes: int) -> int:
 def cut_of(p: RowsProblem) -> Cut:
     """Pieces of equal length.
 
-    >>> cut_of(RowsProblem(8, 8, 14336)), cut_of(RowsProblem(8, 8, 7168, 224))
-    (Cut(bytes=16, scale=0, held=7, pieces=4), Cut(bytes=16, scale=16, held=7, pieces=2))
+    >>> cut_of(RowsProblem(8, 8, 7168, 224))
+    Cut(bytes=16, scale=16, held=7, slots=1, pieces=2)
+    >>> cut_of(RowsProblem(8, 64, 14336, slots=8, dtype="bfloat16"))
+    Cut(bytes=16, scale=0, held=1, slots=8, pieces=28)
     """
-    wide = vector_bytes(p.row_bytes)
+    wide, slots = vector_bytes(p.row_bytes), min(max(p.slots, 1), MOST_VECTORS)
+    if p.slots and wide < 16:
+        wide = 4 if p.dtype == "float32" else 2  # a number at a time
     lanes = -(-p.row_bytes // (32 * wide))  # vectors of a lane that had the whole row
-    pieces = -(-lanes // MOST_VECTORS)
-    return Cut(wide, vector_bytes(p.scale_bytes), -(-lanes // pieces), pieces)
+    most = min(MOST_VECTORS // slots, MOST_SUMMED) if p.slots else MOST_VECTORS
+    pieces = -(-lanes // most)
+    return Cut(wide, vector_bytes(p.scale_bytes), -(-lanes // pieces), slots, pieces)
 
 
 def _refusal(p: RowsProblem) -> str:
@@ -65,34 +92,58 @@ def _refusal(p: RowsProblem) -> str:
 
 def kernel_source(p: RowsProblem) -> KernelSource:
     """The source of the kernel that solves p, equal for all rows that are cut alike."""
+    source = _sum_source(p) if p.slots else _take_source(p)
+    return KernelSource(*source, (("problem", str(p)),))
+
+
+def _take_source(p: RowsProblem) -> tuple[str, str]:
     cut, scaled = cut_of(p), p.scale_bytes > 0
     name = f"jdg_take_rows_{cut.bytes}x{cut.held}" + f"_scales{cut.scale}" * scaled
-    text = _TEXT.format(
+    text = _TAKE.format(
         name=name,
         threads=32 * WARPS,
         warps=WARPS,
         bytes=cut.bytes,
-        count=cut.held,
+        held=cut.held,
         scale=cut.scale,
         scales_from="const void* scales, " * scaled,
         scales_to="void* to_scales, " * scaled,
         from_scales="scales" if scaled else "nullptr",
         to_scales="to_scales" if scaled else "nullptr",
     )
-    return KernelSource(name, text, (("problem", str(p)),))
+    return name, text
+
+
+def _sum_source(p: RowsProblem) -> tuple[str, str]:
+    cut = cut_of(p)
+    name = f"jdg_sum_rows_{_SHORT[p.dtype]}_{cut.bytes}x{cut.held}_slots{cut.slots}"
+    text = _SUM.format(
+        name=name,
+        threads=32 * WARPS,
+        warps=WARPS,
+        dtype=_TYPES[p.dtype],
+        bytes=cut.bytes,
+        held=cut.held,
+        slots=cut.slots,
+    )
+    return name, text
 
 
 def _plan(p: RowsProblem, config: None, chip: Chip, given: Operands) -> LaunchPlan:
     cut = cut_of(p)
-    scale_vectors = p.scale_bytes // cut.scale if cut.scale else 0
-    buffers: list[Param] = [*map(Operand, range(len(given)))]
-    buffers += [Result(i) for i in range(2 if cut.scale else 1)]
-    sizes = (p.rows_from, p.rows, p.row_bytes // cut.bytes, scale_vectors)
+    groups, vectors = -(-p.rows // WARPS), p.row_bytes // cut.bytes
+    if p.slots:
+        grid, operands, results = (groups * cut.pieces, 1), 2, 1
+        sizes = [p.rows_from, p.rows, p.slots, vectors, cut.pieces]
+    else:
+        grid, operands, results = (groups, cut.pieces), 3 if cut.scale else 2, 2 if cut.scale else 1
+        sizes = [p.rows_from, p.rows, vectors, p.scale_bytes // cut.scale if cut.scale else 0]
+    params: list[Param] = [*map(Operand, range(operands)), *map(Result, range(results))]
     launch = Launch(
         kernel=compile_kernel(kernel_source(p), arch=chip.arch),
-        grid=(-(-p.rows // WARPS), cut.pieces, 1),
+        grid=(*grid, 1),
         block=32 * WARPS,
-        params=(*buffers, *(Scalar(size, "int32") for size in sizes)),
+        params=(*params, *(Scalar(size, "int32") for size in sizes)),
     )
     return LaunchPlan((launch,), label=str(p))
 

@@ -1,7 +1,8 @@
 // The table of groups that grouped kernels make, made by one warp of CPU threads: the device code itself.
 //
 // Reads cases from standard input, nine integers and the group sizes each:
-//   grouping (0 rows, 1 masked rows, 2 inner) segmented offset total here shared extent m n   sizes...
+//   grouping (0 rows, 1 masked rows, 2 inner, 3 inner of whole blocks) segmented offset total here shared
+//   extent m n   sizes...
 // and prints the number of segments, of tiles, and for each segment and the end: start, end, first tile,
 // group.
 
@@ -10,10 +11,10 @@
 #include <thread>
 #include <vector>
 
-template <jdg::Grouping G, bool S, int CAPACITY>
+template <jdg::Grouping G, bool S, bool BLOCKS, int CAPACITY>
 struct Config {
   static constexpr jdg::Grouping GROUPING = G;
-  static constexpr bool SEGMENTED = S, ZERO_ROWS = false;
+  static constexpr bool SEGMENTED = S, ZERO_ROWS = false, WHOLE_BLOCKS = BLOCKS;
   static constexpr int ROWS = 64, COLS = 64, TABLE_BYTES = (CAPACITY + 3) * 16;
 };
 
@@ -35,12 +36,12 @@ void show(const jdg::Groups& groups, const jdg::Extents& problem) {
   for (std::thread& one : warp) one.join();
 }
 
-template <jdg::Grouping G, bool S>
+template <jdg::Grouping G, bool S, bool BLOCKS = false>
 void show_in(const jdg::Groups& groups, const jdg::Extents& problem) {
   if (groups.total <= 32 && groups.here <= 32)
-    show<Config<G, S, 32>>(groups, problem);
+    show<Config<G, S, BLOCKS, 32>>(groups, problem);
   else
-    show<Config<G, S, 2048>>(groups, problem);
+    show<Config<G, S, BLOCKS, 2048>>(groups, problem);
 }
 
 int main() {
@@ -58,6 +59,8 @@ int main() {
                 : show_in<Grouping::kRows, false>(groups, problem);
     else if (grouping == 1)
       show_in<Grouping::kMaskedRows, false>(groups, problem);
+    else if (grouping == 3)
+      show_in<Grouping::kInner, false, true>(groups, problem);
     else
       segmented ? show_in<Grouping::kInner, true>(groups, problem)
                 : show_in<Grouping::kInner, false>(groups, problem);

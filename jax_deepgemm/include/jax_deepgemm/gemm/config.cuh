@@ -30,6 +30,8 @@ concept GemmConfig = requires {
   C::GATED;                // bool: whether a tile's columns are rows of gate and, behind them, those of up
                            // of the same features (grouped/gemm_grouped_swiglu.cuh)
   C::MASK_K;               // bool: whether a tile's k may begin or end inside a block (k in groups)
+  C::WHOLE_BLOCKS;         // bool: whether groups of k begin with a block, and the last one holds zeros behind
+                           // their end: it is multiplied no further than it counts (FP8)
 
   // The tile
   C::ROWS;                 // height of a tile: 64, 128, 192 or 256

@@ -16,7 +16,18 @@ struct SlicedLoop : BegunLoop<C> {
   static constexpr int kPairs = kCols<C> / 8;
   static constexpr int kHeld = kParts<C> > 1 ? smaller(kPairs, kSpare<C> / 2) : 0;
 
+  int steps = kStepsPerBlock;  // of the block whose product is on its way
+
+  // A warp agrees on it (whole_warp says why the compiler must know).
+  __device__ __forceinline__ void count_steps(const Tile& tile, int kb) {
+    if constexpr (C::WHOLE_BLOCKS) {
+      const bool last = kb + 1 == tile.k_end;
+      steps = __shfl_sync(0xFFFFFFFF, last ? ceil_div(tile.k_stop, 32) : kStepsPerBlock, 0);
+    }
+  }
+
   __device__ __forceinline__ void begin(const Tile& tile) {
+    count_steps(tile, tile.k_begin);
     mask_slot<C>(ring, tile, tile.k_begin, warpgroup);
     issue(Slot<C>(ring, warpgroup), 0);
     __syncwarp();  // as in Fp8Loop
@@ -25,7 +36,7 @@ struct SlicedLoop : BegunLoop<C> {
   __device__ __forceinline__ void issue(const Slot<C>& operands, int part) {
     ptx::pin(temp);
     ptx::wgmma_fence();
-    operands.multiply(temp, true, part);
+    operands.multiply(temp, true, part, 0, 0, steps);
     ptx::wgmma_commit();
   }
 
@@ -69,6 +80,7 @@ struct SlicedLoop : BegunLoop<C> {
     promote(tile.k_begin + 1 < tile.k_end);
 #pragma unroll 1
     for (int kb = tile.k_begin + 1; kb < tile.k_end; ++kb) {
+      count_steps(tile, kb);
       mask_slot<C>(ring, tile, kb, warpgroup);
       issue(Slot<C>(ring, warpgroup), 0);
       promote(kb + 1 < tile.k_end);

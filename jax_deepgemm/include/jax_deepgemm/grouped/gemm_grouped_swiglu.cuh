@@ -21,12 +21,12 @@
 // The slab is written and read by ordinary instructions of one warp: __syncwarp orders them, and no TMA
 // reads it. Its 16-byte chunks are exchanged by row against bank conflicts.
 //
-// Arithmetic is that of swiglu.cuh and quantize_tile.cuh, so results are those of the kernels in a row, bit
-// for bit.
+// Arithmetic is that of activation.cuh and quantize_tile.cuh, so results are those of the kernels in a row,
+// bit for bit.
 #pragma once
 
 #include <jax_deepgemm/grouped/gemm_grouped.cuh>
-#include <jax_deepgemm/swiglu/swiglu.cuh>
+#include <jax_deepgemm/swiglu/activation.cuh>
 
 namespace jdg {
 
@@ -50,6 +50,13 @@ struct ActScales {
   static constexpr bool UE8M0 = false;
 };
 
+// What becomes of h (activation.cuh).
+struct PlainSilu {
+  static constexpr Function FUNCTION = Function::kSilu;
+  static constexpr float LIMIT = kInfinity, ALPHA = 1.0f, SHIFT = 0.0f;
+  static constexpr bool INTERLEAVED = false;
+};
+
 // Two numbers of a thread's accumulator as bfloat16 would hold them.
 __device__ __forceinline__ float2 rounded(const float* pair) {
   const u32 packed = ptx::pack_bf16(pair[0], pair[1]);
@@ -70,8 +77,8 @@ __device__ __forceinline__ void activate(float (&acc)[COUNT], const TwoRows& wei
   for (int i = 0; i < COUNT / 2; i += 2) {
     const float2 gate = rounded(acc + i), up = rounded(acc + COUNT / 2 + i);
     const bool counts = i / 2 % 2 ? lower_counts : upper_counts;
-    acc[i] = counts ? Silu(gate.x).value * up.x * weight.of(i) : 0.0f;
-    acc[i + 1] = counts ? Silu(gate.y).value * up.y * weight.of(i) : 0.0f;
+    acc[i] = counts ? Activated<PlainSilu>(gate.x).value * up.x * weight.of(i) : 0.0f;
+    acc[i + 1] = counts ? Activated<PlainSilu>(gate.y).value * up.y * weight.of(i) : 0.0f;
   }
 }
 

@@ -98,6 +98,12 @@ __device__ __forceinline__ int clamp(i64 v, int low, int high) {
   return static_cast<int>(v < low ? low : v > high ? high : v);
 }
 
+// What a group takes of k or of the rows: its size, or whole blocks.
+template <class C>
+__device__ __forceinline__ int room(int size) {
+  return C::WHOLE_BLOCKS ? ceil_div(size, 128) * 128 : size;
+}
+
 // Start and end of every segment, by one warp. Segment 0 of kRows is what lies before the first group of this
 // device: zeros.
 template <class C>
@@ -140,16 +146,16 @@ __device__ __forceinline__ int read_segments(const Groups& g, u32 base) {
       if (first > 0) load_sizes(first);
       i64 mine = 0;
 #pragma unroll
-      for (int b = 0; b < kRun<C>; ++b) mine += size[b] = clamp(size[b], 0, g.extent);
+      for (int b = 0; b < kRun<C>; ++b) mine += room<C>(size[b] = clamp(size[b], 0, g.extent));
       i64 sum = last + scan(mine) - mine;
 #pragma unroll
       for (int b = 0; b < kRun<C>; ++b) {
         const int i = first + lane * kRun<C> + b, start = clamp(sum, 0, g.extent);
-        sum += size[b];
         const i64 group = i - offset;
         if (i < g.total && group >= 0 && group < count)
-          ptx::store_shared_4(base + (head + static_cast<int>(group)) * 16, start, clamp(sum, 0, g.extent), 0,
-                              static_cast<int>(group));
+          ptx::store_shared_4(base + (head + static_cast<int>(group)) * 16, start,
+                              clamp(sum + size[b], 0, g.extent), 0, static_cast<int>(group));
+        sum += room<C>(size[b]);
       }
       last = __shfl_sync(0xFFFFFFFF, clamp(sum, 0, g.extent), 31);
     }

@@ -86,7 +86,7 @@ __device__ __forceinline__ u32 lower(u32 a, u32 b) { return a < b ? a : b; }
 // An integer above 0, of the order of floats; -0 is 0.
 __device__ __forceinline__ u32 key_of(float rank) {
   const u32 bits = __float_as_uint(fmaxf(rank, kLowest) + 0.0f);
-  return bits ^ (static_cast<int>(bits) < 0 ? 0xFFFFFFFFu : 0x80000000u);
+  return bits ^ (static_cast<u32>(static_cast<int>(bits) >> 31) | 0x80000000u);
 }
 __device__ __forceinline__ float rank_of(u32 key) {
   return __uint_as_float(key ^ (static_cast<int>(key) < 0 ? 0x80000000u : 0xFFFFFFFFu));
@@ -132,14 +132,18 @@ __device__ __forceinline__ u64 candidate(u32 key, int id) {
   return static_cast<u64>(key) << 32 | ~static_cast<u32>(id);
 }
 
-// A lane's candidate to its place among all of them.
+// A lane's candidate to its place among `count` of them; behind those are zeros.
 template <RouteConfig C>
 __device__ __forceinline__ void place(Chosen<C>& chosen, const Lane<C>& lane, int count) {
+  constexpr int kStep = smaller(C::LANES, 4);
   __syncwarp();
-  const u64 mine = lane.index < count ? chosen.all[lane.index] : 0;
+  const u64 mine = chosen.all[lane.index];
   int better = 0;
-#pragma unroll 4
-  for (int i = 0; i < count; ++i) better += chosen.all[i] > mine;
+#pragma unroll 1
+  for (int i = 0; i < count; i += kStep) {
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) better += chosen.all[i + j] > mine;
+  }
   if (lane.index < count && better < C::TOP_K)
     chosen.order[better] = static_cast<int>(~static_cast<u32>(mine));
   __syncwarp();
@@ -189,6 +193,7 @@ __device__ __forceinline__ void choose(Chosen<C>& chosen, u32 (&keys)[C::VALUES]
     place(chosen, lane, C::LANES);
   } else {
     static_assert(C::LANES == 32);
+    chosen.all[lane.index] = 0;
     u32 best = keys[0];
 #pragma unroll
     for (int i = 1; i < C::VALUES; ++i) best = higher(best, keys[i]);
@@ -204,6 +209,7 @@ __device__ __forceinline__ void choose(Chosen<C>& chosen, u32 (&keys)[C::VALUES]
     }
     const int count = __shfl_sync(kEveryLane, end, 31);
     if (count > 32) return in_rounds(chosen, keys, lane, best);
+    __syncwarp();
     u64* to = chosen.all + end - mine;
 #pragma unroll
     for (int i = 0; i < C::VALUES; ++i)

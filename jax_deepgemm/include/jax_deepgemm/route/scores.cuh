@@ -48,7 +48,7 @@ struct Softmax {
     most = max_of_lanes<LANES>(most);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) sum += expf(x[i] - most);
-    return {most, 1.0f / sum_of_lanes<LANES>(sum)};
+    return {most, ptx::rcp_approx(sum_of_lanes<LANES>(sum))};
   }
 };
 

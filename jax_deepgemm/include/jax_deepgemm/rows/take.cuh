@@ -35,10 +35,27 @@ struct VectorOf<1> {
   using Type = u8;
 };
 
-__device__ __forceinline__ uint4 load_vector(const uint4* at) { return ptx::load_once(at); }
+// What lies at an address, or zeros. Without a branch, so that all loads of a lane come first.
+__device__ __forceinline__ uint4 load_vector_if(bool wanted, const uint4* at) {
+  uint4 v;
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %5, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "mov.b32 %2, 0;\n"
+      "mov.b32 %3, 0;\n"
+      "@wanted ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(at), "r"(static_cast<u32>(wanted))
+      : "memory");
+  return v;
+}
 template <class V>
-__device__ __forceinline__ V load_vector(const V* at) {
-  return *at;
+__device__ __forceinline__ V load_vector_if(bool wanted, const V* at) {
+  return wanted ? *at : V{};
 }
 
 __device__ __forceinline__ void store_vector(uint4* at, uint4 v) {
@@ -60,8 +77,7 @@ __device__ __forceinline__ void take_piece(const V* from, V* to, i64 source, i64
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {
     const int v = begin + 32 * k;
-    held[k] = V{};
-    if (exists && v < vectors) held[k] = load_vector(read + v);
+    held[k] = load_vector_if(exists && v < vectors, read + v);
   }
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {

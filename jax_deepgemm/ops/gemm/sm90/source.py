@@ -23,6 +23,7 @@ struct Config {{
   static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
   static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, MASK_K = {mask_k};
+  static constexpr bool WHOLE_BLOCKS = {whole_blocks};
   static constexpr bool ROWS_ONCE = {rows_once}, COLS_ONCE = {cols_once};
   static constexpr bool ADD = {add}, REDUCE = {reduce}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
   static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
@@ -88,7 +89,14 @@ def sides(p: GemmProblem) -> tuple[Side, Side]:
 
 
 def config_text(
-    p: GemmProblem, c: Sm90Config, rows: Side, cols: Side, *, mask_k: bool = False, halves: bool = False
+    p: GemmProblem,
+    c: Sm90Config,
+    rows: Side,
+    cols: Side,
+    *,
+    mask_k: bool = False,
+    whole_blocks: bool = False,
+    halves: bool = False,
 ) -> str:
     """The kernel's configuration as a C++ struct.
 
@@ -119,6 +127,7 @@ def config_text(
         rows_k_major=as_cpp(rows.k_major),
         cols_k_major=as_cpp(cols.k_major),
         mask_k=as_cpp(mask_k),
+        whole_blocks=as_cpp(whole_blocks),
         rows_once=as_cpp(p.b_once and c.swap_ab),
         cols_once=as_cpp(p.b_once and not c.swap_ab),
         add=as_cpp(reads_c(p)),

@@ -61,6 +61,7 @@ def grouped_name(p: GroupedProblem, c: Sm90Config) -> str:
     parts += ["swiglu"] if p.gated else []
     parts += ["seg"] if p.segmented else []
     parts += ["zero"] if p.zero_rows else []
+    parts += ["blocks"] if p.whole_blocks else []
     return "_".join(parts)
 
 
@@ -79,7 +80,15 @@ def grouped_source(p: GroupedProblem, c: Sm90Config) -> KernelSource:
     text = _TEXT.format(
         header="gemm_grouped_swiglu" if p.gated else "gemm_grouped",
         mma=product(p.gemm, c, a, b),
-        config=config_text(p.gemm, c, a, b, mask_k=p.inner, halves=halves(p, c)),
+        config=config_text(
+            p.gemm,
+            c,
+            a,
+            b,
+            mask_k=p.inner and not p.whole_blocks,
+            whole_blocks=p.whole_blocks,
+            halves=halves(p, c),
+        ),
         grouping=_ENUM[p.grouping],
         segmented=as_cpp(p.segmented),
         zero_rows=as_cpp(p.zero_rows),

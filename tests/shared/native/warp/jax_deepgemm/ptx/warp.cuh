@@ -76,6 +76,7 @@ struct bf16 {
   u16 bits;
 };
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int min(int a, int b) { return a < b ? a : b; }
 
 namespace ptx {
