@@ -23,7 +23,7 @@ from jax_deepgemm.ops.quantize.problem import QuantizeProblem
 from tests.gpu.test_fused_gpu import assert_bits, draw, near
 from tests.gpu.test_groups_gpu import defined, used
 from tests.shared.activations import ACTIVATIONS
-from tests.shared.expert_forms import BOUND, MODELS, arrays, biases, float64
+from tests.shared.expert_forms import MODELS, arrays, biases, bound, float64
 from tests.shared.moe_oracle import pull, relative
 
 VARIANTS = {name: activation for name, activation in ACTIVATIONS.items() if activation.tag}
@@ -133,11 +133,11 @@ def test_models(model, recipe):
 
         got, again = (pull(layer, x, weights, w13, w2, by=dy) for _ in range(2))
         errors = [relative(one, other) for one, other in zip(got, want, strict=True)]
-        assert max(errors) < BOUND[recipe], (sizes, errors)
+        assert max(errors) < bound(recipe, form), (sizes, errors)
         for one, other in zip(got, again, strict=True):
             assert_bits([np.asarray(one, np.float32)], [np.asarray(other, np.float32)])
         few = jax.jit(functools.partial(moe_mlp_decode, recipe=recipe, form=form))(x, ids, weights, w13, w2)
-        assert relative(few, want[0]) < BOUND[recipe]
+        assert relative(few, want[0]) < bound(recipe, form)
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])
@@ -154,11 +154,11 @@ def test_biases(model, recipe):
 
         got, again = (pull(layer, x, weights, w13, w2, b13, b2, by=dy) for _ in range(2))
         errors = [relative(one, other) for one, other in zip(got, want, strict=True)]
-        assert max(errors) < BOUND[recipe], (sizes, errors)
+        assert max(errors) < bound(recipe, form), (sizes, errors)
         for one, other in zip(got, again, strict=True):
             assert_bits([np.asarray(one, np.float32)], [np.asarray(other, np.float32)])
         few = jax.jit(functools.partial(moe_mlp_decode, recipe=recipe, form=form))
-        assert relative(few(x, ids, weights, w13, w2, b13=b13, b2=b2), want[0]) < BOUND[recipe]
+        assert relative(few(x, ids, weights, w13, w2, b13=b13, b2=b2), want[0]) < bound(recipe, form)
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])

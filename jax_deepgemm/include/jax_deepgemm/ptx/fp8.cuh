@@ -23,6 +23,18 @@ __device__ __forceinline__ float rcp_rn(float a) {
 }
 
 // A product that takes subnormal numbers for zeros of their sign.
+// min and max that keep NaN (PTX ISA 9.7.3, min and max with .NaN).
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float v;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float v;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+}
+
 __device__ __forceinline__ float mul_ftz(float a, float b) {
   float product;
   asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
