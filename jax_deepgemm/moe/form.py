@@ -56,6 +56,7 @@ class ExpertForm:
 
     @property
     def act(self) -> Activation:
+        """The activation by value, also where it was given by name."""
         return as_activation("ExpertForm", self.activation)
 
     @property

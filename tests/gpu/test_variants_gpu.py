@@ -21,8 +21,9 @@ from jax_deepgemm.moe import moe_mlp, moe_mlp_decode
 from jax_deepgemm.ops.quantize.blocks import row_blocks
 from jax_deepgemm.ops.quantize.problem import QuantizeProblem
 from tests.gpu.test_fused_gpu import assert_bits, draw, near
+from tests.gpu.test_groups_gpu import defined, used
 from tests.shared.activations import ACTIVATIONS
-from tests.shared.expert_forms import BOUND, MODELS, arrays, biases, float64
+from tests.shared.expert_forms import MODELS, arrays, biases, bound, float64
 from tests.shared.moe_oracle import pull, relative
 
 VARIANTS = {name: activation for name, activation in ACTIVATIONS.items() if activation.tag}
@@ -82,10 +83,13 @@ def test_blocks_that_begin_with_each_group(activation):
     for array in (h, weight, dact):
         array[sizes.sum() :] = np.nan
 
+    count = used(sizes, len(h))
+
     def run(h: jax.Array, weight: jax.Array, dact: jax.Array, sizes: jax.Array) -> list[jax.Array]:
         blocks = row_blocks(sizes, h.shape[0])
         forward = swiglu_quantize(h, weight, blocks=blocks, activation=activation)
-        return [*forward, *swiglu_grad_quantize(h, weight, dact, blocks=blocks, activation=activation)]
+        backward = swiglu_grad_quantize(h, weight, dact, blocks=blocks, activation=activation)
+        return [*defined(count, forward), *defined(count, backward)]
 
     near(run, h, weight, dact, sizes)
 
@@ -129,11 +133,11 @@ def test_models(model, recipe):
 
         got, again = (pull(layer, x, weights, w13, w2, by=dy) for _ in range(2))
         errors = [relative(one, other) for one, other in zip(got, want, strict=True)]
-        assert max(errors) < BOUND[recipe], (sizes, errors)
+        assert max(errors) < bound(recipe, form), (sizes, errors)
         for one, other in zip(got, again, strict=True):
             assert_bits([np.asarray(one, np.float32)], [np.asarray(other, np.float32)])
         few = jax.jit(functools.partial(moe_mlp_decode, recipe=recipe, form=form))(x, ids, weights, w13, w2)
-        assert relative(few, want[0]) < BOUND[recipe]
+        assert relative(few, want[0]) < bound(recipe, form)
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])
@@ -150,11 +154,11 @@ def test_biases(model, recipe):
 
         got, again = (pull(layer, x, weights, w13, w2, b13, b2, by=dy) for _ in range(2))
         errors = [relative(one, other) for one, other in zip(got, want, strict=True)]
-        assert max(errors) < BOUND[recipe], (sizes, errors)
+        assert max(errors) < bound(recipe, form), (sizes, errors)
         for one, other in zip(got, again, strict=True):
             assert_bits([np.asarray(one, np.float32)], [np.asarray(other, np.float32)])
         few = jax.jit(functools.partial(moe_mlp_decode, recipe=recipe, form=form))
-        assert relative(few(x, ids, weights, w13, w2, b13=b13, b2=b2), want[0]) < BOUND[recipe]
+        assert relative(few(x, ids, weights, w13, w2, b13=b13, b2=b2), want[0]) < bound(recipe, form)
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])

@@ -159,6 +159,16 @@ KERNELS = [
         ("swiglu", "swiglu_grad"), (256, 131), [a for a in ACTIVATIONS.values() if a.tag]
     )
 ]  # fmt: skip
+KERNELS += [
+    QuantizeProblem(
+        "swiglu_grad", 256, columns, x, weighted=True, activation=ACTIVATIONS["deepseek-v4"], **more
+    )
+    for columns, x, more in (
+        (512, "bfloat16", {"ue8m0": True}),
+        (512, "bfloat16", {"blocks": 5, "transposed": True}),
+        (262, "float32", {"transposed": True}),
+    )
+]
 
 
 @functools.cache

@@ -23,6 +23,18 @@ __device__ __forceinline__ float rcp_rn(float a) {
 }
 
 // A product that takes subnormal numbers for zeros of their sign.
+// min and max that keep NaN (PTX ISA 9.7.3, min and max with .NaN).
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float v;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float v;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+}
+
 __device__ __forceinline__ float mul_ftz(float a, float b) {
   float product;
   asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
@@ -77,6 +89,15 @@ __device__ __forceinline__ u32 max_magnitude_f16x2(u32 a, u32 b) {
 __device__ __forceinline__ uint4 load_once(const void* at) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(at));
+  return v;
+}
+
+// 16 bytes that others will read, too: load_once would leave L2 soon.
+__device__ __forceinline__ uint4 load_again(const void* at) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(at));
   return v;

@@ -47,7 +47,7 @@ struct Activated {
 
   __device__ __forceinline__ explicit Activated(float gate) : passes(!kClips || !(gate > A::LIMIT)) {
     constexpr float kLog2E = 1.4426950408889634f, kScale = 1.5957691216057308f, kCubic = 0.044715f;
-    const float x = passes ? gate : A::LIMIT;
+    const float x = kClips ? ptx::min_nan(gate, A::LIMIT) : gate;
     if constexpr (A::FUNCTION == Function::kReluSquared) {
       sigmoid = x < 0.0f ? 0.0f : x;
       value = sigmoid * sigmoid;
@@ -70,8 +70,9 @@ struct Activated {
   }
   // What f is multiplied by.
   __device__ __forceinline__ static float factor(float up) {
-    if constexpr (kClips) up = up > A::LIMIT ? A::LIMIT : up < -A::LIMIT ? -A::LIMIT : up;
-    if constexpr (A::SHIFT != 0.0f) up += A::SHIFT;
+    if constexpr (kClips) up = ptx::max_nan(ptx::min_nan(up, A::LIMIT), -A::LIMIT);
+    // Of clipped numbers also if it is 0: otherwise ptxas spills in the kernel of unaligned float32.
+    if constexpr (kClips || A::SHIFT != 0.0f) up += A::SHIFT;
     return up;
   }
   // d(f * factor) / dup
