@@ -1,24 +1,34 @@
-// What quantize_tile.cuh and swiglu.cuh take of instructions and of CUDA, for one warp of 32 threads of a
-// CPU.
+// Instructions that the epilogue uses, for one warp of 32 threads of a CPU, in place of the device's, which
+// stand here under other names, and are not called.
 #pragma once
 
-#include <barrier>
+#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <jax_deepgemm/ptx/types.cuh>
 
-namespace jdg {
-using u8 = unsigned char;
+#define div_rn device_div_rn
+#define rcp_rn device_rcp_rn
+#define rcp_approx device_rcp_approx
+#define ex2_approx device_ex2_approx
+#define mul_ftz device_mul_ftz
+#define pack_e4m3 device_pack_e4m3
+#define load_shared_16 device_load_shared_16
+#include_next <jax_deepgemm/ptx/fp8.cuh>
+#undef div_rn
+#undef rcp_rn
+#undef rcp_approx
+#undef ex2_approx
+#undef mul_ftz
+#undef pack_e4m3
+#undef load_shared_16
 
-namespace ptx {
+namespace jdg::ptx {
 
 inline float div_rn(float a, float b) { return a / b; }
 inline float rcp_rn(float a) { return 1.0f / a; }
 inline float rcp_approx(float a) { return 1.0f / a; }
 inline float ex2_approx(float a) { return std::exp2(a); }
 inline float mul_ftz(float a, float b) { return a * b; }
-inline void forget(u32&) {}
-inline void forget(float&) {}
 
 // To nearest even, saturated; NaN is 0x7F.
 inline u16 e4m3(float v) {
@@ -39,15 +49,6 @@ inline u16 e4m3(float v) {
 }
 inline u16 pack_e4m3(float low, float high) { return static_cast<u16>(e4m3(low) | e4m3(high) << 8); }
 
-// Named by what the epilogue does not use.
-inline u16 pack_e5m2(float, float) { return 0; }
-inline u32 max_magnitude_bf16x2(u32, u32) { return 0; }
-inline u32 max_magnitude_f16x2(u32, u32) { return 0; }
-inline float half_to_float(u16) { return 0; }
-inline void copy_async(u32, const void*, u32) {}
-inline void copy_async_commit() {}
-inline void copy_async_wait() {}
-
 inline u32 pack_bf16(float low, float high) {
   const auto one = [](float v) {
     const u32 bits = __float_as_uint(v);
@@ -63,12 +64,6 @@ inline uint4 load_shared_16(u32 at) {
   std::memcpy(&v, shared + at, 16);
   return v;
 }
-inline uint4 load_once(const void* at) {
-  uint4 v;
-  std::memcpy(&v, at, 16);
-  return v;
-}
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
 
-}  // namespace ptx
-}  // namespace jdg
+}  // namespace jdg::ptx
