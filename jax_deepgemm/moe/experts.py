@@ -399,27 +399,13 @@ def _act(
 ) -> QuantizedArray:
     """The SwiGLU of the first GEMM, quantised. Fused with it where that is possible: of each row the 8 i
     bytes that h takes to be written and read again are saved, and a launch."""
-    gemms = static.gemms
+    gemms, form = static.gemms, static.form
     if fused:
-        return gated.m_grouped_fp8_gemm_swiglu(
-            rows,
-            w13,
-            groups.sizes,
-            row_weights,
-            group_offset=groups.offset,
-            expected_m=gemms.expected_m,
-            num_sms=gemms.num_sms,
-        )
+        return gated.of_groups(rows, w13, row_weights, groups, gemms)
     hidden = with_bias(fp8.m_grouped(rows, w13, groups, gemms, jnp.bfloat16), b13, groups)
     end = groups.end(hidden.shape[0])
-    values, scales = swiglu_quantize(
-        hidden,
-        row_weights,
-        end,
-        activation=static.form.act,
-        transposed=False,
-        scale_format=static.form.scale_format,
-    )
+    quantized = functools.partial(swiglu_quantize, transposed=False, scale_format=form.scale_format)
+    values, scales = quantized(hidden, row_weights, end, activation=form.act)
     return QuantizedArray(values, scales, PER_ROW)
 
 

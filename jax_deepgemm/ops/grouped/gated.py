@@ -29,6 +29,7 @@ from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped import checks, prepare, reference, segments
 from jax_deepgemm.ops.grouped.op import FP8_GRADIENT_HINT, Recut
+from jax_deepgemm.ops.grouped.recipe import Groups, LayerOptions
 from jax_deepgemm.ops.quantize.array import QuantizedArray, QuantizedLike
 from jax_deepgemm.ops.quantize.reference import quantize_float32
 from jax_deepgemm.ops.swiglu.reference import act as swiglu_act
@@ -131,6 +132,21 @@ def m_masked_fp8_gemm_swiglu(
     arrays = (left.values, left.scales, right.values, right.scales, weights, counts)
     values, scales = M_MASKED(*arrays, **_options(op, expected_m, config, num_sms))
     return QuantizedArray(values, scales, PER_ROW)
+
+
+def of_groups(
+    rows: QuantizedArray, w13: QuantizedArray, row_weights: jax.Array, groups: Groups, options: LayerOptions
+) -> QuantizedArray:
+    """`m_grouped_fp8_gemm_swiglu`, as layers call it."""
+    return m_grouped_fp8_gemm_swiglu(
+        rows,
+        w13,
+        groups.sizes,
+        row_weights,
+        group_offset=groups.offset,
+        expected_m=options.expected_m,
+        num_sms=options.num_sms,
+    )
 
 
 # What is accepted
