@@ -9,6 +9,7 @@ except ImportError as error:
         "jax_deepgemm.flax needs Flax, which is not installed: pip install flax, or jax_deepgemm[flax]."
     ) from error
 
+from jax_deepgemm.flax.accumulate import accumulate_gradients
 from jax_deepgemm.flax.linear import Linear, SwiGLU
 from jax_deepgemm.flax.moe import Load, MoE, RouterBias
 from jax_deepgemm.flax.prepared import WeightCopies, prepared_weights
@@ -25,6 +26,7 @@ __all__ = [
     "RouterBias",
     "SwiGLU",
     "WeightCopies",
+    "accumulate_gradients",
     "named_shardings",
     "prepared_weights",
     "quantize_module",

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.sharding import entries
-from jax_deepgemm.flax.prepared import weight
+from jax_deepgemm.flax.prepared import hands_on, put_back, weight
 from jax_deepgemm.flax.variables import as_bf16, as_input, check_dtype, check_recipe
 from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal, zeros
 from jax_deepgemm.ops.gemm.api import bf16_gemm_nt
@@ -97,7 +97,12 @@ class Linear(nnx.Module):
           out_sharding: y's sharding on a mesh with Explicit axes; needed there if in_features is cut.
         """
         x = as_input("Linear", x, self.dtype)
-        y = linear(self.recipe, x, weight(self, "weight"), out_sharding)
+        w = weight(self, "weight")
+        if hands_on(self):
+            y, w = fp8_linear(x, w, out_dtype=x.dtype, out_sharding=out_sharding, with_weight=True)
+            put_back(self, weight=w)
+        else:
+            y = linear(self.recipe, x, w, out_sharding)
         return y if self.bias is None else _add(y, self.bias.get_value())
 
     @classmethod

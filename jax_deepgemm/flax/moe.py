@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.flax.linear import SwiGLU
-from jax_deepgemm.flax.prepared import weight
+from jax_deepgemm.flax.prepared import hands_on, put_back, weight
 from jax_deepgemm.flax.variables import as_input, check_dtype, check_recipe
 from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal
 from jax_deepgemm.moe import ExpertForm, expert_parallel_moe, moe_layer, moe_mlp, moe_mlp_decode, route
@@ -256,7 +256,11 @@ class MoE(nnx.Module):
         operands: Any = (*routed, weight(self, "w13"), weight(self, "w2"))
         options: dict[str, Any] = {"recipe": self._recipe(), "form": self.form}
         if self.expert_axis is None:
-            return moe_mlp(*operands, **options), jnp.zeros((), jnp.int32)
+            if not hands_on(self) or jax.typeof(routed[0]).sharding.mesh.explicit_axes:
+                return moe_mlp(*operands, **options), jnp.zeros((), jnp.int32)
+            y, (w13, w2) = moe_mlp(*operands, **options, with_weights=True)
+            put_back(self, w13=w13, w2=w2)
+            return y, jnp.zeros((), jnp.int32)
         options |= {"method": self.method, "capacity_factor": self.capacity_factor}
         if self.expert_axis in jax.sharding.get_abstract_mesh().manual_axes:
             return expert_parallel_moe(*operands, axis=self.expert_axis, **options)

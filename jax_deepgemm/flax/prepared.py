@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from jax_deepgemm.ops.quantize.prepared import Copies, PreparedWeight, prepare_weight
+from jax_deepgemm.ops.quantize.prepared import Copies, PreparedWeight, master_and_copies, prepare_weight
 
 
 class WeightCopies(nnx.Variable[Copies]):
@@ -54,26 +54,29 @@ def prepared_weights(module: nnx.Module) -> Iterator[None]:
     Raises:
       ValueError: nothing to prepare: no `Linear` or `MoE` in FP8 with `nnx.Param` weights inside.
     """
-    added = [
-        (layer, _beside(name), getattr(layer, name).get_value())
-        for _, layer in nnx.iter_graph(module)
-        if getattr(layer, "recipe", None) == "fp8"
-        for name in getattr(type(layer), "quantized_weights", ())
-        if isinstance(getattr(layer, name), nnx.Param)
-    ]
-    if not added:
+    found = list(fp8_weights(module))
+    if not found:
         raise ValueError(
             f"prepared_weights: {type(module).__name__} holds no Linear or MoE of jax_deepgemm.flax with "
             "recipe='fp8' and master weights. Leave the context out."
         )
-    for layer, name, master in added:
-        setattr(layer, name, WeightCopies(_copies(layer, master)))
+    for layer, name in found:
+        setattr(layer, beside(name), WeightCopies(_copies(layer, getattr(layer, name).get_value())))
     try:
         yield
     finally:
-        for layer, name, _ in added:
-            if hasattr(layer, name):
-                delattr(layer, name)
+        for layer, name in found:
+            if hasattr(layer, beside(name)):
+                delattr(layer, beside(name))
+
+
+def fp8_weights(module: nnx.Module) -> Iterator[tuple[Any, str]]:
+    """The layers of a module that multiply in FP8, and the names of their master weights."""
+    for _, layer in nnx.iter_graph(module):
+        if getattr(layer, "recipe", None) == "fp8":
+            for name in getattr(type(layer), "quantized_weights", ()):
+                if isinstance(getattr(layer, name), nnx.Param):
+                    yield layer, name
 
 
 def _copies(layer: nnx.Module, master: Any) -> Copies:
@@ -82,9 +85,24 @@ def _copies(layer: nnx.Module, master: Any) -> Copies:
 
 def weight(layer: nnx.Module, name: str) -> Any:
     """The weight that a layer uses: with its copies where it has them."""
-    value, copies = getattr(layer, name).get_value(), getattr(layer, _beside(name), None)
+    value, copies = getattr(layer, name).get_value(), getattr(layer, beside(name), None)
     return value if copies is None else PreparedWeight(value, copies.get_value())
 
 
-def _beside(name: str) -> str:
+def beside(name: str) -> str:
+    """The name of a weight's copies."""
     return f"{name}_copies"
+
+
+HANDS_ON = "hands_on"
+"""The attribute of layers that put their weights back as they came through the product, so that gradients are
+added to there."""
+
+
+def hands_on(layer: nnx.Module) -> bool:
+    return getattr(layer, HANDS_ON, False)
+
+
+def put_back(layer: nnx.Module, **weights: Any) -> None:
+    for name, w in weights.items():
+        getattr(layer, name).set_value(master_and_copies(w)[0])

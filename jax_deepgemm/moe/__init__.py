@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from jax_deepgemm.moe.decode import moe_mlp_decode
 from jax_deepgemm.moe.dispatch import DispatchPlan, combine, dispatch, plan_dispatch, spread_weights
-from jax_deepgemm.moe.experts import expert_mlp, prepare_weights
+from jax_deepgemm.moe.experts import expert_mlp
 from jax_deepgemm.moe.form import ExpertForm
 from jax_deepgemm.moe.layer import moe_mlp
 from jax_deepgemm.moe.parallel import expert_parallel_moe, moe_layer
+from jax_deepgemm.moe.prepared import prepare_weights
 from jax_deepgemm.moe.route import DEEPSEEK_V3, route
 
 __all__ = [

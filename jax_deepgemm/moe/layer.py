@@ -164,20 +164,20 @@ def _moe_mlp(
     leaves, tree = jax.tree.flatten((x, ids, weights, w13, w2, b13, b2, plan))
     x, ids, weights, w13, w2, b13, b2, plan = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16" or form.weights_first:
-        y = expert_mlp(
+        options: dict[str, Any] = {"recipe": recipe, "form": form, "with_weights": with_weights}
+        results: Any = expert_mlp(
             spread(x, plan),
             w13,
             w2,
             plan.group_sizes,
             spread_weights(weights, plan),
             b13=b13,
-            recipe=recipe,
-            form=form,
             expected_m=expected_m,
             num_sms=num_sms,
+            **options,
         )
+        y, handed_on = results if with_weights else (results, None)
         y = combine(y, plan)
-        handed_on: Any = (w13, w2)
     else:
         gemms = gemm_options(form, expected_m, num_sms)
         static = Experts.of(x.dtype, w13, w2, gemms, form, with_weights, b13)

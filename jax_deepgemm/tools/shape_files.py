@@ -14,8 +14,9 @@ A file has a shape a line, as JSON objects or as CSV; empty lines and lines that
     {"op": "moe_mlp", "tokens": 4096, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
     {"op": "moe_mlp_decode", "tokens": 64, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
 
-GEMMs are compiled as they are called. Layers (fp8_linear, grouped_linear, ragged_dot, moe_mlp) are compiled
-forward, and forward and backward, with all their kernels: those that quantise, too. Groups have any sizes.
+GEMMs are compiled as they are called. Layers (fp8_linear, grouped_linear, ragged_dot, route, moe_mlp) are
+compiled forward, and forward and backward, with all their kernels: those that quantise, too. Groups have any
+sizes.
 
 A JSON array of such objects, over any number of lines, is read too. CSV names its fields in a line that has
 `op` among them, and again wherever they change; without one they are op,m,n,k,out_dtype,accumulate,b_block:

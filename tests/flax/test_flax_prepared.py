@@ -19,6 +19,7 @@ from jax_deepgemm.flax import (  # noqa: E402
     Linear,
     MoE,
     WeightCopies,
+    accumulate_gradients,
     prepared_weights,
     quantize_module,
 )
@@ -135,3 +136,109 @@ def test_stacked_layers_that_rematerialise() -> None:
 def test_nothing_to_prepare(module: Any) -> None:
     with pytest.raises(ValueError, match="Leave the context out"), prepared_weights(module()):
         pass
+
+
+def one_loss(model: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(model(x).astype(F32)))
+
+
+def zeros(model: Any, dtype: Any = F32) -> Any:
+    return jax.tree.map(lambda w: jnp.zeros(w.shape, dtype), nnx.state(model, nnx.Param))
+
+
+def near(got: Any, want: Any) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        one, other = (np.asarray(z, np.float64) for z in (one, other))
+        assert np.linalg.norm(one - other) <= 1e-2 * np.linalg.norm(other)
+
+
+def test_sums_of_microbatches() -> None:
+    """In a scan: as the gradients of all batches, with products that add for the weights in FP8."""
+    model = Model(nnx.Rngs(0))
+
+    def step(model: Any, batches: Any) -> Any:
+        with prepared_weights(model):
+            body = lambda sums, x: accumulate_gradients(one_loss, model, sums, x)[::-1]  # noqa: E731
+            return jax.lax.scan(body, zeros(model), batches)
+
+    sums, values = nnx.jit(step)(model, BATCHES)
+    near(sums, nnx.jit(nnx.grad(loss))(model, BATCHES))
+    assert values.shape == (2,)
+    graph, state = nnx.split(model)
+    text = str(jax.make_jaxpr(lambda state: jax.tree.leaves(step(nnx.merge(graph, state), BATCHES)))(state))
+    assert len(re.findall(r"= fp8_gemm_row_add\[", text)) == 3
+    assert len(re.findall(r"= k_grouped_fp8_gemm_add\[", text)) == 2
+    assert len(re.findall(r"= quantize_weight_\w+\[", text)) == 5
+    assert not hasattr(model.dense, "hands_on")
+
+
+def test_float32_sums_of_bfloat16_weights_without_copies() -> None:
+    layer = Linear(128, 256, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    start = jax.tree.map(lambda w: w + 1, zeros(layer))
+    _, sums, shape = accumulate_gradients(
+        lambda layer, x: (one_loss(layer, x), x.shape), layer, start, BATCHES[0], has_aux=True
+    )
+    assert shape == BATCHES[0].shape
+    assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype(F32)}
+    near(sums, jax.tree.map(lambda one: one.astype(F32) + 1, nnx.grad(one_loss)(layer, BATCHES[0])))
+
+
+class Counting(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.dense = Linear(128, 128, rngs=rngs)
+        self.calls = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.calls.set_value(self.calls.get_value() + 1)
+        return self.dense(x)
+
+
+def test_other_state_is_kept() -> None:
+    model = Counting(nnx.Rngs(0))
+    before = model.dense.weight.get_value()
+    step = nnx.jit(lambda model, sums, x: accumulate_gradients(one_loss, model, sums, x)[1])
+    sums = zeros(model)
+    for x in BATCHES:
+        sums = step(model, sums, x)
+    assert int(model.calls.get_value()) == len(BATCHES)
+    np.testing.assert_array_equal(model.dense.weight.get_value(), before)
+
+
+def test_sums_of_another_module_are_refused() -> None:
+    model = Linear(128, 256, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"sums are those of \['weight'\] and the module has \['bias', 'weight'\]"
+    ):
+        accumulate_gradients(
+            one_loss, model, zeros(Linear(128, 256, use_bias=False, rngs=nnx.Rngs(0))), BATCHES[0]
+        )
+    accumulate_gradients(
+        one_loss, model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)), BATCHES[0]
+    )
+
+
+def test_sums_of_stacked_layers_that_rematerialise() -> None:
+    """The weights of each layer go through nnx.scan and nnx.remat, and come back."""
+
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs: nnx.Rngs) -> Linear:
+        return Linear(128, 128, rngs=rngs)
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def through(layer: Linear, x: jax.Array) -> jax.Array:
+        return nnx.remat(Linear.__call__)(layer, x)
+
+    def deep(layers: Any, x: jax.Array) -> jax.Array:
+        return one_loss(lambda x: through(layers, x), x)
+
+    layers = stack(nnx.Rngs(0))
+    start = jax.tree.map(lambda w: w + 1, zeros(layers))
+    with prepared_weights(layers):
+        graph, state = nnx.split(layers)
+        step = lambda state, x: accumulate_gradients(deep, nnx.merge(graph, state), start, x)[1]  # noqa: E731
+        got = jax.jit(step)(state, BATCHES[0])
+        text = str(jax.make_jaxpr(lambda state, x: jax.tree.leaves(step(state, x)))(state, BATCHES[0]))
+    near(got, jax.tree.map(lambda dw: dw + 1, nnx.jit(nnx.grad(deep))(layers, BATCHES[0])))
+    assert text.count("= fp8_gemm_row_add[") == 1

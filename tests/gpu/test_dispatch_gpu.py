@@ -91,7 +91,6 @@ def check(ids: np.ndarray, experts: int, capacity: int | None) -> None:
         np.testing.assert_array_equal(one, other, err_msg=f"{name} of {ids.size} of {experts}, {capacity}")
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(("copies", "experts"), SIZES, ids=str)
 def test_any_load(copies, experts):
     for load in LOADS:
@@ -118,6 +117,7 @@ def test_runs_are_equal(copies):
             np.testing.assert_array_equal(one, again)
 
 
+@pytest.mark.smoke
 def test_plans_are_captured():
     """Cluster and grid in one command buffer: the handler does not run again for each call."""
     calls, runs = 40, 20
@@ -144,6 +144,7 @@ def test_plans_are_captured():
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.smoke
 def test_batches():
     ids = np.stack([draw("some dropped", 5000, 40, seed) for seed in range(3)])
     got = jax.jit(jax.vmap(lambda ids: plan_copies(ids, 40)))(ids)

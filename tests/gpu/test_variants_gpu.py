@@ -21,6 +21,7 @@ from jax_deepgemm.moe import moe_mlp, moe_mlp_decode
 from jax_deepgemm.ops.quantize.blocks import row_blocks
 from jax_deepgemm.ops.quantize.problem import QuantizeProblem
 from tests.gpu.test_fused_gpu import assert_bits, draw, near
+from tests.gpu.test_groups_gpu import defined, used
 from tests.shared.activations import ACTIVATIONS
 from tests.shared.expert_forms import MODELS, arrays, biases, bound, float64
 from tests.shared.moe_oracle import pull, relative
@@ -82,10 +83,13 @@ def test_blocks_that_begin_with_each_group(activation):
     for array in (h, weight, dact):
         array[sizes.sum() :] = np.nan
 
+    count = used(sizes, len(h))
+
     def run(h: jax.Array, weight: jax.Array, dact: jax.Array, sizes: jax.Array) -> list[jax.Array]:
         blocks = row_blocks(sizes, h.shape[0])
         forward = swiglu_quantize(h, weight, blocks=blocks, activation=activation)
-        return [*forward, *swiglu_grad_quantize(h, weight, dact, blocks=blocks, activation=activation)]
+        backward = swiglu_grad_quantize(h, weight, dact, blocks=blocks, activation=activation)
+        return [*defined(count, forward), *defined(count, backward)]
 
     near(run, h, weight, dact, sizes)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 
 import jax_deepgemm as jdg
 from jax_deepgemm import accumulate_gradients, fp8_linear, grouped_linear, prepare_weight
-from jax_deepgemm.moe import expert_mlp, moe_mlp, route
+from jax_deepgemm.moe import ExpertForm, expert_mlp, moe_mlp, route
 from tests.gemm import test_aot
 from tests.shared.arrays import normal
 
@@ -47,9 +49,9 @@ def experts(weights: Weights, x: Any) -> Any:
     return jnp.mean(jnp.square(y)), weights | {"first": first, "second": second}
 
 
-def mixture(weights: Weights, x: Any, recipe: str = "fp8") -> Any:
+def mixture(weights: Weights, x: Any, **options: Any) -> Any:
     pair = weights["first"], weights["second"]
-    y, (first, second) = moe_mlp(x, IDS, WEIGHTS, *pair, with_weights=True, recipe=recipe)
+    y, (first, second) = moe_mlp(x, IDS, WEIGHTS, *pair, with_weights=True, **options)
     y = y.astype(F32) + weights["bias"].astype(F32)
     return jnp.mean(jnp.square(y)), weights | {"first": first, "second": second}
 
@@ -68,6 +70,7 @@ LOSSES: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "grouped_linear": (grouped, (G,)),
     "expert_mlp": (experts, (G,)),
     "moe_mlp": (mixture, (G,)),
+    "moe_mlp weights first": (functools.partial(mixture, form=ExpertForm(weights_first=True)), (G,)),
 }
 
 
@@ -192,6 +195,14 @@ def _explicit(w: Weights) -> Any:
         return _moe(w)
 
 
+@pytest.mark.any_version
+@pytest.mark.parametrize("layer", [fp8_linear, grouped_linear, expert_mlp, moe_mlp])
+def test_overloads_say_what_the_function_takes(layer: Any) -> None:
+    for overload in typing.get_overloads(layer):
+        assert list(inspect.signature(overload).parameters) == list(inspect.signature(layer).parameters)
+    assert len(typing.get_overloads(layer)) == 2
+
+
 ERRORS: list[tuple[Callable[[Weights, Weights], Any], str]] = [
     (lambda w, s: accumulate_gradients(linear, w, {"first": s["first"]}, BATCHES[0]), "need the same pytree"),
     (
@@ -218,6 +229,7 @@ ERRORS: list[tuple[Callable[[Weights, Weights], Any], str]] = [
 ]
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("case", ERRORS, ids=[case[1] for case in ERRORS])
 def test_errors(case: Any) -> None:
     call, message = case

@@ -95,14 +95,14 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-30, np.inf, -np.inf, np.nan, float(np.finfo(
 
 @st.composite
 def routers(draw: Any) -> tuple[int, Router]:
-    groups, size = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    groups, size = draw(st.sampled_from([1, 4])), draw(st.sampled_from([1, 2, 5]))
     top_groups = draw(st.integers(1, groups))
     top_k = draw(st.integers(1, min(top_groups * size, 6)))
     score = draw(st.sampled_from(["softmax", "sigmoid", "sqrt_softplus", None]))
     return groups * size, Router(top_k, score, groups, top_groups, draw(st.booleans()), 1.5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(routers(), st.integers(0, 2**32 - 1), st.booleans())
 def test_any_scores_are_ranked_as_by_a_loop(form, seed, biased):
     """Ready scores, which no rounding moves; others by the scores that the reference gives every expert."""

@@ -101,6 +101,8 @@ def test_kernels_of_a_layer_have_their_kinds() -> None:
         timeline.kind_of(name, event.duration / US, kinds) for name, event in zip(names, CALL, strict=True)
     ]
     assert found == KINDS
+    own = ("jdg_sum_rows_bf16_16x4_slots8", "jdg_take_rows_16x4", "jdg_dispatch_one_w4", "jdg_route_f32")
+    assert [timeline.kind_of(name, 1.0, kinds) for name in own] == ["move rows"] * 2 + ["dispatch"] * 2
     assert {kind for *_, kind in kinds} | {timeline.OTHER} == set(timeline.KINDS)
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jax_deepgemm.core.family import OpKernel
 from jax_deepgemm.ops.dispatch.family import FAMILY
 from jax_deepgemm.ops.dispatch.problem import DispatchProblem
@@ -14,6 +16,7 @@ from jax_deepgemm.ops.dispatch.problem import DispatchProblem
 def _problem(
     avals_in: Sequence[Any], avals_out: Sequence[Any], *, experts: int, capacity: int = 0, **_: Any
 ) -> DispatchProblem:
+    assert avals_in[0].dtype == np.int32, avals_in
     return DispatchProblem(math.prod(avals_in[0].shape), experts, capacity)
 
 

@@ -30,11 +30,9 @@ from jax_deepgemm.core.bench import (
 )
 from jax_deepgemm.ops.gemm import bench_linear
 from jax_deepgemm.ops.gemm.api import bf16_gemm_nt, fp8_gemm_nt
-from jax_deepgemm.ops.gemm.bench_linear import CUBLASLT_ONLY
+from jax_deepgemm.ops.gemm.bench_linear import CUBLASLT_ONLY, GEMM_PREFIX
 from jax_deepgemm.ops.quantize.api import quantize
 
-GEMM_PREFIX = "jdg_sm90_"
-"""How the names of all kernels of products begin."""
 ROWS_OF_A = (1, 16, 64, 128, 256, 1024, 4096, 8192)
 WEIGHTS = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 SQUARES = (4096, 8192)

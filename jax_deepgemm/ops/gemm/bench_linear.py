@@ -18,6 +18,8 @@ FROZEN, TRAINING = "forward, FP8 weight", "forward and backward"
 PREPARED = f"{TRAINING}, weight prepared"
 SIZES = ((8192, 4096, 7168), (8192, 7168, 2048))
 """Tokens, n, k."""
+GEMM_PREFIX = "jdg_sm90_"
+"""How the names of all kernels of products begin."""
 CUBLASLT_ONLY = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -69,7 +71,7 @@ def rows(small: bool) -> Iterator[Row]:
                 flops=2 * m * n * k * (1 if what == FROZEN else 3),
                 operands=functools.partial(_operands, what, weight),
                 prefix="",
-                gemms="jdg_sm90_",
+                gemms=GEMM_PREFIX,
                 baseline=Beside(
                     "BF16 by cuBLASLt through jnp",
                     theirs,

@@ -23,7 +23,7 @@ def move_rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
     Args:
       x: [t, h], any dtype.
-      index: int32 [m]. -1 is no row, and neither is t.
+      index: integer [m]. -1 is no row, and neither is t.
 
     Returns:
       [m, h] in the dtype of x. The gradient sums the rows that were taken from one.
@@ -32,7 +32,7 @@ def move_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """
     if not _moves(x, index):
         return reference.take(x, index)[0]
-    return TAKE(x, index, dtypes=(np.dtype(x.dtype),), fallback="reference")[0]
+    return TAKE(x, index.astype(jnp.int32), dtypes=(np.dtype(x.dtype),), fallback="reference")[0]
 
 
 def take_quantized(x: QuantizedArray, index: jax.Array) -> QuantizedArray:
@@ -46,7 +46,7 @@ def take_quantized(x: QuantizedArray, index: jax.Array) -> QuantizedArray:
 
     Args:
       x: values [t, h], block (1, 128).
-      index: int32 [m].
+      index: integer [m].
 
     Returns:
       [m, h], quantised alike; values and scales are zero where there is no such row.
@@ -55,7 +55,9 @@ def take_quantized(x: QuantizedArray, index: jax.Array) -> QuantizedArray:
     """
     if _moves(x.values, index) and _moves(x.scales, index):
         dtypes = (np.dtype(x.values.dtype), np.dtype(x.scales.dtype))
-        values, scales = TAKE_SCALED(x.values, x.scales, index, dtypes=dtypes, fallback="reference")
+        values, scales = TAKE_SCALED(
+            x.values, x.scales, index.astype(jnp.int32), dtypes=dtypes, fallback="reference"
+        )
     else:
         values, scales = reference.take(x.values, x.scales, index)
     return QuantizedArray(values, scales, x.block)
@@ -70,7 +72,7 @@ def sum_rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
     Args:
       x: [m, ..], any floating dtype.
-      index: int32 [t, s].
+      index: integer [t, s].
 
     Returns:
       [t, ..] in the dtype of x: summed in float32, in the order of s, and rounded once. The gradient of a row
@@ -81,7 +83,7 @@ def sum_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     known = all(isinstance(size, int) for size in (*x.shape, *index.shape))
     if not (known and x.ndim == 2 and index.shape[1] and np.dtype(x.dtype).name in SUMMED):
         return reference.sums(x, index)[0]
-    return SUMS(x, index, dtype=np.dtype(x.dtype), fallback="reference")[0]
+    return SUMS(x, index.astype(jnp.int32), dtype=np.dtype(x.dtype), fallback="reference")[0]
 
 
 def _moves(x: Any, index: Any) -> bool:

@@ -14,12 +14,14 @@ from jax_deepgemm.ops.rows.problem import RowsProblem
 
 def _problem(avals_in: Sequence[Any], avals_out: Sequence[Any], **_: Any) -> RowsProblem:
     *given, index = avals_in
+    assert index.dtype == np.int32, index
     sizes = [x.shape[1] * np.dtype(x.dtype).itemsize for x in given]
     return RowsProblem(index.shape[0], given[0].shape[0], *sizes)
 
 
 def _sums(avals_in: Sequence[Any], avals_out: Sequence[Any], **_: Any) -> RowsProblem:
     x, index = avals_in
+    assert index.dtype == np.int32, index
     dtype = np.dtype(x.dtype)
     rows, slots = index.shape
     return RowsProblem(rows, x.shape[0], x.shape[1] * dtype.itemsize, slots=slots, dtype=dtype.name)

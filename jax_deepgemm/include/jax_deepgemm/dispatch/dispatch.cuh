@@ -203,6 +203,7 @@ __device__ __forceinline__ void fill_rest(const Dispatch& d, const Place<C>& at,
 template <class C>
 __device__ __forceinline__ void meet(const Dispatch& d) {
   if constexpr (C::MEETING == Meeting::kCluster) {
+    __syncwarp();  // the barrier's instruction is for all lanes together
     ptx::cluster_arrive();
     ptx::cluster_wait();
   } else if constexpr (C::MEETING == Meeting::kGrid) {

@@ -34,20 +34,17 @@ struct Slot {
 
   // One of the warpgroup's parts of 64 rows by the columns from `first` on, of the slot that is `ahead`
   // further on. To be committed.
-  //
-  // `steps`: instructions along k, all that a block has, or as many as the warpgroup agrees on.
-  template <int COUNT>
+  // STEPS: instructions along k.
+  template <int STEPS = kStepsPerBlock, int COUNT>
   __device__ __forceinline__ void multiply(float (&d)[COUNT], bool overwrite, int part = 0, int ahead = 0,
-                                           int first = 0, int steps = kStepsPerBlock) const {
+                                           int first = 0) const {
     constexpr int kRowsStep = C::ROWS_K_MAJOR ? 32 : 2048, kColsStep = C::COLS_K_MAJOR ? 32 : 2048;
     const int a = ahead * Layout<C>::kRowsBytes + part * kSlabBytes;
     const int b = ahead * Layout<C>::kColsBytes + first * kSlotRowBytes;
 #pragma unroll
-    for (int step = 0; step < kStepsPerBlock; ++step) {
-      if (C::WHOLE_BLOCKS && step >= steps) break;
+    for (int step = 0; step < STEPS; ++step)
       C::Mma::issue(d, rows.plus(a + step * kRowsStep), cols.plus(b + step * kColsStep),
                     !overwrite || step > 0);
-    }
   }
 };
 

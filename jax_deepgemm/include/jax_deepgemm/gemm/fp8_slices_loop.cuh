@@ -16,31 +16,45 @@ struct SlicedLoop : BegunLoop<C> {
   static constexpr int kPairs = kCols<C> / 8;
   static constexpr int kHeld = kParts<C> > 1 ? smaller(kPairs, kSpare<C> / 2) : 0;
 
-  int steps = kStepsPerBlock;  // of the block whose product is on its way
-
-  // A warp agrees on it (whole_warp says why the compiler must know).
-  __device__ __forceinline__ void count_steps(const Tile& tile, int kb) {
-    if constexpr (C::WHOLE_BLOCKS) {
-      const bool last = kb + 1 == tile.k_end;
-      steps = __shfl_sync(0xFFFFFFFF, last ? ceil_div(tile.k_stop, 32) : kStepsPerBlock, 0);
-    }
-  }
+  // WHOLE_BLOCKS: instructions along k for the last block of the tile; its first block is issued before the
+  // tile is entered, so a tile of one block is known from `single`. A warp agrees on them (whole_warp says
+  // why the compiler must know).
+  int tail = kStepsPerBlock;
+  bool single = false;
 
   __device__ __forceinline__ void begin(const Tile& tile) {
-    count_steps(tile, tile.k_begin);
     mask_slot<C>(ring, tile, tile.k_begin, warpgroup);
-    issue(Slot<C>(ring, warpgroup), 0);
+    if constexpr (C::WHOLE_BLOCKS) {
+      tail = __shfl_sync(0xFFFFFFFF, ceil_div(tile.k_stop, 32), 0);
+      single = __shfl_sync(0xFFFFFFFF, tile.k_begin + 1 == tile.k_end, 0);
+      if (single)
+        issue<true>(Slot<C>(ring, warpgroup), 0);
+      else
+        issue<false>(Slot<C>(ring, warpgroup), 0);
+    } else {
+      issue<false>(Slot<C>(ring, warpgroup), 0);
+    }
     __syncwarp();  // as in Fp8Loop
   }
 
+  // LAST: of a tile's last block, with WHOLE_BLOCKS. Other blocks must not pay for its branches.
+  template <bool LAST>
   __device__ __forceinline__ void issue(const Slot<C>& operands, int part) {
     ptx::pin(temp);
     ptx::wgmma_fence();
-    operands.multiply(temp, true, part, 0, 0, steps);
+    if (!LAST || tail == kStepsPerBlock)
+      operands.multiply(temp, true, part);
+    else if (tail == 1)
+      operands.template multiply<1>(temp, true, part);
+    else if (tail == 2)
+      operands.template multiply<2>(temp, true, part);
+    else
+      operands.template multiply<3>(temp, true, part);
     ptx::wgmma_commit();
   }
 
   // The block of which the first part's product is on its way. `more`: whether a block follows.
+  template <bool LAST = false>
   __device__ __forceinline__ void promote(bool more) {
     const Slot<C> operands(ring, warpgroup);
     const u32 empty = ring.empty(), cols = ring.col_scales() + (first_col<C>(warpgroup) + mine.col) * 4;
@@ -48,7 +62,7 @@ struct SlicedLoop : BegunLoop<C> {
     float2 held[kHeld > 0 ? kHeld : 1];
 #pragma unroll
     for (int part = 0; part < kParts<C>; ++part) {
-      if (part > 0) issue(operands, part);
+      if (part > 0) issue<LAST>(operands, part);
       const float upper = ptx::load_shared(rows + part * 64 * 4);
       const float lower = ptx::load_shared(rows + (part * 64 + 8) * 4);
 #pragma unroll
@@ -76,14 +90,30 @@ struct SlicedLoop : BegunLoop<C> {
     }
   }
 
+  __device__ __forceinline__ void next(const Tile& tile, int kb) {
+    mask_slot<C>(ring, tile, kb, warpgroup);
+    issue<false>(Slot<C>(ring, warpgroup), 0);
+  }
+
   __device__ __forceinline__ void finish(const Tile& tile) {
-    promote(tile.k_begin + 1 < tile.k_end);
+    if constexpr (C::WHOLE_BLOCKS) {
+      if (!single) {
+        promote(true);
 #pragma unroll 1
-    for (int kb = tile.k_begin + 1; kb < tile.k_end; ++kb) {
-      count_steps(tile, kb);
-      mask_slot<C>(ring, tile, kb, warpgroup);
-      issue(Slot<C>(ring, warpgroup), 0);
-      promote(kb + 1 < tile.k_end);
+        for (int kb = tile.k_begin + 2; kb < tile.k_end; ++kb) {
+          next(tile, kb);
+          promote(true);
+        }
+        issue<true>(Slot<C>(ring, warpgroup), 0);
+      }
+      promote<true>(false);
+    } else {
+      promote(tile.k_begin + 1 < tile.k_end);
+#pragma unroll 1
+      for (int kb = tile.k_begin + 1; kb < tile.k_end; ++kb) {
+        next(tile, kb);
+        promote(kb + 1 < tile.k_end);
+      }
     }
   }
 };

@@ -94,6 +94,15 @@ __device__ __forceinline__ uint4 load_once(const void* at) {
   return v;
 }
 
+// 16 bytes that others will read, too: load_once would leave L2 soon.
+__device__ __forceinline__ uint4 load_again(const void* at) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(at));
+  return v;
+}
+
 __device__ __forceinline__ uint4 load_shared_16(u32 address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -85,8 +85,8 @@ __device__ __forceinline__ void quantize(const QuantizeInputs<typename C::In>& i
     if constexpr (C::INDEXED) there = find_row(line, in, at, at.row + j, all.cols);
 #pragma unroll
     for (int tile = 0; tile < C::TILES; ++tile)
-      load_chunk<typename C::In, C::ALIGNED>(v[tile][j], line + tile * kTile, there,
-                                             all.cols - at.col - tile * kTile);
+      load_chunk<typename C::In, C::ALIGNED, C::INDEXED>(v[tile][j], line + tile * kTile, there,
+                                                         all.cols - at.col - tile * kTile);
   }
   quantize_tiles<C>(v, shared, to, at, kTile);
 }

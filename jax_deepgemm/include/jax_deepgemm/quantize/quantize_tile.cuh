@@ -95,7 +95,10 @@ struct Chunk {
   u32 pairs[4];
   __device__ __forceinline__ void clear() { pairs[0] = pairs[1] = pairs[2] = pairs[3] = 0; }
   __device__ __forceinline__ void set(int i, T v) { pairs[i / 2] |= static_cast<u32>(v.bits) << i % 2 * 16; }
-  __device__ __forceinline__ void load(const T* at) { take(ptx::load_once(at)); }
+  template <bool AGAIN = false>
+  __device__ __forceinline__ void load(const T* at) {
+    take(AGAIN ? ptx::load_again(at) : ptx::load_once(at));
+  }
   __device__ __forceinline__ void take(uint4 v) {
     pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
   }
@@ -130,10 +133,11 @@ struct Chunk<float> {
     for (float& one : v) one = 0.0f;
   }
   __device__ __forceinline__ void set(int i, float one) { v[i] = one; }
+  template <bool AGAIN = false>
   __device__ __forceinline__ void load(const float* at) {
 #pragma unroll
     for (int i = 0; i < kWide; i += 4) {
-      const uint4 four = ptx::load_once(at + i);
+      const uint4 four = AGAIN ? ptx::load_again(at + i) : ptx::load_once(at + i);
       v[i] = __uint_as_float(four.x), v[i + 1] = __uint_as_float(four.y);
       v[i + 2] = __uint_as_float(four.z), v[i + 3] = __uint_as_float(four.w);
     }
@@ -151,11 +155,12 @@ struct Chunk<float> {
 };
 
 // Columns from `left` < 8 on and everything where !inside are zero. ALIGNED: left is at least 8 or at most 0.
-template <class T, bool ALIGNED>
+// AGAIN: other blocks of threads will read it as well.
+template <class T, bool ALIGNED, bool AGAIN = false>
 __device__ __forceinline__ void load_chunk(Chunk<T>& chunk, const T* at, bool inside, int left) {
   chunk.clear();
   if constexpr (ALIGNED) {
-    if (inside && left > 0) chunk.load(at);
+    if (inside && left > 0) chunk.template load<AGAIN>(at);
   } else {
 #pragma unroll
     for (int i = 0; i < kWide; ++i)

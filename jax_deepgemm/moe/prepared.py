@@ -1,0 +1,47 @@
+"""Weights of experts, quantised once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jax.typing import ArrayLike
+
+from jax_deepgemm.moe.experts import one_weight
+from jax_deepgemm.moe.form import PLAIN, ExpertForm
+from jax_deepgemm.ops.quantize.prepared import PreparedWeight, prepare_weight
+
+
+def prepare_weights(
+    w13: ArrayLike | Sequence[ArrayLike], w2: ArrayLike, *, form: ExpertForm = PLAIN
+) -> tuple[PreparedWeight, PreparedWeight]:
+    """Both weights of the experts quantised once, for all calls of a training step: see `prepare_weight`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax_deepgemm.moe import expert_mlp, prepare_weights
+    >>> batches = jax.random.normal(jax.random.key(0), (4, 10, 256), jnp.bfloat16)
+    >>> w13 = jax.random.normal(jax.random.key(1), (3, 2 * 128, 256)) / 16
+    >>> w2 = jax.random.normal(jax.random.key(2), (3, 256, 128)) / 16
+    >>> def loss(weights, sizes):
+    ...     prepared = prepare_weights(*weights)      # once, outside the scan over microbatches
+    ...     def body(total, rows):
+    ...         return total + jnp.sum(expert_mlp(rows, *prepared, sizes).astype(jnp.float32)), None
+    ...     return jax.lax.scan(body, jnp.float32(0), batches)[0]
+    >>> [dw.shape for dw in jax.grad(loss)((w13, w2), jnp.array([4, 0, 5]))]
+    [(3, 256, 256), (3, 256, 128)]
+
+    Args:
+      w13: [.., e, 2 * i, h] gate and up projections, bfloat16 or float32.
+        Or two arrays, (gate, up), which are joined here: the gradients are theirs.
+      w2: [.., e, h, i] down projections, likewise.
+      form: as in `expert_mlp`.
+
+    Returns:
+      Two PreparedWeights, which `expert_mlp`, `moe_mlp`, `moe_layer` and `expert_parallel_moe` take in place
+      of w13 and w2. On a mesh they are cut as those are.
+
+    Raises:
+      TypeError, ValueError: as `prepare_weight`.
+    """
+    one, form = one_weight("prepare_weights", w13, form), form.checked("prepare_weights")
+    first, second = (prepare_weight(w, scale_format=form.scale_format) for w in (one, w2))
+    return first, second
