@@ -7,7 +7,7 @@
 #   OUT=DIR PYTHON=python3 benchmarks/h200.sh
 #   TEST_ARGS='-k fp8' BENCH_ARGS='--tables fp8 --rows m=128' SANITIZE_TOOLS=memcheck benchmarks/h200.sh test sanitize bench
 #   PROCESSES=8 benchmarks/h200.sh test     run so many at once, on as many parts of the tests
-#   SANITIZE_ARGS=grouped benchmarks/h200.sh sanitize      kernels whose names contain it
+#   SANITIZE_ARGS="groups rows" benchmarks/h200.sh sanitize   kernels whose names contain one of them
 #   LIMIT_TEST=300 LIMIT_SANITIZE=300 LIMIT_BENCH=400 ...   seconds each part may take
 #
 #   TRAIN_ARGS='--steps 60' benchmarks/h200.sh train       the training example in BF16 and FP8: tokens a second, memory, losses

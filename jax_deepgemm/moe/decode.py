@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.moe.bias import check_biases
+from jax_deepgemm.moe.checks import check_weights, one_weight
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
     is_known,
@@ -19,7 +20,7 @@ from jax_deepgemm.moe.dispatch import (
     take_quantized,
     take_rows,
 )
-from jax_deepgemm.moe.experts import Weight, check_weights, gemm_options, one_weight, weighted
+from jax_deepgemm.moe.experts import Weight, gemm_options, weighted
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
 from jax_deepgemm.moe.placement import on_each_device

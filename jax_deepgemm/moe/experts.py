@@ -26,13 +26,13 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.moe.bias import bias_gradient, check_biases, with_bias
+from jax_deepgemm.moe.checks import check, one_weight
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.ops.gemm.checks import BLOCKED, PER_ROW
 from jax_deepgemm.ops.grouped import gated, linear
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize, quantize_rows
-from jax_deepgemm.ops.quantize.join import concatenate
 from jax_deepgemm.ops.quantize.prepared import (
     Bits,
     as_it_came,
@@ -269,32 +269,6 @@ def expert_mlp(
     return (y, handed_on) if with_weights else y
 
 
-def one_weight(where: str, w13: Any, form: ExpertForm) -> Any:
-    """w13, of two arrays joined."""
-    if not isinstance(w13, tuple | list):
-        return unwrapped(w13)
-    if len(w13) != 2 or not form.act.gated or form.act.interleaved:
-        raise ValueError(
-            f"{where}: w13 is {len(w13)} arrays and the activation is {form.act}, need one array, or for "
-            "activations of gate and up that do not take turns two, (gate, up)."
-        )
-    gate, up = map(unwrapped, w13)
-    if isinstance(gate, PreparedWeight) or isinstance(up, PreparedWeight):
-        raise TypeError(
-            f"{where}: w13 is two weights, at least one of them prepared. Prepare them as one: "
-            "prepare_weights((gate, up), w2)."
-        )
-    if tuple(gate.shape) != tuple(up.shape) or gate.dtype != up.dtype:
-        raise ValueError(
-            f"{where}: w13 is (gate {gate.dtype.name} {list(gate.shape)}, up {up.dtype.name} "
-            f"{list(up.shape)}), need arrays of the same shape and dtype."
-        )
-    axis = -2 if form.weight_layout == "nk" else -1
-    if isinstance(gate, QuantizedArray):
-        return concatenate([gate, up], axis)
-    return jnp.concatenate([gate, up], axis)
-
-
 def weighted(rows: jax.Array, row_weights: jax.Array) -> jax.Array:
     """Rows times their weights, rounded to the rows' dtype."""
     return (rows.astype(jnp.float32) * row_weights[:, None]).astype(rows.dtype)
@@ -304,48 +278,6 @@ def _weighted(rows: jax.Array, row_weights: jax.Array, groups: fp8.Groups) -> ja
     """The same with zeros behind the last group, so that NaN there is in no gradient."""
     counts = jnp.arange(rows.shape[0], dtype=jnp.int32) < groups.end(rows.shape[0])
     return weighted(jnp.where(counts[:, None], rows, jnp.zeros_like(rows)), row_weights)
-
-
-def check(
-    where: str,
-    rows: Any,
-    w13: Any,
-    w2: Any,
-    sizes: Any,
-    row_weights: Any,
-    recipe: str,
-    form: ExpertForm,
-) -> None:
-    linear.check_rows(where, "rows", rows)
-    check_weights(where, rows, w13, w2, recipe, form)
-    linear.check_sizes(where, sizes, w13.shape[0])
-    if row_weights is not None and (
-        tuple(row_weights.shape) != (rows.shape[0],) or row_weights.dtype != jnp.float32
-    ):
-        raise ValueError(
-            f"{where}: row_weights are {row_weights.dtype.name} {list(row_weights.shape)} and rows are "
-            f"{list(rows.shape)}, need float32 [{rows.shape[0]}]. spread_weights(weights, plan) makes them."
-        )
-
-
-def check_weights(where: str, x: Any, w13: Any, w2: Any, recipe: str, form: ExpertForm) -> None:
-    """w13 [e, 2 * i, h] and w2 [e, h, i] of x [.., h], for a recipe there is."""
-    linear.check_recipe(where, recipe)
-    linear.check_weight(where, "w13", w13, recipe)
-    linear.check_weight(where, "w2", w2, recipe)
-    form.checked(where, w13=w13, w2=w2)
-    first, (experts, hidden, intermediate) = form.sizes(w13, w2)
-    if first != (experts, form.act.halves * intermediate, hidden) or x.shape[-1] != hidden:
-        inner = "2 * i" if form.act.gated else "i"
-        order = " (gate and up in turns)" if form.act.interleaved else " (gate, then up)"
-        order = order if form.act.gated else ""
-        need = [f"[e, {inner}, h]{order}", "[e, h, i]"]
-        if form.weight_layout == "kn":
-            need = [f"[e, h, {inner}]{order}", "[e, i, h]"]
-        raise ValueError(
-            f"{where}: inputs are {list(x.shape)}, w13 is {list(w13.shape)} and w2 is {list(w2.shape)}, "
-            f"need [.., h], {need[0]} and {need[1]}. ExpertForm says other layouts and activations: form=."
-        )
 
 
 def _bf16(

@@ -14,6 +14,7 @@ from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.moe import experts
 from jax_deepgemm.moe.bias import check_biases
 from jax_deepgemm.moe.bias import of_tokens as bias_of_tokens
+from jax_deepgemm.moe.checks import check_weights, one_weight
 from jax_deepgemm.moe.dispatch import (
     DispatchPlan,
     combine,
@@ -24,14 +25,7 @@ from jax_deepgemm.moe.dispatch import (
     sum_copies,
     take_rows,
 )
-from jax_deepgemm.moe.experts import (
-    Experts,
-    Weight,
-    check_weights,
-    expert_mlp,
-    gemm_options,
-    one_weight,
-)
+from jax_deepgemm.moe.experts import Experts, Weight, expert_mlp, gemm_options
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.placement import check_no_explicit_axes, on_each_device
 from jax_deepgemm.ops.grouped import linear

@@ -22,6 +22,7 @@ from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.core.sharding import as_spec, entries
 from jax_deepgemm.moe import exchange as way
 from jax_deepgemm.moe.bias import check_biases
+from jax_deepgemm.moe.checks import check_weights, one_weight
 from jax_deepgemm.moe.exchange import Axis, Exchange
 from jax_deepgemm.moe.experts import (
     HIGHER_ORDER,
@@ -31,11 +32,9 @@ from jax_deepgemm.moe.experts import (
     apply,
     apply_and_keep,
     backward,
-    check_weights,
     expert_mlp,
     gemm_options,
     is_frozen,
-    one_weight,
 )
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.layer import check_tokens, expected_rows

@@ -214,6 +214,13 @@ FORWARD = (
     ),
     Call("dequantize", jdg.dequantize, ("q_ws",)),
     Call("quantize_both", quantization.quantize_both, ("x",)),
+    Call("quantize_rows", lambda x, sizes: quantization.quantize_rows(x, sizes), ("x", "sizes")),
+    Call(
+        "quantize_groups",
+        lambda x, sizes: quantization.quantize_groups(x, quantization.row_blocks(sizes, x.shape[0])),
+        ("x", "sizes"),
+    ),
+    Call("row_blocks", lambda sizes: quantization.row_blocks(sizes, TOKENS), ("sizes",)),
     Call("quantize_weight", quantization.quantize_weight, ("ws_f32",)),
     Call(
         "per_token_cast_to_fp8", functools.partial(quantization.per_token_cast_to_fp8, use_ue8m0=True), ("x",)

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_deepgemm.core.sanitize import Case, on_few
+from jax_deepgemm.core.sanitize import FEW_SMS, Case, on_few
 from jax_deepgemm.ops.gemm.family import GemmConfig
 from jax_deepgemm.ops.gemm.sanitize import PING_PONG
+from jax_deepgemm.ops.grouped import recipe
 from jax_deepgemm.ops.grouped.api import (
     k_grouped_bf16_gemm_tn_contiguous,
     k_grouped_fp8_gemm_nt_contiguous,
@@ -125,6 +126,13 @@ def _gated(normal: Normal) -> Iterator[Case]:
     yield Case("masked swiglu", masked, (deep, w, mask, jnp.ones((GROUPS, capacity))))
 
 
+def _weight_gradient(dy: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """As layers compute it, with blocks that begin with each group."""
+    groups, options = recipe.Groups.of(sizes, None), recipe.LayerOptions(num_sms=FEW_SMS)
+    dy_t, x_t = (recipe.both(one, groups, options)[1] for one in (dy, x))
+    return recipe.k_grouped(dy_t, x_t, groups, dy.shape[0], GROUPS, options, jnp.float32)
+
+
 def _k_grouped(normal: Normal) -> Iterator[Case]:
     sizes, a, dy = jnp.asarray(SIZES), normal(ROWS, K, good=USED), normal(ROWS, N, good=USED)
     c = jnp.ones((GROUPS, K, N), jnp.float32)
@@ -138,6 +146,10 @@ def _k_grouped(normal: Normal) -> Iterator[Case]:
         yield Case(f"k-grouped {kind} + C", float32(), (*given, sizes, c))
     turns = on_few(bf16, out_dtype=jnp.float32, config=PING_PONG)
     yield Case("k-grouped bf16 ping-pong + C", turns, (a, dy, sizes, c))
+    yield Case("k-grouped fp8 of whole blocks", _weight_gradient, (dy, a, sizes))
     whole, whole_dy = normal(ROWS, K), normal(ROWS, N)
     for name, wrong in BAD.items():
+        yield Case(
+            f"k-grouped fp8 of whole blocks, {name}", _weight_gradient, (whole_dy, whole, jnp.asarray(wrong))
+        )
         yield Case(f"k-grouped bf16, {name}", on_few(bf16), (whole, whole_dy, jnp.asarray(wrong)))

@@ -11,10 +11,14 @@ import numpy as np
 
 from jax_deepgemm.core.sanitize import Case
 from jax_deepgemm.ops.quantize.api import quantize
+from jax_deepgemm.ops.quantize.blocks import row_blocks
 from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
+from jax_deepgemm.ops.quantize.groups import quantize_groups, quantize_rows
 
 M, N = 520, 272  # tails in both dimensions
 ROWS = 300  # that are valid, where a kernel is told
+SIZES = (130, 0, 7, 260)  # of groups, seven blocks, and behind them rows of none
+USED = 7 * 128  # columns of the transposed copy that are defined
 
 
 def cases() -> Iterator[Case]:
@@ -26,6 +30,24 @@ def cases() -> Iterator[Case]:
             yield Case(f"quantize {block} {x.shape}", functools.partial(_values, block), (x,))
         yield Case(f"quantize_both {x.shape}", lambda x: quantize_both(x, rows)[2], (x,))
         yield Case(f"quantize_weight {x.shape}", lambda x: quantize_weight(x)[2], (x,))
+        yield from _groups(x)
+
+
+def _groups(x: jax.Array) -> Iterator[Case]:
+    """Rows as they lie, and taken by an index that points outside of x here and there."""
+    blocks = row_blocks(jnp.asarray(SIZES), x.shape[0])
+    index = jnp.asarray(np.random.default_rng(1).integers(-9, x.shape[0] + 9, x.shape[0]), jnp.int32)
+    for name, dtype in (("", x.dtype), (" float32", jnp.float32)):
+        wide = x.astype(dtype)
+        yield Case(
+            f"quantize_groups{name} {x.shape}", lambda x: quantize_groups(x, blocks)[2][:, :USED], (wide,)
+        )
+        yield Case(
+            f"quantize_groups by index{name} {x.shape}",
+            lambda x, index: quantize_groups(x, blocks, index)[2][:, :USED],
+            (wide, index),
+        )
+    yield Case(f"quantize_rows {x.shape}", lambda x, index: quantize_rows(x, index).values, (x, index))
 
 
 def _values(block: tuple[int, int], x: jax.Array) -> jax.Array:

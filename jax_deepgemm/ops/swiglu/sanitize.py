@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_deepgemm.core.sanitize import Case
 from jax_deepgemm.ops.quantize.activation import GPT_OSS, Activation
+from jax_deepgemm.ops.quantize.blocks import row_blocks
 from jax_deepgemm.ops.swiglu.api import swiglu_grad_quantize, swiglu_quantize
 
 M, N = 520, 272  # tails in both dimensions
@@ -27,6 +28,15 @@ def cases() -> Iterator[Case]:
         yield Case(f"swiglu {width}", lambda h: swiglu_quantize(h, weight, rows)[3], (h,))
         yield Case(
             f"swiglu_grad {width}", lambda h, d: swiglu_grad_quantize(h, weight, d, rows)[4], (h, dact)
+        )
+        blocks = row_blocks(jnp.asarray([130, 0, 7, 260]), M)
+        yield Case(
+            f"swiglu groups {width}", lambda h, b=blocks: swiglu_quantize(h, weight, blocks=b)[1], (h,)
+        )
+        yield Case(
+            f"swiglu_grad groups {width}",
+            lambda h, d, b=blocks: swiglu_grad_quantize(h, weight, d, blocks=b)[4],
+            (h, dact),
         )
     for name, activation in {"gpt-oss": GPT_OSS, "relu2": Activation("relu2")}.items():
         for width in (N, N + 2):
