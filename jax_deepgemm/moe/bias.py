@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.prefix import prefix_ends
 from jax_deepgemm.moe.form import ExpertForm
 from jax_deepgemm.ops.gemm.checks import OUT_DTYPES
@@ -40,8 +42,8 @@ def check_biases(where: str, w13: Any, w2: Any, form: ExpertForm, b13: Any, b2: 
 
 def expert_of_rows(groups: fp8.Groups, rows: int, experts: int) -> jax.Array:
     """int32 [rows]: which of the biases here is the row's; `experts` where none is."""
-    ends = prefix_ends(groups.sizes, rows)
-    expert = jnp.searchsorted(ends, jnp.arange(rows, dtype=jnp.int32), side="right").astype(jnp.int32)
+    ends, row = same_varying_axes([prefix_ends(groups.sizes, rows), jnp.arange(rows, dtype=jnp.int32)])
+    expert = jnp.sum(row[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
     here = (expert < ends.shape[0]) & (expert >= groups.offset) & (expert < groups.offset + experts)
     return jnp.where(here, expert - groups.offset, experts)
 
@@ -104,4 +106,5 @@ def of_tokens(ids: jax.Array, weights: jax.Array | None, bias: jax.Array) -> jax
     """
     each = jax.nn.one_hot(ids, bias.shape[0], dtype=jnp.float32)
     share = each.sum(axis=1) if weights is None else jnp.sum(each * weights[..., None], axis=1)
-    return jnp.dot(share, bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    contracted = (((1,), (0,)), ((), ()))  # lax: frameworks replace jnp's products by their own
+    return lax.dot_general(share, bias.astype(jnp.float32), contracted, precision=lax.Precision.HIGHEST)

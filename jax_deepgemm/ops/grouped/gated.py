@@ -221,7 +221,7 @@ def _m_masked_reference(
     **_: Any,
 ) -> list[jax.Array]:
     [h] = reference.m_masked_fp8_gemm(a, sa, b, sb, counts, out_dtype=jnp.bfloat16)
-    return _activated(h, row_weights, jnp.arange(a.shape[1]) < counts[:, None])
+    return _activated(h, row_weights, jnp.arange(a.shape[1])[None] < counts[:, None])
 
 
 # The ops
