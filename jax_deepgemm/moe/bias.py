@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from jax_deepgemm.core import products
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.prefix import prefix_ends
 from jax_deepgemm.moe.form import ExpertForm
@@ -106,5 +106,21 @@ def of_tokens(ids: jax.Array, weights: jax.Array | None, bias: jax.Array) -> jax
     """
     each = jax.nn.one_hot(ids, bias.shape[0], dtype=jnp.float32)
     share = each.sum(axis=1) if weights is None else jnp.sum(each * weights[..., None], axis=1)
-    contracted = (((1,), (0,)), ((), ()))  # lax: frameworks replace jnp's products by their own
-    return lax.dot_general(share, bias.astype(jnp.float32), contracted, precision=lax.Precision.HIGHEST)
+    return _product(share, bias.astype(jnp.float32))
+
+
+@jax.custom_vjp
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return products.dot_general(a, b, ((1,), (0,)))
+
+
+def _product_fwd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(a, b), (a, b)
+
+
+def _product_bwd(kept: tuple[jax.Array, jax.Array], given: jax.Array) -> tuple[jax.Array, jax.Array]:
+    a, b = kept
+    return products.dot_general(given, b, ((1,), (1,))), products.dot_general(a, given, ((0,), (0,)))
+
+
+_product.defvjp(_product_fwd, _product_bwd)
