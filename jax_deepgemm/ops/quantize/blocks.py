@@ -49,15 +49,6 @@ def count_row_blocks(rows: int, groups: int) -> int:
     return max((rows + (ROWS - 1) * min(groups + 1, rows)) // ROWS, 1)
 
 
-def padded_sizes(group_sizes: jax.Array, rows: int) -> jax.Array:
-    """int32 [g]: the columns that each group has in a transposed copy, a multiple of 128.
-
-    >>> padded_sizes(jnp.array([200, 0, 3]), 203).tolist()
-    [256, 0, 128]
-    """
-    return -(-jnp.diff(prefix_ends(group_sizes, rows), prepend=0) // ROWS) * ROWS
-
-
 def row_blocks(group_sizes: ArrayLike, rows: int) -> jax.Array:
     """The table of blocks of 128 rows that begin with each group.
 
