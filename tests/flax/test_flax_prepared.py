@@ -65,6 +65,7 @@ def test_inside_the_copies_stand_beside_the_weights() -> None:
     assert names(model) == before
 
 
+@pytest.mark.any_version
 def test_same_numbers_and_quantised_once() -> None:
     model = Model(nnx.Rngs(0))
     x = BATCHES[0]

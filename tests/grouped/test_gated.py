@@ -51,6 +51,7 @@ def assert_bits(got: QuantizedArray, values: Any, scales: Any) -> None:
     np.testing.assert_array_equal(np.asarray(got.scales), np.asarray(scales))
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("sizes", [(2, 0, 5, 9), (32, 0, 0, 0), (0, 0, 0, 0), (-3, 50, 7, 1)], ids=str)
 def test_contiguous_is_its_parts_in_a_row(sizes):
     a, b, weights = operands()
@@ -63,6 +64,7 @@ def test_contiguous_is_its_parts_in_a_row(sizes):
     assert got.block == (1, 128)
 
 
+@pytest.mark.any_version
 def test_masked_is_its_parts_in_a_row():
     a, b, weights = operands(lead=(G, 9))
     counts = jnp.array([3, 0, 9, 20], I32)
@@ -74,6 +76,7 @@ def test_masked_is_its_parts_in_a_row():
         assert_bits(mine, values[group, :count], scales[group, :count])
 
 
+@pytest.mark.any_version
 def test_rows_of_no_group_here_are_zeros_whatever_they_hold():
     """B holds two of four groups; rows of the others, and their weights, may be NaN."""
     a, b, weights = operands()

@@ -47,9 +47,13 @@ def wanted(model: str) -> list[np.ndarray]:
     return float64(MODELS[model], *arrays(MODELS[model]))
 
 
+LAYERS = [(moe_mlp, model) for model in MODELS]
+LAYERS += [(layer, model) for layer in (over_mesh, experts) for model in ("gpt-oss", "llama4")]
+
+
+@pytest.mark.any_version
 @both
-@every
-@pytest.mark.parametrize("layer", [moe_mlp, over_mesh, experts])
+@pytest.mark.parametrize(("layer", "model"), LAYERS)
 def test_forward_and_gradients(layer, model, recipe):
     x, ids, weights, w13, w2, dy = arrays(MODELS[model])
     run = functools.partial(layer, recipe=recipe, form=MODELS[model])
@@ -59,6 +63,7 @@ def test_forward_and_gradients(layer, model, recipe):
     assert [one.shape for one in got[3:]] == [w13.shape, w2.shape]
 
 
+@pytest.mark.any_version
 @both
 @every
 def test_decode(model, recipe):
@@ -67,6 +72,7 @@ def test_decode(model, recipe):
     assert relative(got, wanted(model)[0]) < bound(recipe, MODELS[model])
 
 
+@pytest.mark.any_version
 @both
 @pytest.mark.parametrize("model", ["gpt-oss", "nemotron3"])
 @pytest.mark.parametrize("layer", [moe_mlp, over_mesh, experts])
@@ -88,6 +94,7 @@ def test_biases(layer, model, recipe):
         assert relative(few, want[0]) < bound(recipe, form)
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("recipe", ["fp8", "bf16"])
 def test_bias_of_some_experts_and_rows_of_none(recipe):
     """With an offset; NaN behind the last group reaches no gradient."""
@@ -106,6 +113,7 @@ def test_bias_of_some_experts_and_rows_of_none(recipe):
     np.testing.assert_allclose(db2, [[3] * 128, [0] * 128], rtol=0.05)
 
 
+@pytest.mark.any_version
 @both
 @pytest.mark.parametrize("model", ["qwen3", "gemma4"])
 def test_two_arrays_are_one(model, recipe):
@@ -145,6 +153,7 @@ def test_frozen_weights():
     assert relative(got, wanted("nemotron3")[0]) < bound("fp8", MODELS["nemotron3"])
 
 
+@pytest.mark.any_version
 def test_scales_are_powers_of_two():
     text = jax.jit(functools.partial(moe_mlp, form=MODELS["deepseek-v4"])).lower(
         *arrays(MODELS["deepseek-v4"])[:5]

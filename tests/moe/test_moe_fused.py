@@ -36,6 +36,7 @@ def operands(inner: int) -> tuple[Any, ...]:
     return normal(0, TOKENS, HIDDEN), jnp.asarray(ids, jnp.int32), weights, *frozen
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("layer", [moe_mlp, moe_mlp_decode])
 def test_features_in_whole_blocks_are_fused_and_keep_their_bits(layer, monkeypatch):
     given = operands(256)
@@ -47,6 +48,7 @@ def test_features_in_whole_blocks_are_fused_and_keep_their_bits(layer, monkeypat
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(layer(*given), np.float32))
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("layer", [moe_mlp, moe_mlp_decode])
 def test_other_features_are_not(layer):
     assert FUSED not in str(jax.make_jaxpr(layer)(*operands(192)))

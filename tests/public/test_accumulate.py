@@ -103,6 +103,7 @@ def near(got: Any, want: Any, bound: float = 1e-2) -> None:
         assert np.linalg.norm(one - other) < bound * np.linalg.norm(other)
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.parametrize("how", ["prepared", "masters", "checkpoint"])
 def test_sums_of_gradients(name: str, how: str) -> None:
@@ -174,6 +175,7 @@ def test_other_results_of_a_loss() -> None:
     near(totals, expected(linear, weights, sums, BATCHES[:1]))
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("loss", [grouped, mixture])
 def test_bf16_recipe_hands_on_too(loss: Any) -> None:
     weights = masters(G)

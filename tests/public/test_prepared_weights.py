@@ -113,6 +113,7 @@ def equal(got: Any, want: Any) -> None:
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.any_version
 @each_layer
 def test_bits_of_masters(name: str) -> None:
     layer, masters = LAYERS[name]

@@ -45,6 +45,7 @@ def taken(x: Any, at: Any) -> np.ndarray:
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "uint32", "int8", "bool", "int4")
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(T, H), (T, 7), (0, 4), (3, 0)], ids=str)
 def test_rows_of_every_type(dtype, shape):
@@ -118,6 +119,7 @@ SUM_CASE = OpCase(
 )
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32"])
 @pytest.mark.parametrize("slots", [1, 3, 9, 0])
 def test_sums_of_every_type(dtype, slots):

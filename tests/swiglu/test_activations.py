@@ -27,6 +27,7 @@ F32 = np.float32
 every = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 
 
+@pytest.mark.any_version
 @every
 @pytest.mark.parametrize(("m", "i", "rows"), [(130, 136, 77), (3, 5, 3)])
 def test_quantised_against_float64(m, i, rows, activation):
@@ -45,6 +46,7 @@ def test_quantised_against_float64(m, i, rows, activation):
     np.testing.assert_allclose(dweight, wanted[2], rtol=1e-4, atol=1e-4 * np.abs(wanted[2]).max())
 
 
+@pytest.mark.any_version
 @every
 def test_plain_and_its_gradients(activation):
     h, weight, dact = draw((6, activation.halves * 16), F32), draw((6,), F32, 1), draw((6, 16), F32, 2)
@@ -65,6 +67,7 @@ def test_names_are_the_plain_activations():
         )
 
 
+@pytest.mark.any_version
 @every
 def test_far_numbers_and_nan(activation):
     """Where the sigmoid is 0 or 1 slopes are finite; NaN stays NaN, clipped or not."""
