@@ -21,6 +21,7 @@ def needs_a_compiler(module: str) -> bool:
     return module in {"jax_deepgemm.tools.explain", "jax_deepgemm.core.launch"} or ".jit." in module
 
 
+@pytest.mark.any_version
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name: str) -> None:
