@@ -76,6 +76,7 @@ _MEMORY_BYTES_PER_US = 3.794e6
 _READ_SHARE = {64: 0.82, 96: 0.91, 112: 0.94, 128: 0.965, 192: 0.95}
 """What narrow FP8 tiles of 64 rows reach of that rate, measured with 8 to 128 rows over 32 and 256 groups:
 wide ones ask for more bytes at a time."""
+_WIDEST, _BUSY = 256, 0.9
 _READ_AGAIN = 0.1  # of a group's B, which leaves L2 before the SM with its next row tile has it
 _MANY_WAVES = 4  # from here on tiles of different lengths even out
 _HALF = 0.54  # what half a tile costs of a whole one
@@ -106,14 +107,15 @@ def grouped_cost(p: GroupedProblem, c: Sm90Config, chip: Chip) -> Cost:
     compute = waves * (per_tile + p.gemm.k_blocks * per_block(_PER_BLOCK[kind], c))
     again = 0 if p.inner else _READ_AGAIN * min(row_tiles - 1, 1) * p.n * p.gemm.row_bytes
     moved = p.hit * (p.gemm.bytes_moved + again)
-    rate = _MEMORY_BYTES_PER_US * (_READ_SHARE.get(c.block_n, 1.0) if _reads_weights(p, c) else 1.0)
+    rate = _MEMORY_BYTES_PER_US * (_READ_SHARE.get(c.block_n, 1.0) if _reads_weights(p, c, chip) else 1.0)
     start = START["fp8" if p.gemm.is_fp8 else "bf16"]
     return Cost(start, compute, moved / rate, round(waves))
 
 
-def _reads_weights(p: GroupedProblem, c: Sm90Config) -> bool:
-    """Whether the bytes are those of B, for few rows."""
-    return p.gemm.is_fp8 and not p.inner and c.block_m == 64
+def _reads_weights(p: GroupedProblem, c: Sm90Config, chip: Chip) -> bool:
+    """Whether the bytes are those of B, for few rows, and the widest tiles would keep the SMs busy."""
+    few = p.gemm.is_fp8 and not p.inner and c.block_m == 64
+    return few and p.hit * ceil_div(p.n, _WIDEST) >= _BUSY * chip.num_sms
 
 
 def halves(p: GroupedProblem, c: Sm90Config) -> bool:
