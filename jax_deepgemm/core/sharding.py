@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -233,3 +234,26 @@ def _addend_spec(rule: ShardingRule, out_spec: PartitionSpec) -> PartitionSpec:
     assert rule.addend is not None
     result = dict(zip(rule.results[0], entries(out_spec, len(rule.results[0])), strict=True))
     return as_spec([result[name] for name in rule.operands[rule.addend]])
+
+
+def pieces_of_whole(*names: str) -> Callable[..., Any]:
+    """The `spmd` of an op that computes whole results on each device, which keeps the piece that is asked.
+
+    Args:
+      names: the results' dimensions for which that is so; the operands that they come from have others.
+    """
+
+    def on_shard(plan: ShardingPlan, local: Callable[..., Any], *arrays: jax.Array) -> Any:
+        if not any(plan.cut(name) for name in names):
+            return arrays, None
+        results = zip(local(*arrays), plan.rule.results, strict=True)
+        return None, [_piece(plan, x, factors, names) for x, factors in results]
+
+    return on_shard
+
+
+def _piece(plan: ShardingPlan, x: jax.Array, factors: Factors, names: Sequence[str]) -> jax.Array:
+    for axis, name in enumerate(factors):
+        if name in names and plan.cut(name):
+            x = lax.dynamic_slice_in_dim(x, plan.offset(name), plan.local_size(name), axis=axis)
+    return x

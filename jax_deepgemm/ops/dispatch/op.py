@@ -3,17 +3,14 @@ device makes the whole plan, and takes of it what it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
-from jax import lax
 
 from jax_deepgemm.core.declaration import Dims
 from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
-from jax_deepgemm.core.sharding import ShardingPlan
+from jax_deepgemm.core.sharding import pieces_of_whole
 from jax_deepgemm.ops.dispatch import reference
 
 
@@ -27,22 +24,11 @@ def _result(ids: Dims, *, experts: int, capacity: int | None = None) -> list[tup
     return [(shape, np.dtype(np.int32)) for shape in ((experts,), (rows,), ids)]
 
 
-def _pieces(plan: ShardingPlan, local: Callable[..., Any], ids: jax.Array) -> tuple[None, list[jax.Array]]:
-    """This device's pieces of a plan of all copies."""
-    results = []
-    for x, names in zip(local(ids), (("e",), ("r",), ("u", "v")), strict=True):
-        for axis, name in zip(range(-len(names), 0), names, strict=True):
-            if plan.cut(name):
-                x = lax.dynamic_slice_in_dim(x, plan.offset(name), plan.local_size(name), axis)
-        results.append(x)
-    return None, results
-
-
 PLAN = Op(
     "plan_dispatch",
     "t s -> e, r, u v",  # u and v are t and s, whose cuts would be cuts of the order
     _result,
     reference.plan,
-    spmd=_pieces,
+    spmd=pieces_of_whole("e", "r", "u", "v"),
     kernel=LazyKernel("jax_deepgemm.ops.dispatch.kernel", "plan"),
 )

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepgemm.core.prefix import prefix_ends
+from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 
 FORMATS = ("sizes", "blocks", "segments")
-BLOCK = 128
 
 
 class Segments(NamedTuple):
@@ -36,7 +36,7 @@ def read(group_sizes: jax.Array, rows_format: str, rows: int) -> Segments:
     """The segments of either format, cut at the number of rows."""
     if rows_format in ("sizes", "blocks"):
         blocks = rows_format == "blocks"
-        ends = prefix_ends(-(-group_sizes // BLOCK) * BLOCK if blocks else group_sizes, rows)
+        ends = prefix_ends(-(-group_sizes // SCALE_BLOCK) * SCALE_BLOCK if blocks else group_sizes, rows)
         starts = jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends[..., :-1]], axis=-1)
         if blocks:
             ends = jnp.clip(starts + group_sizes, starts, ends)

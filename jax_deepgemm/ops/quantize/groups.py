@@ -8,19 +8,17 @@ quantize_groups    the same of x or x[index], and transposed, with one scale per
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.family import LazyKernel
-from jax_deepgemm.core.sharding import ShardingPlan
+from jax_deepgemm.core.sharding import pieces_of_whole
 from jax_deepgemm.ops.quantize import reference
 from jax_deepgemm.ops.quantize.api import checked_input
 from jax_deepgemm.ops.quantize.array import QuantizedArray
@@ -191,32 +189,6 @@ def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
         return jnp.zeros((index.shape[0], x.shape[1]), x.dtype)
     inside = (index >= 0) & (index < x.shape[0])
     return x.at[jnp.where(inside, index, x.shape[0])].get(mode="fill", fill_value=0)
-
-
-def pieces_of_whole(*names: str) -> Callable[..., Any]:
-    """An op that computes all of its results on each device, which keeps the piece that is asked of it.
-
-    names: the results' dimensions for which that is so.
-    """
-
-    def on_shard(plan: ShardingPlan, local: Callable[..., Any], *arrays: jax.Array) -> Any:
-        if not any(plan.cut(name) for name in names):
-            return arrays, None
-        results = local(*arrays)
-        levels = [len(factors) for factors in plan.rule.results]
-        return None, [
-            _piece(plan, result, factors[len(factors) - rank :], names)
-            for result, factors, rank in zip(results, plan.rule.results, levels, strict=True)
-        ]
-
-    return on_shard
-
-
-def _piece(plan: ShardingPlan, x: jax.Array, factors: tuple[str, ...], names: tuple[str, ...]) -> jax.Array:
-    for axis, name in enumerate(factors):
-        if name in names and plan.cut(name):
-            x = lax.dynamic_slice_in_dim(x, plan.offset(name), plan.local_size(name), axis=axis)
-    return x
 
 
 def _kernel(scale_format: str, **form: Any) -> LazyKernel:

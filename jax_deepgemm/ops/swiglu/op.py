@@ -14,7 +14,7 @@ from jax import lax
 
 from jax_deepgemm.core.declaration import Dims
 from jax_deepgemm.core.family import LazyKernel
-from jax_deepgemm.core.sharding import ShardingPlan
+from jax_deepgemm.core.sharding import ShardingPlan, pieces_of_whole
 from jax_deepgemm.ops.quantize import reference as quantization
 from jax_deepgemm.ops.quantize.activation import SILU, Activation
 from jax_deepgemm.ops.quantize.fused import (
@@ -26,7 +26,7 @@ from jax_deepgemm.ops.quantize.fused import (
     shares_blocks,
     with_every_level,
 )
-from jax_deepgemm.ops.quantize.groups import groups_shapes, pieces_of_whole, quantized_groups
+from jax_deepgemm.ops.quantize.groups import groups_shapes, quantized_groups
 from jax_deepgemm.ops.quantize.op import HINT, BlockOp
 from jax_deepgemm.ops.swiglu import reference
 
