@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jax_deepgemm.activation import swiglu_grad_quantize, swiglu_quantize
 from jax_deepgemm.ops.quantize.blocks import count_row_blocks, row_blocks
 from jax_deepgemm.ops.quantize.groups import quantize_groups, quantize_rows
-from tests.shared import quant_oracle
+from tests.shared import op_checks, quant_oracle
 
 SIZES = st.lists(st.integers(-3, 400), min_size=1, max_size=9)
 
@@ -115,6 +117,22 @@ def test_swiglu_with_blocks_is_swiglu_of_each_group():
             )
             block = column // 128
             np.testing.assert_array_equal(got[3][block : block + len(one[3])], one[3])
+
+
+def test_vmap_and_results_cut_over_devices():
+    sizes, rows = jnp.array([[130, 0, 7], [3, 200, 1]]), 256
+    x = jnp.stack([jnp.asarray(draw(rows, 256, seed=seed)) for seed in range(2)])
+    tables = jax.vmap(functools.partial(row_blocks, rows=rows))(sizes)
+    alone = [jax.jit(quantize_groups)(*one) for one in zip(x, tables, strict=True)]
+    for got, *want in zip(jax.jit(jax.vmap(quantize_groups))(x, tables), *alone, strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.stack(want).astype(np.float32))
+    mesh = op_checks.make_mesh("auto")
+    cut = (NamedSharding(mesh, P("x")), NamedSharding(mesh, P("x")), NamedSharding(mesh, P("y")), None)
+    placed = jax.device_put(x[0], NamedSharding(mesh, P("x", "y")))
+    for got, want in zip(
+        jax.jit(quantize_groups, out_shardings=cut)(placed, tables[0]), alone[0], strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
 def test_errors_say_what_to_do():
