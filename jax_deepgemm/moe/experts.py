@@ -456,15 +456,20 @@ def _fp8(
 
 
 def quantized(
-    static: Experts, trained: bool, x: jax.Array, groups: fp8.Groups, index: jax.Array | None = None
+    static: Experts,
+    trained: bool,
+    x: jax.Array,
+    groups: fp8.Groups,
+    index: jax.Array | None = None,
+    position: jax.Array | None = None,
 ) -> tuple[QuantizedArray, fp8.AlongRows | None]:
-    """x, or x[index], per row, and along rows if a weight's gradient needs that."""
+    """x, or x[index] (position: its inverse), per row, and along rows if a weight's gradient needs that."""
     if trained:
         return fp8.both(x, groups, static.gemms, index)
     form = static.form.scale_format
     if index is None:
         return quantize(x, PER_ROW, scale_format=form), None
-    return quantize_rows(x, index, scale_format=form), None
+    return quantize_rows(x, index, position, scale_format=form), None
 
 
 def _fp8_fwd(

@@ -202,7 +202,7 @@ def _fp8(
     b13: jax.Array | None,
     plan: DispatchPlan,
 ) -> Any:
-    rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token)
+    rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token, plan.position)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     quantized = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     y = experts.apply(static, rows, *quantized, row_weights, _groups(plan), b13)
@@ -219,7 +219,7 @@ def _fp8_fwd(
     plan: DispatchPlan,
 ) -> tuple[Any, tuple[experts.Kept, DispatchPlan]]:
     groups, trained = _groups(plan), not experts.is_frozen(static.w13)
-    rows, along_rows = experts.quantized(static, trained, x, groups, plan.token)
+    rows, along_rows = experts.quantized(static, trained, x, groups, plan.token, plan.position)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     y, kept = experts.apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups, b13)
     return static.results(sum_copies(y, plan.position), w13, w2), (kept, plan)
@@ -231,7 +231,7 @@ def _fp8_bwd(
     kept, plan = residuals
     dy, later = static.cotangents(cotangents)
     trained = not experts.is_frozen(static.w2)
-    rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token)
+    rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token, plan.position)
     drows, dw13, dw2, drow_weights, db13 = experts.backward(static, kept, rows, along_rows, later)
     dweights = take_rows(drow_weights, plan.position)
     return sum_copies(drows, plan.position), dweights, dw13, dw2, db13, None

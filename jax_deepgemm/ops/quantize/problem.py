@@ -26,6 +26,8 @@ class QuantizeProblem:
       blocks: row blocks, which a table lists, each with its own columns of the transposed copy; 0: tiles of
         128 rows from row 0 on.
       indexed: an operand says which row of x each row is.
+      copied: rows of x, where another operand says which rows are copies of each: a row of x is read and
+        quantised once; 0: once for each row that it is.
       weighted: "swiglu" and its gradient have a factor per row.
       activation: of "swiglu" and its gradient.
       batches: number of matrices.
@@ -46,10 +48,12 @@ class QuantizeProblem:
     batches: int = 1
     blocks: int = 0
     indexed: bool = False
+    copied: int = 0
 
     def __str__(self) -> str:
         flags = {"transposed": self.transposed, "ue8m0": self.ue8m0, "row limit": self.limited}
         flags |= {f"blocks={self.blocks}": self.blocks > 0, "indexed": self.indexed}
+        flags |= {f"copies of {self.copied}": self.copied > 0}
         flags |= {"weights": self.weighted, f"batches={self.batches}": self.batches > 1}
         shape, block = f"{self.rows}x{self.cols}", f"{self.block[0]}x{self.block[1]}"
         kind = " ".join([self.kind, *([self.activation.tag] if self.activation.tag else [])])
