@@ -39,7 +39,7 @@ def families() -> list[Family[Any]]:
     """Returns every family of kernels.
 
     >>> [family.name for family in families()]
-    ['quantize', 'dispatch', 'rows', 'gemm', 'grouped', 'route']
+    ['quantize', 'swiglu', 'dispatch', 'rows', 'gemm', 'grouped', 'route']
     """
     return [module.FAMILY for module in parts("family")]
 
