@@ -76,13 +76,14 @@ def _recut_k_grouped(
     count = 4 if "kb" in plan.rule.blocks else 2
     operands, (group_sizes, group_offset, *c) = list(arrays[:count]), arrays[count:]
     changed: dict[str, Any] = {}
+    if count == 4:
+        operands = list(recut_blocks(plan, *operands))
     if plan.cut("k"):
         size = plan.local_size("k")
         group_sizes = segments.window(group_sizes, rows_format, plan.size["k"], plan.offset("k"), size)
         if rows_format == "blocks":
             rows_format = changed["rows_format"] = "segments"
         if count == 4 and not plan.cut("kb"):
-            operands = list(recut_blocks(plan, *operands))
             group_sizes = segments.shifted(group_sizes, rows_format, size, plan.offset("k") % SCALE_BLOCK)
             changed["rows_format"] = "segments"
     if plan.cut("g"):
