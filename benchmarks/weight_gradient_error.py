@@ -141,7 +141,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     content = {
-        "method": "Relative error of a column or of a row of dw against float32: the larger of their medians. "
+        "method": "Relative error of a column or a row of dw against float32: the larger of their medians. "
         f"{TOKENS} tokens, {FEATURES} features of x and of dy.",
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

@@ -363,9 +363,8 @@ def verdict(curves: dict[str, Curve]) -> int:
         gap = curves[recipe].final() / curves[other].final() - 1
         passed = abs(gap) <= limit
         failed += not passed
-        say(
-            f"{'PASS' if passed else 'FAIL'}: final loss in {recipe} is {gap:+.2%} of {other}'s; limit {limit:.1%}"
-        )
+        word = "PASS" if passed else "FAIL"
+        say(f"{word}: final loss in {recipe} is {gap:+.2%} of {other}'s; limit {limit:.1%}")
     return int(failed > 0)
 
 

@@ -59,8 +59,8 @@ class Linear(nnx.Module):
       rngs: source of the stream `params`.
 
     Raises:
-      ValueError: another recipe, weight_gradient or dtype, a sharding that does not fit the mesh or the sizes; and as
-        `fp8_linear` or `bf16_gemm_nt` when called.
+      ValueError: another recipe, weight_gradient or dtype, a sharding that does not fit the mesh or the
+        sizes; and as `fp8_linear` or `bf16_gemm_nt` when called.
       TypeError: when called with x in neither bfloat16 nor float32 and without `dtype`.
     """
 
