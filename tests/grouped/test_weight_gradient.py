@@ -83,7 +83,7 @@ def test_it_is_the_product_of_blocks():
 
 @pytest.mark.any_version
 def test_features_of_other_blocks_and_rows_of_other_groups_do_not_touch_it():
-    """In a block, numbers down to 2^-15 of the largest keep their bits but for the scale; others all."""
+    """In a block, numbers down to 1 / 28,000 of the largest keep their precision; other blocks all bits."""
     x, w, dy = operands()
     plain = gradient(x, w, dy, weight_gradient="128x128")
     far = gradient(x.at[:140].multiply(1e6).at[:, 128:].multiply(1e6), w, dy, weight_gradient="128x128")
