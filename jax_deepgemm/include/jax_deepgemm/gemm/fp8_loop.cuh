@@ -74,7 +74,7 @@ struct Fp8Loop : BegunLoop<C> {
   // Scales of a quad: of this thread's two rows, and of the 128x128 blocks; of one block: of this thread's
   // columns.
   float4 upper, lower, block[P::kBlocks];
-  int offset;  // the tile's first column modulo 128, or kBlockSlices: the four blocks that are loaded
+  int offset;  // the tile's first column modulo 128, or 512, whose scales lie side by side (kBlockSlices)
   float col[P::kColsKept > 0 ? P::kColsKept : 1];
 
   // --- scales ---

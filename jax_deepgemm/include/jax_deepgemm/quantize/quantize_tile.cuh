@@ -335,7 +335,7 @@ __device__ __forceinline__ void publish_columns(const float (&of)[kWide], float 
   *reinterpret_cast<float4*>(&maxima[first + lane / 16 * 4]) = {half[0], half[1], half[2], half[3]};
 }
 
-// The maximum of a warp's numbers, for SQUARE_T.
+// The maximum of a warp's numbers.
 template <int ROWS>
 __device__ __forceinline__ float warp_maximum(const float (&rows)[ROWS]) {
   float amax = 0.0f;
@@ -382,11 +382,7 @@ __device__ __forceinline__ void column_scales(float* scales, TileShared<C>& shar
 template <class C>
 __device__ __forceinline__ float block_scale(const float (&maxima)[C::ROWS], TileShared<C>& shared,
                                              const Quantized& to, const Place& at) {
-  float amax = 0.0f;
-#pragma unroll
-  for (int j = 0; j < C::ROWS; ++j) amax = fmaxf(amax, maxima[j]);
-#pragma unroll
-  for (int half = 16; half > 0; half /= 2) amax = fmaxf(amax, __shfl_xor_sync(kEveryLane, amax, half));
+  float amax = warp_maximum(maxima);
   if (threadIdx.x % 32 == 0) shared.maxima[0][0][threadIdx.x / 32] = amax;
   __syncthreads();
 #pragma unroll
