@@ -6,8 +6,8 @@
 
 A row is one call of `expert_parallel_moe` with random routing, on every device as many tokens, FP8 weights;
 or forward and backward with bfloat16 masters. Every call follows a flush of the L2 caches. Times are of the
-device where they are longest, medians of the calls: from the first kernel's start to the last one's end, the
-exchange's kernels (waiting for other devices included), the GEMMs', and what is left of the span.
+device where they are longest, medians of the calls: from the flush's end to the last kernel's end (the span),
+the exchange's kernels (waiting for other devices included), the GEMMs', and what is left of the span.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -41,7 +42,12 @@ AXIS = "expert"
 CUT = P(AXIS)
 CALLS = 8
 WARM_UP = 2
-EXCHANGE = ("nccl", "MemcpyP2P", "MemcpyD2D")
+EXCHANGE = (
+    "nccl",
+    "MemcpyP2P",
+    "void stream_executor::gpu::RaggedAllToAll",
+    "stream_executor::gpu::RaggedAllToAll",
+)
 """How the names of the kernels and copies begin by which devices exchange rows."""
 
 
@@ -141,12 +147,36 @@ def flusher(mesh: Mesh, size: int) -> Callable[[], None]:
     return flush
 
 
-def split(call: Sequence[trace.Event]) -> dict[str, float]:
+Call = tuple[float, list[trace.Event]]
+"""When the flush before a call ended, in nanoseconds, and what ran then."""
+
+
+def calls(events: Sequence[trace.Event]) -> list[Call]:
+    """The calls of a trace of one device, which flushes divide."""
+    found: list[Call] = []
+    for event in events:
+        if trace.FLUSH in event.module:
+            found.append((event.start + event.duration, []))
+        elif found:
+            found[-1][1].append(event)
+    return [call for call in found if call[1]]
+
+
+def split(call: Call) -> dict[str, float]:
     """Microseconds of one call on one device."""
-    span = trace.span_of(call)
-    exchange = sum(e.duration for e in call if e.name.startswith(EXCHANGE)) / 1e3
-    gemms = sum(e.duration for e in call if e.name.startswith(GEMM_PREFIX)) / 1e3
+    flushed, events = call
+    span = (max(e.start + e.duration for e in events) - flushed) / 1e3
+    exchange = sum(e.duration for e in events if e.name.startswith(EXCHANGE)) / 1e3
+    gemms = sum(e.duration for e in events if e.name.startswith(GEMM_PREFIX)) / 1e3
     return {"span_us": span, "exchange_us": exchange, "gemm_us": gemms, "rest_us": span - exchange - gemms}
+
+
+def longest_kernels(call: Call, count: int = 12) -> dict[str, float]:
+    """Microseconds of the kernels that take most of a call, by name."""
+    total: dict[str, float] = {}
+    for event in call[1]:
+        total[event.name] = total.get(event.name, 0.0) + event.duration / 1e3
+    return {name: round(us, 1) for name, us in sorted(total.items(), key=lambda pair: -pair[1])[:count]}
 
 
 def time_case(case: Case, mesh: Mesh, flush: Callable[[], None]) -> dict[str, Any]:
@@ -161,20 +191,17 @@ def time_case(case: Case, mesh: Mesh, flush: Callable[[], None]) -> dict[str, An
                 flush()
                 result = compiled(*arguments)
             jax.block_until_ready(result)
-        found = [_median(trace.read(folder, device)) for device in range(mesh.size)]
-    longest = max(found, key=lambda times: times.get("span_us", 0.0))
-    return dataclasses.asdict(case) | {name: round(value, 1) for name, value in longest.items()}
+        devices = [calls(trace.read(folder, device)) for device in range(mesh.size)]
+    row: dict[str, Any] = dataclasses.asdict(case)
+    if not any(devices):  # no GPU: the program ran, and that is all
+        return row
+    longest = max(devices, key=lambda found: statistics.median(split(call)["span_us"] for call in found))
+    times = [split(call) for call in longest]
+    row |= {name: round(statistics.median(each[name] for each in times), 1) for name in times[0]}
+    return row | {"kernels": longest_kernels(longest[-1])}
 
 
-def _median(events: Sequence[trace.Event]) -> dict[str, float]:
-    """Of all calls on one device; nothing where the trace shows no GPU."""
-    if not events:
-        return {}
-    calls = [split(call) for call in trace.split_calls(events, ["jdg_case"] * CALLS)["jdg_case"]]
-    return {name: statistics.median(call[name] for call in calls) for name in calls[0]}
-
-
-def measure(small: bool, time_limit: float, out: Path | None) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measures on all devices; writes the file after every row."""
     mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
     content: dict[str, Any] = {
@@ -183,20 +210,17 @@ def measure(small: bool, time_limit: float, out: Path | None) -> dict[str, Any]:
         "jax": jax.__version__,
         "rows": [],
     }
-    chosen, begin, flush = (
-        list(cases(small)),
-        time.monotonic(),
-        flusher(mesh, 1 << 16 if small else FLUSH_BYTES),
-    )
+    chosen = [case for case in cases(args.small) if args.rows.search(str(case))]
+    begin, flush = time.monotonic(), flusher(mesh, 1 << 16 if args.small else FLUSH_BYTES)
     with Progress(len(chosen), "expert parallel") as progress:
         for case in chosen:
-            if time.monotonic() - begin > time_limit:
-                print(f"not measured within {time_limit:.0f} s: {case}", file=sys.stderr)
+            if time.monotonic() - begin > args.time_limit:
+                print(f"not measured within {args.time_limit:.0f} s: {case}", file=sys.stderr)
                 continue
             content["rows"].append(time_case(case, mesh, flush))
             progress.step(str(case))
-            if out:
-                out.write_text(json.dumps(content, indent=1) + "\n")
+            if args.out:
+                args.out.write_text(json.dumps(content, indent=1) + "\n")
     return content
 
 
@@ -229,12 +253,11 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="result file to write")
     parser.add_argument("--report", type=Path, help="print the table of a result file; measure nothing")
+    parser.add_argument("--rows", type=re.compile, default=re.compile(""), help="regular expression on rows")
     parser.add_argument("--small", action="store_true", help="a few small layers")
     parser.add_argument("--time-limit", type=float, default=300.0, help="seconds after which no row starts")
     args = parser.parse_args()
-    content = (
-        json.loads(args.report.read_text()) if args.report else measure(args.small, args.time_limit, args.out)
-    )
+    content = json.loads(args.report.read_text()) if args.report else measure(args)
     print(table(content), end="")
     return 0
 
