@@ -86,7 +86,8 @@ class MoE(nnx.Module):
       num_experts, top_k: experts there are, and experts of a token.
       shared_intermediate: width of the shared expert; 0: there is none.
       form: how the experts are built, `jax_deepgemm.moe.ExpertForm`: activation, layout of w13 and w2, where
-        routing weights multiply, format of the scales. A shared expert is a SwiGLU, of gate | up.
+        routing weights multiply, format of the scales, scales of weight gradients. A shared expert is a
+        SwiGLU, of gate | up, with the same weight gradients.
       recipe: "fp8" or "bf16", of all products but the router's; quantised weights are used in FP8 either way.
       score, num_groups, top_groups, scale: as in `jax_deepgemm.moe.route`.
       renormalize: as in `route`. None: where top_k > 1; a single weight divided by itself would leave the
@@ -175,6 +176,7 @@ class MoE(nnx.Module):
                 param_dtype=param_dtype,
                 kernel_init=kernel_init,
                 recipe=recipe,
+                weight_gradient=self.form.weight_gradient,
                 rngs=rngs,
             )
 

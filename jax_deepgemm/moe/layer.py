@@ -231,7 +231,7 @@ def _fp8_bwd(
     kept, plan = residuals
     dy, later = static.cotangents(cotangents)
     trained = not experts.is_frozen(static.w2)
-    rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token)
+    rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token, "dy")
     drows, dw13, dw2, drow_weights, db13 = experts.backward(static, kept, rows, along_rows, later)
     dweights = take_rows(drow_weights, plan.position)
     return sum_copies(drows, plan.position), dweights, dw13, dw2, db13, None

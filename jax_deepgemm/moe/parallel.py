@@ -298,9 +298,9 @@ def _send(exchange: Exchange, x: jax.Array, numbers: jax.Array | None, scale_for
     return _Parcel(QuantizedArray(values, scales, PER_ROW), row_numbers)
 
 
-def _along_rows(static: Experts, rows: QuantizedArray, groups: fp8.Groups) -> fp8.AlongRows:
+def _along_rows(static: Experts, rows: QuantizedArray, groups: fp8.Groups, of: str) -> fp8.AlongRows:
     """Rows that came quantised, quantised along rows."""
-    return fp8.both(dequantize(rows, jnp.bfloat16), groups, static.gemms)[1]
+    return fp8.both(dequantize(rows, jnp.bfloat16), groups, static.gemms, of)[1]
 
 
 def _groups(exchange: Exchange) -> fp8.Groups:
@@ -322,7 +322,7 @@ def _fp8_fwd(
 ) -> tuple[jax.Array, tuple[Kept, Exchange]]:
     rows, row_weights = _send(exchange, x, weights, static.form.scale_format)
     groups = _groups(exchange)
-    along_rows = None if is_frozen(static.w13) else _along_rows(static, rows, groups)
+    along_rows = None if is_frozen(static.w13) else _along_rows(static, rows, groups, "x")
     y, kept = apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups)
     return way.rows_to_tokens(exchange, y), (kept, exchange)
 
@@ -330,7 +330,7 @@ def _fp8_fwd(
 def _fp8_bwd(static: Experts, residuals: tuple[Kept, Exchange], dy: jax.Array) -> tuple[Any, ...]:
     kept, exchange = residuals
     rows, _ = _send(exchange, dy, None, static.form.scale_format)
-    along_rows = None if is_frozen(static.w2) else _along_rows(static, rows, kept.groups)
+    along_rows = None if is_frozen(static.w2) else _along_rows(static, rows, kept.groups, "dy")
     drows, dw13, dw2, drow_weights, _ = backward(static, kept, rows, along_rows)
     dx = way.rows_to_tokens(exchange, drows)
     return dx, way.rows_to_copies(exchange, drow_weights), dw13, dw2, None

@@ -119,7 +119,5 @@ class GroupedProblem:
         parts += ["+C"] if self.add_c else []
         parts += ["whole blocks"] if self.whole_blocks else []
         parts += ["SwiGLU"] if self.gated else []
-        parts += (
-            [f"B scales {'128x128' if self.b_scales == 'block' else '1x128'}"] if self.gemm.is_fp8 else []
-        )
+        parts += [f"B scales {'128x128' if self.gemm.square_scales else '1x128'}"] if self.gemm.is_fp8 else []
         return " ".join(parts)
