@@ -1,5 +1,5 @@
-"""Rows of the benchmark: a layer with a shared expert, whose weights are the last of the experts', in the same
-launches, or its own, in launches of their own; and the layer without it.
+"""Rows of the benchmark: a layer with a shared expert, which is the last of w13 and w2, in the same launches,
+or has weights and launches of its own; and the layer without it.
 
 DeepSeek-V3's sizes, the choice of experts given, as in `moe_inference`.
 """
@@ -39,7 +39,7 @@ class _Case:
 
     @property
     def row(self) -> Row:
-        tokens, hidden, inner, experts, top_k = self.sizes
+        tokens, hidden, inner, _, top_k = self.sizes
         copies = tokens * (top_k + (self.shared != ALONE))
         named = dict(zip(KEYS, self.sizes, strict=True))
         words = " ".join(f"{name}={size}" for name, size in named.items())
