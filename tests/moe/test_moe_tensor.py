@@ -288,6 +288,16 @@ def test_errors(call, message):
         call()
 
 
+@both
+def test_moe_mlp_of_cut_weights_on_auto_axes_is_right(recipe):
+    mesh = mesh_of(1, 1, 2)
+    layer = jax.jit(functools.partial(moe_mlp, recipe=recipe))
+    put = lambda w, *spec: jax.device_put(w, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    whole = [put(z) for z in (X, IDS, WEIGHTS)]
+    got = layer(*whole, put(W13, None, "tensor"), put(W2, None, None, "tensor"))
+    assert relative(got, layer(X, IDS, WEIGHTS, W13, W2)) < 0.005
+
+
 def test_advice_for_inner_sizes_that_do_not_fit():
     """Padded by zeros, as the messages say."""
     w13 = jnp.pad(W13.reshape(4, 2, 256, 128), ((0, 0), (0, 0), (0, 256), (0, 0)))
