@@ -19,6 +19,7 @@ from jax_deepgemm.ops.gemm.checks import check_weight_gradient
 from jax_deepgemm.ops.gemm.linear import fp8_linear
 from jax_deepgemm.ops.gemm.tokens import Tokens
 from jax_deepgemm.ops.quantize import QuantizedArray
+from jax_deepgemm.ops.quantize.activation import SILU, Activation, as_activation
 from jax_deepgemm.ops.swiglu import swiglu
 
 
@@ -215,9 +216,10 @@ class SwiGLU(nnx.Module):
       intermediate: width of the MLP.
       dtype, param_dtype, recipe, weight_gradient, rngs: as in `Linear`; gate, up and y have one dtype.
       kernel_init: as in `Linear`; gate and up are drawn as two matrices (hidden, intermediate).
+      activation: another one in the place of silu, as in `jax_deepgemm.moe.ExpertForm`; "relu2" has no gate.
 
     Raises:
-      ValueError: another recipe, weight_gradient or dtype.
+      ValueError: another recipe, weight_gradient, dtype or activation.
       TypeError: when called with x in neither bfloat16 nor float32 and without `dtype`.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
@@ -233,8 +235,10 @@ class SwiGLU(nnx.Module):
         kernel_init: Initializer = lecun_normal,
         recipe: str = "fp8",
         weight_gradient: str = "1x128",
+        activation: str | Activation = SILU,
         rngs: nnx.Rngs,
     ) -> None:
+        self.activation = act = as_activation("SwiGLU", activation)
         options: dict[str, Any] = {
             "use_bias": False,
             "dtype": dtype,
@@ -242,12 +246,13 @@ class SwiGLU(nnx.Module):
             "recipe": recipe,
             "weight_gradient": weight_gradient,
         }
-        self.w13 = Linear(hidden, 2 * intermediate, kernel_init=GateUp(kernel_init), **options, rngs=rngs)
+        gate_up = GateUp(kernel_init, act.interleaved) if act.gated else kernel_init
+        self.w13 = Linear(hidden, act.halves * intermediate, kernel_init=gate_up, **options, rngs=rngs)
         self.w2 = Linear(intermediate, hidden, kernel_init=kernel_init, **options, rngs=rngs)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """x [.., hidden] -> [.., hidden], dtypes as in `Linear`."""
-        return self.w2(swiglu(self.w13(x)))
+        return self.w2(swiglu(self.w13(x), activation=self.activation))
 
 
 def linear(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepgemm.core.bench import CLOCK, Fields, Row, Table
-from jax_deepgemm.moe import bench_step
+from jax_deepgemm.moe import bench_shared, bench_step
 from jax_deepgemm.moe.form import ExpertForm
 from jax_deepgemm.moe.layer import moe_mlp
 from jax_deepgemm.moe.route import route
@@ -283,4 +283,5 @@ TABLES = {
         kinds=KINDS,
     ),
     "moe_step": bench_step.TABLE,
+    "moe_shared": bench_shared.TABLE,
 }

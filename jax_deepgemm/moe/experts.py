@@ -452,7 +452,7 @@ def _fp8(
 ) -> Any:
     weights = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     quantized_rows, _ = quantized(static, False, rows, groups)
-    y = apply(static, quantized_rows, *weights, row_weights, groups, b13, local=False)
+    y = apply(static, quantized_rows, *weights, row_weights, groups, b13, local=static.gemms.group_blocks)
     return static.results(y, w13, w2)
 
 
