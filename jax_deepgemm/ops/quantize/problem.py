@@ -29,6 +29,7 @@ class QuantizeProblem:
       weighted: "swiglu" and its gradient have a factor per row.
       activation: of "swiglu" and its gradient.
       batches: number of matrices.
+      chained: it is a launch of a chain (core/chain.py), and reads what the one before gives.
     """
 
     kind: str
@@ -46,11 +47,13 @@ class QuantizeProblem:
     batches: int = 1
     blocks: int = 0
     indexed: bool = False
+    chained: bool = False
 
     def __str__(self) -> str:
         flags = {"transposed": self.transposed, "ue8m0": self.ue8m0, "row limit": self.limited}
         flags |= {f"blocks={self.blocks}": self.blocks > 0, "indexed": self.indexed}
         flags |= {"weights": self.weighted, f"batches={self.batches}": self.batches > 1}
+        flags |= {"chained": self.chained}
         shape, block = f"{self.rows}x{self.cols}", f"{self.block[0]}x{self.block[1]}"
         kind = " ".join([self.kind, *([self.activation.tag] if self.activation.tag else [])])
         return " ".join(
