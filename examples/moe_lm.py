@@ -90,6 +90,7 @@ CONFIGS = {
         steps=200,
         learning_rate=6e-4,
         warmup=30,
+        bias_rate=1e-2,
     ),
 }
 
@@ -199,11 +200,13 @@ class LanguageModel(nnx.Module):
         self, config: Config, *, recipe: str = "fp8", mesh: Mesh | None = None, rngs: nnx.Rngs
     ) -> None:
         self.config = config
-        normal = jax.nn.initializers.normal(0.02)
-        self.embedding = nnx.Param(normal(rngs.params(), (VOCABULARY, config.hidden), jnp.float32))
+        # Embeddings as large as what a block adds: else the mean over all tokens, which attention starts with, drowns
+        # them, and every token goes to the same experts.
+        table, normal = (VOCABULARY, config.hidden), jax.nn.initializers.normal
+        self.embedding = nnx.Param(normal(1.0)(rngs.params(), table, jnp.float32))
         self.blocks = nnx.List([Block(config, recipe, mesh, rngs) for _ in range(config.layers)])
         self.norm = RMSNorm(config.hidden)
-        self.head = nnx.Param(normal(rngs.params(), (VOCABULARY, config.hidden), jnp.float32))
+        self.head = nnx.Param(normal(0.02)(rngs.params(), table, jnp.float32))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         return jnp.take(self.embedding[...].astype(jnp.bfloat16), tokens, axis=0)
