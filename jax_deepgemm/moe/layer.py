@@ -36,9 +36,14 @@ from jax_deepgemm.moe.shared import (
     with_last_experts,
     with_shared,
 )
+from jax_deepgemm.ops.experts import api as chain
 from jax_deepgemm.ops.grouped import linear
 from jax_deepgemm.ops.grouped import recipe as fp8
+from jax_deepgemm.ops.grouped.checks import as_int32
 from jax_deepgemm.ops.quantize.prepared import check_trained
+
+MOST_CHAINED = 0
+"""Copies of tokens up to which the layer is one chain of launches (ops/experts)."""
 
 
 @overload
@@ -200,7 +205,7 @@ def _moe_mlp(
     else:
         gemms = gemm_options(form, expected_m, num_sms)
         static = Experts.of(x.dtype, w13, w2, gemms, form, with_weights, b13)
-        y, handed_on = static.public(_fp8(static, x, weights, w13, w2, b13, plan), w13, w2)
+        y, handed_on = static.public(_fp8(static, x, ids, weights, w13, w2, b13, plan), w13, w2)
     if b2 is not None:
         bias = bias_of_tokens(ids, None if form.weights_first else weights, b2)
         y = (y.astype(jnp.float32) + bias).astype(y.dtype)
@@ -216,15 +221,21 @@ def _groups(plan: DispatchPlan) -> fp8.Groups:
 def _fp8(
     static: Experts,
     x: jax.Array,
+    ids: jax.Array,
     weights: jax.Array,
     w13: Weight,
     w2: Weight,
     b13: jax.Array | None,
     plan: DispatchPlan,
 ) -> Any:
+    quantized = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
+    plain = static.form.fuses and b13 is None and is_known(ids.size) and ids.size <= MOST_CHAINED
+    if plain and chain.fits(x, ids, *quantized):
+        options: dict[str, Any] = {"expected_m": static.gemms.expected_m, "num_sms": static.gemms.num_sms}
+        ids = as_int32("moe_mlp", "ids", ids, "[t, top_k]")
+        return static.results(chain.experts_swiglu(x, ids, weights, *quantized, **options), w13, w2)
     rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token)
     row_weights = take_rows(weights.reshape(-1), plan.source)
-    quantized = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     y = experts.apply(static, rows, *quantized, row_weights, _groups(plan), b13)
     return static.results(sum_copies(y, plan.position), w13, w2)
 
@@ -232,6 +243,7 @@ def _fp8(
 def _fp8_fwd(
     static: Experts,
     x: jax.Array,
+    ids: jax.Array,
     weights: jax.Array,
     w13: Weight,
     w2: Weight,
@@ -254,7 +266,7 @@ def _fp8_bwd(
     rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token, "dy")
     drows, dw13, dw2, drow_weights, db13 = experts.backward(static, kept, rows, along_rows, later)
     dweights = take_rows(drow_weights, plan.position)
-    return sum_copies(drows, plan.position), dweights, dw13, dw2, db13, None
+    return sum_copies(drows, plan.position), None, dweights, dw13, dw2, db13, None
 
 
 _fp8.defvjp(_fp8_fwd, _fp8_bwd)

@@ -30,6 +30,7 @@ class QuantizeProblem:
       weighted: "swiglu" and its gradient have a factor per row.
       activation: of "swiglu" and its gradient.
       batches: number of matrices.
+      chained: it is a launch of a chain (core/chain.py), and reads what the one before gives.
     """
 
     kind: str
@@ -48,12 +49,14 @@ class QuantizeProblem:
     blocks: int = 0
     indexed: bool = False
     square_t: bool = False
+    chained: bool = False
 
     def __str__(self) -> str:
         transposed = "transposed 128x128" if self.square_t else "transposed"
         flags = {transposed: self.transposed, "ue8m0": self.ue8m0, "row limit": self.limited}
         flags |= {f"blocks={self.blocks}": self.blocks > 0, "indexed": self.indexed}
         flags |= {"weights": self.weighted, f"batches={self.batches}": self.batches > 1}
+        flags |= {"chained": self.chained}
         shape, block = f"{self.rows}x{self.cols}", f"{self.block[0]}x{self.block[1]}"
         kind = " ".join([self.kind, *([self.activation.tag] if self.activation.tag else [])])
         return " ".join(

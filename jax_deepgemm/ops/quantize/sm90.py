@@ -24,7 +24,7 @@ STRIPE_BYTES, STRIPE_TILES = 8 << 20, 8
 # include/jax_deepgemm/quantize/quantize_tile.cuh says what each field means.
 _TEXT = """\
 #include <jax_deepgemm/{header}/{header}.cuh>
-
+{include}
 struct Config {{
   using In = {x};
   using Fp8 = jdg::{fp8};
@@ -38,7 +38,7 @@ struct Config {{
 }};
 {activation}
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
-  const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols, {rows_t}}};
+  {head}const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols, {rows_t}}};
   {body}
 }}
 """
@@ -60,6 +60,7 @@ extern "C" __global__ void {name}(const float* parts, float* sums, int tiles, in
 }}
 """
 
+_IN_A_CHAIN = "jdg::ptx::wait_for_previous_kernel();\n  jdg::ptx::let_next_kernel_start();\n  "
 _ROWS = "const jdg::CountedRows counted = {{{limit}, {blocks}, {batched_limit}}};\n  "
 _INPUTS = (
     _ROWS + "using Inputs = jdg::SwigluInputs<Config::In, jdg::kHalves<Act>>;\n  "
@@ -177,6 +178,7 @@ def kernel_name(p: QuantizeProblem) -> str:
         "groups": p.blocks > 0,
         "indexed": p.indexed,
         "w": p.weighted,
+        "chained": p.chained,
     }
     parts += [name for name, on in flags.items() if on]
     parts += [] if p.aligned and (p.aligned_t or not p.transposed) else ["unaligned"]
@@ -258,6 +260,8 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
         values_t=given["values_t"],
         scales_t=given["scales_t"],
         rows_t="row_blocks * jdg::kTile" if p.blocks else "rows",
+        include="#include <jax_deepgemm/ptx/barrier.cuh>\n" if p.chained else "",
+        head=_IN_A_CHAIN if p.chained else "",
         blocked=str(p.blocks > 0).lower(),
         body=body.format(**given, flags=flags, width=width),
         **{

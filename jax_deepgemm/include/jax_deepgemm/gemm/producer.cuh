@@ -123,6 +123,22 @@ __device__ __forceinline__ void pass_on(Ring<C>& ring, int slots) {
   }
 }
 
+// The rows, and the columns, of a block of k that begins at k.
+template <class C>
+__device__ __forceinline__ void load_rows(const Ring<C>& ring, const Operands& in, const Tile& tile, int k) {
+  load_operand<C::ROWS_K_MAJOR, C::ROWS, C::ROWS_ONCE>(ring.rows(), *in.rows, ring.full(), tile.row, k,
+                                                       tile.batch * in.batched_rows);
+}
+template <class C>
+__device__ __forceinline__ void load_cols(const Ring<C>& ring, const Operands& in, const Tile& tile, int k) {
+  if constexpr (C::GATED)
+    load_gated<C::COLS_ONCE>(ring.cols(), *in.cols, ring.full(), k, tile.col / 2,
+                             tile.col_batch * in.batched_cols);
+  else
+    load_operand<C::COLS_K_MAJOR, C::COLS, C::COLS_ONCE>(ring.cols(), *in.cols, ring.full(), tile.col, k,
+                                                         tile.col_batch * in.batched_cols);
+}
+
 // One block of k into the ring's slot; with SCALES those of a whole step of blocks, too.
 template <class C, bool SCALES>
 __device__ __forceinline__ void load_block(Ring<C>& ring, const Operands& in, const Tile& tile, int kb) {
@@ -130,14 +146,8 @@ __device__ __forceinline__ void load_block(Ring<C>& ring, const Operands& in, co
   const int k = tile.k_first + kb * C::BLOCK_K;
   ring.wait_empty();
   ring.expect(L::kSlotBytes + (SCALES ? L::kScaleBytes : 0));
-  load_operand<C::ROWS_K_MAJOR, C::ROWS, C::ROWS_ONCE>(ring.rows(), *in.rows, ring.full(), tile.row, k,
-                                                       tile.batch * in.batched_rows);
-  if constexpr (C::GATED)
-    load_gated<C::COLS_ONCE>(ring.cols(), *in.cols, ring.full(), k, tile.col / 2,
-                             tile.col_batch * in.batched_cols);
-  else
-    load_operand<C::COLS_K_MAJOR, C::COLS, C::COLS_ONCE>(ring.cols(), *in.cols, ring.full(), tile.col, k,
-                                                         tile.col_batch * in.batched_cols);
+  load_rows<C>(ring, in, tile, k);
+  load_cols<C>(ring, in, tile, k);
   if constexpr (SCALES) {
     load_scales<C>(ring, in, tile, k / C::BLOCK_K - (L::kDown ? kQuad - 1 : 0));
     ring.advance_scales();
@@ -192,6 +202,60 @@ __device__ __forceinline__ void load_blocks(Ring<C>& ring, const Operands& in, c
   } else {
 #pragma unroll 4
     for (int kb = tile.k_begin; kb < tile.k_end; ++kb) load_block<C, Layout<C>::kSliced>(ring, in, tile, kb);
+  }
+}
+
+// The same for the first tile of a kernel in a chain: its columns, which no kernel of the chain writes, are
+// on their way before the kernel in front has finished; rows follow when it has. FP8 with quads.
+//
+// Hazard: a slot's barrier expects all of its bytes from the start, so it cannot complete on columns alone.
+template <class C>
+__device__ __forceinline__ void load_first_blocks(Ring<C>& ring, const Operands& in, const Tile& tile,
+                                                  int row, int packed, int blocks) {
+  using L = Layout<C>;
+  static_assert(L::kQuads, "the order of slots");
+  const int partial = blocks % kQuad, slots = align_up(blocks, kQuad), early = min(slots, C::STAGES);
+  // The block of k in a slot; -1: none.
+  const auto block_in = [&](int slot) {
+    if (partial == 0) return slot;
+    return slot >= kQuad ? slot - kQuad : slot < partial ? blocks - partial + slot : -1;
+  };
+  ring.publish(row, packed, blocks, tile.half);
+  Ring<C> ahead = ring;
+#pragma unroll 1
+  for (int slot = 0; slot < early; ++slot) {
+    const int kb = block_in(slot);
+    if (kb < 0) {
+      ahead.fill_with_nothing();
+    } else {
+      ahead.expect(L::kSlotBytes + (slot % kQuad == 0 ? L::kScaleBytes : 0));
+      load_cols<C>(ahead, in, tile, kb * C::BLOCK_K);
+    }
+    ahead.advance();
+  }
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+#pragma unroll 1
+  for (int slot = 0; slot < early; ++slot) {
+    const int kb = block_in(slot);
+    if (kb >= 0) {
+      load_rows<C>(ring, in, tile, kb * C::BLOCK_K);
+      if (slot % kQuad == 0) {
+        load_scales<C>(ring, in, tile, kb);
+        ring.advance_scales();
+      }
+    }
+    ring.advance();
+  }
+#pragma unroll 1
+  for (int slot = early; slot < slots; ++slot) {
+    const int kb = block_in(slot);
+    if (kb < 0)
+      pass_on<C>(ring, 1);
+    else if (slot % kQuad == 0)
+      load_block<C, true>(ring, in, tile, kb);
+    else
+      load_block<C, false>(ring, in, tile, kb);
   }
 }
 

@@ -71,6 +71,7 @@ inline int min(int a, int b) { return a < b ? a : b; }
 namespace ptx {
 inline void cluster_arrive() {}
 inline void cluster_wait() { cluster->arrive_and_wait(); }
+inline void let_next_kernel_start() {}  // there is none
 }  // namespace ptx
 
 }  // namespace jdg
