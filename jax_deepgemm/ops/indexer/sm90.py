@@ -197,7 +197,9 @@ def kernel_source(p: LogitsProblem, c: IndexerConfig) -> KernelSource:
 _INTEGERS = ("tokens", "num_keys", "columns", "batch_tokens", "batch_keys")
 
 
-def _maps(p: LogitsProblem, c: IndexerConfig, given: Operands) -> list[TensorMap]:
+def tensor_maps(p: LogitsProblem, c: IndexerConfig, given: Operands) -> list[TensorMap]:
+    """Maps of queries, keys, their scales, and weights. What is outside arrives as zeros: heads and tokens that
+    fill up a bank, numbers that fill up 128 bytes."""
     dtype, slab = ("uint8", 128) if p.is_fp8 else ("bfloat16", 64)
     tokens, row = BANKS * c.tokens, p.row_bytes
 
@@ -222,20 +224,24 @@ def _maps(p: LogitsProblem, c: IndexerConfig, given: Operands) -> list[TensorMap
     return [*maps, TensorMap(weights, "float32", (heads, p.tokens), (4 * heads,), (heads_of(p), tokens))]
 
 
+def integers(p: LogitsProblem) -> tuple[int, ...]:
+    """The kernel's parameters of those names."""
+    own_keys = p.batches > 1 and not p.compressed and p.keys > p.columns
+    return p.tokens, p.keys, p.columns, p.tokens // p.batches, p.columns if own_keys else 0
+
+
 def _plan(p: LogitsProblem, c: IndexerConfig, chip: Chip, given: Operands) -> LaunchPlan:
     source = kernel_source(p, c)
-    own_keys = p.batches > 1 and not p.compressed and p.keys > p.columns
-    integers = (p.tokens, p.keys, p.columns, p.tokens // p.batches, p.columns if own_keys else 0)
     launch = Launch(
         kernel=compile_kernel(source, arch=chip.arch),
         grid=(min(chip.num_sms, max(tiles_of(p, c), ceil_div(p.tokens, BANKS * c.tokens))), 1, 1),
         block=THREADS,
         params=(
-            *_maps(p, c, given),
+            *tensor_maps(p, c, given),
             Operand(given["start"].index),
             Operand(given["end"].index),
             Result(0),
-            *(Scalar(value, "int32") for value in integers),
+            *(Scalar(value, "int32") for value in integers(p)),
         ),
         shared_memory=source.shared_memory,
     )

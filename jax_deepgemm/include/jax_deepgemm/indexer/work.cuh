@@ -8,7 +8,7 @@
 #pragma once
 
 #include <jax_deepgemm/indexer/config.cuh>
-#include <jax_deepgemm/ptx/warp.cuh>
+#include <jax_deepgemm/ptx/memory.cuh>
 
 namespace jdg {
 
