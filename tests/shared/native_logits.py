@@ -125,7 +125,9 @@ def run(
     for i, array in enumerate(operands):
         array.tofile(folder / str(i))
     out.tofile(folder / "out")
-    done = subprocess.run([folder / "logits", folder], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [folder / "logits", folder], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return np.fromfile(folder / "out", out.dtype).reshape(out.shape)
 

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.ops.indexer import checks
 from jax_deepgemm.ops.indexer.checks import BFLOAT16, Form
@@ -87,8 +88,9 @@ def mqa_logits(
     """
     weights = checks.weights_of("mqa_logits", weights)
     if _is_bfloat16(q) and _is_bfloat16(kv):
-        q, kv = checks.plain_operand("mqa_logits", "q", q, "[s, h, d]"), checks.plain_operand(
-            "mqa_logits", "kv", kv, "[n, d]"
+        q, kv = (
+            checks.plain_operand("mqa_logits", "q", q, "[s, h, d]"),
+            checks.plain_operand("mqa_logits", "kv", kv, "[n, d]"),
         )
         operands, function = (q, kv, weights), _quantised_here
     else:
@@ -201,7 +203,13 @@ def _as(x: jax.Array, like: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, sharding) if sharding.mesh.explicit_axes else x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+_IN_JNP = (
+    "jnp: jnp.einsum('shn,sh->sn', jax.nn.relu(jnp.einsum('shd,nd->shn', q, kv)), weights) inside the windows"
+)
+_first_order = functools.partial(ReverseOnly, gradients="gradients of logits")
+
+
+@functools.partial(_first_order, "bf16_mqa_logits", _IN_JNP)
 def _plain(form: Form, q: Any, kv: Any, weights: Any, start: Any, end: Any) -> jax.Array:
     return _op(False, form)(q, kv, weights, start, end)[0]
 
@@ -218,7 +226,7 @@ def _plain_backward(form: Form, kept: tuple[jax.Array, ...], by: jax.Array) -> t
 _plain.defvjp(_plain_forward, _plain_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(_first_order, "mqa_logits", _IN_JNP)
 def _quantised(form: Form, q: Any, kv: Any, scales: Any, weights: Any, start: Any, end: Any) -> jax.Array:
     return _op(True, form)(q, kv, scales, weights, start, end)[0]
 
@@ -237,7 +245,7 @@ def _quantised_backward(form: Form, kept: tuple[jax.Array, ...], by: jax.Array) 
 _quantised.defvjp(_quantised_forward, _quantised_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(_first_order, "mqa_logits", _IN_JNP)
 def _quantised_here(form: Form, q: Any, kv: Any, weights: Any, start: Any, end: Any) -> jax.Array:
     return _quantised_here_forward(form, q, kv, weights, start, end)[0]
 

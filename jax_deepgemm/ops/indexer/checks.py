@@ -66,9 +66,7 @@ def form(
             "column for each key. For rows that begin with their window: compressed=True."
         )
     if max_len is not None and (
-        isinstance(max_len, bool)
-        or not isinstance(max_len, (int, np.integer))
-        or not 1 <= max_len <= LARGEST
+        isinstance(max_len, bool) or not isinstance(max_len, (int, np.integer)) or not 1 <= max_len <= LARGEST
     ):
         raise ValueError(
             f"{op}: max_len is {max_len!r}, need a positive int: the columns of the result, of which no "

@@ -17,11 +17,7 @@ from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.indexer import reference
 from jax_deepgemm.ops.indexer.prepare import prepare
 
-_HINT = (
-    "Logits have gradients in reverse mode (jax.grad, jax.vjp) through mqa_logits and bf16_mqa_logits, of "
-    "first order. For others write them in jnp: jnp.einsum('shn,sh->sn', jax.nn.relu(jnp.einsum("
-    "'shd,nd->shn', q, k)), weights)."
-)
+_HINT = "Logits have gradients through mqa_logits and bf16_mqa_logits of jax_deepgemm.indexer."
 
 
 def _result(*shapes: Dims, out_dtype: Any, columns: int | None = None, **_: Any) -> list[tuple[Dims, Any]]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.products import dot_general
 
 _ROWS = ((1,), (1,))
@@ -71,7 +72,8 @@ def _scores(q: jax.Array, k: jax.Array, weights: jax.Array) -> jax.Array:
         return total + weight[:, None] * jnp.maximum(dot_general(queries, k, _ROWS), 0), None
 
     heads = jnp.moveaxis(q, 1, 0).astype(jnp.float32), weights.astype(jnp.float32).T
-    return lax.scan(add, jnp.zeros((q.shape[0], k.shape[0]), jnp.float32), heads)[0]
+    zeros = same_varying_axes([jnp.zeros((q.shape[0], k.shape[0]), jnp.float32), q, k, weights])[0]
+    return lax.scan(add, zeros, heads)[0]
 
 
 def _placed(scores: jax.Array, start: jax.Array, end: jax.Array, columns: int | None) -> jax.Array:
@@ -120,7 +122,8 @@ def gradients(
         return dk, (dq, jnp.sum(g * jnp.maximum(x, 0), axis=1))
 
     heads = jnp.moveaxis(q, 1, 0), weights.astype(jnp.float32).T
-    dk, (dq, dw) = lax.scan(of_head, jnp.zeros(k.shape, jnp.float32), heads)
+    zeros = same_varying_axes([jnp.zeros(k.shape, jnp.float32), q, k, weights, g])[0]
+    dk, (dq, dw) = lax.scan(of_head, zeros, heads)
     return [jnp.moveaxis(dq, 0, 1), dk, dw.T]
 
 

@@ -68,8 +68,8 @@ __device__ __forceinline__ void load_keys(const Problem<C>& p, const Keys<C>& ke
   keys.expect(L::kKeysBytes + L::kScalesBytes);
 #pragma unroll
   for (int slab = 0; slab < C::SLABS; ++slab)
-    ptx::tma_load(keys.keys() + slab * kTileKeys * kSlabBytes, *p.keys, keys.full(),
-                  slab * kSlabElements<C>, first);
+    ptx::tma_load(keys.keys() + slab * kTileKeys * kSlabBytes, *p.keys, keys.full(), slab * kSlabElements<C>,
+                  first);
   if constexpr (C::SCALED) ptx::tma_load(keys.scales(), *p.scales, keys.full(), first);
 }
 

@@ -2,10 +2,9 @@
 // before, so that an operand that was overwritten too early is seen.
 #pragma once
 
-#include <jax_deepgemm/ptx/memory.cuh>
-
 #include <deque>
 #include <functional>
+#include <jax_deepgemm/ptx/memory.cuh>
 
 namespace jdg::ptx {
 
@@ -33,7 +32,9 @@ void pin(float (&)[COUNT]) {}
 
 inline float e4m3(u32 bits) {
   const u32 e = bits >> 3 & 15, m = bits & 7;
-  const float v = (bits & 127) == 127 ? NAN : e == 0 ? std::ldexp(m, -9) : std::ldexp(8 + m, static_cast<int>(e) - 10);
+  const float v = (bits & 127) == 127 ? NAN
+                  : e == 0            ? std::ldexp(m, -9)
+                                      : std::ldexp(8 + m, static_cast<int>(e) - 10);
   return bits & 128 ? -v : v;
 }
 template <bool FP8>
