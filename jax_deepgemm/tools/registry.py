@@ -16,6 +16,7 @@ FOLDERS = (
     "jax_deepgemm.ops.swiglu",
     "jax_deepgemm.ops.dispatch",
     "jax_deepgemm.ops.rows",
+    "jax_deepgemm.ops.indexer",
     "jax_deepgemm.ops.gemm",
     "jax_deepgemm.ops.grouped",
     "jax_deepgemm.ops.ragged_dot",
@@ -40,7 +41,7 @@ def families() -> list[Family[Any]]:
     """Returns every family of kernels.
 
     >>> [family.name for family in families()]
-    ['quantize', 'dispatch', 'rows', 'gemm', 'grouped', 'route', 'experts']
+    ['quantize', 'dispatch', 'rows', 'indexer', 'gemm', 'grouped', 'route', 'experts']
     """
     return [module.FAMILY for module in parts("family")]
 
