@@ -20,6 +20,7 @@ FOLDERS = (
     "jax_deepgemm.ops.grouped",
     "jax_deepgemm.ops.ragged_dot",
     "jax_deepgemm.ops.route",
+    "jax_deepgemm.ops.topk",
     "jax_deepgemm.moe",
 )
 """Packages of families of kernels, and of layers that are called, compiled and measured like them."""
@@ -39,7 +40,7 @@ def families() -> list[Family[Any]]:
     """Returns every family of kernels.
 
     >>> [family.name for family in families()]
-    ['quantize', 'dispatch', 'rows', 'gemm', 'grouped', 'route']
+    ['quantize', 'dispatch', 'rows', 'gemm', 'grouped', 'route', 'topk']
     """
     return [module.FAMILY for module in parts("family")]
 
