@@ -211,8 +211,8 @@ class LanguageModel(nnx.Module):
         self, config: Config, *, recipe: str = "fp8", mesh: Mesh | None = None, rngs: nnx.Rngs
     ) -> None:
         self.config = config
-        # Embeddings as large as what a block adds: else the mean over all tokens, which attention starts with, drowns
-        # them, and every token goes to the same experts.
+        # Embeddings as large as what a block adds: else the mean over all tokens, which attention starts
+        # with, drowns them, and every token goes to the same experts.
         table, normal = (VOCABULARY, config.hidden), jax.nn.initializers.normal
         self.embedding = nnx.Param(normal(1.0)(rngs.params(), table, jnp.float32))
         self.blocks = nnx.List([Block(config, recipe, mesh, rngs) for _ in range(config.layers)])
