@@ -20,6 +20,7 @@ class RowsProblem:
       slots: rows that are summed for each that is wanted; 0: it is taken as it is.
       dtype: of numbers that are summed.
       copies: of each row at most, where a table says which rows are copies of it; 0: an index alone says it.
+      chained: sums are the last launch of a chain (core/chain.py), and read what the one before gives.
     """
 
     rows: int
@@ -29,11 +30,13 @@ class RowsProblem:
     slots: int = 0
     dtype: str = ""
     copies: int = 0
+    chained: bool = False
 
     def __str__(self) -> str:
         if self.slots:
             what = f"{self.rows} sums of {self.slots}"
-            return f"{what} of {self.rows_from} rows of {self.row_bytes} bytes {self.dtype}"
+            chained = " chained" if self.chained else ""
+            return f"{what} of {self.rows_from} rows of {self.row_bytes} bytes {self.dtype}{chained}"
         if self.copies:
             what = f"copy {self.rows_from} rows of {self.row_bytes} bytes"
             return f"{what} to {self.copies} each of {self.rows}"
