@@ -91,7 +91,7 @@ class Exchange:
       source: copies of this device's tokens in the send buffer; group_sizes: per destination.
       target: received rows, in the order of this device's experts; group_sizes: per expert.
       transfer: of "ragged", else None.
-      dropped: int32 [], copies of this device's tokens that found no place.
+      dropped: int32 [t], copies of each of this device's tokens that found no place.
     """
 
     source: DispatchPlan
@@ -136,7 +136,7 @@ def plan_exchange(ids: jax.Array, experts: int, wire: Wire) -> Exchange:
     sent = take_rows((ids % experts + 1).astype(jnp.int32).reshape(-1), source.source)  # 0: an empty slot
     received = _collective(wire, transfer, sent) - 1
     target = plan_dispatch(received[:, None], experts)
-    dropped = jnp.sum(exists, dtype=jnp.int32) - jnp.sum(source.kept, dtype=jnp.int32)
+    dropped = jnp.sum(exists, axis=1, dtype=jnp.int32) - jnp.sum(source.kept, axis=1, dtype=jnp.int32)
     return Exchange(source, target, transfer, dropped, wire)
 
 

@@ -20,6 +20,7 @@ class QuantizeProblem:
       fp8: dtype of what is written.
       block: elements per scale, (1, 128), (128, 1) or (128, 128).
       transposed: write the transposed copy too; with block (1, 128) it has scales of its own, (128, 1).
+      square_t: those scales are of (128, 128).
       ue8m0: scales are powers of two.
       min_amax: what the amax of a block counts as at least; 0: as little as a normal scale allows.
       limited: an operand says from which row on x counts as zeros.
@@ -47,10 +48,12 @@ class QuantizeProblem:
     batches: int = 1
     blocks: int = 0
     indexed: bool = False
+    square_t: bool = False
     chained: bool = False
 
     def __str__(self) -> str:
-        flags = {"transposed": self.transposed, "ue8m0": self.ue8m0, "row limit": self.limited}
+        transposed = "transposed 128x128" if self.square_t else "transposed"
+        flags = {transposed: self.transposed, "ue8m0": self.ue8m0, "row limit": self.limited}
         flags |= {f"blocks={self.blocks}": self.blocks > 0, "indexed": self.indexed}
         flags |= {"weights": self.weighted, f"batches={self.batches}": self.batches > 1}
         flags |= {"chained": self.chained}

@@ -32,6 +32,7 @@ struct Config {{
   static constexpr int TILES = {tiles}, HEIGHT = {height}, ROWS = {rows_of_a_thread};
   static constexpr float MIN_AMAX = {min_amax};
   static constexpr bool UE8M0 = {ue8m0}, TRANSPOSED = {transposed}, LIMITED = {limited};
+  static constexpr bool SQUARE_T = {square_t};
   static constexpr bool BLOCKED = {blocked}, INDEXED = {indexed};
   static constexpr bool WEIGHTED = {weighted}, ALIGNED = {aligned}, ALIGNED_T = {aligned_t};
 }};
@@ -169,7 +170,8 @@ def kernel_name(p: QuantizeProblem) -> str:
     shape = cut_of(p)
     parts += [f"tile{shape.height}x{shape.across * TILE}"] if shape.height != TILE else []
     flags = {
-        "t": p.transposed,
+        "t": p.transposed and not p.square_t,
+        "t128": p.square_t,
         "ue8m0": p.ue8m0,
         "clamped": p.min_amax > 0,
         "rows": p.limited,
@@ -264,7 +266,16 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
         body=body.format(**given, flags=flags, width=width),
         **{
             flag: str(getattr(p, flag)).lower()
-            for flag in ("ue8m0", "transposed", "limited", "indexed", "weighted", "aligned", "aligned_t")
+            for flag in (
+                "ue8m0",
+                "transposed",
+                "square_t",
+                "limited",
+                "indexed",
+                "weighted",
+                "aligned",
+                "aligned_t",
+            )
         },
     )
     return KernelSource(name, text, (("problem", str(p)),), shared_memory=shared_memory(p))

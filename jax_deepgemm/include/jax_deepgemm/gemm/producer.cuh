@@ -5,6 +5,8 @@
 //     the quad that lacks blocks comes first             k 4   k 5    -      -      k 0    k 1    k 2    k 3
 //     a quad's scales come with its first block          4..5                       0..3
 //     the tile's record comes with its first slot        tile
+//   kBlockSlices                                       k 5    k 4    -      -      k 3    k 2    k 1    k 0
+//     so that the block in which a group ends is the first
 // clang-format on
 //
 // One thread does all this. Tiles without any k (a group's zeros) take slots without data, as many as keep
@@ -72,7 +74,7 @@ __device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32
 template <class C>
 __device__ __forceinline__ void load_scale_box(u32 slot, const TensorMap& map, u32 bar, int first, int kb,
                                                int batch) {
-  if constexpr (Layout<C>::kSliced)
+  if constexpr (Layout<C>::kByBlock)
     ptx::tma_load(slot, map, bar, first, kb, batch);
   else
     ptx::tma_load(slot, map, bar, kb, first, batch);
@@ -88,6 +90,13 @@ __device__ __forceinline__ void load_gated(u32 slot, const TensorMap& map, u32 b
     ptx::tma_load(slot, map, bar, k, feature, 0, batch);
 }
 
+// Where the scales of a tile's columns begin.
+template <class C>
+__device__ __forceinline__ int first_col_scale(const Tile& tile) {
+  if constexpr (Layout<C>::kDown) return tile.col / 128 / 4 * 4;
+  return Layout<C>::kColVector ? tile.col : tile.col / 128;
+}
+
 // The scales of one step of blocks of k, of both operands.
 template <class C>
 __device__ __forceinline__ void load_scales(const Ring<C>& ring, const Operands& in, const Tile& tile,
@@ -100,7 +109,7 @@ __device__ __forceinline__ void load_scales(const Ring<C>& ring, const Operands&
                       tile.col_batch * in.batched_col_scales);
   else
     load_scale_box<C>(L::kColVector ? ring.col_scales() : ring.block_scales(), *in.col_scales, ring.full(),
-                      L::kColVector ? tile.col : tile.col / 128, kb, tile.col_batch * in.batched_col_scales);
+                      first_col_scale<C>(tile), kb, tile.col_batch * in.batched_col_scales);
 }
 
 // Slots without data.
@@ -140,10 +149,30 @@ __device__ __forceinline__ void load_block(Ring<C>& ring, const Operands& in, co
   load_rows<C>(ring, in, tile, k);
   load_cols<C>(ring, in, tile, k);
   if constexpr (SCALES) {
-    load_scales<C>(ring, in, tile, k / C::BLOCK_K);
+    load_scales<C>(ring, in, tile, k / C::BLOCK_K - (L::kDown ? kQuad - 1 : 0));
     ring.advance_scales();
   }
   ring.advance();
+}
+
+// A tile's blocks of k from the last one down; scales of blocks in front of a quad's are loaded with it, also
+// where these are another group's, or none, and not looked at.
+template <class C>
+__device__ __forceinline__ void load_blocks_down(Ring<C>& ring, const Operands& in, const Tile& tile) {
+  const int partial = (tile.k_end - tile.k_begin) % kQuad;
+  int kb = tile.k_end - 1;
+  if (partial > 0) {
+    load_block<C, true>(ring, in, tile, kb);
+#pragma unroll 1
+    for (--kb; kb >= tile.k_end - partial; --kb) load_block<C, false>(ring, in, tile, kb);
+    pass_on<C>(ring, kQuad - partial);
+  }
+#pragma unroll 1
+  for (; kb >= tile.k_begin; kb -= kQuad) {
+    load_block<C, true>(ring, in, tile, kb);
+#pragma unroll
+    for (int j = 1; j < kQuad; ++j) load_block<C, false>(ring, in, tile, kb - j);
+  }
 }
 
 // A tile's blocks of k. `record`, three integers, is published with the first one.
@@ -154,7 +183,9 @@ __device__ __forceinline__ void load_blocks(Ring<C>& ring, const Operands& in, c
                                             Words... record) {
   ring.wait_empty();
   ring.publish(record..., tile.half);
-  if constexpr (Layout<C>::kQuads) {
+  if constexpr (Layout<C>::kDown) {
+    load_blocks_down<C>(ring, in, tile);
+  } else if constexpr (Layout<C>::kQuads) {
     const int partial = (tile.k_end - tile.k_begin) % kQuad, whole_end = tile.k_end - partial;
     if (partial > 0) {
       load_block<C, true>(ring, in, tile, whole_end);
