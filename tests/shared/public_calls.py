@@ -59,7 +59,8 @@ def public_names() -> set[str]:
 
 @functools.cache
 def mesh_of_two() -> Mesh:
-    return jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    kinds = (AxisType.Auto,) * 2
+    return jax.make_mesh((2, 1), ("expert", "tensor"), axis_types=kinds, devices=jax.devices()[:2])
 
 
 @functools.cache
@@ -182,12 +183,9 @@ def _shared(x: jax.Array, ids: jax.Array, weights: jax.Array, w13: Any, w2: Any,
     )
 
 
-def _cut_inside(x: jax.Array, ids: jax.Array, weights: jax.Array, w13: Any, w2: Any) -> Any:
+def _cut_inside(*args: Any) -> Any:
     """The inner size of the experts on a mesh axis."""
-    mesh = jax.make_mesh(
-        (1, 2), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:2]
-    )
-    return moe.moe_layer(x, ids, weights, w13, w2, mesh=mesh, tensor_axis="tensor", recipe="bf16")
+    return moe.moe_layer(*args, mesh=mesh_of_two(), tensor_axis="tensor", recipe="bf16")
 
 
 def _prepared(layer: Callable[..., Any]) -> Callable[..., Any]:
