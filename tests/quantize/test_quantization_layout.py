@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jax_deepgemm.ops import quantize as qz
@@ -60,6 +60,10 @@ def test_ceil_to_ue8m0():
     np.testing.assert_array_equal(qz.ceil_to_ue8m0(powers(1000)), powers(1000))
 
 
+@settings(max_examples=8)
+@example(shape=(0, 3), seed=0)
+@example(shape=(3, 0), seed=0)
+@example(shape=(1, 1), seed=0)
 @given(shape=st.tuples(st.integers(0, 5), st.integers(0, 5)), seed=st.integers(0, 99))
 def test_pack_and_unpack(shape, seed):
     sf = powers((shape[0], 4 * shape[1]), seed)
