@@ -16,7 +16,7 @@ from jax_deepgemm.ops.indexer.family import DEPTHS, LARGEST, MOST_HEADS, Indexer
 from jax_deepgemm.ops.quantize import QuantizedArray
 from jax_deepgemm.ops.quantize.array import as_dtype
 
-E4M3, BFLOAT16, FLOAT32 = map(np.dtype, (jnp.float8_e4m3fn, jnp.bfloat16, np.float32))
+E4M3, BFLOAT16, FLOAT32 = np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.bfloat16), np.dtype(np.float32)
 OUT_DTYPES = (FLOAT32, BFLOAT16)
 
 
@@ -117,7 +117,7 @@ def _scales(op: str, name: str, x: Any, shape: tuple[int, ...]) -> jax.Array:
         _wrong_type(op, f"scales of {name}", x, rule, f"Quantise it: jax_deepgemm.quantize({name}).")
     if x.shape not in (shape, (*shape, 1)):
         raise ValueError(
-            f"{op}: scales of {name} are {list(x.shape)}, need {list(shape)} or {list((*shape, 1))}, one for "
+            f"{op}: scales of {name} are {list(x.shape)}, need {list(shape)} or {[*shape, 1]}, one for "
             f"each of its rows of d. Quantise it so: jax_deepgemm.quantize({name}, (1, 128))."
         )
     return jnp.asarray(x).reshape(shape)
@@ -131,7 +131,7 @@ def _values_and_scales(op: str, name: str, x: Any) -> tuple[Any, Any] | None:
                 f"d. Quantise it so: jax_deepgemm.quantize({name}, (1, 128))."
             )
         return x.values, x.scales
-    return tuple(x) if isinstance(x, (tuple, list)) and len(x) == 2 else None  # type: ignore[return-value]
+    return tuple(x) if isinstance(x, (tuple, list)) and len(x) == 2 else None
 
 
 def scaled_queries(op: str, q: Any, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -189,23 +189,24 @@ def check_shapes(op: str, q: jax.Array, kv: jax.Array, weights: jax.Array) -> No
         )
 
 
-def check_window(op: str, start: Any, end: Any, tokens: int, keys: int) -> tuple[jax.Array, jax.Array]:
-    """k_start and k_end as int32. Numbers that are known while tracing (NumPy arrays, lists) are looked at."""
-    bounds = []
-    for name, given in (("k_start", start), ("k_end", end)):
-        x = np.asarray(given) if isinstance(given, (list, tuple)) else unwrapped(given)
-        if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.integer):
-            _wrong_type(op, name, x, "integers [s]", "Make them: jnp.asarray(.., jnp.int32).")
-        if x.shape != (tokens,):
-            raise ValueError(
-                f"{op}: {name} is {describe(x)} and q has {tokens} tokens, need [{tokens}]. One bound for all "
-                f"tokens: jnp.full({tokens}, bound)."
-            )
-        bounds.append(x)
-    if all(isinstance(x, np.ndarray) for x in bounds):
-        _check_known(op, *bounds, keys)
-    first, last = (jnp.asarray(x).astype(jnp.int32) for x in bounds)
-    return first, last
+def check_window(op: str, window: tuple[Any, Any], tokens: int, keys: int) -> tuple[jax.Array, jax.Array]:
+    """Bounds as int32. Those that are known while tracing (NumPy arrays, lists) are looked at."""
+    start, end = (_bound(op, name, x, tokens) for name, x in zip(("k_start", "k_end"), window, strict=True))
+    if isinstance(start, np.ndarray) and isinstance(end, np.ndarray):
+        _check_known(op, start, end, keys)
+    return jnp.asarray(start).astype(jnp.int32), jnp.asarray(end).astype(jnp.int32)
+
+
+def _bound(op: str, name: str, given: Any, tokens: int) -> jax.Array | np.ndarray:
+    x = np.asarray(given) if isinstance(given, (list, tuple)) else unwrapped(given)
+    if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.integer):
+        _wrong_type(op, name, x, "integers [s]", "Make them: jnp.asarray(.., jnp.int32).")
+    if x.shape != (tokens,):
+        raise ValueError(
+            f"{op}: {name} is {describe(x)} and q has {tokens} tokens, need [{tokens}]. One bound for all: "
+            f"jnp.full({tokens}, bound)."
+        )
+    return x
 
 
 def _check_known(op: str, start: np.ndarray, end: np.ndarray, keys: int) -> None:
@@ -214,5 +215,5 @@ def _check_known(op: str, start: np.ndarray, end: np.ndarray, keys: int) -> None
         i = int(wrong[0])
         raise ValueError(
             f"{op}: the window of token {i} is [{start[i]}, {end[i]}), need 0 <= k_start <= k_end <= n = "
-            f"{keys}. Clip them: k_end = np.clip(k_end, 0, n), k_start = np.clip(k_start, 0, k_end)."
+            f"{keys}. Clip it: k_end = np.clip(k_end, 0, n), k_start = np.clip(k_start, 0, k_end)."
         )
