@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         quantize,
     )
     from jax_deepgemm.ops.ragged_dot.api import ragged_dot, ragged_dot_general
+    from jax_deepgemm.ops.topk import topk
     from jax_deepgemm.tools.explain import explain
     from jax_deepgemm.tools.precompile import precompile
 
@@ -83,6 +84,7 @@ _HOME = {
     "grouped_linear": "ops.grouped.linear",
     "ragged_dot": "ops.ragged_dot.api",
     "ragged_dot_general": "ops.ragged_dot.api",
+    "topk": "ops.topk",
     "explain": "tools.explain",
     "precompile": "tools.precompile",
     "embed_kernels": "core.launch",
@@ -127,6 +129,7 @@ __all__ = [
     "quantize",
     "ragged_dot",
     "ragged_dot_general",
+    "topk",
 ]
 
 

@@ -70,7 +70,7 @@ class Declaration:
         self.jvp = jvp
         self.transpose = transpose
         self.grad_hint = grad_hint
-        if reduces and len(self.rule.results) != 1:
+        if reduces and len(self.rule.results) != 1 and spmd is None:
             raise ValueError(
                 f"{name}: an op that sums over {list(reduces)} has one result, not {len(self.rule.results)}."
             )

@@ -138,6 +138,7 @@ def gemm_options(
         group_blocks=group_blocks,
         weight_layout=form.weight_layout,
         scale_format=form.scale_format,
+        weight_gradient=form.weight_gradient,
     )
 
 
@@ -357,7 +358,7 @@ def apply_and_keep(
     hidden = with_bias(fp8.m_grouped(rows, first, groups, static.gemms, jnp.bfloat16), b13, groups)
     hidden = checkpoint_name(hidden, MOE_HIDDEN)
     trained = not is_frozen(static.w2)
-    counted = fp8.counted(groups, hidden.shape[0], static.gemms, trained)
+    counted = fp8.counted(groups, hidden.shape[0], static.gemms, "x", trained)
     values, scales, *act_t = swiglu_quantize(hidden, row_weights, activation=static.form.act, **counted)
     y = fp8.m_grouped(QuantizedArray(values, scales, PER_ROW), second, groups, static.gemms, static.rows)
     return y, Kept(
@@ -385,7 +386,7 @@ def backward(
     groups, gemms = kept.groups, static.gemms
     dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
     along_rows = kept.rows is not None or static.b13 is not None
-    counted = fp8.counted(groups, dact.shape[0], gemms, along_rows)
+    counted = fp8.counted(groups, dact.shape[0], gemms, "dy", along_rows)
     gradients: Any = swiglu_grad_quantize(
         kept.hidden, kept.row_weights, dact, activation=static.form.act, **counted
     )
@@ -451,16 +452,21 @@ def _fp8(
 ) -> Any:
     weights = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     quantized_rows, _ = quantized(static, False, rows, groups)
-    y = apply(static, quantized_rows, *weights, row_weights, groups, b13, local=False)
+    y = apply(static, quantized_rows, *weights, row_weights, groups, b13, local=static.gemms.group_blocks)
     return static.results(y, w13, w2)
 
 
 def quantized(
-    static: Experts, trained: bool, x: jax.Array, groups: fp8.Groups, index: jax.Array | None = None
+    static: Experts,
+    trained: bool,
+    x: jax.Array,
+    groups: fp8.Groups,
+    index: jax.Array | None = None,
+    of: str = "x",
 ) -> tuple[QuantizedArray, fp8.AlongRows | None]:
-    """x, or x[index], per row, and along rows if a weight's gradient needs that."""
+    """x, or x[index], per row, and along rows if a weight's gradient needs that. of: "dy" for a gradient."""
     if trained:
-        return fp8.both(x, groups, static.gemms, index)
+        return fp8.both(x, groups, static.gemms, of, index)
     form = static.form.scale_format
     if index is None:
         return quantize(x, PER_ROW, scale_format=form), None
@@ -483,7 +489,7 @@ def _fp8_fwd(
 
 def _fp8_bwd(static: Experts, kept: Kept, cotangents: Any) -> tuple[Any, ...]:
     dy, later = static.cotangents(cotangents)
-    quantized_dy, along_rows = quantized(static, not is_frozen(static.w2), dy, kept.groups)
+    quantized_dy, along_rows = quantized(static, not is_frozen(static.w2), dy, kept.groups, of="dy")
     drows, dw13, dw2, dweights, db13 = backward(static, kept, quantized_dy, along_rows, later)
     return drows, dw13, dw2, dweights, db13, None
 

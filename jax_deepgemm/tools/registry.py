@@ -21,6 +21,8 @@ FOLDERS = (
     "jax_deepgemm.ops.grouped",
     "jax_deepgemm.ops.ragged_dot",
     "jax_deepgemm.ops.route",
+    "jax_deepgemm.ops.experts",
+    "jax_deepgemm.ops.topk",
     "jax_deepgemm.moe",
 )
 """Packages of families of kernels, and of layers that are called, compiled and measured like them."""
@@ -40,7 +42,7 @@ def families() -> list[Family[Any]]:
     """Returns every family of kernels.
 
     >>> [family.name for family in families()]
-    ['quantize', 'dispatch', 'rows', 'indexer', 'gemm', 'grouped', 'route']
+    ['quantize', 'dispatch', 'rows', 'indexer', 'gemm', 'grouped', 'route', 'experts', 'topk']
     """
     return [module.FAMILY for module in parts("family")]
 

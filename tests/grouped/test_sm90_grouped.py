@@ -49,6 +49,7 @@ def inner(**options: Any) -> GroupedProblem:
 def compiled_pairs() -> Iterator[tuple[GroupedProblem, GemmConfig]]:
     """Every tile in its common form, then one of everything else."""
     common = [problem(), problem(**PLAIN), inner(), problem("inner", **PLAIN, layout="tn", out="float32")]
+    common.append(inner(b_scales="block_slices", whole_blocks=True))
     for p in common:
         yield from ((p, c) for c in grouped_candidates(p, H200))
     others = [
@@ -60,6 +61,7 @@ def compiled_pairs() -> Iterator[tuple[GroupedProblem, GemmConfig]]:
         problem("masked_rows", **PLAIN, zero_rows=True),
         inner(add_c=True, segmented=True),
         inner(out="bfloat16", add_c=True, a="e5m2"),
+        inner(b_scales="block_slices", whole_blocks=True, out="bfloat16", add_c=True, segmented=True),
         problem("inner", **PLAIN, layout="tn", out="float32", add_c=True),
         problem("masked_inner", **PLAIN, layout="tn"),
     ]
@@ -90,6 +92,7 @@ def test_every_field_of_the_configuration_is_documented() -> None:
 
 
 UNROLLED = [(p, c) for p, c in PAIRS if p.grouping != "inner" and p.b_scales == "block"]
+SQUARE = [(p, c) for p, c in PAIRS if p.b_scales == "block_slices"]
 
 
 def disassembly(p: GroupedProblem, c: GemmConfig) -> list[str]:
@@ -118,6 +121,19 @@ def test_main_loop_is_uniform(p: GroupedProblem, c: GemmConfig) -> None:
     for loop in loops:
         assert loop.count("R2UR") < 12  # of 128x128 scales: 4 for each 128-block and quad
         assert "WARPSYNC" not in loop
+
+
+@pytest.mark.parametrize(("p", "c"), SQUARE, ids=[grouped_name(*pair) for pair in SQUARE])
+def test_main_loop_of_square_scales_has_one_instruction_for_each_product(
+    p: GroupedProblem, c: GemmConfig
+) -> None:
+    [loop] = main_loops(disassembly(p, c))
+    elements = c.rows * c.cols // (128 * c.warpgroups)  # of a thread
+    assert loop.count("FFMA") == 4 * elements
+    assert loop.count("FMUL") <= 32
+    assert loop.count("LDS") <= 32
+    assert loop.count("R2UR") < 12
+    assert "WARPSYNC" not in loop
 
 
 @pytest.mark.parametrize(("p", "c"), UNROLLED, ids=[grouped_name(*pair) for pair in UNROLLED])

@@ -154,8 +154,9 @@ def _inner_problem(
 def _k_grouped_fp8(
     avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: Any, rows_format: str = "sizes", **_: Any
 ) -> GroupedProblem:
-    a, _sa, b, _sb, sizes, _offset, *c = avals_in
-    types = {"a": type_name(a), "b": type_name(b), "b_scales": "slices"}
+    a, _sa, b, sb, sizes, _offset, *c = avals_in
+    b_scales = "slices" if sb.shape[1] >= b.shape[0] else "block_slices"
+    types = {"a": type_name(a), "b": type_name(b), "b_scales": b_scales}
     described = _segments(sizes, rows_format, batch) | {"whole_blocks": rows_format == "blocks"}
     return _inner_problem(avals_out, a.shape[1], bool(c), described | types)
 
@@ -210,7 +211,7 @@ m_masked_fp8_gemm_swiglu = OpKernel(FAMILY, _m_masked_swiglu, (*_SCALED, "row_we
 m_masked_bf16_gemm = OpKernel(FAMILY, _m_masked_bf16, ("a", "b", "group_sizes"))
 """a [g, m, k], b [weights, n, k] or [weights, k, n], masked_m [g]."""
 k_grouped_fp8_gemm = OpKernel(FAMILY, _k_grouped_fp8, (*_SCALED, "group_sizes", "group_offset", "c"))
-"""a [m, k], scales [kb, m], b [n, k], scales [kb, n], sizes or segments, offset(, c)."""
+"""a [m, k], scales [kb, m], b [n, k], scales [kb, n] or [kb, nb], sizes or segments, offset(, c)."""
 k_grouped_bf16_gemm = OpKernel(FAMILY, _k_grouped_bf16, ("a", "b", "group_sizes", "group_offset", "c"))
 """a [k, m], b [k, n], sizes or segments, offset(, c)."""
 k_masked_bf16_gemm = OpKernel(FAMILY, _k_masked_bf16, ("a", "b", "group_sizes"))

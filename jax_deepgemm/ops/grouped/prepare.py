@@ -8,7 +8,9 @@ Traced on local shapes in front of the kernel, on CUDA only. What a kernel sees 
     masked     a [B * g, m, k], counts [B * g], b [B * g, n, k], or [g, n, k] where it is shared (group i of a
                has group i % g of b). D is [B, g, m, n].
     k-grouped  a [k, B * m] in BF16: [B * k, m]; FP8: [m, B * k'], scales [B * k' / 128, m] with k' = k
-               rounded up to whole blocks; group_sizes "segments", segment i for group i of B * num_groups;
+               rounded up to whole blocks (scales of b of 128x128: [B * k' / 128, n / 128] where groups
+               begin with a block, else one for each column); group_sizes "segments", segment i for group i
+               of B * num_groups;
                group_offset zeros. C and D are [B, num_groups, m, n].
 
 So `rows_format` counts only where there was no batch. k, and what else is contiguous, may be padded with
@@ -27,6 +29,7 @@ import jax.numpy as jnp
 from jax_deepgemm.ops.gemm.padding import ROW_BYTES, pad_axis
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped import segments
+from jax_deepgemm.ops.grouped.reference import per_column
 
 Arrays = Sequence[jax.Array]
 
@@ -253,6 +256,9 @@ def k_grouped_fp8(
     num_groups: int,
     **_: Any,
 ) -> Arrays:
+    n = b.shape[-2]
+    if sb.shape[-1] < n and (rows_format != "blocks" or n <= SCALE_BLOCK):  # else there is a kernel for it
+        sb = per_column(sb, n)
     size = _batch_of((a, sa, b, sb, group_sizes, group_offset, *c), (2, 2, 2, 2, 1, 1, 3)[: 6 + len(c)])
     if size is not None:
         k = a.shape[-1]

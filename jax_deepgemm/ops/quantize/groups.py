@@ -21,9 +21,9 @@ from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.sharding import pieces_of_whole
 from jax_deepgemm.ops.quantize import reference
 from jax_deepgemm.ops.quantize.api import checked_input
-from jax_deepgemm.ops.quantize.array import QuantizedArray
+from jax_deepgemm.ops.quantize.array import Block, QuantizedArray
 from jax_deepgemm.ops.quantize.blocks import ROWS, check_blocks, located
-from jax_deepgemm.ops.quantize.fused import PER_COLUMN, PER_ROW, Both, check_rank
+from jax_deepgemm.ops.quantize.fused import PER_COLUMN, PER_ROW, Both, block_of_t, check_rank, is_square
 from jax_deepgemm.ops.quantize.op import HINT, KERNELS, BlockOp
 
 
@@ -67,6 +67,7 @@ def quantize_groups(
     blocks: ArrayLike,
     index: ArrayLike | None = None,
     *,
+    block_t: Block = PER_COLUMN,
     dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
 ) -> Both:
@@ -80,11 +81,13 @@ def quantize_groups(
       blocks: int32 [b, 4], `row_blocks(group_sizes, m)`.
       index: int32 [m], the row of x that each row is a copy of; outside [0, t): a row of zeros. None: the
         rows are those of x, m = t.
+      block_t: elements that share a scale in the transposed copy: (128, 1), or (128, 128).
       dtype: float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for powers of two.
 
     Returns:
-      values [m, k], scales [m, ceil(k / 128)], values_t [k, 128 b], scales_t [b, k], float32 ones. Column
+      values [m, k], scales [m, ceil(k / 128)], values_t [k, 128 b], scales_t [b, k], float32 ones (with
+      block_t (128, 128) [b, ceil(k / 128)]). Column
       128 i + j of values_t is row first + j of block i, zeros behind the block's last row. Rows behind the
       last group are zeros. What values_t and scales_t have for blocks without rows is undefined.
 
@@ -106,7 +109,7 @@ def quantize_groups(
     check_rank(where, "x", x)
     (blocks,) = check_blocks(where, blocks)
     rows = [] if index is None else _index(where, index)
-    op = groups_op(dtype, scale_format, bool(rows))
+    op = groups_op(dtype, scale_format, bool(rows), is_square(where, block_t))
     values, scales, values_t, scales_t = op(*same_varying_axes([x, *rows, blocks]))
     return values, scales, values_t, scales_t
 
@@ -144,42 +147,50 @@ def rows_op(dtype: np.dtype, scale_format: str) -> BlockOp:
 
 
 @functools.cache
-def groups_op(dtype: np.dtype, scale_format: str, indexed: bool) -> BlockOp:
+def groups_op(dtype: np.dtype, scale_format: str, indexed: bool, square: bool = False) -> BlockOp:
     """(x[, index], blocks) -> [values, scales, values_t, scales_t]; whole on each device."""
 
     def plain(x: jax.Array, *rest: jax.Array) -> list[jax.Array]:
         *index, blocks = rest
         wide = reference.exact_float32(x)
-        return quantized_groups(_taken(wide, *index) if index else wide, blocks, dtype, scale_format)
+        rows = _taken(wide, *index) if index else wide
+        return quantized_groups(rows, blocks, dtype, scale_format, square)
 
     def result(x: tuple[int, ...], *rest: tuple[int, ...]) -> list[Any]:
         *index, blocks = rest
-        return groups_shapes(index[0][0] if index else x[0], x[1], blocks[0], dtype)
+        return groups_shapes(index[0][0] if index else x[0], x[1], blocks[0], dtype, square)
 
     return BlockOp(
-        f"quantize_groups_{dtype.name}_{scale_format}" + ("_rows" if indexed else ""),
-        f"t f{', i' if indexed else ''}, n four -> r c, r c_blocks, c p, b c",
+        f"quantize_groups_{dtype.name}_{scale_format}" + "_square" * square + "_rows" * indexed,
+        f"t f{', i' if indexed else ''}, n four -> {groups_rule(square)}",
         result,
         plain,
         spmd=pieces_of_whole("r", "c", "c_blocks", "p", "b"),
-        kernel=_kernel(scale_format, transposed=True, indexed=indexed, blocked=True),
+        kernel=_kernel(scale_format, transposed=True, indexed=indexed, blocked=True, square_t=square),
         grad_hint=HINT,
     )
 
 
-def groups_shapes(rows: int, cols: int, blocks: int, dtype: np.dtype) -> list[Any]:
+def groups_shapes(rows: int, cols: int, blocks: int, dtype: np.dtype, square: bool = False) -> list[Any]:
     """Shapes and dtypes of the results."""
-    float32 = np.dtype(np.float32)
-    straight = [((rows, cols), dtype), ((rows, -(-cols // 128)), float32)]
-    return [*straight, ((cols, blocks * ROWS), dtype), ((blocks, cols), float32)]
+    float32, across = np.dtype(np.float32), -(-cols // 128)
+    straight = [((rows, cols), dtype), ((rows, across), float32)]
+    return [*straight, ((cols, blocks * ROWS), dtype), ((blocks, across if square else cols), float32)]
 
 
-def quantized_groups(x: jax.Array, blocks: jax.Array, dtype: np.dtype, scale_format: str) -> list[jax.Array]:
+def groups_rule(square: bool) -> str:
+    """The results' side of the sharding rule."""
+    return f"r c, r c_blocks, c p, b c{'_blocks' * square}"
+
+
+def quantized_groups(
+    x: jax.Array, blocks: jax.Array, dtype: np.dtype, scale_format: str, square: bool = False
+) -> list[jax.Array]:
     """The reference, of x [m, k] in float32; what is undefined is zeros."""
     row, counted = located(blocks, x.shape[0])
     x = reference.zero_rows(x, counted)
     form: dict[str, Any] = {"dtype": dtype, "scale_format": scale_format}
-    along_rows, scales_t = reference.quantize_float32(_taken(x, row), block=PER_COLUMN, **form)
+    along_rows, scales_t = reference.quantize_float32(_taken(x, row), block=block_of_t(square), **form)
     return [*reference.quantize_float32(x, block=PER_ROW, **form), along_rows.mT, scales_t]
 
 

@@ -24,7 +24,7 @@ STRIPE_BYTES, STRIPE_TILES = 8 << 20, 8
 # include/jax_deepgemm/quantize/quantize_tile.cuh says what each field means.
 _TEXT = """\
 #include <jax_deepgemm/{header}/{header}.cuh>
-
+{include}
 struct Config {{
   using In = {x};
   using Fp8 = jdg::{fp8};
@@ -32,12 +32,13 @@ struct Config {{
   static constexpr int TILES = {tiles}, HEIGHT = {height}, ROWS = {rows_of_a_thread};
   static constexpr float MIN_AMAX = {min_amax};
   static constexpr bool UE8M0 = {ue8m0}, TRANSPOSED = {transposed}, LIMITED = {limited};
+  static constexpr bool SQUARE_T = {square_t};
   static constexpr bool BLOCKED = {blocked}, INDEXED = {indexed};
   static constexpr bool WEIGHTED = {weighted}, ALIGNED = {aligned}, ALIGNED_T = {aligned_t};
 }};
 {activation}
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
-  const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols, {rows_t}}};
+  {head}const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols, {rows_t}}};
   {body}
 }}
 """
@@ -59,6 +60,7 @@ extern "C" __global__ void {name}(const float* parts, float* sums, int tiles, in
 }}
 """
 
+_IN_A_CHAIN = "jdg::ptx::wait_for_previous_kernel();\n  jdg::ptx::let_next_kernel_start();\n  "
 _ROWS = "const jdg::CountedRows counted = {{{limit}, {blocks}, {batched_limit}}};\n  "
 _INPUTS = (
     _ROWS + "using Inputs = jdg::SwigluInputs<Config::In, jdg::kHalves<Act>>;\n  "
@@ -168,13 +170,15 @@ def kernel_name(p: QuantizeProblem) -> str:
     shape = cut_of(p)
     parts += [f"tile{shape.height}x{shape.across * TILE}"] if shape.height != TILE else []
     flags = {
-        "t": p.transposed,
+        "t": p.transposed and not p.square_t,
+        "t128": p.square_t,
         "ue8m0": p.ue8m0,
         "clamped": p.min_amax > 0,
         "rows": p.limited,
         "groups": p.blocks > 0,
         "indexed": p.indexed,
         "w": p.weighted,
+        "chained": p.chained,
     }
     parts += [name for name, on in flags.items() if on]
     parts += [] if p.aligned and (p.aligned_t or not p.transposed) else ["unaligned"]
@@ -256,11 +260,22 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
         values_t=given["values_t"],
         scales_t=given["scales_t"],
         rows_t="row_blocks * jdg::kTile" if p.blocks else "rows",
+        include="#include <jax_deepgemm/ptx/barrier.cuh>\n" if p.chained else "",
+        head=_IN_A_CHAIN if p.chained else "",
         blocked=str(p.blocks > 0).lower(),
         body=body.format(**given, flags=flags, width=width),
         **{
             flag: str(getattr(p, flag)).lower()
-            for flag in ("ue8m0", "transposed", "limited", "indexed", "weighted", "aligned", "aligned_t")
+            for flag in (
+                "ue8m0",
+                "transposed",
+                "square_t",
+                "limited",
+                "indexed",
+                "weighted",
+                "aligned",
+                "aligned_t",
+            )
         },
     )
     return KernelSource(name, text, (("problem", str(p)),), shared_memory=shared_memory(p))

@@ -19,6 +19,7 @@ class RowsProblem:
       scale_bytes: of each row's scales, which come along; 0: none.
       slots: rows that are summed for each that is wanted; 0: it is taken as it is.
       dtype: of numbers that are summed.
+      chained: sums are the last launch of a chain (core/chain.py), and read what the one before gives.
     """
 
     rows: int
@@ -27,11 +28,13 @@ class RowsProblem:
     scale_bytes: int = 0
     slots: int = 0
     dtype: str = ""
+    chained: bool = False
 
     def __str__(self) -> str:
         if self.slots:
             what = f"{self.rows} sums of {self.slots}"
-            return f"{what} of {self.rows_from} rows of {self.row_bytes} bytes {self.dtype}"
+            chained = " chained" if self.chained else ""
+            return f"{what} of {self.rows_from} rows of {self.row_bytes} bytes {self.dtype}{chained}"
         scales = f" + {self.scale_bytes}" if self.scale_bytes else ""
         return f"take {self.rows} of {self.rows_from} rows of {self.row_bytes}{scales} bytes"
 

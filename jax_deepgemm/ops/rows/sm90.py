@@ -29,12 +29,12 @@ extern "C" __global__ void __launch_bounds__({threads}) {name}(
 """
 _SUM = """\
 #include <jax_deepgemm/rows/sum.cuh>
-
+{include}
 extern "C" __global__ void __launch_bounds__({threads}) {name}(
     const void* from, const int* index, void* to, int rows_from, int rows, int slots, int vectors,
     int pieces) {{
-  jdg::sum_rows<{dtype}, {bytes}, {held}, {slots}, {warps}>(from, index, to, rows_from, rows, slots, vectors,
-                                                            pieces);
+  {head}jdg::sum_rows<{dtype}, {bytes}, {held}, {slots}, {warps}>(from, index, to, rows_from, rows, slots,
+                                                            vectors, pieces);
 }}
 """
 _TYPES = {"bfloat16": "jdg::bf16", "float16": "jdg::half", "float32": "float"}
@@ -117,10 +117,13 @@ def _take_source(p: RowsProblem) -> tuple[str, str]:
 def _sum_source(p: RowsProblem) -> tuple[str, str]:
     cut = cut_of(p)
     name = f"jdg_sum_rows_{_SHORT[p.dtype]}_{cut.bytes}x{cut.held}_slots{cut.slots}"
+    name += "_chained" * p.chained
     text = _SUM.format(
         name=name,
         threads=32 * WARPS,
         warps=WARPS,
+        include="#include <jax_deepgemm/ptx/barrier.cuh>\n" if p.chained else "",
+        head="jdg::ptx::wait_for_previous_kernel();\n  " if p.chained else "",
         dtype=_TYPES[p.dtype],
         bytes=cut.bytes,
         held=cut.held,

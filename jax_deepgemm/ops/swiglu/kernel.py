@@ -22,6 +22,7 @@ def _kernel(kind: str, *parts: str, blocked: bool = False) -> OpKernel:
         scale_format: str,
         transposed: bool,
         activation: Activation,
+        square_t: bool,
         **_: Any,
     ) -> QuantizeProblem:
         return problem_of(
@@ -35,6 +36,7 @@ def _kernel(kind: str, *parts: str, blocked: bool = False) -> OpKernel:
             weighted="weight" in parts,
             activation=activation,
             blocked=blocked,
+            square_t=square_t,
         )
 
     return OpKernel(FAMILY, problem, (*parts, "blocks" if blocked else "limit"))

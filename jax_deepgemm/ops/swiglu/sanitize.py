@@ -30,14 +30,12 @@ def cases() -> Iterator[Case]:
             f"swiglu_grad {width}", lambda h, d: swiglu_grad_quantize(h, weight, d, rows)[4], (h, dact)
         )
         blocks = row_blocks(jnp.asarray([130, 0, 7, 260]), M)
-        yield Case(
-            f"swiglu groups {width}", lambda h, b=blocks: swiglu_quantize(h, weight, blocks=b)[1], (h,)
-        )
-        yield Case(
-            f"swiglu_grad groups {width}",
-            lambda h, d, b=blocks: swiglu_grad_quantize(h, weight, d, blocks=b)[4],
-            (h, dact),
-        )
+        for block_t in ((128, 1), (128, 128)):
+            act = partial(swiglu_quantize, blocks=blocks, block_t=block_t)
+            grad = partial(swiglu_grad_quantize, blocks=blocks, block_t=block_t)
+            name = f"groups {block_t} {width}"
+            yield Case(f"swiglu {name}", lambda h, f=act: f(h, weight)[1], (h,))
+            yield Case(f"swiglu_grad {name}", lambda h, d, f=grad: f(h, weight, d)[4], (h, dact))
     for name, activation in {"gpt-oss": GPT_OSS, "relu2": Activation("relu2")}.items():
         for width in (N, N + 2):
             h, dact = (

@@ -30,18 +30,26 @@
 
 namespace jdg {
 
-// What is written, [rows, width] and [rows, width / 128], and the factors of the rows.
+// What is written, [rows, width] and [rows, pitch], and the factors of the rows. pitch: width / 128, in a
+// chain rounded up to whole 16 bytes, as the next GEMM's TMA wants it.
 struct SwigluResult {
   u8* values;
   float* scales;
   const float* weights;
-  int width;
+  int width, pitch;
 
   // Of the matrix that begins `rows` further on.
   __device__ __forceinline__ SwigluResult from(i64 rows) const {
-    return {values + rows * width, scales + rows * (width / kTile), weights + rows, width};
+    return {values + rows * width, scales + rows * pitch, weights + rows, width, pitch};
   }
 };
+
+// The factor of a row; in a chain past L1 (gemm_grouped.cuh).
+template <class C>
+__device__ __forceinline__ float weight_of(const SwigluResult& to, int row) {
+  if constexpr (!C::CHAINED) return to.weights[row];
+  return __int_as_float(ptx::load_shared_by_blocks(reinterpret_cast<const int*>(to.weights + row)));
+}
 
 // How scales are made of maxima (quantize_tile.cuh).
 struct ActScales {
@@ -163,14 +171,15 @@ struct SwigluTiles : GroupedTiles<C> {
     const SwigluResult to = all.from(before);
 
     const bool upper_counts = upper < mine.rows_end, lower_counts = lower < mine.rows_end;
-    const TwoRows weight = {upper_counts ? to.weights[upper] : 0.0f, lower_counts ? to.weights[lower] : 0.0f};
+    const TwoRows weight = {upper_counts ? weight_of<C>(to, upper) : 0.0f,
+                            lower_counts ? weight_of<C>(to, lower) : 0.0f};
     activate(acc, weight, upper_counts, lower_counts);
     const TwoRows scales = act_scales(acc);
 
-    const int feature = mine.tile.col / 2, across = to.width / kTile, block = feature / kTile;
+    const int feature = mine.tile.col / 2, block = feature / kTile;
     if (lane % 4 == 0) {
-      if (upper < mine.zeros_end) to.scales[static_cast<i64>(upper) * across + block] = scales.upper;
-      if (lower < mine.zeros_end) to.scales[static_cast<i64>(lower) * across + block] = scales.lower;
+      if (upper < mine.zeros_end) to.scales[static_cast<i64>(upper) * to.pitch + block] = scales.upper;
+      if (lower < mine.zeros_end) to.scales[static_cast<i64>(lower) * to.pitch + block] = scales.lower;
     }
     const u32 slab = slabs_of_warp<C>(loop.ring.smem);
     __syncwarp();  // all lanes have read what the tile before left there

@@ -27,7 +27,7 @@ _TEXT = """\
 {config}
 struct GroupedConfig : Config {{
   static constexpr jdg::Grouping GROUPING = jdg::Grouping::{grouping};
-  static constexpr bool SEGMENTED = {segmented}, ZERO_ROWS = {zero_rows};
+  static constexpr bool SEGMENTED = {segmented}, ZERO_ROWS = {zero_rows}, CHAINED = {chained};
 }};
 
 extern "C" __global__ void __launch_bounds__({threads}, 1) {name}({parameters}) {{
@@ -51,7 +51,12 @@ INTEGERS = (
 
 
 def has_offset(p: GroupedProblem) -> bool:
-    return p.grouping in (ROWS, INNER)
+    return p.grouping in (ROWS, INNER) and not p.chained
+
+
+def _swiglu_result(p: GroupedProblem) -> str:
+    pitch = "(n / 256 + 3) / 4 * 4" if p.chained else "n / 256"
+    return f"{{values, act_scales, row_weights, n / 2, {pitch}}}"
 
 
 def grouped_name(p: GroupedProblem, c: Sm90Config) -> str:
@@ -61,6 +66,7 @@ def grouped_name(p: GroupedProblem, c: Sm90Config) -> str:
     parts += ["swiglu"] if p.gated else []
     parts += ["seg"] if p.segmented else []
     parts += ["zero"] if p.zero_rows else []
+    parts += ["chained"] if p.chained else []
     parts += ["blocks"] if p.whole_blocks else []
     return "_".join(parts)
 
@@ -92,11 +98,12 @@ def grouped_source(p: GroupedProblem, c: Sm90Config) -> KernelSource:
         grouping=_ENUM[p.grouping],
         segmented=as_cpp(p.segmented),
         zero_rows=as_cpp(p.zero_rows),
+        chained=as_cpp(p.chained),
         threads=c.threads,
         name=name,
         parameters=", ".join([*parameters, *(f"int {x}" for x in INTEGERS)]),
         operands=", ".join(operands),
         offset="offset" if has_offset(p) else "nullptr",
-        result="{values, act_scales, row_weights, n / 2}" if p.gated else f"{d_map}, d, {addend}",
+        result=_swiglu_result(p) if p.gated else f"{d_map}, d, {addend}",
     )
     return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p.gemm, c).total)

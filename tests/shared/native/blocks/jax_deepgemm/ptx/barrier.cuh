@@ -1,9 +1,12 @@
-// What dispatch.cuh takes from CUDA and from ptx/, for CPU threads: one for each thread of each block. Lanes
-// of a warp meet where they exchange something, blocks where the device's do.
+// What dispatch.cuh and topk.cuh take from CUDA and from ptx/, for CPU threads: one for each thread of each
+// block. Lanes of a warp meet where they exchange something, blocks where the device's do.
 #pragma once
 
 #include <barrier>
+#include <cmath>
+#include <cstring>
 #include <memory>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -27,6 +30,8 @@ struct Block {
 };
 inline thread_local Block* block;
 inline thread_local std::barrier<>* cluster;
+inline thread_local std::optional<std::barrier<>::arrival_token> arrived;
+inline thread_local Block** of_cluster;
 
 inline Warp& this_warp() { return block->warp[threadIdx.x / 32]; }
 inline void __syncwarp() { this_warp().lanes.arrive_and_wait(); }
@@ -51,26 +56,59 @@ inline unsigned __match_any_sync(unsigned, int value) {
   exchange(value, [&](unsigned lane, int other) { same |= (other == value ? 1u : 0u) << lane; });
   return same;
 }
-inline int __shfl_up_sync(unsigned, int value, unsigned step) {
-  const unsigned mine = threadIdx.x % 32, wanted = mine >= step ? mine - step : mine;
-  int found = value;
-  exchange(value, [&](unsigned lane, int other) { found = lane == wanted ? other : found; });
+template <class T>
+T __shfl_sync(unsigned, T value, unsigned wanted) {
+  T found = value;
+  exchange(value, [&](unsigned lane, T other) { found = lane == wanted ? other : found; });
   return found;
 }
+template <class T>
+T __shfl_up_sync(unsigned all, T value, unsigned step) {
+  const unsigned mine = threadIdx.x % 32;
+  return __shfl_sync(all, value, mine >= step ? mine - step : mine);
+}
+inline bool __any_sync(unsigned, bool value) {
+  bool any = false;
+  exchange(value, [&](unsigned, bool other) { any |= other; });
+  return any;
+}
+inline bool __all_sync(unsigned all, bool value) { return !__any_sync(all, !value); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int atomicAdd(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+template <class T>
+T atomicAdd(T* at, T value) {
+  return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
+template <class To, class From>
+To same_bits(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from);
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+inline float __uint_as_float(unsigned v) { return same_bits<float>(v); }
+inline unsigned __float_as_uint(float v) { return same_bits<unsigned>(v); }
+
+struct uint4 {
+  unsigned x, y, z, w;
+};
 
 namespace jdg {
 
+using u16 = unsigned short;
 using u32 = unsigned;
+using u64 = unsigned long long;
+using i64 = long long;
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline int align_up(int a, int b) { return ceil_div(a, b) * b; }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 namespace ptx {
-inline void cluster_arrive() {}
-inline void cluster_wait() { cluster->arrive_and_wait(); }
+inline void cluster_arrive() { arrived = cluster->arrive(); }
+inline void cluster_wait() { cluster->wait(std::move(*arrived)); }
+inline void let_next_kernel_start() {}  // there is none
 }  // namespace ptx
 
 }  // namespace jdg

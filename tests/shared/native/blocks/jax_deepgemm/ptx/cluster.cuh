@@ -1,0 +1,30 @@
+// ptx/cluster.cuh for CPU threads: a variable lies as far into the shared memory of each block of a cluster.
+#pragma once
+
+#include <jax_deepgemm/ptx/barrier.cuh>
+
+namespace jdg::ptx {
+
+template <class T>
+T* in_block(T* at, u32 rank) {
+  const auto begin = reinterpret_cast<char*>(block->shared.data());
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(of_cluster[rank]->shared.data()) +
+                              (reinterpret_cast<char*>(at) - begin));
+}
+inline u32 add_in_block(u32* at, u32 rank, u32 v) {
+  return __atomic_fetch_add(in_block(at, rank), v, __ATOMIC_RELAXED);
+}
+inline void store_in_block(u64* at, u32 rank, u64 v) { *in_block(at, rank) = v; }
+
+inline uint4 load_or_ones(bool wanted, const void* at) {
+  uint4 v{~0u, ~0u, ~0u, ~0u};
+  if (wanted) v = *static_cast<const uint4*>(__builtin_assume_aligned(at, 16));
+  return v;
+}
+template <class T>
+T load_constant(const T* at) {
+  return *at;
+}
+inline float half_to_float(u16 bits) { return static_cast<float>(same_bits<_Float16>(bits)); }
+
+}  // namespace jdg::ptx
