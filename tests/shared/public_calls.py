@@ -131,6 +131,8 @@ def _operands() -> dict[str, Any]:
         "gate": normal(HIDDEN, dtype=jnp.float32),
         "queries": normal(TOKENS, 2, 32),
         "keys": normal(9, 32),
+        "pages": normal(2, 16, 32, dtype=jnp.float8_e4m3fn),
+        "page_scales": jnp.asarray(rng.uniform(0.5, 2, (2, 16)), jnp.float32),
         "q_keys": quantized(PER_ROW, 9, 32),
         "head_weights": normal(TOKENS, 2, dtype=jnp.float32),
         "k_start": integers(*(0,) * TOKENS),
@@ -154,6 +156,13 @@ def _tangent(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _scored(q: jax.Array, *operands: Any) -> jax.Array:
     return indexer.mqa_logits(q.astype(jnp.float8_e4m3fn), *operands)
+
+
+def _scored_pages(q: Any, values: Any, scales: Any, weights: Any, lens: Any) -> jax.Array:
+    tables = jnp.zeros((TOKENS, 1), jnp.int32)
+    q = q.astype(jnp.float8_e4m3fn)[:, None]
+    cache = values, scales
+    return indexer.paged_mqa_logits(q, cache, weights[:, None], lens, tables, max_context_len=9)
 
 
 def _route(**options: Any) -> Callable[..., Any]:
@@ -368,6 +377,12 @@ FORWARD = (
     Call("mqa_logits", _scored, ("queries", "q_keys", *WINDOWS)),
     Call("mqa_logits quantised here", indexer.mqa_logits, ("queries", "keys", *WINDOWS)),
     Call("bf16_mqa_logits", indexer.bf16_mqa_logits, ("queries", "keys", *WINDOWS)),
+    Call("paged_mqa_logits", _scored_pages, ("queries", "pages", "page_scales", "head_weights", "k_end")),
+    Call(
+        "get_paged_mqa_logits_metadata",
+        functools.partial(indexer.get_paged_mqa_logits_metadata, num_sms=3),
+        ("k_end",),
+    ),
     Call("route", _route(), ("logits",)),
     Call("route sqrt_softplus", _route(score="sqrt_softplus"), ("logits",)),
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
