@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepgemm import bf16_gemm_nt, fp8_linear
-from jax_deepgemm.moe import moe_mlp, route
+from jax_deepgemm.moe import ExpertForm, moe_mlp, route
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "benchmarks" / "data" / "fp8_error.json"
@@ -47,11 +47,13 @@ MOE = {
     "float32": float32_moe,
     "bf16": functools.partial(moe_mlp, recipe="bf16"),
     "fp8": functools.partial(moe_mlp, recipe="fp8"),
+    "fp8, dw 128x128": functools.partial(moe_mlp, form=ExpertForm(weight_gradient="128x128")),
 }
 LINEAR = {
     "float32": lambda x, w: jnp.matmul(x, w.T, precision="highest"),
     "bf16": lambda x, w: bf16_gemm_nt(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)),
     "fp8": lambda x, w: fp8_linear(x.astype(jnp.bfloat16), w),
+    "fp8, dw 128x128": lambda x, w: fp8_linear(x.astype(jnp.bfloat16), w, weight_gradient="128x128"),
 }
 
 
@@ -151,7 +153,7 @@ def measure() -> list[dict[str, Any]]:
     """A row for each case and recipe: the largest error of some seeds."""
     rows = []
     for name, compare in CASES.items():
-        for recipe in ("bf16", "fp8"):
+        for recipe in (name for name in MOE if name != "float32"):
             seeds = [compare(recipe, seed) for seed in range(SEEDS)]
             worst = {part: round(max(found[part] for found in seeds), 4) for part in seeds[0]}
             rows.append({"what": name, "recipe": recipe, "errors": worst})

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jax_deepgemm.flax import Linear, Load, MoE
+from jax_deepgemm.moe import ExpertForm
 
 VOCABULARY = 256
 ATTENTIONS = ("xla", "cudnn")
@@ -90,6 +91,7 @@ CONFIGS = {
         steps=200,
         learning_rate=6e-4,
         warmup=30,
+        bias_rate=1e-2,
     ),
 }
 
@@ -126,14 +128,22 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: s
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
+def parts_of(recipe: str) -> tuple[str, str]:
+    """What layers take as recipe= and weight_gradient=, of "bf16", "fp8", or "fp8-128x128"."""
+    kind, _, weight_gradient = recipe.partition("-")
+    return kind, weight_gradient or "1x128"
+
+
 class Attention(nnx.Module):
     """Causal attention with rotary positions; projections by Linear, the rest plain JAX."""
 
     def __init__(self, config: Config, recipe: str, rngs: nnx.Rngs) -> None:
         self.heads, self.head_dim, self.implementation = config.heads, config.head_dim, config.attention
         inner = config.heads * config.head_dim
-        self.qkv = Linear(config.hidden, 3 * inner, use_bias=False, recipe=recipe, rngs=rngs)
-        self.out = Linear(inner, config.hidden, use_bias=False, recipe=recipe, rngs=rngs)
+        kind, weight_gradient = parts_of(recipe)
+        options = {"use_bias": False, "recipe": kind, "weight_gradient": weight_gradient}
+        self.qkv = Linear(config.hidden, 3 * inner, **options, rngs=rngs)
+        self.out = Linear(inner, config.hidden, **options, rngs=rngs)
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         shape = (*x.shape[:-1], self.heads, self.head_dim)
@@ -162,6 +172,7 @@ class Block(nnx.Module):
     """Attention and a mixture of experts, each behind a norm, each added to the residual stream."""
 
     def __init__(self, config: Config, recipe: str, mesh: Mesh | None, rngs: nnx.Rngs) -> None:
+        kind, weight_gradient = parts_of(recipe)
         self.attention_norm = RMSNorm(config.hidden)
         self.attention = Attention(config, recipe, rngs)
         self.moe_norm = RMSNorm(config.hidden)
@@ -171,7 +182,8 @@ class Block(nnx.Module):
             config.experts,
             config.top_k,
             shared_intermediate=config.intermediate,
-            recipe=recipe,
+            recipe=kind,
+            form=ExpertForm(weight_gradient=weight_gradient),
             score="sigmoid",
             expert_axis=None if mesh is None else "expert",
             mesh=mesh,
@@ -199,11 +211,13 @@ class LanguageModel(nnx.Module):
         self, config: Config, *, recipe: str = "fp8", mesh: Mesh | None = None, rngs: nnx.Rngs
     ) -> None:
         self.config = config
-        normal = jax.nn.initializers.normal(0.02)
-        self.embedding = nnx.Param(normal(rngs.params(), (VOCABULARY, config.hidden), jnp.float32))
+        # Embeddings as large as what a block adds: else the mean over all tokens, which attention starts
+        # with, drowns them, and every token goes to the same experts.
+        table, normal = (VOCABULARY, config.hidden), jax.nn.initializers.normal
+        self.embedding = nnx.Param(normal(1.0)(rngs.params(), table, jnp.float32))
         self.blocks = nnx.List([Block(config, recipe, mesh, rngs) for _ in range(config.layers)])
         self.norm = RMSNorm(config.hidden)
-        self.head = nnx.Param(normal(rngs.params(), (VOCABULARY, config.hidden), jnp.float32))
+        self.head = nnx.Param(normal(0.02)(rngs.params(), table, jnp.float32))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         return jnp.take(self.embedding[...].astype(jnp.bfloat16), tokens, axis=0)

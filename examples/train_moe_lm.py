@@ -20,7 +20,8 @@ One process per GPU, here two on one machine:
 COORDINATOR, PROCESSES and PROCESS in the environment do the same as the three flags, for launchers of jobs.
 
 Writes curves.json and loss.png to --out, and with --save the trained weights, which decode_moe.py reads.
-Prints PASS if the mean loss of the last tenth of the steps in FP8 is within 1 % of BF16's.
+Prints PASS if the mean loss of the last tenth of the steps in FP8 is at most 1 % above BF16's. With --recipes
+bf16,fp8,fp8-128x128 FP8 is also run with the faster weight gradients: at most 0.5 % above FP8's.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ from jax_deepgemm.cli.arguments import Parser, above_zero, names_of, output_fold
 from jax_deepgemm.flax import Load, named_shardings
 from jax_deepgemm.tools.text import Progress
 
-TOLERANCE = 0.01
-RECIPES = ("bf16", "fp8")
+COMPARED = (("fp8", "bf16", 0.01), ("fp8-128x128", "fp8", 0.005))
+"""Recipes, what their final losses are compared with, and by how much they may differ."""
+RECIPES = ("bf16", "fp8", "fp8-128x128")
 BATCH_CUT = P(("data", "expert"))
 
 
@@ -104,8 +106,8 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--recipes",
         type=names_of(RECIPES, "recipe"),
-        default=list(RECIPES),
-        help="of bf16 and fp8, one or both (default bf16,fp8)",
+        default=["bf16", "fp8"],
+        help="of bf16, fp8 and fp8-128x128, which has faster weight gradients (default bf16,fp8)",
     )
     parser.add_argument("--seed", type=whole(0, 2**31 - 1), default=0)
     parser.add_argument("--out", type=output_folder, default=Path("out"), help="folder for results")
@@ -294,11 +296,13 @@ def write(out: Path, config: Config, mesh: Mesh, seed: int, curves: dict[str, Cu
         loss.plot(curve.loss, label=f"{recipe}, {curve.tokens_per_second:,.0f} tokens/s", lw=1)
     loss.set(ylabel="loss, nats per byte", title=f"{content['device']}, {mesh.size} device(s)")
     loss.legend()
-    if set(curves) == set(RECIPES):
-        reference = np.array(curves["bf16"].loss)
-        gap.plot(100 * (np.array(curves["fp8"].loss) / reference - 1), color="black", lw=1)
-        gap.axhspan(-100 * TOLERANCE, 100 * TOLERANCE, alpha=0.2)
-    gap.set(xlabel="step", ylabel="fp8 over bf16, %")
+    for recipe, other, tolerance in compared(curves):
+        ratio = np.array(curves[recipe].loss) / np.array(curves[other].loss)
+        gap.plot(100 * (ratio - 1), label=f"{recipe} over {other}", lw=1)
+        gap.axhspan(-100 * tolerance, 100 * tolerance, alpha=0.2)
+    if compared(curves):
+        gap.legend()
+    gap.set(xlabel="step", ylabel="difference, %")
     for axis in (loss, gap):
         axis.grid(alpha=0.3)
     figure.savefig(out / "loss.png", dpi=120)
@@ -354,12 +358,19 @@ def verdict(curves: dict[str, Curve]) -> int:
     if any(not np.isfinite(curve.loss).all() for curve in curves.values()):
         say("FAIL: a loss is not finite")
         return 1
-    if set(curves) != set(RECIPES):
-        return 0
-    gap = curves["fp8"].final() / curves["bf16"].final() - 1
-    passed = abs(gap) <= TOLERANCE
-    say(f"{'PASS' if passed else 'FAIL'}: final loss in FP8 is {gap:+.2%} of BF16's; limit {TOLERANCE:.0%}")
-    return 0 if passed else 1
+    failed = 0
+    for recipe, other, limit in compared(curves):
+        gap = curves[recipe].final() / curves[other].final() - 1
+        passed = gap <= limit
+        failed += not passed
+        word = "PASS" if passed else "FAIL"
+        say(f"{word}: final loss in {recipe} is {gap:+.2%} of {other}'s; limit {limit:+.1%}")
+    return int(failed > 0)
+
+
+def compared(curves: dict[str, Curve]) -> list[tuple[str, str, float]]:
+    """What can be compared of these runs."""
+    return [pair for pair in COMPARED if {*pair[:2]} <= set(curves)]
 
 
 if __name__ == "__main__":

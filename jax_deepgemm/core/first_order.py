@@ -20,11 +20,14 @@ class ReverseOnly:
       where: the public function.
       instead: what has the derivatives that this one lacks, a phrase.
       function: first argument static, the others trees of arrays.
+      gradients: what they are called.
     """
 
-    def __init__(self, where: str, instead: str, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, where: str, instead: str, function: Callable[..., Any], gradients: str = "FP8 gradients"
+    ) -> None:
         self._message = (
-            f"{where}: FP8 gradients are of first order and in reverse mode (jax.grad, jax.vjp). For forward "
+            f"{where}: {gradients} are of first order and in reverse mode (jax.grad, jax.vjp). For forward "
             f"mode (jax.jvp, jax.jacfwd, jax.linearize) and for second derivatives use {instead}."
         )
         self._function = jax.custom_vjp(function, nondiff_argnums=(0,))

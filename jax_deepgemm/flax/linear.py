@@ -15,9 +15,11 @@ from jax_deepgemm.flax.prepared import hands_on, put_back, weight
 from jax_deepgemm.flax.variables import as_bf16, as_input, check_dtype, check_recipe
 from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal, zeros
 from jax_deepgemm.ops.gemm.api import bf16_gemm_nt
+from jax_deepgemm.ops.gemm.checks import check_weight_gradient
 from jax_deepgemm.ops.gemm.linear import fp8_linear
 from jax_deepgemm.ops.gemm.tokens import Tokens
 from jax_deepgemm.ops.quantize import QuantizedArray
+from jax_deepgemm.ops.quantize.activation import SILU, Activation, as_activation
 from jax_deepgemm.ops.swiglu import swiglu
 
 
@@ -51,14 +53,15 @@ class Linear(nnx.Module):
         `nnx.Linear` does, so that its fan-in is in_features; the result is stored transposed.
       bias_init: initialiser of the bias, called with (key, (out_features,), param_dtype).
       recipe: "fp8" (`fp8_linear`) or "bf16" (`bf16_gemm_nt`); a quantised weight is used in FP8 either way.
+      weight_gradient: with "fp8", "1x128" or the faster "128x128": see `fp8_linear`.
       sharding: PartitionSpec of the weight [out, in]; the bias is cut as its first dimension. Under
         `jax.set_mesh` each device makes its part only (`kernel_init` is traced for that). It is kept as
         metadata, for `named_shardings` and Flax.
       rngs: source of the stream `params`.
 
     Raises:
-      ValueError: another recipe or dtype, a sharding that does not fit the mesh or the sizes; and as
-        `fp8_linear` or `bf16_gemm_nt` when called.
+      ValueError: another recipe, weight_gradient or dtype, a sharding that does not fit the mesh or the
+        sizes; and as `fp8_linear` or `bf16_gemm_nt` when called.
       TypeError: when called with x in neither bfloat16 nor float32 and without `dtype`.
     """
 
@@ -75,11 +78,14 @@ class Linear(nnx.Module):
         kernel_init: Initializer = lecun_normal,
         bias_init: Initializer = zeros,
         recipe: str = "fp8",
+        weight_gradient: str = "1x128",
         sharding: PartitionSpec | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
         self.recipe = check_recipe("Linear", recipe)
+        check_weight_gradient("Linear", weight_gradient)
+        self.weight_gradient = weight_gradient
         self.dtype = None if dtype is None else check_dtype("Linear", "dtype", dtype)
         self.param_dtype = check_dtype("Linear", "param_dtype", param_dtype)
         shape = (in_features, out_features)
@@ -98,11 +104,12 @@ class Linear(nnx.Module):
         """
         x = as_input("Linear", x, self.dtype)
         w = weight(self, "weight")
+        options: dict[str, Any] = {"out_sharding": out_sharding, "weight_gradient": self.weight_gradient}
         if hands_on(self):
-            y, w = fp8_linear(x, w, out_dtype=x.dtype, out_sharding=out_sharding, with_weight=True)
+            y, w = fp8_linear(x, w, out_dtype=x.dtype, with_weight=True, **options)
             put_back(self, weight=w)
         else:
-            y = linear(self.recipe, x, w, out_sharding)
+            y = linear(self.recipe, x, w, **options)
         return y if self.bias is None else _add(y, self.bias.get_value())
 
     @classmethod
@@ -207,11 +214,12 @@ class SwiGLU(nnx.Module):
     Args:
       hidden: size of the last dimension of x and y.
       intermediate: width of the MLP.
-      dtype, param_dtype, recipe, rngs: as in `Linear`; gate, up and y have one dtype.
+      dtype, param_dtype, recipe, weight_gradient, rngs: as in `Linear`; gate, up and y have one dtype.
       kernel_init: as in `Linear`; gate and up are drawn as two matrices (hidden, intermediate).
+      activation: another one in the place of silu, as in `jax_deepgemm.moe.ExpertForm`; "relu2" has no gate.
 
     Raises:
-      ValueError: another recipe or dtype.
+      ValueError: another recipe, weight_gradient, dtype or activation.
       TypeError: when called with x in neither bfloat16 nor float32 and without `dtype`.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
@@ -226,26 +234,34 @@ class SwiGLU(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = lecun_normal,
         recipe: str = "fp8",
+        weight_gradient: str = "1x128",
+        activation: str | Activation = SILU,
         rngs: nnx.Rngs,
     ) -> None:
+        self.activation = act = as_activation("SwiGLU", activation)
         options: dict[str, Any] = {
             "use_bias": False,
             "dtype": dtype,
             "param_dtype": param_dtype,
             "recipe": recipe,
+            "weight_gradient": weight_gradient,
         }
-        self.w13 = Linear(hidden, 2 * intermediate, kernel_init=GateUp(kernel_init), **options, rngs=rngs)
+        gate_up = GateUp(kernel_init, act.interleaved) if act.gated else kernel_init
+        self.w13 = Linear(hidden, act.halves * intermediate, kernel_init=gate_up, **options, rngs=rngs)
         self.w2 = Linear(intermediate, hidden, kernel_init=kernel_init, **options, rngs=rngs)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """x [.., hidden] -> [.., hidden], dtypes as in `Linear`."""
-        return self.w2(swiglu(self.w13(x)))
+        return self.w2(swiglu(self.w13(x), activation=self.activation))
 
 
-def linear(recipe: str, x: jax.Array, w: Any, out_sharding: Any = None) -> jax.Array:
+def linear(
+    recipe: str, x: jax.Array, w: Any, out_sharding: Any = None, weight_gradient: str = "1x128"
+) -> jax.Array:
     """x [.., k] @ w.T in the dtype of x, for w [n, k], a master weight, prepared or quantised."""
     if recipe == "fp8" or isinstance(w, QuantizedArray):
-        return fp8_linear(x, w, out_dtype=x.dtype, out_sharding=out_sharding)
+        options: dict[str, Any] = {"out_sharding": out_sharding, "weight_gradient": weight_gradient}
+        return fp8_linear(x, w, out_dtype=x.dtype, **options)
     spec = out_sharding.spec if isinstance(out_sharding, NamedSharding) else out_sharding
     if x.ndim < 2:
         return linear(recipe, x[None], w, None if spec is None else PartitionSpec(None, *spec))[0]

@@ -22,7 +22,6 @@ from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal
 from jax_deepgemm.moe import ExpertForm, expert_parallel_moe, moe_layer, moe_mlp, moe_mlp_decode, route
 from jax_deepgemm.ops.gemm.tokens import Tokens
 from jax_deepgemm.ops.quantize import QuantizedArray
-from jax_deepgemm.ops.quantize.activation import Activation
 
 _PLAIN = ExpertForm()
 
@@ -76,17 +75,23 @@ class MoE(nnx.Module):
       bias: RouterBias [experts] float32, added to the scores in the choice of experts only; None without
         `balance`.
       w13: nnx.Param [experts, 2 * intermediate, hidden], gate and up projections, gate first, or as form
-        says; after `quantize_module` a QuantizedParam, as w2.
+        says; with `tensor_axis` [experts, 2, intermediate, hidden]; after `quantize_module` a QuantizedParam,
+        as w2. Behind the experts come the `shared_experts`.
       w2: nnx.Param [experts, hidden, intermediate], down projections.
       shared: `SwiGLU` that every token visits, or None.
+      shared_gate: nnx.Param [hidden] float32, the gate of that, or None.
 
     Args:
       hidden: size of the last dimension of x and y.
       intermediate: width of one expert.
       num_experts, top_k: experts there are, and experts of a token.
-      shared_intermediate: width of the shared expert; 0: there is none.
-      form: how the experts are built, `jax_deepgemm.moe.ExpertForm`: activation, layout of w13 and w2, where
-        routing weights multiply, format of the scales. A shared expert is a SwiGLU, of gate | up.
+      shared_intermediate: width of the shared expert; 0: there is none. On a mesh each device has it whole.
+      shared_gate: whether the shared expert has a gate, sigmoid(x @ shared_gate), as Qwen2-MoE's.
+      shared_experts: how many experts of w13 and w2, behind num_experts, every token visits: shared experts
+        of the experts' size, in their launches. Not with `expert_axis`.
+      form: how the experts are built, `jax_deepgemm.moe.ExpertForm`: activation (of the shared expert too),
+        layout of w13 and w2, where routing weights multiply, format of the scales, scales of weight gradients
+        (of the shared expert too).
       recipe: "fp8" or "bf16", of all products but the router's; quantised weights are used in FP8 either way.
       score, num_groups, top_groups, scale: as in `jax_deepgemm.moe.route`.
       renormalize: as in `route`. None: where top_k > 1; a single weight divided by itself would leave the
@@ -97,6 +102,7 @@ class MoE(nnx.Module):
         the tokens. Inside a `jax.shard_map` of yours over this axis: w13 and w2 are this device's part.
         None: all experts on each device. With a mesh each device makes its own experts only, the same as
         without one; w13 and w2 carry the axis as metadata, for `named_shardings` and Flax.
+      tensor_axis: with `expert_axis`, a mesh axis that cuts `intermediate`, of gate and up alike.
       mesh: the mesh; default: that of `jax.set_mesh`.
       method, capacity_factor: as in `jax_deepgemm.moe.expert_parallel_moe`: how tokens travel, and how many
         have room; by default all.
@@ -122,6 +128,8 @@ class MoE(nnx.Module):
         top_k: int,
         *,
         shared_intermediate: int = 0,
+        shared_gate: bool = False,
+        shared_experts: int = 0,
         recipe: str = "fp8",
         form: ExpertForm = _PLAIN,
         score: str | None = "softmax",
@@ -131,6 +139,7 @@ class MoE(nnx.Module):
         scale: float = 1.0,
         balance: bool | None = None,
         expert_axis: str | None = None,
+        tensor_axis: str | None = None,
         mesh: Mesh | None = None,
         method: str = "all_to_all",
         capacity_factor: float | None = None,
@@ -142,31 +151,40 @@ class MoE(nnx.Module):
         self.num_experts, self.top_k = num_experts, top_k
         self.recipe, self.form = check_recipe("MoE", recipe), form.checked("MoE")
         self.scale_format = self.form.scale_format
-        if shared_intermediate and self.form.act != Activation():
-            raise ValueError(
-                f"MoE: shared_intermediate is {shared_intermediate} and form has {self.form.act}: the shared "
-                "expert here is a SwiGLU. Add one of yours to y, and leave shared_intermediate out."
-            )
+        _check_shared(shared_intermediate, shared_gate, shared_experts, expert_axis, tensor_axis)
         self.dtype = None if dtype is None else check_dtype("MoE", "dtype", dtype)
         self.score, self.num_groups, self.top_groups = score, num_groups, top_groups
         self.renormalize, self.scale = renormalize, scale
-        self.expert_axis, self.mesh = expert_axis, mesh
+        self.expert_axis, self.tensor_axis, self.mesh = expert_axis, tensor_axis, mesh
+        self.shared_experts = shared_experts
         self.method, self.capacity_factor = method, capacity_factor
         param_dtype = check_dtype("MoE", "param_dtype", param_dtype)
 
-        def experts(init: Initializer, *shape: int) -> nnx.Param:
-            spec = None if expert_axis is None else P(expert_axis, None, None)
-            shape = (num_experts, *shape)
-            turned = self.form.weight_layout == "nk"
-            return draw("MoE", init, rngs.params(), shape, param_dtype, spec=spec, mesh=mesh, turned=turned)
+        act, turned = self.form.act, self.form.weight_layout == "nk"
+        apart = tensor_axis is not None and act.gated and not act.interleaved
+
+        def experts(init: Initializer, *shape: int, rows: bool, apart: bool = False) -> nnx.Param:
+            spec = None if expert_axis is None else _spec(expert_axis, tensor_axis, rows == turned, apart)
+            shape = (num_experts + shared_experts, *shape)
+            return draw(
+                "MoE",
+                init,
+                rngs.params(),
+                shape,
+                param_dtype,
+                spec=spec,
+                mesh=mesh,
+                turned=turned,
+                apart=apart,
+            )
 
         self.gate = draw("MoE", kernel_init, rngs.params(), (hidden, num_experts), jnp.float32)
         balance = score == "sigmoid" if balance is None else balance
         self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32)) if balance else nnx.data(None)
-        gate_up = GateUp(kernel_init, self.form.act.interleaved) if self.form.act.gated else kernel_init
-        self.w13 = experts(gate_up, hidden, self.form.act.halves * intermediate)
-        self.w2 = experts(kernel_init, intermediate, hidden)
-        self.shared = nnx.data(None)
+        gate_up = GateUp(kernel_init, act.interleaved) if act.gated else kernel_init
+        self.w13 = experts(gate_up, hidden, act.halves * intermediate, rows=True, apart=apart)
+        self.w2 = experts(kernel_init, intermediate, hidden, rows=False)
+        self.shared, self.shared_gate = nnx.data(None), nnx.data(None)
         if shared_intermediate:
             self.shared = SwiGLU(
                 hidden,
@@ -175,8 +193,13 @@ class MoE(nnx.Module):
                 param_dtype=param_dtype,
                 kernel_init=kernel_init,
                 recipe=recipe,
+                weight_gradient=self.form.weight_gradient,
+                activation=act,
                 rngs=rngs,
             )
+        if shared_gate:
+            init = _as_vector(kernel_init)
+            self.shared_gate = draw("MoE", init, rngs.params(), (hidden,), jnp.float32)
 
     @overload
     def __call__(self, x: ArrayLike, *, with_load: Literal[False] = False) -> jax.Array: ...
@@ -247,28 +270,38 @@ class MoE(nnx.Module):
         y, dropped = experts(flat, ids, weights)
         y = tokens.unflatten(_cut(y, tokens.flat_spec(())))
         if self.shared is not None:
-            y = y + self.shared(whole)
+            y = y + self._opened(whole, self.shared(whole))
         y = _cut(y, jax.typeof(given).sharding.spec).reshape(x.shape)
         return (y, Load(_count(ids, self.num_experts), dropped)) if with_load else y
+
+    def _opened(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """y times the gate of the shared expert."""
+        if self.shared_gate is None:
+            return y
+        gate = jnp.broadcast_to(self.shared_gate.get_value(), x.shape)
+        opened = jax.nn.sigmoid(jnp.sum(x.astype(jnp.float32) * gate, axis=-1, keepdims=True))
+        return (y.astype(jnp.float32) * opened).astype(y.dtype)
 
     def _experts(self, *routed: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(y, dropped) of tokens, ids, weights."""
         operands: Any = (*routed, weight(self, "w13"), weight(self, "w2"))
         options: dict[str, Any] = {"recipe": self._recipe(), "form": self.form}
         if self.expert_axis is None:
+            options["shared"] = self.shared_experts
             if not hands_on(self) or jax.typeof(routed[0]).sharding.mesh.explicit_axes:
                 return moe_mlp(*operands, **options), jnp.zeros((), jnp.int32)
             y, (w13, w2) = moe_mlp(*operands, **options, with_weights=True)
             put_back(self, w13=w13, w2=w2)
             return y, jnp.zeros((), jnp.int32)
         options |= {"method": self.method, "capacity_factor": self.capacity_factor}
+        options["tensor_axis"] = self.tensor_axis
         if self.expert_axis in jax.sharding.get_abstract_mesh().manual_axes:
             return expert_parallel_moe(*operands, axis=self.expert_axis, **options)
         return moe_layer(*operands, mesh=self.mesh, expert_axis=self.expert_axis, **options)
 
     def _few_tokens(self, *routed: jax.Array) -> tuple[jax.Array, jax.Array]:
         operands: Any = (*routed, weight(self, "w13"), weight(self, "w2"))
-        y = moe_mlp_decode(*operands, recipe=self._recipe(), form=self.form)
+        y = moe_mlp_decode(*operands, shared=self.shared_experts, recipe=self._recipe(), form=self.form)
         return y, jnp.zeros((), jnp.int32)
 
     def _recipe(self) -> str:
@@ -285,6 +318,38 @@ class MoE(nnx.Module):
             bias=None if self.bias is None else self.bias.get_value(),
             renormalize=self.renormalize,
             scale=self.scale,
+        )
+
+
+def _spec(expert_axis: str, tensor_axis: str | None, rows: bool, apart: bool) -> P:
+    """Of a weight [experts, .., ..] whose inner size is the first of the two, or the second; with its halves
+    apart in front of it."""
+    inner = (None, tensor_axis) if apart else (tensor_axis,)
+    return P(expert_axis, *inner, None) if rows else P(expert_axis, None, *inner)
+
+
+def _as_vector(init: Initializer) -> Initializer:
+    """A vector of `hidden` numbers from an initialiser of matrices."""
+    return lambda key, shape, dtype: init(key, (*shape, 1), dtype)[:, 0]
+
+
+def _check_shared(
+    intermediate: int, gate: bool, experts: int, expert_axis: str | None, tensor_axis: str | None
+) -> None:
+    if gate and not intermediate:
+        raise ValueError(
+            "MoE: shared_gate=True and shared_intermediate is 0, need the width of the shared expert that has"
+            " the gate: shared_intermediate="
+        )
+    if experts and expert_axis is not None:
+        raise ValueError(
+            f"MoE: shared_experts is {experts} and expert_axis is {expert_axis!r}: experts cut over devices "
+            "cannot be those of all tokens. Let each device have the shared expert: shared_intermediate="
+        )
+    if tensor_axis is not None and expert_axis is None:
+        raise ValueError(
+            f"MoE: tensor_axis is {tensor_axis!r} and expert_axis is None, need an axis of the experts too, "
+            "which may be one of a single device."
         )
 
 

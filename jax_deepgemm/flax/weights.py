@@ -48,6 +48,7 @@ def draw(
     spec: P | None = None,
     mesh: Mesh | None = None,
     turned: bool = True,
+    apart: bool = False,
 ) -> nnx.Param:
     """A Param [size], [out, in] or [experts, out, in], from an initialiser of vectors or matrices (in, out).
 
@@ -59,8 +60,9 @@ def draw(
       spec: how the Param is cut; kept as its metadata.
       mesh: the mesh of that; default: that of `jax.set_mesh`. With neither, nothing is cut yet.
       turned: False: stored (in, out) as drawn, of experts.
+      apart: whether out has its two halves in a dimension of their own, of experts.
     """
-    value = _in_place(_Draw(where, init, shape, np.dtype(dtype), turned), key, spec, mesh)
+    value = _in_place(_Draw(where, init, shape, np.dtype(dtype), turned, apart), key, spec, mesh)
     return nnx.Param(value, **sharding_metadata(spec))
 
 
@@ -73,11 +75,15 @@ class _Draw:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     turned: bool = True
+    apart: bool = False
 
     @property
     def stored(self) -> tuple[int, ...]:
-        turned = self.turned and len(self.shape) > 1
-        return self.shape if not turned else (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        if len(self.shape) == 1:
+            return self.shape
+        *lead, inputs, outputs = self.shape
+        out = (2, outputs // 2) if self.apart else (outputs,)
+        return (*lead, *out, inputs) if self.turned else (*lead, inputs, *out)
 
     def __call__(self, key: jax.Array) -> jax.Array:
         if len(self.shape) == 1:
@@ -85,7 +91,8 @@ class _Draw:
         if len(self.shape) == 2:
             return self._drawn(key).T
         keys = jax.random.split(key, self.shape[0])
-        return jax.vmap(lambda key: self._drawn(key).T if self.turned else self._drawn(key))(keys)
+        drawn = jax.vmap(lambda key: self._drawn(key).T if self.turned else self._drawn(key))(keys)
+        return drawn.reshape(self.stored)
 
     def _drawn(self, key: jax.Array) -> jax.Array:
         """The vector, or one matrix (in, out)."""

@@ -10,11 +10,13 @@ from jax_deepgemm.moe.layer import moe_mlp
 from jax_deepgemm.moe.parallel import expert_parallel_moe, moe_layer
 from jax_deepgemm.moe.prepared import prepare_weights
 from jax_deepgemm.moe.route import DEEPSEEK_V3, route
+from jax_deepgemm.moe.shared import SharedExperts
 
 __all__ = [
     "DEEPSEEK_V3",
     "DispatchPlan",
     "ExpertForm",
+    "SharedExperts",
     "combine",
     "dispatch",
     "expert_mlp",

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepgemm.core.bench import CLOCK, Fields, Row, Table
-from jax_deepgemm.moe import bench_step
+from jax_deepgemm.moe import bench_shared, bench_step
+from jax_deepgemm.moe.form import ExpertForm
 from jax_deepgemm.moe.layer import moe_mlp
 from jax_deepgemm.moe.route import route
 from jax_deepgemm.ops.gemm.bench import GEMM_PREFIX
@@ -30,6 +31,7 @@ from jax_deepgemm.ops.quantize.prepared import prepare_weight
 FORWARD, FROZEN, TRAINING = "forward", "forward, FP8 weights", "forward and backward"
 WIDE = f"{TRAINING}, float32 masters"
 PREPARED = ", weights prepared"
+SQUARE = ", dw 128x128"
 FP8_WEIGHTS = "FP8 weights"
 HELD = "forward, FP8 weights, 1 of 8 held"
 EXPERTS, EXPERTS_BF16 = "experts alone, FP8 weights", "experts alone"
@@ -60,6 +62,7 @@ class Layer:
       what: "forward" and "forward and backward" have bfloat16 master weights, or float32 ones if they say so,
         which FP8 quantises each time, or which come with FP8 copies ("weights prepared"); "FP8 weights" were
         quantised before. "experts alone": the choice of experts is given, the router's part is not counted.
+        "dw 128x128": weight gradients with such scales of one operand.
       experts: that tokens are routed to; all are held, but for "1 of 8 held".
     """
 
@@ -101,7 +104,12 @@ class Layer:
     @property
     def prepared(self) -> bool:
         """Whether its master weights come with FP8 copies."""
-        return self.what.endswith(PREPARED)
+        return PREPARED in self.what
+
+    @property
+    def form(self) -> ExpertForm:
+        """How its experts are built."""
+        return ExpertForm(weight_gradient="128x128" if self.what.endswith(SQUARE) else "1x128")
 
     @property
     def flops(self) -> int:
@@ -169,6 +177,7 @@ def _rows(small: bool) -> Iterator[Row]:
             for recipe in ("fp8", "bf16"):
                 yield Layer(recipe, what, **sizes).row
         yield Layer("fp8", f"{TRAINING}{PREPARED}", **sizes).row
+        yield Layer("fp8", f"{TRAINING}{PREPARED}{SQUARE}", **sizes).row
     yield Layer("fp8", f"{WIDE}{PREPARED}", **first).row
 
 
@@ -218,7 +227,7 @@ def _operands(layer: Layer, drawn: tuple[Any, ...]) -> tuple[Any, ...]:
 def _function(layer: Layer) -> Callable[..., Any]:
     """What is measured, of its operands."""
     expected = max(layer.tokens * layer.top_k // layer.experts, 1)
-    mlp = functools.partial(moe_mlp, recipe=layer.recipe, expected_m=expected)
+    mlp = functools.partial(moe_mlp, recipe=layer.recipe, expected_m=expected, form=layer.form)
 
     def forward(x: Any, logits: Any, w13: Any, w2: Any) -> jax.Array:
         return mlp(x, *route(logits, layer.top_k), w13, w2)
@@ -247,7 +256,8 @@ def _in_bf16(fields: Fields) -> Fields | None:
     """The same with bfloat16 weights, or masters of the same type, where it is measured."""
     if fields["recipe"] == "bf16":
         return None
-    return {"recipe": "bf16", "what": fields["what"].removesuffix(PREPARED).removesuffix(f", {FP8_WEIGHTS}")}
+    what = fields["what"].removesuffix(SQUARE).removesuffix(PREPARED).removesuffix(f", {FP8_WEIGHTS}")
+    return {"recipe": "bf16", "what": what}
 
 
 TABLES = {
@@ -273,4 +283,5 @@ TABLES = {
         kinds=KINDS,
     ),
     "moe_step": bench_step.TABLE,
+    "moe_shared": bench_shared.TABLE,
 }

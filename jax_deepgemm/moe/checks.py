@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jax_deepgemm.core.arrays import unwrapped
@@ -11,12 +12,14 @@ from jax_deepgemm.moe.form import ExpertForm
 from jax_deepgemm.ops.grouped import linear
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray
 from jax_deepgemm.ops.quantize.join import concatenate
+from jax_deepgemm.ops.quantize.prepared import Copies
 
 
 def one_weight(where: str, w13: Any, form: ExpertForm) -> Any:
-    """w13, of two arrays joined."""
+    """w13 [e, 2 * i, h], where it is two arrays or [e, 2, i, h]."""
     if not isinstance(w13, tuple | list):
-        return unwrapped(w13)
+        w13 = unwrapped(w13)
+        return merged(where, w13, form) if getattr(w13, "ndim", 3) == 4 else w13
     if len(w13) != 2 or not form.act.gated or form.act.interleaved:
         raise ValueError(
             f"{where}: w13 is {len(w13)} arrays and the activation is {form.act}, need one array, or for "
@@ -37,6 +40,40 @@ def one_weight(where: str, w13: Any, form: ExpertForm) -> Any:
     if isinstance(gate, QuantizedArray):
         return concatenate([gate, up], axis)
     return jnp.concatenate([gate, up], axis)
+
+
+def merged(where: str, w13: Any, form: ExpertForm) -> Any:
+    """Of w13 [e, 2, i, h], or with layout "kn" [e, h, 2, i], the one of three dimensions: the same bytes.
+
+    Of a prepared weight the transposed copy is moved.
+    """
+    nk = form.weight_layout == "nk"
+    if not form.act.gated or form.act.interleaved or w13.shape[1 if nk else 2] != 2:
+        raise ValueError(
+            f"{where}: w13 is {list(w13.shape)} and the activation is {form.act}, need 3 dimensions, or for "
+            "activations of gate and up that do not take turns [e, 2, i, h] (weight_layout='kn': "
+            "[e, h, 2, i])."
+        )
+    if isinstance(w13, PreparedWeight) and not nk:
+        raise ValueError(
+            f"{where}: w13 is prepared and {list(w13.shape)}, need 3 dimensions. Prepare it in them: "
+            "prepare_weights(w13, w2, form=form)."
+        )
+    if isinstance(w13, QuantizedArray | PreparedWeight) and w13.shape[2] % 128:
+        raise ValueError(
+            f"{where}: w13 is {w13!r}, need an inner size that is a multiple of 128: a scale covers 128 "
+            "features of gate or of up. Quantise it in 3 dimensions, [e, 2 * i, h]."
+        )
+    if isinstance(w13, PreparedWeight):
+        plain, turned = w13.copies
+        turned = jax.tree.map(lambda part: _joined(jnp.moveaxis(part, 1, 2), 2), turned)
+        return PreparedWeight(_joined(w13.master, 1), Copies(jax.tree.map(_joined, plain), turned))
+    return jax.tree.map(lambda part: _joined(part, 1 if nk else 2), w13)
+
+
+def _joined(x: jax.Array, axis: int = 1) -> jax.Array:
+    """Two neighbouring dimensions as one."""
+    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
 
 
 def check(

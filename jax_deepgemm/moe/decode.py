@@ -24,6 +24,14 @@ from jax_deepgemm.moe.experts import Weight, gemm_options, weighted
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
 from jax_deepgemm.moe.placement import on_each_device
+from jax_deepgemm.moe.shared import (
+    Shared,
+    SharedExperts,
+    checked_shared,
+    split_shared,
+    with_last_experts,
+    with_shared,
+)
 from jax_deepgemm.ops.gemm.checks import PER_ROW, check_options
 from jax_deepgemm.ops.grouped import gated
 from jax_deepgemm.ops.grouped import recipe as fp8
@@ -43,6 +51,7 @@ def moe_mlp_decode(
     *,
     b13: jax.Array | None = None,
     b2: jax.Array | None = None,
+    shared: Shared = None,
     max_rows: int | None = None,
     recipe: str = "fp8",
     form: ExpertForm = PLAIN,
@@ -71,7 +80,8 @@ def moe_mlp_decode(
         at each call. Of PreparedWeights the FP8 copies are used, and the masters have no gradient.
       max_rows: rows of an expert; copies that find none, those of later tokens, are dropped: they count zero.
         Default: the number of tokens, so that nothing is dropped (a token's ids being distinct).
-      b13, b2, recipe, form, num_sms: as in `moe_mlp`.
+      b13, b2, shared, recipe, form, num_sms: as in `moe_mlp`; shared experts that are the last of w13 need
+        max_rows for all tokens.
       expected_m: rows of an expert to expect, for the choice of the kernel; default: of a balanced load.
 
     Returns:
@@ -91,8 +101,15 @@ def moe_mlp_decode(
     check_biases("moe_mlp_decode", w13, w2, form, b13, b2)
     if max_rows is not None and (max_rows < 0 or (max_rows == 0 and x.shape[0])):
         raise ValueError(f"moe_mlp_decode: max_rows is {max_rows}, need a positive number, or None.")
-    layer = functools.partial(_moe_mlp_decode, recipe, form, max_rows, expected_m, num_sms)
-    return on_each_device("moe_mlp_decode", layer, (x, ids, weights, w13, w2, b13, b2))
+    last, own = split_shared(checked_shared("moe_mlp_decode", shared, x, w13.shape[0], recipe, form))
+    if last and max_rows is not None and (not is_known(x.shape[0]) or max_rows < x.shape[0]):
+        raise ValueError(
+            f"moe_mlp_decode: max_rows is {max_rows} and shared is {last} of w13's experts, which all "
+            f"{x.shape[0]} tokens pass, need as many rows: max_rows=None. With fewer give the shared experts "
+            "weights of their own: SharedExperts(w13[-n:], w2[-n:])."
+        )
+    layer = functools.partial(_moe_mlp_decode, recipe, form, max_rows, expected_m, num_sms, last)
+    return on_each_device("moe_mlp_decode", layer, (x, ids, weights, w13, w2, b13, b2, own))
 
 
 def _moe_mlp_decode(
@@ -101,6 +118,7 @@ def _moe_mlp_decode(
     max_rows: int | None,
     expected_m: int | None,
     num_sms: int | None,
+    last: int,
     x: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
@@ -108,16 +126,19 @@ def _moe_mlp_decode(
     w2: Weight,
     b13: jax.Array | None,
     b2: jax.Array | None,
+    shared: SharedExperts | None,
 ) -> jax.Array:
     experts, tokens = w13.shape[0], x.shape[0]
     rows = tokens if max_rows is None else max_rows
+    expected_m = _expected_rows(ids.size, experts - last, rows) if expected_m is None else expected_m
+    ids, weights = with_last_experts(ids, weights, experts, last)
     plan = plan_capacity(ids, experts, rows)
-    expected_m = _expected_rows(ids.size, experts, rows) if expected_m is None else expected_m
     row_weights = take_rows(weights.reshape(-1), plan.source)
     run = _bf16 if recipe == "bf16" else _fp8
     y = run(x, w13, w2, b13, plan, row_weights, gemm_options(form, expected_m, num_sms), form)
     y = _biased(y, b2, None if form.weights_first else row_weights)
-    return sum_copies(y.reshape(experts * rows, x.shape[1]), plan.position)
+    y = sum_copies(y.reshape(experts * rows, x.shape[1]), plan.position)
+    return with_shared(y, x, shared, recipe, form, num_sms)
 
 
 class _Options(TypedDict):
@@ -169,8 +190,8 @@ def _fp8(
     rows = QuantizedArray(deep(taken.values), deep(taken.scales), PER_ROW)
     first, second = (fp8.forward_weight(w, gemms) for w in (w13, w2))
     # Rows that do not count are undefined from here on, and stay among themselves: scales are per row.
-    if form.fuses and b13 is None and gated.fits(first):
-        act = gated.m_masked_fp8_gemm_swiglu(rows, first, counts, deep(row_weights), **options)
+    if form.fuses and gated.fits(first):
+        act = gated.m_masked_fp8_gemm_swiglu(rows, first, counts, deep(row_weights), bias=b13, **options)
     else:
         hidden = _biased(gemm(rows, first, jnp.bfloat16), b13)
         flat = hidden.reshape(row_weights.shape[0], hidden.shape[2])
@@ -211,7 +232,7 @@ def _bf16(
         rows = weighted(take_rows(x, plan.token), row_weights).astype(jnp.bfloat16)
         row_weights = jnp.ones_like(row_weights)
     else:
-        rows = move_rows(x.astype(jnp.bfloat16), plan.token)
+        rows = move_rows(x.astype(jnp.bfloat16), plan.token, plan.position)
     hidden = _biased(gemm(rows, w13, jnp.bfloat16), b13)
     act = swiglu(hidden, row_weights.reshape(hidden.shape[:2]), activation=form.act)
     return gemm(act, w2, x.dtype)

@@ -139,11 +139,11 @@ def sum_copies(y: jax.Array, position: jax.Array, weights: jax.Array | None = No
 
 @jax.custom_vjp
 def _spread(x: jax.Array, plan: DispatchPlan) -> jax.Array:
-    return move_rows(x, plan.token)
+    return move_rows(x, plan.token, plan.position)
 
 
 def _spread_fwd(x: jax.Array, plan: DispatchPlan) -> tuple[jax.Array, jax.Array]:
-    return move_rows(x, plan.token), plan.position
+    return move_rows(x, plan.token, plan.position), plan.position
 
 
 def _spread_bwd(position: jax.Array, drows: jax.Array) -> tuple[jax.Array, None]:
@@ -158,12 +158,12 @@ def _collect(y: jax.Array, plan: DispatchPlan) -> jax.Array:
     return sum_copies(y, plan.position)
 
 
-def _collect_fwd(y: jax.Array, plan: DispatchPlan) -> tuple[jax.Array, jax.Array]:
-    return sum_copies(y, plan.position), plan.token
+def _collect_fwd(y: jax.Array, plan: DispatchPlan) -> tuple[jax.Array, DispatchPlan]:
+    return sum_copies(y, plan.position), plan
 
 
-def _collect_bwd(token: jax.Array, dout: jax.Array) -> tuple[jax.Array, None]:
-    return move_rows(dout, token), None
+def _collect_bwd(plan: DispatchPlan, dout: jax.Array) -> tuple[jax.Array, None]:
+    return move_rows(dout, plan.token, plan.position), None
 
 
 _collect.defvjp(_collect_fwd, _collect_bwd)

@@ -30,6 +30,8 @@ from jax_deepgemm.ops.grouped.checks import as_int32
 from jax_deepgemm.ops.rows.api import move_rows
 
 METHODS = ("all_to_all", "ragged")
+MOST_PEERS = 8  # whose memory XLA's kernel for ragged_all_to_all writes
+COPIES = 512  # that fill a GPU: four blocks for an SM
 Axis: TypeAlias = str | tuple[str, ...]
 
 
@@ -53,6 +55,12 @@ class Wire:
     sends: int
     receives: int
     emulate: bool | None = None
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces of the rows for a device are copied at the same time. Among up to eight GPUs of a
+        host XLA's kernel has one block of 128 threads for each; elsewhere each piece is a message."""
+        return COPIES // self.devices if self.devices <= MOST_PEERS else 1
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +91,7 @@ class Exchange:
       source: copies of this device's tokens in the send buffer; group_sizes: per destination.
       target: received rows, in the order of this device's experts; group_sizes: per expert.
       transfer: of "ragged", else None.
-      dropped: int32 [], copies of this device's tokens that found no place.
+      dropped: int32 [t], copies of each of this device's tokens that found no place.
     """
 
     source: DispatchPlan
@@ -128,7 +136,7 @@ def plan_exchange(ids: jax.Array, experts: int, wire: Wire) -> Exchange:
     sent = take_rows((ids % experts + 1).astype(jnp.int32).reshape(-1), source.source)  # 0: an empty slot
     received = _collective(wire, transfer, sent) - 1
     target = plan_dispatch(received[:, None], experts)
-    dropped = jnp.sum(exists, dtype=jnp.int32) - jnp.sum(source.kept, dtype=jnp.int32)
+    dropped = jnp.sum(exists, axis=1, dtype=jnp.int32) - jnp.sum(source.kept, axis=1, dtype=jnp.int32)
     return Exchange(source, target, transfer, dropped, wire)
 
 
@@ -175,9 +183,28 @@ def _ragged_collective(wire: Wire, rows: int, transfer: Transfer, x: jax.Array) 
     me = lax.axis_index(wire.axis)
     result = jnp.zeros((rows, *x.shape[1:]), x.dtype)
     zero = jnp.int32(jnp.any(x != 0) & False)  # with x's dimension of vmap, which JAX wants of all or of none
-    numbers = transfer.read[me], transfer.sizes[me], transfer.write[me], transfer.sizes[:, me]
+    sends, arrives = transfer.sizes[me], transfer.sizes[:, me]
+    send_begins, send_sizes = pieces(sends, wire.pieces)
+    numbers = (
+        (transfer.read[me][:, None] + send_begins).reshape(-1),
+        send_sizes.reshape(-1),
+        (transfer.write[me][:, None] + send_begins).reshape(-1),
+        pieces(arrives, wire.pieces)[1].reshape(-1),
+    )
     x, result, *where = same_varying_axes([x, result, *(number + zero for number in numbers)])
     return lax.ragged_all_to_all(x, result, *where, axis_name=wire.axis)
+
+
+def pieces(sizes: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Cuts each of some ranges into `count` of about equal size: where they begin in it, and their sizes.
+
+    >>> import jax.numpy as jnp
+    >>> [part.tolist() for part in pieces(jnp.array([7, 0]), 3)]
+    [[[0, 3, 5], [0, 0, 0]], [[3, 2, 2], [0, 0, 0]]]
+    """
+    part = jnp.arange(count + 1, dtype=jnp.int32)
+    edges = (sizes // count)[:, None] * part + jnp.minimum(part, (sizes % count)[:, None])
+    return edges[:, :-1], jnp.diff(edges, axis=1)
 
 
 def _by_all_gather(wire: Wire, rows: int, transfer: Transfer, x: jax.Array) -> jax.Array:

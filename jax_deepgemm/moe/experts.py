@@ -138,6 +138,7 @@ def gemm_options(
         group_blocks=group_blocks,
         weight_layout=form.weight_layout,
         scale_format=form.scale_format,
+        weight_gradient=form.weight_gradient,
     )
 
 
@@ -219,7 +220,8 @@ def expert_mlp(
       group_sizes: integer [e_all], rows of each expert.
       row_weights: float32 [m], factors of the rows (`spread_weights`); None: ones.
       b13: [e, 2 * i] bias of the first product, in the order of w13's rows, bfloat16 or float32, or None. In
-        FP8 it is one more pass over h; its gradient is summed from dh as dw13 reads it.
+        FP8 it is one more pass over h where h is stored (training, and other activations than silu); its
+        gradient is summed from dh as dw13 reads it.
       b2: [e, h] bias of the second product, times the row's weight, likewise.
       recipe: "fp8": both GEMMs and their four gradients in FP8. "bf16": all in bfloat16.
       form: how the model's experts are built (`ExpertForm`): activation, layout of the weights, where the
@@ -315,7 +317,7 @@ def apply(
     local: bool = True,
 ) -> jax.Array:
     """y of quantised rows and weights; nothing is kept. `local`: whether no mesh axis may cut the experts."""
-    fused = local and static.form.fuses and b13 is None and gated.fits(w13)
+    fused = local and static.form.fuses and gated.fits(w13)
     act = _act(static, rows, w13, row_weights, groups, b13, fused)
     return fp8.m_grouped(act, w2, groups, static.gemms, static.rows)
 
@@ -333,7 +335,7 @@ def _act(
     bytes that h takes to be written and read again are saved, and a launch."""
     gemms, form = static.gemms, static.form
     if fused:
-        return gated.of_groups(rows, w13, row_weights, groups, gemms)
+        return gated.of_groups(rows, w13, row_weights, groups, gemms, b13)
     hidden = with_bias(fp8.m_grouped(rows, w13, groups, gemms, jnp.bfloat16), b13, groups)
     end = groups.end(hidden.shape[0])
     quantized = functools.partial(swiglu_quantize, transposed=False, scale_format=form.scale_format)
@@ -357,7 +359,7 @@ def apply_and_keep(
     hidden = with_bias(fp8.m_grouped(rows, first, groups, static.gemms, jnp.bfloat16), b13, groups)
     hidden = checkpoint_name(hidden, MOE_HIDDEN)
     trained = not is_frozen(static.w2)
-    counted = fp8.counted(groups, hidden.shape[0], static.gemms, trained)
+    counted = fp8.counted(groups, hidden.shape[0], static.gemms, "x", trained)
     values, scales, *act_t = swiglu_quantize(hidden, row_weights, activation=static.form.act, **counted)
     y = fp8.m_grouped(QuantizedArray(values, scales, PER_ROW), second, groups, static.gemms, static.rows)
     return y, Kept(
@@ -385,7 +387,7 @@ def backward(
     groups, gemms = kept.groups, static.gemms
     dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
     along_rows = kept.rows is not None or static.b13 is not None
-    counted = fp8.counted(groups, dact.shape[0], gemms, along_rows)
+    counted = fp8.counted(groups, dact.shape[0], gemms, "dy", along_rows)
     gradients: Any = swiglu_grad_quantize(
         kept.hidden, kept.row_weights, dact, activation=static.form.act, **counted
     )
@@ -451,20 +453,27 @@ def _fp8(
 ) -> Any:
     weights = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
     quantized_rows, _ = quantized(static, False, rows, groups)
-    y = apply(static, quantized_rows, *weights, row_weights, groups, b13, local=False)
+    y = apply(static, quantized_rows, *weights, row_weights, groups, b13, local=static.gemms.group_blocks)
     return static.results(y, w13, w2)
 
 
 def quantized(
-    static: Experts, trained: bool, x: jax.Array, groups: fp8.Groups, index: jax.Array | None = None
+    static: Experts,
+    trained: bool,
+    x: jax.Array,
+    groups: fp8.Groups,
+    index: jax.Array | None = None,
+    position: jax.Array | None = None,
+    of: str = "x",
 ) -> tuple[QuantizedArray, fp8.AlongRows | None]:
-    """x, or x[index], per row, and along rows if a weight's gradient needs that."""
+    """x, or x[index] (position: its inverse), per row, and along rows if a weight's gradient needs that.
+    of: "dy" for a gradient."""
     if trained:
-        return fp8.both(x, groups, static.gemms, index)
+        return fp8.both(x, groups, static.gemms, of, index)
     form = static.form.scale_format
     if index is None:
         return quantize(x, PER_ROW, scale_format=form), None
-    return quantize_rows(x, index, scale_format=form), None
+    return quantize_rows(x, index, position, scale_format=form), None
 
 
 def _fp8_fwd(
@@ -483,7 +492,7 @@ def _fp8_fwd(
 
 def _fp8_bwd(static: Experts, kept: Kept, cotangents: Any) -> tuple[Any, ...]:
     dy, later = static.cotangents(cotangents)
-    quantized_dy, along_rows = quantized(static, not is_frozen(static.w2), dy, kept.groups)
+    quantized_dy, along_rows = quantized(static, not is_frozen(static.w2), dy, kept.groups, of="dy")
     drows, dw13, dw2, dweights, db13 = backward(static, kept, quantized_dy, along_rows, later)
     return drows, dw13, dw2, dweights, db13, None
 

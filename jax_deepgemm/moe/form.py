@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,10 @@ class ExpertForm:
       weights_first: the routing weight multiplies a token's copy before the first product instead of what
         the second one reads.
       scale_format: of everything that is quantised: "f32", or "ue8m0" for powers of two.
+      weight_gradient: elements that share a scale, where a weight's gradient is computed, in what the weight
+        multiplies: "1x128", the recipe of DeepSeek-V3, or "128x128", 128 rows of 128 features, which is
+        faster (docs/fp8.md says what it costs). With weight_layout "kn" that is said of the results'
+        gradients.
 
     Raises nothing; the functions raise ValueError for values there are not.
 
@@ -47,12 +52,13 @@ class ExpertForm:
     weight_layout: str = "nk"
     weights_first: bool = False
     scale_format: str = "f32"
+    weight_gradient: str = "1x128"
 
     def checked(self, where: str, **weights: Any) -> ExpertForm:
         """Itself, its activation by value, if it has what there is and the weights fit it."""
-        linear.check_form(where, self.weight_layout, self.scale_format, **weights)
-        activation = as_activation(where, self.activation)
-        return ExpertForm(activation, self.weight_layout, bool(self.weights_first), self.scale_format)
+        linear.check_form(where, self.weight_layout, self.scale_format, self.weight_gradient, **weights)
+        activation, first = as_activation(where, self.activation), bool(self.weights_first)
+        return dataclasses.replace(self, activation=activation, weights_first=first)
 
     @property
     def act(self) -> Activation:

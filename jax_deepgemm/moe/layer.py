@@ -28,9 +28,22 @@ from jax_deepgemm.moe.dispatch import (
 from jax_deepgemm.moe.experts import Experts, Weight, expert_mlp, gemm_options
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.placement import check_no_explicit_axes, on_each_device
+from jax_deepgemm.moe.shared import (
+    Shared,
+    SharedExperts,
+    checked_shared,
+    split_shared,
+    with_last_experts,
+    with_shared,
+)
+from jax_deepgemm.ops.experts import api as chain
 from jax_deepgemm.ops.grouped import linear
 from jax_deepgemm.ops.grouped import recipe as fp8
+from jax_deepgemm.ops.grouped.checks import as_int32
 from jax_deepgemm.ops.quantize.prepared import check_trained
+
+MOST_CHAINED = 0
+"""Copies of tokens up to which the layer is one chain of launches (ops/experts)."""
 
 
 @overload
@@ -43,6 +56,7 @@ def moe_mlp(
     *,
     b13: jax.Array | None = ...,
     b2: jax.Array | None = ...,
+    shared: Shared = ...,
     recipe: str = ...,
     form: ExpertForm = ...,
     expected_m: int | None = ...,
@@ -61,6 +75,7 @@ def moe_mlp(
     *,
     b13: jax.Array | None = ...,
     b2: jax.Array | None = ...,
+    shared: Shared = ...,
     recipe: str = ...,
     form: ExpertForm = ...,
     expected_m: int | None = ...,
@@ -78,6 +93,7 @@ def moe_mlp(
     *,
     b13: jax.Array | None = None,
     b2: jax.Array | None = None,
+    shared: Shared = None,
     recipe: str = "fp8",
     form: ExpertForm = PLAIN,
     expected_m: int | None = None,
@@ -113,6 +129,9 @@ def moe_mlp(
         Or two arrays, (gate, up), as in `expert_mlp`.
       w2: [e, h, i] down projections, likewise.
       b13, b2: biases [e, 2 * i] and [e, h] of the two products, bfloat16 or float32, as in `expert_mlp`.
+      shared: `SharedExperts`, which every token passes beside those of its ids: a layer of their own, added
+        to y. Or n, where they have the experts' size: the last n experts of w13 and w2 are shared, no id goes
+        to them, and they are in the same launches. None: there are none.
       recipe: "fp8": the GEMMs and their gradients in FP8, as in `expert_mlp`. "bf16": all in bfloat16.
       form: how the model's experts are built (`ExpertForm`).
       expected_m: rows of an expert to expect, for the choice of the kernel; default t * top_k / e.
@@ -141,8 +160,10 @@ def moe_mlp(
         check_no_explicit_axes("moe_mlp", x)
     b13, b2 = map(unwrapped, (b13, b2))
     check_biases("moe_mlp", w13, w2, form, b13, b2)
-    layer = functools.partial(_moe_mlp, recipe, form, expected_m, num_sms, with_weights)
-    return on_each_device("moe_mlp", layer, (x, ids, weights, w13, w2, b13, b2))
+    shared = checked_shared("moe_mlp", shared, x, w13.shape[0], recipe, form)
+    last, own = split_shared(shared)
+    layer = functools.partial(_moe_mlp, recipe, form, expected_m, num_sms, with_weights, last)
+    return on_each_device("moe_mlp", layer, (x, ids, weights, w13, w2, b13, b2, own))
 
 
 def _moe_mlp(
@@ -151,6 +172,7 @@ def _moe_mlp(
     expected_m: int | None,
     num_sms: int | None,
     with_weights: bool,
+    last: int,
     x: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
@@ -158,9 +180,11 @@ def _moe_mlp(
     w2: Weight,
     b13: jax.Array | None,
     b2: jax.Array | None,
+    shared: SharedExperts | None,
 ) -> Any:
+    expected_m = expected_rows(ids.size, w13.shape[0] - last) if expected_m is None else expected_m
+    ids, weights = with_last_experts(ids, weights, w13.shape[0], last)
     plan = plan_dispatch(ids, w13.shape[0])
-    expected_m = expected_rows(ids.size, w13.shape[0]) if expected_m is None else expected_m
     leaves, tree = jax.tree.flatten((x, ids, weights, w13, w2, b13, b2, plan))
     x, ids, weights, w13, w2, b13, b2, plan = jax.tree.unflatten(tree, same_varying_axes(leaves))
     if recipe == "bf16" or form.weights_first:
@@ -181,10 +205,11 @@ def _moe_mlp(
     else:
         gemms = gemm_options(form, expected_m, num_sms)
         static = Experts.of(x.dtype, w13, w2, gemms, form, with_weights, b13)
-        y, handed_on = static.public(_fp8(static, x, weights, w13, w2, b13, plan), w13, w2)
+        y, handed_on = static.public(_fp8(static, x, ids, weights, w13, w2, b13, plan), w13, w2)
     if b2 is not None:
         bias = bias_of_tokens(ids, None if form.weights_first else weights, b2)
         y = (y.astype(jnp.float32) + bias).astype(y.dtype)
+    y = with_shared(y, x, shared, recipe, form, num_sms)
     return (y, handed_on) if with_weights else y
 
 
@@ -196,15 +221,21 @@ def _groups(plan: DispatchPlan) -> fp8.Groups:
 def _fp8(
     static: Experts,
     x: jax.Array,
+    ids: jax.Array,
     weights: jax.Array,
     w13: Weight,
     w2: Weight,
     b13: jax.Array | None,
     plan: DispatchPlan,
 ) -> Any:
-    rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token)
-    row_weights = take_rows(weights.reshape(-1), plan.source)
     quantized = fp8.forward_weight(w13, static.gemms), fp8.forward_weight(w2, static.gemms)
+    plain = static.form.fuses and b13 is None and is_known(ids.size) and ids.size <= MOST_CHAINED
+    if plain and chain.fits(x, ids, *quantized):
+        options: dict[str, Any] = {"expected_m": static.gemms.expected_m, "num_sms": static.gemms.num_sms}
+        ids = as_int32("moe_mlp", "ids", ids, "[t, top_k]")
+        return static.results(chain.experts_swiglu(x, ids, weights, *quantized, **options), w13, w2)
+    rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token, plan.position)
+    row_weights = take_rows(weights.reshape(-1), plan.source)
     y = experts.apply(static, rows, *quantized, row_weights, _groups(plan), b13)
     return static.results(sum_copies(y, plan.position), w13, w2)
 
@@ -212,6 +243,7 @@ def _fp8(
 def _fp8_fwd(
     static: Experts,
     x: jax.Array,
+    ids: jax.Array,
     weights: jax.Array,
     w13: Weight,
     w2: Weight,
@@ -219,7 +251,7 @@ def _fp8_fwd(
     plan: DispatchPlan,
 ) -> tuple[Any, tuple[experts.Kept, DispatchPlan]]:
     groups, trained = _groups(plan), not experts.is_frozen(static.w13)
-    rows, along_rows = experts.quantized(static, trained, x, groups, plan.token)
+    rows, along_rows = experts.quantized(static, trained, x, groups, plan.token, plan.position)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     y, kept = experts.apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups, b13)
     return static.results(sum_copies(y, plan.position), w13, w2), (kept, plan)
@@ -231,10 +263,10 @@ def _fp8_bwd(
     kept, plan = residuals
     dy, later = static.cotangents(cotangents)
     trained = not experts.is_frozen(static.w2)
-    rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token)
+    rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token, plan.position, "dy")
     drows, dw13, dw2, drow_weights, db13 = experts.backward(static, kept, rows, along_rows, later)
     dweights = take_rows(drow_weights, plan.position)
-    return sum_copies(drows, plan.position), dweights, dw13, dw2, db13, None
+    return sum_copies(drows, plan.position), None, dweights, dw13, dw2, db13, None
 
 
 _fp8.defvjp(_fp8_fwd, _fp8_bwd)

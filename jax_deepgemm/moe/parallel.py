@@ -7,7 +7,9 @@ dtype of x.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +41,8 @@ from jax_deepgemm.moe.experts import (
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
 from jax_deepgemm.moe.placement import cuts
+from jax_deepgemm.moe.shared import Shared, SharedExperts, checked_shared, with_shared
+from jax_deepgemm.moe.tensor import Cutter, TensorAxis, check_inner
 from jax_deepgemm.ops.gemm.checks import PER_ROW
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.quantize import QuantizedArray, dequantize, quantize
@@ -54,7 +58,9 @@ def expert_parallel_moe(
     *,
     b13: jax.Array | None = None,
     b2: jax.Array | None = None,
+    shared: SharedExperts | None = None,
     axis: Axis,
+    tensor_axis: Axis | None = None,
     method: str = "all_to_all",
     capacity_factor: float | None = None,
     recipe: str = "fp8",
@@ -91,7 +97,14 @@ def expert_parallel_moe(
         frozen ones too.
       w2: [e, h, i], their down projections, likewise.
       b13, b2: biases of this device's experts, as in `moe_mlp`.
+      shared: `SharedExperts`, the same on every device of `axis`, through which each device sends its own
+        tokens.
       axis: the mesh axis of the experts, or several.
+      tensor_axis: a mesh axis, or several, that cuts the inner size i: w13, b13 and w2, and those of shared,
+        have this device's features, in w13 those of gate and up alike. b2 is whole. Tokens are equal on its
+        devices (y is then summed by one all-reduce) or cut over it (they are gathered, and y is
+        reduce-scattered), as the type of x says: `jax.shard_map` with check_vma=True, its default. With
+        "fp8" each device has a multiple of 128 features.
       method: "all_to_all": fixed room for each pair of devices; on every platform.
         "ragged": `lax.ragged_all_to_all`, where only what is needed travels; GPUs (elsewhere emulated).
       capacity_factor: room for copies, 1 being that of a balanced load: t * top_k rows on a device, for
@@ -113,17 +126,54 @@ def expert_parallel_moe(
     sum over them. In FP8 the weights' gradients see the tokens (and the gradients of the results) as they
     travelled: quantised per token, then once more along tokens. Deterministic.
     """
+    where = "expert_parallel_moe"
     x, ids, weights, w2 = map(unwrapped, (x, ids, weights, w2))
-    w13, form = one_weight("expert_parallel_moe", w13, form), form.checked("expert_parallel_moe")
-    check_tokens("expert_parallel_moe", x, ids, weights)
-    check_weights("expert_parallel_moe", x, w13, w2, recipe, form)
+    w13, form = one_weight(where, w13, form), form.checked(where)
+    check_tokens(where, x, ids, weights)
+    check_weights(where, x, w13, w2, recipe, form)
     b13, b2 = map(unwrapped, (b13, b2))
-    check_biases("expert_parallel_moe", w13, w2, form, b13, b2)
-    way.check_method("expert_parallel_moe", method, capacity_factor)
-    experts = w13.shape[0]
+    check_biases(where, w13, w2, form, b13, b2)
+    way.check_method(where, method, capacity_factor)
+    shared = _own_weights(where, checked_shared(where, shared, x, w13.shape[0], recipe, form))
+    tensor = TensorAxis.of(where, tensor_axis, axis, (x, ids, weights))
+    for one in (w2, *(() if shared is None else (shared.w2,))):
+        check_inner(where, one, recipe, form, tensor.devices)
+    x, ids, weights = tensor.tokens(x, ids, weights)
+    experts, b2 = w13.shape[0], tensor.once(b2)
     wire = way.plan_wire(axis, method, x.shape[0], ids.shape[1], experts, capacity_factor, emulate_ragged)
     exchange = way.plan_exchange(ids, experts, wire)
     expected_m = expected_rows(ids.size, experts) if expected_m is None else expected_m
+    y = _routed(x, weights, w13, w2, b13, b2, exchange, recipe, form, expected_m, num_sms)
+    if shared is not None:
+        shared = dataclasses.replace(shared, b2=tensor.once(shared.b2))
+    y = with_shared(y, x, shared, recipe, form, num_sms)
+    return tensor.sum(y), jnp.sum(tensor.of_own_tokens(exchange.dropped), dtype=jnp.int32)
+
+
+def _own_weights(where: str, shared: Shared) -> SharedExperts | None:
+    if isinstance(shared, int):
+        raise ValueError(
+            f"{where}: shared is {shared} of the last experts, and the experts are cut over devices, which "
+            "every token would have to visit. Give the shared experts weights of their own, on each device: "
+            f"w13[:-{shared}], w2[:-{shared}], shared=SharedExperts(w13[-{shared}:], w2[-{shared}:])."
+        )
+    return shared
+
+
+def _routed(
+    x: jax.Array,
+    weights: jax.Array,
+    w13: Weight,
+    w2: Weight,
+    b13: jax.Array | None,
+    b2: jax.Array | None,
+    exchange: Exchange,
+    recipe: str,
+    form: ExpertForm,
+    expected_m: int | None,
+    num_sms: int | None,
+) -> jax.Array:
+    """y of the tokens x through the experts, wherever these are."""
     if recipe == "bf16" or form.weights_first or b13 is not None or b2 is not None:
         rows, row_weights = way.send_tokens(exchange, x), way.send_weights(exchange, weights)
         y = expert_mlp(
@@ -139,10 +189,10 @@ def expert_parallel_moe(
             expected_m=expected_m,
             num_sms=num_sms,
         )
-        return way.return_rows(exchange, y), exchange.dropped
+        return way.return_rows(exchange, y)
     static = Experts.of(x.dtype, w13, w2, gemm_options(form, expected_m, num_sms), form)
     leaves, tree = jax.tree.flatten((x, weights, w13, w2, exchange))
-    return _fp8(static, *jax.tree.unflatten(tree, same_varying_axes(leaves))), exchange.dropped
+    return _fp8(static, *jax.tree.unflatten(tree, same_varying_axes(leaves)))
 
 
 def moe_layer(
@@ -154,8 +204,10 @@ def moe_layer(
     *,
     b13: jax.Array | None = None,
     b2: jax.Array | None = None,
+    shared: SharedExperts | None = None,
     mesh: Mesh | None = None,
     expert_axis: Axis = "expert",
+    tensor_axis: Axis | None = None,
     token_axes: Axis | None = None,
     method: str = "all_to_all",
     capacity_factor: float | None = None,
@@ -186,8 +238,12 @@ def moe_layer(
         expert_axis.
       w2: [e, h, i], down projections, likewise.
       b13, b2: biases of all experts, as in `moe_mlp`.
+      shared: `SharedExperts`, which each device has.
       mesh: default: that of `jax.set_mesh`.
       expert_axis: mesh axis that cuts the experts.
+      tensor_axis: mesh axis that cuts the inner size of the experts, and of the shared ones. Gate and up are
+        cut alike: store w13 as [e, 2, i, h] (weight_layout "kn": [e, h, 2, i]) with i cut, or as two arrays,
+        or in turns. Joined, [e, 2 * i, h], each device takes its parts of what is whole on it.
       token_axes: mesh axes that cut the tokens, expert_axis among them; default: all.
       method, capacity_factor, recipe, form, expected_m, num_sms, emulate_ragged: as in `expert_parallel_moe`.
 
@@ -199,25 +255,45 @@ def moe_layer(
       ValueError, TypeError: operands that do not fit, axes that the mesh has not, tokens or experts that the
       devices do not divide; the message names both sides.
     """
-    x, ids, weights, w2 = map(unwrapped, (x, ids, weights, w2))
-    w13, form = one_weight("moe_layer", w13, form), form.checked("moe_layer")
-    check_tokens("moe_layer", x, ids, weights)
-    check_weights("moe_layer", x, w13, w2, recipe, form)
-    b13, b2 = map(unwrapped, (b13, b2))
-    check_biases("moe_layer", w13, w2, form, b13, b2)
+    where = "moe_layer"
+    x, ids, weights, w2, b13, b2 = map(unwrapped, (x, ids, weights, w2, b13, b2))
+    form = form.checked(where)
+    check_tokens(where, x, ids, weights)
+    if tensor_axis is None:
+        w13 = one_weight(where, w13, form)
+        check_weights(where, x, w13, w2, recipe, form)
+        check_biases(where, w13, w2, form, b13, b2)
+    else:  # joined and checked on each device
+        parts: Any = tuple(map(unwrapped, w13)) if isinstance(w13, tuple | list) else unwrapped(w13)
+        w13 = parts
+    count = jax.tree.leaves(w13)[0].shape[0]
+    shared = _own_weights(where, checked_shared(where, shared, x, count, recipe, form, tensor_axis is None))
     axes = mesh or jax.sharding.get_abstract_mesh()
-    experts_over = way.axis_names(expert_axis)
+    experts_over, tensor_over = (
+        () if axis is None else way.axis_names(axis) for axis in (expert_axis, tensor_axis)
+    )
     free = [name for name in axes.axis_names if name not in axes.manual_axes]
     tokens_over = tuple(free) if token_axes is None else way.axis_names(token_axes)
-    _check_mesh(dict(axes.shape), experts_over, tokens_over, x.shape[0], w13.shape[0])
+    _check_mesh(dict(axes.shape), experts_over, tokens_over, tensor_over, x.shape[0], count)
+    devices = math.prod(axes.shape[name] for name in tensor_over)
+    for one in (w2, *(() if shared is None else (shared.w2,))):
+        check_inner(where, one, recipe, form, devices, devices)
+    cutter, own = Cutter(where, form, experts_over, tensor_over), P(tokens_over)
+    pieces = cutter.weight("w13", w13), cutter.weight("w2", w2), cutter.bias(b13), cutter.shared(shared)
 
-    def local(*args: Any) -> tuple[jax.Array, jax.Array]:
-        *operands, b13, b2 = args
+    def local(x: Any, ids: Any, weights: Any, b2: Any, *parts: Any) -> tuple[jax.Array, jax.Array]:
+        w13, w2, b13, shared = (piece.argument(part) for piece, part in zip(pieces, parts, strict=True))
         y, dropped = expert_parallel_moe(
-            *operands,
+            x,
+            ids,
+            weights,
+            w13,
+            w2,
             b13=b13,
             b2=b2,
+            shared=shared,
             axis=expert_axis,
+            tensor_axis=tensor_axis,
             method=method,
             capacity_factor=capacity_factor,
             recipe=recipe,
@@ -228,13 +304,12 @@ def moe_layer(
         )
         return y, lax.psum(dropped, tokens_over)
 
-    tokens, experts = P(tokens_over), P(experts_over)
-    specs = (tokens, tokens, tokens, experts, experts, experts, experts)
-    args = (x, ids, weights, w13, w2, b13, b2)
-    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, P()), axis_names=set(free))
+    specs = (own, own, own, P(experts_over), *(piece.specs for piece in pieces))
+    args = (x, ids, weights, b2, *(piece.arrays for piece in pieces))
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(own, P()), axis_names=set(free))
     if not axes.explicit_axes:
         return run(*args)
-    y, dropped = run(*(_placed(axes, mesh, spec, part) for spec, part in zip(specs, args, strict=True)))
+    y, dropped = run(*jax.tree.map(functools.partial(_placed, axes, mesh), specs, args))
     return _placed(axes, mesh, as_spec(cuts(x)), y), dropped
 
 
@@ -249,9 +324,16 @@ def _check_mesh(
     mesh: dict[str, int],
     experts_over: tuple[str, ...],
     tokens_over: tuple[str, ...],
+    tensor_over: tuple[str, ...],
     tokens: int,
     experts: int,
 ) -> None:
+    unknown = [name for name in tensor_over if name not in mesh or name in experts_over]
+    if unknown:
+        raise ValueError(
+            f"moe_layer: tensor_axis is {tensor_over}, experts are cut over {experts_over}, and the mesh is "
+            f"{mesh}: need other axes of the mesh."
+        )
     missing = [name for name in (*experts_over, *tokens_over) if name not in mesh]
     if missing or not set(experts_over) <= set(tokens_over):
         raise ValueError(
@@ -298,9 +380,9 @@ def _send(exchange: Exchange, x: jax.Array, numbers: jax.Array | None, scale_for
     return _Parcel(QuantizedArray(values, scales, PER_ROW), row_numbers)
 
 
-def _along_rows(static: Experts, rows: QuantizedArray, groups: fp8.Groups) -> fp8.AlongRows:
+def _along_rows(static: Experts, rows: QuantizedArray, groups: fp8.Groups, of: str) -> fp8.AlongRows:
     """Rows that came quantised, quantised along rows."""
-    return fp8.both(dequantize(rows, jnp.bfloat16), groups, static.gemms)[1]
+    return fp8.both(dequantize(rows, jnp.bfloat16), groups, static.gemms, of)[1]
 
 
 def _groups(exchange: Exchange) -> fp8.Groups:
@@ -322,7 +404,7 @@ def _fp8_fwd(
 ) -> tuple[jax.Array, tuple[Kept, Exchange]]:
     rows, row_weights = _send(exchange, x, weights, static.form.scale_format)
     groups = _groups(exchange)
-    along_rows = None if is_frozen(static.w13) else _along_rows(static, rows, groups)
+    along_rows = None if is_frozen(static.w13) else _along_rows(static, rows, groups, "x")
     y, kept = apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups)
     return way.rows_to_tokens(exchange, y), (kept, exchange)
 
@@ -330,7 +412,7 @@ def _fp8_fwd(
 def _fp8_bwd(static: Experts, residuals: tuple[Kept, Exchange], dy: jax.Array) -> tuple[Any, ...]:
     kept, exchange = residuals
     rows, _ = _send(exchange, dy, None, static.form.scale_format)
-    along_rows = None if is_frozen(static.w2) else _along_rows(static, rows, kept.groups)
+    along_rows = None if is_frozen(static.w2) else _along_rows(static, rows, kept.groups, "dy")
     drows, dw13, dw2, drow_weights, _ = backward(static, kept, rows, along_rows)
     dx = way.rows_to_tokens(exchange, drows)
     return dx, way.rows_to_copies(exchange, drow_weights), dw13, dw2, None

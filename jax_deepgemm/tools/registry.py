@@ -16,10 +16,12 @@ FOLDERS = (
     "jax_deepgemm.ops.swiglu",
     "jax_deepgemm.ops.dispatch",
     "jax_deepgemm.ops.rows",
+    "jax_deepgemm.ops.indexer",
     "jax_deepgemm.ops.gemm",
     "jax_deepgemm.ops.grouped",
     "jax_deepgemm.ops.ragged_dot",
     "jax_deepgemm.ops.route",
+    "jax_deepgemm.ops.experts",
     "jax_deepgemm.ops.topk",
     "jax_deepgemm.moe",
 )
@@ -40,7 +42,7 @@ def families() -> list[Family[Any]]:
     """Returns every family of kernels.
 
     >>> [family.name for family in families()]
-    ['quantize', 'dispatch', 'rows', 'gemm', 'grouped', 'route', 'topk']
+    ['quantize', 'swiglu', 'dispatch', 'rows', 'indexer', 'gemm', 'grouped', 'route', 'experts', 'topk']
     """
     return [module.FAMILY for module in parts("family")]
 

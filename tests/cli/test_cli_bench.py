@@ -339,6 +339,7 @@ COUNTS = {
     "moe": 15,
     "moe_inference": 16,
     "moe_step": 4,
+    "moe_shared": 12,
     "shapes": 24,
     "k_drawn": 13,
     "skew": 14,

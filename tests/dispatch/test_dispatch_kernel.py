@@ -27,7 +27,7 @@ pytestmark = pytest.mark.any_version
 NATIVE = Path(__file__).parents[1] / "shared" / "native"
 DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
 HEADER = Path("jax_deepgemm/dispatch/dispatch.cuh")
-ALONE, CLUSTER, GRID = range(3)
+ALONE, CLUSTER, GRID, OF_ROWS = range(4)
 CASES = 8
 BROKEN = {
     "counts are summed while they grow": (
@@ -48,7 +48,8 @@ Case = tuple[int, int, int, int, list[int]]
 
 def draw(rng: random.Random) -> Case:
     meeting = rng.choice([ALONE, CLUSTER, GRID])
-    blocks = 1 if meeting == ALONE else rng.choice([2, 3, 4])
+    meeting = OF_ROWS if meeting == ALONE and rng.random() < 0.5 else meeting
+    blocks = 1 if meeting in (ALONE, OF_ROWS) else rng.choice([2, 3, 4])
     experts, copies = rng.choice([1, 2, 7, 33, 200]), rng.choice([1, 5, 31, 32, 33, 100, 500])
     skewed = rng.random() < 0.3
     ids = [0 if skewed and rng.random() < 0.9 else rng.randrange(experts) for _ in range(copies)]
@@ -87,7 +88,8 @@ def problems(cases: list[Case], program: Path) -> list[str]:
 def test_any_routing(tmp_path: Path) -> None:
     rng = random.Random(0)
     wide = (GRID, 34, 0, 5, [rng.randrange(-1, 5) for _ in range(400)])  # a lane has counts of two blocks
-    assert problems([wide, *(draw(rng) for _ in range(CASES))], build(tmp_path)) == []
+    rows = (OF_ROWS, 1, 0, 7, [rng.randrange(-1, 8) for _ in range(100)])
+    assert problems([wide, rows, *(draw(rng) for _ in range(CASES))], build(tmp_path)) == []
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -103,19 +105,17 @@ def test_a_missing_barrier_is_found(what: str, tmp_path: Path) -> None:
     assert problems(cases, build(tmp_path, tmp_path))
 
 
-PROBLEMS = [
-    DispatchProblem(copies, experts, capacity)
-    for copies, experts, capacity in (
-        (1, 1, 0),
-        (8, 256, 0),
-        (2048, 2048, 3),
-        (2049, 32, 0),
-        (1 << 15, 256, 0),
-        (40_000, 128, 0),
-        (1 << 24, 2048, 0),
-        (MOST_ROWS, MOST_EXPERTS, 7),
-    )
-]
+SIZES = (
+    (1, 1, 0),
+    (8, 256, 0),
+    (2048, 2048, 3),
+    (2049, 32, 0),
+    (1 << 15, 256, 0),
+    (40_000, 128, 0),
+    (1 << 24, 2048, 0),
+    (MOST_ROWS, MOST_EXPERTS, 7),
+)
+PROBLEMS = [*(DispatchProblem(*sizes) for sizes in SIZES), DispatchProblem(8, 256, slots=8)]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 nnx = pytest.importorskip("flax.nnx")
 
-from jax_deepgemm.flax import Linear, MoE  # noqa: E402
+from jax_deepgemm.flax import Linear, MoE, quantize_module  # noqa: E402
 from jax_deepgemm.flax.weights import GateUp, _Draw, _program, lecun_normal  # noqa: E402
+from jax_deepgemm.moe import ExpertForm  # noqa: E402
 
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 
@@ -130,6 +133,41 @@ def test_results_of_experts_are_cut_as_the_tokens_on_explicit_axes() -> None:
         y = in_a_loop(state, cut)
     assert y.sharding.spec == spec
     np.testing.assert_array_equal(y, want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "local"),
+    [
+        (AxisType.Auto, ExpertForm(), [(2, 2, 128, 128), (2, 128, 128)]),
+        (AxisType.Explicit, ExpertForm(weight_layout="kn"), [(2, 128, 2, 128), (2, 128, 128)]),
+    ],
+    ids=["apart", "kn"],
+)
+def test_the_inner_size_of_experts_is_cut(kind, form, local) -> None:
+    """Each device makes its features of gate and up; the same numbers and gradients, frozen weights too."""
+    x = jax.random.normal(jax.random.key(1), (16, 128), jnp.bfloat16)
+    make = functools.partial(MoE, 128, 256, 4, 2, form=form, recipe="bf16")
+
+    def loss(layer, x):
+        y = layer(x)
+        return jnp.mean(y.astype(jnp.float32) ** 2), y
+
+    step = nnx.jit(nnx.grad(loss, has_aux=True))
+    alone = make(rngs=nnx.Rngs(0))
+    slopes, want = step(alone, x)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "expert", "tensor"), axis_types=(kind,) * 3)
+    with jax.set_mesh(mesh):
+        layer = make(rngs=nnx.Rngs(0), expert_axis="expert", tensor_axis="tensor")
+        cut = jax.device_put(x, NamedSharding(mesh, P(("data", "expert", "tensor"))))
+        slope, got = step(layer, cut)
+        if form.weight_layout == "nk":
+            assert quantize_module(layer).w13.get_value().shape == (4, 2, 256, 128)
+    assert [w.get_value().addressable_shards[0].data.shape for w in (layer.w13, layer.w2)] == local
+    np.testing.assert_array_equal(np.asarray(layer.w13[...]).reshape(alone.w13.shape), alone.w13[...])
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), atol=0.02)
+    for name in ("gate", "w13", "w2"):
+        one, other = (np.asarray(s[name][...]) for s in (slope, slopes))
+        np.testing.assert_allclose(one.reshape(other.shape), other, atol=0.02 * np.abs(other).max())
 
 
 def test_experts_without_an_axis_take_cut_tokens_on_explicit_axes() -> None:

@@ -88,6 +88,12 @@ def k_fp8(i: int) -> list[Any]:
     ]
 
 
+def k_fp8_blocks(i: int) -> list[Any]:
+    """Groups of whole blocks of k, and two blocks of b's rows; b's scales are of 128x128."""
+    a, b = oracle.fp8(i, 10, 384), oracle.fp8(10 + i, 136, 384, block=(128, 128))
+    return [a[0], a[1].T, b[0], b[1].T, np.array([130, 100], np.int32), np.zeros(1, np.int32)]
+
+
 def k_bf16(i: int) -> list[Any]:
     c = oracle.random(20 + i, 2, 10, N, dtype=np.float32)
     return [oracle.random(i, M, 10), oracle.random(10 + i, M, N), sizes(i), offset(i), c]
@@ -121,6 +127,13 @@ CASES = [
     Case("masked-nn", ops.M_MASKED_BF16["nn"], functools.partial(masked_bf16, "nn"), MASKED, ((Y, Y, X),)),
     Case("k-masked", ops.K_MASKED_BF16, k_masked, {"out_dtype": F32}, ((Y, X, Y),)),
     Case("k-fp8", ops.K_GROUPED_FP8, k_fp8, K_PARAMS, ((Y,) * 6, (Y, Y, X, X, Y, X), (X, X, X, X, X, Y))),
+    Case(
+        "k-fp8-block",
+        ops.K_GROUPED_FP8_BLOCK,
+        k_fp8_blocks,
+        {**K_PARAMS, "rows_format": "blocks"},
+        ((Y,) * 6, (Y, Y, X, X, Y, X)),
+    ),
     Case("k-bf16-add", ops.K_GROUPED_BF16_ADD, k_bf16, K_PARAMS, ((Y,) * 5, (X, Y, Y, X, X))),
 ]
 PAIRS = [(case, None) for case in CASES] + [(case, batch) for case in CASES for batch in case.batches]

@@ -49,6 +49,7 @@ def inner(**options: Any) -> GroupedProblem:
 def compiled_pairs() -> Iterator[tuple[GroupedProblem, GemmConfig]]:
     """Every tile in its common form, then one of everything else."""
     common = [problem(), problem(**PLAIN), inner(), problem("inner", **PLAIN, layout="tn", out="float32")]
+    common.append(inner(b_scales="block_slices", whole_blocks=True))
     for p in common:
         yield from ((p, c) for c in grouped_candidates(p, H200))
     others = [
@@ -60,6 +61,7 @@ def compiled_pairs() -> Iterator[tuple[GroupedProblem, GemmConfig]]:
         problem("masked_rows", **PLAIN, zero_rows=True),
         inner(add_c=True, segmented=True),
         inner(out="bfloat16", add_c=True, a="e5m2"),
+        inner(b_scales="block_slices", whole_blocks=True, out="bfloat16", add_c=True, segmented=True),
         problem("inner", **PLAIN, layout="tn", out="float32", add_c=True),
         problem("masked_inner", **PLAIN, layout="tn"),
     ]
@@ -90,6 +92,7 @@ def test_every_field_of_the_configuration_is_documented() -> None:
 
 
 UNROLLED = [(p, c) for p, c in PAIRS if p.grouping != "inner" and p.b_scales == "block"]
+SQUARE = [(p, c) for p, c in PAIRS if p.b_scales == "block_slices"]
 
 
 def disassembly(p: GroupedProblem, c: GemmConfig) -> list[str]:
@@ -120,6 +123,19 @@ def test_main_loop_is_uniform(p: GroupedProblem, c: GemmConfig) -> None:
         assert "WARPSYNC" not in loop
 
 
+@pytest.mark.parametrize(("p", "c"), SQUARE, ids=[grouped_name(*pair) for pair in SQUARE])
+def test_main_loop_of_square_scales_has_one_instruction_for_each_product(
+    p: GroupedProblem, c: GemmConfig
+) -> None:
+    [loop] = main_loops(disassembly(p, c))
+    elements = c.rows * c.cols // (128 * c.warpgroups)  # of a thread
+    assert loop.count("FFMA") == 4 * elements
+    assert loop.count("FMUL") <= 32
+    assert loop.count("LDS") <= 32
+    assert loop.count("R2UR") < 12
+    assert "WARPSYNC" not in loop
+
+
 @pytest.mark.parametrize(("p", "c"), UNROLLED, ids=[grouped_name(*pair) for pair in UNROLLED])
 def test_first_product_stands_under_the_epilogue(p: GroupedProblem, c: GemmConfig) -> None:
     """The last multiplication is the next tile's, and stores stand between it and the wait for it."""
@@ -148,6 +164,7 @@ def test_table_of_many_groups_costs_stages() -> None:
     [
         (problem(), GemmConfig(8, 64, 8, True), "swap_ab and split_k are for dense GEMMs"),
         (problem(), GemmConfig(128, 12, 8), "must be 8 to 256 in steps of 8"),
+        (inner(b_scales="block_slices"), GemmConfig(128, 192, 4), "must be 128 or 256 where scales of"),
     ],
 )
 def test_each_rule_has_its_message(p: GroupedProblem, c: GemmConfig, rule: str) -> None:
@@ -234,6 +251,24 @@ def test_inner_plan_has_a_block_of_scales_per_box() -> None:
         plan = kernel.k_grouped_fp8_gemm.plan(ins, [result], batch=None, chip=H200, rows_format="sizes")
         assert [type(step) for step in plan.steps] == [Copy] * (out == jnp.float32) + [Launch]
     assert scalars(launch)[-1] == 1024
+
+
+def test_inner_plan_of_square_scales_has_four_blocks_of_k_per_box() -> None:
+    ins = [shape(256, 1024, dtype=E4), shape(8, 256, dtype=F32), shape(640, 1024, dtype=E4)]
+    ins += [
+        shape(8, 8, dtype=F32),
+        shape(5, dtype=I32),
+        shape(1, dtype=I32),
+    ]  # five blocks of columns, padded
+    out = shape(5, 256, 640)
+    launch = planned(
+        kernel.k_grouped_fp8_gemm, ins, out, rows_format="blocks", config=GemmConfig(128, 256, 4)
+    )
+    maps = [param for param in launch.params if isinstance(param, TensorMap)]
+    assert [(m.dims, m.box) for m in maps[2:4]] == [((256, 8, 1), (128, 4, 1)), ((8, 8, 1), (4, 4, 1))]
+    wide = [*ins[:3], shape(8, 640, dtype=F32), *ins[4:]]
+    launch = planned(kernel.k_grouped_fp8_gemm, wide, out, rows_format="blocks")
+    assert "sb128" not in launch.kernel.name
 
 
 def test_masked_weights_are_used_in_turn() -> None:

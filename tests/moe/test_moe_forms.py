@@ -25,7 +25,7 @@ from jax_deepgemm.moe import (
 )
 from tests.shared import op_checks
 from tests.shared.expert_forms import MODELS, arrays, biases, bound, float64
-from tests.shared.moe_oracle import pull, relative, wide
+from tests.shared.moe_oracle import pull, pull_stepwise, relative, wide
 
 E = 4
 every = pytest.mark.parametrize("model", MODELS)
@@ -57,7 +57,8 @@ LAYERS += [(layer, model) for layer in (over_mesh, experts) for model in ("gpt-o
 def test_forward_and_gradients(layer, model, recipe):
     x, ids, weights, w13, w2, dy = arrays(MODELS[model])
     run = functools.partial(layer, recipe=recipe, form=MODELS[model])
-    got = pull(lambda x, weights, *w: run(x, ids, weights, *w), x, weights, w13, w2, by=dy)
+    pulled = pull if layer is over_mesh else pull_stepwise
+    got = pulled(lambda x, weights, *w: run(x, ids, weights, *w), x, weights, w13, w2, by=dy)
     errors = [relative(one, other) for one, other in zip(got, wanted(model), strict=True)]
     assert max(errors) < bound(recipe, MODELS[model]), errors
     assert [one.shape for one in got[3:]] == [w13.shape, w2.shape]
@@ -85,7 +86,8 @@ def test_biases(layer, model, recipe):
     def run(x: Any, weights: Any, w13: Any, w2: Any, b13: Any, b2: Any) -> jax.Array:
         return layer(x, ids, weights, w13, w2, b13=b13, b2=b2, recipe=recipe, form=form)
 
-    got = pull(run, x, weights, w13, w2, b13, b2, by=dy)
+    pulled = pull if layer is over_mesh else pull_stepwise
+    got = pulled(run, x, weights, w13, w2, b13, b2, by=dy)
     errors = [relative(one, other) for one, other in zip(got, want, strict=True)]
     assert max(errors) < bound(recipe, form), errors
     assert [one.dtype for one in got[5:]] == [b13.dtype, b2.dtype]
@@ -107,7 +109,7 @@ def test_bias_of_some_experts_and_rows_of_none(recipe):
         sizes = jnp.array([4, 3, 0, 9], jnp.int32)
         return expert_mlp(rows, w, w, sizes, b13=b13, b2=b2, recipe=recipe, form=form, group_offset=1)
 
-    y, db13, db2 = pull(run, b13, b2, by=jnp.ones((20, 128), jnp.bfloat16).at[16:].set(jnp.nan))
+    y, db13, db2 = pull_stepwise(run, b13, b2, by=jnp.ones((20, 128), jnp.bfloat16).at[16:].set(jnp.nan))
     np.testing.assert_allclose(wide(y)[:, 0], [0] * 4 + [5] * 3 + [0] * 13, rtol=0.05)
     np.testing.assert_allclose(db13, [[3 * 4] * 128, [0] * 128], rtol=0.05)
     np.testing.assert_allclose(db2, [[3] * 128, [0] * 128], rtol=0.05)
@@ -124,8 +126,8 @@ def test_two_arrays_are_one(model, recipe):
     def run(x: Any, pair: Any, w2: Any) -> jax.Array:
         return moe_mlp(x, ids, weights, pair, w2, recipe=recipe, form=form)
 
-    y, dx, dw13, dw2 = pull(run, x, w13, w2, by=dy)
-    got = pull(run, x, tuple(jnp.split(w13, 2, axis)), w2, by=dy)
+    y, dx, dw13, dw2 = pull_stepwise(run, x, w13, w2, by=dy)
+    got = pull_stepwise(run, x, tuple(jnp.split(w13, 2, axis)), w2, by=dy)
     for one, other in zip((*got[:2], jnp.concatenate(got[2], axis), got[3]), (y, dx, dw13, dw2), strict=True):
         np.testing.assert_array_equal(wide(one), wide(other))
 
@@ -140,7 +142,7 @@ def test_prepared_weights_of_another_layout_and_of_two_arrays():
 
     operands = x, tuple(jnp.split(w13, 2, 2)), w2
     one, other = (
-        pull(functools.partial(run, prepare=prepare), *operands, by=dy) for prepare in (True, False)
+        pull_stepwise(functools.partial(run, prepare=prepare), *operands, by=dy) for prepare in (True, False)
     )
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(wide(a), wide(b))

@@ -86,6 +86,15 @@ def test_table_of_fp8_errors_is_of_the_committed_measurement() -> None:
     assert all(0.07 < errors["MoE, 3 layers", "fp8"][part] < 0.10 for part in ("drouter", "dw13", "dw2"))
 
 
+def test_table_of_weight_gradients_is_of_the_committed_measurement() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "weight_gradient_error.py"))
+    content = json.loads(script["DATA"].read_text())
+    page = script["PAGE"].read_text()
+    assert script["with_table"](page, content) == page
+    assert content["rows"][0]["spread"] == "normal"
+    assert all(0.03 < error < 0.04 for error in content["rows"][0]["errors"].values())
+
+
 def test_fp8_errors_of_a_linear_layer_are_those_of_the_page() -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "fp8_error.py"))
     (committed,) = (

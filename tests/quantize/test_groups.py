@@ -48,13 +48,13 @@ def test_row_blocks_cover_the_rows_once(sizes, rows):
     assert not table[len(want) :, 1:3].any()
 
 
-def oracle(x: np.ndarray, sizes: Any) -> tuple[np.ndarray, ...]:
+def oracle(x: np.ndarray, sizes: Any, block_t: tuple[int, int] = (128, 1)) -> tuple[np.ndarray, ...]:
     """values, scales, and the transposed copy of the groups' own blocks."""
     counted, copies, grids = x.astype(np.float32), [], []
     groups = starts_of(sizes, len(x))
     counted[groups[-1][1] :] = 0
     for start, end in groups:
-        values, scales = quant_oracle.quantize(counted[start:end], (128, 1))
+        values, scales = quant_oracle.quantize(counted[start:end], block_t)
         copies.append(np.pad(values.astype(np.float32), ((0, -len(values) % 128), (0, 0))))
         grids.append(scales)
     values, scales = quant_oracle.quantize(counted, (1, 128))
@@ -81,12 +81,15 @@ def test_groups_against_numpy(sizes, rows):
     end = starts_of(sizes, rows)[-1][1]
     x[end:] = np.nan
     assert_quantized(jax.jit(quantize_groups)(x, blocks), oracle(x, sizes))
+    square = jax.jit(functools.partial(quantize_groups, block_t=(128, 128)))
+    assert_quantized(square(x, blocks), oracle(x, sizes, (128, 128)))
     index = (
         np.random.default_rng(0).permutation(rows + 9)[:rows].astype(np.int32) - 4
     )  # some are out of range
     source = draw(rows, 136, seed=1)
     taken = np.where(((index >= 0) & (index < rows))[:, None], source[np.clip(index, 0, rows - 1)], 0)
     assert_quantized(jax.jit(quantize_groups)(source, blocks, index), oracle(taken, sizes))
+    assert_quantized(square(source, blocks, index), oracle(taken, sizes, (128, 128)))
     q = jax.jit(quantize_rows)(source, index)
     for got, want in zip((q.values, q.scales), quant_oracle.quantize(taken, (1, 128)), strict=True):
         np.testing.assert_array_equal(np.asarray(got).astype(np.float32), want.astype(np.float32))
@@ -117,6 +120,26 @@ def test_swiglu_with_blocks_is_swiglu_of_each_group():
             )
             block = column // 128
             np.testing.assert_array_equal(got[3][block : block + len(one[3])], one[3])
+
+
+@pytest.mark.any_version
+def test_swiglu_with_square_blocks_shares_the_largest_scale_of_their_columns():
+    sizes, rows, width = [130, 0, 7], 200, 136
+    h, dact, weight = draw(rows, 2 * width), draw(rows, width, seed=1), np.float32(draw(rows, seed=2))
+    for function, read in ((swiglu_quantize, (h, weight)), (swiglu_grad_quantize, (h, weight, dact))):
+        by_group = functools.partial(function, blocks=row_blocks(jnp.array(sizes), rows))
+        plain = jax.jit(by_group)(*read)
+        square = jax.jit(functools.partial(by_group, block_t=(128, 128)))(*read)
+        cols, scales = plain[2].shape[0], np.asarray(plain[3])[:3]
+        want = np.stack([scales[:, c : c + 128].max(1) for c in range(0, cols, 128)], axis=1)
+        np.testing.assert_array_equal(np.asarray(square[3])[:3], want)
+        for i in (0, 1, *range(4, len(plain))):
+            np.testing.assert_array_equal(np.asarray(square[i], np.float32), np.asarray(plain[i], np.float32))
+        numbers = [
+            np.asarray(values, np.float32)[:, :384] * np.repeat(scales, 128, 0).T
+            for values, scales in ((plain[2], scales), (square[2], np.repeat(want, 128, 1)[:, :cols]))
+        ]
+        assert np.linalg.norm(numbers[0] - numbers[1]) < 0.06 * np.linalg.norm(numbers[0])
 
 
 def test_vmap_and_results_cut_over_devices():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -26,11 +27,13 @@ def relative(got: Any, want: Any) -> float:
 def pull(function: Any, *args: Any, by: Any) -> tuple[Any, ...]:
     """(function(*args), and its arguments' gradients for this gradient of the result), in one program."""
 
-    def run(args: Any, by: Any) -> tuple[Any, ...]:
-        y, vjp = jax.vjp(function, *args)
-        return y, *vjp(by)
+    return jax.jit(functools.partial(pull_stepwise, function))(*args, by=by)
 
-    return jax.jit(run)(args, by)
+
+def pull_stepwise(function: Any, *args: Any, by: Any) -> tuple[Any, ...]:
+    """The same without jit: XLA compiles each op once for all layers that have it."""
+    y, vjp = jax.vjp(function, *args)
+    return y, *vjp(by)
 
 
 def random_ids(seed: int, tokens: int, top_k: int, experts: int, dropped: float = 0.0) -> jax.Array:

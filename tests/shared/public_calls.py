@@ -127,6 +127,7 @@ def _operands() -> dict[str, Any]:
         "ws_t_f32": normal(3, HIDDEN, WIDTH, dtype=jnp.float32),
         "b13": normal(EXPERTS, 2 * WIDTH, dtype=jnp.float32),
         "b2": normal(EXPERTS, HIDDEN, dtype=jnp.float32),
+        "gate": normal(HIDDEN, dtype=jnp.float32),
     }  # fmt: skip
 
 
@@ -170,6 +171,23 @@ def _parallel(method: str) -> Callable[..., Any]:
         return jax.shard_map(layer, mesh=mesh_of_two(), in_specs=cut, out_specs=cut)(*args)
 
     return call
+
+
+def _shared(x: jax.Array, ids: jax.Array, weights: jax.Array, w13: Any, w2: Any, gate: jax.Array) -> Any:
+    """The first expert by itself, the last one in the launches of the others."""
+    own = moe.SharedExperts(w13[0], w2[0], gate=gate)
+    apart = w13.reshape(EXPERTS, 2, WIDTH, HIDDEN)
+    return moe.moe_mlp(x, ids, weights, apart, w2, shared=own) + moe.moe_mlp(
+        x, ids, weights, w13, w2, shared=1
+    )
+
+
+def _cut_inside(x: jax.Array, ids: jax.Array, weights: jax.Array, w13: Any, w2: Any) -> Any:
+    """The inner size of the experts on a mesh axis."""
+    mesh = jax.make_mesh(
+        (1, 2), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:2]
+    )
+    return moe.moe_layer(x, ids, weights, w13, w2, mesh=mesh, tensor_axis="tensor", recipe="bf16")
 
 
 def _prepared(layer: Callable[..., Any]) -> Callable[..., Any]:
@@ -347,11 +365,13 @@ FORWARD = (
         "moe_mlp relu2", functools.partial(moe.moe_mlp, form=RELU2), ("x", "ids", "weights", "w13_half", "w2")
     ),
     Call("moe_mlp_decode", moe.moe_mlp_decode, FROZEN_MOE),
+    Call("SharedExperts", _shared, (*MOE, "gate")),
     Call("moe_mlp biases", _biased, (*MOE, "b13", "b2")),
     Call("moe_mlp_decode gpt-oss", functools.partial(moe.moe_mlp_decode, form=GPT_OSS), TURNED_MOE),
     Call("moe_mlp_decode bf16", bf16_recipe(moe.moe_mlp_decode), MOE),
     Call("expert_parallel_moe", _parallel("all_to_all"), FROZEN_MOE, mesh=True),
     Call("moe_layer", _layer, MOE, mesh=True),
+    Call("moe_layer tensor", _cut_inside, MOE, mesh=True),
 )
 
 GRADIENTS = (
@@ -389,6 +409,8 @@ GRADIENTS = (
         _gradient(functools.partial(jdg.grouped_linear, weight_layout="kn"), 0, 1),
         ("x", "ws_t_f32", "sizes"),
     ),
+    Call("SharedExperts", _gradient(_shared, 0, 2, 3, 4, 5), (*MOE, "gate")),
+    Call("moe_layer tensor", _gradient(lambda *args: _cut_inside(*args)[0], 0, 2, 3, 4), MOE, mesh=True),
     Call("moe_mlp prepared", _gradient(_prepared(moe.moe_mlp), 0, 2, 3, 4), MOE),
     Call("moe_mlp bf16", _gradient(bf16_recipe(moe.moe_mlp), 0, 2, 3, 4), MOE),
     Call("moe_layer", _gradient(lambda *args: _layer(*args)[0], 0, 2, 3, 4), MOE, mesh=True),

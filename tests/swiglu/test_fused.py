@@ -43,11 +43,13 @@ def assert_equal(got: Any, want: Any) -> None:
         np.testing.assert_array_equal(one.astype(np.float32), other.astype(np.float32))
 
 
-def oracle_both(x: np.ndarray, rows: int | None, dtype: str, scale_format: str) -> list[np.ndarray]:
+def oracle_both(
+    x: np.ndarray, rows: int | None, dtype: str, scale_format: str, block_t: tuple[int, int] = (128, 1)
+) -> list[np.ndarray]:
     counted = x.astype(np.float32)
     counted[len(x) if rows is None else max(rows, 0) :] = 0
     values, scales = quant_oracle.quantize(counted, (1, 128), dtype, scale_format)
-    along_rows, scales_t = quant_oracle.quantize(counted, (128, 1), dtype, scale_format)
+    along_rows, scales_t = quant_oracle.quantize(counted, block_t, dtype, scale_format)
     return [values, scales, along_rows.T, scales_t]
 
 
@@ -62,6 +64,8 @@ def test_quantize_both_and_weight_equal_numpy(shape, dtype, x_dtype, scale_forma
     x, options = draw(shape, x_dtype), {"dtype": dtype, "scale_format": scale_format}
     both, weight = (optimised(functools.partial(f, **options)) for f in (quantize_both, quantize_weight))
     assert_equal(both(x), oracle_both(x, None, dtype.name, scale_format))
+    square = optimised(functools.partial(quantize_both, block_t=(128, 128), **options))
+    assert_equal(square(x), oracle_both(x, None, dtype.name, scale_format, (128, 128)))
     values, scales = quant_oracle.quantize(x, (128, 128), dtype.name, scale_format)
     assert_equal(weight(x), [values, scales, values.T])
 
@@ -170,6 +174,16 @@ X = np.ones((4, 256), np.float32)
         ),
         (lambda: quantize_weight(X.tolist()), TypeError, r"quantize_weight: x is a list"),
         (
+            lambda: quantize_both(X, block_t=(1, 128)),
+            ValueError,
+            r"block_t is \(1, 128\), need \(128, 1\) or",
+        ),
+        (
+            lambda: swiglu_quantize(X, block_t=(128, 128)),
+            ValueError,
+            r"block_t is \(128, 128\) without blocks, need row_blocks\(group_sizes, m\)",
+        ),
+        (
             lambda: swiglu_quantize(X[:, :3]),
             ValueError,
             r"swiglu_quantize: h has shape \[4, 3\], need \[m, 2 i\]",
@@ -195,9 +209,9 @@ EVERY, OWN = ("auto", "explicit", "shard_map"), ("auto", "explicit")
 ONE, TWO = ("all-reduce",), ("all-reduce",) * 2
 
 
-def both_case(shape, *table):
+def both_case(shape, *table, block_t=(128, 1)):
     def fn(x, out_sharding=None):
-        return quantize_both(x)
+        return quantize_both(x, block_t=block_t)
 
     shards = tuple(
         Shard(
@@ -205,7 +219,7 @@ def both_case(shape, *table):
         )
         for spec, scales, scales_t, sums, modes in table
     )
-    name = f"quantize_both-{shape[0]}x{shape[1]}"
+    name = f"quantize_both-{shape[0]}x{shape[1]}-{block_t[1]}"
     return OpCase(name, fn, lambda seed: [normal(seed, *shape)], (((0,),),), shards, tolerance=0)
 
 
@@ -249,6 +263,12 @@ CASES = [
         (P(("x", "y")), P(("x", "y")), P(), ONE, OWN),
     ),
     both_case((130, 200), (P("x"), P("x"), P(), ONE, OWN), (P("x", "y"), P("x"), P(None, "y"), TWO, OWN)),
+    both_case(
+        (512, 1024),
+        (P("y", "x"), P("y", "x"), P("y", "x"), (), EVERY),
+        (P(("x", "y")), P(("x", "y")), P(), ONE, OWN),
+        block_t=(128, 128),
+    ),
     OpCase(
         "quantize_both-rows",
         limited,
@@ -310,6 +330,16 @@ def test_transformations(check):
 # The kernels, without a GPU -----------------------------------------------------------------------------
 
 PROBLEMS = [
+    *(
+        QuantizeProblem(kind, 256, 512, x, transposed=True, square_t=True, blocks=blocks, weighted=weighted)
+        for x in ("bfloat16", "float32")
+        for kind, blocks, weighted in (
+            ("quantize", 0, False),
+            ("quantize", 5, False),
+            ("swiglu", 5, True),
+            ("swiglu_grad", 5, True),
+        )
+    ),
     *(
         QuantizeProblem("quantize", 256, 256, x, block=b)
         for x in ("bfloat16", "float32")

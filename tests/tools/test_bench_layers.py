@@ -223,12 +223,12 @@ def test_sizes_of_k_grouped_rows_are_as_a_router_draws_them() -> None:
         assert np.mean([size % 128 == 0 for size in sizes]) < 0.05
         assert 0 < np.std(sizes) < 0.1 * row.fields["k"]
         kinds.append(row.fields["type"])
-    assert set(kinds) == {"fp8", "bf16", "fp8 layer", "bf16 ragged"}
+    assert set(kinds) == {"fp8", "bf16", "fp8 layer", "fp8 layer 128x128", "bf16 ragged"}
     assert [kinds.count(kind) for kind in ("fp8", "bf16", "fp8 layer")] == [4, 4, 4]
 
 
 def test_k_grouped_rows_multiply_what_they_say() -> None:
-    """All four ways on the same rows: equal up to the rounding of FP8."""
+    """All ways on the same rows: equal up to the rounding of FP8."""
     found = {}
     for row in rows_of("k_drawn", small=True):
         assert row.baseline is not None
@@ -239,5 +239,5 @@ def test_k_grouped_rows_multiply_what_they_say() -> None:
     exact = found["bf16"]
     assert np.abs(exact[0] - exact[1]).max() > 1, "other rows of a group"
     np.testing.assert_array_equal(found["bf16 ragged"], exact)
-    for kind in ("fp8", "fp8 layer"):
+    for kind in ("fp8", "fp8 layer", "fp8 layer 128x128"):
         assert np.linalg.norm(found[kind] - exact) < 0.06 * np.linalg.norm(exact)

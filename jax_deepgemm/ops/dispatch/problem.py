@@ -18,15 +18,19 @@ class DispatchProblem:
       copies: tokens times experts of a token.
       experts: number of experts.
       capacity: rows of each expert, used or not; 0: as many as it has copies.
+      slots: experts of a token, where each row's token and weight are wanted instead of its copy, in the
+        first launch of a chain; 0: elsewhere.
     """
 
     copies: int
     experts: int
     capacity: int = 0
+    slots: int = 0
 
     def __str__(self) -> str:
         limit = f" capacity={self.capacity}" if self.capacity else ""
-        return f"dispatch copies={self.copies} experts={self.experts}{limit}"
+        rows = f" slots={self.slots} chained" if self.slots else ""
+        return f"dispatch copies={self.copies} experts={self.experts}{limit}{rows}"
 
     @property
     def flops(self) -> int:

@@ -40,12 +40,14 @@ _TEXT = """\
 struct Config {{
   static constexpr int WARPS = {warps}, WIDTH = {width};
   static constexpr jdg::Meeting MEETING = jdg::Meeting::{meeting};
-  static constexpr bool CAPACITY = {capacity};
+  static constexpr bool CAPACITY = {capacity}, OF_ROWS = {of_rows};
 }};
 
 extern "C" __global__ void __launch_bounds__({threads}, 1) {name}(
-    const int* ids, int* sizes, int* source, int* position, {scratch}int copies, int experts, int capacity) {{
-  jdg::dispatch<Config>({{ids, sizes, source, position, {blocks}, {arrived}, copies, experts, capacity}});
+    const int* ids, {given}int* sizes, {rows}, int* position, {scratch}int copies, int experts,
+    int capacity{slots}) {{
+  jdg::dispatch<Config>({{ids, sizes, {source}, position, {blocks}, {arrived}, copies, experts, capacity,
+                         {of_row}}});
 }}
 """
 
@@ -100,6 +102,7 @@ def kernel_source(p: DispatchProblem, cut: Cut) -> KernelSource:
     parts = ["jdg_dispatch", cut.name, f"w{cut.warps}"]
     parts += [f"x{cut.width}"] if cut.width > 1 else []
     parts += ["capacity"] if p.capacity else []
+    parts += ["chained"] if p.slots else []
     given = [name for name, _ in _scratch(cut)]
     text = _TEXT.format(
         name="_".join(parts),
@@ -108,12 +111,34 @@ def kernel_source(p: DispatchProblem, cut: Cut) -> KernelSource:
         threads=32 * cut.warps,
         meeting=cut.meeting,
         capacity=str(p.capacity > 0).lower(),
+        **_rows_text(p),
         scratch="".join(f"{kind} {name}, " for name, kind in _scratch(cut)),
         blocks="blocks" if "blocks" in given else "nullptr",
         arrived="arrived" if "arrived" in given else "nullptr",
     )
     shared = shared_memory(p.experts, cut.warps)
     return KernelSource("_".join(parts), text, (("problem", str(p)),), shared_memory=shared)
+
+
+def _rows_text(p: DispatchProblem) -> dict[str, str]:
+    """What of the source says which copy each row holds, or its token and weight."""
+    if p.slots:
+        return {
+            "of_rows": "true",
+            "given": "const float* weights, ",
+            "rows": "int* token, float* row_weights",
+            "slots": ", int slots",
+            "source": "nullptr",
+            "of_row": "token, row_weights, weights, slots",
+        }
+    return {
+        "of_rows": "false",
+        "given": "",
+        "rows": "int* source",
+        "slots": "",
+        "source": "source",
+        "of_row": "nullptr, nullptr, nullptr, 1",
+    }
 
 
 def _scratch(cut: Cut) -> list[tuple[str, str]]:
@@ -128,11 +153,16 @@ def _plan(p: DispatchProblem, config: None, chip: Chip, given: Operands) -> Laun
     places = {"blocks": Scratch(0, COUNTER_BYTES), "arrived": Scratch(0)}
     scratch: list[Param] = [places[name] for name, _ in _scratch(cut)]
     sizes = [Scalar(size, "int32") for size in (p.copies, p.experts, p.capacity)]
+    operands: list[Param] = [Operand(0)]
+    if p.slots:
+        operands.append(Operand(1))
+        sizes.append(Scalar(p.slots, "int32"))
+    results = [Result(i) for i in range(4 if p.slots else 3)]
     launch = Launch(
         kernel=compile_kernel(source, arch=chip.arch),
         grid=(cut.blocks, 1, 1),
         block=32 * cut.warps,
-        params=(Operand(0), *map(Result, range(3)), *scratch, *sizes),
+        params=(*operands, *results, *scratch, *sizes),
         cluster=cut.blocks if cut.meeting == "kCluster" else 1,
         shared_memory=source.shared_memory,
         cooperative=grid,

@@ -16,6 +16,7 @@ from jax_deepgemm.ops.quantize.prepared import prepare_weight
 
 FROZEN, TRAINING = "forward, FP8 weight", "forward and backward"
 PREPARED = f"{TRAINING}, weight prepared"
+SQUARE = f"{PREPARED}, dw 128x128"
 SIZES = ((8192, 4096, 7168), (8192, 7168, 2048))
 """Tokens, n, k."""
 GEMM_PREFIX = "jdg_sm90_"
@@ -37,8 +38,9 @@ def _training(layer: Callable[..., jax.Array], x: jax.Array, w: jax.Array, dy: j
     return y, vjp(dy)
 
 
-def _prepared(x: jax.Array, w: Any, dy: jax.Array) -> Any:
-    return _training(lambda x, master: fp8_linear(x, w.with_master(master)), x, w.master, dy)
+def _prepared(scales: str, x: jax.Array, w: Any, dy: jax.Array) -> Any:
+    layer = functools.partial(fp8_linear, weight_gradient=scales)
+    return _training(lambda x, master: layer(x, w.with_master(master)), x, w.master, dy)
 
 
 def _bf16(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -48,7 +50,8 @@ def _bf16(x: jax.Array, w: jax.Array) -> jax.Array:
 WAYS: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
     FROZEN: (fp8_linear, _bf16, 3),
     TRAINING: (functools.partial(_training, fp8_linear), functools.partial(_training, _bf16), 1),
-    PREPARED: (_prepared, functools.partial(_training, _bf16), 4),
+    PREPARED: (functools.partial(_prepared, "1x128"), functools.partial(_training, _bf16), 4),
+    SQUARE: (functools.partial(_prepared, "128x128"), functools.partial(_training, _bf16), 4),
 }
 """What is measured: in FP8, in BF16, and which of the draw is the weight in FP8."""
 

@@ -28,6 +28,7 @@ LAYOUTS = ("nt", "nn", "tn", "tt")
 
 BLOCKED = (SCALE_BLOCK, SCALE_BLOCK)
 PER_ROW = (1, SCALE_BLOCK)
+WEIGHT_GRADIENTS = ("1x128", "128x128")
 
 
 @dataclass(frozen=True)
@@ -336,3 +337,11 @@ def check_options(
         config=config_option(op, config, GemmConfig),
         num_sms=num_sms_option(op, num_sms),
     )
+
+
+def check_weight_gradient(op: str, weight_gradient: Any) -> None:
+    """What shares a scale in one operand of a layer's weight gradient."""
+    if weight_gradient not in WEIGHT_GRADIENTS:
+        raise ValueError(
+            f"{op}: weight_gradient is {weight_gradient!r}, need '1x128', or '128x128' for the faster one."
+        )

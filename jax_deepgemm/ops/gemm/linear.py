@@ -2,7 +2,7 @@
 
     y  = x @ w.T      x 1x128 along k,        w 128x128
     dx = dy @ w       dy 1x128 along n,       w 128x128, transposed bytes of the same copy
-    dw = dy.T @ x     dy, x 1x128 along tokens, accumulated in float32
+    dw = dy.T @ x     dy, x 1x128 along tokens, accumulated in float32; weight_gradient "128x128": x in blocks
 
 Kept for the backward pass: x in FP8, quantised along tokens and transposed, as dw wants it (1 byte per
 element instead of bfloat16's 2), and w in FP8, transposed as dx wants it. x itself is not kept. x, dy and w
@@ -36,6 +36,7 @@ from jax_deepgemm.ops.gemm.checks import (
     PER_ROW,
     Side,
     check_options,
+    check_weight_gradient,
     dtype_option,
     layer_weight,
 )
@@ -71,6 +72,7 @@ class _Recipe:
     out_dtype: np.dtype[Any]
     grad_dtype: np.dtype[Any]
     scale_format: str
+    weight_gradient: str
     reduce_dtype: np.dtype[Any]
     num_sms: int | None
     config: Any
@@ -83,10 +85,19 @@ class _Recipe:
     def quantize(self, x: jax.Array, block: tuple[int, int], dtype: Any = E4M3) -> QuantizedArray:
         return quantize(x, block, dtype, self.scale_format)
 
-    def quantize_both(self, x: jax.Array, dtype: Any = E4M3) -> tuple[QuantizedArray, QuantizedArray]:
-        """x, and x.T quantised along tokens, in one pass."""
-        values, scales, values_t, scales_t = quantize_both(x, dtype=dtype, scale_format=self.scale_format)
-        return QuantizedArray(values, scales, PER_ROW), QuantizedArray(values_t, scales_t.T, PER_ROW)
+    @property
+    def block_of_x(self) -> tuple[int, int]:
+        """What shares a scale in x.T, of which dw is made."""
+        return BLOCKED if self.weight_gradient == "128x128" else PER_ROW
+
+    def quantize_both(
+        self, x: jax.Array, block_t: tuple[int, int] = PER_ROW, dtype: Any = E4M3
+    ) -> tuple[QuantizedArray, QuantizedArray]:
+        """x, and x.T quantised along tokens in blocks of block_t, in one pass."""
+        values, scales, values_t, scales_t = quantize_both(
+            x, block_t=block_t[::-1], dtype=dtype, scale_format=self.scale_format
+        )
+        return QuantizedArray(values, scales, PER_ROW), QuantizedArray(values_t, scales_t.T, block_t)
 
     def gradient(
         self,
@@ -111,6 +122,7 @@ def fp8_linear(
     out_dtype: DTypeLike = ...,
     grad_dtype: DTypeLike = ...,
     scale_format: str = ...,
+    weight_gradient: str = ...,
     config: GemmConfig | None = ...,
     out_sharding: PartitionSpec | NamedSharding | None = ...,
     reduce_dtype: DTypeLike = ...,
@@ -127,6 +139,7 @@ def fp8_linear(
     out_dtype: DTypeLike = ...,
     grad_dtype: DTypeLike = ...,
     scale_format: str = ...,
+    weight_gradient: str = ...,
     config: GemmConfig | None = ...,
     out_sharding: PartitionSpec | NamedSharding | None = ...,
     reduce_dtype: DTypeLike = ...,
@@ -142,6 +155,7 @@ def fp8_linear(
     out_dtype: DTypeLike = jnp.bfloat16,
     grad_dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
+    weight_gradient: str = "1x128",
     config: GemmConfig | None = None,
     out_sharding: PartitionSpec | NamedSharding | None = None,
     reduce_dtype: DTypeLike = jnp.float32,
@@ -179,6 +193,8 @@ def fp8_linear(
       grad_dtype: dtype of the quantised dy, float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for scales that are powers of two; those of a PreparedWeight are as
         they were made.
+      weight_gradient: elements that share a scale in x where dw is computed: "1x128", the recipe above, or
+        "128x128", 128 tokens of 128 features, which is faster (docs/fp8.md says what it costs).
       config: a GemmConfig for the forward GEMM.
       out_sharding: y's sharding on a mesh with Explicit axes; needed there if k is cut.
       reduce_dtype: what devices exchange partial results in: float32, or out_dtype.
@@ -212,6 +228,7 @@ def fp8_linear(
             f"fp8_linear: grad_dtype is {grad_dtype.name}, need float8_e4m3fn or float8_e5m2. "
             "float8_e4m3fn is the recipe's choice."
         )
+    check_weight_gradient("fp8_linear", weight_gradient)
     leaves, tree = jax.tree.flatten((x, w))
     x, w = jax.tree.unflatten(tree, same_varying_axes(leaves))
     tokens = Tokens.of(x if x.ndim > 1 else x[None])
@@ -220,6 +237,7 @@ def fp8_linear(
         out_dtype=options.out_dtype,
         grad_dtype=grad_dtype,
         scale_format=scale_format,
+        weight_gradient=weight_gradient,
         reduce_dtype=options.reduce_dtype,
         num_sms=options.num_sms,
         config=config,
@@ -333,7 +351,7 @@ def _linear(recipe: _Recipe, x: jax.Array, w: jax.Array, copies: Copies | None) 
 def _linear_fwd(
     recipe: _Recipe, x: jax.Array, w: jax.Array, copies: Copies | None
 ) -> tuple[Any, tuple[_Bytes, Bits]]:
-    along_features, along_tokens = recipe.quantize_both(x)
+    along_features, along_tokens = recipe.quantize_both(x, recipe.block_of_x)
     copies = Copies.named(w, WEIGHT_FP8, recipe.scale_format) if copies is None else copies
     y = _forward(recipe, along_features, copies.plain.meant)
     return (y, w) if recipe.with_weight else y, (_keep(along_tokens, ACT_FP8), copies.transposed)
@@ -343,8 +361,8 @@ def _linear_bwd(
     recipe: _Recipe, kept: tuple[_Bytes, Bits], cotangents: Any
 ) -> tuple[jax.Array, jax.Array, None]:
     dy, later = cotangents if recipe.with_weight else (cotangents, None)
-    x_along_tokens = _kept(kept[0], PER_ROW)
-    along_features, along_tokens = recipe.quantize_both(dy, recipe.grad_dtype)
+    x_along_tokens = _kept(kept[0], recipe.block_of_x)
+    along_features, along_tokens = recipe.quantize_both(dy, dtype=recipe.grad_dtype)
     dx = recipe.gradient(along_features, kept[1].meant, recipe.x)
     return dx, recipe.gradient(along_tokens, x_along_tokens, recipe.w, later), None
 

@@ -29,6 +29,7 @@ class GemmProblem:
       add_c: whether C is added.
       b_scales: "block" (128x128), "vector" (1x128) or "none" (BF16). A's scales are always 1x128. "slices":
         1x128 too, and the scales of both operands are stored by block of k, [k / 128, m] and [k / 128, n].
+        "block_slices": so stored, A's 1x128 and B's 128x128, [k / 128, n / 128].
       batches: products of this size in one launch (`jax.vmap`).
       batched: for each operand in the op's order, whether it has a batch dimension.
       table_bytes: shared memory that a grouped kernel's table of groups takes (ops/grouped).
@@ -61,6 +62,16 @@ class GemmProblem:
     def is_fp8(self) -> bool:
         """Whether the operands are FP8, with scales."""
         return self.a != "bf16"
+
+    @property
+    def slices(self) -> bool:
+        """Whether scales are stored by block of k."""
+        return self.b_scales in ("slices", "block_slices")
+
+    @property
+    def square_scales(self) -> bool:
+        """Whether B has a scale for 128x128 elements."""
+        return self.b_scales in ("block", "block_slices")
 
     @property
     def block_k(self) -> int:
@@ -128,6 +139,6 @@ class GemmProblem:
     def __str__(self) -> str:
         parts = [f"{self.a}x{self.b} {self.layout} m={self.m} n={self.n} k={self.k} -> {self.out}"]
         parts += ["+C"] if self.add_c else []
-        parts += [f"B scales {'128x128' if self.b_scales == 'block' else '1x128'}"] if self.is_fp8 else []
+        parts += [f"B scales {'128x128' if self.square_scales else '1x128'}"] if self.is_fp8 else []
         parts += [f"batches={self.batches}"] if self.batches > 1 else []
         return " ".join(parts)

@@ -3,7 +3,7 @@
 Each row of k belongs to one of the groups with equal probability, so no size is a multiple of 128. "fp8" and
 "bf16" are the public ops, whose scales are those of blocks of the whole k; "fp8 layer" is the weight gradient
 as `grouped_linear` and the MoE layers call it, on the operands that they make for it, whose blocks begin with
-each group.
+each group, and "fp8 layer 128x128" that of weight_gradient="128x128".
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ HALF = ((32, 4096, 7168, 32768), (32, 7168, 2048, 32768))
 """Groups, m, n, and k of all groups, of which one has half."""
 SMALL = (3, 64, 128, 100)
 KEYS = ("type", "groups", "m", "n", "k")
-LAYER = "fp8 layer"
-OPTIONS = recipe.LayerOptions()
+LAYERS = {
+    "fp8 layer": recipe.LayerOptions(),
+    "fp8 layer 128x128": recipe.LayerOptions(weight_gradient="128x128"),
+}
 Function = Callable[..., jax.Array]
 FUNCTIONS: dict[str, Function] = {
     "fp8": functools.partial(k_grouped_fp8_gemm_nt_contiguous, out_dtype=jnp.bfloat16),
@@ -60,23 +62,23 @@ def draw(kind: str, total: int, m: int, n: int) -> tuple[Any, Any]:
     return (quantize(a.T), quantize(b.T)) if kind == "fp8" else (a, b)
 
 
-@jax.jit
-def _layer_operands(a: jax.Array, b: jax.Array, sizes: jax.Array) -> tuple[Any, Any]:
+@functools.partial(jax.jit, static_argnums=0)
+def _layer_operands(kind: str, a: jax.Array, b: jax.Array, sizes: jax.Array) -> tuple[Any, Any]:
     """A and B as a layer quantises them for its weight gradient."""
-    groups = recipe.Groups.of(sizes, None)
-    return recipe.both(a, groups, OPTIONS)[1], recipe.both(b, groups, OPTIONS)[1]
+    groups, options = recipe.Groups.of(sizes, None), LAYERS[kind]
+    return recipe.both(a, groups, options, "dy")[1], recipe.both(b, groups, options, "x")[1]
 
 
-def _draw_layer(total: int, m: int, n: int, *sizes: Sizes) -> list[tuple[Any, Any]]:
+def _draw_layer(kind: str, total: int, m: int, n: int, *sizes: Sizes) -> list[tuple[Any, Any]]:
     """The operands for each of these sizes."""
     a, b = jax.jit(_normal, static_argnums=(0, 1))((total, m), (total, n))
-    return [_layer_operands(a, b, jnp.asarray(each, jnp.int32)) for each in sizes]
+    return [_layer_operands(kind, a, b, jnp.asarray(each, jnp.int32)) for each in sizes]
 
 
-def _layer(rows: int, num_groups: int, a: Any, b: Any, sizes: jax.Array) -> jax.Array:
+def _layer(kind: str, rows: int, num_groups: int, a: Any, b: Any, sizes: jax.Array) -> jax.Array:
     """The weight gradient of a layer."""
     groups = recipe.Groups.of(sizes, None)
-    return recipe.k_grouped(a, b, groups, rows, num_groups, OPTIONS, jnp.bfloat16)
+    return recipe.k_grouped(a, b, groups, rows, num_groups, LAYERS[kind], jnp.bfloat16)
 
 
 def beside_even(
@@ -130,10 +132,11 @@ def rows(small: bool) -> Iterator[Row]:
         for kind, function in FUNCTIONS.items():
             drawing = functools.partial(draw, kind, total, m, n)
             yield beside_even("k_drawn", {"type": kind, **fields}, sizes, function, drawing)
-        layer = functools.partial(_draw_layer, total, m, n, sizes, even_sizes(sizes))
         own, even = (lambda drawn: drawn[0]), (lambda drawn: drawn[1])
-        function = functools.partial(_layer, total, groups)
-        yield beside_even("k_drawn", {"type": LAYER, **fields}, sizes, function, layer, (own, even))
+        for kind in LAYERS:
+            drawing = functools.partial(_draw_layer, kind, total, m, n, sizes, even_sizes(sizes))
+            function = functools.partial(_layer, kind, total, groups)
+            yield beside_even("k_drawn", {"type": kind, **fields}, sizes, function, drawing, (own, even))
 
 
 def skewed(small: bool) -> Iterator[Row]:

@@ -20,7 +20,15 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
-from jax_deepgemm.ops.gemm.checks import BLOCKED, OUT_DTYPES, PER_ROW, Side, check_options, layer_weight
+from jax_deepgemm.ops.gemm.checks import (
+    BLOCKED,
+    OUT_DTYPES,
+    PER_ROW,
+    Side,
+    check_options,
+    check_weight_gradient,
+    layer_weight,
+)
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import (
     m_grouped_bf16_gemm_nn_contiguous,
@@ -68,6 +76,7 @@ def grouped_linear(
     recipe: str = ...,
     weight_layout: str = ...,
     scale_format: str = ...,
+    weight_gradient: str = ...,
     group_offset: ArrayLike | None = ...,
     out_dtype: DTypeLike = ...,
     expected_m: int | None = ...,
@@ -87,6 +96,7 @@ def grouped_linear(
     recipe: str = ...,
     weight_layout: str = ...,
     scale_format: str = ...,
+    weight_gradient: str = ...,
     group_offset: ArrayLike | None = ...,
     out_dtype: DTypeLike = ...,
     expected_m: int | None = ...,
@@ -105,6 +115,7 @@ def grouped_linear(
     recipe: str = "fp8",
     weight_layout: str = "nk",
     scale_format: str = "f32",
+    weight_gradient: str = "1x128",
     group_offset: ArrayLike | None = None,
     out_dtype: DTypeLike = jnp.bfloat16,
     expected_m: int | None = None,
@@ -150,6 +161,9 @@ def grouped_linear(
         weight is transposed: BF16 products read either layout, and the pass that quantises for FP8 writes
         both. Frozen weights are [g, n, k].
       scale_format: with "fp8", of the scales of x, dy and masters: "f32", or "ue8m0" for powers of two.
+      weight_gradient: with "fp8", elements that share a scale in x where dw is computed: "1x128", the recipe
+        above, or "128x128", 128 rows of 128 features, which is faster (docs/fp8.md says what it costs). With
+        weight_layout "kn" that is said of dy.
       group_offset: the group of w[0], for a part of the weights; int or int32 array, default 0. Rows of
         groups without a weight here are zero in y and in dx.
       out_dtype: dtype of y, bfloat16 or float32. dx and dw have the dtypes of x and w.
@@ -176,7 +190,7 @@ def grouped_linear(
     weight = layer_weight("grouped_linear", _WEIGHT, w)
     check_rows("grouped_linear", "x", x)
     check_weight("grouped_linear", "w", weight, recipe)
-    check_form("grouped_linear", weight_layout, scale_format, w=weight)
+    check_form("grouped_linear", weight_layout, scale_format, weight_gradient, w=weight)
     if x.shape[1] != weight.shape[1 + weight_layout.index("k")]:
         stored = ", ".join(weight_layout)
         other = "kn" if weight_layout == "nk" else "nk"
@@ -217,6 +231,7 @@ def grouped_linear(
             fp8.rows_are_whole(x),
             weight_layout,
             scale_format,
+            weight_gradient,
         ),
         num_groups=weight.shape[0],
         x=like(x),
@@ -294,7 +309,9 @@ def check_weight(where: str, name: str, w: Any, recipe: str) -> None:
         raise ValueError(f"{where}: {name} is {list(w.shape)}, need [groups, n, k].")
 
 
-def check_form(where: str, weight_layout: Any, scale_format: Any, **weights: Any) -> None:
+def check_form(
+    where: str, weight_layout: Any, scale_format: Any, weight_gradient: Any, **weights: Any
+) -> None:
     """Options that there are, and frozen weights as tensor cores read them."""
     if weight_layout not in fp8.WEIGHT_LAYOUTS:
         raise ValueError(
@@ -305,6 +322,7 @@ def check_form(where: str, weight_layout: Any, scale_format: Any, **weights: Any
         raise ValueError(
             f"{where}: scale_format is {scale_format!r}, need 'f32', or 'ue8m0' for powers of two."
         )
+    check_weight_gradient(where, weight_gradient)
     for name, w in weights.items():
         if weight_layout != "nk" and isinstance(w, QuantizedArray):
             raise ValueError(
@@ -352,7 +370,7 @@ def _trained(layer: _Layer, x: jax.Array, w: jax.Array, copies: Copies | None, g
 def _trained_fwd(
     layer: _Layer, x: jax.Array, w: jax.Array, copies: Copies | None, groups: fp8.Groups
 ) -> tuple[Any, tuple[_Pair, Bits, fp8.Groups]]:
-    rows, along_rows = fp8.both(x, groups, layer.gemms)
+    rows, along_rows = fp8.both(x, groups, layer.gemms, "x")
     weight, weight_t = fp8.both_weights(w, copies, layer.gemms, GROUPED_WEIGHT_FP8)
     act = fp8.keep(*along_rows, GROUPED_ACT_FP8)
     y = _forward(layer, rows, weight, groups)
@@ -364,7 +382,7 @@ def _trained_bwd(
 ) -> tuple[jax.Array, jax.Array, None, None]:
     dy, later = cotangents if layer.with_weight else (cotangents, None)
     act, weight_t, groups = residuals
-    rows, along_rows = fp8.both(dy, groups, layer.gemms)
+    rows, along_rows = fp8.both(dy, groups, layer.gemms, "dy")
     dx = _input_gradient(layer, rows, weight_t.meant, groups)
     dtype, spec = layer.w
     x = fp8.AlongRows(*fp8.kept(act))

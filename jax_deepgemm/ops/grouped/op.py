@@ -76,13 +76,14 @@ def _recut_k_grouped(
     count = 4 if "kb" in plan.rule.blocks else 2
     operands, (group_sizes, group_offset, *c) = list(arrays[:count]), arrays[count:]
     changed: dict[str, Any] = {}
+    if count == 4:
+        operands = list(recut_blocks(plan, *operands))
     if plan.cut("k"):
         size = plan.local_size("k")
         group_sizes = segments.window(group_sizes, rows_format, plan.size["k"], plan.offset("k"), size)
         if rows_format == "blocks":
             rows_format = changed["rows_format"] = "segments"
         if count == 4 and not plan.cut("kb"):
-            operands = list(recut_blocks(plan, *operands))
             group_sizes = segments.shifted(group_sizes, rows_format, size, plan.offset("k") % SCALE_BLOCK)
             changed["rows_format"] = "segments"
     if plan.cut("g"):
@@ -126,10 +127,10 @@ def _m_masked_fp8(name: str, scales_of_b: str) -> Op:
     )
 
 
-def _k_grouped_fp8(base: Op | None = None) -> Op:
-    rule = "m k, kb m, n k, kb n, s, o"
+def _k_grouped_fp8(name: str, scales_of_b: str, base: Op | None = None) -> Op:
+    rule = f"m k, kb m, n k, {scales_of_b}, s, o"
     return Op(
-        "k_grouped_fp8_gemm" + ("" if base is None else "_add"),
+        name + ("" if base is None else "_add"),
         rule + (" -> g m n" if base is None else ", g m n -> g m n"),
         lambda a, sa, b, *_, num_groups, out_dtype, **__: [((num_groups, a[0], b[0]), out_dtype)],
         reference.k_grouped_fp8_gemm,
@@ -149,8 +150,10 @@ M_GROUPED_FP8_BLOCK = _m_grouped_fp8("m_grouped_fp8_gemm_block", "g nb kb")
 M_GROUPED_FP8_ROW = _m_grouped_fp8("m_grouped_fp8_gemm_row", "g n kb")
 M_MASKED_FP8_BLOCK = _m_masked_fp8("m_masked_fp8_gemm_block", "g nb kb")
 M_MASKED_FP8_ROW = _m_masked_fp8("m_masked_fp8_gemm_row", "g n kb")
-K_GROUPED_FP8 = _k_grouped_fp8()
-K_GROUPED_FP8_ADD = _k_grouped_fp8(base=K_GROUPED_FP8)
+K_GROUPED_FP8 = _k_grouped_fp8("k_grouped_fp8_gemm", "kb n")
+K_GROUPED_FP8_ADD = _k_grouped_fp8("k_grouped_fp8_gemm", "kb n", K_GROUPED_FP8)
+K_GROUPED_FP8_BLOCK = _k_grouped_fp8("k_grouped_fp8_gemm_block", "kb nb")
+K_GROUPED_FP8_BLOCK_ADD = _k_grouped_fp8("k_grouped_fp8_gemm_block", "kb nb", K_GROUPED_FP8_BLOCK)
 
 
 # bfloat16: the derivatives are the other grouped GEMMs

@@ -8,7 +8,9 @@ Traced on local shapes in front of the kernel, on CUDA only. What a kernel sees 
     masked     a [B * g, m, k], counts [B * g], b [B * g, n, k], or [g, n, k] where it is shared (group i of a
                has group i % g of b). D is [B, g, m, n].
     k-grouped  a [k, B * m] in BF16: [B * k, m]; FP8: [m, B * k'], scales [B * k' / 128, m] with k' = k
-               rounded up to whole blocks; group_sizes "segments", segment i for group i of B * num_groups;
+               rounded up to whole blocks (scales of b of 128x128: [B * k' / 128, n / 128] where groups
+               begin with a block, else one for each column); group_sizes "segments", segment i for group i
+               of B * num_groups;
                group_offset zeros. C and D are [B, num_groups, m, n].
 
 So `rows_format` counts only where there was no batch. k, and what else is contiguous, may be padded with
@@ -27,6 +29,7 @@ import jax.numpy as jnp
 from jax_deepgemm.ops.gemm.padding import ROW_BYTES, pad_axis
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped import segments
+from jax_deepgemm.ops.grouped.reference import per_column
 
 Arrays = Sequence[jax.Array]
 
@@ -115,16 +118,17 @@ def m_grouped_swiglu(
     row_weights: jax.Array,
     group_sizes: jax.Array,
     group_offset: jax.Array,
-    *,
+    *bias: jax.Array,
     rows_format: str,
     **_: Any,
 ) -> Arrays:
-    rows, (b, sb), group_sizes, group_offset = _fold_m_grouped(
-        (a, sa, row_weights[..., None]), (b, sb), group_sizes, group_offset, rows_format
+    weights = (b, sb, *(one[..., None] for one in bias))
+    rows, (b, sb, *bias_of_groups), group_sizes, group_offset = _fold_m_grouped(
+        (a, sa, row_weights[..., None]), weights, group_sizes, group_offset, rows_format
     )
     a, sa, row_weights = rows
     padded = _pad_fp8("m_grouped_fp8_gemm_swiglu", a, sa, b, sb)
-    return *padded, row_weights[:, 0], group_sizes, group_offset
+    return *padded, row_weights[:, 0], group_sizes, group_offset, *(one[..., 0] for one in bias_of_groups)
 
 
 def m_grouped_bf16(
@@ -169,10 +173,14 @@ def m_masked_swiglu(
     sb: jax.Array,
     row_weights: jax.Array,
     counts: jax.Array,
+    *bias: jax.Array,
     **_: Any,
 ) -> Arrays:
-    (a, sa, row_weights), (b, sb), counts = _fold_masked((a, sa, row_weights[..., None]), (b, sb), counts)
-    return *_pad_fp8("m_masked_fp8_gemm_swiglu", a, sa, b, sb), row_weights[..., 0], counts
+    weights = (b, sb, *(one[..., None] for one in bias))
+    rows, (b, sb, *bias_of_groups), counts = _fold_masked((a, sa, row_weights[..., None]), weights, counts)
+    a, sa, row_weights = rows
+    padded = _pad_fp8("m_masked_fp8_gemm_swiglu", a, sa, b, sb)
+    return *padded, row_weights[..., 0], counts, *(one[..., 0] for one in bias_of_groups)
 
 
 def m_masked_bf16(a: jax.Array, b: jax.Array, counts: jax.Array, *, layout: str, **_: Any) -> Arrays:
@@ -253,6 +261,9 @@ def k_grouped_fp8(
     num_groups: int,
     **_: Any,
 ) -> Arrays:
+    n = b.shape[-2]
+    if sb.shape[-1] < n and (rows_format != "blocks" or n <= SCALE_BLOCK):  # else there is a kernel for it
+        sb = per_column(sb, n)
     size = _batch_of((a, sa, b, sb, group_sizes, group_offset, *c), (2, 2, 2, 2, 1, 1, 3)[: 6 + len(c)])
     if size is not None:
         k = a.shape[-1]

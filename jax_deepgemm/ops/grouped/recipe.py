@@ -5,6 +5,9 @@ share them.
     dx = dy @ w[group]         dy 1x128 along n,        the transposed bytes of the same FP8 weight
     dw = dy.T @ rows           both 1x128 along rows,   accumulated in float32
 
+With weight_gradient "128x128" rows have one scale for 128 rows and 128 features in the last product (stored
+[g, k, n], dw = rows.T @ dy, and dy has them): it then runs as fast as the others.
+
 Blocks of 128 rows begin with each group (quantize/blocks.py) where a device surely has all the rows: then no
 expert's scales depend on another's tokens, and the product that sums over rows walks over whole blocks. Where
 rows are, or may be, cut over devices by XLA, blocks are those of all rows, 0-127, 128-255, ..
@@ -33,14 +36,16 @@ from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.grouped.api import k_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_contiguous
 from jax_deepgemm.ops.grouped.checks import as_int32, check_offset
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
+from jax_deepgemm.ops.quantize.array import Block
 from jax_deepgemm.ops.quantize.blocks import row_blocks
-from jax_deepgemm.ops.quantize.fused import quantize_both
+from jax_deepgemm.ops.quantize.fused import PER_COLUMN, SQUARE, quantize_both
 from jax_deepgemm.ops.quantize.groups import quantize_groups
 from jax_deepgemm.ops.quantize.prepared import Bits, Copies
 
 E4M3 = np.dtype(jnp.float8_e4m3fn)
 RECIPES = ("fp8", "bf16")
 WEIGHT_LAYOUTS = ("nk", "kn")
+
 HIGHER_ORDER = "recipe='bf16'"
 """What has the derivatives that FP8 lacks, for errors."""
 
@@ -48,8 +53,9 @@ HIGHER_ORDER = "recipe='bf16'"
 class AlongRows(NamedTuple):
     """Rows quantised and stored as the weight gradient wants them.
 
-    values [features, columns] in FP8; scales float32 [columns / 128, features], one per 128 rows and feature.
-    Columns are the rows, or with LayerOptions.group_blocks those of row blocks.
+    values [features, columns] in FP8; scales float32 [columns / 128, features], one per 128 rows and feature,
+    or [columns / 128, ceil(features / 128)]. Columns are the rows, or with LayerOptions.group_blocks those of
+    row blocks.
     """
 
     values: jax.Array
@@ -85,6 +91,16 @@ class LayerOptions:
     """How masters, their gradients and prepared weights are stored: [g, n, k] or [g, k, n]."""
     scale_format: str = "f32"
     """Of what the layer quantises: "f32", or "ue8m0" for powers of two."""
+    weight_gradient: str = "1x128"
+    """Elements that share a scale in the operand whose features are the gradient's last dimension: see
+    `block_along_rows`."""
+
+    def block_along_rows(self, of: str) -> Block:
+        """What shares a scale in the transposed copy of "x" or "dy": one of them has blocks of 128x128, where
+        the kernel for them may be used."""
+        last = "x" if self.weight_layout == "nk" else "dy"
+        square = self.weight_gradient == "128x128" and self.group_blocks and of == last
+        return SQUARE if square else PER_COLUMN
 
 
 def rows_are_whole(rows: jax.Array) -> bool:
@@ -100,15 +116,17 @@ def rows_are_whole(rows: jax.Array) -> bool:
 
 
 def both(
-    x: jax.Array, groups: Groups, options: LayerOptions, index: jax.Array | None = None
+    x: jax.Array, groups: Groups, options: LayerOptions, of: str, index: jax.Array | None = None
 ) -> tuple[QuantizedArray, AlongRows]:
     """Rows quantised along features, and along rows and transposed; those behind the last group are zeros.
 
-    The rows are those of x [rows, features], or with an index (group_blocks only) x[index].
+    The rows are those of x [rows, features], or with an index (group_blocks only) x[index]. of: "x", or "dy"
+    where x is a gradient.
     """
     if options.group_blocks:
         blocks = row_blocks(groups.sizes, x.shape[0] if index is None else index.shape[0])
-        values, scales, *along_rows = quantize_groups(x, blocks, index, scale_format=options.scale_format)
+        form: dict[str, Any] = {"block_t": options.block_along_rows(of), "scale_format": options.scale_format}
+        values, scales, *along_rows = quantize_groups(x, blocks, index, **form)
     else:
         assert index is None
         end = groups.end(x.shape[0])
@@ -116,11 +134,13 @@ def both(
     return QuantizedArray(values, scales, PER_ROW), AlongRows(*along_rows)
 
 
-def counted(groups: Groups, rows: int, options: LayerOptions, transposed: bool) -> dict[str, Any]:
-    """Arguments of swiglu_quantize and its gradient: which rows count, and whether they are transposed."""
+def counted(groups: Groups, rows: int, options: LayerOptions, of: str, transposed: bool) -> dict[str, Any]:
+    """Arguments of swiglu_quantize (of "x") and its gradient ("dy"): which rows count, and whether and how
+    they are transposed."""
+    form: dict[str, Any] = {"scale_format": options.scale_format}
     if transposed and options.group_blocks:
-        return {"blocks": row_blocks(groups.sizes, rows), "scale_format": options.scale_format}
-    return {"rows": groups.end(rows), "transposed": transposed, "scale_format": options.scale_format}
+        return form | {"blocks": row_blocks(groups.sizes, rows), "block_t": options.block_along_rows(of)}
+    return form | {"rows": groups.end(rows), "transposed": transposed}
 
 
 def transposed(w: QuantizedArray) -> QuantizedArray:
@@ -220,7 +240,10 @@ def _k_grouped_blocks(
     form = Options(dtype, _reduce_dtype(options, dtype), out_sharding, None, options.num_sms)
     if 0 in (a.values.shape[0], b.values.shape[0], rows):
         return ops.empty_products("mk,nk->mn", a.values, b.values, c, num_groups, form)
-    run = ops.K_GROUPED_FP8 if c is None else ops.K_GROUPED_FP8_ADD
+    if b.scales.shape[1] == b.values.shape[0]:
+        run = ops.K_GROUPED_FP8 if c is None else ops.K_GROUPED_FP8_ADD
+    else:
+        run = ops.K_GROUPED_FP8_BLOCK if c is None else ops.K_GROUPED_FP8_BLOCK_ADD
     sizes = jnp.diff(prefix_ends(groups.sizes, rows), prepend=0)
     arrays = (a.values, a.scales, b.values, b.scales, sizes, groups.offset, *(() if c is None else (c,)))
     return run(*arrays, rows_format="blocks", num_groups=num_groups, **vars(form))[0]

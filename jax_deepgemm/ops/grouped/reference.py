@@ -195,8 +195,9 @@ def k_grouped_fp8_gemm(
     out_dtype: Any,
     **_: Any,
 ) -> list[jax.Array]:
-    """[C + D [g, m, n]] of a [m, k], sa [kb, m], b [n, k], sb [kb, n]; segment i is group i."""
+    """[C + D [g, m, n]] of a [m, k], sa [kb, m], b [n, k], sb [kb, n] or [kb, nb]; segment i is group i."""
     (m, k), n = a.shape, b.shape[0]
+    sb = sb if sb.shape[1] == n else per_column(sb, n)
     segments = take_groups(read(group_sizes, rows_format, k), group_offset, num_groups)
     size = _tile_size(segments, k)
     columns = [jnp.pad(x.T, ((0, size), (0, 0))) for x in (a, b)]
@@ -208,6 +209,11 @@ def k_grouped_fp8_gemm(
         return [x * scale for x, scale in zip(rows, scales, strict=True)]
 
     return [finish(_k_grouped(segments, k, m, n, tiles), c, out_dtype)]
+
+
+def per_column(scales: jax.Array, n: int) -> jax.Array:
+    """[.., kb, n] of scales [.., kb, nb] of 128 columns each."""
+    return jnp.repeat(scales, SCALE_BLOCK, axis=-1)[..., :n]
 
 
 def k_grouped_bf16_gemm(

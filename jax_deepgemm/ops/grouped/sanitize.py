@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_deepgemm.core.sanitize import FEW_SMS, Case, on_few
+from jax_deepgemm.ops.gemm.checks import WEIGHT_GRADIENTS
 from jax_deepgemm.ops.gemm.family import GemmConfig
 from jax_deepgemm.ops.gemm.sanitize import PING_PONG
 from jax_deepgemm.ops.grouped import recipe
@@ -115,6 +116,15 @@ def _gated(normal: Normal) -> Iterator[Case]:
             return found
 
         yield Case(f"grouped swiglu {height}", rows, (quantize(a), w, sizes, weights))
+
+        def biased(
+            a: jax.Array, w: jax.Array, s: jax.Array, x: jax.Array, b: jax.Array, fused: Any = fused
+        ) -> jax.Array:
+            found: jax.Array = fused(a, w, s, x, bias=b).scales
+            return found
+
+        bias = normal(GROUPS, 2 * 256)
+        yield Case(f"grouped swiglu bias {height}", biased, (quantize(a), w, sizes, weights, bias))
     for name, wrong in BAD.items():
         operands = (quantize(normal(ROWS, K)), w, jnp.asarray(wrong), jnp.ones(ROWS))
         yield Case(f"grouped swiglu, {name}", rows, operands)
@@ -126,10 +136,11 @@ def _gated(normal: Normal) -> Iterator[Case]:
     yield Case("masked swiglu", masked, (deep, w, mask, jnp.ones((GROUPS, capacity))))
 
 
-def _weight_gradient(dy: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
+def _weight_gradient(scales: str, dy: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
     """As layers compute it, with blocks that begin with each group."""
-    groups, options = recipe.Groups.of(sizes, None), recipe.LayerOptions(num_sms=FEW_SMS)
-    dy_t, x_t = (recipe.both(one, groups, options)[1] for one in (dy, x))
+    options = recipe.LayerOptions(num_sms=FEW_SMS, weight_gradient=scales)
+    groups = recipe.Groups.of(sizes, None)
+    dy_t, x_t = recipe.both(dy, groups, options, "dy")[1], recipe.both(x, groups, options, "x")[1]
     return recipe.k_grouped(dy_t, x_t, groups, dy.shape[0], GROUPS, options, jnp.float32)
 
 
@@ -146,10 +157,14 @@ def _k_grouped(normal: Normal) -> Iterator[Case]:
         yield Case(f"k-grouped {kind} + C", float32(), (*given, sizes, c))
     turns = on_few(bf16, out_dtype=jnp.float32, config=PING_PONG)
     yield Case("k-grouped bf16 ping-pong + C", turns, (a, dy, sizes, c))
-    yield Case("k-grouped fp8 of whole blocks", _weight_gradient, (dy, a, sizes))
     whole, whole_dy = normal(ROWS, K), normal(ROWS, N)
-    for name, wrong in BAD.items():
-        yield Case(
-            f"k-grouped fp8 of whole blocks, {name}", _weight_gradient, (whole_dy, whole, jnp.asarray(wrong))
+    for scales in WEIGHT_GRADIENTS:
+        gradient, what = (
+            functools.partial(_weight_gradient, scales),
+            f"k-grouped fp8 of whole blocks {scales}",
         )
+        yield Case(what, gradient, (dy, a, sizes))
+        for name, wrong in BAD.items():
+            yield Case(f"{what}, {name}", gradient, (whole_dy, whole, jnp.asarray(wrong)))
+    for name, wrong in BAD.items():
         yield Case(f"k-grouped bf16, {name}", on_few(bf16), (whole, whole_dy, jnp.asarray(wrong)))

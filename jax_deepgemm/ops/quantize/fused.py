@@ -21,6 +21,7 @@ from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.quantize import reference
 from jax_deepgemm.ops.quantize.api import checked_input, over_leading
+from jax_deepgemm.ops.quantize.array import Block
 from jax_deepgemm.ops.quantize.op import HINT, KERNELS, BlockOp, quantize_shared, shared_windows
 
 PER_ROW, PER_COLUMN, SQUARE = (1, 128), (128, 1), (128, 128)
@@ -32,6 +33,7 @@ def quantize_both(
     x: ArrayLike,
     rows: ArrayLike | None = None,
     *,
+    block_t: Block = PER_COLUMN,
     dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
 ) -> Both:
@@ -43,12 +45,14 @@ def quantize_both(
     Args:
       x: [m, k] bfloat16, float16 or float32. More dimensions: jax.vmap.
       rows: int32 scalar or [1]; rows from here on count as zeros, whatever they hold. None: all count.
+      block_t: elements of x that share a scale in the transposed copy: (128, 1), or (128, 128).
       dtype: float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for powers of two.
 
     Returns:
       values [m, k], scales [m, ceil(k / 128)], values_t [k, m], scales_t [ceil(m / 128), k]; scales float32.
-      x[i, j] = values[i, j] * scales[i, j // 128] = values_t[j, i] * scales_t[i // 128, j], rounded.
+      x[i, j] = values[i, j] * scales[i, j // 128] = values_t[j, i] * scales_t[i // 128, j], rounded. With
+      block_t (128, 128) scales_t is [ceil(m / 128), ceil(k / 128)].
 
     Raises:
       TypeError, ValueError: types, ranks or formats outside the above.
@@ -65,7 +69,8 @@ def quantize_both(
     x, _, dtype = checked_input(x, PER_ROW, dtype, scale_format, "quantize_both")
     check_rank("quantize_both", "x", x)
     limit = row_limit("quantize_both", rows)
-    values, scales, values_t, scales_t = both_op(dtype, scale_format, bool(limit))(
+    square = is_square("quantize_both", block_t)
+    values, scales, values_t, scales_t = both_op(dtype, scale_format, bool(limit), square)(
         *same_varying_axes([x, *limit])
     )
     return values, scales, values_t, scales_t
@@ -112,6 +117,25 @@ def row_limit(where: str, rows: Any) -> list[jax.Array]:
     return [rows.reshape(1)]
 
 
+def is_square(where: str, block_t: Any) -> bool:
+    """Whether the transposed copy's scales are of 128x128.
+
+    Raises:
+      ValueError: another block than (128, 1) and (128, 128).
+    """
+    if block_t not in (PER_COLUMN, SQUARE):
+        raise ValueError(
+            f"{where}: block_t is {block_t!r}, need (128, 1) or (128, 128): the elements of x that share a "
+            "scale in the transposed copy."
+        )
+    return block_t == SQUARE
+
+
+def block_of_t(square: bool) -> Block:
+    """The elements that share a scale in a transposed copy."""
+    return SQUARE if square else PER_COLUMN
+
+
 def check_rank(where: str, name: str, x: jax.Array) -> None:
     if x.ndim != 2:
         raise ValueError(
@@ -119,17 +143,20 @@ def check_rank(where: str, name: str, x: jax.Array) -> None:
         )
 
 
-def both_shapes(rows: int, cols: int, dtype: np.dtype, transposed: bool = True) -> list[Any]:
+def both_shapes(
+    rows: int, cols: int, dtype: np.dtype, transposed: bool = True, square: bool = False
+) -> list[Any]:
     """Shapes and dtypes of the results of a 1x128 op, with the transposed copy."""
-    float32 = np.dtype(np.float32)
-    straight = [((rows, cols), dtype), ((rows, -(-cols // 128)), float32)]
-    return [*straight, ((cols, rows), dtype), ((-(-rows // 128), cols), float32)] if transposed else straight
+    float32, across = np.dtype(np.float32), -(-cols // 128)
+    straight = [((rows, cols), dtype), ((rows, across), float32)]
+    grid_t = (-(-rows // 128), across if square else cols)
+    return [*straight, ((cols, rows), dtype), (grid_t, float32)] if transposed else straight
 
 
-def both_rule(cols: str, transposed: bool = True) -> str:
+def both_rule(cols: str, transposed: bool = True, square: bool = False) -> str:
     """The results' side of the sharding rule of a 1x128 op, whose columns are named `cols`."""
     straight = f"r {cols}, r {cols}_blocks"
-    return f"{straight}, {cols} r, r_blocks {cols}" if transposed else straight
+    return f"{straight}, {cols} r, r_blocks {cols}{'_blocks' * square}" if transposed else straight
 
 
 def both_blocks(cols: str, transposed: bool = True) -> dict[str, tuple[str, int]]:
@@ -138,12 +165,13 @@ def both_blocks(cols: str, transposed: bool = True) -> dict[str, tuple[str, int]
 
 
 @functools.cache
-def both_op(dtype: np.dtype, scale_format: str, limited: bool) -> BlockOp:
+def both_op(dtype: np.dtype, scale_format: str, limited: bool, square: bool = False) -> BlockOp:
     """(x[, rows]) -> [values, scales, values_t, scales_t]."""
 
     def plain(x: jax.Array, rows: jax.Array | None = None) -> list[jax.Array]:
         counted = reference.zero_rows(reference.exact_float32(x), rows)
-        return reference.quantize_both(counted, dtype=dtype, scale_format=scale_format)
+        block_t = block_of_t(square)
+        return reference.quantize_both(counted, dtype=dtype, scale_format=scale_format, block_t=block_t)
 
     def on_shard(plan: ShardingPlan, local: Callable[..., Any], x: jax.Array, *limit: jax.Array) -> Any:
         arrays = (x, *own_limit(plan, limit))
@@ -151,16 +179,16 @@ def both_op(dtype: np.dtype, scale_format: str, limited: bool) -> BlockOp:
             return arrays, None
         x, *rows = with_every_level(plan, arrays)
         counted = reference.zero_rows(reference.exact_float32(x), rows[0] if rows else None)
-        return None, both_shared(plan, "rc", counted, dtype, scale_format)
+        return None, both_shared(plan, "rc", counted, dtype, scale_format, square=square)
 
     return BlockOp(
-        f"quantize_both_{dtype.name}_{scale_format}" + ("_rows" if limited else ""),
-        f"r c{', one' if limited else ''} -> {both_rule('c')}",
-        lambda x, *_: both_shapes(x[0], x[1], dtype),
+        f"quantize_both_{dtype.name}_{scale_format}" + "_square" * square + "_rows" * limited,
+        f"r c{', one' if limited else ''} -> {both_rule('c', square=square)}",
+        lambda x, *_: both_shapes(x[0], x[1], dtype, square=square),
         plain,
         blocks=both_blocks("c"),
         spmd=on_shard,
-        kernel=_kernel(PER_ROW, scale_format),
+        kernel=_kernel(PER_ROW, scale_format, square),
         grad_hint=HINT,
     )
 
@@ -197,8 +225,9 @@ def weight_op(dtype: np.dtype, scale_format: str) -> BlockOp:
     )
 
 
-def _kernel(block: tuple[int, int], scale_format: str) -> LazyKernel:
+def _kernel(block: Block, scale_format: str, square: bool = False) -> LazyKernel:
     form: dict[str, Any] = {"block": block, "scale_format": scale_format, "transposed": True}
+    form |= {"square_t": True} if square else {}
     return LazyKernel(KERNELS, "quantize", batched=True, **form)
 
 
@@ -223,15 +252,16 @@ def both_shared(
     dtype: np.dtype,
     scale_format: str,
     transposed: bool = True,
+    square: bool = False,
 ) -> list[jax.Array]:
     """The results of a 1x128 op from this device's piece of x, float32, whose blocks others share."""
 
-    def part(block: tuple[int, int]) -> list[jax.Array]:
+    def part(block: Block) -> list[jax.Array]:
         return quantize_shared(x, shared_windows(plan, block, names), block, dtype, scale_format)
 
     if not transposed:
         return part(PER_ROW)
-    along_rows, scales_t = part(PER_COLUMN)
+    along_rows, scales_t = part(block_of_t(square))
     return [*part(PER_ROW), along_rows.mT, scales_t]
 
 

@@ -1,7 +1,7 @@
 """Rows of groups in FP8, in one pass from where they lie: taken by an index, and with a transposed copy whose
 blocks begin with each group (blocks.py).
 
-quantize_rows      rows x[index], 1x128 along features
+quantize_rows      rows x[index], 1x128 along features; x is read once where the rows of each token are known
 quantize_groups    the same of x or x[index], and transposed, with one scale per feature and row block
 """
 
@@ -21,15 +21,16 @@ from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.sharding import pieces_of_whole
 from jax_deepgemm.ops.quantize import reference
 from jax_deepgemm.ops.quantize.api import checked_input
-from jax_deepgemm.ops.quantize.array import QuantizedArray
+from jax_deepgemm.ops.quantize.array import Block, QuantizedArray
 from jax_deepgemm.ops.quantize.blocks import ROWS, check_blocks, located
-from jax_deepgemm.ops.quantize.fused import PER_COLUMN, PER_ROW, Both, check_rank
+from jax_deepgemm.ops.quantize.fused import PER_COLUMN, PER_ROW, Both, block_of_t, check_rank, is_square
 from jax_deepgemm.ops.quantize.op import HINT, KERNELS, BlockOp
 
 
 def quantize_rows(
     x: ArrayLike,
     index: ArrayLike,
+    position: ArrayLike | None = None,
     *,
     dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
@@ -39,6 +40,9 @@ def quantize_rows(
     Args:
       x: [t, k] bfloat16, float16 or float32.
       index: int32 [m], the row of x that each row is a copy of. Outside [0, t): a row of zeros.
+      position: int32 [t, s], the inverse of index: which rows of the result are copies of each row of x; out
+        of [0, m) where there are fewer than s. Each row of x is then read and quantised once instead of once
+        for each copy, with the same bits. Where it is not index's inverse, rows are undefined.
       dtype: float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for powers of two.
 
@@ -54,11 +58,15 @@ def quantize_rows(
     >>> q = quantize_rows(x, jnp.array([2, 0, 3]))
     >>> (q.values[:, 0].astype(jnp.float32) * q.scales[:, 0]).tolist()
     [3.0, 1.0, 0.0]
+    >>> again = quantize_rows(x, jnp.array([2, 0, 3]), jnp.array([[1], [3], [0]]))
+    >>> bool((again.values == q.values).all() and (again.scales == q.scales).all())
+    True
     """
     x, _, dtype = checked_input(x, PER_ROW, dtype, scale_format, "quantize_rows")
     check_rank("quantize_rows", "x", x)
-    (index,) = _index("quantize_rows", index)
-    values, scales = rows_op(dtype, scale_format)(*same_varying_axes([x, index]))
+    table = [*_index("quantize_rows", index), *_position("quantize_rows", position, x)]
+    op = rows_op(dtype, scale_format) if len(table) == 1 else copies_op(dtype, scale_format)
+    values, scales = op(*same_varying_axes([x, *table]))
     return QuantizedArray(values, scales, PER_ROW)
 
 
@@ -67,6 +75,7 @@ def quantize_groups(
     blocks: ArrayLike,
     index: ArrayLike | None = None,
     *,
+    block_t: Block = PER_COLUMN,
     dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
 ) -> Both:
@@ -80,11 +89,13 @@ def quantize_groups(
       blocks: int32 [b, 4], `row_blocks(group_sizes, m)`.
       index: int32 [m], the row of x that each row is a copy of; outside [0, t): a row of zeros. None: the
         rows are those of x, m = t.
+      block_t: elements that share a scale in the transposed copy: (128, 1), or (128, 128).
       dtype: float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for powers of two.
 
     Returns:
-      values [m, k], scales [m, ceil(k / 128)], values_t [k, 128 b], scales_t [b, k], float32 ones. Column
+      values [m, k], scales [m, ceil(k / 128)], values_t [k, 128 b], scales_t [b, k], float32 ones (with
+      block_t (128, 128) [b, ceil(k / 128)]). Column
       128 i + j of values_t is row first + j of block i, zeros behind the block's last row. Rows behind the
       last group are zeros. What values_t and scales_t have for blocks without rows is undefined.
 
@@ -106,7 +117,7 @@ def quantize_groups(
     check_rank(where, "x", x)
     (blocks,) = check_blocks(where, blocks)
     rows = [] if index is None else _index(where, index)
-    op = groups_op(dtype, scale_format, bool(rows))
+    op = groups_op(dtype, scale_format, bool(rows), is_square(where, block_t))
     values, scales, values_t, scales_t = op(*same_varying_axes([x, *rows, blocks]))
     return values, scales, values_t, scales_t
 
@@ -119,6 +130,18 @@ def _index(where: str, index: Any) -> list[jax.Array]:
             "each row is a copy of."
         )
     return [index]
+
+
+def _position(where: str, position: Any, x: jax.Array) -> list[jax.Array]:
+    if position is None:
+        return []
+    position = jnp.asarray(unwrapped(position))
+    if position.dtype != jnp.int32 or position.ndim != 2 or position.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"{where}: position is {position.dtype.name}{list(position.shape)} and x is {list(x.shape)}, "
+            f"need int32 [{x.shape[0]}, s]: the rows that are copies of each row of x."
+        )
+    return [position] if 0 not in position.shape else []
 
 
 @functools.cache
@@ -144,42 +167,69 @@ def rows_op(dtype: np.dtype, scale_format: str) -> BlockOp:
 
 
 @functools.cache
-def groups_op(dtype: np.dtype, scale_format: str, indexed: bool) -> BlockOp:
+def copies_op(dtype: np.dtype, scale_format: str) -> BlockOp:
+    """(x, index, position) -> [values, scales], those of rows_op by (x, index); whole on each device."""
+
+    def plain(x: jax.Array, index: jax.Array, position: jax.Array) -> list[jax.Array]:
+        wide = _taken(reference.exact_float32(x), index)
+        return reference.quantize_float32(wide, block=PER_ROW, dtype=dtype, scale_format=scale_format)
+
+    return BlockOp(
+        f"quantize_copies_{dtype.name}_{scale_format}",
+        "t f, i, t s -> r c, r c_blocks",
+        lambda x, index, position: groups_shapes(index[0], x[1], 0, dtype)[:2],
+        plain,
+        spmd=pieces_of_whole("r", "c", "c_blocks"),
+        kernel=LazyKernel(KERNELS, "quantize_copies", block=PER_ROW, scale_format=scale_format),
+        grad_hint=HINT,
+    )
+
+
+@functools.cache
+def groups_op(dtype: np.dtype, scale_format: str, indexed: bool, square: bool = False) -> BlockOp:
     """(x[, index], blocks) -> [values, scales, values_t, scales_t]; whole on each device."""
 
     def plain(x: jax.Array, *rest: jax.Array) -> list[jax.Array]:
         *index, blocks = rest
         wide = reference.exact_float32(x)
-        return quantized_groups(_taken(wide, *index) if index else wide, blocks, dtype, scale_format)
+        rows = _taken(wide, *index) if index else wide
+        return quantized_groups(rows, blocks, dtype, scale_format, square)
 
     def result(x: tuple[int, ...], *rest: tuple[int, ...]) -> list[Any]:
         *index, blocks = rest
-        return groups_shapes(index[0][0] if index else x[0], x[1], blocks[0], dtype)
+        return groups_shapes(index[0][0] if index else x[0], x[1], blocks[0], dtype, square)
 
     return BlockOp(
-        f"quantize_groups_{dtype.name}_{scale_format}" + ("_rows" if indexed else ""),
-        f"t f{', i' if indexed else ''}, n four -> r c, r c_blocks, c p, b c",
+        f"quantize_groups_{dtype.name}_{scale_format}" + "_square" * square + "_rows" * indexed,
+        f"t f{', i' if indexed else ''}, n four -> {groups_rule(square)}",
         result,
         plain,
         spmd=pieces_of_whole("r", "c", "c_blocks", "p", "b"),
-        kernel=_kernel(scale_format, transposed=True, indexed=indexed, blocked=True),
+        kernel=_kernel(scale_format, transposed=True, indexed=indexed, blocked=True, square_t=square),
         grad_hint=HINT,
     )
 
 
-def groups_shapes(rows: int, cols: int, blocks: int, dtype: np.dtype) -> list[Any]:
+def groups_shapes(rows: int, cols: int, blocks: int, dtype: np.dtype, square: bool = False) -> list[Any]:
     """Shapes and dtypes of the results."""
-    float32 = np.dtype(np.float32)
-    straight = [((rows, cols), dtype), ((rows, -(-cols // 128)), float32)]
-    return [*straight, ((cols, blocks * ROWS), dtype), ((blocks, cols), float32)]
+    float32, across = np.dtype(np.float32), -(-cols // 128)
+    straight = [((rows, cols), dtype), ((rows, across), float32)]
+    return [*straight, ((cols, blocks * ROWS), dtype), ((blocks, across if square else cols), float32)]
 
 
-def quantized_groups(x: jax.Array, blocks: jax.Array, dtype: np.dtype, scale_format: str) -> list[jax.Array]:
+def groups_rule(square: bool) -> str:
+    """The results' side of the sharding rule."""
+    return f"r c, r c_blocks, c p, b c{'_blocks' * square}"
+
+
+def quantized_groups(
+    x: jax.Array, blocks: jax.Array, dtype: np.dtype, scale_format: str, square: bool = False
+) -> list[jax.Array]:
     """The reference, of x [m, k] in float32; what is undefined is zeros."""
     row, counted = located(blocks, x.shape[0])
     x = reference.zero_rows(x, counted)
     form: dict[str, Any] = {"dtype": dtype, "scale_format": scale_format}
-    along_rows, scales_t = reference.quantize_float32(_taken(x, row), block=PER_COLUMN, **form)
+    along_rows, scales_t = reference.quantize_float32(_taken(x, row), block=block_of_t(square), **form)
     return [*reference.quantize_float32(x, block=PER_ROW, **form), along_rows.mT, scales_t]
 
 

@@ -20,15 +20,19 @@ class QuantizeProblem:
       fp8: dtype of what is written.
       block: elements per scale, (1, 128), (128, 1) or (128, 128).
       transposed: write the transposed copy too; with block (1, 128) it has scales of its own, (128, 1).
+      square_t: those scales are of (128, 128).
       ue8m0: scales are powers of two.
       min_amax: what the amax of a block counts as at least; 0: as little as a normal scale allows.
       limited: an operand says from which row on x counts as zeros.
       blocks: row blocks, which a table lists, each with its own columns of the transposed copy; 0: tiles of
         128 rows from row 0 on.
       indexed: an operand says which row of x each row is.
+      copied: rows of x, where another operand says which rows are copies of each: a row of x is read and
+        quantised once; 0: once for each row that it is.
       weighted: "swiglu" and its gradient have a factor per row.
       activation: of "swiglu" and its gradient.
       batches: number of matrices.
+      chained: it is a launch of a chain (core/chain.py), and reads what the one before gives.
     """
 
     kind: str
@@ -46,11 +50,17 @@ class QuantizeProblem:
     batches: int = 1
     blocks: int = 0
     indexed: bool = False
+    copied: int = 0
+    square_t: bool = False
+    chained: bool = False
 
     def __str__(self) -> str:
-        flags = {"transposed": self.transposed, "ue8m0": self.ue8m0, "row limit": self.limited}
+        transposed = "transposed 128x128" if self.square_t else "transposed"
+        flags = {transposed: self.transposed, "ue8m0": self.ue8m0, "row limit": self.limited}
         flags |= {f"blocks={self.blocks}": self.blocks > 0, "indexed": self.indexed}
+        flags |= {f"copies of {self.copied}": self.copied > 0}
         flags |= {"weights": self.weighted, f"batches={self.batches}": self.batches > 1}
+        flags |= {"chained": self.chained}
         shape, block = f"{self.rows}x{self.cols}", f"{self.block[0]}x{self.block[1]}"
         kind = " ".join([self.kind, *([self.activation.tag] if self.activation.tag else [])])
         return " ".join(

@@ -47,10 +47,12 @@ def quantize_float32(
     return [cast_scaled(x, expand(reciprocal(scales), x.shape, block), dtype), scales]
 
 
-def quantize_both(x: jax.Array, *, dtype: np.dtype, scale_format: str) -> list[jax.Array]:
+def quantize_both(
+    x: jax.Array, *, dtype: np.dtype, scale_format: str, block_t: Block = (128, 1)
+) -> list[jax.Array]:
     """[values, scales, values_t, scales_t] of x in float32, [.., m, k]; see fused.py."""
     values, scales = quantize_float32(x, block=(1, 128), dtype=dtype, scale_format=scale_format)
-    along_rows, scales_t = quantize_float32(x, block=(128, 1), dtype=dtype, scale_format=scale_format)
+    along_rows, scales_t = quantize_float32(x, block=block_t, dtype=dtype, scale_format=scale_format)
     return [values, scales, along_rows.mT, scales_t]
 
 

@@ -23,8 +23,8 @@ STRIPE_BYTES, STRIPE_TILES = 8 << 20, 8
 
 # include/jax_deepgemm/quantize/quantize_tile.cuh says what each field means.
 _TEXT = """\
-#include <jax_deepgemm/{header}/{header}.cuh>
-
+#include <jax_deepgemm/{header}.cuh>
+{include}
 struct Config {{
   using In = {x};
   using Fp8 = jdg::{fp8};
@@ -32,12 +32,13 @@ struct Config {{
   static constexpr int TILES = {tiles}, HEIGHT = {height}, ROWS = {rows_of_a_thread};
   static constexpr float MIN_AMAX = {min_amax};
   static constexpr bool UE8M0 = {ue8m0}, TRANSPOSED = {transposed}, LIMITED = {limited};
+  static constexpr bool SQUARE_T = {square_t};
   static constexpr bool BLOCKED = {blocked}, INDEXED = {indexed};
   static constexpr bool WEIGHTED = {weighted}, ALIGNED = {aligned}, ALIGNED_T = {aligned_t};
 }};
 {activation}
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
-  const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols, {rows_t}}};
+  {head}const jdg::Quantized to = {{values, scales, {values_t}, {scales_t}, rows, cols, {rows_t}}};
   {body}
 }}
 """
@@ -59,12 +60,15 @@ extern "C" __global__ void {name}(const float* parts, float* sums, int tiles, in
 }}
 """
 
+_IN_A_CHAIN = "jdg::ptx::wait_for_previous_kernel();\n  jdg::ptx::let_next_kernel_start();\n  "
 _ROWS = "const jdg::CountedRows counted = {{{limit}, {blocks}, {batched_limit}}};\n  "
 _INPUTS = (
     _ROWS + "using Inputs = jdg::SwigluInputs<Config::In, jdg::kHalves<Act>>;\n  "
     "const Inputs in = {{h, {weight}, {dact}, {flags}, {width}}};\n  "
 )
 _BODIES = {
+    "quantize_copies": "const jdg::Copies copies = {{position, slots, rows, share}};\n  "
+    "jdg::quantize_copies<Config>({{x, index, sources, 0, 1}}, copies, to);",
     "quantize": _ROWS + "jdg::quantize<Config>({{x, {index}, {sources}, batched_x, {stripe}}}, counted, to);",
     "quantize_stream": _ROWS
     + "jdg::quantize_stream<Config>({{x, {index}, {sources}, 0, {stripe}}}, counted, to, tiles);",
@@ -98,6 +102,9 @@ ROW_CUT = Cut(threads=256, rows=1, across=8, blocks_per_sm=4)
 """Where 1x128 scales are all: a row's eight fill a sector of memory, in one store. Of tiles of 128 rows each
 scale would be a store to a sector of its own. rows * across: a power of two, at most 16."""
 
+COPY_THREADS = 128
+"""Of a block whose threads need not wait for each other."""
+
 
 def row_cut(cols: int) -> Cut:
     """ROW_CUT, its tiles halved and rows doubled until at most a quarter more tiles are walked than exist.
@@ -121,6 +128,8 @@ def cut_of(p: QuantizeProblem) -> Cut:
     few = p.x == "float32" or p.fp8 != "float8_e4m3fn" or not quick
     if p.block == (1, TILE) and not p.transposed:
         shape = row_cut(p.cols)
+        if p.copied:
+            shape = shape._replace(threads=COPY_THREADS, blocks_per_sm=7)
         return shape._replace(blocks_per_sm=shape.blocks_per_sm // 2) if few else shape
     if few:
         return Cut(256, 8, 1, 2)
@@ -130,7 +139,7 @@ def cut_of(p: QuantizeProblem) -> Cut:
 def tiles(p: QuantizeProblem) -> int:
     """Tiles of all matrices, those side by side as one; 1 if there are none, as a grid is never empty."""
     cols, shape = p.width if p.pairs else p.cols, cut_of(p)
-    down = p.blocks or -(-p.rows // shape.height) * p.batches
+    down = p.blocks or -(-(p.copied or p.rows) // shape.height) * p.batches
     return max(down * -(-cols // (shape.across * TILE)), 1)
 
 
@@ -152,7 +161,8 @@ def shared_memory(p: QuantizeProblem) -> int:
 
 
 def _body(p: QuantizeProblem) -> str:
-    return p.kind + ("_pairs" if p.pairs else "_stream" if p.streamed else "")
+    form = "_pairs" if p.pairs else "_stream" if p.streamed else "_copies" if p.copied else ""
+    return p.kind + form
 
 
 def kernel_name(p: QuantizeProblem) -> str:
@@ -168,13 +178,15 @@ def kernel_name(p: QuantizeProblem) -> str:
     shape = cut_of(p)
     parts += [f"tile{shape.height}x{shape.across * TILE}"] if shape.height != TILE else []
     flags = {
-        "t": p.transposed,
+        "t": p.transposed and not p.square_t,
+        "t128": p.square_t,
         "ue8m0": p.ue8m0,
         "clamped": p.min_amax > 0,
         "rows": p.limited,
         "groups": p.blocks > 0,
-        "indexed": p.indexed,
+        "indexed": p.indexed and not p.copied,
         "w": p.weighted,
+        "chained": p.chained,
     }
     parts += [name for name, on in flags.items() if on]
     parts += [] if p.aligned and (p.aligned_t or not p.transposed) else ["unaligned"]
@@ -189,6 +201,7 @@ def _pointers(p: QuantizeProblem) -> dict[str, str]:
         "weight": "const float*" if p.weighted else "",
         "dact": "const Config::In*" if p.kind == "swiglu_grad" else "",
         "index": "const int*" if p.indexed else "",
+        "position": "const int*" if p.copied else "",
         "blocks": "const jdg::RowBlock*" if p.blocks else "",
         "limit": "const int*" if p.limited else "",
         "values": "jdg::u8*",
@@ -201,6 +214,8 @@ def _pointers(p: QuantizeProblem) -> dict[str, str]:
 
 def _integers(p: QuantizeProblem) -> list[str]:
     names = ["x", "limit"] if p.kind == "quantize" else ["h", "weight", "dact", "limit"]
+    if p.copied:
+        return ["rows", "cols", "sources", "slots", "share"]
     more = {"tiles": p.walked, "sources": p.indexed, "stripe": p.indexed, "row_blocks": p.blocks > 0}
     return [
         "rows",
@@ -214,7 +229,8 @@ def _literal(number: float) -> str:
     return f"{np.float32(number).item().hex()}f"
 
 
-def _activation(a: Activation) -> str:
+def activation_text(a: Activation) -> str:
+    """`struct Act` of a kernel's source."""
     return _ACTIVATION.format(
         function=_FUNCTIONS[a.function],
         limit="jdg::kInfinity" if a.limit is None else _literal(a.limit),
@@ -222,6 +238,12 @@ def _activation(a: Activation) -> str:
         shift=_literal(a.shift),
         interleaved=str(a.interleaved).lower(),
     )
+
+
+def _header(p: QuantizeProblem) -> str:
+    if p.kind != "quantize":
+        return "swiglu/swiglu"
+    return "quantize/copies" if p.copied else "quantize/quantize"
 
 
 def kernel_source(p: QuantizeProblem) -> KernelSource:
@@ -240,12 +262,12 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
     name = kernel_name(p)
     body = _BODIES[_body(p)]
     text = _TEXT.format(
-        header="quantize" if p.kind == "quantize" else "swiglu",
+        header=_header(p),
         x=_TYPES[p.x],
         fp8=_FP8[p.fp8],
         scales=_SCALES[p.block],
         min_amax=_literal(p.min_amax),
-        activation="" if p.kind == "quantize" else _activation(p.activation),
+        activation="" if p.kind == "quantize" else activation_text(p.activation),
         tiles=2 if p.pairs else shape.across,
         height=shape.height,
         rows_of_a_thread=shape.rows,
@@ -256,11 +278,22 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
         values_t=given["values_t"],
         scales_t=given["scales_t"],
         rows_t="row_blocks * jdg::kTile" if p.blocks else "rows",
+        include="#include <jax_deepgemm/ptx/barrier.cuh>\n" if p.chained else "",
+        head=_IN_A_CHAIN if p.chained else "",
         blocked=str(p.blocks > 0).lower(),
         body=body.format(**given, flags=flags, width=width),
         **{
             flag: str(getattr(p, flag)).lower()
-            for flag in ("ue8m0", "transposed", "limited", "indexed", "weighted", "aligned", "aligned_t")
+            for flag in (
+                "ue8m0",
+                "transposed",
+                "square_t",
+                "limited",
+                "indexed",
+                "weighted",
+                "aligned",
+                "aligned_t",
+            )
         },
     )
     return KernelSource(name, text, (("problem", str(p)),), shared_memory=shared_memory(p))
@@ -283,6 +316,8 @@ def _plan(p: QuantizeProblem, config: None, chip: Chip, given: Operands) -> Laun
     values = {"rows": p.rows, "cols": p.cols, "tiles": tiles(p) if p.rows and p.cols else 0}
     sources = given[next(iter(given))].shape[-2]
     values |= {"row_blocks": p.blocks, "sources": sources, "stripe": stripe(p, sources)}
+    if p.copied:
+        values |= {"slots": given["position"].shape[-1], "share": -(-p.rows // p.copied)}
     values |= {f"batched_{name}": int(one.batched) for name, one in given.items()}
     params += [Scalar(values.get(name, 0), "int32") for name in _integers(p)]
     launch = Launch(

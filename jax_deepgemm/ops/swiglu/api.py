@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.ops.quantize.activation import SILU, Activation, as_activation
 from jax_deepgemm.ops.quantize.api import checked_input
+from jax_deepgemm.ops.quantize.array import Block
 from jax_deepgemm.ops.quantize.blocks import check_blocks
-from jax_deepgemm.ops.quantize.fused import row_limit
+from jax_deepgemm.ops.quantize.fused import PER_COLUMN, is_square, row_limit
 from jax_deepgemm.ops.swiglu import reference
 from jax_deepgemm.ops.swiglu.op import (
     swiglu_grad_groups_op,
@@ -21,6 +23,8 @@ from jax_deepgemm.ops.swiglu.op import (
     swiglu_groups_op,
     swiglu_op,
 )
+from jax_deepgemm.ops.swiglu.plain import activate
+from jax_deepgemm.ops.swiglu.problem import COMPUTED
 
 
 def swiglu(
@@ -28,8 +32,10 @@ def swiglu(
 ) -> jax.Array:
     """silu(gate) * up * weight of h = gate | up, computed in float32 and rounded once.
 
-    For FP8 use `swiglu_quantize`. This one is jnp, which XLA fuses, with derivatives of any order; for them h
-    and weight are kept, and nothing else.
+    For FP8 use `swiglu_quantize`. This one has derivatives of any order; for them h and weight are kept, and
+    nothing else. One kernel computes it, and one its gradients, rounded once, where sizes are known and the
+    type is one of those below. Of the exact numbers results in float32 differ by some 1e-6, relative to the
+    largest term; so bfloat16 and float16 ones are next to, or are, the nearest.
 
     Args:
       h: [.., 2 i] bfloat16, float16 or float32; [.., i] for an activation without a gate.
@@ -57,10 +63,21 @@ def swiglu(
             f"{list(h.shape[:-1])}."
         )
 
-    def compute(h: jax.Array, weight: jax.Array | None) -> jax.Array:
-        return reference.act(h, weight, None, activation).astype(h.dtype)
+    if not all(isinstance(size, int) for size in h.shape) or np.dtype(h.dtype).name not in COMPUTED:
+        return jax.checkpoint(functools.partial(_plain, activation))(h, weight)
+    weights = [] if weight is None else [weight.astype(jnp.float32)]
+    if h.ndim == 1:
+        return swiglu(h[None], weights[0][None] if weights else None, activation=activation)[0]
+    function = functools.partial(activate, activation=activation)
+    if not weights:
+        function = functools.partial(activate, weight=None, activation=activation)
+    stacked: Any = functools.reduce(lambda one, _: jax.vmap(one), range(h.ndim - 2), function)
+    act: jax.Array = stacked(*same_varying_axes([h, *weights]))
+    return act
 
-    return jax.checkpoint(compute)(h, weight)
+
+def _plain(activation: Activation, h: jax.Array, weight: jax.Array | None) -> jax.Array:
+    return reference.act(h, weight, None, activation).astype(h.dtype)
 
 
 def swiglu_quantize(
@@ -71,6 +88,7 @@ def swiglu_quantize(
     activation: str | Activation = SILU,
     blocks: ArrayLike | None = None,
     transposed: bool = True,
+    block_t: Block = PER_COLUMN,
     dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
 ) -> tuple[jax.Array, ...]:
@@ -85,12 +103,14 @@ def swiglu_quantize(
       blocks: int32 [b, 4], `row_blocks(group_sizes, m)`, instead of rows: the transposed copy's blocks begin
         with each group, as `quantize_groups` has them.
       transposed: also give the transposed copy, which the weight gradient of the next GEMM reads.
+      block_t: with blocks, elements that share a scale in the transposed copy: (128, 1), or (128, 128).
       dtype: float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for powers of two.
 
     Returns:
       values [m, i], scales [m, ceil(i / 128)], and with `transposed` values_t [i, m], scales_t [ceil(m /
-      128), i]: see `quantize_both`; of blocks values_t [i, 128 b], scales_t [b, i]: see `quantize_groups`.
+      128), i]: see `quantize_both`; of blocks values_t [i, 128 b], scales_t [b, i], or with block_t (128,
+      128) [b, ceil(i / 128)]: see `quantize_groups`.
 
     Raises:
       TypeError, ValueError: types, shapes or formats outside the above.
@@ -109,9 +129,10 @@ def swiglu_quantize(
     h, dtype = _checked_h("swiglu_quantize", h, dtype, scale_format, activation)
     weights = _checked_weight("swiglu_quantize", h, weight)
     limit = row_limit("swiglu_quantize", rows)
+    square = _is_square("swiglu_quantize", block_t, blocks)
     if blocks is not None:
         table = _blocks("swiglu_quantize", blocks, rows, transposed)
-        grouped = swiglu_groups_op(dtype, scale_format, bool(weights), activation)
+        grouped = swiglu_groups_op(dtype, scale_format, bool(weights), activation, square)
         return tuple(grouped(*same_varying_axes([h, *weights, *table])))
     op = swiglu_op(dtype, scale_format, bool(transposed), bool(weights), bool(limit), activation)
     return tuple(op(*same_varying_axes([h, *weights, *limit])))
@@ -126,6 +147,7 @@ def swiglu_grad_quantize(
     activation: str | Activation = SILU,
     blocks: ArrayLike | None = None,
     transposed: bool = True,
+    block_t: Block = PER_COLUMN,
     dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
 ) -> tuple[jax.Array | None, ...]:
@@ -135,13 +157,15 @@ def swiglu_grad_quantize(
         dweight = sum over the features of dact * silu(gate) * up
 
     Args:
-      h, weight, rows, activation, blocks, transposed, dtype, scale_format: as in `swiglu_quantize`. Of
-        another activation dh is likewise dact * weight * its derivatives, in the columns that h has them in.
+      h, weight, rows, activation, blocks, transposed, block_t, dtype, scale_format: as in `swiglu_quantize`.
+        Of another activation dh is likewise dact * weight * its derivatives, in the columns that h has them
+        in.
       dact: [m, i] in h's dtype, the gradient of act.
 
     Returns:
       dh's values [m, 2 i], scales [m, ceil(2 i / 128)], with `transposed` values_t [2 i, m], scales_t [ceil(m
-      / 128), 2 i] (of blocks [2 i, 128 b] and [b, 2 i]), then dweight [m] float32 (None if weight is).
+      / 128), 2 i] (of blocks [2 i, 128 b] and [b, 2 i], or [b, ceil(2 i / 128)]), then dweight [m] float32
+      (None if weight is).
       dweight's sum has a fixed order: equal bits every time.
 
     Raises:
@@ -166,13 +190,24 @@ def swiglu_grad_quantize(
             f"type of h ({list(h.shape)}) with a column per feature. Convert it: dact.astype(h.dtype)."
         )
     limit = row_limit(where, rows)
+    square = _is_square(where, block_t, blocks)
     if blocks is None:
         op = swiglu_grad_op(dtype, scale_format, bool(transposed), bool(weights), bool(limit), activation)
     else:
         limit = _blocks(where, blocks, rows, transposed)
-        op = swiglu_grad_groups_op(dtype, scale_format, bool(weights), activation)
+        op = swiglu_grad_groups_op(dtype, scale_format, bool(weights), activation, square)
     results = tuple(op(*same_varying_axes([h, *weights, dact, *limit])))
     return results if weights else (*results, None)
+
+
+def _is_square(where: str, block_t: Any, blocks: Any) -> bool:
+    square = is_square(where, block_t)
+    if square and blocks is None:
+        raise ValueError(
+            f"{where}: block_t is (128, 128) without blocks, need row_blocks(group_sizes, m) with it. Of one "
+            "group: row_blocks(jnp.array([m]), m)."
+        )
+    return square
 
 
 def _blocks(where: str, blocks: Any, rows: Any, transposed: bool) -> list[jax.Array]:

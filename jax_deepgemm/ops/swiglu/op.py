@@ -26,7 +26,7 @@ from jax_deepgemm.ops.quantize.fused import (
     shares_blocks,
     with_every_level,
 )
-from jax_deepgemm.ops.quantize.groups import groups_shapes, quantized_groups
+from jax_deepgemm.ops.quantize.groups import groups_rule, groups_shapes, quantized_groups
 from jax_deepgemm.ops.quantize.op import HINT, BlockOp
 from jax_deepgemm.ops.swiglu import reference
 
@@ -126,29 +126,29 @@ def swiglu_grad_op(
 
 @functools.cache
 def swiglu_groups_op(
-    dtype: np.dtype, scale_format: str, weighted: bool, activation: Activation = SILU
+    dtype: np.dtype, scale_format: str, weighted: bool, activation: Activation = SILU, square: bool = False
 ) -> BlockOp:
     """(h[, weight], blocks) -> [values, scales, values_t, scales_t], by row blocks."""
 
     def plain(h: jax.Array, *rest: jax.Array) -> list[jax.Array]:
         *weight, blocks = rest
         act = reference.act(h, weight[0] if weighted else None, None, activation)
-        return quantized_groups(act, blocks, dtype, scale_format)
+        return quantized_groups(act, blocks, dtype, scale_format, square)
 
     return BlockOp(
-        _name("swiglu_quantize_groups", activation, dtype, scale_format, w=weighted),
-        f"t f{', t' if weighted else ''}, n four -> {_GROUPS}",
-        lambda h, *rest: groups_shapes(h[0], h[1] // activation.halves, rest[-1][0], dtype),
+        _name("swiglu_quantize_groups", activation, dtype, scale_format, w=weighted, square=square),
+        f"t f{', t' if weighted else ''}, n four -> {groups_rule(square)}",
+        lambda h, *rest: groups_shapes(h[0], h[1] // activation.halves, rest[-1][0], dtype, square),
         plain,
         spmd=pieces_of_whole(*_GROUPS_DIMENSIONS),
-        kernel=_kernel("swiglu", weighted, scale_format, True, activation, blocked=True),
+        kernel=_kernel("swiglu", weighted, scale_format, True, activation, blocked=True, square_t=square),
         grad_hint=HINT,
     )
 
 
 @functools.cache
 def swiglu_grad_groups_op(
-    dtype: np.dtype, scale_format: str, weighted: bool, activation: Activation = SILU
+    dtype: np.dtype, scale_format: str, weighted: bool, activation: Activation = SILU, square: bool = False
 ) -> BlockOp:
     """(h[, weight], dact, blocks) -> [values, scales, values_t, scales_t][dweight], the first ones of dh."""
 
@@ -156,24 +156,26 @@ def swiglu_grad_groups_op(
         *weight, dact, blocks = rest
         counted = jnp.sum(blocks[:, 2], dtype=jnp.int32)[None]
         dh, dweight = reference.grad(h, weight[0] if weighted else None, dact, counted, activation)
-        return [*quantized_groups(dh, blocks, dtype, scale_format), *([dweight] if weighted else [])]
+        quantized = quantized_groups(dh, blocks, dtype, scale_format, square)
+        return [*quantized, *([dweight] if weighted else [])]
 
     def result(h: Dims, *rest: Dims) -> list[Any]:
         dweight = [((h[0],), np.dtype(np.float32))] if weighted else []
-        return [*groups_shapes(h[0], h[1], rest[-1][0], dtype), *dweight]
+        return [*groups_shapes(h[0], h[1], rest[-1][0], dtype, square), *dweight]
 
     return BlockOp(
-        _name("swiglu_grad_quantize_groups", activation, dtype, scale_format, w=weighted),
-        f"t f{', t' if weighted else ''}, t i, n four -> {_GROUPS}{', r' if weighted else ''}",
+        _name("swiglu_grad_quantize_groups", activation, dtype, scale_format, w=weighted, square=square),
+        f"t f{', t' if weighted else ''}, t i, n four -> {groups_rule(square)}{', r' if weighted else ''}",
         result,
         plain,
         spmd=pieces_of_whole(*_GROUPS_DIMENSIONS),
-        kernel=_kernel("swiglu_grad", weighted, scale_format, True, activation, blocked=True),
+        kernel=_kernel(
+            "swiglu_grad", weighted, scale_format, True, activation, blocked=True, square_t=square
+        ),
         grad_hint=HINT,
     )
 
 
-_GROUPS = "r c, r c_blocks, c p, b c"
 _GROUPS_DIMENSIONS = ("r", "c", "c_blocks", "p", "b")
 
 
@@ -184,11 +186,13 @@ def _kernel(
     transposed: bool,
     activation: Activation,
     blocked: bool = False,
+    square_t: bool = False,
 ) -> LazyKernel:
     form: dict[str, Any] = {
         "scale_format": scale_format,
         "transposed": transposed,
         "activation": activation,
+        "square_t": square_t,
     }
     name += "_weighted" * weighted + "_blocked" * blocked
     return LazyKernel("jax_deepgemm.ops.swiglu.kernel", name, batched=not blocked, **form)

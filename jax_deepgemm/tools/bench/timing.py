@@ -112,7 +112,7 @@ def time_jobs(
             spans[job.name] = (begin, time.monotonic())
 
     with tempfile.TemporaryDirectory(prefix="jdg_trace_") as folder:
-        with _profiler(folder):
+        with profiler(folder):
             flush()
             _each(jobs, failed, queue)
         events = trace.read(folder)
@@ -159,7 +159,7 @@ def time_queued(jobs: Sequence[Job], calls: int) -> dict[str, Queued]:
         _queue_calls(job, calls, lambda: None)
         wall[job.name] = (time.perf_counter() - begin) * 1e6 / calls
     with tempfile.TemporaryDirectory(prefix="jdg_trace_") as folder:
-        with _profiler(folder):
+        with profiler(folder):
             for job in jobs:
                 _queue_calls(job, calls, lambda: None)
         busy = trace.busy(trace.read(folder))
@@ -221,7 +221,7 @@ def _timing(
 
 
 @contextlib.contextmanager
-def _profiler(folder: str) -> Any:
+def profiler(folder: str) -> Any:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     options.host_tracer_level = 1

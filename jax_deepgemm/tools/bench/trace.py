@@ -84,11 +84,11 @@ def span_of(call: Sequence[Event]) -> float:
     return (max(e.start + e.duration for e in call) - min(e.start for e in call)) / 1e3
 
 
-def device_events(profile: Any) -> list[Event]:
-    """Returns what ran on the first GPU of a `jax.profiler.ProfileData`, by start."""
+def device_events(profile: Any, device: int = 0) -> list[Event]:
+    """Returns what ran on one GPU, by default the first, of a `jax.profiler.ProfileData`, by start."""
     events = []
     for plane in profile.planes:
-        if not plane.name.startswith("/device:GPU:0"):
+        if plane.name.split(" ")[0] != f"/device:GPU:{device}":
             continue
         lines = list(plane.lines)
         streams = [line for line in lines if line.name.startswith("Stream")]
@@ -102,12 +102,12 @@ def _event(event: Any) -> Event:
     return Event(event.name, event.start_ns, event.duration_ns, str(stats.get("hlo_module", "")))
 
 
-def read(folder: str | Path) -> list[Event]:
-    """Returns the device events of the newest trace under `folder`; none if there is no GPU in it."""
+def read(folder: str | Path, device: int = 0) -> list[Event]:
+    """Returns the events of a GPU of the newest trace under `folder`; none if that is not in it."""
     from jax.profiler import ProfileData
 
     files = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    return device_events(ProfileData.from_file(str(files[-1]))) if files else []
+    return device_events(ProfileData.from_file(str(files[-1])), device) if files else []
 
 
 def split_calls(events: Sequence[Event], order: Sequence[str]) -> dict[str, list[list[Event]]]:

@@ -1,18 +1,19 @@
 // dispatch.cuh itself, run by CPU threads, one for each thread of each block. Reads cases from standard
-// input: meeting (0 alone, 1 cluster, 2 grid) blocks capacity experts copies ids.., and prints sizes, source
-// and position of each. What the device finds in scratch and in results is rubbish here too.
+// input: meeting (0 alone, 1 cluster, 2 grid, 3 alone and with the rows' tokens and weights) blocks capacity
+// experts copies ids.., and prints sizes, source and position of each. What the device finds in scratch and
+// in results is rubbish here too.
 
 #include <cstdio>
 #include <jax_deepgemm/dispatch/dispatch.cuh>
 
-template <jdg::Meeting M, bool L, int W, int X>
+template <jdg::Meeting M, bool L, int W, int X, bool R>
 struct Config {
   static constexpr int WARPS = W, WIDTH = X;
   static constexpr jdg::Meeting MEETING = M;
-  static constexpr bool CAPACITY = L;
+  static constexpr bool CAPACITY = L, OF_ROWS = R;
 };
 
-constexpr int kRubbish = 1234567;
+constexpr int kRubbish = 1234567, kSlots = 3;
 
 template <class C>
 void run(int blocks, int capacity, int experts, const std::vector<int>& ids) {
@@ -20,8 +21,12 @@ void run(int blocks, int capacity, int experts, const std::vector<int>& ids) {
   std::vector<int> sizes(experts, kRubbish), source(rows, kRubbish), position(copies, kRubbish);
   std::vector<int> counts(experts * blocks, kRubbish);
   jdg::u32 arrived = 0;
-  const jdg::Dispatch d{ids.data(), sizes.data(), source.data(), position.data(), counts.data(),
-                        &arrived,   copies,       experts,       capacity};
+  std::vector<int> token(rows, kRubbish);  // weights tell which copy a row holds
+  std::vector<float> row_weights(rows, kRubbish), weights(copies);
+  for (int i = 0; i < copies; ++i) weights[i] = i + 1;
+  const jdg::Dispatch d{ids.data(),         sizes.data(),   source.data(), position.data(), counts.data(),
+                        &arrived,           copies,         experts,       capacity,        token.data(),
+                        row_weights.data(), weights.data(), kSlots};
   std::barrier<> all(blocks * C::WARPS * 32);
   std::vector<std::unique_ptr<Block>> each;
   std::vector<std::thread> threads;
@@ -37,15 +42,19 @@ void run(int blocks, int capacity, int experts, const std::vector<int>& ids) {
     });
   }
   for (std::thread& one : threads) one.join();
+  for (int row = 0; C::OF_ROWS && row < rows; ++row) {
+    source[row] = row_weights[row] == 0.0f ? copies : static_cast<int>(row_weights[row]) - 1;
+    if (token[row] != source[row] / kSlots) source[row] = kRubbish;
+  }
   for (const auto* found : {&sizes, &source, &position})
     for (int value : *found) std::printf("%d ", value);
   std::printf("\n");
 }
 
-template <jdg::Meeting M, int W, int X = 1>
+template <jdg::Meeting M, int W, int X = 1, bool R = false>
 void either(int blocks, int capacity, int experts, const std::vector<int>& ids) {
-  capacity ? run<Config<M, true, W, X>>(blocks, capacity, experts, ids)
-           : run<Config<M, false, W, X>>(blocks, capacity, experts, ids);
+  capacity ? run<Config<M, true, W, X, R>>(blocks, capacity, experts, ids)
+           : run<Config<M, false, W, X, R>>(blocks, capacity, experts, ids);
 }
 
 int main() {
@@ -57,6 +66,8 @@ int main() {
       if (std::scanf("%d", &id) != 1) return 1;
     if (meeting == 0)
       either<Meeting::kAlone, 3>(blocks, capacity, experts, ids);
+    else if (meeting == 3)
+      either<Meeting::kAlone, 3, 1, true>(blocks, capacity, experts, ids);
     else if (meeting == 1)
       either<Meeting::kCluster, 2>(blocks, capacity, experts, ids);
     else if (blocks <= 32)

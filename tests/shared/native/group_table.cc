@@ -14,7 +14,7 @@
 template <jdg::Grouping G, bool S, bool BLOCKS, int CAPACITY>
 struct Config {
   static constexpr jdg::Grouping GROUPING = G;
-  static constexpr bool SEGMENTED = S, ZERO_ROWS = false, WHOLE_BLOCKS = BLOCKS;
+  static constexpr bool SEGMENTED = S, ZERO_ROWS = false, WHOLE_BLOCKS = BLOCKS, CHAINED = false;
   static constexpr int ROWS = 64, COLS = 64, TABLE_BYTES = (CAPACITY + 3) * 16;
 };
 

@@ -34,6 +34,8 @@ concept DispatchConfig = requires {
   C::MEETING;   // Meeting: how blocks wait for each other
   C::WIDTH;     // the grid has at most 32 times so many blocks
   C::CAPACITY;  // bool: whether all experts have the same number of rows, used or not
+  C::OF_ROWS;   // bool: whether each row's token and weight are wanted, not the copy that it holds; the kernel is
+                // then the first of a chain of launches
 };
 // clang-format on
 
@@ -43,6 +45,10 @@ struct Dispatch {
   int* blocks;   // [experts][gridDim.x]: copies that each block has; nullptr if there is one
   u32* arrived;  // zero; of a grid
   int copies, experts, capacity;
+  int* token;  // OF_ROWS
+  float* row_weights;
+  const float* weights;
+  int slots;  // copies of a token
 
   __device__ __forceinline__ bool has(int expert) const {
     return static_cast<u32>(expert) < static_cast<u32>(experts);
@@ -82,6 +88,17 @@ __device__ __forceinline__ void for_each_copy(const Dispatch& d, const Place<C>&
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k)
       if (first + 32 * k < at.end) visit(first + 32 * k + at.lane, expert[k]);
+  }
+}
+
+// Row `row` holds this copy; `copies`: none.
+template <class C>
+__device__ __forceinline__ void hold(const Dispatch& d, int row, int copy) {
+  if constexpr (C::OF_ROWS) {
+    d.token[row] = copy / d.slots;
+    d.row_weights[row] = copy < d.copies ? d.weights[copy] : 0.0f;
+  } else {
+    d.source[row] = copy;
   }
 }
 
@@ -181,7 +198,7 @@ __device__ __forceinline__ void place_run(const Dispatch& d, const Place<C>& at,
         row = expert * d.capacity + rank;
     }
     d.position[i] = row;
-    if (row < rows) d.source[row] = i;
+    if (row < rows) hold<C>(d, row, i);
   });
 }
 
@@ -191,11 +208,11 @@ __device__ __forceinline__ void fill_rest(const Dispatch& d, const Place<C>& at,
                                           const int* total) {
   const int step = at.threads_of_grid();
   if constexpr (!C::CAPACITY) {
-    for (int row = filled + at.thread_of_grid(); row < rows; row += step) d.source[row] = d.copies;
+    for (int row = filled + at.thread_of_grid(); row < rows; row += step) hold<C>(d, row, d.copies);
   } else {
     for (int row = at.thread_of_grid(); row < rows; row += step) {
       const int expert = row / d.capacity;
-      if (row - expert * d.capacity >= total[expert]) d.source[row] = d.copies;
+      if (row - expert * d.capacity >= total[expert]) hold<C>(d, row, d.copies);
     }
   }
 }
@@ -213,6 +230,7 @@ __device__ __forceinline__ void meet(const Dispatch& d) {
 
 template <DispatchConfig C>
 __device__ __forceinline__ void dispatch(const Dispatch& d) {
+  if constexpr (C::OF_ROWS) ptx::let_next_kernel_start();
   int* counts = ptx::shared_words();
   const Place<C> at(d.copies);
   int* mine = counts + at.warp * d.experts;

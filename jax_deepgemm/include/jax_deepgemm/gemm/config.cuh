@@ -13,7 +13,9 @@ enum class Scale {
   kNone,    // BF16
   kVector,  // one factor for each row (column) and 128 of k, stored [rows, k/128]
   kSlices,  // the same, stored [k/128, rows]
-  kBlock,   // one factor for each 128 rows (columns) and 128 of k
+  kBlock,   // one factor for each 128 rows (columns) and 128 of k, stored [rows/128, k/128]
+  // The same of columns, stored [k/128, columns/128], beside rows that are kSlices.
+  kBlockSlices,
 };
 
 // clang-format off

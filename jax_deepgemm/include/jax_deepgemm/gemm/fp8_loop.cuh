@@ -21,6 +21,9 @@
 //
 // The first slot of a tile without any k is multiplied in begin() too, whatever it holds, and the product is
 // not looked at. It may be read then, because nothing writes to a slot that is not released.
+//
+// WHOLE_BLOCKS (kBlockSlices): the first block is the last one of a group, and is multiplied no further than
+// it counts; all others are whole.
 #pragma once
 
 #include <jax_deepgemm/gemm/consumer.cuh>
@@ -35,11 +38,11 @@ struct Fp8Policy {
   static constexpr int kWidth = kCols<C> / C::PASSES;  // columns of a product
   static constexpr int kGroups = kWidth / 8;           // of 8 columns, of which a thread has two, in two rows
   static constexpr bool kColVector = C::COL_SCALES == Scale::kVector;
-  static constexpr bool kRowVector = C::ROW_SCALES == Scale::kVector;
+  static constexpr bool kRowVector = L::kRowVector;
 
   // 128x128 scales. kBlocks: how many a warpgroup's columns can touch; side by side they begin at halves of
   // blocks. kRun: neighbouring columns that share a scale wherever a tile begins, and kRuns of them.
-  static constexpr int kBlocks = L::kBlocks == 0 || C::ACROSS > 1 ? 1 : L::kBlocks;
+  static constexpr int kBlocks = L::kBlocks == 0 || C::ACROSS > 1 ? 1 : L::kDown ? C::COLS / 128 : L::kBlocks;
   static constexpr int kRun = kColVector ? kCols<C> : gcd(kCols<C>, 128), kRuns = kCols<C> / kRun;
 
   // Scales of rows: a quad of both of a thread's rows in registers, or read block by block for several parts.
@@ -56,7 +59,7 @@ struct Fp8Policy {
 
   static_assert(!C::MASK_K, "begin() multiplies a slot as it is");
   static_assert(C::PASSES == 2 || !C::HALVES, "half a tile is the first of two passes");
-  static_assert(C::PASSES == 1 || (C::COL_SCALES == Scale::kBlock && kWidth % 128 == 0), "whole blocks");
+  static_assert(C::PASSES == 1 || (!kColVector && kWidth % 128 == 0), "whole blocks");
 };
 
 template <class C>
@@ -71,24 +74,37 @@ struct Fp8Loop : BegunLoop<C> {
   // Scales of a quad: of this thread's two rows, and of the 128x128 blocks; of one block: of this thread's
   // columns.
   float4 upper, lower, block[P::kBlocks];
-  int offset;  // the tile's first column modulo 128
+  int offset;  // the tile's first column modulo 128, or 512, whose scales lie side by side (kBlockSlices)
   float col[P::kColsKept > 0 ? P::kColsKept : 1];
 
   // --- scales ---
+  static constexpr int kRowStep = (L::kDown ? 1 : kQuad) * 4;  // bytes from one row's scales to the next's
   __device__ __forceinline__ static float element(const float4& v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
   }
   __device__ __forceinline__ u32 row_scales() const {
-    return ring.row_scales() + (64 * first_part<C>(warpgroup) + mine.row) * kQuad * 4;
+    return ring.row_scales() + (64 * first_part<C>(warpgroup) + mine.row) * kRowStep;
+  }
+  // Four scales of a quad that lie `apart` bytes from each other, the last block of k last.
+  __device__ __forceinline__ static float4 load_down(u32 at, int apart) {
+    return {ptx::load_shared(at + 3 * apart), ptx::load_shared(at + 2 * apart), ptx::load_shared(at + apart),
+            ptx::load_shared(at)};
   }
   __device__ __forceinline__ void load_quad() {
-    if constexpr (P::kRowsByQuad) {
+    if constexpr (P::kRowsByQuad && L::kDown) {
+      upper = load_down(row_scales(), C::ROWS * 4);
+      lower = load_down(row_scales() + 8 * kRowStep, C::ROWS * 4);
+    } else if constexpr (P::kRowsByQuad) {
       upper = ptx::load_shared_4(row_scales());
-      lower = ptx::load_shared_4(row_scales() + 8 * kQuad * 4);
+      lower = ptx::load_shared_4(row_scales() + 8 * kRowStep);
     }
 #pragma unroll
-    for (int i = 0; L::kBlocks > 0 && i < P::kBlocks; ++i)
-      block[i] = ptx::load_shared_4(ring.block_scales() + (first_col<C>(warpgroup) / 128 + i) * kQuad * 4);
+    for (int i = 0; L::kBlocks > 0 && i < P::kBlocks; ++i) {
+      if constexpr (L::kDown)
+        block[i] = load_down(ring.block_scales() + offset / 128 * 4 + i * 4, 4 * 4);
+      else
+        block[i] = ptx::load_shared_4(ring.block_scales() + (first_col<C>(warpgroup) / 128 + i) * kQuad * 4);
+    }
   }
   __device__ __forceinline__ float col_scale(int j, int i) const {
     const int col = first_col<C>(warpgroup) + mine.col;
@@ -116,8 +132,8 @@ struct Fp8Loop : BegunLoop<C> {
     if constexpr (P::kRowsByQuad) {
       u = element(upper, j), l = element(lower, j);
     } else if constexpr (P::kRowVector) {
-      const u32 address = row_scales() + (part * 64 * kQuad + j) * 4;
-      u = ptx::load_shared(address), l = ptx::load_shared(address + 8 * kQuad * 4);
+      const u32 address = row_scales() + part * 64 * kRowStep + (L::kDown ? (3 - j) * C::ROWS : j) * 4;
+      u = ptx::load_shared(address), l = ptx::load_shared(address + 8 * kRowStep);
     }
 #pragma unroll
     for (int i = 0; i < P::kBlocks; ++i) {
@@ -132,19 +148,36 @@ struct Fp8Loop : BegunLoop<C> {
   }
 
   // --- one block of k ---
-  // The product of the slot that is `slot` further on than the ring.
+  // The product of the slot that is `slot` further on than the ring; of its first STEPS instructions along k.
+  template <int STEPS = kStepsPerBlock>
   __device__ __forceinline__ void issue(const Slot<C>& operands, int slot, int part, int pass) {
     ptx::pin(temp);
     ptx::wgmma_fence();
-    operands.multiply(temp, true, part, slot, pass * P::kWidth);
+    operands.template multiply<STEPS>(temp, true, part, slot, pass * P::kWidth);
     ptx::wgmma_commit();
+  }
+
+  // The same of a tile's first block, which counts for `steps` instructions.
+  __device__ __forceinline__ void issue_first(const Slot<C>& operands, int steps, int part, int pass) {
+    if (steps == kStepsPerBlock)
+      issue(operands, 0, part, pass);
+    else if (steps == 1)
+      issue<1>(operands, 0, part, pass);
+    else if (steps == 2)
+      issue<2>(operands, 0, part, pass);
+    else
+      issue<3>(operands, 0, part, pass);
+  }
+  // A warp agrees on it (whole_warp in gemm_grouped.cuh says why the compiler must know).
+  __device__ __forceinline__ static int first_steps(const Tile& tile) {
+    return __shfl_sync(0xFFFFFFFF, ceil_div(min(tile.k_stop, C::BLOCK_K), 32), 0);
   }
 
   // Block j of the quad whose scales are loaded, in the slot `slot` further on than the ring, which it moves
   // on by STEP slots. `more`: whether a block follows; `last`: whether that one belongs to the next quad.
-  // BEGUN: its product is on its way.
+  // BEGUN: it is the tile's first one, of `steps`, and its product is on its way.
   template <int PASSES, int STEP, bool BEGUN = false>
-  __device__ __forceinline__ void multiply(int j, int slot, bool more, bool last) {
+  __device__ __forceinline__ void multiply(int j, int slot, bool more, bool last, int steps = 0) {
     const u32 empty = ring.empty(slot);
     const Slot<C> operands(ring, warpgroup);
     const int next = STEP > 0 ? 0 : slot + 1;
@@ -154,7 +187,11 @@ struct Fp8Loop : BegunLoop<C> {
     for (int step = 0; step < kParts<C> * PASSES; ++step) {
       const int part = step / PASSES, pass = step % PASSES;
       const bool final = step + 1 == kParts<C> * PASSES;
-      if (!BEGUN || step > 0) issue(operands, slot, part, pass);
+      if constexpr (C::WHOLE_BLOCKS && BEGUN) {
+        if (step > 0) issue_first(operands, steps, part, pass);
+      } else {
+        if (!BEGUN || step > 0) issue(operands, slot, part, pass);
+      }
 
       // Under the multiplication: the factors of its promotion, then what the next block needs.
       if (step == 0 && P::kHeld > 0) load_cols(j);
@@ -209,9 +246,12 @@ struct Fp8Loop : BegunLoop<C> {
   }
 
   // --- a tile ---
-  __device__ __forceinline__ void begin(const Tile&) {
+  __device__ __forceinline__ void begin(const Tile& tile) {
     ring.wait_full();
-    issue(Slot<C>(ring, warpgroup), 0, 0, 0);
+    if constexpr (C::WHOLE_BLOCKS)
+      issue_first(Slot<C>(ring, warpgroup), first_steps(tile), 0, 0);
+    else
+      issue(Slot<C>(ring, warpgroup), 0, 0, 0);
     // Else ptxas draws stores of the epilogue in between the instructions, where D leaves without TMA or is
     // float32.
     __syncwarp();
@@ -220,10 +260,10 @@ struct Fp8Loop : BegunLoop<C> {
   // The tile's first quad, `blocks` of `all`. It is the one that may lack blocks, so that the tests for it
   // stand in front of the loop over whole quads and not in it.
   template <int PASSES>
-  __device__ __forceinline__ void first_quad(int blocks, int all) {
+  __device__ __forceinline__ void first_quad(int blocks, int all, int steps) {
     load_quad();
     if (P::kHeld == 0) load_cols(0);
-    multiply<PASSES, P::kUnit == 1 ? 1 : 0, true>(0, 0, blocks > 1, false);
+    multiply<PASSES, P::kUnit == 1 ? 1 : 0, true>(0, 0, blocks > 1, false, steps);
 #pragma unroll
     for (int j = 1; j < kQuad; ++j) {
       const int slot = j % P::kUnit;
@@ -261,8 +301,8 @@ struct Fp8Loop : BegunLoop<C> {
   template <int PASSES>
   __device__ __forceinline__ void finish_in(const Tile& tile) {
     const int all = tile.k_end - tile.k_begin, first = first_quad_blocks(all);
-    offset = tile.col % 128;
-    first_quad<PASSES>(first, all);
+    offset = tile.col % (L::kDown ? 512 : 128);
+    first_quad<PASSES>(first, all, C::WHOLE_BLOCKS ? first_steps(tile) : 0);
 #pragma unroll 1
     for (int left = all - first; left > 0; left -= kQuad) {
 #pragma unroll

@@ -36,7 +36,7 @@ struct DenseTiles {
   typename C::Out* d;
   const typename C::Out* c;
 
-  __device__ __forceinline__ void prepare(u32) {}
+  __device__ __forceinline__ void prepare(u32) { ptx::wait_for_previous_kernel(); }
 
   __device__ __forceinline__ void produce(Ring<C>& ring) const {
     const int tiles = ceil_div(p.m, C::ROWS) * ceil_div(p.n, C::COLS) * p.batches;

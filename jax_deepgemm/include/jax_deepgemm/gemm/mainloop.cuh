@@ -20,7 +20,7 @@
 
 namespace jdg {
 
-template <class C, Scale ROW_SCALES = C::ROW_SCALES>
+template <class C, Scale COL_SCALES = C::COL_SCALES>
 struct LoopOf {
   using Type = Fp8Loop<C>;
 };

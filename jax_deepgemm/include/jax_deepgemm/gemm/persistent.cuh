@@ -27,7 +27,7 @@ namespace jdg {
 
 // clang-format off
 // What the skeleton asks of Tiles. `Work` is what a consumer keeps of a tile.
-//   void prepare(u32 smem)                        by all threads, once
+//   void prepare(u32 smem)                        by all threads, once; behind it they may touch memory
 //   void produce(Ring<C>& ring) const             by the producer: all tiles of this block, in order
 //   Work receive(const Ring<C>& ring) const       by consumers: the next one; Work::row is kNoTile at the end
 //   Tile range(const Work&) const                 what MainLoop::begin must know: where its k begins and ends
@@ -41,7 +41,6 @@ __device__ __forceinline__ void persistent(Tiles tiles) {
   const int warpgroup = warpgroup_index();
 
   init_barriers<C>(smem);
-  ptx::wait_for_previous_kernel();
   tiles.prepare(smem);
   Ring<C> ring(smem);
 

@@ -5,6 +5,8 @@
 //     the quad that lacks blocks comes first             k 4   k 5    -      -      k 0    k 1    k 2    k 3
 //     a quad's scales come with its first block          4..5                       0..3
 //     the tile's record comes with its first slot        tile
+//   kBlockSlices                                       k 5    k 4    -      -      k 3    k 2    k 1    k 0
+//     so that the block in which a group ends is the first
 // clang-format on
 //
 // One thread does all this. Tiles without any k (a group's zeros) take slots without data, as many as keep
@@ -72,7 +74,7 @@ __device__ __forceinline__ void load_operand(u32 slot, const TensorMap& map, u32
 template <class C>
 __device__ __forceinline__ void load_scale_box(u32 slot, const TensorMap& map, u32 bar, int first, int kb,
                                                int batch) {
-  if constexpr (Layout<C>::kSliced)
+  if constexpr (Layout<C>::kByBlock)
     ptx::tma_load(slot, map, bar, first, kb, batch);
   else
     ptx::tma_load(slot, map, bar, kb, first, batch);
@@ -88,6 +90,13 @@ __device__ __forceinline__ void load_gated(u32 slot, const TensorMap& map, u32 b
     ptx::tma_load(slot, map, bar, k, feature, 0, batch);
 }
 
+// Where the scales of a tile's columns begin.
+template <class C>
+__device__ __forceinline__ int first_col_scale(const Tile& tile) {
+  if constexpr (Layout<C>::kDown) return tile.col / 128 / 4 * 4;
+  return Layout<C>::kColVector ? tile.col : tile.col / 128;
+}
+
 // The scales of one step of blocks of k, of both operands.
 template <class C>
 __device__ __forceinline__ void load_scales(const Ring<C>& ring, const Operands& in, const Tile& tile,
@@ -100,7 +109,7 @@ __device__ __forceinline__ void load_scales(const Ring<C>& ring, const Operands&
                       tile.col_batch * in.batched_col_scales);
   else
     load_scale_box<C>(L::kColVector ? ring.col_scales() : ring.block_scales(), *in.col_scales, ring.full(),
-                      L::kColVector ? tile.col : tile.col / 128, kb, tile.col_batch * in.batched_col_scales);
+                      first_col_scale<C>(tile), kb, tile.col_batch * in.batched_col_scales);
 }
 
 // Slots without data.
@@ -114,6 +123,22 @@ __device__ __forceinline__ void pass_on(Ring<C>& ring, int slots) {
   }
 }
 
+// The rows, and the columns, of a block of k that begins at k.
+template <class C>
+__device__ __forceinline__ void load_rows(const Ring<C>& ring, const Operands& in, const Tile& tile, int k) {
+  load_operand<C::ROWS_K_MAJOR, C::ROWS, C::ROWS_ONCE>(ring.rows(), *in.rows, ring.full(), tile.row, k,
+                                                       tile.batch * in.batched_rows);
+}
+template <class C>
+__device__ __forceinline__ void load_cols(const Ring<C>& ring, const Operands& in, const Tile& tile, int k) {
+  if constexpr (C::GATED)
+    load_gated<C::COLS_ONCE>(ring.cols(), *in.cols, ring.full(), k, tile.col / 2,
+                             tile.col_batch * in.batched_cols);
+  else
+    load_operand<C::COLS_K_MAJOR, C::COLS, C::COLS_ONCE>(ring.cols(), *in.cols, ring.full(), tile.col, k,
+                                                         tile.col_batch * in.batched_cols);
+}
+
 // One block of k into the ring's slot; with SCALES those of a whole step of blocks, too.
 template <class C, bool SCALES>
 __device__ __forceinline__ void load_block(Ring<C>& ring, const Operands& in, const Tile& tile, int kb) {
@@ -121,19 +146,33 @@ __device__ __forceinline__ void load_block(Ring<C>& ring, const Operands& in, co
   const int k = tile.k_first + kb * C::BLOCK_K;
   ring.wait_empty();
   ring.expect(L::kSlotBytes + (SCALES ? L::kScaleBytes : 0));
-  load_operand<C::ROWS_K_MAJOR, C::ROWS, C::ROWS_ONCE>(ring.rows(), *in.rows, ring.full(), tile.row, k,
-                                                       tile.batch * in.batched_rows);
-  if constexpr (C::GATED)
-    load_gated<C::COLS_ONCE>(ring.cols(), *in.cols, ring.full(), k, tile.col / 2,
-                             tile.col_batch * in.batched_cols);
-  else
-    load_operand<C::COLS_K_MAJOR, C::COLS, C::COLS_ONCE>(ring.cols(), *in.cols, ring.full(), tile.col, k,
-                                                         tile.col_batch * in.batched_cols);
+  load_rows<C>(ring, in, tile, k);
+  load_cols<C>(ring, in, tile, k);
   if constexpr (SCALES) {
-    load_scales<C>(ring, in, tile, k / C::BLOCK_K);
+    load_scales<C>(ring, in, tile, k / C::BLOCK_K - (L::kDown ? kQuad - 1 : 0));
     ring.advance_scales();
   }
   ring.advance();
+}
+
+// A tile's blocks of k from the last one down; scales of blocks in front of a quad's are loaded with it, also
+// where these are another group's, or none, and not looked at.
+template <class C>
+__device__ __forceinline__ void load_blocks_down(Ring<C>& ring, const Operands& in, const Tile& tile) {
+  const int partial = (tile.k_end - tile.k_begin) % kQuad;
+  int kb = tile.k_end - 1;
+  if (partial > 0) {
+    load_block<C, true>(ring, in, tile, kb);
+#pragma unroll 1
+    for (--kb; kb >= tile.k_end - partial; --kb) load_block<C, false>(ring, in, tile, kb);
+    pass_on<C>(ring, kQuad - partial);
+  }
+#pragma unroll 1
+  for (; kb >= tile.k_begin; kb -= kQuad) {
+    load_block<C, true>(ring, in, tile, kb);
+#pragma unroll
+    for (int j = 1; j < kQuad; ++j) load_block<C, false>(ring, in, tile, kb - j);
+  }
 }
 
 // A tile's blocks of k. `record`, three integers, is published with the first one.
@@ -144,7 +183,9 @@ __device__ __forceinline__ void load_blocks(Ring<C>& ring, const Operands& in, c
                                             Words... record) {
   ring.wait_empty();
   ring.publish(record..., tile.half);
-  if constexpr (Layout<C>::kQuads) {
+  if constexpr (Layout<C>::kDown) {
+    load_blocks_down<C>(ring, in, tile);
+  } else if constexpr (Layout<C>::kQuads) {
     const int partial = (tile.k_end - tile.k_begin) % kQuad, whole_end = tile.k_end - partial;
     if (partial > 0) {
       load_block<C, true>(ring, in, tile, whole_end);
@@ -161,6 +202,60 @@ __device__ __forceinline__ void load_blocks(Ring<C>& ring, const Operands& in, c
   } else {
 #pragma unroll 4
     for (int kb = tile.k_begin; kb < tile.k_end; ++kb) load_block<C, Layout<C>::kSliced>(ring, in, tile, kb);
+  }
+}
+
+// The same for the first tile of a kernel in a chain: its columns, which no kernel of the chain writes, are
+// on their way before the kernel in front has finished; rows follow when it has. FP8 with quads.
+//
+// Hazard: a slot's barrier expects all of its bytes from the start, so it cannot complete on columns alone.
+template <class C>
+__device__ __forceinline__ void load_first_blocks(Ring<C>& ring, const Operands& in, const Tile& tile,
+                                                  int row, int packed, int blocks) {
+  using L = Layout<C>;
+  static_assert(L::kQuads, "the order of slots");
+  const int partial = blocks % kQuad, slots = align_up(blocks, kQuad), early = min(slots, C::STAGES);
+  // The block of k in a slot; -1: none.
+  const auto block_in = [&](int slot) {
+    if (partial == 0) return slot;
+    return slot >= kQuad ? slot - kQuad : slot < partial ? blocks - partial + slot : -1;
+  };
+  ring.publish(row, packed, blocks, tile.half);
+  Ring<C> ahead = ring;
+#pragma unroll 1
+  for (int slot = 0; slot < early; ++slot) {
+    const int kb = block_in(slot);
+    if (kb < 0) {
+      ahead.fill_with_nothing();
+    } else {
+      ahead.expect(L::kSlotBytes + (slot % kQuad == 0 ? L::kScaleBytes : 0));
+      load_cols<C>(ahead, in, tile, kb * C::BLOCK_K);
+    }
+    ahead.advance();
+  }
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+#pragma unroll 1
+  for (int slot = 0; slot < early; ++slot) {
+    const int kb = block_in(slot);
+    if (kb >= 0) {
+      load_rows<C>(ring, in, tile, kb * C::BLOCK_K);
+      if (slot % kQuad == 0) {
+        load_scales<C>(ring, in, tile, kb);
+        ring.advance_scales();
+      }
+    }
+    ring.advance();
+  }
+#pragma unroll 1
+  for (int slot = early; slot < slots; ++slot) {
+    const int kb = block_in(slot);
+    if (kb < 0)
+      pass_on<C>(ring, 1);
+    else if (slot % kQuad == 0)
+      load_block<C, true>(ring, in, tile, kb);
+    else
+      load_block<C, false>(ring, in, tile, kb);
   }
 }
 

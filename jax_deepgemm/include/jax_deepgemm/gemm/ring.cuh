@@ -15,6 +15,11 @@
 // bytes for a quad of each 128 rows or columns that a tile touches; those beyond the operand are zeros.
 // Scales stored by block of k, [k/128, rows], come one block at a time, by the same rule.
 //
+// kBlockSlices: rows have scales of their own, columns one for 128 of them, both stored by block of k. A quad
+// of these may begin at any block, and tiles are walked from their last block down (producer.cuh): box {rows,
+// 4 blocks of k} of the rows' scales, and {4, 4 blocks of k} of those of the columns, as boxes begin at
+// multiples of 16 bytes.
+//
 // Scales have no barriers of their own. They arrive with the first block of their quad, counted by its
 // barrier. They are read until promotion, when that slot is released already. Their ring has
 // ceil(STAGES / 4) + 1 slots: a quad is read before its warpgroup releases the first block of the next one,
@@ -43,8 +48,9 @@ template <class C>
 struct Layout {
   static constexpr u32 kRowsBytes = (C::ROWS_K_MAJOR ? C::ROWS : align_up(C::ROWS, 64)) * kSlotRowBytes;
   static constexpr u32 kColsBytes = (C::COLS_K_MAJOR ? C::COLS : align_up(C::COLS, 64)) * kSlotRowBytes;
-  static constexpr bool kFp8 = C::ROW_SCALES != Scale::kNone, kSliced = C::ROW_SCALES == Scale::kSlices;
-  static constexpr bool kRowVector = kSliced || C::ROW_SCALES == Scale::kVector;
+  static constexpr bool kFp8 = C::ROW_SCALES != Scale::kNone, kByBlock = C::ROW_SCALES == Scale::kSlices;
+  static constexpr bool kSliced = C::COL_SCALES == Scale::kSlices, kDown = kByBlock && !kSliced;
+  static constexpr bool kRowVector = kByBlock || C::ROW_SCALES == Scale::kVector;
   static constexpr bool kColVector = kSliced || C::COL_SCALES == Scale::kVector;
   static constexpr bool kQuads = kFp8 && !kSliced;
   static constexpr int kScaleStep = kSliced ? 1 : kQuad;  // blocks of k whose scales travel together
@@ -52,11 +58,13 @@ struct Layout {
   static constexpr u32 kColScaleBytes = kColVector ? align_up(C::COLS * kScaleStep * 4, 128) : 0;
   static constexpr bool kBlocksOfRows = C::ROW_SCALES == Scale::kBlock;
   static constexpr int kBlocks = kBlocksOfRows                    ? 1
+                                 : kDown                          ? 4
                                  : C::COL_SCALES == Scale::kBlock ? touched_blocks(C::COLS)
-                                                                  : 0;  // 128-blocks that have a scale
+                                                                  : 0;  // 128-blocks whose scales are loaded
   static constexpr u32 kBlockScaleBytes = align_up(kBlocks * kQuad * 4, 128);
   static_assert(!kBlocksOfRows || 128 % C::ROWS == 0, "all of a tile's rows are in one 128-block");
-  static_assert(kSliced == (C::COL_SCALES == Scale::kSlices), "both operands store their scales alike");
+  static_assert(kByBlock == (kSliced || C::COL_SCALES == Scale::kBlockSlices), "operands store them alike");
+  static_assert(!kDown || (C::COLS % 128 == 0 && 512 % C::COLS == 0), "whole blocks, of four neighbours");
   static_assert(!kFp8 || C::SCALE_SLOTS == ceil_div(C::STAGES, kScaleStep) + 1, "see the head of this file");
 
   static constexpr u32 kRows = 0;

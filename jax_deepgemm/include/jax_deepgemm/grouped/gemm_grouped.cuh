@@ -12,6 +12,12 @@
 //
 //   shared memory:   ring.cuh
 // clang-format on
+//
+// CHAINED: a kernel of a chain of launches (programmatic dependent launch), of which all kernels but the one
+// right before have finished when it starts: what gave the group sizes is among these. So the table is made
+// and the first tile's columns are loaded at once, beside the tail of that kernel. Only the producer waits
+// for it, before it loads rows: nothing else that is read here comes from it, and D is read by later kernels
+// only.
 #pragma once
 
 #include <jax_deepgemm/gemm/gemm.cuh>
@@ -140,11 +146,32 @@ struct GroupedTiles {
   const typename C::Out* c;
   GroupTable<C> table;
 
-  __device__ __forceinline__ void prepare(u32 smem) { table = make_table<C>(groups, p, smem); }
+  __device__ __forceinline__ void prepare(u32 smem) {
+    if constexpr (!C::CHAINED) ptx::wait_for_previous_kernel();
+    table = make_table<C>(groups, p, smem);
+  }
+
+  // The first tile of a kernel in a chain, if there is one and it has products; the number of the next one.
+  __device__ __forceinline__ int produce_first(Ring<C>& ring, const Rounds<C>& rounds) const {
+    const int number = blockIdx.x;
+    if (number < rounds.count()) {
+      const TileRecord first = nth_tile<C>(table, rounds, number, p);
+      const Tile tile = group_tile<C>(table, first, p, in.k_blocks).tile;
+      if (tile.k_end > 0) {
+        load_first_blocks<C>(ring, in, tile, first.row, first.packed, tile.k_end);
+        return number + gridDim.x;
+      }
+    }
+    ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
+    return number;
+  }
 
   __device__ __forceinline__ void produce(Ring<C>& ring) const {
     const Rounds<C> rounds(table.tiles);
-    for (int number = blockIdx.x; number < rounds.count(); number += gridDim.x) {
+    int first = blockIdx.x;
+    if constexpr (C::CHAINED) first = produce_first(ring, rounds);
+    for (int number = first; number < rounds.count(); number += gridDim.x) {
       const TileRecord next = nth_tile<C>(table, rounds, number, p);
       const Tile tile = group_tile<C>(table, next, p, in.k_blocks).tile;
       if (tile.k_end > 0)

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <jax_deepgemm/gemm/epilogue.cuh>
+#include <jax_deepgemm/ptx/grid.cuh>
 
 namespace jdg {
 
@@ -31,6 +32,8 @@ concept GroupedConfig = requires {
   C::GROUPING;   // Grouping: what the groups divide
   C::SEGMENTED;  // bool: whether `sizes` holds starts, ends and groups instead of sizes
   C::ZERO_ROWS;  // bool: whether rows of a masked group behind its last one are stored as zeros
+  C::CHAINED;    // bool: whether the launch right before this one in its chain writes A and its scales, and
+                 // nothing else that is read here (gemm_grouped.cuh)
 };
 // clang-format on
 
@@ -104,6 +107,12 @@ __device__ __forceinline__ int room(int size) {
   return C::WHOLE_BLOCKS ? ceil_div(size, 128) * 128 : size;
 }
 
+// A size, in a chain past L1, which may hold what was there before.
+template <class C>
+__device__ __forceinline__ int load_size(const int* at) {
+  return C::CHAINED ? ptx::load_shared_by_blocks(at) : *at;
+}
+
 // Start and end of every segment, by one warp. Segment 0 of kRows is what lies before the first group of this
 // device: zeros.
 template <class C>
@@ -115,7 +124,7 @@ __device__ __forceinline__ int read_segments(const Groups& g, u32 base) {
 #pragma unroll
     for (int b = 0; b < kRun<C>; ++b) {
       const int i = first + lane * kRun<C> + b;
-      size[b] = i < g.total ? g.sizes[i] : 0;
+      size[b] = i < g.total ? load_size<C>(g.sizes + i) : 0;
     }
   };
   if constexpr (!C::SEGMENTED && !Table::kMasked) load_sizes(0);  // on their way together with the offset

@@ -108,4 +108,10 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// The next kernel may start once every block has said so, or has ended. Said behind the wait above, by all
+// kernels of a chain: then a kernel that starts knows that all but the one right before it have finished.
+__device__ __forceinline__ void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 }  // namespace jdg::ptx

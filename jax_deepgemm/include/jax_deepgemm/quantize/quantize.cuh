@@ -74,7 +74,7 @@ __device__ __forceinline__ void quantize(const QuantizeInputs<typename C::In>& i
   __shared__ TileShared<C> shared;
   const Place at = with_rows<C>(Place::of<C>(blockIdx.x, all.rows, all.cols, C::TILES), counted, all.rows);
   if (C::BLOCKED && at.empty()) return;
-  const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
+  const Quantized to = all.of_batch<C>(at.batch, scales_per_matrix<C>(all.rows, all.cols));
 
   const i64 first = static_cast<i64>(at.batch * in.batched) * in.sources + at.row;
   const typename C::In* line = in.x + first * all.cols + at.col;

@@ -9,7 +9,7 @@
 //                    until lane l knows the l-th (of tile l % TILES), computes its scale, and hands the
 //                    inverse round
 //   128x1 scales     amax of a column: of each warp through shared memory; 128 threads compute the scales
-//   128x128 scales   one maximum of everything
+//   128x128 scales   one maximum of everything; also of the transposed copy alone (SQUARE_T)
 //
 //   values           8 bytes per thread, 16 lanes fill a line of 128
 //   transposed       through shared memory [column][row], where 8-byte words of a column are exchanged by
@@ -44,6 +44,7 @@ concept QuantizeConfig = requires {
   C::MIN_AMAX;      // what a maximum counts as at least
   C::UE8M0;         // bool: whether scales are powers of two
   C::TRANSPOSED;    // bool: whether a transposed copy is written too
+  C::SQUARE_T;      // bool: whether all of a tile share a scale in it, where values have scales of rows
   C::LIMITED;       // bool: whether rows from a number on that is read from memory count as zeros
   C::BLOCKED;       // bool: whether a table lists the rows of each tile (RowBlock)
   C::INDEXED;       // bool: whether rows are taken by an index (quantize)
@@ -122,13 +123,15 @@ struct Quantized {
   u8* values;       // [rows, cols]
   float* scales;    // its grid
   u8* values_t;     // [cols, rows_t], or null
-  float* scales_t;  // [ceil(rows_t / 128), cols], or null
+  float* scales_t;  // [ceil(rows_t / 128), cols], with SQUARE_T [.., ceil(cols / 128)], or null
   int rows, cols, rows_t;
 
+  template <class C>
   __device__ __forceinline__ Quantized of_batch(int batch, int scales_per_matrix) const {
     const i64 size = static_cast<i64>(rows) * cols * batch;
     const i64 size_of_t = static_cast<i64>(rows_t) * cols * batch;
-    const i64 grid_t = static_cast<i64>(ceil_div(rows_t, kTile)) * cols * batch;
+    const int across_t = C::SQUARE_T ? ceil_div(cols, kTile) : cols;
+    const i64 grid_t = static_cast<i64>(ceil_div(rows_t, kTile)) * across_t * batch;
     return {values + size,
             scales + static_cast<i64>(scales_per_matrix) * batch,
             values_t + size_of_t,
@@ -332,29 +335,54 @@ __device__ __forceinline__ void publish_columns(const float (&of)[kWide], float 
   *reinterpret_cast<float4*>(&maxima[first + lane / 16 * 4]) = {half[0], half[1], half[2], half[3]};
 }
 
+// The maximum of a warp's numbers.
+template <int ROWS>
+__device__ __forceinline__ float warp_maximum(const float (&rows)[ROWS]) {
+  float amax = 0.0f;
+#pragma unroll
+  for (int j = 0; j < ROWS; ++j) amax = fmaxf(amax, rows[j]);
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) amax = fmaxf(amax, __shfl_xor_sync(kEveryLane, amax, half));
+  return amax;
+}
+
+// What the warps found of a tile becomes the maximum of a column, or SQUARE_T: of all.
+template <class C>
+__device__ __forceinline__ void publish_maxima(const Maxima<C::ROWS>& of,
+                                               float (&maxima)[TileShared<C>::kWarps][kTile]) {
+  const int warp = threadIdx.x / 32;
+  if constexpr (C::SQUARE_T) {
+    const float amax = warp_maximum(of.row);
+    if (threadIdx.x % 32 == 0) maxima[warp][0] = amax;
+  } else {
+    publish_columns(of.col, maxima[warp]);
+  }
+}
+
 // The scales of a tile's columns into `scales` [row of tiles, cols], and their inverses; `line` is the
-// thread's column.
+// thread's column. SQUARE_T: their one scale into [row of tiles, tiles].
 template <class C>
 __device__ __forceinline__ void column_scales(float* scales, TileShared<C>& shared, const Quantized& to,
                                               const Place& at, int tile, int line) {
   float amax = 0.0f;
 #pragma unroll
-  for (int w = 0; w < TileShared<C>::kWarps; ++w) amax = fmaxf(amax, shared.maxima[tile][w][line]);
+  for (int w = 0; w < TileShared<C>::kWarps; ++w)
+    amax = fmaxf(amax, shared.maxima[tile][w][C::SQUARE_T ? 0 : line]);
   const float scale = scale_of<C>(amax);
   shared.inverses[tile][line] = ptx::rcp_rn(scale);
-  if (at.tile_col + line < to.cols && at.tile_row < at.end)
-    scales[static_cast<i64>(at.tile_row_t / kTile) * to.cols + at.tile_col + line] = scale;
+  if (at.tile_col + line >= to.cols || at.tile_row >= at.end) return;
+  const i64 down = at.tile_row_t / kTile;
+  if constexpr (!C::SQUARE_T)
+    scales[down * to.cols + at.tile_col + line] = scale;
+  else if (line == 0)
+    scales[down * ceil_div(to.cols, kTile) + at.tile_col / kTile] = scale;
 }
 
 // The inverse of the tile's one scale.
 template <class C>
 __device__ __forceinline__ float block_scale(const float (&maxima)[C::ROWS], TileShared<C>& shared,
                                              const Quantized& to, const Place& at) {
-  float amax = 0.0f;
-#pragma unroll
-  for (int j = 0; j < C::ROWS; ++j) amax = fmaxf(amax, maxima[j]);
-#pragma unroll
-  for (int half = 16; half > 0; half /= 2) amax = fmaxf(amax, __shfl_xor_sync(kEveryLane, amax, half));
+  float amax = warp_maximum(maxima);
   if (threadIdx.x % 32 == 0) shared.maxima[0][0][threadIdx.x / 32] = amax;
   __syncthreads();
 #pragma unroll
@@ -450,14 +478,14 @@ __device__ __forceinline__ void quantize_tiles(Chunk<T> (&x)[C::TILES][C::ROWS],
   constexpr bool kRows = C::SCALES == Scales::kRow, kBlock = C::SCALES == Scales::kBlock;
   constexpr bool kColumns = C::SCALES == Scales::kColumn || (C::TRANSPOSED && kRows);
   static_assert(!kBlock || C::TILES == 1);
+  static_assert(!C::SQUARE_T || (C::TRANSPOSED && kRows));
   Maxima<C::ROWS> maxima[C::TILES];
   float block = 1.0f, row[C::TILES][C::ROWS];
   find_finite_maxima<C>(maxima, x);
   if constexpr (kBlock) block = block_scale<C>(maxima[0].row, shared, to, at);
   if constexpr (kColumns) {
 #pragma unroll
-    for (int tile = 0; tile < C::TILES; ++tile)
-      publish_columns(maxima[tile].col, shared.maxima[tile][threadIdx.x / 32]);
+    for (int tile = 0; tile < C::TILES; ++tile) publish_maxima<C>(maxima[tile], shared.maxima[tile]);
   }
   if constexpr (kColumns) {
     __syncthreads();

@@ -53,7 +53,7 @@ __device__ __forceinline__ void swiglu(const SwigluInputs<typename C::In, kHalve
   __shared__ TileShared<C> shared;
   using In = typename C::In;
   const Place tile = Place::of<C>(blockIdx.x, all.rows, all.cols);
-  const Quantized to = all.of_batch(tile.batch, scales_per_matrix<C>(all.rows, all.cols));
+  const Quantized to = all.of_batch<C>(tile.batch, scales_per_matrix<C>(all.rows, all.cols));
   const SwigluInputs<In, kHalves<A>> own = in.of_batch(tile.batch, all.rows);
   const Place at = with_rows<C>(tile, counted, all.rows);
   if (C::BLOCKED && at.empty()) return;
@@ -102,7 +102,7 @@ __device__ __forceinline__ void swiglu_grad(const SwigluInputs<typename C::In, k
   __shared__ TileShared<C> shared;
   using In = typename C::In;
   const Place tile = Place::of<C>(blockIdx.x, all.rows, all.cols);
-  const Quantized to = all.of_batch(tile.batch, scales_per_matrix<C>(all.rows, all.cols));
+  const Quantized to = all.of_batch<C>(tile.batch, scales_per_matrix<C>(all.rows, all.cols));
   const SwigluInputs<In, kHalves<A>> own = in.of_batch(tile.batch, all.rows);
   const Place at = with_rows<C>(tile, counted, all.rows);
   if (C::BLOCKED && at.empty()) return;
@@ -221,7 +221,7 @@ __device__ __forceinline__ void swiglu_grad_pairs(const SwigluInputs<typename C:
   if (!next.empty()) request_inputs<C, A>(in, shared, next, all.rows);
   while (!next.empty()) {
     const Place at = next;
-    const Quantized to = all.of_batch(at.batch, scales_per_matrix<C>(all.rows, all.cols));
+    const Quantized to = all.of_batch<C>(at.batch, scales_per_matrix<C>(all.rows, all.cols));
     const SwigluInputs<typename C::In, kHalves<A>> own = in.of_batch(at.batch, all.rows);
     const int rows = at.counted;
 

@@ -160,8 +160,8 @@ def shared_memory(p: GemmProblem, c: Sm90Config) -> SharedMemory:
     width = c.cols if cols_k_major else align_up(c.cols, 64)
     scale_slot = (c.rows if row_vector else 0) * 4 * step
     scale_slot += align_up(c.cols * 4 * step, 128) if col_vector else 0
-    if p.b_scales == "block":
-        scale_slot += align_up(scale_blocks(c) * 4 * step, 128)
+    if p.square_scales:
+        scale_slot += align_up(scale_blocks(p, c) * 4 * step, 128)
     staging = 4 * c.warpgroups * c.slabs * SLAB_ROWS * SLAB_ROW_BYTES
     if c.split_k > 1:  # what the ranks of a cluster send each other, and its barrier
         staging = align_up(_partial_bytes(c) + 16, 128)
@@ -174,8 +174,11 @@ def _partial_bytes(c: Sm90Config) -> int:
     return c.rows * (c.cols + 4) * 4
 
 
-def scale_blocks(c: Sm90Config) -> int:
-    """How many blocks of 128 rows of B a tile can touch, as tiles start at multiples of their width."""
+def scale_blocks(p: GemmProblem, c: Sm90Config) -> int:
+    """How many scales of 128 rows of B a tile loads: of as many blocks as it can touch, as tiles start at
+    multiples of their width; stored side by side, of whole 16 bytes."""
+    if p.slices:
+        return _QUAD
     return ceil_div(128 - math.gcd(c.block_n, 128) + c.block_n, 128)
 
 
@@ -221,6 +224,10 @@ def problems_with(p: GemmProblem, c: Sm90Config) -> list[str]:
         (c.blocks_per_sm in resident, f"blocks_per_sm is {c.blocks_per_sm}, must be 1, or 2 with {few}"),
         (c.split_k in (1, 2, 4, 8), f"split_k is {c.split_k}, must be 1, 2, 4 or 8 (portable cluster size)"),
         (cols <= _widest(p, c), f"{cols} columns leave no registers for two accumulators"),
+        (
+            p.b_scales != "block_slices" or cols in (128, 256),
+            f"the other side is {cols}, must be 128 or 256 where scales of 128x128 lie side by side",
+        ),
         (c.split_k <= ceil_div(p.k_blocks, _QUAD), f"split_k is {c.split_k}, more than the quads of k"),
         (c.slabs in _slab_choices(p, c), f"slabs is {c.slabs}, must be one of {_slab_choices(p, c)}"),
         (
@@ -253,4 +260,4 @@ def _widest(p: GemmProblem, c: Sm90Config) -> int:
         return 256
     if c.rows == 256:  # two parts of 64 rows to a warpgroup, and one product beside them
         return 128
-    return 256 if p.b_scales == "block" and c.rows <= 128 and passes(p, c) == 2 else 192
+    return 256 if p.square_scales and c.rows <= 128 and passes(p, c) == 2 else 192

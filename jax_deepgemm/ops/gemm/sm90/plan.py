@@ -53,8 +53,9 @@ def scale_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands) -> list[TensorMap
     maps = []
     for side, scales, tile in zip(sides(p), (x.a_scales, x.b_scales), (c.block_m, c.block_n), strict=True):
         if scales is not None:
-            quad = (4, scale_blocks(c) if side.scales == "block" else tile)
-            box = (tile, 1) if side.scales == "slices" else quad
+            blocks = 4 if p.b_scales != "slices" else 1  # of k
+            extent = scale_blocks(p, c) if side.scales in ("block", "block_slices") else tile
+            box = (extent, blocks) if p.slices else (blocks, extent)
             maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, box, 0))
     return maps
 

@@ -42,7 +42,13 @@ extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}(
 }}
 """
 
-_SCALES = {"vector": "kVector", "slices": "kSlices", "block": "kBlock", "none": "kNone"}
+_SCALES = {
+    "vector": "kVector",
+    "slices": "kSlices",
+    "block": "kBlock",
+    "block_slices": "kBlockSlices",
+    "none": "kNone",
+}
 
 
 def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
@@ -55,7 +61,7 @@ def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
     parts += [f"k{c.split_k}"] if c.one_tile else []
     parts += ["pp"] if c.ping_pong else []
     parts += [f"x{c.blocks_per_sm}"] if c.blocks_per_sm > 1 else []
-    parts += ["sb1"] if p.b_scales == "vector" else []
+    parts += ["sb1"] if p.b_scales == "vector" else ["sb128"] if p.b_scales == "block_slices" else []
     parts += ["f32"] if p.out == "float32" else []
     parts += ["once"] if p.b_once else []
     parts += ["acc" if p.reduces else "add"] if p.add_c else []
@@ -84,7 +90,7 @@ class Side:
 
 def sides(p: GemmProblem) -> tuple[Side, Side]:
     """A and B."""
-    a_scales = {"none": "none", "slices": "slices"}.get(p.b_scales, "vector")
+    a_scales = {"none": "none"}.get(p.b_scales, "slices" if p.slices else "vector")
     return Side("a", p.a, p.a_k_major, a_scales), Side("b", p.b, p.b_k_major, p.b_scales)
 
 

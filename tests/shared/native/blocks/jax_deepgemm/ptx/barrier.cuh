@@ -108,6 +108,7 @@ inline int max(int a, int b) { return a > b ? a : b; }
 namespace ptx {
 inline void cluster_arrive() { arrived = cluster->arrive(); }
 inline void cluster_wait() { cluster->wait(std::move(*arrived)); }
+inline void let_next_kernel_start() {}  // there is none
 }  // namespace ptx
 
 }  // namespace jdg

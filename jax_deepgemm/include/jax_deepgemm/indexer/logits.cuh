@@ -1,0 +1,320 @@
+// Scores of keys for tokens: logits[i, j] = scale[j] sum_h weights[i, h] max(queries[i, h] . keys[j], 0) for
+// the keys of a token's window, minus infinity elsewhere in its row.
+//
+// clang-format off
+//   warpgroups 0, 1     consumers: 64 keys of a tile each, by two banks of tokens in turn
+//   warpgroup 2         warp 0: producer; warps 1 to 3: minus infinity where no tile is
+//
+//   keys:    slot  keys [128, d] | scales [128] | record {first key, first token, begins a block of tokens; whole}
+//   tokens:  slot  queries [2 banks][tokens][heads][d] | weights [..][heads] | Token of each
+//
+//   consumer:  product of bank 0 of the first tile
+//              for each tile:  issue bank 1          wait for bank 0, sum it up, store
+//                              issue bank 0 of the   wait for bank 1, release the slot, sum it up, store
+//                              next tile
+//
+//   shared memory:  keys[STAGES] | queries[QUERY_STAGES] | scales | weights | tokens | two pipelines | share
+// clang-format on
+//
+// Each block of threads has a share of all tiles (work.cuh), so that blocks end together however long windows
+// are. Tiles follow each other without a gap: when one is the last of its tokens, bank 0 of the next tokens
+// is on its way before bank 1 is summed up. Behind the last tile of all comes a slot that holds nothing; what
+// is multiplied there is dropped.
+//
+// A thread has 2 keys by a quarter of the heads of each token. max(x, 0) is (x + |x|) / 2: one addition at
+// full rate, exact, where max runs at half rate. The factor joins the key's scale. Four neighbouring lanes
+// then exchange what they summed, so that each has whole sums of one key, of every other token.
+//
+// A tile that lies in the windows of all its tokens, all of which exist, is `whole`: stored without a look at
+// windows.
+//
+// Hazard: a product must be in flight, or not, on every way into a join of the control flow, or ptxas
+// serialises (C7514). There is one loop, with one product in flight at its edge.
+#pragma once
+
+#include <jax_deepgemm/indexer/work.cuh>
+#include <jax_deepgemm/ptx/tma.cuh>
+#include <jax_deepgemm/ptx/wgmma.cuh>
+
+namespace jdg {
+
+constexpr int kNoTile = -1;  // in a record's place of a key: there are no more tiles
+
+// --- producer ---
+
+// The part of every token's window that all tokens of a block have, where all of them exist.
+template <class C>
+__device__ __forceinline__ Span common_keys(const Problem<C>& p, const Token& t, int block) {
+  const bool mine = threadIdx.x % 32 < kBlockTokens<C>;
+  const int begin = __reduce_max_sync(0xFFFFFFFF, mine ? t.start : 0);
+  const int end = __reduce_min_sync(0xFFFFFFFF, mine ? t.end : kNever);
+  return {begin, (block + 1) * kBlockTokens<C> <= p.tokens ? end : 0};
+}
+
+template <class C>
+__device__ __forceinline__ void load_tokens(const Problem<C>& p, const Queries<C>& queries, int first) {
+  using L = LogitsLayout<C>;
+  queries.expect(L::kQueriesBytes + L::kWeightsBytes);
+#pragma unroll
+  for (int slab = 0; slab < C::SLABS; ++slab)
+    ptx::tma_load(queries.queries() + slab * kBlockCols<C> * kSlabBytes, *p.queries, queries.full(),
+                  slab * kSlabElements<C>, 0, first);
+  ptx::tma_load(queries.weights(), *p.weights, queries.full(), 0, first);
+}
+
+template <class C>
+__device__ __forceinline__ void load_keys(const Problem<C>& p, const Keys<C>& keys, int first) {
+  using L = LogitsLayout<C>;
+  keys.expect(L::kKeysBytes + L::kScalesBytes);
+#pragma unroll
+  for (int slab = 0; slab < C::SLABS; ++slab)
+    ptx::tma_load(keys.keys() + slab * kTileKeys * kSlabBytes, *p.keys, keys.full(), slab * kSlabElements<C>,
+                  first);
+  if constexpr (C::SCALED) ptx::tma_load(keys.scales(), *p.scales, keys.full(), first);
+}
+
+// By a warp. One lane of it loads; all of them look at windows.
+template <class C>
+__device__ __forceinline__ void produce(const Problem<C>& p, const Share& share, u32 smem) {
+  Keys<C> keys(smem);
+  Queries<C> queries(smem);
+  const int lane = threadIdx.x % 32;
+  const bool elected = ptx::elect();
+  i64 left = share.tiles;
+  int skip = share.tile;
+  Token next = token_of_lane(p, share.block);
+#pragma unroll 1
+  for (int block = share.block; left > 0; ++block, skip = 0) {
+    const Token mine = next;
+    next = token_of_lane(p, block + 1);  // while this block's keys are loaded
+    Span tiles = tiles_of_warp(mine);
+    tiles.begin += skip;
+    if (tiles.size() > left) tiles.end = tiles.begin + static_cast<int>(left);
+    if (tiles.size() == 0) continue;
+    const Span common = common_keys(p, mine, block);
+    left -= tiles.size();
+
+    queries.wait_empty();
+    if (lane < kBlockTokens<C>) {
+      const u32 at = queries.token(lane);
+      const u32 low = static_cast<u32>(mine.row), high = static_cast<u32>(mine.row >> 32);
+      ptx::store_shared_4(at, mine.start, mine.end, mine.first, mine.last);
+      ptx::store_shared_2(at + 16, __uint_as_float(low), __uint_as_float(high));
+    }
+    __syncwarp();
+    if (elected) {
+      load_tokens(p, queries, block * kBlockTokens<C>);
+#pragma unroll 1
+      for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+        const int first = tile * kTileKeys;
+        const bool whole = first >= common.begin && first + kTileKeys <= common.end;
+        keys.wait_empty();
+        keys.publish(first, block * kBlockTokens<C>, tile == tiles.begin, whole);
+        load_keys(p, keys, first);
+        keys.advance();
+      }
+    }
+    __syncwarp();
+    queries.advance();
+  }
+  if (elected) {
+    keys.wait_empty();
+    keys.publish(kNoTile, 0, true);
+    keys.fill_with_nothing();
+  }
+}
+
+// --- consumers ---
+
+template <class C>
+struct Scorer {
+  using Out = typename C::Out;
+  static constexpr int kCount = kBankCols<C> / 2;     // of a thread's accumulator
+  static constexpr int kPerToken = C::HEADS / 4;      // heads of a token that a thread sums up
+  static constexpr int kPairs = (C::TOKENS + 1) / 2;  // logits of a thread, of a bank
+  static constexpr bool kKeepRows = kPairs <= 2;      // in registers
+  using Product = float[kCount];
+
+  Keys<C> keys;
+  Queries<C> queries;
+  const int warpgroup, lane;
+  const int mine;  // this thread's key of a tile, once sums are exchanged
+  u32 tokens;      // what is known of those whose logits are being summed up
+  float weights[kBanks][C::TOKENS * kPerToken];
+  u64 rows[kBanks][kKeepRows ? kPairs : 1];
+
+  __device__ __forceinline__ Scorer(u32 smem, int warpgroup)
+      : keys(smem),
+        queries(smem),
+        warpgroup(warpgroup),
+        lane(threadIdx.x % 32),
+        mine(threadIdx.x / 32 * 16 + lane / 4 + (lane & 2) * 4) {}
+
+  // --- a block of tokens ---
+
+  // What is known of the token that this thread's logit is of. The last of an odd number is alone.
+  __device__ __forceinline__ u32 token_of(int bank, int pair) const {
+    const int token = min(2 * pair + (lane & 1), C::TOKENS - 1);
+    return tokens + (bank * C::TOKENS + token) * kTokenBytes;
+  }
+  __device__ __forceinline__ u64 row_of(int bank, int pair) const {
+    const float2 row = ptx::load_shared_2(token_of(bank, pair) + 16);
+    return static_cast<u64>(__float_as_uint(row.y)) << 32 | __float_as_uint(row.x);
+  }
+
+  __device__ __forceinline__ void begin_tokens() {
+    tokens = queries.token(0);
+    const u32 from = queries.weights() + lane % 4 * 8;
+#pragma unroll
+    for (int bank = 0; bank < kBanks; ++bank) {
+#pragma unroll
+      for (int i = 0; i < C::TOKENS * kPerToken; i += 2) {
+        const float2 two = ptx::load_shared_2(from + (bank * kBankCols<C> + i * 4) * 4);
+        weights[bank][i] = two.x, weights[bank][i + 1] = two.y;
+      }
+#pragma unroll
+      for (int pair = 0; kKeepRows && pair < kPairs; ++pair) rows[bank][pair] = row_of(bank, pair);
+    }
+  }
+
+  // --- a product ---
+
+  __device__ __forceinline__ void issue(Product& product, int bank) const {
+    const auto a = ptx::k_major_descriptor(keys.keys() + warpgroup * 64 * kSlabBytes);
+    const auto b = ptx::k_major_descriptor(queries.queries() + bank * kBankCols<C> * kSlabBytes);
+    ptx::pin(product);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < C::STEPS; ++step) {
+      const int slab = step / 4, within = step % 4 * 32;
+      C::Mma::issue(product, a.plus(slab * kTileKeys * kSlabBytes + within),
+                    b.plus(slab * kBlockCols<C> * kSlabBytes + within), step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // Until only the product that was issued last is under way.
+  __device__ __forceinline__ static void await(Product& product) {
+    ptx::wgmma_wait<1>();
+    ptx::pin(product);
+  }
+
+  // Twice the sum over this thread's heads, of a token and one of two keys.
+  __device__ __forceinline__ float sum(const Product& product, int bank, int token, int key) const {
+    float total;
+#pragma unroll
+    for (int i = 0; i < kPerToken; ++i) {
+      const float x = product[token * kPerToken * 2 + i / 2 * 4 + 2 * key + i % 2];
+      const float w = weights[bank][token * kPerToken + i];
+      total = i == 0 ? w * (x + fabsf(x)) : total + w * (x + fabsf(x));
+    }
+    return total;
+  }
+
+  // A product becomes logits of this thread's key: of one of every two tokens.
+  __device__ __forceinline__ void finish(const Product& product, int bank, const Record& tile,
+                                         float scale) const {
+    const bool lower = lane & 2, odd = lane & 1;
+    float sums[C::TOKENS];
+#pragma unroll
+    for (int token = 0; token < C::TOKENS; ++token) {
+      const float a = sum(product, bank, token, 0), b = sum(product, bank, token, 1);
+      sums[token] = (lower ? b : a) + __shfl_xor_sync(0xFFFFFFFF, lower ? a : b, 2);
+    }
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const bool alone = 2 * pair + 1 == C::TOKENS;
+      const float a = sums[2 * pair], b = sums[alone ? 2 * pair : 2 * pair + 1];
+      const float total = (odd ? b : a) + __shfl_xor_sync(0xFFFFFFFF, odd ? a : b, 1);
+      if (!alone || !odd) store(bank, pair, tile, total * scale);
+    }
+  }
+
+  __device__ __forceinline__ void store(int bank, int pair, const Record& tile, float logit) const {
+    const i64 key = tile.x + mine;
+    Out* const to = reinterpret_cast<Out*>(kKeepRows ? rows[bank][pair] : row_of(bank, pair)) + key;
+    if (tile.flag) return write(to, logit);
+    const float4 token = ptx::load_shared_4(token_of(bank, pair));
+    const int start = __float_as_int(token.x), end = __float_as_int(token.y);
+    const int first = __float_as_int(token.z), last = __float_as_int(token.w);
+    if (key >= first && key < last) write(to, key >= start && key < end ? logit : minus_infinity());
+  }
+
+  __device__ __forceinline__ void run() {
+    Product even, odd;
+    Record tile = keys.receive();
+    if (tile.x != kNoTile) queries.wait_full();
+    issue(even, 0);
+    begin_tokens();
+#pragma unroll 1
+    while (tile.x != kNoTile) {
+      const float scale = C::SCALED ? 0.5f * ptx::load_shared(keys.scales() + mine * 4) : 0.5f;
+      issue(odd, 1);
+      await(even);
+      finish(even, 0, tile, scale);
+
+      const u32 read = keys.empty(), scored = queries.empty();
+      keys.advance();
+      const Record next = keys.receive();
+      if (next.z) {
+        queries.advance();
+        if (next.x != kNoTile) queries.wait_full();
+      }
+      issue(even, 0);
+      await(odd);
+      if (lane == 0) Keys<C>::release(read);
+      finish(odd, 1, tile, scale);
+      if (next.z) {
+        __syncwarp();
+        if (lane == 0) Queries<C>::release(scored);
+        begin_tokens();
+      }
+      tile = next;
+    }
+    // Hazard: ptxas takes a wait that stands on every way out of the loop for the end of the product that the
+    // loop issues, which is read before it, and serialises (C7514). So there are two ways out; the second one
+    // is never taken.
+    if (tile.z) {
+      ptx::wgmma_wait<0>();
+      ptx::pin(even);
+    } else {
+      ptx::wgmma_wait<0>();
+      ptx::pin(odd);
+    }
+  }
+};
+
+// --- all of it ---
+
+template <class C>
+__device__ __forceinline__ void init_pipelines(u32 smem) {
+  if (threadIdx.x == 0) {
+    Keys<C>(smem).init(4 * kConsumers);
+    Queries<C>(smem).init(4 * kConsumers);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+}
+
+template <LogitsConfig C>
+__device__ __forceinline__ void logits(const Problem<C>& p) {
+  extern __shared__ __align__(1024) char shared[];
+  const u32 smem = smem_address(shared);
+  const int warpgroup = warpgroup_index(), warp = warp_index() % 4;
+
+  init_pipelines<C>(smem);
+  ptx::wait_for_previous_kernel();
+  const Share share = share_of_block(p, shared);
+  if (warpgroup == kConsumers) {
+    ptx::lower_registers<40>();
+    if (warp == 0)
+      produce(p, share, smem);
+    else
+      fill_rows(p, warp - 1, 3);
+  } else {
+    ptx::raise_registers<232>();
+    Scorer<C>(smem, warpgroup).run();
+  }
+}
+
+}  // namespace jdg

@@ -1,0 +1,1 @@
+"""A layer of experts for few tokens, as one chain of launches."""

@@ -1,0 +1,88 @@
+"""Rows of the benchmark: logits of an indexer, beside DeepGEMM's figures and beside the same in jnp."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_deepgemm.core.bench import BESIDE_PEER, CLOCK, RATES, Fields, Row, Table, recorded_rows
+from jax_deepgemm.ops.indexer.api import bf16_mqa_logits, mqa_logits
+from jax_deepgemm.ops.quantize import quantize
+
+SHAPES = (
+    (8192, 65536, 64, 128),
+    (8192, 65536, 32, 128),
+    (2048, 8192, 64, 128),
+    (2048, 8192, 32, 128),
+    (2048, 8192, 64, 64),
+    (2048, 8192, 64, 32),
+    (64, 65536, 64, 128),
+)
+"""Tokens, keys, heads, d."""
+BF16_SHAPES = ((2048, 8192, 64, 128), (2048, 8192, 32, 128))
+WINDOWS = ("all", "causal")
+"""All keys, as DeepGEMM's figures are, or those up to a token, which are the last ones."""
+
+
+def _draw(type_: str, tokens: int, keys: int, heads: int, depth: int) -> tuple[Any, ...]:
+    names = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(names[0], (tokens, heads, depth), jnp.bfloat16)
+    kv = jax.random.normal(names[1], (keys, depth), jnp.bfloat16)
+    weights = jax.random.normal(names[2], (tokens, heads))
+    if type_ == "fp8":
+        return q.astype(jnp.float8_e4m3fn), quantize(kv), weights
+    return q, kv, weights
+
+
+def window(kind: str, tokens: int, keys: int) -> tuple[jax.Array, jax.Array]:
+    """First key, and the one behind the last, of each token."""
+    end = jnp.full(tokens, keys) if kind == "all" else keys - tokens + 1 + jnp.arange(tokens)
+    return jnp.zeros(tokens, jnp.int32), end.astype(jnp.int32)
+
+
+def _bytes(type_: str, tokens: int, keys: int, heads: int, depth: int) -> int:
+    size = 1 if type_ == "fp8" else 2
+    operands = (tokens * heads + keys) * depth * size + 4 * (tokens * heads + keys)
+    return operands + 4 * tokens * keys
+
+
+def _rows(small: bool) -> Iterator[Row]:
+    shapes = [("fp8", one) for one in SHAPES] + [("bf16", one) for one in BF16_SHAPES]
+    for type_, shape in [("fp8", (16, 256, 8, 32))] if small else shapes:
+        tokens, keys, heads, depth = shape
+        for kind in WINDOWS if depth == 128 or small else WINDOWS[:1]:
+            scored = tokens * keys - (tokens * (tokens - 1) // 2 if kind == "causal" else 0)
+            yield Row(
+                name=f"mqa logits {type_} s={tokens} n={keys} h={heads} d={depth} {kind}",
+                fields={"type": type_, "s": tokens, "n": keys, "h": heads, "d": depth, "window": kind},
+                function=mqa_logits if type_ == "fp8" else bf16_mqa_logits,
+                draw=functools.partial(_draw, type_, *shape),
+                constants=window(kind, tokens, keys),
+                flops=2 * scored * heads * depth,
+                bytes=_bytes(type_, *shape),
+            )
+
+
+def _recorded(tables: Mapping[str, Any]) -> dict[tuple[Any, ...], Fields]:
+    return {
+        ("fp8", row["s"], row["n"], row["h"], row["d"], "all"): row
+        for row in recorded_rows(tables, "mqa_logits")
+    }
+
+
+TABLES = {
+    "mqa_logits": Table(
+        "Logits of an indexer: FP8 keys with a scale of each, beside DeepGEMM; float32 logits",
+        ("type", "s", "n", "h", "d", "window"),
+        _rows,
+        columns=(*RATES, *BESIDE_PEER, CLOCK),
+        peer="DeepGEMM",
+        recorded=_recorded,
+        order=2,
+        tuned=True,
+    )
+}

@@ -1,0 +1,87 @@
+"""The family of kernels that score keys for tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jax_deepgemm.core.family import Family
+
+MOST_HEADS = 128
+DEPTHS = (32, 64, 128)
+"""Sizes of d that the kernels take."""
+LARGEST = 2**31 - 1
+"""Tokens, keys, and columns of a row: they are counted in int32. Elements of the result are not."""
+
+
+@dataclass(frozen=True)
+class LogitsProblem:
+    """Logits of every token for the keys of its window.
+
+    Attributes:
+      tokens: rows of the result, those of a whole batch.
+      keys: of a whole batch, if each of it has its own.
+      columns: of the result.
+      heads: of a token.
+      depth: numbers of a head, and of a key.
+      dtype: of them, "e4m3" (keys then have scales) or "bf16".
+      out: dtype of the result, "float32" or "bfloat16".
+      compressed: whether a row's first column is the first key of its window.
+      batches: of vmap.
+    """
+
+    tokens: int
+    keys: int
+    columns: int
+    heads: int
+    depth: int
+    dtype: str = "e4m3"
+    out: str = "float32"
+    compressed: bool = False
+    batches: int = 1
+
+    def __str__(self) -> str:
+        parts = ["mqa_logits", self.dtype, f"{self.tokens}x{self.columns}", f"of {self.keys} keys"]
+        parts += [f"h={self.heads}", f"d={self.depth}"]
+        parts += [self.out] if self.out != "float32" else []
+        parts += ["compressed"] if self.compressed else []
+        return " ".join(parts + ([f"batches={self.batches}"] if self.batches > 1 else []))
+
+    @property
+    def flops(self) -> int:
+        """Of products of all queries with all keys that could be in a window."""
+        return 2 * self.tokens * self.columns * self.heads * self.depth
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.dtype == "e4m3"
+
+    @property
+    def out_bytes(self) -> int:
+        return 4 if self.out == "float32" else 2
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a key, or of one head of a token."""
+        return self.depth * (1 if self.is_fp8 else 2)
+
+
+@dataclass(frozen=True)
+class IndexerConfig:
+    """How logits are computed on a GPU; what `config=` of `mqa_logits` takes.
+
+    Attributes:
+      tokens: of a bank. Two banks, one of them multiplied while the other is summed up, are what a block of
+        threads has at a time.
+      stages: slots of 128 keys each.
+      query_stages: slots of two banks of tokens each.
+    """
+
+    tokens: int
+    stages: int
+    query_stages: int = 2
+
+    def __str__(self) -> str:
+        return f"2 x {self.tokens} tokens stages={self.stages}/{self.query_stages}"
+
+
+FAMILY = Family("indexer", LogitsProblem, {"9.0a": "jax_deepgemm.ops.indexer.sm90"})

@@ -1,0 +1,44 @@
+"""Calls for compute-sanitizer: logits of every form of the kernel, with tails of tokens and of keys."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_deepgemm.core.sanitize import Case, on_few
+from jax_deepgemm.ops.indexer.api import bf16_mqa_logits, mqa_logits
+from jax_deepgemm.ops.quantize import quantize
+
+FORMS = (
+    (9, 389, 64, 128, False),
+    (21, 301, 32, 64, True),
+    (37, 130, 3, 32, False),
+    (5, 700, 120, 128, True),
+    (8, 256, 128, 128, False),
+)
+"""Tokens, keys, heads, d, compressed; what lies beyond the tokens and keys is nobody's."""
+
+
+def cases() -> Iterator[Case]:
+    """Yields each form with FP8 and BF16 operands; minus infinity is 0, so that differences are numbers."""
+    for tokens, keys, heads, depth, compressed in FORMS:
+        rng = np.random.default_rng(tokens)
+        q = jnp.asarray(rng.normal(size=(tokens, heads, depth)), jnp.bfloat16)
+        kv = jnp.asarray(rng.normal(size=(keys, depth)), jnp.bfloat16)
+        weights = jnp.asarray(rng.normal(size=(tokens, heads)), jnp.float32)
+        bounds = [jnp.asarray(x, jnp.int32) for x in np.sort(rng.integers(0, keys + 1, (2, tokens)), axis=0)]
+        name = f"logits {tokens}x{keys} h={heads} d={depth}"
+        for kind, function, operands in (
+            ("fp8", mqa_logits, (quantize(q), quantize(kv))),
+            ("bf16", bf16_mqa_logits, (q, kv)),
+        ):
+            run = on_few(function, compressed=compressed)
+            yield Case(f"{name} {kind}", functools.partial(_finite, run), (*operands, weights, *bounds))
+
+
+def _finite(function: object, *operands: object) -> object:
+    logits = function(*operands)  # type: ignore[operator]
+    return jnp.where(jnp.isinf(logits), 0, logits)

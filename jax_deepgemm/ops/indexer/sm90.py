@@ -1,0 +1,260 @@
+"""Logits on Hopper: problem and configuration -> source text and LaunchPlan; include/jax_deepgemm/indexer/
+says how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jax_deepgemm.core.chip import Chip
+from jax_deepgemm.core.family import Given, Kernels, Operands
+from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Result, Scalar, TensorMap
+from jax_deepgemm.jit import KernelSource, compile_kernel
+from jax_deepgemm.jit.wgmma import wgmma_wrapper
+from jax_deepgemm.ops.indexer.family import DEPTHS, LARGEST, MOST_HEADS, IndexerConfig, LogitsProblem
+
+TILE_KEYS = 128
+BANKS = 2
+MOST_COLUMNS = 128
+"""Of a bank: two products, and the weights of two banks, are in a thread's registers."""
+MOST_STAGES, FEWEST_STAGES = 8, 2
+THREADS = 384
+_SLAB_BYTES = 128
+_TOKEN_BYTES = 32
+
+# LogitsConfig of include/jax_deepgemm/indexer/config.cuh says what each field means.
+_TEXT = """\
+#include <jax_deepgemm/indexer/logits.cuh>
+
+{mma}
+struct Config {{
+  using Mma = ::Mma;
+  using Out = {out};
+  static constexpr int HEADS = {heads}, TOKENS = {tokens}, SLABS = {slabs}, STEPS = {steps};
+  static constexpr bool SCALED = {scaled}, COMPRESSED = {compressed};
+  static constexpr int STAGES = {stages}, QUERY_STAGES = {query_stages}, SHARED_BYTES = {shared};
+}};
+
+extern "C" __global__ void __launch_bounds__({threads}, 1) {name}({parameters}) {{
+  jdg::logits<Config>({{&queries, &keys, {scales}, &weights, starts, ends, logits, tokens, num_keys, columns,
+                       batch_tokens, batch_keys}});
+}}
+"""
+_MAP = "const __grid_constant__ jdg::TensorMap"
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def heads_of(p: LogitsProblem) -> int:
+    """Heads of a token as the kernel has them: wgmma's columns come in eights."""
+    return ceil_div(p.heads, 8) * 8
+
+
+def slabs_of(p: LogitsProblem) -> int:
+    return ceil_div(p.row_bytes, _SLAB_BYTES)
+
+
+def shared_memory(p: LogitsProblem, c: IndexerConfig) -> int:
+    """Bytes of shared memory; mirrors LogitsLayout in config.cuh, which asserts it."""
+    columns = BANKS * c.tokens * heads_of(p)
+    weights = ceil_div(columns * 4, 128) * 128
+    stage = slabs_of(p) * TILE_KEYS * _SLAB_BYTES + (TILE_KEYS * 4 if p.is_fp8 else 0) + 32
+    queries = slabs_of(p) * columns * _SLAB_BYTES + weights + BANKS * c.tokens * _TOKEN_BYTES + 32
+    share = THREADS // 32 * 8 + 16
+    return ceil_div(c.stages * stage + c.query_stages * queries + share, 128) * 128
+
+
+def problems_with(p: LogitsProblem, c: IndexerConfig) -> list[str]:
+    """The rules that a configuration breaks."""
+    rules = (
+        (c.tokens >= 1, f"tokens is {c.tokens}, need at least 1"),
+        (
+            c.tokens * heads_of(p) <= MOST_COLUMNS,
+            f"{c.tokens} tokens of {heads_of(p)} heads are {c.tokens * heads_of(p)} columns of a bank, at most "
+            f"{MOST_COLUMNS}",
+        ),
+        (
+            FEWEST_STAGES <= c.stages <= 16,
+            f"stages is {c.stages}, need {FEWEST_STAGES} to 16",
+        ),
+        (2 <= c.query_stages <= 4, f"query_stages is {c.query_stages}, need 2 to 4"),
+    )
+    return [words for kept, words in rules if not kept]
+
+
+def refusal(p: LogitsProblem) -> str:
+    """Why no configuration can run a problem."""
+    if p.depth not in DEPTHS or not 1 <= p.heads <= MOST_HEADS:
+        return f"the kernel takes d of {DEPTHS} and 1 to {MOST_HEADS} heads"
+    largest = max(p.tokens, p.keys, p.columns)
+    return f"{largest} is more than {LARGEST}, tokens, keys and columns at most" if largest > LARGEST else ""
+
+
+# Choosing --------------------------------------------------------------------------------------------------
+
+_CLOCK = 1.6e3  # cycles of a microsecond, under load
+_START = 4.0
+_SLOTS = (2.55, 20.0)  # of an SM's quarter: for each score of a thread, and for each product
+_HIDDEN = 0.93  # of the tensor cores' time, at best
+_L2_BYTES = 30.0  # of a cycle and an SM
+_WRITE = 2.9e6  # bytes of a microsecond
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds; `total` is what configurations are compared by.
+
+    Attributes:
+      start: launch, counting of tiles, first bytes, last stores.
+      compute: of the busiest block of threads.
+      memory: writing the result.
+    """
+
+    start: float
+    compute: float
+    memory: float
+
+    @property
+    def total(self) -> float:
+        return self.start + max(self.compute, self.memory)
+
+    def __str__(self) -> str:
+        terms = f"start {self.start:.1f}, compute {self.compute:.1f}, memory {self.memory:.1f}"
+        return f"{self.total:.1f} us ({terms})"
+
+
+def tiles_of(p: LogitsProblem, c: IndexerConfig) -> int:
+    """Tiles of all blocks of tokens, if every window has all keys of its batch."""
+    each = ceil_div(p.keys, TILE_KEYS * p.batches) if p.keys > p.columns else ceil_div(p.keys, TILE_KEYS)
+    return ceil_div(p.tokens, BANKS * c.tokens) * each
+
+
+def cost(p: LogitsProblem, c: IndexerConfig, chip: Chip) -> Cost:
+    """The model's opinion: tensor cores, instructions of sums, or bytes from L2, whichever takes longest."""
+    columns = c.tokens * heads_of(p)
+    products = BANKS * 2  # of a tile: banks by warpgroups
+    tensor = products * columns / 2 * ceil_div(p.row_bytes, 32) / _HIDDEN
+    slots = products * (_SLOTS[0] * columns / 2 + 6.0 * c.tokens + _SLOTS[1])
+    from_l2 = slabs_of(p) * TILE_KEYS * min(p.row_bytes, _SLAB_BYTES) / _L2_BYTES
+    cycles = max(tensor, slots, from_l2) + 0.1 * min(tensor, slots)
+    share = ceil_div(tiles_of(p, c), chip.num_sms)
+    return Cost(_START, share * cycles / _CLOCK, p.tokens * p.columns * p.out_bytes / _WRITE)
+
+
+def candidates(p: LogitsProblem, chip: Chip) -> Iterator[IndexerConfig]:
+    """As many tokens as there is room for, and fewer, for few tokens; as many stages as fit."""
+    most = max(1, MOST_COLUMNS // heads_of(p))
+    for tokens in dict.fromkeys((most, *(1 << i for i in reversed(range(most.bit_length()))))):
+        for stages in range(MOST_STAGES, FEWEST_STAGES - 1, -1):
+            config = IndexerConfig(tokens, stages)
+            if shared_memory(p, config) <= chip.smem_per_block:
+                yield config
+                break
+
+
+# Launching -------------------------------------------------------------------------------------------------
+
+
+def kernel_name(p: LogitsProblem, c: IndexerConfig) -> str:
+    """The name that profilers show."""
+    parts = ["jdg_mqa_logits", p.dtype, f"h{heads_of(p)}x{c.tokens}", f"d{p.depth}"]
+    parts += [f"s{c.stages}q{c.query_stages}"]
+    parts += ["bf16out"] if p.out == "bfloat16" else []
+    return "_".join([*parts, *["compressed"] * p.compressed])
+
+
+def kernel_source(p: LogitsProblem, c: IndexerConfig) -> KernelSource:
+    """The source of the kernel that runs `c` on `p`, equal for any number of tokens and keys."""
+    name = kernel_name(p, c)
+    maps = ["queries", "keys", *["scales"] * p.is_fp8, "weights"]
+    parameters = [f"{_MAP} {one}" for one in maps]
+    out = "float" if p.out == "float32" else "jdg::bf16"
+    parameters += ["const int* starts", "const int* ends", f"{out}* logits"]
+    parameters += [f"int {one}" for one in _INTEGERS]
+    text = _TEXT.format(
+        mma=wgmma_wrapper(c.tokens * heads_of(p), p.dtype, p.dtype),
+        out=out,
+        heads=heads_of(p),
+        tokens=c.tokens,
+        slabs=slabs_of(p),
+        steps=ceil_div(p.row_bytes, 32),
+        scaled=str(p.is_fp8).lower(),
+        compressed=str(p.compressed).lower(),
+        stages=c.stages,
+        query_stages=c.query_stages,
+        shared=shared_memory(p, c),
+        threads=THREADS,
+        name=name,
+        parameters=", ".join(parameters),
+        scales="&scales" if p.is_fp8 else "nullptr",
+    )
+    shown = (("problem", str(p)), ("tokens", c.tokens), ("stages", c.stages))
+    return KernelSource(name, text, shown, shared_memory=shared_memory(p, c))
+
+
+_INTEGERS = ("tokens", "num_keys", "columns", "batch_tokens", "batch_keys")
+
+
+def tensor_maps(p: LogitsProblem, c: IndexerConfig, given: Operands) -> list[TensorMap]:
+    """Maps of queries, keys, their scales, and weights. What is outside arrives as zeros: heads and tokens that
+    fill up a bank, numbers that fill up 128 bytes."""
+    dtype, slab = ("uint8", 128) if p.is_fp8 else ("bfloat16", 64)
+    tokens, row = BANKS * c.tokens, p.row_bytes
+
+    def operand(one: Given) -> Operand:
+        return Operand(one.index)
+
+    heads = given["weights"].shape[-1]
+    maps = [
+        TensorMap(
+            operand(given["q"]),
+            dtype,
+            (p.depth, p.heads, p.tokens),
+            (row, p.heads * row),
+            (slab, heads_of(p), tokens),
+            128,
+        ),
+        TensorMap(operand(given["k"]), dtype, (p.depth, p.keys), (row,), (slab, TILE_KEYS), 128),
+    ]
+    if p.is_fp8:
+        maps.append(TensorMap(operand(given["scales"]), "float32", (p.keys,), (), (TILE_KEYS,)))
+    weights = operand(given["weights"])
+    return [*maps, TensorMap(weights, "float32", (heads, p.tokens), (4 * heads,), (heads_of(p), tokens))]
+
+
+def integers(p: LogitsProblem) -> tuple[int, ...]:
+    """The kernel's parameters of those names."""
+    own_keys = p.batches > 1 and not p.compressed and p.keys > p.columns
+    return p.tokens, p.keys, p.columns, p.tokens // p.batches, p.columns if own_keys else 0
+
+
+def _plan(p: LogitsProblem, c: IndexerConfig, chip: Chip, given: Operands) -> LaunchPlan:
+    source = kernel_source(p, c)
+    launch = Launch(
+        kernel=compile_kernel(source, arch=chip.arch),
+        grid=(min(chip.num_sms, max(tiles_of(p, c), ceil_div(p.tokens, BANKS * c.tokens))), 1, 1),
+        block=THREADS,
+        params=(
+            *tensor_maps(p, c, given),
+            Operand(given["start"].index),
+            Operand(given["end"].index),
+            Result(0),
+            *(Scalar(value, "int32") for value in integers(p)),
+        ),
+        shared_memory=source.shared_memory,
+    )
+    return LaunchPlan((launch,), label=str(p))
+
+
+KERNELS = Kernels[LogitsProblem, IndexerConfig](
+    config=IndexerConfig,
+    candidates=candidates,
+    cost=cost,
+    broken_rules=lambda p, c, chip: problems_with(p, c),
+    refusal=refusal,
+    shared_bytes=shared_memory,
+    sources=lambda p, c: [kernel_source(p, c)],
+    plan=_plan,
+)

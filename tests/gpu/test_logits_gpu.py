@@ -1,0 +1,215 @@
+"""Logits of an indexer on a GPU: against float64, window edges to the key, poisoned keys, equal reruns.
+
+Run: pytest -m gpu tests/gpu/test_logits_gpu.py        (half a minute)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_deepgemm.core.chip import H200
+from jax_deepgemm.indexer import IndexerConfig, bf16_mqa_logits, mqa_logits
+from jax_deepgemm.ops.indexer import sm90
+from jax_deepgemm.ops.indexer.family import LogitsProblem
+from jax_deepgemm.ops.quantize import QuantizedArray, dequantize, quantize
+from tests.shared.arrays import normal
+from tests.shared.logits_oracle import calc_diff, exact, windows
+
+# Tokens, keys, heads, d.
+SHAPES = [
+    (130, 1000, 64, 128),
+    (67, 2049, 32, 128),
+    (9, 129, 128, 128),
+    (33, 517, 16, 64),
+    (70, 300, 8, 32),
+    (41, 777, 24, 128),
+    (6, 4100, 120, 64),
+    (100, 255, 1, 32),
+    (13, 640, 40, 128),
+    (1, 5000, 64, 128),
+    (3, 1, 5, 128),
+]
+EDGES = (64, 128)
+BOUND = 5e-6
+"""Of calc_diff, as DeepGEMM asks."""
+
+
+def problem(shape: tuple[int, ...], dtype: str = "e4m3", columns: int | None = None, **other: Any) -> Any:
+    tokens, keys, heads, depth = shape
+    return LogitsProblem(
+        tokens,
+        keys,
+        keys if columns is None else columns,
+        heads,
+        depth,
+        dtype,
+        compressed=columns is not None,
+        **other,
+    )
+
+
+def kernels() -> Iterator[Any]:
+    for shape in SHAPES:
+        for dtype in ("e4m3", "bf16"):
+            yield problem(shape, dtype)
+        yield problem(shape, columns=100, out="bfloat16")
+        for config in sm90.candidates(problem(shape), H200):
+            yield sm90.kernel_source(problem(shape), config)
+
+
+def draw(seed: int, tokens: int, keys: int, heads: int, depth: int) -> tuple[Any, ...]:
+    """q, kv, weights, first and last keys."""
+    q, kv = normal(seed, tokens, heads, depth), normal(seed + 1, keys, depth)
+    weights = normal(seed + 2, tokens, heads, dtype=jnp.float32)
+    return q, kv, weights, *map(jnp.asarray, windows(seed, tokens, keys))
+
+
+def check(got: Any, want: np.ndarray, bound: float = BOUND) -> None:
+    got = np.asarray(got).astype(np.float64)
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
+    assert np.isfinite(got[np.isfinite(want)]).all()
+    assert calc_diff(got, want) < bound
+
+
+@functools.cache
+def program(function: Any, **options: Any) -> Any:
+    return jax.jit(functools.partial(function, **options))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fp8(shape):
+    """Every configuration, all of which give the same sums of products; rows that begin with their window."""
+    q, kv, weights, *window = draw(0, *shape)
+    q, kv = quantize(q), quantize(kv)
+    meant = dequantize(q), dequantize(kv)
+    want = exact(*meant, weights, *window)
+    check(program(mqa_logits)(q, kv, weights, *window), want)
+    for config in sm90.candidates(problem(shape), H200):
+        for num_sms in (None, 3):
+            check(program(mqa_logits, config=config, num_sms=num_sms)(q, kv, weights, *window), want)
+    rows = program(mqa_logits, compressed=True, max_len=100, out_dtype=jnp.bfloat16)
+    check(rows(q, kv, weights, *window), exact(*meant, weights, *window, 100), 3e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bf16(shape):
+    operands = draw(1, *shape)
+    check(program(bf16_mqa_logits)(*operands), exact(*operands))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("compressed", [False, True])
+def test_windows_at_every_edge(compressed):
+    """All pairs of bounds around edges of tiles and of the array, and beyond it; what lies outside is NaN."""
+    keys = 389
+    near = sorted({edge + by for edge in (0, *EDGES, 256, 384, keys) for by in (-2, -1, 0, 1, 2)})
+    start, end = (x.reshape(-1).astype(np.int32) for x in np.meshgrid(near, near))
+    q, kv, weights = draw(2, start.size, keys, 8, 128)[:3]
+    options = {"compressed": True, "max_len": 140} if compressed else {}
+    want = exact(q, kv, weights, start, end, options.get("max_len"))
+    got = program(bf16_mqa_logits, **options)(q, kv, weights, jnp.asarray(start), jnp.asarray(end))
+    check(got, want)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("shape", [(130, 1000, 64, 128), (70, 517, 8, 32)], ids=str)
+def test_nan_stays_where_it_is(shape):
+    """That of keys outside of all windows, and of their scales, in nothing; that of a token in its row."""
+    tokens, keys = shape[:2]
+    q, kv, weights, *_ = draw(3, *shape)
+    q, kv = quantize(q), quantize(kv)
+    start, end = np.full(tokens, 130), np.full(tokens, keys - 61)
+    start[::3] += 10
+    window = jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32)
+    clean = np.asarray(program(mqa_logits)(q, kv, weights, *window))
+    outside = np.ones((keys, 1), bool)
+    outside[130 : keys - 61] = False
+    nan = jnp.asarray(jnp.nan, kv.values.dtype)
+    bad = QuantizedArray(jnp.where(outside, nan, kv.values), jnp.where(outside, jnp.nan, kv.scales), kv.block)
+    np.testing.assert_array_equal(program(mqa_logits)(q, bad, weights, *window), clean)
+    values = q.values.at[5, 0, 7].set(nan)
+    got = np.asarray(program(mqa_logits)(q.with_values(values), kv, weights, *window))
+    assert np.isnan(got[5, start[5] : end[5]]).all()
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(clean))
+    np.testing.assert_array_equal(np.delete(got, 5, 0), np.delete(clean, 5, 0))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("function", [mqa_logits, bf16_mqa_logits])
+def test_runs_are_equal(function):
+    operands = draw(4, 1030, 5000, 64, 128)
+    first = np.asarray(program(function)(*operands))
+    for _ in range(20):
+        np.testing.assert_array_equal(program(function)(*operands), first)
+
+
+@pytest.mark.smoke
+def test_causal_and_packed_windows():
+    """The last tokens of a sequence, and several sequences one behind the other: shares begin anywhere."""
+    q, kv, weights, *_ = draw(5, 700, 3000, 32, 128)
+    last = np.arange(2301, 3001), np.zeros(700)
+    edges = np.array([0, 100, 101, 350, 690, 700])
+    which = np.searchsorted(edges, np.arange(700), side="right") - 1
+    packed = edges[which] * 3000 // 700, np.arange(700) * 3000 // 700 + 1
+    for start, end in ((last[1], last[0]), packed, (last[1], last[1])):
+        window = jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32)
+        check(program(bf16_mqa_logits)(q, kv, weights, *window), exact(q, kv, weights, *window))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("own_keys", [False, True])
+def test_batches(own_keys):
+    draws = [draw(10 * i, 21, 300, 16, 64) for i in range(3)]
+    q, kv, weights, start, end = (jnp.stack(x) for x in zip(*draws, strict=True))
+    kv = kv if own_keys else kv[0]
+    for options in ({}, {"compressed": True, "max_len": 77}):
+        function = functools.partial(bf16_mqa_logits, **options)
+        got = jax.jit(jax.vmap(function, (0, 0 if own_keys else None, 0, 0, 0)))(q, kv, weights, start, end)
+        for i in range(3):
+            one = q[i], kv[i] if own_keys else kv, weights[i], start[i], end[i]
+            check(got[i], exact(*one, options.get("max_len")))
+
+
+@pytest.mark.smoke
+def test_more_elements_than_int32():
+    """The last rows of a result of 2^31 elements and more."""
+    tokens, keys = 4200, 520_000
+    q, kv = normal(0, tokens, 1, 32), normal(1, keys, 32)
+    weights = normal(2, tokens, 1, dtype=jnp.float32)
+    start, end = jnp.full(tokens, keys - 300, jnp.int32), jnp.full(tokens, keys, jnp.int32)
+    got = program(bf16_mqa_logits, out_dtype=jnp.bfloat16)(q, kv, weights, start, end)
+    tail = np.asarray(got[-50:, -400:])
+    want = exact(q[-50:], kv[-400:], weights[-50:], np.full(50, 100), np.full(50, 400))
+    check(tail, want, 3e-5)
+    assert int(jnp.sum(jnp.isneginf(got), dtype=jnp.uint32)) == (tokens * (keys - 300)) % 2**32
+
+
+@pytest.mark.smoke
+def test_gradients():
+    q, kv, weights, *window = draw(6, 64, 300, 8, 64)
+
+    def loss(function: Any, *live: jax.Array) -> jax.Array:
+        logits = function(*live, *window)
+        return jnp.sum(jnp.where(jnp.isinf(logits), 0, logits) ** 2)
+
+    got = jax.jit(jax.grad(functools.partial(loss, bf16_mqa_logits), (0, 1, 2)))(q, kv, weights)
+    with jax.default_device(jax.devices("cpu")[0]):
+        on_cpu = jax.device_get((q, kv, weights))
+        want = jax.grad(functools.partial(loss, bf16_mqa_logits), (0, 1, 2))(*on_cpu)
+    for one, other in zip(got, want, strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        assert calc_diff(one, other) < 1e-4
+
+
+@pytest.mark.smoke
+def test_a_configuration_is_taken():
+    operands = draw(7, 40, 300, 64, 128)
+    few = IndexerConfig(tokens=1, stages=2)
+    check(program(bf16_mqa_logits, config=few)(*operands), exact(*operands))
