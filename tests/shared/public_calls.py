@@ -55,7 +55,9 @@ class Call:
 
 
 def public_names() -> set[str]:
-    return {name for module in (jdg, quantization, grouped, activation, indexer, moe) for name in module.__all__}
+    return {
+        name for module in (jdg, quantization, grouped, activation, indexer, moe) for name in module.__all__
+    }
 
 
 @functools.cache
@@ -381,6 +383,12 @@ FORWARD = (
         functools.partial(indexer.get_paged_mqa_logits_metadata, num_sms=3),
         ("k_end",),
     ),
+    Call("topk", functools.partial(jdg.topk, k=3), ("x",)),
+    Call(
+        "topk values",
+        lambda x, end: jdg.topk(x, 3, end=end, values=True, order="index"),
+        ("x_f32", "indices"),
+    ),
     Call("route", _route(), ("logits",)),
     Call("route sqrt_softplus", _route(score="sqrt_softplus"), ("logits",)),
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
@@ -428,6 +436,7 @@ GRADIENTS = (
     Call(
         "route groups", _gradient(_route(score="sigmoid", num_groups=2, top_groups=1), 0), ("logits", "bias")
     ),
+    Call("topk", _gradient(lambda x: jdg.topk(x, 3, values=True)[0], 0), ("x",)),
     Call("dispatch, combine", _gradient(_dispatch_and_combine, 0, 2), ("x", "ids", "weights")),
     Call("moe_mlp", _gradient(moe.moe_mlp, 0, 2, 3, 4), MOE),
     Call("moe_mlp biases", _gradient(_biased, 0, 2, 3, 4, 5, 6), (*MOE, "b13", "b2")),
