@@ -57,8 +57,8 @@ class DispatchPlan:
 
     @property
     def inverse(self) -> jax.Array | None:
-        """`position` where kernels had better read each token once for all its copies; None for few tokens, as
-        such kernels have a block for some of them, and would leave most SMs idle."""
+        """`position` where kernels had better read each token once for all its copies; None for few tokens,
+        as such kernels have a block for some of them, and would leave most SMs idle."""
         tokens = self.position.shape[0]
         return self.position if isinstance(tokens, int) and tokens >= FEWEST_READ_ONCE else None
 
