@@ -336,6 +336,7 @@ COUNTS = {
     "rows": 6,
     "linear": 6,
     "route": 40,
+    "topk": 20,
     "moe": 15,
     "moe_inference": 16,
     "moe_step": 4,
