@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -39,10 +40,18 @@ def operands(
     return x, ids, weights, w13, w2
 
 
+@pytest.fixture(autouse=True)
+def _ops_in_a_row(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The layer is not a chain unless a test says so."""
+    monkeypatch.setattr(layer, "MOST_CHAINED", 0)
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def in_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "MOST_CHAINED", MOST_COPIES)
-    jax.clear_caches()
+    jax.clear_caches()  # a layer's trace is kept
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -68,6 +77,17 @@ def test_the_layer_takes_it(in_a_chain: None) -> None:
     grad = jax.grad(lambda x: moe_mlp(x, *given).astype(F32).sum())
     assert "experts_fp8[" not in str(jax.make_jaxpr(grad)(x))
     assert grad(x).shape == x.shape
+
+
+def test_the_layer_takes_it_for_few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    jax.clear_caches()
+    x, ids, weights, *frozen = operands()
+    used = lambda n: "experts_fp8" in str(jax.make_jaxpr(moe_mlp)(x[:n], ids[:n], weights[:n], *frozen))  # noqa: E731
+    assert layer.MOST_CHAINED == 16
+    assert used(5)
+    x, ids, weights, *frozen = operands(tokens=6)
+    assert not used(6)
 
 
 def test_vmap_and_cut_tokens() -> None:

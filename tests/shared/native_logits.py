@@ -1,4 +1,4 @@
-"""The kernels of logits on a CPU: their own source, with a thread for each of a block's (native/tensor_block)."""
+"""The kernels of logits on a CPU: their own source, a thread for each of a block's (native/tensor_block)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest

@@ -16,17 +16,18 @@ from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
 from jax_deepgemm import moe
-from jax_deepgemm.ops import grouped
+from jax_deepgemm.ops import grouped, indexer
 from jax_deepgemm.ops import quantize as quantization
 from jax_deepgemm.ops import swiglu as activation
 from jax_deepgemm.quantization import QuantizedArray
 
+WINDOWS = "head_weights", "k_start", "k_end"
 PER_ROW, BLOCKED, PER_COLUMN = (1, 128), (128, 128), (128, 1)
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 6, 256, 128, 4, 2
 
 WITHOUT_ARRAYS = {
     "GemmConfig", "GemmProblem", "QuantizedArray", "PreparedWeight", "DEEPSEEK_V3", "DispatchPlan",
-    "Activation", "ExpertForm", "GPT_OSS",
+    "Activation", "ExpertForm", "GPT_OSS", "IndexerConfig",
     "__version__", "config", "embed_kernels",
     "explain", "export_checks", "precompile", "from_tuple", "to_tuple", "from_qwix", "to_qwix",
     "scales_shape", "scales_spec", "get_tma_aligned_size", "get_k_alignment_for_contiguous_layout",
@@ -54,12 +55,15 @@ class Call:
 
 
 def public_names() -> set[str]:
-    return {name for module in (jdg, quantization, grouped, activation, moe) for name in module.__all__}
+    return {
+        name for module in (jdg, quantization, grouped, activation, indexer, moe) for name in module.__all__
+    }
 
 
 @functools.cache
 def mesh_of_two() -> Mesh:
-    return jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    kinds = (AxisType.Auto,) * 2
+    return jax.make_mesh((2, 1), ("expert", "tensor"), axis_types=kinds, devices=jax.devices()[:2])
 
 
 @functools.cache
@@ -128,6 +132,14 @@ def _operands() -> dict[str, Any]:
         "b13": normal(EXPERTS, 2 * WIDTH, dtype=jnp.float32),
         "b2": normal(EXPERTS, HIDDEN, dtype=jnp.float32),
         "gate": normal(HIDDEN, dtype=jnp.float32),
+        "queries": normal(TOKENS, 2, 32),
+        "keys": normal(9, 32),
+        "pages": normal(2, 16, 32, dtype=jnp.float8_e4m3fn),
+        "page_scales": jnp.asarray(rng.uniform(0.5, 2, (2, 16)), jnp.float32),
+        "q_keys": quantized(PER_ROW, 9, 32),
+        "head_weights": normal(TOKENS, 2, dtype=jnp.float32),
+        "k_start": integers(*(0,) * TOKENS),
+        "k_end": integers(*(9,) * TOKENS),
     }  # fmt: skip
 
 
@@ -143,6 +155,17 @@ def _gradient(fn: Callable[..., Any], *wrt: int) -> Callable[..., Any]:
 
 def _tangent(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arrays: jax.jvp(fn, arrays, arrays)[1]
+
+
+def _scored(q: jax.Array, *operands: Any) -> jax.Array:
+    return indexer.mqa_logits(q.astype(jnp.float8_e4m3fn), *operands)
+
+
+def _scored_pages(q: Any, values: Any, scales: Any, weights: Any, lens: Any) -> jax.Array:
+    tables = jnp.zeros((TOKENS, 1), jnp.int32)
+    q = q.astype(jnp.float8_e4m3fn)[:, None]
+    cache = values, scales
+    return indexer.paged_mqa_logits(q, cache, weights[:, None], lens, tables, max_context_len=9)
 
 
 def _route(**options: Any) -> Callable[..., Any]:
@@ -182,12 +205,9 @@ def _shared(x: jax.Array, ids: jax.Array, weights: jax.Array, w13: Any, w2: Any,
     )
 
 
-def _cut_inside(x: jax.Array, ids: jax.Array, weights: jax.Array, w13: Any, w2: Any) -> Any:
+def _cut_inside(*args: Any) -> Any:
     """The inner size of the experts on a mesh axis."""
-    mesh = jax.make_mesh(
-        (1, 2), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:2]
-    )
-    return moe.moe_layer(x, ids, weights, w13, w2, mesh=mesh, tensor_axis="tensor", recipe="bf16")
+    return moe.moe_layer(*args, mesh=mesh_of_two(), tensor_axis="tensor", recipe="bf16")
 
 
 def _prepared(layer: Callable[..., Any]) -> Callable[..., Any]:
@@ -354,6 +374,15 @@ FORWARD = (
     Call("swiglu", activation.swiglu, ("x", "row_weights")),
     Call("swiglu_quantize", activation.swiglu_quantize, ("x", "row_weights")),
     Call("swiglu_grad_quantize", activation.swiglu_grad_quantize, ("x", "row_weights", "dact")),
+    Call("mqa_logits", _scored, ("queries", "q_keys", *WINDOWS)),
+    Call("mqa_logits quantised here", indexer.mqa_logits, ("queries", "keys", *WINDOWS)),
+    Call("bf16_mqa_logits", indexer.bf16_mqa_logits, ("queries", "keys", *WINDOWS)),
+    Call("paged_mqa_logits", _scored_pages, ("queries", "pages", "page_scales", "head_weights", "k_end")),
+    Call(
+        "get_paged_mqa_logits_metadata",
+        functools.partial(indexer.get_paged_mqa_logits_metadata, num_sms=3),
+        ("k_end",),
+    ),
     Call("topk", functools.partial(jdg.topk, k=3), ("x",)),
     Call(
         "topk values",
@@ -401,6 +430,8 @@ GRADIENTS = (
     ),
     Call("ragged_dot float32", _gradient(jdg.ragged_dot, 0, 1), ("x_f32", "ws_t", "sizes")),
     Call("grouped_linear", _gradient(jdg.grouped_linear, 0, 1), ("x", "ws_f32", "sizes")),
+    Call("mqa_logits", _gradient(indexer.mqa_logits, 0, 1, 2), ("queries", "keys", *WINDOWS)),
+    Call("bf16_mqa_logits", _gradient(indexer.bf16_mqa_logits, 0, 1, 2), ("queries", "keys", *WINDOWS)),
     Call("swiglu", _gradient(activation.swiglu, 0, 1), ("x", "row_weights")),
     Call(
         "route groups", _gradient(_route(score="sigmoid", num_groups=2, top_groups=1), 0), ("logits", "bias")

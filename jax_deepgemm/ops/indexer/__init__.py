@@ -4,5 +4,12 @@ from __future__ import annotations
 
 from jax_deepgemm.ops.indexer.api import bf16_mqa_logits, mqa_logits
 from jax_deepgemm.ops.indexer.family import IndexerConfig
+from jax_deepgemm.ops.indexer.paged import get_paged_mqa_logits_metadata, paged_mqa_logits
 
-__all__ = ["IndexerConfig", "bf16_mqa_logits", "mqa_logits"]
+__all__ = [
+    "IndexerConfig",
+    "bf16_mqa_logits",
+    "get_paged_mqa_logits_metadata",
+    "mqa_logits",
+    "paged_mqa_logits",
+]

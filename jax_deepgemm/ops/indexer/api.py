@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,6 @@ from jax_deepgemm.ops.indexer.op import gradients_op, logits_op
 from jax_deepgemm.ops.quantize import QuantizedArray, dequantize, quantize
 from jax_deepgemm.ops.quantize.array import QuantizedLike
 
-Windows: TypeAlias = tuple[jax.Array, jax.Array]
-
 
 def mqa_logits(
     q: QuantizedLike | ArrayLike,
@@ -37,13 +36,12 @@ def mqa_logits(
     out_sharding: Sharding = None,
     num_sms: int | None = None,
 ) -> jax.Array:
-    """Scores of keys for tokens, by which sparse attention chooses: FP8 products of several heads with one key.
+    """Scores of keys for tokens, by which sparse attention chooses: FP8 products of heads with one key.
 
-    logits[i, j] = s[j] * sum_h weights[i, h] * relu(sum_d q[i, h, d] * kv[j, d])   k_start[i] <= j < k_end[i]
-                 = -inf                                                             elsewhere
+        logits[i, j] = s[j] * sum_h weights[i, h] * relu(sum_d q[i, h, d] * kv[j, d])
 
-    where s are the scales of kv. Windows are data: causal ones, several sequences in one row, or a device's
-    part of a sequence.
+    for k_start[i] <= j < k_end[i], and minus infinity elsewhere. s are the scales of kv. Windows are data:
+    causal ones, several sequences in one row, or a device's part of a sequence.
 
     >>> import jax, jax.numpy as jnp
     >>> from jax_deepgemm import quantize
@@ -87,19 +85,17 @@ def mqa_logits(
     nothing. Source: DeepSeek-V3.2, "lightning indexer"; DeepGEMM's fp8_mqa_logits.
     """
     weights = checks.weights_of("mqa_logits", weights)
+    keys: tuple[jax.Array, ...]
     if _is_bfloat16(q) and _is_bfloat16(kv):
-        q, kv = (
-            checks.plain_operand("mqa_logits", "q", q, "[s, h, d]"),
-            checks.plain_operand("mqa_logits", "kv", kv, "[n, d]"),
-        )
-        operands, function = (q, kv, weights), _quantised_here
+        keys = (checks.plain_operand("mqa_logits", "kv", kv, "[n, d]"),)
+        queries, function = checks.plain_operand("mqa_logits", "q", q, "[s, h, d]"), _quantised_here
     else:
-        values, weights = checks.scaled_queries("mqa_logits", q, weights)
-        operands, function = (values, *checks.scaled_keys("mqa_logits", kv), weights), _quantised
+        queries, weights = checks.scaled_queries("mqa_logits", q, weights)
+        keys, function = checks.scaled_keys("mqa_logits", kv), _quantised
     return _call(
         "mqa_logits",
         function,
-        operands,
+        (queries, *keys, weights),
         (k_start, k_end),
         compressed=compressed,
         max_len=max_len,
@@ -175,7 +171,7 @@ def _is_bfloat16(x: Any) -> bool:
 def _call(op: str, function: Any, operands: tuple[jax.Array, ...], window: Any, **options: Any) -> jax.Array:
     q, kv, weights = operands[0], operands[1], operands[-1]
     checks.check_shapes(op, q, kv, weights)
-    bounds = checks.check_window(op, *window, q.shape[0], kv.shape[0])
+    bounds = checks.check_window(op, window, q.shape[0], kv.shape[0])
     form = checks.form(op, kv.shape[0], **options)
     logits: jax.Array = function(form, *same_varying_axes([*operands, *bounds]))
     return logits
@@ -189,7 +185,7 @@ def _op(scaled: bool, form: Form) -> Any:
 
 
 def _gradients(
-    form: Form, q: jax.Array, kv: jax.Array, weights: jax.Array, window: Windows, by: jax.Array
+    form: Form, q: jax.Array, kv: jax.Array, weights: jax.Array, window: Sequence[jax.Array], by: jax.Array
 ) -> list[jax.Array]:
     """Those of q, kv and weights, each in its type and cut as it is."""
     columns = {} if form.columns is None else {"columns": form.columns}
@@ -220,7 +216,7 @@ def _plain_forward(form: Form, *operands: jax.Array) -> tuple[jax.Array, tuple[j
 
 def _plain_backward(form: Form, kept: tuple[jax.Array, ...], by: jax.Array) -> tuple[Any, ...]:
     q, kv, weights, *window = kept
-    return (*_gradients(form, q, kv, weights, tuple(window), by), None, None)
+    return (*_gradients(form, q, kv, weights, window, by), None, None)
 
 
 _plain.defvjp(_plain_forward, _plain_backward)
@@ -238,7 +234,7 @@ def _quantised_forward(form: Form, *operands: jax.Array) -> tuple[jax.Array, tup
 def _quantised_backward(form: Form, kept: tuple[jax.Array, ...], by: jax.Array) -> tuple[Any, ...]:
     q, kv, scales, weights, *window = kept
     meant = kv.astype(jnp.float32) * scales[:, None]
-    of_weights = _gradients(form, q.astype(jnp.float32), meant, weights, tuple(window), by)[2]
+    of_weights = _gradients(form, q.astype(jnp.float32), meant, weights, window, by)[2]
     return None, None, None, of_weights, None, None
 
 
@@ -264,7 +260,7 @@ def _quantised_here_backward(
 ) -> tuple[Any, ...]:
     queries, keys, weights, *window = kept
     meant = dequantize(queries, jnp.bfloat16), dequantize(keys, jnp.bfloat16)
-    return (*_gradients(form, *meant, weights, tuple(window), by), None, None)
+    return (*_gradients(form, *meant, weights, window, by), None, None)
 
 
 _quantised_here.defvjp(_quantised_here_forward, _quantised_here_backward)

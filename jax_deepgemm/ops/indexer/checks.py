@@ -16,7 +16,7 @@ from jax_deepgemm.ops.indexer.family import DEPTHS, LARGEST, MOST_HEADS, Indexer
 from jax_deepgemm.ops.quantize import QuantizedArray
 from jax_deepgemm.ops.quantize.array import as_dtype
 
-E4M3, BFLOAT16, FLOAT32 = map(np.dtype, (jnp.float8_e4m3fn, jnp.bfloat16, np.float32))
+E4M3, BFLOAT16, FLOAT32 = np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.bfloat16), np.dtype(np.float32)
 OUT_DTYPES = (FLOAT32, BFLOAT16)
 
 
@@ -55,9 +55,7 @@ def form(
     num_sms: Any,
 ) -> Form:
     """The options of a call whose result may have a column for each of so many keys."""
-    dtype = as_dtype(op, "out_dtype", out_dtype, "float32 or bfloat16")
-    if dtype not in OUT_DTYPES:
-        raise TypeError(f"{op}: out_dtype is {dtype.name}, need float32 or bfloat16. Convert the result.")
+    dtype = _out_dtype(op, out_dtype)
     if not isinstance(compressed, bool):
         raise TypeError(f"{op}: compressed is {compressed!r}, need True or False.")
     if max_len is not None and not compressed:
@@ -82,6 +80,25 @@ def form(
     )
 
 
+def paged_form(op: str, columns: Any, out_dtype: Any, out_sharding: Any) -> dict[str, Any]:
+    """The options of the op on pages."""
+    if isinstance(columns, bool) or not isinstance(columns, (int, np.integer)) or not 0 <= columns <= LARGEST:
+        raise ValueError(
+            f"{op}: max_context_len is {columns!r}, need a positive int: the columns of the result. None: as "
+            "many as block_tables have keys."
+        )
+    sharding = sharding_option(op, out_sharding)
+    more = {} if sharding is None else {"out_sharding": sharding}
+    return {"columns": int(columns), "out_dtype": _out_dtype(op, out_dtype), **more}
+
+
+def _out_dtype(op: str, given: Any) -> np.dtype:
+    dtype = as_dtype(op, "out_dtype", given, "float32 or bfloat16")
+    if dtype not in OUT_DTYPES:
+        raise TypeError(f"{op}: out_dtype is {dtype.name}, need float32 or bfloat16. Convert the result.")
+    return dtype
+
+
 def describe(x: Any) -> str:
     if isinstance(x, QuantizedArray):
         return f"a QuantizedArray of {describe(x.values)}"
@@ -94,7 +111,7 @@ def _wrong_type(op: str, name: str, x: Any, rule: str, way_out: str) -> NoReturn
     raise TypeError(f"{op}: {name} is {describe(x)}, need {rule}. {way_out}")
 
 
-def _array(op: str, name: str, x: Any, dtype: np.dtype, rank: str, way_out: str) -> jax.Array:
+def array(op: str, name: str, x: Any, dtype: np.dtype, rank: str, way_out: str) -> jax.Array:
     x = unwrapped(x)
     if not isinstance(x, (jax.Array, np.ndarray)) or x.dtype != dtype:
         _wrong_type(op, name, x, f"{dtype.name} {rank}", way_out)
@@ -117,7 +134,7 @@ def _scales(op: str, name: str, x: Any, shape: tuple[int, ...]) -> jax.Array:
         _wrong_type(op, f"scales of {name}", x, rule, f"Quantise it: jax_deepgemm.quantize({name}).")
     if x.shape not in (shape, (*shape, 1)):
         raise ValueError(
-            f"{op}: scales of {name} are {list(x.shape)}, need {list(shape)} or {list((*shape, 1))}, one for "
+            f"{op}: scales of {name} are {list(x.shape)}, need {list(shape)} or {[*shape, 1]}, one for "
             f"each of its rows of d. Quantise it so: jax_deepgemm.quantize({name}, (1, 128))."
         )
     return jnp.asarray(x).reshape(shape)
@@ -131,17 +148,19 @@ def _values_and_scales(op: str, name: str, x: Any) -> tuple[Any, Any] | None:
                 f"d. Quantise it so: jax_deepgemm.quantize({name}, (1, 128))."
             )
         return x.values, x.scales
-    return tuple(x) if isinstance(x, (tuple, list)) and len(x) == 2 else None  # type: ignore[return-value]
+    return tuple(x) if isinstance(x, (tuple, list)) and len(x) == 2 else None
 
 
-def scaled_queries(op: str, q: Any, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def scaled_queries(
+    op: str, q: Any, weights: jax.Array, rank: str = "[s, h, d]"
+) -> tuple[jax.Array, jax.Array]:
     """Values of q, and weights that have its scales in them."""
     parts = _values_and_scales(op, "q", unwrapped(q))
     way_out = "Quantise it: jax_deepgemm.quantize(q), or call bf16_mqa_logits with bfloat16 q and kv."
-    values = _array(op, "q", q if parts is None else parts[0], E4M3, "[s, h, d]", way_out)
+    values = array(op, "q", q if parts is None else parts[0], E4M3, rank, way_out)
     if parts is None:
         return values, weights
-    return values, weights * _scales(op, "q", parts[1], values.shape[:2])
+    return values, weights * _scales(op, "q", parts[1], values.shape[:-1])
 
 
 def scaled_keys(op: str, kv: Any) -> tuple[jax.Array, jax.Array]:
@@ -150,19 +169,19 @@ def scaled_keys(op: str, kv: Any) -> tuple[jax.Array, jax.Array]:
     way_out = "Quantise it: jax_deepgemm.quantize(kv), or call bf16_mqa_logits with bfloat16 q and kv."
     if parts is None:
         _wrong_type(op, "kv", kv, "a QuantizedArray, or (values [n, d], scales [n])", way_out)
-    values = _array(op, "values of kv", parts[0], E4M3, "[n, d]", way_out)
+    values = array(op, "values of kv", parts[0], E4M3, "[n, d]", way_out)
     return values, _scales(op, "kv", parts[1], values.shape[:1])
 
 
 def plain_operand(op: str, name: str, x: Any, rank: str) -> jax.Array:
     """q or kv in bfloat16."""
     way_out = f"Convert it: {name}.astype(jnp.bfloat16); e4m3 goes to mqa_logits."
-    return _array(op, name, x, BFLOAT16, rank, way_out)
+    return array(op, name, x, BFLOAT16, rank, way_out)
 
 
 def weights_of(op: str, weights: Any) -> jax.Array:
     way_out = "Convert them: weights.astype(jnp.float32)."
-    return _array(op, "weights", weights, FLOAT32, "[s, h]", way_out)
+    return array(op, "weights", weights, FLOAT32, "[s, h]", way_out)
 
 
 def check_shapes(op: str, q: jax.Array, kv: jax.Array, weights: jax.Array) -> None:
@@ -173,6 +192,16 @@ def check_shapes(op: str, q: jax.Array, kv: jax.Array, weights: jax.Array) -> No
             f"{op}: q is {list(q.shape)} and kv is {list(kv.shape)}: d differs ({depth} and {kv.shape[1]}). "
             "Keys have one head, of the size of q's heads."
         )
+    check_heads(op, heads, depth)
+    if weights.shape != (tokens, heads):
+        raise ValueError(
+            f"{op}: weights are {list(weights.shape)} and q is {list(q.shape)}, need [s, h] = "
+            f"{[tokens, heads]}: a weight for each head of each token."
+        )
+
+
+def check_heads(op: str, heads: int, depth: int) -> None:
+    """Raises ValueError where the kernels have no such heads."""
     if depth not in DEPTHS:
         raise ValueError(
             f"{op}: d is {depth}, need one of {', '.join(map(str, DEPTHS))}. Pad q and kv with zeros, which "
@@ -182,30 +211,32 @@ def check_shapes(op: str, q: jax.Array, kv: jax.Array, weights: jax.Array) -> No
         raise ValueError(
             f"{op}: q has {heads} heads, need 1 to {MOST_HEADS}. Of more heads, add up the logits of parts."
         )
-    if weights.shape != (tokens, heads):
+
+
+def check_window(op: str, window: tuple[Any, Any], tokens: int, keys: int) -> tuple[jax.Array, jax.Array]:
+    """Bounds as int32. Those that are known while tracing (NumPy arrays, lists) are looked at."""
+    start, end = (_bound(op, name, x, tokens) for name, x in zip(("k_start", "k_end"), window, strict=True))
+    if isinstance(start, np.ndarray) and isinstance(end, np.ndarray):
+        _check_known(op, start, end, keys)
+    return jnp.asarray(start).astype(jnp.int32), jnp.asarray(end).astype(jnp.int32)
+
+
+def integers(op: str, name: str, given: Any) -> jax.Array | np.ndarray:
+    """Integers, as a NumPy array where they are known while tracing."""
+    x = np.asarray(given) if isinstance(given, (list, tuple)) else unwrapped(given)
+    if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.integer):
+        _wrong_type(op, name, x, "integers", "Make them: jnp.asarray(.., jnp.int32).")
+    return x
+
+
+def _bound(op: str, name: str, given: Any, tokens: int) -> jax.Array | np.ndarray:
+    x = integers(op, name, given)
+    if x.shape != (tokens,):
         raise ValueError(
-            f"{op}: weights are {list(weights.shape)} and q is {list(q.shape)}, need [s, h] = "
-            f"{[tokens, heads]}: a weight for each head of each token."
+            f"{op}: {name} is {describe(x)} and q has {tokens} tokens, need [{tokens}]. One bound for all: "
+            f"jnp.full({tokens}, bound)."
         )
-
-
-def check_window(op: str, start: Any, end: Any, tokens: int, keys: int) -> tuple[jax.Array, jax.Array]:
-    """k_start and k_end as int32. Numbers that are known while tracing (NumPy arrays, lists) are looked at."""
-    bounds = []
-    for name, given in (("k_start", start), ("k_end", end)):
-        x = np.asarray(given) if isinstance(given, (list, tuple)) else unwrapped(given)
-        if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.integer):
-            _wrong_type(op, name, x, "integers [s]", "Make them: jnp.asarray(.., jnp.int32).")
-        if x.shape != (tokens,):
-            raise ValueError(
-                f"{op}: {name} is {describe(x)} and q has {tokens} tokens, need [{tokens}]. One bound for all "
-                f"tokens: jnp.full({tokens}, bound)."
-            )
-        bounds.append(x)
-    if all(isinstance(x, np.ndarray) for x in bounds):
-        _check_known(op, *bounds, keys)
-    first, last = (jnp.asarray(x).astype(jnp.int32) for x in bounds)
-    return first, last
+    return x
 
 
 def _check_known(op: str, start: np.ndarray, end: np.ndarray, keys: int) -> None:
@@ -214,5 +245,5 @@ def _check_known(op: str, start: np.ndarray, end: np.ndarray, keys: int) -> None
         i = int(wrong[0])
         raise ValueError(
             f"{op}: the window of token {i} is [{start[i]}, {end[i]}), need 0 <= k_start <= k_end <= n = "
-            f"{keys}. Clip them: k_end = np.clip(k_end, 0, n), k_start = np.clip(k_start, 0, k_end)."
+            f"{keys}. Clip it: k_end = np.clip(k_end, 0, n), k_start = np.clip(k_start, 0, k_end)."
         )

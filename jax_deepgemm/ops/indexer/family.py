@@ -69,6 +69,11 @@ class LogitsProblem:
 class IndexerConfig:
     """How logits are computed on a GPU; what `config=` of `mqa_logits` takes.
 
+    >>> print(IndexerConfig(tokens=2, stages=8))
+    2 x 2 tokens stages=8/2
+
+    Raises nothing; a call says which rules a configuration breaks.
+
     Attributes:
       tokens: of a bank. Two banks, one of them multiplied while the other is summed up, are what a block of
         threads has at a time.

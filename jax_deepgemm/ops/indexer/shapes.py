@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 
@@ -38,12 +38,12 @@ class LogitsShape(CallShape):
             array(self.keys, self.depth, dtype=kind),
         )
         weights, bound = array(self.tokens, self.heads), array(self.tokens, dtype="int32")
-        options = {"compressed": self.compressed, "out_dtype": self.out}
+        options: dict[str, Any] = {"compressed": self.compressed, "out_dtype": self.out}
         if self.recipe == "bf16":
             function = functools.partial(bf16_mqa_logits, **options)
             return [Call("logits", function, (q, kv, weights, bound, bound))]
-        function = functools.partial(mqa_logits, **options)
-        return [Call("logits", function, (q, (kv, array(self.keys)), weights, bound, bound))]
+        quantised = functools.partial(mqa_logits, **options)
+        return [Call("logits", quantised, (q, (kv, array(self.keys)), weights, bound, bound))]
 
 
 SHAPES = (LogitsShape,)

@@ -72,8 +72,8 @@ def problems_with(p: LogitsProblem, c: IndexerConfig) -> list[str]:
         (c.tokens >= 1, f"tokens is {c.tokens}, need at least 1"),
         (
             c.tokens * heads_of(p) <= MOST_COLUMNS,
-            f"{c.tokens} tokens of {heads_of(p)} heads are {c.tokens * heads_of(p)} columns of a bank, at most "
-            f"{MOST_COLUMNS}",
+            f"{c.tokens} tokens of {heads_of(p)} heads are {c.tokens * heads_of(p)} columns of a bank, at "
+            f"most {MOST_COLUMNS}",
         ),
         (
             FEWEST_STAGES <= c.stages <= 16,
@@ -198,8 +198,8 @@ _INTEGERS = ("tokens", "num_keys", "columns", "batch_tokens", "batch_keys")
 
 
 def tensor_maps(p: LogitsProblem, c: IndexerConfig, given: Operands) -> list[TensorMap]:
-    """Maps of queries, keys, their scales, and weights. What is outside arrives as zeros: heads and tokens that
-    fill up a bank, numbers that fill up 128 bytes."""
+    """Maps of queries, keys, their scales, and weights. What is outside arrives as zeros: heads and tokens
+    that fill up a bank, numbers that fill up 128 bytes."""
     dtype, slab = ("uint8", 128) if p.is_fp8 else ("bfloat16", 64)
     tokens, row = BANKS * c.tokens, p.row_bytes
 

@@ -233,11 +233,12 @@ struct Scorer {
   __device__ __forceinline__ void store(int bank, int pair, const Record& tile, float logit) const {
     const i64 key = tile.x + mine;
     Out* const to = reinterpret_cast<Out*>(kKeepRows ? rows[bank][pair] : row_of(bank, pair)) + key;
-    if (tile.flag) return write(to, logit);
+    if (tile.flag) return ptx::store_global(to, logit);
     const float4 token = ptx::load_shared_4(token_of(bank, pair));
     const int start = __float_as_int(token.x), end = __float_as_int(token.y);
     const int first = __float_as_int(token.z), last = __float_as_int(token.w);
-    if (key >= first && key < last) write(to, key >= start && key < end ? logit : minus_infinity());
+    if (key >= first && key < last)
+      ptx::store_global(to, key >= start && key < end ? logit : minus_infinity());
   }
 
   __device__ __forceinline__ void run() {

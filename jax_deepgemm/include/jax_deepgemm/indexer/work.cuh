@@ -147,9 +147,6 @@ __device__ __forceinline__ Share share_of_block(const Problem<C>& p, char* share
   return {begin < end ? place[0] : 0, begin < end ? place[1] : 0, end - begin};
 }
 
-__device__ __forceinline__ void write(float* to, float v) { *to = v; }
-__device__ __forceinline__ void write(bf16* to, float v) { *to = ptx::to_bf16(v); }
-
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xFF800000); }
 
 // Minus infinity to elements [begin, end) of a row, by a warp.
@@ -161,13 +158,13 @@ __device__ __forceinline__ void fill(Out* row, i64 begin, i64 end) {
   if (begin >= end) return;
   const int unaligned = static_cast<int>(reinterpret_cast<u64>(row + begin) % 16 / sizeof(Out));
   const i64 aligned = clamp_wide(begin + (kVector - unaligned) % kVector, begin, end);
-  if (begin + lane < aligned) write(row + begin + lane, minus_infinity());
+  if (begin + lane < aligned) ptx::store_global(row + begin + lane, minus_infinity());
   const i64 vectors = (end - aligned) / kVector;
   uint4* const to = reinterpret_cast<uint4*>(row + aligned);
 #pragma unroll 4
   for (i64 i = lane; i < vectors; i += 32) to[i] = make_uint4(kBits, kBits, kBits, kBits);
   const i64 rest = aligned + vectors * kVector;
-  if (rest + lane < end) write(row + rest + lane, minus_infinity());
+  if (rest + lane < end) ptx::store_global(row + rest + lane, minus_infinity());
 }
 
 // Columns of rows that no tile covers, by `workers` warps of every block of threads.

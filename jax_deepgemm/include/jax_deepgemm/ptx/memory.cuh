@@ -81,6 +81,15 @@ __device__ __forceinline__ bf16 to_bf16(float v) { return {static_cast<u16>(pack
 __device__ __forceinline__ float to_float(bf16 v) { return __uint_as_float(static_cast<u32>(v.bits) << 16); }
 __device__ __forceinline__ float to_float(float v) { return v; }
 
+// To global memory: of an address that was a number before, the compiler would not know it.
+__device__ __forceinline__ void store_global(float* to, float v) {
+  asm volatile("st.global.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(v) : "memory");
+}
+__device__ __forceinline__ void store_global(bf16* to, float v) {
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "h"(to_bf16(v).bits)
+               : "memory");
+}
+
 // Adds to global memory, rounded to nearest even; subnormal numbers count as zero.
 __device__ __forceinline__ void reduce_add(float* to, float a, float b) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),

@@ -28,6 +28,9 @@ inline bf16 to_bf16(float v) {
   return {static_cast<u16>(v != v ? 0x7FFFu : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
 
+inline void store_global(float* to, float v) { *to = v; }
+inline void store_global(bf16* to, float v) { *to = to_bf16(v); }
+
 template <int REGISTERS>
 void raise_registers() {}
 template <int REGISTERS>

@@ -1,0 +1,99 @@
+"""Logits of keys that lie in pages as ops. Requests, their tokens, and columns are cut freely; over heads
+partial sums are exchanged. The cache is whole on each device."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_deepgemm.core.declaration import Dims
+from jax_deepgemm.core.op import Op
+from jax_deepgemm.core.sharding import ShardingPlan
+from jax_deepgemm.ops.indexer import reference
+
+
+def parts_of(cache: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
+    """Values e4m3 [pages, page, d] and scales float32 [pages, page] of pages as bytes: all values, then all
+    scales.
+
+    >>> cache = jnp.zeros((3, 16 * (32 + 4)), jnp.uint8)
+    >>> [part.shape for part in parts_of(cache, 32)]
+    [(3, 16, 32), (3, 16)]
+    """
+    pages, size = cache.shape
+    page = size // (depth + 4)
+    values, scales = cache[:, : page * depth], cache[:, page * depth :]
+    return (
+        lax.bitcast_convert_type(values.reshape(pages, page, depth), jnp.float8_e4m3fn),
+        lax.bitcast_convert_type(scales.reshape(pages, page, 4), jnp.float32),
+    )
+
+
+def _two_arrays(q: jax.Array, values: jax.Array, scales: jax.Array, *rest: jax.Array, **options: Any) -> Any:
+    """Request by request: pages outside of the cache hold zeros."""
+    weights, start, end, tables = rest
+    pages, _, depth = values.shape
+    values, scales = (jnp.pad(x, ((0, 1), *((0, 0),) * (x.ndim - 1))) for x in (values, scales))
+
+    def of_request(request: tuple[jax.Array, ...]) -> jax.Array:
+        q, weights, start, end, table = request
+        at = jnp.where((table >= 0) & (table < pages), table, pages)
+        keys, factors = values[at].reshape(-1, depth), scales[at].reshape(-1)
+        return reference.scaled_logits(q, keys, factors, weights, start, end, **options)[0]
+
+    return [lax.map(of_request, (q, weights, start, end, tables))]
+
+
+def _one_buffer(q: jax.Array, cache: jax.Array, *rest: jax.Array, **options: Any) -> Any:
+    return _two_arrays(q, *parts_of(cache, q.shape[-1]), *rest, **options)
+
+
+def _result(q: Dims, *_: Dims, out_dtype: Any, columns: int, **__: Any) -> list[tuple[Dims, Any]]:
+    return [((q[0], q[1], columns), out_dtype)]
+
+
+def _recut(
+    plan: ShardingPlan, *arrays: jax.Array, columns: int, **_: Any
+) -> tuple[list[jax.Array], dict[str, Any]]:
+    """A piece of the columns begins with a later key."""
+    if not plan.cut("c"):
+        return list(arrays), {}
+    *others, start, end, tables = arrays
+    return [*others, start + plan.offset("c"), end, tables], {"columns": plan.local_size("c")}
+
+
+@functools.cache
+def paged_op(joined: bool) -> Op:
+    """Logits [b, t, c] of q [b, t, h, d], a cache, weights [b, t, h], the first key of a row's columns and
+    the end of its context [b, t], and tables of pages [b, m].
+
+    Args:
+      joined: whether the cache is bytes [pages, page (d + 4)], instead of values and scales.
+    """
+    return Op(
+        "paged_mqa_logits" + ("_joined" if joined else ""),
+        f"b t h d, {'p y' if joined else 'p y d, p y'}, b t h, b t, b t, b m -> b t c",
+        _result,
+        _one_buffer if joined else _two_arrays,
+        reduces=("h",),
+        recut=_recut,
+        grad_hint="Logits of a cache have none: mqa_logits and bf16_mqa_logits are for training.",
+    )
+
+
+def bytes_of(values: jax.Array, scales: jax.Array) -> jax.Array:
+    """The inverse of `parts_of`.
+
+    >>> values, scales = jnp.ones((2, 16, 32), jnp.float8_e4m3fn), jnp.ones((2, 16))
+    >>> bytes_of(values, scales).shape
+    (2, 576)
+    """
+    pages = values.shape[0]
+    first = lax.bitcast_convert_type(values, jnp.uint8).reshape(pages, -1)
+    second = lax.bitcast_convert_type(scales.astype(np.float32), jnp.uint8).reshape(pages, -1)
+    return jnp.concatenate([first, second], axis=1)

@@ -1,0 +1,118 @@
+"""The kernels of logits, without a GPU: their source runs on the CPU, a thread for each of a block's, where
+products are made when they are waited for, so that a slot that is given away too early is seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_deepgemm.core.chip import H200
+from jax_deepgemm.jit import compile_kernel
+from jax_deepgemm.ops.indexer import sm90
+from jax_deepgemm.ops.indexer.family import FAMILY, IndexerConfig, LogitsProblem
+from jax_deepgemm.ops.indexer.prepare import prepare
+from tests.shared import native_logits
+from tests.shared.arrays import normal
+from tests.shared.device_code import fields_of_concept, fields_of_struct
+from tests.shared.logits_oracle import calc_diff, exact, windows
+
+pytestmark = pytest.mark.any_version
+
+E4M3 = jnp.float8_e4m3fn
+
+
+def operands(p: LogitsProblem, batch: int = 0, shift: int = 0) -> list[jax.Array]:
+    """q, k, scales of FP8, weights, and windows, some of them beyond the keys."""
+    lead = (batch,) if batch else ()
+    tokens, keys = p.tokens // p.batches, p.keys // p.batches
+    dtype = E4M3 if p.is_fp8 else jnp.bfloat16
+    q = normal(0, *lead, tokens, p.heads, p.depth).astype(dtype)
+    k = normal(1, *lead, keys, p.depth).astype(dtype)
+    scales = [jnp.abs(normal(2, *lead, keys, dtype=jnp.float32))] * p.is_fp8
+    drawn = [windows(seed, tokens, keys) for seed in range(max(batch, 1))]
+    start, end = (jnp.asarray(np.stack(x)) for x in zip(*drawn, strict=True))
+    bounds = [start - shift, end + shift] if batch else [start[0] - shift, end[0] + shift]
+    return [q, k, *scales, normal(3, *lead, tokens, p.heads, dtype=jnp.float32), *bounds]
+
+
+CASES = [
+    (LogitsProblem(7, 261, 261, 24, 32), IndexerConfig(5, 3), 4),
+    (LogitsProblem(9, 300, 100, 64, 128, "bf16", "bfloat16", compressed=True), IndexerConfig(2, 2), 3),
+    (LogitsProblem(2 * 5, 2 * 140, 140, 3, 64, out="bfloat16", batches=2), IndexerConfig(3, 2), 2),
+]
+
+
+@pytest.mark.parametrize(("p", "config", "grid"), CASES, ids=str)
+def test_on_a_cpu(tmp_path: Path, p: LogitsProblem, config: IndexerConfig, grid: int) -> None:
+    batch = p.batches if p.batches > 1 else 0
+    given = operands(p, batch, shift=0 if p.compressed else 9)
+    dtype = np.float32 if p.out == "float32" else jnp.bfloat16
+    prepared = [np.asarray(x) for x in prepare(p.is_fp8, *given)]
+    got = native_logits.run(tmp_path, p, config, prepared, np.full((p.tokens, p.columns), 7, dtype), grid)
+    want = np.concatenate([_exact(p, *(x[i] if batch else x for x in given)) for i in range(p.batches)])
+    np.testing.assert_array_equal(np.isneginf(got.astype(np.float32)), np.isneginf(want))
+    assert calc_diff(got, want) < (1e-10 if p.out == "float32" else 1e-5)
+
+
+def _exact(p: LogitsProblem, q: Any, k: Any, *rest: Any) -> np.ndarray:
+    k = np.asarray(k).astype(np.float64)
+    if p.is_fp8:
+        scales, *rest = rest
+        k = k * np.asarray(scales)[:, None]
+    return exact(q, k, *rest, p.columns if p.compressed else None)
+
+
+PROBLEMS = [
+    LogitsProblem(8192, 65536, 65536, 64, 128),
+    LogitsProblem(8192, 65536, 65536, 32, 128),
+    LogitsProblem(64, 4096, 4096, 128, 128, out="bfloat16"),
+    LogitsProblem(64, 4096, 4096, 9, 64, compressed=True),
+    LogitsProblem(64, 4096, 4096, 40, 32),
+    LogitsProblem(64, 4096, 4096, 64, 128, "bf16"),
+    LogitsProblem(64, 4096, 4096, 1, 128, "bf16"),
+]
+
+
+@pytest.mark.parametrize("p", PROBLEMS, ids=str)
+def test_products_overlap_sums(p: LogitsProblem) -> None:
+    """No spills, and nothing that ptxas serialises."""
+    pytest.importorskip("cuda.core")
+    config = FAMILY.cheapest(p, H200)
+    source = sm90.kernel_source(p, config)
+    assert not compile_kernel(source).report.problems()
+    assert source.shared_memory <= H200.smem_per_block
+    assert list(sm90.candidates(p, H200))
+    assert all(not sm90.problems_with(p, one) for one in sm90.candidates(p, H200))
+
+
+def test_the_text_gives_every_field() -> None:
+    text = sm90.kernel_source(PROBLEMS[0], IndexerConfig(2, 8)).text
+    wanted = fields_of_concept("indexer/config.cuh", "LogitsConfig")
+    assert fields_of_struct(text, "Config") == sorted(wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        (IndexerConfig(0, 4), "tokens is 0"),
+        (IndexerConfig(3, 4), "192 columns of a bank, at most 128"),
+        (IndexerConfig(2, 1), "stages is 1"),
+        (IndexerConfig(2, 4, 1), "query_stages is 1"),
+        (IndexerConfig(2, 16), "bytes of shared memory"),
+    ],
+)
+def test_rules(config: IndexerConfig, rule: str) -> None:
+    assert any(rule in line for line in FAMILY.broken_rules(PROBLEMS[0], config, H200))
+
+
+def test_choice_follows_the_tokens() -> None:
+    """Many tokens fill the banks; one does not pay for others."""
+    assert FAMILY.cheapest(PROBLEMS[0], H200).tokens == 2
+    assert FAMILY.cheapest(LogitsProblem(1, 65536, 65536, 32, 128), H200).tokens == 1
+    assert FAMILY.kernels_of("9.0a").refusal(LogitsProblem(1, 1, 1, 129, 128))
+    assert FAMILY.kernels_of("9.0a").refusal(LogitsProblem(1, 2**31, 1, 8, 128))
