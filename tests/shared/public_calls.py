@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
 from jax_deepgemm import moe
-from jax_deepgemm.ops import grouped, indexer
+from jax_deepgemm.ops import grouped, indexer, indexer_quantize
 from jax_deepgemm.ops import quantize as quantization
 from jax_deepgemm.ops import swiglu as activation
 from jax_deepgemm.quantization import QuantizedArray
