@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
 from jax_deepgemm import moe
-from jax_deepgemm.ops import grouped, indexer
+from jax_deepgemm.ops import grouped, indexer, indexer_quantize
 from jax_deepgemm.ops import quantize as quantization
 from jax_deepgemm.ops import swiglu as activation
 from jax_deepgemm.quantization import QuantizedArray
@@ -222,6 +222,11 @@ def _accumulated(w: jax.Array, sums: jax.Array, x: jax.Array) -> Any:
     return jdg.accumulate_gradients(loss, jdg.prepare_weight(w), sums, x)
 
 
+def _written(keys: jax.Array, slots: jax.Array) -> jax.Array:
+    cache = jnp.zeros((2, 16, keys.shape[1] + 4), jnp.uint8)
+    return indexer_quantize.indexer_quantize(keys, cache=cache, slots=slots)
+
+
 def _layer(*args: Any) -> Any:
     return moe.moe_layer(*args, mesh=mesh_of_two())
 
@@ -383,6 +388,9 @@ FORWARD = (
         functools.partial(indexer.get_paged_mqa_logits_metadata, num_sms=3),
         ("k_end",),
     ),
+    Call("indexer_quantize", indexer_quantize.indexer_quantize, ("dact",)),
+    Call("indexer_quantize into pages", _written, ("dact", "indices")),
+    Call("hadamard", indexer_quantize.hadamard, ("x_f32",)),
     Call("topk", functools.partial(jdg.topk, k=3), ("x",)),
     Call(
         "topk values",

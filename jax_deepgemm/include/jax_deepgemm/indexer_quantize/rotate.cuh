@@ -54,17 +54,19 @@ __device__ __forceinline__ void between_lanes(float (&v)[kWide], int lane) {
   }
 }
 
+template <int STEP>
+__device__ __forceinline__ void within_lane(float (&v)[kWide]) {
+#pragma unroll
+  for (int pair = 0; pair < kWide / 2; ++pair) {
+    const int i = pair / STEP * 2 * STEP + pair % STEP;
+    const float a = v[i], b = v[i + STEP];
+    v[i] = a + b, v[i + STEP] = a - b;
+  }
+}
+
 template <int D>
 __device__ __forceinline__ void rotate(float (&v)[kWide], int lane) {
-#pragma unroll
-  for (int step = 1; step < kWide; step *= 2) {
-#pragma unroll
-    for (int i = 0; i < kWide; ++i) {
-      if (i & step) continue;
-      const float a = v[i], b = v[i + step];
-      v[i] = a + b, v[i + step] = a - b;
-    }
-  }
+  within_lane<1>(v), within_lane<2>(v), within_lane<4>(v);
   if constexpr (D > 8) between_lanes<1>(v, lane);
   if constexpr (D > 16) between_lanes<2>(v, lane);
   if constexpr (D > 32) between_lanes<4>(v, lane);
