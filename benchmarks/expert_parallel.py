@@ -147,6 +147,9 @@ def flusher(mesh: Mesh, size: int) -> Callable[[], None]:
     return flush
 
 
+SIZES = ("trains", "hidden", "inner", "experts", "top_k", "tokens")
+TIMES = ("span_us", "exchange_us", "gemm_us", "rest_us")
+
 Call = tuple[float, list[trace.Event]]
 """When the flush before a call ended, in nanoseconds, and what ran then."""
 
@@ -225,25 +228,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Markdown of a measurement: a line for each case, the methods side by side."""
+    """Markdown of a measurement: a line for each row, those that differ in the method alone together."""
     lines = [
-        "| tokens a device | hidden, inner, experts, top-k | what | " + " | ".join(
-            f"{method}: span us | exchange | GEMMs | rest" for method in METHODS
-        ) + " |",
-        "|--:|:--|:--|" + "--:|" * 4 * len(METHODS),
-    ]  # fmt: skip
-    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in content["rows"]:
-        sizes = ", ".join(str(row[name]) for name in ("hidden", "inner", "experts", "top_k"))
+        "| tokens a device | hidden / inner | experts | what | method | span us | exchange | GEMMs | rest |",
+        "|--:|:--|:--|:--|:--|--:|--:|--:|--:|",
+    ]
+    for row in sorted(content["rows"], key=lambda row: [row[name] for name in SIZES]):
         what = "forward and backward" if row["trains"] else "forward"
-        groups.setdefault((row["tokens"], sizes, what), {})[row["method"]] = row
-    for key, rows in groups.items():
-        cells = [
-            f"{rows[method][name]:.0f}" if name in rows.get(method, {}) else "–"
-            for method in METHODS
-            for name in ("span_us", "exchange_us", "gemm_us", "rest_us")
-        ]
-        lines.append("| " + " | ".join([*map(str, key), *cells]) + " |")
+        experts = f"{row['top_k']} of {row['experts']}"
+        cells = [row["tokens"], f"{row['hidden']} / {row['inner']}", experts, what, row["method"]]
+        cells += [f"{row[name]:.0f}" if name in row else "–" for name in TIMES]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,8 @@
-"""Sparse attention's indexer: scores of keys for tokens, with FP8 and BF16 operands."""
+"""Sparse attention's indexer: scores of keys for tokens, with FP8 and BF16 operands, and the way there."""
 
+from jax_deepgemm.ops import indexer as _logits
+from jax_deepgemm.ops import indexer_quantize as _quantize
 from jax_deepgemm.ops.indexer import *  # noqa: F403
-from jax_deepgemm.ops.indexer import __all__ as __all__
+from jax_deepgemm.ops.indexer_quantize import *  # noqa: F403
+
+__all__ = [*_logits.__all__, *_quantize.__all__]

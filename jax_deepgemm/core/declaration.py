@@ -54,6 +54,7 @@ class Declaration:
         base: Declaration | None = None,
         jvp: Callable[..., Arrays] | None = None,
         transpose: Callable[..., jax.Array] | None = None,
+        transposes: Callable[..., list[jax.Array]] | None = None,
         grad_hint: str = "",
     ) -> None:
         self.name = name
@@ -69,6 +70,7 @@ class Declaration:
         self.base = base
         self.jvp = jvp
         self.transpose = transpose
+        self.transposes = transposes
         self.grad_hint = grad_hint
         if reduces and len(self.rule.results) != 1 and spmd is None:
             raise ValueError(
@@ -97,6 +99,7 @@ class Declaration:
             self.kernel_prepare,
             self.jvp,
             self.transpose,
+            self.transposes,
         )
         found = {_module(one) for one in functions if one is not None}
         return tuple(sorted(found | ({self.kernel.module} if self.kernel is not None else set())))
@@ -119,6 +122,22 @@ class Declaration:
         return [
             (lead + tuple(shape), np.dtype(dtype)) for shape, dtype in self.result(*inside, **own(params))
         ]
+
+    @property
+    def linear(self) -> bool:
+        """Whether the op has cotangents of its operands."""
+        return self.transpose is not None or self.transposes is not None
+
+    def cotangents(
+        self, cotangents: Arrays, operands: list[Any], unknown: Sequence[int], **params: Any
+    ) -> Arrays:
+        """Those of the operands that are unknown, by the rule that the op has."""
+        if self.transposes is not None:
+            every = self.transposes(cotangents, operands, **params)
+            first = len(operands) - len(every)
+            return [every[i - first] for i in unknown]
+        assert self.transpose is not None
+        return [self.transpose(i, cotangents, operands, **params) for i in unknown]
 
     def run_reference(self, *arrays: jax.Array, batch: Batch, **params: Any) -> Arrays:
         """The reference, under the recorded levels."""

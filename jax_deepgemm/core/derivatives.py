@@ -78,43 +78,41 @@ def jvp_rule(
 def transpose_rule(
     op: Declaration, cotangents: Sequence[Any], *operands: Any, batch: Batch, **params: Any
 ) -> list[Any]:
-    """The primitive's transpose: the op's rule for each unknown operand, summed over levels it lacks."""
+    """The primitive's transpose: the op's rule for the unknown operands, summed over levels they lack."""
     params.pop("out_sharding", None)
     given = [ad.instantiate_zeros(ct) if isinstance(ct, ad.Zero) else ct for ct in cotangents]
-    return [
-        _cotangent(op, i, given, operands, batch, params) if ad.is_undefined_primal(operand) else None
-        for i, operand in enumerate(operands)
-    ]
+    unknown = [i for i, operand in enumerate(operands) if ad.is_undefined_primal(operand)]
+    found = dict(zip(unknown, _cotangents(op, unknown, given, operands, batch, params), strict=True))
+    return [found.get(i) for i in range(len(operands))]
 
 
-def _cotangent(
+def _cotangents(
     op: Declaration,
-    index: int,
+    unknown: Sequence[int],
     cotangents: Sequence[jax.Array],
     operands: Sequence[Any],
     batch: Batch,
     params: dict[str, Any],
-) -> jax.Array:
-    known = [i for i, operand in enumerate(operands) if not ad.is_undefined_primal(operand)]
-    unknown = {
-        i: _wanted(operand.aval, sum(level[i] for level in batch))
-        for i, operand in enumerate(operands)
-        if ad.is_undefined_primal(operand)
-    }
-    rule = op.transpose
-    assert rule is not None
+) -> list[jax.Array]:
+    known = [i for i in range(len(operands)) if i not in unknown]
+    wanted = {i: _wanted(operands[i].aval, sum(level[i] for level in batch)) for i in unknown}
 
-    def apply(*arrays: jax.Array) -> jax.Array:
-        inputs = {**unknown, **dict(zip(known, arrays[len(cotangents) :], strict=True))}
-        return rule(
-            index, list(arrays[: len(cotangents)]), [inputs[i] for i in range(len(operands))], **params
-        )
+    def apply(*arrays: jax.Array) -> list[jax.Array]:
+        inputs = {**wanted, **dict(zip(known, arrays[len(cotangents) :], strict=True))}
+        ordered = [inputs[i] for i in range(len(operands))]
+        return op.cotangents(list(arrays[: len(cotangents)]), ordered, unknown, **params)
 
     every = (True,) * len(batch)
     carried = [every] * len(cotangents) + [tuple(level[i] for level in batch) for i in known]
-    each = _over_levels(apply, [*cotangents, *(operands[i] for i in known)], carried, cotangents[0])
-    shared = [level for level, on in enumerate(batch) if not on[index]]
-    aval = operands[index].aval
+    found = _over_levels(apply, [*cotangents, *(operands[i] for i in known)], carried, cotangents[0])
+    return [
+        _like_the_operand(each, operands[i].aval, [level for level, on in enumerate(batch) if not on[i]])
+        for i, each in zip(unknown, found, strict=True)
+    ]
+
+
+def _like_the_operand(each: jax.Array, aval: Any, shared: Sequence[int]) -> jax.Array:
+    """A cotangent with all levels, as that of an operand that lacks the shared ones."""
     if shared:
         each = jnp.sum(each, axis=shared, dtype=wider(each.dtype)).astype(aval.dtype)
     return jax.sharding.reshard(each, aval.sharding) if aval.sharding.mesh.explicit_axes else each

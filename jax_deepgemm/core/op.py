@@ -90,6 +90,8 @@ class Op(Declaration):
       jvp: (primals, tangents, **params) -> [tangent, ...]; a tangent is None where it is zero.
       transpose: (index, cotangents, operands, **params) -> cotangent of operands[index], in which the op is
         linear; operands[index] is a `derivatives.Wanted`.
+      transposes: (cotangents, operands, **params) -> cotangents of the last operands, in which the op is
+        linear, instead, where one computation gives them all; those that are wanted are `derivatives.Wanted`.
       grad_hint: what to use instead, for the error of an op without derivative.
     """
 
@@ -127,7 +129,7 @@ class Op(Declaration):
             mlir.register_lowering(self.inner, kernel_rule.make(self), platform="cuda")
         batching.primitive_batchers[self.outer] = self._vmap
         ad.primitive_jvps[self.outer] = functools.partial(derivatives.jvp_rule, self, self.outer.bind)
-        if self.transpose is not None:
+        if self.linear:
             ad.primitive_transposes[self.outer] = functools.partial(derivatives.transpose_rule, self)
 
     def _canonical(self, params: Params) -> Params:

@@ -190,8 +190,8 @@ def _fp8(
     rows = QuantizedArray(deep(taken.values), deep(taken.scales), PER_ROW)
     first, second = (fp8.forward_weight(w, gemms) for w in (w13, w2))
     # Rows that do not count are undefined from here on, and stay among themselves: scales are per row.
-    if form.fuses and b13 is None and gated.fits(first):
-        act = gated.m_masked_fp8_gemm_swiglu(rows, first, counts, deep(row_weights), **options)
+    if form.fuses and gated.fits(first):
+        act = gated.m_masked_fp8_gemm_swiglu(rows, first, counts, deep(row_weights), bias=b13, **options)
     else:
         hidden = _biased(gemm(rows, first, jnp.bfloat16), b13)
         flat = hidden.reshape(row_weights.shape[0], hidden.shape[2])
@@ -232,7 +232,7 @@ def _bf16(
         rows = weighted(take_rows(x, plan.token), row_weights).astype(jnp.bfloat16)
         row_weights = jnp.ones_like(row_weights)
     else:
-        rows = move_rows(x.astype(jnp.bfloat16), plan.token)
+        rows = move_rows(x.astype(jnp.bfloat16), plan.token, plan.inverse)
     hidden = _biased(gemm(rows, w13, jnp.bfloat16), b13)
     act = swiglu(hidden, row_weights.reshape(hidden.shape[:2]), activation=form.act)
     return gemm(act, w2, x.dtype)

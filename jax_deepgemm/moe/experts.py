@@ -220,7 +220,8 @@ def expert_mlp(
       group_sizes: integer [e_all], rows of each expert.
       row_weights: float32 [m], factors of the rows (`spread_weights`); None: ones.
       b13: [e, 2 * i] bias of the first product, in the order of w13's rows, bfloat16 or float32, or None. In
-        FP8 it is one more pass over h; its gradient is summed from dh as dw13 reads it.
+        FP8 it is one more pass over h where h is stored (training, and other activations than silu); its
+        gradient is summed from dh as dw13 reads it.
       b2: [e, h] bias of the second product, times the row's weight, likewise.
       recipe: "fp8": both GEMMs and their four gradients in FP8. "bf16": all in bfloat16.
       form: how the model's experts are built (`ExpertForm`): activation, layout of the weights, where the
@@ -316,7 +317,7 @@ def apply(
     local: bool = True,
 ) -> jax.Array:
     """y of quantised rows and weights; nothing is kept. `local`: whether no mesh axis may cut the experts."""
-    fused = local and static.form.fuses and b13 is None and gated.fits(w13)
+    fused = local and static.form.fuses and gated.fits(w13)
     act = _act(static, rows, w13, row_weights, groups, b13, fused)
     return fp8.m_grouped(act, w2, groups, static.gemms, static.rows)
 
@@ -334,7 +335,7 @@ def _act(
     bytes that h takes to be written and read again are saved, and a launch."""
     gemms, form = static.gemms, static.form
     if fused:
-        return gated.of_groups(rows, w13, row_weights, groups, gemms)
+        return gated.of_groups(rows, w13, row_weights, groups, gemms, b13)
     hidden = with_bias(fp8.m_grouped(rows, w13, groups, gemms, jnp.bfloat16), b13, groups)
     end = groups.end(hidden.shape[0])
     quantized = functools.partial(swiglu_quantize, transposed=False, scale_format=form.scale_format)
@@ -462,15 +463,17 @@ def quantized(
     x: jax.Array,
     groups: fp8.Groups,
     index: jax.Array | None = None,
+    position: jax.Array | None = None,
     of: str = "x",
 ) -> tuple[QuantizedArray, fp8.AlongRows | None]:
-    """x, or x[index], per row, and along rows if a weight's gradient needs that. of: "dy" for a gradient."""
+    """x, or x[index] (position: its inverse), per row, and along rows if a weight's gradient needs that.
+    of: "dy" for a gradient."""
     if trained:
         return fp8.both(x, groups, static.gemms, of, index)
     form = static.form.scale_format
     if index is None:
         return quantize(x, PER_ROW, scale_format=form), None
-    return quantize_rows(x, index, scale_format=form), None
+    return quantize_rows(x, index, position, scale_format=form), None
 
 
 def _fp8_fwd(

@@ -32,6 +32,7 @@ from jax_deepgemm.moe.form import ExpertForm
 from jax_deepgemm.moe.placement import cuts
 from jax_deepgemm.moe.shared import SharedExperts
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
+from jax_deepgemm.ops.grouped.checks import as_int32
 from jax_deepgemm.ops.quantize import PreparedWeight
 
 
@@ -75,8 +76,10 @@ class TensorAxis:
             return x, ids, weights
         if not self.scatters:
             return self._own(x), ids, self._own(weights)
-        numbers = jnp.clip(ids, -1, 2**24).astype(jnp.float32)  # exact: one collective for both
-        both = self._gather(jnp.concatenate([numbers, weights], axis=1))
+        ids = jnp.clip(as_int32("dispatch", "ids", ids, "[t, top_k]"), -1, 2**24)
+        both = self._gather(
+            jnp.concatenate([ids.astype(jnp.float32), weights], axis=1)
+        )  # exact, and one less
         ids, weights = jnp.split(both, 2, axis=1)
         return self._gather(x), ids.astype(jnp.int32), weights
 

@@ -336,6 +336,8 @@ COUNTS = {
     "rows": 6,
     "linear": 6,
     "route": 40,
+    "topk": 20,
+    "indexer_quantize": 9,
     "moe": 15,
     "moe_inference": 16,
     "moe_step": 4,

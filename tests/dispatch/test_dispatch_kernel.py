@@ -64,7 +64,7 @@ def build(folder: Path, *included: Path) -> Path:
         pytest.skip("no C++ compiler")
     target = folder / "dispatch"
     include = [f"-I{path}" for path in (*included, NATIVE / "blocks", DEVICE_CODE)]
-    flags = ["-std=c++20", "-O1", "-pthread", "-fsanitize=thread", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++20", "-Og", "-pthread", "-fsanitize=thread", "-Wno-unknown-pragmas"]
     subprocess.run([compiler, *flags, *include, NATIVE / "dispatch.cc", "-o", target], check=True)
     return target
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -39,10 +40,18 @@ def operands(
     return x, ids, weights, w13, w2
 
 
+@pytest.fixture(autouse=True)
+def _ops_in_a_row(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The layer is not a chain unless a test says so."""
+    monkeypatch.setattr(layer, "MOST_CHAINED", 0)
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def in_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "MOST_CHAINED", MOST_COPIES)
-    jax.clear_caches()
+    jax.clear_caches()  # a layer's trace is kept
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -70,6 +79,17 @@ def test_the_layer_takes_it(in_a_chain: None) -> None:
     assert grad(x).shape == x.shape
 
 
+def test_the_layer_takes_it_for_few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    jax.clear_caches()
+    x, ids, weights, *frozen = operands()
+    used = lambda n: "experts_fp8" in str(jax.make_jaxpr(moe_mlp)(x[:n], ids[:n], weights[:n], *frozen))  # noqa: E731
+    assert layer.MOST_CHAINED == 16
+    assert used(5)
+    x, ids, weights, *frozen = operands(tokens=6)
+    assert not used(6)
+
+
 def test_vmap_and_cut_tokens() -> None:
     x, ids, weights, *frozen = operands(tokens=8)
     run = lambda x, ids, weights: experts_swiglu(x, ids, weights, *frozen)  # noqa: E731
@@ -80,6 +100,21 @@ def test_vmap_and_cut_tokens() -> None:
     cut = jax.sharding.NamedSharding(mesh, jax.P("t"))
     got = jax.jit(run, out_shardings=cut)(*(jax.device_put(z, cut) for z in (x, ids, weights)))
     assert_equal(got, want)
+
+
+def test_the_layer_on_explicit_axes_and_under_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, ids, weights, *frozen = operands(tokens=8)
+    want = moe_mlp(x, ids, weights, *frozen)
+    monkeypatch.setattr(layer, "MOST_CHAINED", MOST_COPIES)
+    jax.clear_caches()
+    mesh = jax.make_mesh((8,), ("t",), axis_types=(jax.sharding.AxisType.Explicit,))
+    placed = [jax.device_put(z, jax.sharding.NamedSharding(mesh, jax.P("t"))) for z in (x, ids, weights)]
+    whole = jax.device_put(frozen, jax.sharding.NamedSharding(mesh, jax.P()))
+    step = jax.jit(moe_mlp)
+    assert "experts_fp8" in str(jax.make_jaxpr(step)(*placed, *whole))
+    assert_equal(step(*placed, *whole), want)
+    run = jax.vmap(lambda x, ids, weights: moe_mlp(x, ids, weights, *frozen))
+    assert_equal(run(*(z.reshape(2, 4, *z.shape[1:]) for z in (x, ids, weights))).reshape(want.shape), want)
 
 
 def test_no_gradient() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -46,6 +47,12 @@ def loss(model: Any, batches: jax.Array) -> jax.Array:
     return jax.lax.scan(body, jnp.zeros((), F32), batches)[0]
 
 
+@functools.cache
+def plain() -> tuple[float, Any]:
+    """The loss of a new model and its gradients, a batch after the other, without copies."""
+    return nnx.value_and_grad(lambda model: sum(one_loss(model, x) for x in BATCHES))(Model(nnx.Rngs(0)))
+
+
 def names(model: Any) -> set[str]:
     return {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
 
@@ -66,7 +73,7 @@ def test_inside_the_copies_stand_beside_the_weights() -> None:
 
 
 @pytest.mark.any_version
-def test_same_numbers_and_quantised_once() -> None:
+def test_same_result_and_quantised_once() -> None:
     model = Model(nnx.Rngs(0))
     x = BATCHES[0]
     want = model(x)
@@ -82,29 +89,27 @@ def test_same_numbers_and_quantised_once() -> None:
     graph, state = nnx.split(model)
     text = str(jax.make_jaxpr(lambda state: step(nnx.merge(graph, state), BATCHES))(state))
     assert len(re.findall(r"= quantize_weight_\w+\[", text)) == 5
-    value, gradients = nnx.jit(step)(model, BATCHES)
-    plain, expected = nnx.jit(nnx.value_and_grad(loss))(model, BATCHES)
-    assert float(value) == pytest.approx(float(plain), rel=1e-4)
-    assert jax.tree.structure(gradients) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
-        assert np.linalg.norm(one - other) < 1e-2 * np.linalg.norm(other)
 
 
 def test_training_step() -> None:
-    """The copies end with the context: an update is seen by the next step."""
+    """Value and gradients as without copies, and the copies end with the context: an update is seen by the
+    next step."""
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
     @nnx.jit
-    def step(model: Any, optimizer: Any) -> jax.Array:
+    def step(model: Any, optimizer: Any) -> tuple[jax.Array, Any]:
         with prepared_weights(model):
             value, gradients = nnx.value_and_grad(loss)(model, BATCHES)
         optimizer.update(model, gradients)
-        return value
+        return value, gradients
 
     before = names(model)
-    values = [float(step(model, optimizer)) for _ in range(4)]
-    assert values[-1] < values[0]
+    steps = [step(model, optimizer) for _ in range(4)]
+    value, gradients = steps[0]
+    assert float(value) == pytest.approx(float(plain()[0]), rel=1e-4)
+    near(gradients, plain()[1])
+    assert steps[-1][0] < value
     assert names(model) == before
 
 
@@ -164,7 +169,7 @@ def test_sums_of_microbatches() -> None:
             return jax.lax.scan(body, zeros(model), batches)
 
     sums, values = nnx.jit(step)(model, BATCHES)
-    near(sums, nnx.jit(nnx.grad(loss))(model, BATCHES))
+    near(sums, plain()[1])
     assert values.shape == (2,)
     graph, state = nnx.split(model)
     text = str(jax.make_jaxpr(lambda state: jax.tree.leaves(step(nnx.merge(graph, state), BATCHES)))(state))

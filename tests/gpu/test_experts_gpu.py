@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jax_deepgemm as jdg
 from jax_deepgemm.core import launch
 from jax_deepgemm.moe import layer, moe_mlp
 from jax_deepgemm.ops.experts.api import experts_swiglu, fits
 from jax_deepgemm.ops.experts.family import ExpertsProblem
+from jax_deepgemm.quantization import QuantizedArray
 from tests.shared.gpu_programs import program
 from tests.shared.moe_oracle import normal, random_ids
 
@@ -29,12 +29,12 @@ BF16, F32 = jnp.bfloat16, jnp.float32
 # tokens, top_k, hidden, inner, experts: one token; k of whole quads and not; more tiles than SMs; the most
 # copies; one expert; more experts than rows; rows of several tiles.
 SHAPES = (
-    (1, 8, 2048, 768, 128),
+    (1, 8, 2048, 768, 64),
     (1, 1, 512, 128, 1),
     (3, 5, 512, 384, 300),
     (16, 8, 2048, 768, 32),
     (33, 3, 1536, 640, 7),
-    (64, 8, 2048, 768, 128),
+    (64, 8, 1024, 768, 64),
     (256, 8, 1024, 256, 16),
     (200, 2, 512, 128, 2),
 )
@@ -48,8 +48,24 @@ def kernels() -> Iterator[ExpertsProblem]:
 
 @functools.cache
 def frozen(hidden: int, inner: int, experts: int) -> tuple[Any, Any]:
-    quantize = program(functools.partial(jdg.quantize, block=(128, 128)))
-    return quantize(normal(4, experts, 2 * inner, hidden)), quantize(normal(5, experts, hidden, inner))
+    """Any finite numbers of FP8, drawn where they are used."""
+
+    def drawn(key: jax.Array, *shape: int) -> QuantizedArray:
+        bits = jax.random.bits(key, shape, jnp.uint8) & 0xB7
+        scales = jax.random.uniform(key, (shape[0], shape[1] // 128, shape[2] // 128), F32, 0.01, 0.03)
+        return QuantizedArray(jax.lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), scales, (128, 128))
+
+    first, second = jax.random.split(jax.random.key(0))
+    both = lambda: (drawn(first, experts, 2 * inner, hidden), drawn(second, experts, hidden, inner))  # noqa: E731
+    return program(both)()
+
+
+@pytest.fixture(autouse=True)
+def _ops_in_a_row(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The layer is not a chain unless a test says so."""
+    monkeypatch.setattr(layer, "MOST_CHAINED", 0)
+    yield
+    jax.clear_caches()
 
 
 def tokens_of(seed: int, tokens: int, top_k: int, hidden: int, experts: int, **ids: Any) -> tuple[Any, ...]:

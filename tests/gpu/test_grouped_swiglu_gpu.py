@@ -122,6 +122,32 @@ def test_bits_of_the_kernels_in_a_row(shape, height):
         assert not bits(got[0])[used:].any(), name
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("height", [None, 64, 128])
+@pytest.mark.parametrize("shape", [(8, 1031, 384, 640), (64, 70, 128, 512)], ids=str)
+def test_bits_with_a_bias(shape, height):
+    """NaN as the biases of groups without rows."""
+    groups, rows, features, _ = shape
+    a, b, weights = operands(*shape)
+    drawn = normal(3, groups, 2 * features, dtype=F32)
+
+    def plain(a: Any, b: Any, sizes: Any, weights: Any, bias: Any) -> Any:
+        h = jdg.m_grouped_fp8_gemm_nt_contiguous(a, b, sizes)
+        ends = jnp.cumsum(jnp.clip(sizes, 0, rows).astype(jnp.int32))
+        group = jnp.minimum(jnp.searchsorted(ends, jnp.arange(rows), side="right"), groups - 1)
+        h = (h.astype(F32) + jnp.where(jnp.isnan(bias), 0, bias)[group]).astype(BF16)
+        return swiglu_quantize(h, weights, jnp.minimum(ends[-1:], rows), transposed=False)
+
+    step = program(lambda *given: fused(*given[:4], bias=given[4], config=TILES.get(height)))
+    whole = program(plain)
+    for skew in (0.05, 1.0, 100.0):
+        rng = np.random.default_rng(0)
+        sizes = rng.multinomial(rows - 7, rng.dirichlet([skew] * groups)).astype(np.int32)
+        bias = jnp.where(jnp.asarray(sizes > 0)[:, None], drawn, jnp.nan)
+        given = a, b, jnp.asarray(sizes), weights, bias
+        assert_same(step(*given), whole(*given))
+
+
 @pytest.mark.parametrize("sms", [1, 3, 131])
 @pytest.mark.parametrize("height", [64, 128])
 def test_twenty_runs_give_the_same_bits_with_few_sms(sms, height):

@@ -42,8 +42,8 @@ from tests.shared.moe_oracle import normal
 
 F32 = jnp.float32
 TILES = ((64, 128), (64, 256), (128, 128), (128, 256), (192, 128), (256, 128))
-SHAPES = ((200, 264), (136, 1160), (520, 384))
-"""m and n: two and three blocks of columns, and so many that a tile's are not the first four."""
+SHAPES = ((200, 264), (136, 1160))
+"""m and n: three blocks of columns, and so many that a tile's are not the first four."""
 GROUPS, K = 9, 2600
 OPTIONS = recipe.LayerOptions(weight_gradient="128x128")
 ROUTED = moe.ExpertForm(weight_gradient="128x128")
@@ -155,8 +155,11 @@ def products(m: int, n: int, tile: tuple[int, int], out: str, add_c: bool) -> An
 
 
 @pytest.mark.parametrize(("out", "add_c"), [("float32", True), ("bfloat16", False)], ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "tile"),
+    [*((SHAPES[0], tile) for tile in TILES), (SHAPES[1], (128, 256)), (SHAPES[1], (256, 128))],
+    ids=str,
+)
 def test_each_tile(shape, tile, out, add_c):
     compare = products(*shape, tile, out, add_c)
     dy, x = operands(*shape)

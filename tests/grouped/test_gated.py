@@ -94,6 +94,42 @@ def test_rows_of_no_group_here_are_zeros_whatever_they_hold():
     assert_bits(mine, every.values[here], every.scales[here])
 
 
+BIAS = jnp.asarray(drawn(7, G, 2 * F)).at[1].set(jnp.nan)  # of a group without rows
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize("dtype", [F32, jnp.bfloat16])
+def test_a_bias_is_added_to_the_rounded_product_and_rounded_again(dtype):
+    a, b, weights = operands()
+    sizes, bias = jnp.array([2, 0, 5, 9], I32), BIAS.astype(dtype)
+    got = m_grouped_fp8_gemm_swiglu(a, b, sizes, weights, bias=bias)
+    h = jdg.m_grouped_fp8_gemm_nt_contiguous(a, b, sizes).astype(F32)
+    group = np.repeat([0, 2, 3, 0], [2, 5, 9, M - 16])
+    h = (h + bias.astype(F32)[group]).astype(jnp.bfloat16)
+    assert_bits(got, *swiglu_quantize(h, weights, jnp.array([16]), transposed=False))
+
+    deep, _, weights = operands(lead=(G, 9))
+    counts = jnp.array([3, 0, 9, 4], I32)
+    got = m_masked_fp8_gemm_swiglu(deep, b, counts, weights, bias=bias)
+    h = jdg.m_grouped_fp8_gemm_nt_masked(deep, b, counts, zero_rows=True).astype(F32)
+    h = (h + bias.astype(F32)[:, None]).astype(jnp.bfloat16)
+    values, scales = jax.vmap(functools.partial(swiglu_quantize, transposed=False))(h, weights)
+    for group, count in enumerate([3, 0, 9, 4]):
+        mine = QuantizedArray(got.values[group, :count], got.scales[group, :count], got.block)
+        assert_bits(mine, values[group, :count], scales[group, :count])
+
+
+@pytest.mark.any_version
+def test_a_bias_of_the_groups_here():
+    a, b, weights = operands()
+    sizes, bias = jnp.array([4, 6, 7, 8], I32), jnp.asarray(drawn(7, G, 2 * F))
+    every = m_grouped_fp8_gemm_swiglu(a, b, sizes, weights, bias=bias)
+    part = jax.tree.map(lambda z: z[1:3], b)
+    got = m_grouped_fp8_gemm_swiglu(a, part, sizes, weights, bias=bias[1:3], group_offset=1)
+    mine = QuantizedArray(got.values[4:17], got.scales[4:17], got.block)
+    assert_bits(mine, every.values[4:17], every.scales[4:17])
+
+
 def test_empty_dimensions():
     _, b, _ = operands()
     none = jdg.quantize(jnp.zeros((0, K)))
@@ -115,6 +151,17 @@ def run_masked(a: Any, sa: Any, b: Any, sb: Any, weights: Any, counts: Any) -> t
     return jnp.where(counted, got.values.astype(F32), 0), jnp.where(counted, got.scales, 0)
 
 
+def run_biased(*args: Any) -> tuple[jax.Array, jax.Array]:
+    *args, sizes, bias = args
+    a, sa, b, sb, weights = args
+    got = m_grouped_fp8_gemm_swiglu((a, sa), (b, sb), sizes, weights, bias=bias)
+    return got.values, got.scales
+
+
+def biased_arguments(seed: int) -> list[Any]:
+    return [*arguments((M,), 10, seed), jnp.asarray(drawn(seed + 3, G, 2 * F))]
+
+
 def arguments(lead: tuple[int, ...], most: int, seed: int) -> list[Any]:
     a, b, weights = operands(seed, lead)
     sizes = np.random.default_rng(seed).integers(0, most, G)
@@ -131,6 +178,21 @@ CASES = [
             Shard((P("x"), P("x"), P(), P(), P("x"), P()), (P("x"), P("x")), modes=("auto",)),
             Shard((P(),) * 6, (P(None, "x"), P(None, "x")), modes=("auto",)),  # features, from whole blocks
             Shard((P("x"), P("x"), P(), P(), P("x"), P()), (P("x", "y"), P("x")), modes=("auto",)),  # inside
+        ),
+    ),
+    OpCase(
+        "biased",
+        run_biased,
+        biased_arguments,
+        nests=(((0, 0, None, None, 0, 0, None),), ((0, 0, 0, 0, None, None, 0),)),
+        shards=(
+            Shard((P("x"), P("x"), P(), P(), P("x"), P(), P()), (P("x"), P("x")), modes=("auto",)),
+            Shard(
+                ((P(),) * 6 + (P(None, "x"),)),  # the bias is gathered
+                (P(None, "x"), P(None, "x")),
+                ("all-gather",),
+                modes=("auto",),
+            ),
         ),
     ),
     OpCase(
@@ -203,6 +265,13 @@ def test_weights_that_are_no_factor_for_each_row_are_refused(bad):
     m_grouped_fp8_gemm_swiglu(a, b, jnp.zeros(G, I32), jnp.ones((M,)))
 
 
+@pytest.mark.parametrize("bad", [jnp.ones((G, F)), jnp.ones((G, 2 * F), jnp.float16), 1.0], ids=str)
+def test_a_bias_that_is_no_number_for_each_row_of_b_is_refused(bad):
+    a, b, weights = operands()
+    with pytest.raises(ValueError, match=r"bias is .*, need bfloat16 or float32 \[4, 512\].*or None"):
+        m_grouped_fp8_gemm_swiglu(a, b, jnp.zeros(G, I32), weights, bias=bad)
+
+
 # Kernels
 
 
@@ -211,7 +280,12 @@ def problem(grouping: str = "rows", **options: Any) -> GroupedProblem:
     return GroupedProblem(grouping, **{**sizes, "weights": 8, "gated": True, **options})
 
 
-PROBLEMS = (problem(), problem(segmented=True, expected=1, m=8), problem("masked_rows"))
+PROBLEMS = (
+    problem(),
+    problem(segmented=True, expected=1, m=8),
+    problem("masked_rows"),
+    problem(biased=True, chained=True, m=8, expected=1),
+)
 PAIRS = [(p, c) for p in PROBLEMS for c in grouped_candidates(p, H200)]
 
 

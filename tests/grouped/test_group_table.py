@@ -100,7 +100,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no C++ compiler")
     target = tmp_path_factory.mktemp("native") / "group_table"
     include = [f"-I{NATIVE / 'one_warp'}", f"-I{DEVICE_CODE}"]
-    flags = ["-std=c++20", "-O1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    flags = ["-std=c++20", "-Og", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     subprocess.run([compiler, *flags, *include, NATIVE / "group_table.cc", "-o", target], check=True)
     return target
 

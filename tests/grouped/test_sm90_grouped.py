@@ -164,6 +164,7 @@ def test_table_of_many_groups_costs_stages() -> None:
     [
         (problem(), GemmConfig(8, 64, 8, True), "swap_ab and split_k are for dense GEMMs"),
         (problem(), GemmConfig(128, 12, 8), "must be 8 to 256 in steps of 8"),
+        (inner(b_scales="block_slices"), GemmConfig(128, 192, 4), "must be 128 or 256 where scales of"),
     ],
 )
 def test_each_rule_has_its_message(p: GroupedProblem, c: GemmConfig, rule: str) -> None:
@@ -250,6 +251,24 @@ def test_inner_plan_has_a_block_of_scales_per_box() -> None:
         plan = kernel.k_grouped_fp8_gemm.plan(ins, [result], batch=None, chip=H200, rows_format="sizes")
         assert [type(step) for step in plan.steps] == [Copy] * (out == jnp.float32) + [Launch]
     assert scalars(launch)[-1] == 1024
+
+
+def test_inner_plan_of_square_scales_has_four_blocks_of_k_per_box() -> None:
+    ins = [shape(256, 1024, dtype=E4), shape(8, 256, dtype=F32), shape(640, 1024, dtype=E4)]
+    ins += [
+        shape(8, 8, dtype=F32),
+        shape(5, dtype=I32),
+        shape(1, dtype=I32),
+    ]  # five blocks of columns, padded
+    out = shape(5, 256, 640)
+    launch = planned(
+        kernel.k_grouped_fp8_gemm, ins, out, rows_format="blocks", config=GemmConfig(128, 256, 4)
+    )
+    maps = [param for param in launch.params if isinstance(param, TensorMap)]
+    assert [(m.dims, m.box) for m in maps[2:4]] == [((256, 8, 1), (128, 4, 1)), ((8, 8, 1), (4, 4, 1))]
+    wide = [*ins[:3], shape(8, 640, dtype=F32), *ins[4:]]
+    launch = planned(kernel.k_grouped_fp8_gemm, wide, out, rows_format="blocks")
+    assert "sb128" not in launch.kernel.name
 
 
 def test_masked_weights_are_used_in_turn() -> None:

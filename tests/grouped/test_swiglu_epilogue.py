@@ -39,6 +39,8 @@ class Case:
     feature: int
     matrix: int
     masked: int
+    pitch: int = 0
+    """Scales of a row in memory; 0: as many as there are. Others are of chains, and have a bias."""
 
 
 CASES = (
@@ -49,6 +51,8 @@ CASES = (
     Case(60, 1, 128, 0, 60, 60, 0, 0, 0),  # the last rows there are
     Case(33, 3, 256, 0, 21, 32, 128, 1, 1),  # the second of three groups
     Case(33, 3, 256, 0, 33, 33, 0, 2, 1),
+    Case(70, 1, 384, 3, 40, 67, 256, 0, 0, 4),
+    Case(33, 3, 256, 0, 21, 32, 128, 1, 1, 4),
 )
 
 
@@ -59,13 +63,13 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no C++ compiler")
     target = tmp_path_factory.mktemp("native") / "swiglu_epilogue"
     include = [f"-I{NATIVE / 'swiglu_warp'}", f"-I{DEVICE_CODE}"]
-    flags = ["-std=c++20", "-O1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    flags = ["-std=c++20", "-Og", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     subprocess.run([compiler, *flags, *include, NATIVE / "swiglu_epilogue.cc", "-o", target], check=True)
     return target
 
 
-def drawn(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """h of the tile, of which rows that do not count are NaN, and the weights, likewise."""
+def drawn(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """h of the tile, of which rows that do not count are NaN, the weights, likewise, and the biases."""
     rng = np.random.default_rng(0)
     h = rng.standard_normal((64, 256)).astype(np.float32) * 10 ** rng.uniform(-3, 2, (64, 1)).astype(
         np.float32
@@ -75,13 +79,16 @@ def drawn(case: Case) -> tuple[np.ndarray, np.ndarray]:
     h[case.rows_end - case.first_row :] = np.nan
     weights = rng.standard_normal((case.matrices, case.rows)).astype(np.float32)
     weights[case.matrix, case.rows_end :] = np.nan
-    return h, weights
+    return h, weights, rng.standard_normal((case.matrices, 2, case.features)).astype(np.float32)
 
 
-def wanted(case: Case, h: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def wanted(case: Case, h: np.ndarray, weights: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """act of the rows of the tile that are written, and their scales."""
     count, real = case.zeros_end - case.first_row, max(case.rows_end - case.first_row, 0)
     stored = h[:count].astype(jnp.bfloat16).astype(np.float32)
+    if case.pitch:
+        both = bias[case.matrix, :, case.feature : case.feature + 128].reshape(256)
+        stored = (stored + both).astype(jnp.bfloat16).astype(np.float32)
     gate, up = stored[:, :128], stored[:, 128:]
     rows = weights[case.matrix, case.first_row : case.zeros_end, None]
     with np.errstate(all="ignore"):
@@ -94,17 +101,18 @@ def wanted(case: Case, h: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, 
 def test_every_number_goes_where_it_belongs(program: Path) -> None:
     given = b""
     for case in CASES:
-        h, weights = drawn(case)
-        given += np.asarray(astuple(case), np.int32).tobytes() + h.tobytes() + weights.tobytes()
+        numbers = (np.asarray(astuple(case), np.int32), *drawn(case))
+        given += b"".join(one.tobytes() for one in numbers)
     done = subprocess.run([program], input=given, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     left = done.stdout
     for case in CASES:
         shape = (case.matrices, case.rows, case.features)
-        size, blocks = int(np.prod(shape)), case.features // 128
+        size, blocks = int(np.prod(shape)), case.pitch or case.features // 128
+        end = size + 4 * case.matrices * case.rows * blocks
         values = np.frombuffer(left[:size], np.uint8).reshape(shape).copy()
-        scales = np.frombuffer(left[size : size + size // 32], np.float32).reshape(*shape[:2], blocks).copy()
-        left = left[size + size // 32 :]
+        scales = np.frombuffer(left[size:end], np.float32).reshape(*shape[:2], blocks).copy()
+        left = left[end:]
         check(case, values, scales)
     assert left == b""
 

@@ -37,7 +37,7 @@ def run(folder: Path, *included: Path, limit_s: int = 120) -> subprocess.Complet
         pytest.skip("no C++ compiler")
     target = folder / "pipeline"
     include = [f"-I{path}" for path in (*included, NATIVE / "warps", DEVICE_CODE)]
-    flags = ["-std=c++20", "-O1", "-pthread", "-fsanitize=thread"]
+    flags = ["-std=c++20", "-Og", "-pthread", "-fsanitize=thread"]
     subprocess.run([compiler, *flags, *include, NATIVE / "pipeline.cc", "-o", target], check=True)
     return subprocess.run([target], capture_output=True, text=True, check=False, timeout=limit_s)
 

@@ -50,6 +50,18 @@ def test_features_in_whole_blocks_are_fused_and_keep_their_bits(layer, monkeypat
 
 @pytest.mark.any_version
 @pytest.mark.parametrize("layer", [moe_mlp, moe_mlp_decode])
+def test_a_bias_of_the_first_product_is_fused_too(layer, monkeypatch):
+    given, b13 = operands(256), normal(5, EXPERTS, 512)
+    run = functools.partial(layer, b13=b13)
+    assert f"{FUSED}_bias" in str(jax.make_jaxpr(run)(*given))
+    got = run(*given)
+    monkeypatch.setattr(gated, "fits", lambda w13: False)
+    jax.clear_caches()
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(run(*given), np.float32))
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize("layer", [moe_mlp, moe_mlp_decode])
 def test_other_features_are_not(layer):
     assert FUSED not in str(jax.make_jaxpr(layer)(*operands(192)))
 

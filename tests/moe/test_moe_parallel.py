@@ -39,25 +39,29 @@ def mesh_of(data: int, expert: int, kind: AxisType = AxisType.Auto) -> jax.shard
     return jax.make_mesh((data, expert), ("data", "expert"), axis_types=(kind,) * 2)
 
 
-def value_and_gradients(layer: Any, args: list[Any]) -> Any:
+def value_and_gradients(layer: Any, args: list[Any], compiled: Any = jax.jit) -> Any:
     target = normal(4, T, H, dtype=F32)
 
     def loss(*args: Any) -> Any:
         y, dropped = layer(*args)
         return jnp.sum(y.astype(F32) * target), (y, dropped)
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(*args)
+    return compiled(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(*args)
 
 
 def over_mesh(mesh: jax.sharding.Mesh, **options: Any) -> Any:
     return lambda x, p, w13, w2: moe_layer(x, IDS, p, w13, w2, mesh=mesh, **options)
 
 
+def moe_mlp_alone(ids: Any, recipe: str) -> Any:
+    """moe_mlp on one device, op by op."""
+    layer = lambda x, p, w13, w2: (moe_mlp(x, ids, p, w13, w2, recipe=recipe), 0)  # noqa: E731
+    return value_and_gradients(layer, operands(), compiled=lambda run: run)
+
+
 @functools.cache
 def alone(recipe: str) -> Any:
-    """moe_mlp on one device."""
-    layer = lambda x, p, w13, w2: (moe_mlp(x, IDS, p, w13, w2, recipe=recipe), 0)  # noqa: E731
-    return value_and_gradients(layer, operands())
+    return moe_mlp_alone(IDS, recipe)
 
 
 @pytest.mark.slow
@@ -114,23 +118,19 @@ def test_full_buffers_drop_copies(method):
 
 
 def test_gradients_with_drops_are_those_of_the_kept_copies():
-    """A copy without room has zero gradients: as if its id had been -1."""
-    args = operands()
+    """A copy without room has zero gradients: as if its id had been -1, on one device."""
     ids = jnp.tile(jnp.arange(K), (T, 1))  # all tokens to the first two of four devices
 
-    def run(ids: jax.Array, **options: Any) -> Any:
-        layer = lambda x, p, w13, w2: moe_layer(  # noqa: E731
-            x, ids, p, w13, w2, mesh=mesh_of(2, 4), recipe="bf16", **options
-        )
-        return value_and_gradients(layer, args)
-
-    (_, (y, dropped)), got = run(ids, capacity_factor=1.0)
+    layer = lambda x, p, w13, w2: moe_layer(  # noqa: E731
+        x, ids, p, w13, w2, mesh=mesh_of(2, 4), recipe="bf16", capacity_factor=1.0
+    )
+    (_, (y, dropped)), got = value_and_gradients(layer, operands())
     copy = np.arange(T // 8 * K).reshape(-1, K)
     order = np.where(np.arange(K) < 2, copy // K * 2 + copy % K, copy // K)
     room = -(-T // 8 * K // 4)  # of each device for each destination; experts 0 and 1 share the first one
     kept = np.where(np.tile(order, (8, 1)) < room, ids, -1)
     assert int(dropped) == int((kept < 0).sum()) > 0
-    (_, (want_y, _)), want = run(jnp.asarray(kept))
+    (_, (want_y, _)), want = moe_mlp_alone(jnp.asarray(kept), "bf16")
     for one, other in zip((y, *got), (want_y, *want), strict=True):
         assert relative(one, other) < 1e-2
 
@@ -144,7 +144,7 @@ def test_frozen_weights_and_explicit_axes():
         y, dropped = jax.jit(lambda *args: moe_layer(*args, *frozen))(*placed)
     assert y.sharding.spec[0] == ("data", "expert")
     assert int(dropped) == 0
-    np.testing.assert_array_equal(y, jax.jit(moe_mlp)(x, IDS, weights, *frozen))
+    np.testing.assert_array_equal(y, moe_mlp(x, IDS, weights, *frozen))
 
 
 def test_tokens_travel_as_bytes():

@@ -73,16 +73,33 @@ def with_masters(copies: Any, masters: Any) -> Any:
     return tuple(one.with_master(w) for one, w in zip(copies, masters, strict=True))
 
 
+def loss_of(layer: Callable[..., Any], w: Any, x: Any) -> Any:
+    y = layer(x, *w).astype(F32)
+    return jnp.sum(jnp.tanh(y) * jnp.arange(y.shape[-1], dtype=F32))
+
+
 def over_microbatches(layer: Callable[..., Any], w: Any, batches: Any) -> Any:
     def body(total: Any, x: Any) -> Any:
-        y = layer(x, *w).astype(F32)
-        return total + jnp.sum(jnp.tanh(y) * jnp.arange(y.shape[-1], dtype=F32)), None
+        return total + loss_of(layer, w, x), None
 
     return jax.lax.scan(body, jnp.zeros((), F32), batches)[0]
 
 
-def masters_only(layer: Any, masters: Any, batches: Any) -> Any:
-    return jax.value_and_grad(lambda w, x: over_microbatches(layer, w, x), (0, 1))(masters, batches)
+@functools.cache
+def masters_only(name: str) -> Any:
+    """Gradients of masters, a microbatch after the other, without a program around them."""
+    layer, masters = LAYERS[name]
+
+    def loss(w: Any, batches: Any) -> Any:
+        return sum(loss_of(layer, w, x) for x in batches)
+
+    return jax.value_and_grad(loss, (0, 1))(masters, BATCHES)
+
+
+def masters_over_devices() -> Any:
+    """In shard_map, where a device sees that it has whole rows."""
+    loss = lambda w, x: over_microbatches(over_devices, w, x)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(LAYERS["moe_mlp"][1], BATCHES)
 
 
 def inside(layer: Any, masters: Any, batches: Any) -> Any:
@@ -125,19 +142,19 @@ def test_bits_of_masters(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "masters", "ways"),
+    ("layer", "name", "ways"),
     [
-        (*LAYERS["fp8_linear"], (inside, outside, whole)),
-        (jax.checkpoint(mixture), LAYERS["moe_mlp"][1], (outside,)),
-        (over_devices, LAYERS["moe_mlp"][1], (inside,)),
+        (linear, "fp8_linear", (inside, outside, whole)),
+        (jax.checkpoint(mixture), "moe_mlp", (outside,)),
+        (over_devices, "moe_mlp", (inside,)),
     ],
     ids=["fp8_linear", "moe_mlp of jax.checkpoint", "moe_layer"],
 )
-def test_ways_to_write_it(layer: Any, masters: Any, ways: Any) -> None:
+def test_ways_to_write_it(layer: Any, name: str, ways: Any) -> None:
     """Compiled for a CPU, whose products sum in an order that XLA chooses: not equal bits."""
-    want = jax.jit(functools.partial(masters_only, layer))(masters, BATCHES)
+    want = masters_over_devices() if layer is over_devices else masters_only(name)
     for way in ways:
-        near(jax.jit(functools.partial(way, layer))(masters, BATCHES), want)
+        near(jax.jit(functools.partial(way, layer))(LAYERS[name][1], BATCHES), want)
     assert np.isfinite(want[0])
 
 
@@ -195,40 +212,51 @@ MESHES = [
     ("fp8_linear", P(None, "y"), "auto"),
     ("grouped_linear", P(None, "y"), "auto"),
     ("grouped_linear", P(None, "y"), "explicit"),
-    ("fp8_linear", P(), "shard_map"),
-    ("grouped_linear", P(), "shard_map"),
 ]
+
+
+ONE = {"fp8_linear": fp8_linear, "grouped_linear": functools.partial(grouped_linear, group_sizes=SIZES)}
+
+
+def gradients(name: str, prepare: Any, w: Any, x: Any, **options: Any) -> Any:
+    def loss(w: Any, x: Any) -> Any:
+        return jnp.sum(jnp.sin(ONE[name](x, prepare(w), **options).astype(F32)))
+
+    return jax.grad(loss, (0, 1))(w, x)
+
+
+@functools.cache
+def gradients_of_master(name: str) -> Any:
+    return gradients(name, lambda w: w, LAYERS[name][1][0], BATCHES[0])
 
 
 @pytest.mark.parametrize(("name", "spec", "mode"), MESHES, ids=str)
 def test_meshes(name: str, spec: P, mode: str) -> None:
-    """Prepared and used on a mesh, cuts inside blocks of 128 among them."""
-    one = {"fp8_linear": fp8_linear, "grouped_linear": functools.partial(grouped_linear, group_sizes=SIZES)}[
-        name
-    ]
+    """Prepared and used on a mesh, cuts inside blocks of 128 among them, as the master on one device."""
     explicit = mode == "explicit"
     mesh = jax.make_mesh(
         (2, 4), ("x", "y"), axis_types=(AxisType.Explicit if explicit else AxisType.Auto,) * 2
     )
     options = {"out_sharding": P()} if explicit else {}
-
-    def gradients(prepare: Any, w: Any, x: Any) -> Any:
-        def loss(w: Any, x: Any) -> Any:
-            return jnp.sum(jnp.sin(one(x, prepare(w), **options).astype(F32)))
-
-        return jax.grad(loss, (0, 1))(w, x)
-
+    run = functools.partial(gradients, name, prepare_weight, **options)
     w, x = LAYERS[name][1][0], BATCHES[0]
-    if mode == "shard_map":  # the weight is whole on each device, and so are tokens in groups
-        cut = P("x") if name == "fp8_linear" else P()
-        specs = {"in_specs": (P(), cut), "out_specs": (P(), cut)}
-        run = lambda prepare: jax.shard_map(functools.partial(gradients, prepare), mesh=mesh, **specs)  # noqa: E731
-    else:
-        cut, run = P(), lambda prepare: functools.partial(gradients, prepare)
-        w = jax.device_put(w, NamedSharding(mesh, spec))
     with jax.set_mesh(mesh):
-        x = jax.device_put(x, NamedSharding(mesh, cut))
-        near(jax.jit(run(prepare_weight))(w, x), jax.jit(run(lambda w: w))(w, x))
+        got = jax.jit(run)(jax.device_put(w, NamedSharding(mesh, spec)), jax.device_put(x, P()))
+    near(got, gradients_of_master(name))
+
+
+@pytest.mark.parametrize("name", ["fp8_linear", "grouped_linear"])
+def test_shard_map(name: str) -> None:
+    """The weight is whole on each device, and so are tokens in groups."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    cut = P("x") if name == "fp8_linear" else P()
+    operands = LAYERS[name][1][0], BATCHES[0]
+
+    def run(prepare: Any) -> Any:
+        body = functools.partial(gradients, name, prepare)
+        return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(P(), cut), out_specs=(P(), cut)))(*operands)
+
+    near(run(prepare_weight), run(lambda w: w))
 
 
 def test_placed_as_the_master_is() -> None:

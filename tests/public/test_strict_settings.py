@@ -15,7 +15,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm
-from tests.shared import public_calls
 from tests.shared.public_calls import CALLS, Call
 
 BY_NAME = {call.name: call for call in CALLS}
@@ -96,23 +95,8 @@ def assert_same_bits(got: Any, expected: Any) -> None:
     assert [np.asarray(x).tobytes() for x in got] == [np.asarray(x).tobytes() for x in expected]
 
 
-def test_every_public_function_is_called() -> None:
-    known = public_calls.called_names() | public_calls.WITHOUT_ARRAYS
-    assert public_calls.public_names() <= known
-
-
-@pytest.mark.parametrize("call", CALLS, ids=str)
-def test_same_program(call: Call) -> None:
-    arrays = call.arrays()
-    expected = lower(call, arrays).as_text()
-    with strict():
-        text = lower(call, arrays).as_text()
-    if not call.name.startswith("check_"):  # their programs count the checks of the process
-        assert text == expected
-
-
 def test_settings_are_strict() -> None:
-    """The settings do hold while the calls of `test_same_program` are lowered."""
+    """The settings do hold while the calls of test_every_call are lowered."""
     (x,) = BY_NAME["quantize: value"].arrays()
     kept = []
     for function in (lambda x: x + jnp.float32(1), lambda x: x + x[0], lambda x: kept.append(x) or x):
@@ -121,14 +105,6 @@ def test_settings_are_strict() -> None:
     host = np.ones(3, np.float32)
     with strict(), pytest.raises(Exception, match="transfer"):
         jax.jit(lambda x: x)(host)
-
-
-@pytest.mark.parametrize("call", CALLS, ids=str)
-def test_same_types_with_x64(call: Call) -> None:
-    arrays = call.arrays()
-    expected = types(jax.eval_shape(call.fn, *arrays))
-    with jax.enable_x64(True):
-        assert types(jax.eval_shape(call.fn, *arrays)) == expected
 
 
 @pytest.mark.parametrize("call", RUN, ids=str)

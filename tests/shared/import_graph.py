@@ -21,7 +21,7 @@ FLOORS = (
     ("config",),
     ("core",),
     ("ops",),
-    ("quantization", "activation", "gemm", "grouped"),
+    ("quantization", "activation", "gemm", "grouped", "indexer"),
     ("moe",),
     ("flax",),
     ("tools",),

@@ -48,7 +48,7 @@ def run(
     text = _HEAD + "".join(_source(i, *call) for i, call in enumerate(calls))
     text += "int main(int, char** at) {" + "".join(f" run{i}(at[1]);" for i in range(len(calls))) + " }\n"
     (folder / "route.cc").write_text(text)
-    flags = ["-std=c++20", "-O1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    flags = ["-std=c++20", "-Og", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     include = [f"-I{NATIVE / 'warp'}", f"-I{DEVICE_CODE}"]
     subprocess.run([compiler, *flags, *include, folder / "route.cc", "-o", folder / "route"], check=True)
     for i, (_, operands, results) in enumerate(calls):

@@ -242,7 +242,9 @@ def _in_mode(case: OpCase, shard: Shard, mode: str, mesh: Mesh) -> Callable[...,
 
 
 def _place(operands: Sequence[jax.Array], shard: Shard, mesh: Mesh) -> list[jax.Array]:
-    return [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(operands, shard.specs, strict=True)]
+    """From the host: XLA would compile how an array of one device is cut."""
+    shardings = [NamedSharding(mesh, spec) for spec in shard.specs]
+    return [jax.device_put(np.asarray(x), to) for x, to in zip(operands, shardings, strict=True)]
 
 
 def _loss(fn: Callable[..., Any]) -> Callable[..., jax.Array]:

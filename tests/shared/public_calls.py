@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
 from jax_deepgemm import moe
-from jax_deepgemm.ops import grouped, indexer
+from jax_deepgemm.ops import grouped, indexer, indexer_quantize
 from jax_deepgemm.ops import quantize as quantization
 from jax_deepgemm.ops import swiglu as activation
 from jax_deepgemm.quantization import QuantizedArray
@@ -55,12 +55,15 @@ class Call:
 
 
 def public_names() -> set[str]:
-    return {name for module in (jdg, quantization, grouped, activation, indexer, moe) for name in module.__all__}
+    return {
+        name for module in (jdg, quantization, grouped, activation, indexer, moe) for name in module.__all__
+    }
 
 
 @functools.cache
 def mesh_of_two() -> Mesh:
-    return jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    kinds = (AxisType.Auto,) * 2
+    return jax.make_mesh((2, 1), ("expert", "tensor"), axis_types=kinds, devices=jax.devices()[:2])
 
 
 @functools.cache
@@ -202,12 +205,9 @@ def _shared(x: jax.Array, ids: jax.Array, weights: jax.Array, w13: Any, w2: Any,
     )
 
 
-def _cut_inside(x: jax.Array, ids: jax.Array, weights: jax.Array, w13: Any, w2: Any) -> Any:
+def _cut_inside(*args: Any) -> Any:
     """The inner size of the experts on a mesh axis."""
-    mesh = jax.make_mesh(
-        (1, 2), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:2]
-    )
-    return moe.moe_layer(x, ids, weights, w13, w2, mesh=mesh, tensor_axis="tensor", recipe="bf16")
+    return moe.moe_layer(*args, mesh=mesh_of_two(), tensor_axis="tensor", recipe="bf16")
 
 
 def _prepared(layer: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,6 +220,11 @@ def _accumulated(w: jax.Array, sums: jax.Array, x: jax.Array) -> Any:
         return jnp.sum(jnp.sin(y.astype(jnp.float32))), w
 
     return jdg.accumulate_gradients(loss, jdg.prepare_weight(w), sums, x)
+
+
+def _written(keys: jax.Array, slots: jax.Array) -> jax.Array:
+    cache = jnp.zeros((2, 16, keys.shape[1] + 4), jnp.uint8)
+    return indexer_quantize.indexer_quantize(keys, cache=cache, slots=slots)
 
 
 def _layer(*args: Any) -> Any:
@@ -383,6 +388,15 @@ FORWARD = (
         functools.partial(indexer.get_paged_mqa_logits_metadata, num_sms=3),
         ("k_end",),
     ),
+    Call("indexer_quantize", indexer_quantize.indexer_quantize, ("dact",)),
+    Call("indexer_quantize into pages", _written, ("dact", "indices")),
+    Call("hadamard", indexer_quantize.hadamard, ("x_f32",)),
+    Call("topk", functools.partial(jdg.topk, k=3), ("x",)),
+    Call(
+        "topk values",
+        lambda x, end: jdg.topk(x, 3, end=end, values=True, order="index"),
+        ("x_f32", "indices"),
+    ),
     Call("route", _route(), ("logits",)),
     Call("route sqrt_softplus", _route(score="sqrt_softplus"), ("logits",)),
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
@@ -430,6 +444,7 @@ GRADIENTS = (
     Call(
         "route groups", _gradient(_route(score="sigmoid", num_groups=2, top_groups=1), 0), ("logits", "bias")
     ),
+    Call("topk", _gradient(lambda x: jdg.topk(x, 3, values=True)[0], 0), ("x",)),
     Call("dispatch, combine", _gradient(_dispatch_and_combine, 0, 2), ("x", "ids", "weights")),
     Call("moe_mlp", _gradient(moe.moe_mlp, 0, 2, 3, 4), MOE),
     Call("moe_mlp biases", _gradient(_biased, 0, 2, 3, 4, 5, 6), (*MOE, "b13", "b2")),

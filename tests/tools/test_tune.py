@@ -322,6 +322,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, GemmConfig]]:
 SMALL_TABLES = {"m_grouped": [contiguous("bf16", "drawn", 42, 384, 512, (42, 43, 42, 43, 43, 43))]}
 
 
+@pytest.mark.any_version
 def test_command_measures_all_and_keeps_the_best(
     file: Path,
     tmp_path: Path,
@@ -357,6 +358,7 @@ def test_command_measures_all_and_keeps_the_best(
     assert [row["regret"] for row in json.loads(capsys.readouterr().out)] == [0.25] * 4
 
 
+@pytest.mark.any_version
 def test_tuning_again_keeps_the_other_problems(
     file: Path, tmp_path: Path, fake_gpu: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -375,6 +377,7 @@ def test_tuning_again_keeps_the_other_problems(
     }
 
 
+@pytest.mark.any_version
 def test_two_processes_keep_what_the_other_writes(tmp_path: Path) -> None:
     path = tmp_path / "tuning.json"
     script = f"""
@@ -454,6 +457,7 @@ def test_drawn_operands_have_the_spread_of_quantised_ones() -> None:
     assert len(jnp.unique(values[:, 0])) > 50
 
 
+@pytest.mark.any_version
 def test_tables_of_the_benchmark_are_problems_of_one_kernel() -> None:
     for name, rows in products.tables().items():
         work = products.of_row(rows[-1])

@@ -1,6 +1,7 @@
 """The first half of an expert in one kernel: an m-grouped FP8 GEMM whose result is the quantised SwiGLU.
 
     h      = a @ b[g].T                                      gate | up, rounded to bfloat16
+    h      = h + bias[g]                                     where there is one, rounded again
     act    = silu(gate) * up * row weight                    float32
     result = act quantised 1x128 in float8_e4m3fn
 
@@ -24,7 +25,7 @@ from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.options import config_option, num_sms_option
 from jax_deepgemm.core.sharding import ShardingPlan
-from jax_deepgemm.ops.gemm.checks import BLOCKED, PER_ROW, Quantized, describe, is_array
+from jax_deepgemm.ops.gemm.checks import BLOCKED, OUT_DTYPES, PER_ROW, Quantized, describe, is_array
 from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped import checks, prepare, reference, segments
@@ -48,6 +49,7 @@ def m_grouped_fp8_gemm_swiglu(
     group_sizes: ArrayLike,
     row_weights: ArrayLike,
     *,
+    bias: jax.Array | None = None,
     group_offset: ArrayLike | None = None,
     expected_m: int | None = None,
     config: GemmConfig | None = None,
@@ -69,6 +71,7 @@ def m_grouped_fp8_gemm_swiglu(
       a, group_sizes, group_offset, expected_m, config, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
       b: values [g, 2 f, k], gate first, f a multiple of 128, with 128x128 scales.
       row_weights: float32 [m].
+      bias: [g, 2 f], bfloat16 or float32, added to the rows of each group before the activation, or None.
 
     Returns:
       QuantizedArray of block (1, 128): values [m, f] float8_e4m3fn, scales [m, f / 128]. Rows of no group of
@@ -87,7 +90,9 @@ def m_grouped_fp8_gemm_swiglu(
     arrays = (left.values, left.scales, right.values, right.scales, _check_weights(op, row_weights, (m,)))
     options = _options(op, expected_m, config, num_sms)
     sizes = (where.group_sizes, where.group_offset)
-    values, scales = M_GROUPED(*arrays, *sizes, rows_format=where.rows_format, **options)
+    more = _check_bias(op, bias, right.values.shape[:2])
+    run = M_GROUPED_BIASED if more else M_GROUPED
+    values, scales = run(*arrays, *sizes, *more, rows_format=where.rows_format, **options)
     return QuantizedArray(values, scales, PER_ROW)
 
 
@@ -98,6 +103,7 @@ def m_masked_fp8_gemm_swiglu(
     row_weights: ArrayLike,
     expected_m: int | None = None,
     *,
+    bias: jax.Array | None = None,
     config: GemmConfig | None = None,
     num_sms: int | None = None,
 ) -> QuantizedArray:
@@ -115,6 +121,7 @@ def m_masked_fp8_gemm_swiglu(
       a, masked_m, expected_m, config, num_sms: as in `m_grouped_fp8_gemm_nt_masked`.
       b: values [g, 2 f, k], gate first, f a multiple of 128, with 128x128 scales.
       row_weights: float32 [g, m].
+      bias: as in `m_grouped_fp8_gemm_swiglu`.
 
     Returns:
       QuantizedArray of block (1, 128): values [g, m, f] float8_e4m3fn, scales [g, m, f / 128]. Rows that do
@@ -130,12 +137,19 @@ def m_masked_fp8_gemm_swiglu(
     counts = checks.check_masked_m(op, masked_m, groups)
     weights = _check_weights(op, row_weights, (groups, m))
     arrays = (left.values, left.scales, right.values, right.scales, weights, counts)
-    values, scales = M_MASKED(*arrays, **_options(op, expected_m, config, num_sms))
+    more = _check_bias(op, bias, right.values.shape[:2])
+    run = M_MASKED_BIASED if more else M_MASKED
+    values, scales = run(*arrays, *more, **_options(op, expected_m, config, num_sms))
     return QuantizedArray(values, scales, PER_ROW)
 
 
 def of_groups(
-    rows: QuantizedArray, w13: QuantizedArray, row_weights: jax.Array, groups: Groups, options: LayerOptions
+    rows: QuantizedArray,
+    w13: QuantizedArray,
+    row_weights: jax.Array,
+    groups: Groups,
+    options: LayerOptions,
+    bias: jax.Array | None = None,
 ) -> QuantizedArray:
     """`m_grouped_fp8_gemm_swiglu`, as layers call it."""
     return m_grouped_fp8_gemm_swiglu(
@@ -143,6 +157,7 @@ def of_groups(
         w13,
         groups.sizes,
         row_weights,
+        bias=bias,
         group_offset=groups.offset,
         expected_m=options.expected_m,
         num_sms=options.num_sms,
@@ -175,6 +190,20 @@ def _check_weights(op: str, row_weights: Any, shape: tuple[int, ...]) -> jax.Arr
     return jnp.asarray(row_weights)
 
 
+def _check_bias(op: str, bias: Any, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """The bias in float32, if there is one."""
+    bias = unwrapped(bias)
+    if bias is None:
+        return ()
+    if not is_array(bias) or tuple(bias.shape) != shape or np.dtype(bias.dtype) not in OUT_DTYPES:
+        given = describe(bias) if is_array(bias) else repr(bias)
+        raise ValueError(
+            f"{op}: bias is {given}, need bfloat16 or float32 {list(shape)}, a number for each row of b, or "
+            "None."
+        )
+    return (jnp.asarray(bias).astype(jnp.float32),)
+
+
 def _options(op: str, expected_m: Any, config: Any, num_sms: Any) -> dict[str, Any]:
     return {
         "expected_m": checks.check_expected_m(op, expected_m),
@@ -199,16 +228,24 @@ def _m_grouped_reference(
     row_weights: jax.Array,
     group_sizes: jax.Array,
     group_offset: jax.Array,
-    *,
+    *bias: jax.Array,
     rows_format: str,
     **_: Any,
 ) -> list[jax.Array]:
     sizes = (group_sizes, group_offset)
     [h] = reference.m_grouped_fp8_gemm(a, sa, b, sb, *sizes, rows_format=rows_format, out_dtype=jnp.bfloat16)
     starts, ends, groups = segments.read(group_sizes, rows_format, a.shape[0])
-    here = (segments.local_groups(groups, group_offset, b.shape[0]) >= 0).astype(jnp.int32)
+    here = segments.local_groups(groups, group_offset, b.shape[0]) + 1  # 0: none of them
     edges = jnp.zeros_like(here, shape=(a.shape[0] + 1,)).at[starts].add(here).at[ends].add(-here)
-    return _activated(h, row_weights, jnp.cumsum(edges)[:-1] > 0)
+    group = jnp.cumsum(edges)[:-1] - 1
+    for one in bias:
+        index = jnp.where(group < 0, one.shape[0], group)  # behind the last one: none
+        h = _plus(h, jnp.take(one, index, axis=0, mode="fill", fill_value=0))
+    return _activated(h, row_weights, group >= 0)
+
+
+def _plus(h: jax.Array, bias: jax.Array) -> jax.Array:
+    return (h.astype(jnp.float32) + bias).astype(h.dtype)
 
 
 def _m_masked_reference(
@@ -218,9 +255,12 @@ def _m_masked_reference(
     sb: jax.Array,
     row_weights: jax.Array,
     counts: jax.Array,
+    *bias: jax.Array,
     **_: Any,
 ) -> list[jax.Array]:
     [h] = reference.m_masked_fp8_gemm(a, sa, b, sb, counts, out_dtype=jnp.bfloat16)
+    for one in bias:
+        h = _plus(h, one[:, None])
     return _activated(h, row_weights, jnp.arange(a.shape[1])[None] < counts[:, None])
 
 
@@ -229,19 +269,19 @@ def _m_masked_reference(
 
 def _own_rows(plan: ShardingPlan, *arrays: jax.Array, rows_format: str, **_: Any) -> Recut:
     """m: my rows' part of each group."""
-    *operands, group_sizes, group_offset = arrays
+    operands, (group_sizes, *others) = arrays[:5], arrays[5:]
     if plan.cut("m"):
         group_sizes = segments.window(
             group_sizes, rows_format, plan.size["m"], plan.offset("m"), plan.local_size("m")
         )
-    return (*operands, group_sizes, group_offset), {}
+    return (*operands, group_sizes, *others), {}
 
 
 def _own_counts(plan: ShardingPlan, *arrays: jax.Array, **_: Any) -> Recut:
-    *operands, counts = arrays
+    operands, (counts, *bias) = arrays[:5], arrays[5:]
     if plan.cut("m"):
         counts = jnp.clip(counts, 0, plan.size["m"]) - plan.offset("m")
-    return (*operands, counts), {}
+    return (*operands, counts, *bias), {}
 
 
 def _own_features(plan: ShardingPlan, local: Callable[..., Any], *arrays: jax.Array) -> Any:
@@ -272,23 +312,23 @@ def _op(name: str, rule: str, plain: Any, recut: Any, prepared: Any) -> Op:
         blocks={"fb": ("f", SCALE_BLOCK)},
         recut=recut,
         spmd=_own_features,
-        kernel=LazyKernel("jax_deepgemm.ops.grouped.kernel", name, batched=True),
+        kernel=LazyKernel("jax_deepgemm.ops.grouped.kernel", name.removesuffix("_bias"), batched=True),
         kernel_prepare=prepared,
         grad_hint=FP8_GRADIENT_HINT.replace("grouped_linear", "moe.expert_mlp"),
     )
 
 
-M_GROUPED = _op(
-    "m_grouped_fp8_gemm_swiglu",
-    "m k, m kb, g n k, g nb kb, m, s, o -> m f, m fb",
-    _m_grouped_reference,
-    _own_rows,
-    prepare.m_grouped_swiglu,
-)
-M_MASKED = _op(
-    "m_masked_fp8_gemm_swiglu",
-    "g m k, g m kb, g n k, g nb kb, g m, g -> g m f, g m fb",
-    _m_masked_reference,
-    _own_counts,
-    prepare.m_masked_swiglu,
-)
+def _grouped(name: str, more: str) -> Op:
+    rule = f"m k, m kb, g n k, g nb kb, m, s, o{more} -> m f, m fb"
+    return _op(name, rule, _m_grouped_reference, _own_rows, prepare.m_grouped_swiglu)
+
+
+def _masked(name: str, more: str) -> Op:
+    rule = f"g m k, g m kb, g n k, g nb kb, g m, g{more} -> g m f, g m fb"
+    return _op(name, rule, _m_masked_reference, _own_counts, prepare.m_masked_swiglu)
+
+
+M_GROUPED = _grouped("m_grouped_fp8_gemm_swiglu", "")
+M_GROUPED_BIASED = _grouped("m_grouped_fp8_gemm_swiglu_bias", ", g n")
+M_MASKED = _masked("m_masked_fp8_gemm_swiglu", "")
+M_MASKED_BIASED = _masked("m_masked_fp8_gemm_swiglu_bias", ", g n")

@@ -179,19 +179,19 @@ def _k_masked_bf16(
     return GroupedProblem(MASKED_INNER, **counts, **sizes, **_out(avals_out), **_bf16("tn"))
 
 
-def _gated(plain: GroupedProblem) -> GroupedProblem:
+def _gated(plain: GroupedProblem, bias: Sequence[Any]) -> GroupedProblem:
     """Of a problem whose result is [.., features]: B has gate and up of them."""
-    return dataclasses.replace(plain, n=2 * plain.n, out="bfloat16", gated=True)
+    return dataclasses.replace(plain, n=2 * plain.n, out="bfloat16", gated=True, biased=bool(bias))
 
 
 def _m_grouped_swiglu(avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> GroupedProblem:
-    *scaled, _weights, sizes, offset = avals_in
-    return _gated(_m_grouped_fp8((*scaled, sizes, offset), avals_out, **params))
+    scaled, (_weights, sizes, offset, *bias) = avals_in[:4], avals_in[4:]
+    return _gated(_m_grouped_fp8((*scaled, sizes, offset), avals_out, **params), bias)
 
 
 def _m_masked_swiglu(avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> GroupedProblem:
-    *scaled, _weights, counts = avals_in
-    return _gated(_m_masked_fp8((*scaled, counts), avals_out, **params))
+    scaled, (_weights, counts, *bias) = avals_in[:4], avals_in[4:]
+    return _gated(_m_masked_fp8((*scaled, counts), avals_out, **params), bias)
 
 
 _SCALED = ("a", "a_scales", "b", "b_scales")
@@ -203,11 +203,14 @@ m_grouped_bf16_gemm = OpKernel(FAMILY, _m_grouped_bf16, ("a", "b", "group_sizes"
 m_masked_fp8_gemm = OpKernel(FAMILY, _m_masked_fp8, (*_SCALED, "group_sizes"))
 """a [g, m, k], scales [g, m, kb], b [weights, n, k], scales, masked_m [g]."""
 m_grouped_fp8_gemm_swiglu = OpKernel(
-    FAMILY, _m_grouped_swiglu, (*_SCALED, "row_weights", "group_sizes", "group_offset")
+    FAMILY, _m_grouped_swiglu, (*_SCALED, "row_weights", "group_sizes", "group_offset", "bias")
 )
-"""a [m, k], scales [m, kb], b [g, 2 f, k], scales, row weights [m], sizes or segments, offset."""
-m_masked_fp8_gemm_swiglu = OpKernel(FAMILY, _m_masked_swiglu, (*_SCALED, "row_weights", "group_sizes"))
-"""a [g, m, k], scales [g, m, kb], b [weights, 2 f, k], scales, row weights [g, m], masked_m [g]."""
+"""a [m, k], scales [m, kb], b [g, 2 f, k], scales, row weights [m], sizes or segments, offset(, bias
+[g, 2 f])."""
+m_masked_fp8_gemm_swiglu = OpKernel(
+    FAMILY, _m_masked_swiglu, (*_SCALED, "row_weights", "group_sizes", "bias")
+)
+"""a [g, m, k], scales [g, m, kb], b [weights, 2 f, k], scales, row weights [g, m], masked_m [g](, bias)."""
 m_masked_bf16_gemm = OpKernel(FAMILY, _m_masked_bf16, ("a", "b", "group_sizes"))
 """a [g, m, k], b [weights, n, k] or [weights, k, n], masked_m [g]."""
 k_grouped_fp8_gemm = OpKernel(FAMILY, _k_grouped_fp8, (*_SCALED, "group_sizes", "group_offset", "c"))

@@ -118,16 +118,17 @@ def m_grouped_swiglu(
     row_weights: jax.Array,
     group_sizes: jax.Array,
     group_offset: jax.Array,
-    *,
+    *bias: jax.Array,
     rows_format: str,
     **_: Any,
 ) -> Arrays:
-    rows, (b, sb), group_sizes, group_offset = _fold_m_grouped(
-        (a, sa, row_weights[..., None]), (b, sb), group_sizes, group_offset, rows_format
+    weights = (b, sb, *(one[..., None] for one in bias))
+    rows, (b, sb, *bias_of_groups), group_sizes, group_offset = _fold_m_grouped(
+        (a, sa, row_weights[..., None]), weights, group_sizes, group_offset, rows_format
     )
     a, sa, row_weights = rows
     padded = _pad_fp8("m_grouped_fp8_gemm_swiglu", a, sa, b, sb)
-    return *padded, row_weights[:, 0], group_sizes, group_offset
+    return *padded, row_weights[:, 0], group_sizes, group_offset, *(one[..., 0] for one in bias_of_groups)
 
 
 def m_grouped_bf16(
@@ -172,10 +173,14 @@ def m_masked_swiglu(
     sb: jax.Array,
     row_weights: jax.Array,
     counts: jax.Array,
+    *bias: jax.Array,
     **_: Any,
 ) -> Arrays:
-    (a, sa, row_weights), (b, sb), counts = _fold_masked((a, sa, row_weights[..., None]), (b, sb), counts)
-    return *_pad_fp8("m_masked_fp8_gemm_swiglu", a, sa, b, sb), row_weights[..., 0], counts
+    weights = (b, sb, *(one[..., None] for one in bias))
+    rows, (b, sb, *bias_of_groups), counts = _fold_masked((a, sa, row_weights[..., None]), weights, counts)
+    a, sa, row_weights = rows
+    padded = _pad_fp8("m_masked_fp8_gemm_swiglu", a, sa, b, sb)
+    return *padded, row_weights[..., 0], counts, *(one[..., 0] for one in bias_of_groups)
 
 
 def m_masked_bf16(a: jax.Array, b: jax.Array, counts: jax.Array, *, layout: str, **_: Any) -> Arrays:

@@ -35,6 +35,7 @@ class GroupedProblem:
       zero_rows: "masked_rows": whether rows beyond those that count are stored as zeros.
       chained: "rows": whether this is a launch of a chain (core/chain.py), in which the one right before it
         gives A and its scales, and earlier ones the rest; groups are all here.
+      biased: "gated": whether a bias of each group is added to h.
       a, b, layout, out, add_c, b_scales, gated: as in GemmProblem.
     """
 
@@ -57,6 +58,7 @@ class GroupedProblem:
     b_scales: str = "block"
     gated: bool = False
     chained: bool = False
+    biased: bool = False
 
     @property
     def inner(self) -> bool:
@@ -122,6 +124,7 @@ class GroupedProblem:
         parts += ["+C"] if self.add_c else []
         parts += ["whole blocks"] if self.whole_blocks else []
         parts += ["SwiGLU"] if self.gated else []
+        parts += ["bias"] if self.biased else []
         parts += ["chained"] if self.chained else []
         parts += [f"B scales {'128x128' if self.gemm.square_scales else '1x128'}"] if self.gemm.is_fp8 else []
         return " ".join(parts)

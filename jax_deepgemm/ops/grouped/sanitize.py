@@ -116,6 +116,15 @@ def _gated(normal: Normal) -> Iterator[Case]:
             return found
 
         yield Case(f"grouped swiglu {height}", rows, (quantize(a), w, sizes, weights))
+
+        def biased(
+            a: jax.Array, w: jax.Array, s: jax.Array, x: jax.Array, b: jax.Array, fused: Any = fused
+        ) -> jax.Array:
+            found: jax.Array = fused(a, w, s, x, bias=b).scales
+            return found
+
+        bias = normal(GROUPS, 2 * 256)
+        yield Case(f"grouped swiglu bias {height}", biased, (quantize(a), w, sizes, weights, bias))
     for name, wrong in BAD.items():
         operands = (quantize(normal(ROWS, K)), w, jnp.asarray(wrong), jnp.ones(ROWS))
         yield Case(f"grouped swiglu, {name}", rows, operands)

@@ -1,7 +1,7 @@
 """Rows of groups in FP8, in one pass from where they lie: taken by an index, and with a transposed copy whose
 blocks begin with each group (blocks.py).
 
-quantize_rows      rows x[index], 1x128 along features
+quantize_rows      rows x[index], 1x128 along features; x is read once where the rows of each token are known
 quantize_groups    the same of x or x[index], and transposed, with one scale per feature and row block
 """
 
@@ -30,6 +30,7 @@ from jax_deepgemm.ops.quantize.op import HINT, KERNELS, BlockOp
 def quantize_rows(
     x: ArrayLike,
     index: ArrayLike,
+    position: ArrayLike | None = None,
     *,
     dtype: DTypeLike = jnp.float8_e4m3fn,
     scale_format: str = "f32",
@@ -39,6 +40,9 @@ def quantize_rows(
     Args:
       x: [t, k] bfloat16, float16 or float32.
       index: int32 [m], the row of x that each row is a copy of. Outside [0, t): a row of zeros.
+      position: int32 [t, s], the inverse of index: which rows of the result are copies of each row of x; out
+        of [0, m) where there are fewer than s. Each row of x is then read and quantised once instead of once
+        for each copy, with the same bits. Where it is not index's inverse, rows are undefined.
       dtype: float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for powers of two.
 
@@ -54,11 +58,15 @@ def quantize_rows(
     >>> q = quantize_rows(x, jnp.array([2, 0, 3]))
     >>> (q.values[:, 0].astype(jnp.float32) * q.scales[:, 0]).tolist()
     [3.0, 1.0, 0.0]
+    >>> again = quantize_rows(x, jnp.array([2, 0, 3]), jnp.array([[1], [3], [0]]))
+    >>> bool((again.values == q.values).all() and (again.scales == q.scales).all())
+    True
     """
     x, _, dtype = checked_input(x, PER_ROW, dtype, scale_format, "quantize_rows")
     check_rank("quantize_rows", "x", x)
-    (index,) = _index("quantize_rows", index)
-    values, scales = rows_op(dtype, scale_format)(*same_varying_axes([x, index]))
+    table = [*_index("quantize_rows", index), *_position("quantize_rows", position, x)]
+    op = rows_op(dtype, scale_format) if len(table) == 1 else copies_op(dtype, scale_format)
+    values, scales = op(*same_varying_axes([x, *table]))
     return QuantizedArray(values, scales, PER_ROW)
 
 
@@ -124,6 +132,18 @@ def _index(where: str, index: Any) -> list[jax.Array]:
     return [index]
 
 
+def _position(where: str, position: Any, x: jax.Array) -> list[jax.Array]:
+    if position is None:
+        return []
+    position = jnp.asarray(unwrapped(position))
+    if position.dtype != jnp.int32 or position.ndim != 2 or position.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"{where}: position is {position.dtype.name}{list(position.shape)} and x is {list(x.shape)}, "
+            f"need int32 [{x.shape[0]}, s]: the rows that are copies of each row of x."
+        )
+    return [position] if 0 not in position.shape else []
+
+
 @functools.cache
 def rows_op(dtype: np.dtype, scale_format: str) -> BlockOp:
     """(x, index) -> [values, scales]. Rows are cut freely, x is whole on each device."""
@@ -142,6 +162,25 @@ def rows_op(dtype: np.dtype, scale_format: str) -> BlockOp:
         plain,
         spmd=pieces_of_whole("c", "c_blocks"),
         kernel=_kernel(scale_format, transposed=False, indexed=True),
+        grad_hint=HINT,
+    )
+
+
+@functools.cache
+def copies_op(dtype: np.dtype, scale_format: str) -> BlockOp:
+    """(x, index, position) -> [values, scales], those of rows_op by (x, index); whole on each device."""
+
+    def plain(x: jax.Array, index: jax.Array, position: jax.Array) -> list[jax.Array]:
+        wide = _taken(reference.exact_float32(x), index)
+        return reference.quantize_float32(wide, block=PER_ROW, dtype=dtype, scale_format=scale_format)
+
+    return BlockOp(
+        f"quantize_copies_{dtype.name}_{scale_format}",
+        "t f, i, t s -> r c, r c_blocks",
+        lambda x, index, position: groups_shapes(index[0], x[1], 0, dtype)[:2],
+        plain,
+        spmd=pieces_of_whole("r", "c", "c_blocks"),
+        kernel=LazyKernel(KERNELS, "quantize_copies", block=PER_ROW, scale_format=scale_format),
         grad_hint=HINT,
     )
 

@@ -28,6 +28,7 @@ def problem_of(
     activation: Activation = SILU,
     blocked: bool = False,
     indexed: bool = False,
+    copied: int = 0,
     square_t: bool = False,
 ) -> QuantizeProblem:
     """The problem of a call whose first operand is what is read, and whose first result is FP8."""
@@ -48,6 +49,7 @@ def problem_of(
         batches=batches[0] if batches else 1,
         blocks=avals_out[2].shape[1] // TILE if blocked else 0,
         indexed=indexed,
+        copied=copied,
         square_t=square_t,
     )
 
@@ -95,5 +97,16 @@ def _of_groups(
 
 quantize_indexed = OpKernel(FAMILY, _of_groups, ("x", "index", "blocks"))
 """x [t, cols], the row of x for each row(, the table of row blocks)."""
+
+
+def _copies(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, block: Block, scale_format: str, **_: Any
+) -> QuantizeProblem:
+    form: dict[str, Any] = {"transposed": False, "indexed": True, "copied": avals_in[0].shape[0]}
+    return problem_of("quantize", avals_in, avals_out, block=block, scale_format=scale_format, **form)
+
+
+quantize_copies = OpKernel(FAMILY, _copies, ("x", "index", "position"))
+"""x [t, cols], the row of x for each row, and the rows for each row of x."""
 quantize_blocked = OpKernel(FAMILY, _of_groups, ("x", "blocks"))
 """x [rows, cols], the table of row blocks."""

@@ -27,6 +27,8 @@ class QuantizeProblem:
       blocks: row blocks, which a table lists, each with its own columns of the transposed copy; 0: tiles of
         128 rows from row 0 on.
       indexed: an operand says which row of x each row is.
+      copied: rows of x, where another operand says which rows are copies of each: a row of x is read and
+        quantised once; 0: once for each row that it is.
       weighted: "swiglu" and its gradient have a factor per row.
       activation: of "swiglu" and its gradient.
       batches: number of matrices.
@@ -48,6 +50,7 @@ class QuantizeProblem:
     batches: int = 1
     blocks: int = 0
     indexed: bool = False
+    copied: int = 0
     square_t: bool = False
     chained: bool = False
 
@@ -55,6 +58,7 @@ class QuantizeProblem:
         transposed = "transposed 128x128" if self.square_t else "transposed"
         flags = {transposed: self.transposed, "ue8m0": self.ue8m0, "row limit": self.limited}
         flags |= {f"blocks={self.blocks}": self.blocks > 0, "indexed": self.indexed}
+        flags |= {f"copies of {self.copied}": self.copied > 0}
         flags |= {"weights": self.weighted, f"batches={self.batches}": self.batches > 1}
         flags |= {"chained": self.chained}
         shape, block = f"{self.rows}x{self.cols}", f"{self.block[0]}x{self.block[1]}"

@@ -23,7 +23,7 @@ STRIPE_BYTES, STRIPE_TILES = 8 << 20, 8
 
 # include/jax_deepgemm/quantize/quantize_tile.cuh says what each field means.
 _TEXT = """\
-#include <jax_deepgemm/{header}/{header}.cuh>
+#include <jax_deepgemm/{header}.cuh>
 {include}
 struct Config {{
   using In = {x};
@@ -67,6 +67,8 @@ _INPUTS = (
     "const Inputs in = {{h, {weight}, {dact}, {flags}, {width}}};\n  "
 )
 _BODIES = {
+    "quantize_copies": "const jdg::Copies copies = {{position, slots, rows, share}};\n  "
+    "jdg::quantize_copies<Config>({{x, index, sources, 0, 1}}, copies, to);",
     "quantize": _ROWS + "jdg::quantize<Config>({{x, {index}, {sources}, batched_x, {stripe}}}, counted, to);",
     "quantize_stream": _ROWS
     + "jdg::quantize_stream<Config>({{x, {index}, {sources}, 0, {stripe}}}, counted, to, tiles);",
@@ -100,6 +102,9 @@ ROW_CUT = Cut(threads=256, rows=1, across=8, blocks_per_sm=4)
 """Where 1x128 scales are all: a row's eight fill a sector of memory, in one store. Of tiles of 128 rows each
 scale would be a store to a sector of its own. rows * across: a power of two, at most 16."""
 
+COPY_THREADS = 128
+"""Of a block whose threads need not wait for each other."""
+
 
 def row_cut(cols: int) -> Cut:
     """ROW_CUT, its tiles halved and rows doubled until at most a quarter more tiles are walked than exist.
@@ -123,6 +128,8 @@ def cut_of(p: QuantizeProblem) -> Cut:
     few = p.x == "float32" or p.fp8 != "float8_e4m3fn" or not quick
     if p.block == (1, TILE) and not p.transposed:
         shape = row_cut(p.cols)
+        if p.copied:
+            shape = shape._replace(threads=COPY_THREADS, blocks_per_sm=7)
         return shape._replace(blocks_per_sm=shape.blocks_per_sm // 2) if few else shape
     if few:
         return Cut(256, 8, 1, 2)
@@ -132,7 +139,7 @@ def cut_of(p: QuantizeProblem) -> Cut:
 def tiles(p: QuantizeProblem) -> int:
     """Tiles of all matrices, those side by side as one; 1 if there are none, as a grid is never empty."""
     cols, shape = p.width if p.pairs else p.cols, cut_of(p)
-    down = p.blocks or -(-p.rows // shape.height) * p.batches
+    down = p.blocks or -(-(p.copied or p.rows) // shape.height) * p.batches
     return max(down * -(-cols // (shape.across * TILE)), 1)
 
 
@@ -154,7 +161,8 @@ def shared_memory(p: QuantizeProblem) -> int:
 
 
 def _body(p: QuantizeProblem) -> str:
-    return p.kind + ("_pairs" if p.pairs else "_stream" if p.streamed else "")
+    form = "_pairs" if p.pairs else "_stream" if p.streamed else "_copies" if p.copied else ""
+    return p.kind + form
 
 
 def kernel_name(p: QuantizeProblem) -> str:
@@ -176,7 +184,7 @@ def kernel_name(p: QuantizeProblem) -> str:
         "clamped": p.min_amax > 0,
         "rows": p.limited,
         "groups": p.blocks > 0,
-        "indexed": p.indexed,
+        "indexed": p.indexed and not p.copied,
         "w": p.weighted,
         "chained": p.chained,
     }
@@ -193,6 +201,7 @@ def _pointers(p: QuantizeProblem) -> dict[str, str]:
         "weight": "const float*" if p.weighted else "",
         "dact": "const Config::In*" if p.kind == "swiglu_grad" else "",
         "index": "const int*" if p.indexed else "",
+        "position": "const int*" if p.copied else "",
         "blocks": "const jdg::RowBlock*" if p.blocks else "",
         "limit": "const int*" if p.limited else "",
         "values": "jdg::u8*",
@@ -205,6 +214,8 @@ def _pointers(p: QuantizeProblem) -> dict[str, str]:
 
 def _integers(p: QuantizeProblem) -> list[str]:
     names = ["x", "limit"] if p.kind == "quantize" else ["h", "weight", "dact", "limit"]
+    if p.copied:
+        return ["rows", "cols", "sources", "slots", "share"]
     more = {"tiles": p.walked, "sources": p.indexed, "stripe": p.indexed, "row_blocks": p.blocks > 0}
     return [
         "rows",
@@ -218,7 +229,8 @@ def _literal(number: float) -> str:
     return f"{np.float32(number).item().hex()}f"
 
 
-def _activation(a: Activation) -> str:
+def activation_text(a: Activation) -> str:
+    """`struct Act` of a kernel's source."""
     return _ACTIVATION.format(
         function=_FUNCTIONS[a.function],
         limit="jdg::kInfinity" if a.limit is None else _literal(a.limit),
@@ -226,6 +238,12 @@ def _activation(a: Activation) -> str:
         shift=_literal(a.shift),
         interleaved=str(a.interleaved).lower(),
     )
+
+
+def _header(p: QuantizeProblem) -> str:
+    if p.kind != "quantize":
+        return "swiglu/swiglu"
+    return "quantize/copies" if p.copied else "quantize/quantize"
 
 
 def kernel_source(p: QuantizeProblem) -> KernelSource:
@@ -244,12 +262,12 @@ def kernel_source(p: QuantizeProblem) -> KernelSource:
     name = kernel_name(p)
     body = _BODIES[_body(p)]
     text = _TEXT.format(
-        header="quantize" if p.kind == "quantize" else "swiglu",
+        header=_header(p),
         x=_TYPES[p.x],
         fp8=_FP8[p.fp8],
         scales=_SCALES[p.block],
         min_amax=_literal(p.min_amax),
-        activation="" if p.kind == "quantize" else _activation(p.activation),
+        activation="" if p.kind == "quantize" else activation_text(p.activation),
         tiles=2 if p.pairs else shape.across,
         height=shape.height,
         rows_of_a_thread=shape.rows,
@@ -298,6 +316,8 @@ def _plan(p: QuantizeProblem, config: None, chip: Chip, given: Operands) -> Laun
     values = {"rows": p.rows, "cols": p.cols, "tiles": tiles(p) if p.rows and p.cols else 0}
     sources = given[next(iter(given))].shape[-2]
     values |= {"row_blocks": p.blocks, "sources": sources, "stripe": stripe(p, sources)}
+    if p.copied:
+        values |= {"slots": given["position"].shape[-1], "share": -(-p.rows // p.copied)}
     values |= {f"batched_{name}": int(one.batched) for name, one in given.items()}
     params += [Scalar(values.get(name, 0), "int32") for name in _integers(p)]
     launch = Launch(

@@ -10,11 +10,11 @@ import numpy as np
 
 from jax_deepgemm.ops.quantize import QuantizedArray
 from jax_deepgemm.ops.rows import reference
-from jax_deepgemm.ops.rows.op import SUMS, TAKE, TAKE_SCALED
+from jax_deepgemm.ops.rows.op import COPIES, SUMS, TAKE, TAKE_SCALED
 from jax_deepgemm.ops.rows.problem import SUMMED
 
 
-def move_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+def move_rows(x: jax.Array, index: jax.Array, position: jax.Array | None = None) -> jax.Array:
     """x[index], with zeros where there is no such row.
 
     >>> import jax.numpy as jnp
@@ -24,14 +24,21 @@ def move_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     Args:
       x: [t, h], any dtype.
       index: integer [m]. -1 is no row, and neither is t.
+      position: integer [t, s], the inverse of index: the rows of the result that are copies of each row of
+        x, and no row, as m, where there are fewer than s. Each row of x is then read once instead of once for
+        each copy. Where it is not index's inverse, rows of the result are undefined.
 
     Returns:
-      [m, h] in the dtype of x. The gradient sums the rows that were taken from one.
+      [m, h] in the dtype of x. The gradient sums the rows that were taken from one, with a position in
+      float32, in the order of s, rounded once.
 
     Raises nothing. Symbolic sizes, and numbers that are not of whole bytes, take the plain form.
     """
     if not _moves(x, index):
         return reference.take(x, index)[0]
+    if position is not None and position.size:
+        rows = index.astype(jnp.int32), position.astype(jnp.int32)
+        return COPIES(x, *rows, dtype=np.dtype(x.dtype), fallback="reference")[0]
     return TAKE(x, index.astype(jnp.int32), dtypes=(np.dtype(x.dtype),), fallback="reference")[0]
 
 

@@ -19,6 +19,13 @@ def _problem(avals_in: Sequence[Any], avals_out: Sequence[Any], **_: Any) -> Row
     return RowsProblem(index.shape[0], given[0].shape[0], *sizes)
 
 
+def _copies(avals_in: Sequence[Any], avals_out: Sequence[Any], **_: Any) -> RowsProblem:
+    x, index, position = avals_in
+    assert index.dtype == position.dtype == np.int32, (index, position)
+    row_bytes = x.shape[1] * np.dtype(x.dtype).itemsize
+    return RowsProblem(index.shape[0], x.shape[0], row_bytes, copies=position.shape[1])
+
+
 def _sums(avals_in: Sequence[Any], avals_out: Sequence[Any], **_: Any) -> RowsProblem:
     x, index = avals_in
     assert index.dtype == np.int32, index
@@ -29,4 +36,5 @@ def _sums(avals_in: Sequence[Any], avals_out: Sequence[Any], **_: Any) -> RowsPr
 
 take = OpKernel(FAMILY, _problem, ("x", "index"))
 take_scaled = OpKernel(FAMILY, _problem, ("x", "scales", "index"))
+copies = OpKernel(FAMILY, _copies, ("x", "index", "position"))
 sums = OpKernel(FAMILY, _sums, ("x", "index"))

@@ -13,7 +13,9 @@ from jax_deepgemm.core.declaration import Dims
 from jax_deepgemm.core.derivatives import Wanted, same_varying_axes
 from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
+from jax_deepgemm.core.sharding import pieces_of_whole
 from jax_deepgemm.ops.rows import reference
+from jax_deepgemm.ops.rows.problem import SUMMED
 
 
 def _result(*shapes: Dims, dtypes: tuple[np.dtype, ...]) -> list[tuple[Dims, Any]]:
@@ -53,6 +55,34 @@ def _op(name: str, rule: str, kernel: str) -> Op:
 
 TAKE = _op("take_rows", "t h, m -> m h", "take")
 TAKE_SCALED = _op("take_rows_scaled", "t h, t b, m -> m h, m b", "take_scaled")
+
+
+def _copies_jvp(primals: list[Any], tangents: list[Any], *, dtype: np.dtype, **options: Any) -> Any:
+    return COPIES(tangents[0], *primals[1:], dtype=dtype, **options)
+
+
+def _copies_transpose(
+    which: int, cotangents: list[jax.Array], operands: list[Any], *, dtype: np.dtype, **options: Any
+) -> jax.Array:
+    """The copies of each row sum up: position says which they are."""
+    (rows,), (*_, position) = cotangents, operands
+    if dtype.name in SUMMED:
+        return SUMS(*same_varying_axes([rows, position]), dtype=dtype, **options)[0]
+    return reference.sums(rows, position)[0]
+
+
+COPIES = Op(
+    "copy_rows",
+    "t h, m, t s -> r h",
+    lambda x, index, position, *, dtype: [((index[0], x[1]), dtype)],
+    reference.copies,
+    spmd=pieces_of_whole("r"),
+    kernel=LazyKernel("jax_deepgemm.ops.rows.kernel", "copies"),
+    jvp=_copies_jvp,
+    transpose=_copies_transpose,
+)
+"""TAKE of x by index, whose inverse is position, so that each row of x is read once; rows are whole on each
+device."""
 
 
 def _sums_jvp(primals: list[Any], tangents: list[Any], *, dtype: np.dtype, **options: Any) -> Any:

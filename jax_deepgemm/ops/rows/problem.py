@@ -10,7 +10,7 @@ SUMMED = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class RowsProblem:
-    """Rows that are taken by an index, or summed.
+    """Rows that are taken by an index, copied to where they are wanted, or summed.
 
     Attributes:
       rows: how many are wanted.
@@ -19,6 +19,7 @@ class RowsProblem:
       scale_bytes: of each row's scales, which come along; 0: none.
       slots: rows that are summed for each that is wanted; 0: it is taken as it is.
       dtype: of numbers that are summed.
+      copies: of each row at most, where a table says which rows are copies of it; 0: an index alone says it.
       chained: sums are the last launch of a chain (core/chain.py), and read what the one before gives.
     """
 
@@ -28,6 +29,7 @@ class RowsProblem:
     scale_bytes: int = 0
     slots: int = 0
     dtype: str = ""
+    copies: int = 0
     chained: bool = False
 
     def __str__(self) -> str:
@@ -35,6 +37,9 @@ class RowsProblem:
             what = f"{self.rows} sums of {self.slots}"
             chained = " chained" if self.chained else ""
             return f"{what} of {self.rows_from} rows of {self.row_bytes} bytes {self.dtype}{chained}"
+        if self.copies:
+            what = f"copy {self.rows_from} rows of {self.row_bytes} bytes"
+            return f"{what} to {self.copies} each of {self.rows}"
         scales = f" + {self.scale_bytes}" if self.scale_bytes else ""
         return f"take {self.rows} of {self.rows_from} rows of {self.row_bytes}{scales} bytes"
 

@@ -17,6 +17,11 @@ def take(*arrays: jax.Array, dtypes: tuple[np.dtype, ...] = ()) -> list[jax.Arra
     return [_take(x, index) for x in given]
 
 
+def copies(x: jax.Array, index: jax.Array, position: jax.Array, *, dtype: Any = None) -> list[jax.Array]:
+    """`take` of x; position, the inverse of index, says nothing that index does not."""
+    return [_take(x, index)]
+
+
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     if x.dtype.itemsize == 1 and x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.floating):
         return from_words(_take(as_words(x), index), x.dtype)

@@ -1,4 +1,5 @@
-"""Taking and summing rows: problem -> source text and LaunchPlan; include/jax_deepgemm/rows/ says how."""
+"""Taking, copying and summing rows: problem -> source text and LaunchPlan; include/jax_deepgemm/rows/ says
+how."""
 
 from __future__ import annotations
 
@@ -25,6 +26,16 @@ extern "C" __global__ void __launch_bounds__({threads}) {name}(
     int vectors, int scale_vectors) {{
   jdg::take<{bytes}, {held}, {warps}, {scale}>(from, {from_scales}, index, to, {to_scales}, rows_from, rows,
                                                vectors, scale_vectors);
+}}
+"""
+_COPY = """\
+#include <jax_deepgemm/rows/copy.cuh>
+
+extern "C" __global__ void __launch_bounds__({threads}) {name}(
+    const void* from, const int* index, const int* position, void* to, int rows_from, int rows, int slots,
+    int vectors, int pieces, int share) {{
+  jdg::copy_rows<{bytes}, {held}, {warps}>(from, index, position, to, rows_from, rows, slots, vectors, pieces,
+                                           share);
 }}
 """
 _SUM = """\
@@ -92,7 +103,7 @@ def _refusal(p: RowsProblem) -> str:
 
 def kernel_source(p: RowsProblem) -> KernelSource:
     """The source of the kernel that solves p, equal for all rows that are cut alike."""
-    source = _sum_source(p) if p.slots else _take_source(p)
+    source = _sum_source(p) if p.slots else _copy_source(p) if p.copies else _take_source(p)
     return KernelSource(*source, (("problem", str(p)),))
 
 
@@ -114,6 +125,13 @@ def _take_source(p: RowsProblem) -> tuple[str, str]:
     return name, text
 
 
+def _copy_source(p: RowsProblem) -> tuple[str, str]:
+    cut = cut_of(p)
+    name = f"jdg_copy_rows_{cut.bytes}x{cut.held}"
+    text = _COPY.format(name=name, threads=32 * WARPS, warps=WARPS, bytes=cut.bytes, held=cut.held)
+    return name, text
+
+
 def _sum_source(p: RowsProblem) -> tuple[str, str]:
     cut = cut_of(p)
     name = f"jdg_sum_rows_{_SHORT[p.dtype]}_{cut.bytes}x{cut.held}_slots{cut.slots}"
@@ -132,21 +150,38 @@ def _sum_source(p: RowsProblem) -> tuple[str, str]:
     return name, text
 
 
-def _plan(p: RowsProblem, config: None, chip: Chip, given: Operands) -> LaunchPlan:
+class _Call(NamedTuple):
+    """What a kernel is launched with: blocks of threads, how many operands and results, sizes."""
+
+    grid: tuple[int, int]
+    operands: int
+    results: int
+    sizes: tuple[int, ...]
+
+
+def _call(p: RowsProblem) -> _Call:
     cut = cut_of(p)
-    groups, vectors = -(-p.rows // WARPS), p.row_bytes // cut.bytes
+    vectors, pieces = p.row_bytes // cut.bytes, cut.pieces
     if p.slots:
-        grid, operands, results = (groups * cut.pieces, 1), 2, 1
-        sizes = [p.rows_from, p.rows, p.slots, vectors, cut.pieces]
-    else:
-        grid, operands, results = (groups, cut.pieces), 3 if cut.scale else 2, 2 if cut.scale else 1
-        sizes = [p.rows_from, p.rows, vectors, p.scale_bytes // cut.scale if cut.scale else 0]
-    params: list[Param] = [*map(Operand, range(operands)), *map(Result, range(results))]
+        summed = (p.rows_from, p.rows, p.slots, vectors, pieces)
+        return _Call((-(-p.rows // WARPS) * pieces, 1), 2, 1, summed)
+    if p.copies:
+        share = -(-p.rows // p.rows_from)
+        copied = (p.rows_from, p.rows, p.copies, vectors, pieces, share)
+        return _Call((-(-p.rows_from // WARPS) * pieces, 1), 3, 1, copied)
+    scaled = cut.scale > 0
+    sizes = (p.rows_from, p.rows, vectors, p.scale_bytes // cut.scale if scaled else 0)
+    return _Call((-(-p.rows // WARPS), pieces), 2 + scaled, 1 + scaled, sizes)
+
+
+def _plan(p: RowsProblem, config: None, chip: Chip, given: Operands) -> LaunchPlan:
+    call = _call(p)
+    params: list[Param] = [*map(Operand, range(call.operands)), *map(Result, range(call.results))]
     launch = Launch(
         kernel=compile_kernel(kernel_source(p), arch=chip.arch),
-        grid=(*grid, 1),
+        grid=(*call.grid, 1),
         block=32 * WARPS,
-        params=(*params, *(Scalar(size, "int32") for size in sizes)),
+        params=(*params, *(Scalar(size, "int32") for size in call.sizes)),
     )
     return LaunchPlan((launch,), label=str(p))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from jax_deepgemm.ops.swiglu.op import (
     swiglu_groups_op,
     swiglu_op,
 )
+from jax_deepgemm.ops.swiglu.plain import activate
+from jax_deepgemm.ops.swiglu.problem import COMPUTED
 
 
 def swiglu(
@@ -29,8 +32,10 @@ def swiglu(
 ) -> jax.Array:
     """silu(gate) * up * weight of h = gate | up, computed in float32 and rounded once.
 
-    For FP8 use `swiglu_quantize`. This one is jnp, which XLA fuses, with derivatives of any order; for them h
-    and weight are kept, and nothing else.
+    For FP8 use `swiglu_quantize`. This one has derivatives of any order; for them h and weight are kept, and
+    nothing else. One kernel computes it, and one its gradients, rounded once, where sizes are known and the
+    type is one of those below. Of the exact numbers results in float32 differ by some 1e-6, relative to the
+    largest term; so bfloat16 and float16 ones are next to, or are, the nearest.
 
     Args:
       h: [.., 2 i] bfloat16, float16 or float32; [.., i] for an activation without a gate.
@@ -58,10 +63,21 @@ def swiglu(
             f"{list(h.shape[:-1])}."
         )
 
-    def compute(h: jax.Array, weight: jax.Array | None) -> jax.Array:
-        return reference.act(h, weight, None, activation).astype(h.dtype)
+    if not all(isinstance(size, int) for size in h.shape) or np.dtype(h.dtype).name not in COMPUTED:
+        return jax.checkpoint(functools.partial(_plain, activation))(h, weight)
+    weights = [] if weight is None else [weight.astype(jnp.float32)]
+    if h.ndim == 1:
+        return swiglu(h[None], weights[0][None] if weights else None, activation=activation)[0]
+    function = functools.partial(activate, activation=activation)
+    if not weights:
+        function = functools.partial(activate, weight=None, activation=activation)
+    stacked: Any = functools.reduce(lambda one, _: jax.vmap(one), range(h.ndim - 2), function)
+    act: jax.Array = stacked(*same_varying_axes([h, *weights]))
+    return act
 
-    return jax.checkpoint(compute)(h, weight)
+
+def _plain(activation: Activation, h: jax.Array, weight: jax.Array | None) -> jax.Array:
+    return reference.act(h, weight, None, activation).astype(h.dtype)
 
 
 def swiglu_quantize(

@@ -10,9 +10,17 @@ import jax.numpy as jnp
 
 from jax_deepgemm.core.bench import Row
 from jax_deepgemm.ops.quantize.bench import QUANTISING, Kinds, memory_rows
-from jax_deepgemm.ops.swiglu.api import swiglu_grad_quantize, swiglu_quantize
+from jax_deepgemm.ops.swiglu.api import swiglu, swiglu_grad_quantize, swiglu_quantize
+
+
+def _gradients(h: jax.Array, weight: jax.Array, dact: jax.Array) -> tuple[jax.Array, ...]:
+    gradients: tuple[jax.Array, ...] = jax.vjp(swiglu, h, weight)[1](dact)
+    return gradients
+
 
 KINDS: Kinds = {
+    "swiglu": (4 + 2, swiglu),
+    "swiglu_grad": (6 + 4, _gradients),
     "swiglu_quantize": (4 + 2, swiglu_quantize),
     "swiglu_grad_quantize": (6 + 4, swiglu_grad_quantize),
 }
@@ -23,7 +31,7 @@ def _draw(kind: str, m: int, n: int) -> tuple[jax.Array, ...]:
     """h, weight, and dact for the gradient, standard normal in bfloat16."""
     keys = jax.random.split(jax.random.key(0), 3)
     h, weight = jax.random.normal(keys[0], (m, 2 * n), jnp.bfloat16), jax.random.uniform(keys[1], (m,))
-    if kind == "swiglu_quantize":
+    if kind in ("swiglu", "swiglu_quantize"):
         return h, weight
     return h, weight, jax.random.normal(keys[2], (m, n), jnp.bfloat16)
 

@@ -5,7 +5,7 @@
     to       values, indices   -> x                      its transpose: what was not chosen is zero
 
 Rows are cut freely. Where columns are cut, each device finds the largest of its piece, and then those of what
-all have found: in every order that a result can have, of equal numbers the lower column comes first there too.
+all have found: in every order that a result can have, of equal numbers the lower column is first there too.
 """
 
 from __future__ import annotations

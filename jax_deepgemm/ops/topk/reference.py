@@ -29,7 +29,7 @@ def topk(
         rank = jnp.where((column >= start) & (column < end), rank, NONE)
     found, indices = largest(rank, k)
     if by_index:
-        indices = jnp.sort(jnp.where(found == NONE, np.int32(np.iinfo(np.int32).max), indices), axis=1)
+        indices = jnp.sort(jnp.where(found == NONE, np.int32(np.iinfo(np.int32).max), indices), axis=-1)
         indices = jnp.where(indices == np.iinfo(np.int32).max, -1, indices)
     else:
         indices = jnp.where(found == NONE, -1, indices)

@@ -18,6 +18,7 @@ class TopkShape(CallShape):
     """The k largest numbers of every row."""
 
     OPS: ClassVar = ("topk",)
+    LAYER: ClassVar = True
     rows: int = size("rows of the numbers")
     columns: int = size("numbers of a row")
     k: int = size("how many of them are wanted")

@@ -36,11 +36,12 @@ struct SwigluResult {
   u8* values;
   float* scales;
   const float* weights;
+  const float* bias;  // [groups of B, 2 * width], gate | up; BIASED
   int width, pitch;
 
   // Of the matrix that begins `rows` further on.
   __device__ __forceinline__ SwigluResult from(i64 rows) const {
-    return {values + rows * width, scales + rows * pitch, weights + rows, width, pitch};
+    return {values + rows * width, scales + rows * pitch, weights + rows, bias, width, pitch};
   }
 };
 
@@ -48,7 +49,7 @@ struct SwigluResult {
 template <class C>
 __device__ __forceinline__ float weight_of(const SwigluResult& to, int row) {
   if constexpr (!C::CHAINED) return to.weights[row];
-  return __int_as_float(ptx::load_shared_by_blocks(reinterpret_cast<const int*>(to.weights + row)));
+  return __uint_as_float(ptx::load_shared_by_blocks(reinterpret_cast<const int*>(to.weights + row)));
 }
 
 // How scales are made of maxima (quantize_tile.cuh).
@@ -77,13 +78,28 @@ struct TwoRows {
   __device__ __forceinline__ float of(int i) const { return i / 2 % 2 ? lower : upper; }
 };
 
-// acc[.. COUNT / 2) = SwiGLU of it and of the other half; zeros in rows that do not count.
-template <int COUNT>
+// The same plus a bias, rounded again.
+__device__ __forceinline__ float2 biased(const float2& pair, const float2& bias) {
+  const float sums[2] = {pair.x + bias.x, pair.y + bias.y};
+  return rounded(sums);
+}
+
+// acc[.. COUNT / 2) = SwiGLU of it and of the other half; zeros in rows that do not count. bias: of gate at
+// this thread's first column, that of up `width` further on.
+template <bool BIASED, int COUNT>
 __device__ __forceinline__ void activate(float (&acc)[COUNT], const TwoRows& weight, bool upper_counts,
-                                         bool lower_counts) {
+                                         bool lower_counts, const float* bias, int width) {
+  float2 of_gate, of_up;
 #pragma unroll
   for (int i = 0; i < COUNT / 2; i += 2) {
-    const float2 gate = rounded(acc + i), up = rounded(acc + COUNT / 2 + i);
+    float2 gate = rounded(acc + i), up = rounded(acc + COUNT / 2 + i);
+    if constexpr (BIASED) {
+      if (i % 4 == 0) {
+        of_gate = *reinterpret_cast<const float2*>(bias + i * 2);
+        of_up = *reinterpret_cast<const float2*>(bias + width + i * 2);
+      }
+      gate = biased(gate, of_gate), up = biased(up, of_up);
+    }
     const bool counts = i / 2 % 2 ? lower_counts : upper_counts;
     acc[i] = counts ? Activated<PlainSilu>(gate.x).value * up.x * weight.of(i) : 0.0f;
     acc[i + 1] = counts ? Activated<PlainSilu>(gate.y).value * up.y * weight.of(i) : 0.0f;
@@ -173,10 +189,15 @@ struct SwigluTiles : GroupedTiles<C> {
     const bool upper_counts = upper < mine.rows_end, lower_counts = lower < mine.rows_end;
     const TwoRows weight = {upper_counts ? weight_of<C>(to, upper) : 0.0f,
                             lower_counts ? weight_of<C>(to, lower) : 0.0f};
-    activate(acc, weight, upper_counts, lower_counts);
+    const int feature = mine.tile.col / 2, block = feature / kTile;
+    const float* bias = to.bias;
+    if constexpr (C::BIASED) {
+      const i64 group = max(mine.tile.col_batch, 0);  // of rows that do not count: none
+      bias += group * 2 * to.width + feature + lane % 4 * 2;
+    }
+    activate<C::BIASED>(acc, weight, upper_counts, lower_counts, bias, to.width);
     const TwoRows scales = act_scales(acc);
 
-    const int feature = mine.tile.col / 2, block = feature / kTile;
     if (lane % 4 == 0) {
       if (upper < mine.zeros_end) to.scales[static_cast<i64>(upper) * to.pitch + block] = scales.upper;
       if (lower < mine.zeros_end) to.scales[static_cast<i64>(lower) * to.pitch + block] = scales.lower;

@@ -71,6 +71,12 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   return packed;
 }
 
+__device__ __forceinline__ u32 pack_f16(float low, float high) {
+  u32 packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 __device__ __forceinline__ bf16 to_bf16(float v) { return {static_cast<u16>(pack_bf16(v, 0.0f) & 0xFFFF)}; }
 __device__ __forceinline__ float to_float(bf16 v) { return __uint_as_float(static_cast<u32>(v.bits) << 16); }
 __device__ __forceinline__ float to_float(float v) { return v; }

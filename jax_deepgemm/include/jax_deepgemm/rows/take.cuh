@@ -67,23 +67,31 @@ __device__ __forceinline__ void store_vector(V* at, V v) {
   *at = v;
 }
 
-// Of a row of `vectors` vectors, COUNT of a lane from vector `begin` on.
+// Of a row of `vectors` vectors, COUNT of a lane from vector `begin` on; zeros of a row that does not exist.
 template <class V, int COUNT>
-__device__ __forceinline__ void take_piece(const V* from, V* to, i64 source, i64 target, bool exists,
-                                           int vectors, int begin) {
-  V held[COUNT];
-  const V* read = from + source * vectors;
-  V* write = to + target * vectors;
+__device__ __forceinline__ void load_piece(V (&held)[COUNT], const V* read, bool exists, int vectors,
+                                           int begin) {
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {
     const int v = begin + 32 * k;
     held[k] = load_vector_if(exists && v < vectors, read + v);
   }
+}
+template <class V, int COUNT>
+__device__ __forceinline__ void store_piece(const V (&held)[COUNT], V* write, int vectors, int begin) {
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {
     const int v = begin + 32 * k;
     if (v < vectors) store_vector(write + v, held[k]);
   }
+}
+
+template <class V, int COUNT>
+__device__ __forceinline__ void take_piece(const V* from, V* to, i64 source, i64 target, bool exists,
+                                           int vectors, int begin) {
+  V held[COUNT];
+  load_piece(held, from + source * vectors, exists, vectors, begin);
+  store_piece(held, to + target * vectors, vectors, begin);
 }
 
 // Grid x: rows, WARPS of a block; y: pieces of COUNT vectors of a lane. SCALES: bytes of their vectors, 0 for

@@ -16,19 +16,20 @@ from jax_deepgemm.ops.grouped.sm90.cost import halves
 from jax_deepgemm.ops.grouped.sm90.source import INTEGERS, grouped_source, has_offset
 
 _DESCRIBED = ("group_sizes", "group_offset")
-_ROW_WEIGHTS = "row_weights"
+_ROW_WEIGHTS, _BIAS = "row_weights", "bias"
 
 
 def grouped_plan(p: GroupedProblem, c: Sm90Config, chip: Chip, operands: Operands) -> LaunchPlan:
     """One launch that computes `p` with `c`."""
-    beside = (*_DESCRIBED, _ROW_WEIGHTS)
+    beside = (*_DESCRIBED, _ROW_WEIGHTS, _BIAS)
     x = GemmOperands(**{part: one for part, one in operands.items() if part not in beside})
     lead = () if p.grouping == ROWS else (p.groups,)
     maps = tensor_maps(p.gemm, c, x, (*lead, p.m, p.n))
     buffers: list[Operand | Result] = [*pointers(p.gemm, x)]
     if p.gated:
         maps = _gated_maps(maps)
-        buffers = [Result(0), Result(1), Operand(operands[_ROW_WEIGHTS].index)]
+        given = (_ROW_WEIGHTS, _BIAS) if p.biased else (_ROW_WEIGHTS,)
+        buffers = [Result(0), Result(1), *(Operand(operands[part].index) for part in given)]
     described = _DESCRIBED if has_offset(p) else _DESCRIBED[:1]
     groups = [Operand(operands[part].index) for part in described if part in operands]
     integers = {

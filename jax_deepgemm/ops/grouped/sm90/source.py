@@ -28,6 +28,7 @@ _TEXT = """\
 struct GroupedConfig : Config {{
   static constexpr jdg::Grouping GROUPING = jdg::Grouping::{grouping};
   static constexpr bool SEGMENTED = {segmented}, ZERO_ROWS = {zero_rows}, CHAINED = {chained};
+  static constexpr bool BIASED = {biased};
 }};
 
 extern "C" __global__ void __launch_bounds__({threads}, 1) {name}({parameters}) {{
@@ -56,7 +57,8 @@ def has_offset(p: GroupedProblem) -> bool:
 
 def _swiglu_result(p: GroupedProblem) -> str:
     pitch = "(n / 256 + 3) / 4 * 4" if p.chained else "n / 256"
-    return f"{{values, act_scales, row_weights, n / 2, {pitch}}}"
+    bias = "bias" if p.biased else "nullptr"
+    return f"{{values, act_scales, row_weights, {bias}, n / 2, {pitch}}}"
 
 
 def grouped_name(p: GroupedProblem, c: Sm90Config) -> str:
@@ -64,6 +66,7 @@ def grouped_name(p: GroupedProblem, c: Sm90Config) -> str:
     base = kernel_name(p.gemm, c).removeprefix("jdg_sm90_")
     parts = ["jdg_sm90", SHORT[p.grouping], base, f"g{p.capacity}"]
     parts += ["swiglu"] if p.gated else []
+    parts += ["bias"] if p.biased else []
     parts += ["seg"] if p.segmented else []
     parts += ["zero"] if p.zero_rows else []
     parts += ["chained"] if p.chained else []
@@ -78,7 +81,8 @@ def grouped_source(p: GroupedProblem, c: Sm90Config) -> KernelSource:
     batched_a, batched_b = int(masked), int(masked or p.grouping == ROWS)
     operands = ["&a_map", "&b_map", a.scale_map, b.scale_map, "k_blocks"]
     operands += [str(flag) for flag in (batched_a, batched_b, batched_a, batched_b)]
-    parameters = [*leading_parameters(p.gemm, c), "const int* sizes"]
+    bias = ["const float* bias"] if p.biased else []
+    parameters = [*leading_parameters(p.gemm, c), *bias, "const int* sizes"]
     d_map = "&d_map" if tma_store(p.gemm, c) else "nullptr"
     addend = "c" if reads_c(p.gemm) else f"static_cast<const {out_type(p.gemm)}*>(nullptr)"
     parameters += ["const int* offset"] if has_offset(p) else []
@@ -99,6 +103,7 @@ def grouped_source(p: GroupedProblem, c: Sm90Config) -> KernelSource:
         segmented=as_cpp(p.segmented),
         zero_rows=as_cpp(p.zero_rows),
         chained=as_cpp(p.chained),
+        biased=as_cpp(p.biased),
         threads=c.threads,
         name=name,
         parameters=", ".join([*parameters, *(f"int {x}" for x in INTEGERS)]),

@@ -24,42 +24,50 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 struct Index {
-  unsigned x;
+  unsigned x, y;
 };
 inline thread_local Index threadIdx, blockIdx;
 inline Index gridDim, blockDim;
 
 inline std::barrier<> lanes(32);
-inline float exchanged[32];
+inline unsigned exchanged[32];
 
 inline void __syncwarp() { lanes.arrive_and_wait(); }
 inline void __syncthreads() { lanes.arrive_and_wait(); }
-inline float from_lane(float value, unsigned lane) {
-  exchanged[threadIdx.x % 32] = value;
+template <class To, class From>
+To bits_as(From from) {
+  To to{};
+  std::memcpy(&to, &from, sizeof to < sizeof from ? sizeof to : sizeof from);
+  return to;
+}
+template <class T>
+T from_lane(T value, unsigned lane) {
+  static_assert(sizeof value <= sizeof exchanged[0]);
+  exchanged[threadIdx.x % 32] = bits_as<unsigned>(value);
   lanes.arrive_and_wait();
-  const float found = exchanged[lane % 32];
+  const T found = bits_as<T>(exchanged[lane % 32]);
   lanes.arrive_and_wait();
   return found;
 }
-inline float __shfl_sync(unsigned, float value, unsigned lane) { return from_lane(value, lane); }
-inline float __shfl_xor_sync(unsigned, float value, unsigned mask) {
+template <class T>
+T __shfl_sync(unsigned, T value, unsigned lane) {
+  return from_lane(value, lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, unsigned mask) {
   return from_lane(value, threadIdx.x % 32 ^ mask);
 }
-inline bool __any_sync(unsigned, bool value) {
-  bool any = false;
-  for (unsigned lane = 0; lane < 32; ++lane) any |= from_lane(value, lane) != 0;
-  return any;
+inline unsigned __ballot_sync(unsigned, bool mine) {
+  unsigned all = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) all |= from_lane<unsigned>(mine, lane) << lane;
+  return all;
 }
-
-template <class To, class From>
-To bits_as(From from) {
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
+inline bool __any_sync(unsigned every, bool value) { return __ballot_sync(every, value) != 0; }
+inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
 inline unsigned __float_as_uint(float v) { return bits_as<unsigned>(v); }
 inline float __uint_as_float(unsigned v) { return bits_as<float>(v); }
 inline unsigned __cvta_generic_to_shared(const void*) { return 0; }
+inline float* __cvta_generic_to_global(float* at) { return at; }
 template <class T>
 T max(T a, T b) {
   return a > b ? a : b;

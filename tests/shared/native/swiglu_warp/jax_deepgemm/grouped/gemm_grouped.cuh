@@ -14,7 +14,7 @@ struct Extents {
   int m;
 };
 struct Tile {
-  int row, col, batch;
+  int row, col, batch, col_batch;
 };
 struct GroupTile {
   Tile tile;
@@ -57,6 +57,9 @@ template <class C>
 GroupTile group_tile(const GroupTable<C>& table, const TileRecord&, const Extents&, int) {
   return table.tile;
 }
+namespace ptx {
+inline int load_shared_by_blocks(const int* at) { return *at; }
+}  // namespace ptx
 inline bool whole_warp(bool condition) { return __shfl_sync(0, condition, 0) != 0; }
 template <class C>
 u32 slabs_of_warp(u32 smem) {

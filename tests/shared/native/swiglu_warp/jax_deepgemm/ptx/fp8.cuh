@@ -13,6 +13,12 @@
 #define mul_ftz device_mul_ftz
 #define pack_e4m3 device_pack_e4m3
 #define load_shared_16 device_load_shared_16
+#define load_once device_load_once
+#define load_again device_load_again
+#define min_nan device_min_nan
+#define max_nan device_max_nan
+#define forget device_forget
+#define max_magnitude_bf16x2 device_max_magnitude_bf16x2
 #include_next <jax_deepgemm/ptx/fp8.cuh>
 #undef div_rn
 #undef rcp_rn
@@ -21,6 +27,12 @@
 #undef mul_ftz
 #undef pack_e4m3
 #undef load_shared_16
+#undef load_once
+#undef load_again
+#undef min_nan
+#undef max_nan
+#undef forget
+#undef max_magnitude_bf16x2
 
 namespace jdg::ptx {
 
@@ -29,6 +41,22 @@ inline float rcp_rn(float a) { return 1.0f / a; }
 inline float rcp_approx(float a) { return 1.0f / a; }
 inline float ex2_approx(float a) { return std::exp2(a); }
 inline float mul_ftz(float a, float b) { return a * b; }
+
+inline float min_nan(float a, float b) { return a < b || a != a ? a : b; }
+inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
+inline uint4 load_once(const void* at) { return *static_cast<const uint4*>(at); }
+inline uint4 load_again(const void* at) { return load_once(at); }
+template <class T>
+void forget(T&) {}
+inline u32 max_magnitude_bf16x2(u32 a, u32 b) {
+  u32 larger = 0;
+  for (u32 shift : {0u, 16u}) {
+    const u32 x = a >> shift & 0x7FFF, y = b >> shift & 0x7FFF;
+    const bool of_b = x > 0x7F80 || (y <= 0x7F80 && y > x);
+    larger |= (of_b ? y : x) << shift;
+  }
+  return larger;
+}
 
 // To nearest even, saturated; NaN is 0x7F.
 inline u16 e4m3(float v) {
