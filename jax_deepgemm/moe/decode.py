@@ -232,7 +232,7 @@ def _bf16(
         rows = weighted(take_rows(x, plan.token), row_weights).astype(jnp.bfloat16)
         row_weights = jnp.ones_like(row_weights)
     else:
-        rows = move_rows(x.astype(jnp.bfloat16), plan.token, plan.position)
+        rows = move_rows(x.astype(jnp.bfloat16), plan.token, plan.inverse)
     hidden = _biased(gemm(rows, w13, jnp.bfloat16), b13)
     act = swiglu(hidden, row_weights.reshape(hidden.shape[:2]), activation=form.act)
     return gemm(act, w2, x.dtype)

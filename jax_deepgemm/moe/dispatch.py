@@ -24,6 +24,8 @@ from jax_deepgemm.ops.rows.api import move_rows, sum_rows
 from jax_deepgemm.ops.rows.api import take_quantized as take_quantized
 from jax_deepgemm.ops.rows.reference import take
 
+FEWEST_READ_ONCE = 512
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -52,6 +54,13 @@ class DispatchPlan:
     def token(self) -> jax.Array:
         """[t * top_k]: the token of each row; t in the tail."""
         return self.source // max(self.position.shape[1], 1)
+
+    @property
+    def inverse(self) -> jax.Array | None:
+        """`position` where kernels had better read each token once for all its copies; None for few tokens,
+        as such kernels have a block for some of them, and would leave most SMs idle."""
+        tokens = self.position.shape[0]
+        return self.position if isinstance(tokens, int) and tokens >= FEWEST_READ_ONCE else None
 
     @property
     def kept(self) -> jax.Array:
@@ -139,11 +148,11 @@ def sum_copies(y: jax.Array, position: jax.Array, weights: jax.Array | None = No
 
 @jax.custom_vjp
 def _spread(x: jax.Array, plan: DispatchPlan) -> jax.Array:
-    return move_rows(x, plan.token, plan.position)
+    return move_rows(x, plan.token, plan.inverse)
 
 
 def _spread_fwd(x: jax.Array, plan: DispatchPlan) -> tuple[jax.Array, jax.Array]:
-    return move_rows(x, plan.token, plan.position), plan.position
+    return move_rows(x, plan.token, plan.inverse), plan.position
 
 
 def _spread_bwd(position: jax.Array, drows: jax.Array) -> tuple[jax.Array, None]:
@@ -163,7 +172,7 @@ def _collect_fwd(y: jax.Array, plan: DispatchPlan) -> tuple[jax.Array, DispatchP
 
 
 def _collect_bwd(plan: DispatchPlan, dout: jax.Array) -> tuple[jax.Array, None]:
-    return move_rows(dout, plan.token, plan.position), None
+    return move_rows(dout, plan.token, plan.inverse), None
 
 
 _collect.defvjp(_collect_fwd, _collect_bwd)

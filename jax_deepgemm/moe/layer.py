@@ -235,7 +235,7 @@ def _fp8(
         options: dict[str, Any] = {"expected_m": static.gemms.expected_m, "num_sms": static.gemms.num_sms}
         ids = as_int32("moe_mlp", "ids", ids, "[t, top_k]")
         return static.results(chain.experts_swiglu(x, ids, weights, *quantized, **options), w13, w2)
-    rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token, plan.position)
+    rows, _ = experts.quantized(static, False, x, _groups(plan), plan.token, plan.inverse)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     y = experts.apply(static, rows, *quantized, row_weights, _groups(plan), b13)
     return static.results(sum_copies(y, plan.position), w13, w2)
@@ -252,7 +252,7 @@ def _fp8_fwd(
     plan: DispatchPlan,
 ) -> tuple[Any, tuple[experts.Kept, DispatchPlan]]:
     groups, trained = _groups(plan), not experts.is_frozen(static.w13)
-    rows, along_rows = experts.quantized(static, trained, x, groups, plan.token, plan.position)
+    rows, along_rows = experts.quantized(static, trained, x, groups, plan.token, plan.inverse)
     row_weights = take_rows(weights.reshape(-1), plan.source)
     y, kept = experts.apply_and_keep(static, rows, along_rows, w13, w2, row_weights, groups, b13)
     return static.results(sum_copies(y, plan.position), w13, w2), (kept, plan)
@@ -264,7 +264,7 @@ def _fp8_bwd(
     kept, plan = residuals
     dy, later = static.cotangents(cotangents)
     trained = not experts.is_frozen(static.w2)
-    rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token, plan.position, "dy")
+    rows, along_rows = experts.quantized(static, trained, dy, kept.groups, plan.token, plan.inverse, "dy")
     drows, dw13, dw2, drow_weights, db13 = experts.backward(static, kept, rows, along_rows, later)
     dweights = take_rows(drow_weights, plan.position)
     return sum_copies(drows, plan.position), None, dweights, dw13, dw2, db13, None

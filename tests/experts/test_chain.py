@@ -102,6 +102,21 @@ def test_vmap_and_cut_tokens() -> None:
     assert_equal(got, want)
 
 
+def test_the_layer_on_explicit_axes_and_under_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, ids, weights, *frozen = operands(tokens=8)
+    want = moe_mlp(x, ids, weights, *frozen)
+    monkeypatch.setattr(layer, "MOST_CHAINED", MOST_COPIES)
+    jax.clear_caches()
+    mesh = jax.make_mesh((8,), ("t",), axis_types=(jax.sharding.AxisType.Explicit,))
+    placed = [jax.device_put(z, jax.sharding.NamedSharding(mesh, jax.P("t"))) for z in (x, ids, weights)]
+    whole = jax.device_put(frozen, jax.sharding.NamedSharding(mesh, jax.P()))
+    step = jax.jit(moe_mlp)
+    assert "experts_fp8" in str(jax.make_jaxpr(step)(*placed, *whole))
+    assert_equal(step(*placed, *whole), want)
+    run = jax.vmap(lambda x, ids, weights: moe_mlp(x, ids, weights, *frozen))
+    assert_equal(run(*(z.reshape(2, 4, *z.shape[1:]) for z in (x, ids, weights))).reshape(want.shape), want)
+
+
 def test_no_gradient() -> None:
     x, *given = operands()
     with pytest.raises(NotImplementedError, match="moe_mlp"):

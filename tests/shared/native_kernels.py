@@ -113,7 +113,7 @@ def run(folder: Path, calls: Sequence[NativeCall]) -> list[list[np.ndarray]]:
     text = _HEAD + "".join([*headers, *map(_kernel, sources.values()), *map(_call, range(len(calls)), calls)])
     text += "int main(int, char** at) {" + "".join(f" run{i}(at[1]);" for i in range(len(calls))) + " }\n"
     (folder / "kernels.cc").write_text(text)
-    flags = ["-std=c++20", "-O1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    flags = ["-std=c++20", "-Og", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     include = [f"-I{NATIVE / 'swiglu_warp'}", f"-I{DEVICE_CODE}"]
     subprocess.run([compiler, *flags, *include, folder / "kernels.cc", "-o", folder / "kernels"], check=True)
     for i, call in enumerate(calls):

@@ -92,7 +92,7 @@ def build(folder: Path, *included: Path) -> Path:
         pytest.skip("no C++ compiler")
     target = folder / "topk"
     include = [f"-I{path}" for path in (*included, NATIVE / "blocks", DEVICE_CODE)]
-    flags = ["-std=c++20", "-O1", "-pthread", "-fsanitize=thread", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++20", "-Og", "-pthread", "-fsanitize=thread", "-Wno-unknown-pragmas"]
     flags += ["-DONE"] if included else []
     subprocess.run([compiler, *flags, *include, NATIVE / "topk.cc", "-o", target], check=True)
     return target

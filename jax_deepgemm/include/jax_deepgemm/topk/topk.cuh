@@ -420,7 +420,8 @@ __device__ __forceinline__ void topk(const void* x, const int* start, const int*
   const int row = static_cast<int>(blockIdx.x) / C::PIECES, piece = static_cast<int>(blockIdx.x) % C::PIECES;
   const Block<C> b(size, static_cast<const Bits*>(x) + static_cast<i64>(row) * size.n);
   int from = 0, to = size.n;
-  if constexpr (C::WINDOWS) from = min(max(start[row], 0), size.n), to = min(end[row], size.n);
+  // Both within the row: `to - from` of what is given can overflow, and ptxas takes it before it compares.
+  if constexpr (C::WINDOWS) from = min(max(start[row], 0), size.n), to = min(max(end[row], 0), size.n);
   const int length = to > from ? to - from : 0;
 
   const int first = from + length / C::PIECES * piece;

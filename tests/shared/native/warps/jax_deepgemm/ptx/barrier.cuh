@@ -63,5 +63,8 @@ inline void mbarrier_wait(u32 bar, u32 parity) {
   at.completed.wait(lock, [&] { return at.parity != parity; });
 }
 
+inline void wait_for_previous_kernel() {}  // there is none, and no next one
+inline void let_next_kernel_start() {}
+
 }  // namespace ptx
 }  // namespace jdg
