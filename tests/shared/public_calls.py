@@ -456,7 +456,6 @@ GRADIENTS = (
         ("x", "ws_t_f32", "sizes"),
     ),
     Call("SharedExperts", _gradient(_shared, 0, 2, 3, 4, 5), (*MOE, "gate")),
-    Call("moe_layer tensor", _gradient(lambda *args: _cut_inside(*args)[0], 0, 2, 3, 4), MOE, mesh=True),
     Call("moe_mlp prepared", _gradient(_prepared(moe.moe_mlp), 0, 2, 3, 4), MOE),
     Call("moe_mlp bf16", _gradient(bf16_recipe(moe.moe_mlp), 0, 2, 3, 4), MOE),
     Call("moe_layer", _gradient(lambda *args: _layer(*args)[0], 0, 2, 3, 4), MOE, mesh=True),

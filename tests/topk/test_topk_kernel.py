@@ -29,8 +29,8 @@ DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
 HEADER = Path("jax_deepgemm/topk/topk.cuh")
 BROKEN = {
     "candidates are counted before all are there": (
-        "(piece + 1), least);\n  __syncthreads();\n",
-        "(piece + 1), least);\n",
+        "gather(b, first, last, least);\n  __syncthreads();\n",
+        "gather(b, first, last, least);\n",
     ),
     "bins are read while they are counted": (
         "lane);\n    });\n    __syncthreads();\n    find_bin",

@@ -18,6 +18,8 @@ BANKS = 2
 MOST_COLUMNS = 128
 """Of a bank: two products, and the weights of two banks, are in a thread's registers."""
 MOST_STAGES, FEWEST_STAGES = 8, 2
+STAGGER = 400
+"""Cycles; about as long as a warpgroup sums up a bank."""
 THREADS = 384
 _SLAB_BYTES = 128
 _TOKEN_BYTES = 32
@@ -31,8 +33,9 @@ struct Config {{
   using Mma = ::Mma;
   using Out = {out};
   static constexpr int HEADS = {heads}, TOKENS = {tokens}, SLABS = {slabs}, STEPS = {steps};
-  static constexpr bool SCALED = {scaled}, COMPRESSED = {compressed};
-  static constexpr int STAGES = {stages}, QUERY_STAGES = {query_stages}, SHARED_BYTES = {shared};
+  static constexpr bool SCALED = {scaled}, COMPRESSED = {compressed}, TENSOR_SUMS = {tensor_sums};
+  static constexpr int STAGES = {stages}, QUERY_STAGES = {query_stages}, STAGGER = {stagger};
+  static constexpr int SHARED_BYTES = {shared};
 }};
 
 extern "C" __global__ void __launch_bounds__({threads}, 1) {name}({parameters}) {{
@@ -61,7 +64,7 @@ def shared_memory(p: LogitsProblem, c: IndexerConfig) -> int:
     columns = BANKS * c.tokens * heads_of(p)
     weights = ceil_div(columns * 4, 128) * 128
     stage = slabs_of(p) * TILE_KEYS * _SLAB_BYTES + (TILE_KEYS * 4 if p.is_fp8 else 0) + 32
-    queries = slabs_of(p) * columns * _SLAB_BYTES + weights + BANKS * c.tokens * _TOKEN_BYTES + 32
+    queries = slabs_of(p) * columns * _SLAB_BYTES + weights + BANKS * c.tokens * _TOKEN_BYTES + 48
     share = THREADS // 32 * 8 + 16
     return ceil_div(c.stages * stage + c.query_stages * queries + share, 128) * 128
 
@@ -80,6 +83,11 @@ def problems_with(p: LogitsProblem, c: IndexerConfig) -> list[str]:
             f"stages is {c.stages}, need {FEWEST_STAGES} to 16",
         ),
         (2 <= c.query_stages <= 4, f"query_stages is {c.query_stages}, need 2 to 4"),
+        (
+            not c.tensor_sums or heads_of(p) % 16 == 0,
+            f"tensor_sums and {p.heads} heads, need a multiple of 16",
+        ),
+        (0 <= c.stagger <= 10_000, f"stagger is {c.stagger}, need 0 to 10000 cycles"),
     )
     return [words for kept, words in rules if not kept]
 
@@ -144,14 +152,26 @@ def cost(p: LogitsProblem, c: IndexerConfig, chip: Chip) -> Cost:
 
 
 def candidates(p: LogitsProblem, chip: Chip) -> Iterator[IndexerConfig]:
-    """As many tokens as there is room for, and fewer, for few tokens; as many stages as fit."""
+    """As many tokens as there is room for, and fewer, for few tokens; as many stages as fit. Of equals the
+    first is chosen."""
     most = max(1, MOST_COLUMNS // heads_of(p))
     for tokens in dict.fromkeys((most, *(1 << i for i in reversed(range(most.bit_length()))))):
-        for stages in range(MOST_STAGES, FEWEST_STAGES - 1, -1):
-            config = IndexerConfig(tokens, stages)
-            if shared_memory(p, config) <= chip.smem_per_block:
-                yield config
-                break
+        stages = _most_stages(p, tokens, chip)
+        if stages >= FEWEST_STAGES:
+            yield IndexerConfig(tokens, stages)
+            yield IndexerConfig(tokens, stages, stagger=STAGGER)
+            if heads_of(p) % 16 == 0:
+                yield IndexerConfig(tokens, stages, tensor_sums=True)
+                yield IndexerConfig(tokens, stages, stagger=STAGGER, tensor_sums=True)
+
+
+def _most_stages(p: LogitsProblem, tokens: int, chip: Chip) -> int:
+    fitting = (
+        stages
+        for stages in range(MOST_STAGES, 0, -1)
+        if shared_memory(p, IndexerConfig(tokens, stages)) <= chip.smem_per_block
+    )
+    return next(fitting, 0)
 
 
 # Launching -------------------------------------------------------------------------------------------------
@@ -161,6 +181,8 @@ def kernel_name(p: LogitsProblem, c: IndexerConfig) -> str:
     """The name that profilers show."""
     parts = ["jdg_mqa_logits", p.dtype, f"h{heads_of(p)}x{c.tokens}", f"d{p.depth}"]
     parts += [f"s{c.stages}q{c.query_stages}"]
+    parts += ["mma"] if c.tensor_sums else []
+    parts += [f"later{c.stagger}"] if c.stagger else []
     parts += ["bf16out"] if p.out == "bfloat16" else []
     return "_".join([*parts, *["compressed"] * p.compressed])
 
@@ -182,6 +204,8 @@ def kernel_source(p: LogitsProblem, c: IndexerConfig) -> KernelSource:
         steps=ceil_div(p.row_bytes, 32),
         scaled=str(p.is_fp8).lower(),
         compressed=str(p.compressed).lower(),
+        stagger=c.stagger,
+        tensor_sums=str(c.tensor_sums).lower(),
         stages=c.stages,
         query_stages=c.query_stages,
         shared=shared_memory(p, c),

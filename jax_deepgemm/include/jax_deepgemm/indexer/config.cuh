@@ -22,6 +22,8 @@ concept LogitsConfig = requires {
   C::COMPRESSED;           // bool: whether a row's first column is the first key of its window
   C::STAGES;               // slots of the pipeline of keys
   C::QUERY_STAGES;         // slots of the pipeline of tokens
+  C::TENSOR_SUMS;          // bool: whether products of warps sum over heads (a multiple of 16)
+  C::STAGGER;              // cycles by which the second warpgroup begins later
   C::SHARED_BYTES;         // what the host reserves
 };
 // clang-format on
@@ -51,6 +53,12 @@ struct Token {
 };
 constexpr int kTokenBytes = 32;
 
+// The tiles of a block of tokens: the first key, how many (0: there is nothing more to do), and the keys that
+// are in the windows of all tokens.
+struct Run {
+  int key, tiles, begin, end;
+};
+
 // Where things are in shared memory.
 template <class C>
 struct LogitsLayout {
@@ -65,7 +73,8 @@ struct LogitsLayout {
   static constexpr u32 kScales = kQueries + C::QUERY_STAGES * kQueriesBytes;
   static constexpr u32 kWeights = kScales + C::STAGES * kScalesBytes;
   static constexpr u32 kTokens = kWeights + C::QUERY_STAGES * kWeightsPitch;
-  static constexpr u32 kKeyPipeline = kTokens + C::QUERY_STAGES * kBlockTokens<C> * kTokenBytes;
+  static constexpr u32 kRuns = kTokens + C::QUERY_STAGES * kBlockTokens<C> * kTokenBytes;
+  static constexpr u32 kKeyPipeline = kRuns + C::QUERY_STAGES * 16;
   static constexpr u32 kQueryPipeline = Pipeline<C::STAGES, kKeyPipeline>::kEnd;
   static constexpr u32 kShare = Pipeline<C::QUERY_STAGES, kQueryPipeline>::kEnd;
   static constexpr u32 kBytes = kShare + kIndexerThreads / 32 * 8 + 16;
@@ -94,6 +103,7 @@ struct Queries : Pipeline<C::QUERY_STAGES, LogitsLayout<C>::kQueryPipeline> {
   __device__ __forceinline__ explicit Queries(u32 base) : Base(base) {}
   __device__ __forceinline__ u32 queries() const { return smem + L::kQueries + stage * L::kQueriesBytes; }
   __device__ __forceinline__ u32 weights() const { return smem + L::kWeights + stage * L::kWeightsPitch; }
+  __device__ __forceinline__ u32 run() const { return smem + L::kRuns + stage * 16; }
   __device__ __forceinline__ u32 token(int i) const {
     return smem + L::kTokens + (stage * kBlockTokens<C> + i) * kTokenBytes;
   }

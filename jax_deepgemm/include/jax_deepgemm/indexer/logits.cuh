@@ -5,25 +5,29 @@
 //   warpgroups 0, 1     consumers: 64 keys of a tile each, by two banks of tokens in turn
 //   warpgroup 2         warp 0: producer; warps 1 to 3: minus infinity where no tile is
 //
-//   keys:    slot  keys [128, d] | scales [128] | record {first key, first token, begins a block of tokens; whole}
-//   tokens:  slot  queries [2 banks][tokens][heads][d] | weights [..][heads] | Token of each
+//   keys:    slot  keys [128, d] | scales [128]
+//   tokens:  slot  queries [2 banks][tokens][heads][d] | weights [..][heads] | Token of each | Run
 //
 //   consumer:  product of bank 0 of the first tile
 //              for each tile:  issue bank 1          wait for bank 0, sum it up, store
 //                              issue bank 0 of the   wait for bank 1, release the slot, sum it up, store
 //                              next tile
 //
-//   shared memory:  keys[STAGES] | queries[QUERY_STAGES] | scales | weights | tokens | two pipelines | share
+//   shared memory:  keys[STAGES] | queries[QUERY_STAGES] | scales | weights | tokens | runs | two pipelines | share
 // clang-format on
 //
 // Each block of threads has a share of all tiles (work.cuh), so that blocks end together however long windows
 // are. Tiles follow each other without a gap: when one is the last of its tokens, bank 0 of the next tokens
-// is on its way before bank 1 is summed up. Behind the last tile of all comes a slot that holds nothing; what
-// is multiplied there is dropped.
+// is on its way before bank 1 is summed up. Behind the last tokens come some without a tile; what is
+// multiplied there is dropped.
 //
 // A thread has 2 keys by a quarter of the heads of each token. max(x, 0) is (x + |x|) / 2: one addition at
 // full rate, exact, where max runs at half rate. The factor joins the key's scale. Four neighbouring lanes
-// then exchange what they summed, so that each has whole sums of one key, of every other token.
+// then exchange what they summed, so that each has whole sums of one key, of every other token. TENSOR_SUMS:
+// the tensor cores sum up max(x, 0), rounded to bfloat16.
+//
+// The two warpgroups begin STAGGER cycles apart, so that one exchanges, stores and waits while the other has
+// the whole of an SM's arithmetic.
 //
 // A tile that lies in the windows of all its tokens, all of which exist, is `whole`: stored without a look at
 // windows.
@@ -33,12 +37,11 @@
 #pragma once
 
 #include <jax_deepgemm/indexer/work.cuh>
+#include <jax_deepgemm/ptx/mma.cuh>
 #include <jax_deepgemm/ptx/tma.cuh>
 #include <jax_deepgemm/ptx/wgmma.cuh>
 
 namespace jdg {
-
-constexpr int kNoTile = -1;  // in a record's place of a key: there are no more tiles
 
 // --- producer ---
 
@@ -101,26 +104,25 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
       ptx::store_shared_4(at, mine.start, mine.end, mine.first, mine.last);
       ptx::store_shared_2(at + 16, __uint_as_float(low), __uint_as_float(high));
     }
+    if (elected)
+      ptx::store_shared_4(queries.run(), tiles.begin * kTileKeys, tiles.size(), common.begin, common.end);
     __syncwarp();
     if (elected) {
       load_tokens(p, queries, block * kBlockTokens<C>);
 #pragma unroll 1
       for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-        const int first = tile * kTileKeys;
-        const bool whole = first >= common.begin && first + kTileKeys <= common.end;
         keys.wait_empty();
-        keys.publish(first, block * kBlockTokens<C>, tile == tiles.begin, whole);
-        load_keys(p, keys, first);
+        load_keys(p, keys, tile * kTileKeys);
         keys.advance();
       }
     }
     __syncwarp();
     queries.advance();
   }
+  queries.wait_empty();
   if (elected) {
-    keys.wait_empty();
-    keys.publish(kNoTile, 0, true);
-    keys.fill_with_nothing();
+    ptx::store_shared_4(queries.run(), 0, 0, 0, 0);
+    queries.fill_with_nothing();
   }
 }
 
@@ -129,18 +131,29 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
 template <class C>
 struct Scorer {
   using Out = typename C::Out;
-  static constexpr int kCount = kBankCols<C> / 2;     // of a thread's accumulator
-  static constexpr int kPerToken = C::HEADS / 4;      // heads of a token that a thread sums up
-  static constexpr int kPairs = (C::TOKENS + 1) / 2;  // logits of a thread, of a bank
-  static constexpr bool kKeepRows = kPairs <= 2;      // in registers
+  static constexpr int kCount = kBankCols<C> / 2;      // of a thread's accumulator
+  static constexpr int kPerToken = C::HEADS / 4;       // heads of a token that a thread sums up
+  static constexpr int kSteps = C::HEADS / 16;         // products of a warp, of a token
+  static constexpr int kPairs = (C::TOKENS + 1) / 2;   // logits of a thread, of a bank
+  static constexpr bool kKeepRows = kPairs <= 2;       // in registers
+  static constexpr bool kSumsAreFew = C::TOKENS <= 4;  // so that they stay in registers beside two products
+  static constexpr float kHalf = C::TENSOR_SUMS ? 1.0f : 0.5f;  // what sums are multiplied by
   using Product = float[kCount];
+  using Sums = float[2 * C::TOKENS];
+
+  struct Tile {
+    int key;
+    bool whole;
+    float scale;
+  };
 
   Keys<C> keys;
   Queries<C> queries;
   const int warpgroup, lane;
   const int mine;  // this thread's key of a tile, once sums are exchanged
   u32 tokens;      // what is known of those whose logits are being summed up
-  float weights[kBanks][C::TOKENS * kPerToken];
+  float weights[kBanks][C::TENSOR_SUMS ? 1 : C::TOKENS * kPerToken];
+  u32 factors[kBanks][C::TENSOR_SUMS ? C::TOKENS * kSteps : 1][2];
   u64 rows[kBanks][kKeepRows ? kPairs : 1];
 
   __device__ __forceinline__ Scorer(u32 smem, int warpgroup)
@@ -164,17 +177,42 @@ struct Scorer {
 
   __device__ __forceinline__ void begin_tokens() {
     tokens = queries.token(0);
-    const u32 from = queries.weights() + lane % 4 * 8;
 #pragma unroll
     for (int bank = 0; bank < kBanks; ++bank) {
-#pragma unroll
-      for (int i = 0; i < C::TOKENS * kPerToken; i += 2) {
-        const float2 two = ptx::load_shared_2(from + (bank * kBankCols<C> + i * 4) * 4);
-        weights[bank][i] = two.x, weights[bank][i + 1] = two.y;
-      }
+      if constexpr (C::TENSOR_SUMS)
+        load_factors(bank);
+      else
+        load_weights(bank);
 #pragma unroll
       for (int pair = 0; kKeepRows && pair < kPairs; ++pair) rows[bank][pair] = row_of(bank, pair);
     }
+  }
+
+  // Two neighbouring heads' weights, of those from `first` on.
+  __device__ __forceinline__ float2 weights_from(int bank, int first) const {
+    return ptx::load_shared_2(queries.weights() + (bank * kBankCols<C> + first + lane % 4 * 2) * 4);
+  }
+
+  __device__ __forceinline__ void load_weights(int bank) {
+#pragma unroll
+    for (int i = 0; i < C::TOKENS * kPerToken; i += 2) {
+      const float2 two = weights_from(bank, i * 4);
+      weights[bank][i] = two.x, weights[bank][i + 1] = two.y;
+    }
+  }
+
+  // Even columns are weights in bfloat16, odd ones what that leaves of them.
+  __device__ __forceinline__ void load_factors(int bank) {
+    const bool rest = lane / 4 % 2;
+#pragma unroll
+    for (int i = 0; i < C::TOKENS * kSteps; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 two = weights_from(bank, i * 16 + half * 8);
+        const u32 most = ptx::pack_bf16(two.x, two.y);
+        const float low = __uint_as_float(most << 16), high = __uint_as_float(most & 0xFFFF0000);
+        factors[bank][i][half] = rest ? ptx::pack_bf16(two.x - low, two.y - high) : most;
+      }
   }
 
   // --- a product ---
@@ -211,29 +249,66 @@ struct Scorer {
     return total;
   }
 
-  // A product becomes logits of this thread's key: of one of every two tokens.
-  __device__ __forceinline__ void finish(const Product& product, int bank, const Record& tile,
-                                         float scale) const {
-    const bool lower = lane & 2, odd = lane & 1;
-    float sums[C::TOKENS];
+  // What is left of a bank's product: sums of all its tokens, for both keys.
+  __device__ __forceinline__ void sum_bank(const Product& product, int bank, Sums& sums) const {
 #pragma unroll
     for (int token = 0; token < C::TOKENS; ++token) {
-      const float a = sum(product, bank, token, 0), b = sum(product, bank, token, 1);
-      sums[token] = (lower ? b : a) + __shfl_xor_sync(0xFFFFFFFF, lower ? a : b, 2);
-    }
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const bool alone = 2 * pair + 1 == C::TOKENS;
-      const float a = sums[2 * pair], b = sums[alone ? 2 * pair : 2 * pair + 1];
-      const float total = (odd ? b : a) + __shfl_xor_sync(0xFFFFFFFF, odd ? a : b, 1);
-      if (!alone || !odd) store(bank, pair, tile, total * scale);
+      if constexpr (C::TENSOR_SUMS) {
+        sum_by_products(product, bank, token, sums);
+      } else {
+        sums[2 * token] = sum(product, bank, token, 0);
+        sums[2 * token + 1] = sum(product, bank, token, 1);
+      }
     }
   }
 
-  __device__ __forceinline__ void store(int bank, int pair, const Record& tile, float logit) const {
-    const i64 key = tile.x + mine;
+  // The accumulator's columns are a warp's operand as they lie, 16 heads at a time. All lanes of a quad get
+  // whole sums. Tokens have products of their own, so that NaN stays with its token; two of them, as a
+  // product waits for the one that it adds to.
+  __device__ __forceinline__ void sum_by_products(const Product& product, int bank, int token,
+                                                  Sums& sums) const {
+    float total[2][4] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const float* const x = product + token * kPerToken * 2 + step * 8;
+      u32 a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = ptx::pack_relu_bf16(x[2 * i], x[2 * i + 1]);
+      ptx::mma_bf16(total[step % 2], a, factors[bank][token * kSteps + step]);
+    }
+    sums[2 * token] = (total[0][0] + total[0][1]) + (total[1][0] + total[1][1]);
+    sums[2 * token + 1] = (total[0][2] + total[0][3]) + (total[1][2] + total[1][3]);
+  }
+
+  // Sums become logits of this thread's key: of one of every two tokens.
+  __device__ __forceinline__ void finish(const Sums& sums, int bank, const Tile& tile) const {
+    const bool lower = lane & 2, odd = lane & 1;
+    float whole[C::TOKENS];
+#pragma unroll
+    for (int token = 0; token < C::TOKENS; ++token)
+      whole[token] = with_other<2>(sums[2 * token], sums[2 * token + 1], lower);
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const bool alone = 2 * pair + 1 == C::TOKENS;
+      const float total = with_other<1>(whole[2 * pair], whole[alone ? 2 * pair : 2 * pair + 1], odd);
+      if (!alone || !odd) store(bank, pair, tile, total * tile.scale);
+    }
+  }
+
+  // The first of two numbers, or the second, together with what another lane has of it.
+  template <int STEP>
+  __device__ __forceinline__ static float with_other(float a, float b, bool second) {
+    const float mine = second ? b : a;
+    if constexpr (C::TENSOR_SUMS)
+      return mine;
+    else
+      return mine + __shfl_xor_sync(0xFFFFFFFF, second ? a : b, STEP);
+  }
+
+  __device__ __forceinline__ void store(int bank, int pair, const Tile& tile, float logit) const {
+    const i64 key = tile.key + mine;
     Out* const to = reinterpret_cast<Out*>(kKeepRows ? rows[bank][pair] : row_of(bank, pair)) + key;
-    if (tile.flag) return ptx::store_global(to, logit);
+    if (tile.whole) return ptx::store_global(to, logit);
     const float4 token = ptx::load_shared_4(token_of(bank, pair));
     const int start = __float_as_int(token.x), end = __float_as_int(token.y);
     const int first = __float_as_int(token.z), last = __float_as_int(token.w);
@@ -241,41 +316,60 @@ struct Scorer {
       ptx::store_global(to, key >= start && key < end ? logit : minus_infinity());
   }
 
+  // --- all tiles ---
+
+  // The next block of tokens. Lane 0 reads, because it releases the slot.
+  __device__ __forceinline__ Run receive() const {
+    queries.wait_full();
+    float4 run = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (lane == 0) run = ptx::load_shared_4(queries.run());
+    const auto shared = [](float v) { return __float_as_int(__shfl_sync(0xFFFFFFFF, v, 0)); };
+    return {shared(run.x), shared(run.y), shared(run.z), shared(run.w)};
+  }
+
   __device__ __forceinline__ void run() {
     Product even, odd;
-    Record tile = keys.receive();
-    if (tile.x != kNoTile) queries.wait_full();
+    Sums sums;
+    Run at = receive();
+    if (at.tiles > 0) keys.wait_full();
     issue(even, 0);
     begin_tokens();
+    if constexpr (C::STAGGER > 0)
+      if (warpgroup == 1) ptx::delay<C::STAGGER>();
 #pragma unroll 1
-    while (tile.x != kNoTile) {
-      const float scale = C::SCALED ? 0.5f * ptx::load_shared(keys.scales() + mine * 4) : 0.5f;
+    while (at.tiles > 0) {
+      const float scale = kHalf * (C::SCALED ? ptx::load_shared(keys.scales() + mine * 4) : 1.0f);
+      const Tile tile = {at.key, at.begin <= at.key && at.key + kTileKeys <= at.end, scale};
+      const u32 read = keys.empty(), scored = queries.empty();
       issue(odd, 1);
       await(even);
-      finish(even, 0, tile, scale);
+      sum_bank(even, 0, sums);
+      if (!kSumsAreFew) finish(sums, 0, tile);
 
-      const u32 read = keys.empty(), scored = queries.empty();
+      const bool others = at.tiles == 1;  // come next
+      at.key += kTileKeys, at.tiles -= 1;
       keys.advance();
-      const Record next = keys.receive();
-      if (next.z) {
+      if (others) {
         queries.advance();
-        if (next.x != kNoTile) queries.wait_full();
+        at = receive();
       }
+      if (at.tiles > 0) keys.wait_full();
       issue(even, 0);
+      if (kSumsAreFew) finish(sums, 0, tile);
       await(odd);
       if (lane == 0) Keys<C>::release(read);
-      finish(odd, 1, tile, scale);
-      if (next.z) {
+      sum_bank(odd, 1, sums);
+      finish(sums, 1, tile);
+      if (others) {
         __syncwarp();
         if (lane == 0) Queries<C>::release(scored);
         begin_tokens();
       }
-      tile = next;
     }
     // Hazard: ptxas takes a wait that stands on every way out of the loop for the end of the product that the
     // loop issues, which is read before it, and serialises (C7514). So there are two ways out; the second one
     // is never taken.
-    if (tile.z) {
+    if (at.end == 0) {
       ptx::wgmma_wait<0>();
       ptx::pin(even);
     } else {

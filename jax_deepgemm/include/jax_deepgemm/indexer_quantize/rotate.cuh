@@ -48,9 +48,9 @@ constexpr float kUnit = D == 128  ? 0.088388347648318447f
 template <int STEP>
 __device__ __forceinline__ void between_lanes(float (&v)[kWide], int lane) {
 #pragma unroll
-  for (float& one : v) {
-    const float other = __shfl_xor_sync(kLanesOfWarp, one, STEP);
-    one = lane & STEP ? other - one : one + other;
+  for (int i = 0; i < kWide; ++i) {
+    const float other = __shfl_xor_sync(kLanesOfWarp, v[i], STEP);
+    v[i] = lane & STEP ? other - v[i] : v[i] + other;
   }
 }
 
@@ -72,7 +72,7 @@ __device__ __forceinline__ void rotate(float (&v)[kWide], int lane) {
   if constexpr (D > 32) between_lanes<4>(v, lane);
   if constexpr (D > 64) between_lanes<8>(v, lane);
 #pragma unroll
-  for (float& one : v) one *= kUnit<D>;
+  for (int i = 0; i < kWide; ++i) v[i] *= kUnit<D>;
 }
 
 // amax / 448, at least the smallest normal number, of the row that a lane has a part of.
@@ -80,7 +80,7 @@ template <int D, bool POWERS>
 __device__ __forceinline__ float scale_of(const float (&v)[kWide]) {
   float amax = E4m3::kMax * 0x1p-126f;
 #pragma unroll
-  for (float one : v) amax = fabsf(one) < kInfinity ? fmaxf(amax, fabsf(one)) : amax;
+  for (int i = 0; i < kWide; ++i) amax = fabsf(v[i]) < kInfinity ? fmaxf(amax, fabsf(v[i])) : amax;
 #pragma unroll
   for (int step = 1; step < D / kWide; step *= 2)
     amax = fmaxf(amax, __shfl_xor_sync(kLanesOfWarp, amax, step));

@@ -41,6 +41,12 @@ __device__ __forceinline__ uint4 load_or_ones(bool wanted, const void* at) {
   return v;
 }
 
+// So many bytes, a multiple of 16, into L2 (PTX ISA 9.7.9, cp.async.bulk.prefetch).
+__device__ __forceinline__ void prefetch_bulk(const void* at, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(at)), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ u32 load_constant(const u32* at) { return __ldg(at); }
 __device__ __forceinline__ u16 load_constant(const u16* at) { return __ldg(at); }
 

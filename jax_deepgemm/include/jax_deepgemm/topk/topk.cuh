@@ -59,10 +59,11 @@ constexpr u32 kLastColumn = (1u << kColumnBits) - 1;
 constexpr int kDigit = 11, kBins = 1 << kDigit;
 constexpr int kCandidateBits = 32 + kColumnBits;
 constexpr int kSampleDigits = 2, kAllDigits = (kCandidateBits + kDigit - 1) / kDigit;
-constexpr int kVectors = 4;  // that a thread asks for at once
+constexpr int kPrefetched = 1 << 16;  // bytes of each block's piece
+constexpr int kVectors = 4;           // that a thread asks for at once
 constexpr float kLowest = -0x1.fffffep+127f;
 
-// Numbers ---------------------------------------------------------------------------------------------------
+// Numbers -----------------------------------------------------------------------------------------------
 
 template <Number N>
 struct NumberOf {
@@ -101,7 +102,7 @@ __device__ __forceinline__ u64 candidate(float number, int column) {
   return number >= kLowest ? static_cast<u64>(rank_of(number)) << kColumnBits | (kLastColumn - column) : 0;
 }
 
-// The block -------------------------------------------------------------------------------------------------
+// The block ---------------------------------------------------------------------------------------------
 
 // What threads of a block tell each other.
 struct Found {
@@ -182,8 +183,7 @@ __device__ __forceinline__ float in_vector(const uint4& v, int i) {
   return N::in(w == 0 ? v.x : w == 1 ? v.y : w == 2 ? v.z : v.w, i % N::PER_WORD);
 }
 
-// Gather
-// ------------------------------------------------------------------------------------------------------
+// Gather ------------------------------------------------------------------------------------------------
 
 // Appends the numbers that `mask` has bits for; column(j) is that of bit j. By all lanes together.
 template <class C, class Column>
@@ -222,8 +222,7 @@ __device__ __forceinline__ void gather(const Block<C>& b, int from, int to, floa
   append(b, is_edge && number >= least ? 1u : 0u, [&](int) { return edge; });
 }
 
-// Select
-// ------------------------------------------------------------------------------------------------------
+// Select ------------------------------------------------------------------------------------------------
 
 // What is selected from: visit(candidate) by all lanes together, 0 where a lane has none.
 template <class C>
@@ -318,9 +317,9 @@ __device__ __forceinline__ u64 threshold(const Block<C>& b, const Source& source
   return prefix << below;
 }
 
-// A number that a few more than k of the row's are not below, by its sample; the lowest, if all are.
+// The sample: vectors from all over the row.
 template <class C>
-__device__ __forceinline__ float guess(const Block<C>& b, int from, int to) {
+__device__ __forceinline__ void read_sample(const Block<C>& b, int from, int to) {
   constexpr int kWide = Block<C>::PER_VECTOR;
   const Span<C> span(b, from, to);
   const int vectors = b.size.sample / kWide;
@@ -333,7 +332,20 @@ __device__ __forceinline__ float guess(const Block<C>& b, int from, int to) {
       b.sample()[j * vectors + i] = number >= kLowest ? rank_of(number) : 0;
     }
   }
-  const float share = static_cast<float>(b.size.sample) / static_cast<float>(to - from);
+}
+
+// Asks for what will be gathered first, while the sample is selected from.
+template <class C>
+__device__ __forceinline__ void prefetch(const Block<C>& b, int from, int to) {
+  const Span<C> span(b, from, to);
+  const int bytes = min(span.vectors * 16, kPrefetched);
+  if (b.thread == 0 && bytes > 0) ptx::prefetch_bulk(b.row + span.column(0), static_cast<u32>(bytes));
+}
+
+// A number that a few more than k of so many are not below, by their sample; the lowest, if all are.
+template <class C>
+__device__ __forceinline__ float guess(const Block<C>& b, int length) {
+  const float share = static_cast<float>(b.size.sample) / static_cast<float>(length);
   const float hits = share * static_cast<float>(b.size.k), most = 0.6f * share * b.size.capacity;
   const u32 wanted = static_cast<u32>(fmaxf(fminf(1.5f * hits + 4.0f * sqrtf(hits) + 4.0f, most), 1.0f));
   const u64 least = threshold<kSampleDigits>(b, InSample<C>{b, b.size.sample}, wanted);
@@ -341,8 +353,7 @@ __device__ __forceinline__ float guess(const Block<C>& b, int from, int to) {
   return fmaxf(number_of(static_cast<u32>(least >> kColumnBits)), kLowest);
 }
 
-// Result
-// ------------------------------------------------------------------------------------------------------
+// Result ------------------------------------------------------------------------------------------------
 
 // The source's candidates from `least` on, as they are sorted.
 template <class C, class Source>
@@ -413,16 +424,21 @@ __device__ __forceinline__ void topk(const void* x, const int* start, const int*
   if constexpr (C::WINDOWS) from = min(max(start[row], 0), size.n), to = min(max(end[row], 0), size.n);
   const int length = to > from ? to - from : 0;
 
-  const bool all = length <= size.capacity;
-  const float least = all ? kLowest : guess(b, from, to);
+  const int first = from + length / C::PIECES * piece;
+  const int last = piece == C::PIECES - 1 ? from + length : first + length / C::PIECES;
+  float least = kLowest;
+  if (length > size.capacity) {
+    read_sample(b, from, to);
+    prefetch(b, first, last);
+    least = guess(b, length);
+  }
   if (b.thread == 0) b.found->count = 0, b.found->chosen = 0;
   __syncthreads();
   if constexpr (C::PIECES > 1) {
     __syncwarp();  // the barrier's instruction is for all lanes together
     ptx::cluster_arrive();
   }
-  gather(b, from + length / C::PIECES * piece,
-         piece == C::PIECES - 1 ? from + length : from + length / C::PIECES * (piece + 1), least);
+  gather(b, first, last, least);
   __syncthreads();
   if constexpr (C::PIECES > 1) {
     ptx::cluster_wait();

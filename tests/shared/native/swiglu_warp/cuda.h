@@ -67,7 +67,10 @@ inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
 inline unsigned __float_as_uint(float v) { return bits_as<unsigned>(v); }
 inline float __uint_as_float(unsigned v) { return bits_as<float>(v); }
 inline unsigned __cvta_generic_to_shared(const void*) { return 0; }
-inline float* __cvta_generic_to_global(float* at) { return at; }
+template <class T>
+T* __cvta_generic_to_global(T* at) {
+  return at;
+}
 template <class T>
 T max(T a, T b) {
   return a > b ? a : b;

@@ -21,6 +21,7 @@ inline uint4 load_or_ones(bool wanted, const void* at) {
   if (wanted) v = *static_cast<const uint4*>(__builtin_assume_aligned(at, 16));
   return v;
 }
+inline void prefetch_bulk(const void*, u32) {}
 template <class T>
 T load_constant(const T* at) {
   return *at;
