@@ -201,6 +201,7 @@ def test_configurations_are_those_of_the_ops() -> None:
         ({"inner": 96}, "inner is 96, need a multiple of 128"),
         ({"tokens": 257}, "there are 2056 copies of tokens, at most 2048"),
         ({"experts": 1025}, "there are 1025 experts, at most 1024"),
+        ({"expected": 65}, "65 rows of an expert are expected, at most 64"),
         ({"x": "float16"}, "x is float16, need bfloat16 or float32"),
     ],
     ids=str,

@@ -32,7 +32,8 @@ def fits(x: Any, ids: Any, w13: Any, w2: Any) -> bool:
     if not isinstance(w2, QuantizedArray) or w2.block != BLOCKED:
         return False
     (tokens, slots), (experts, hidden, inner) = ids.shape, w2.shape
-    return refusal(ExpertsProblem(tokens, slots, hidden, inner, experts, 1, x=np.dtype(x.dtype).name)) == ""
+    expected, dtype = -(-tokens * slots // experts), np.dtype(x.dtype).name
+    return refusal(ExpertsProblem(tokens, slots, hidden, inner, experts, expected, x=dtype)) == ""
 
 
 def experts_swiglu(

@@ -6,7 +6,8 @@ from jax_deepgemm.ops.experts.family import ExpertsProblem
 
 MOST_COPIES = 2048
 """Tokens times top_k: those that one block of threads sorts by expert, without a meeting of blocks."""
-MOST_EXPERTS = 1024
+MOST_EXPERTS, MOST_EXPECTED = 1024, 64
+"""Rows of an expert, of which the products have tiles of 64."""
 HIDDEN_STEP, INNER_STEP = 512, 128
 """Scales of a row of x are whole 16 bytes, which TMA asks for; those of the activation are whole blocks."""
 TYPES = ("bfloat16", "float32")
@@ -25,6 +26,10 @@ def refusal(p: ExpertsProblem) -> str:
         (p.inner % INNER_STEP == 0, f"inner is {p.inner}, need a multiple of {INNER_STEP}"),
         (p.copies <= MOST_COPIES, f"there are {p.copies} copies of tokens, at most {MOST_COPIES}"),
         (p.experts <= MOST_EXPERTS, f"there are {p.experts} experts, at most {MOST_EXPERTS}"),
+        (
+            p.expected <= MOST_EXPECTED,
+            f"{p.expected} rows of an expert are expected, at most {MOST_EXPECTED}",
+        ),
         (p.x in TYPES, f"x is {p.x}, need {' or '.join(TYPES)}"),
     )
     return "; ".join(why for holds, why in rules if not holds)
