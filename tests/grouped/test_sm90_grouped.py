@@ -262,7 +262,7 @@ def test_inner_plan_of_square_scales_has_four_blocks_of_k_per_box() -> None:
     ]  # five blocks of columns, padded
     out = shape(5, 256, 640)
     launch = planned(
-        kernel.k_grouped_fp8_gemm, ins, out, rows_format="blocks", config=GemmConfig(128, 256, 4)
+        kernel.k_grouped_fp8_gemm, ins, out, rows_format="blocks", config=GemmConfig(128, 256, 4, slabs=2)
     )
     maps = [param for param in launch.params if isinstance(param, TensorMap)]
     assert [(m.dims, m.box) for m in maps[2:4]] == [((256, 8, 1), (128, 4, 1)), ((8, 8, 1), (4, 4, 1))]
