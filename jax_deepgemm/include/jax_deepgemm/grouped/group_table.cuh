@@ -32,6 +32,7 @@ concept GroupedConfig = requires {
   C::GROUPING;   // Grouping: what the groups divide
   C::SEGMENTED;  // bool: whether `sizes` holds starts, ends and groups instead of sizes
   C::ZERO_ROWS;  // bool: whether rows of a masked group behind its last one are stored as zeros
+  C::BIASED;     // bool: whether the epilogue with SwiGLU adds a bias first (gemm_grouped_swiglu.cuh)
   C::CHAINED;    // bool: whether the launch right before this one in its chain writes A and its scales, and
                  // nothing else that is read here (gemm_grouped.cuh)
 };
