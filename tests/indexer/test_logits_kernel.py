@@ -108,7 +108,6 @@ def test_the_text_gives_every_field() -> None:
         (IndexerConfig(3, 4), "192 columns of a bank, at most 128"),
         (IndexerConfig(2, 1), "stages is 1"),
         (IndexerConfig(2, 4, 1), "query_stages is 1"),
-        (IndexerConfig(2, 4, stagger=-1), "stagger is -1"),
         (IndexerConfig(2, 16), "bytes of shared memory"),
     ],
 )

@@ -79,7 +79,6 @@ class IndexerConfig:
         threads has at a time.
       stages: slots of 128 keys each.
       query_stages: slots of two banks of tokens each.
-      stagger: cycles by which the second warpgroup begins later than the first.
       tensor_sums: whether tensor cores sum over heads (a multiple of 16), from products of q and k that are
         rounded to bfloat16: their relative error is 2**-9, that of the sum less. Otherwise sums are float32.
     """
@@ -87,13 +86,11 @@ class IndexerConfig:
     tokens: int
     stages: int
     query_stages: int = 2
-    stagger: int = 0
     tensor_sums: bool = False
 
     def __str__(self) -> str:
-        later = f" stagger={self.stagger}" if self.stagger else ""
         sums = " tensor sums" if self.tensor_sums else ""
-        return f"2 x {self.tokens} tokens stages={self.stages}/{self.query_stages}{later}{sums}"
+        return f"2 x {self.tokens} tokens stages={self.stages}/{self.query_stages}{sums}"
 
 
 FAMILY = Family("indexer", LogitsProblem, {"9.0a": "jax_deepgemm.ops.indexer.sm90"})

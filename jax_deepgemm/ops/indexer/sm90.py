@@ -18,8 +18,6 @@ BANKS = 2
 MOST_COLUMNS = 128
 """Of a bank: two products, and the weights of two banks, are in a thread's registers."""
 MOST_STAGES, FEWEST_STAGES = 8, 2
-STAGGER = 400
-"""Cycles; about as long as a warpgroup sums up a bank."""
 THREADS = 384
 _SLAB_BYTES = 128
 _TOKEN_BYTES = 32
@@ -34,7 +32,7 @@ struct Config {{
   using Out = {out};
   static constexpr int HEADS = {heads}, TOKENS = {tokens}, SLABS = {slabs}, STEPS = {steps};
   static constexpr bool SCALED = {scaled}, COMPRESSED = {compressed}, TENSOR_SUMS = {tensor_sums};
-  static constexpr int STAGES = {stages}, QUERY_STAGES = {query_stages}, STAGGER = {stagger};
+  static constexpr int STAGES = {stages}, QUERY_STAGES = {query_stages};
   static constexpr int SHARED_BYTES = {shared};
 }};
 
@@ -87,7 +85,6 @@ def problems_with(p: LogitsProblem, c: IndexerConfig) -> list[str]:
             not c.tensor_sums or heads_of(p) % 16 == 0,
             f"tensor_sums and {p.heads} heads, need a multiple of 16",
         ),
-        (0 <= c.stagger <= 10_000, f"stagger is {c.stagger}, need 0 to 10000 cycles"),
     )
     return [words for kept, words in rules if not kept]
 
@@ -159,10 +156,8 @@ def candidates(p: LogitsProblem, chip: Chip) -> Iterator[IndexerConfig]:
         stages = _most_stages(p, tokens, chip)
         if stages >= FEWEST_STAGES:
             yield IndexerConfig(tokens, stages)
-            yield IndexerConfig(tokens, stages, stagger=STAGGER)
             if heads_of(p) % 16 == 0:
                 yield IndexerConfig(tokens, stages, tensor_sums=True)
-                yield IndexerConfig(tokens, stages, stagger=STAGGER, tensor_sums=True)
 
 
 def _most_stages(p: LogitsProblem, tokens: int, chip: Chip) -> int:
@@ -182,7 +177,6 @@ def kernel_name(p: LogitsProblem, c: IndexerConfig) -> str:
     parts = ["jdg_mqa_logits", p.dtype, f"h{heads_of(p)}x{c.tokens}", f"d{p.depth}"]
     parts += [f"s{c.stages}q{c.query_stages}"]
     parts += ["mma"] if c.tensor_sums else []
-    parts += [f"later{c.stagger}"] if c.stagger else []
     parts += ["bf16out"] if p.out == "bfloat16" else []
     return "_".join([*parts, *["compressed"] * p.compressed])
 
@@ -204,7 +198,6 @@ def kernel_source(p: LogitsProblem, c: IndexerConfig) -> KernelSource:
         steps=ceil_div(p.row_bytes, 32),
         scaled=str(p.is_fp8).lower(),
         compressed=str(p.compressed).lower(),
-        stagger=c.stagger,
         tensor_sums=str(c.tensor_sums).lower(),
         stages=c.stages,
         query_stages=c.query_stages,

@@ -23,7 +23,6 @@ concept LogitsConfig = requires {
   C::STAGES;               // slots of the pipeline of keys
   C::QUERY_STAGES;         // slots of the pipeline of tokens
   C::TENSOR_SUMS;          // bool: whether products of warps sum over heads (a multiple of 16)
-  C::STAGGER;              // cycles by which the second warpgroup begins later
   C::SHARED_BYTES;         // what the host reserves
 };
 // clang-format on

@@ -26,9 +26,6 @@
 // then exchange what they summed, so that each has whole sums of one key, of every other token. TENSOR_SUMS:
 // the tensor cores sum up max(x, 0), rounded to bfloat16.
 //
-// The two warpgroups begin STAGGER cycles apart, so that one exchanges, stores and waits while the other has
-// the whole of an SM's arithmetic.
-//
 // A tile that lies in the windows of all its tokens, all of which exist, is `whole`: stored without a look at
 // windows.
 //
@@ -334,8 +331,6 @@ struct Scorer {
     if (at.tiles > 0) keys.wait_full();
     issue(even, 0);
     begin_tokens();
-    if constexpr (C::STAGGER > 0)
-      if (warpgroup == 1) ptx::delay<C::STAGGER>();
 #pragma unroll 1
     while (at.tiles > 0) {
       const float scale = kHalf * (C::SCALED ? ptx::load_shared(keys.scales() + mine * 4) : 1.0f);

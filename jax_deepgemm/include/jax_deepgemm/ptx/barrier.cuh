@@ -67,15 +67,6 @@ __device__ __forceinline__ bool elect() {
   return elected != 0;
 }
 
-// Lets so many cycles pass.
-template <u32 CYCLES>
-__device__ __forceinline__ void delay() {
-  u32 begin, now;
-  asm volatile("mov.u32 %0, %%clock;" : "=r"(begin)::"memory");
-  do asm volatile("mov.u32 %0, %%clock;" : "=r"(now)::"memory");
-  while (now - begin < CYCLES);
-}
-
 template <int ID, int THREADS>
 __device__ __forceinline__ void named_barrier() {
   asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");

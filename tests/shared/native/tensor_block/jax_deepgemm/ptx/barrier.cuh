@@ -136,8 +136,6 @@ inline void mbarrier_wait(u32 bar, u32 parity) {
   std::unique_lock lock(at.mutex);
   at.completed.wait(lock, [&] { return at.parity != parity; });
 }
-template <u32 CYCLES>
-void delay() {}
 inline void fence_mbarrier_init() {}
 inline bool elect() { return threadIdx.x % 32 == 0; }
 inline void wait_for_previous_kernel() {}
