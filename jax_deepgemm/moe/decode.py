@@ -20,7 +20,7 @@ from jax_deepgemm.moe.dispatch import (
     take_quantized,
     take_rows,
 )
-from jax_deepgemm.moe.experts import Weight, gemm_options, weighted
+from jax_deepgemm.moe.experts import Weight, gemm_options, runs_fused, weighted
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.moe.layer import check_tokens, expected_rows
 from jax_deepgemm.moe.placement import on_each_device
@@ -190,7 +190,7 @@ def _fp8(
     rows = QuantizedArray(deep(taken.values), deep(taken.scales), PER_ROW)
     first, second = (fp8.forward_weight(w, gemms) for w in (w13, w2))
     # Rows that do not count are undefined from here on, and stay among themselves: scales are per row.
-    if form.fuses and gated.fits(first):
+    if runs_fused(form, first, b13):
         act = gated.m_masked_fp8_gemm_swiglu(rows, first, counts, deep(row_weights), bias=b13, **options)
     else:
         hidden = _biased(gemm(rows, first, jnp.bfloat16), b13)
