@@ -11,6 +11,8 @@ A file has a shape a line, as JSON objects or as CSV; empty lines and lines that
     {"op": "grouped_linear", "groups": 32, "m": 8192, "n": 4096, "k": 7168, "recipe": "bf16"}
     {"op": "ragged_dot", "groups": 32, "m": 8192, "n": 4096, "k": 7168, "gradients": false}
     {"op": "route", "tokens": 4096, "experts": 256, "top_k": 8, "score": "sigmoid", "bias": true}
+    {"op": "topk", "rows": 64, "columns": 65536, "k": 2048}
+    {"op": "mqa_logits", "tokens": 2048, "keys": 8192, "heads": 64}
     {"op": "moe_mlp", "tokens": 4096, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
     {"op": "moe_mlp_decode", "tokens": 64, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
 

@@ -199,7 +199,7 @@ def get_paged_mqa_logits_metadata(context_lens: ArrayLike, num_sms: int) -> jax.
     each, rest = total // num_sms, total % num_sms
     shares = lax.iota(jnp.int32, num_sms + 1)
     begin = each * shares + rest * shares // num_sms  # total * share // num_sms, inside int32
-    request = jnp.searchsorted(up_to, begin, side="right").astype(jnp.int32)
+    request = jnp.sum(up_to[None] <= begin[:, None], axis=1, dtype=jnp.int32)
     inside = jnp.minimum(request, lens.shape[0] - 1)
     tile = jnp.where(begin < total, begin - (up_to - tiles)[inside], 0)
     request = jnp.where(begin < total, request, lens.shape[0])
