@@ -23,7 +23,7 @@ def fits(x: Any, ids: Any, w13: Any, w2: Any) -> bool:
     >>> w13 = quantize(jnp.ones((4, 256, 512)), (128, 128))
     >>> w2 = quantize(jnp.ones((4, 512, 128)), (128, 128))
     >>> ids = jnp.zeros((3, 2), jnp.int32)
-    >>> fits(jnp.ones((3, 512)), ids, w13, w2), fits(jnp.ones((3, 384)), ids, w13, w2)
+    >>> fits(jnp.ones((3, 512)), ids, w13, w2), fits(jnp.ones((3, 512), jnp.float16), ids, w13, w2)
     (True, False)
     """
     known = all(isinstance(size, int) for array in (x, ids, w13, w2) for size in array.shape)

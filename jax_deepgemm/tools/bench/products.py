@@ -41,7 +41,7 @@ def tables() -> dict[str, list[Row]]:
     """Returns the rows of those tables of `bench` that are single calls of ops.
 
     >>> list(tables())
-    ['fp8', 'fp8_wgrad', 'bf16', 'm_grouped', 'masked', 'k_grouped', 'ragged_dot', 'shapes']
+    ['fp8', 'fp8_wgrad', 'bf16', 'm_grouped', 'masked', 'k_grouped', 'ragged_dot', 'mqa_logits', 'shapes']
     """
     return {name: list(one.rows(False)) for name, one in catalog.tables().items() if one.tuned}
 
