@@ -21,11 +21,12 @@ import jax.numpy as jnp
 
 from jax_deepgemm import bf16_gemm_nt, fp8_linear
 from jax_deepgemm.moe import ExpertForm, moe_mlp, route
+from jax_deepgemm.tools.bench import report
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "benchmarks" / "data" / "fp8_error.json"
 PAGE = ROOT / "docs" / "fp8.md"
-MARKS = "<!-- begin generated: fp8 error -->\n", "<!-- end generated: fp8 error -->\n"
+SECTION = "fp8 error"
 
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 256, 256, 8, 2
 SEEDS = 2
@@ -176,9 +177,7 @@ def table(content: dict[str, Any]) -> str:
 
 def with_table(page: str, content: dict[str, Any]) -> str:
     """The page with its table made anew."""
-    begin, end = MARKS
-    head, rest = page.split(begin)
-    return head + begin + table(content) + end + rest.split(end)[1]
+    return report.replaced(page, SECTION, table(content))
 
 
 def main() -> int:

@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepgemm import dequantize, quantize
+from jax_deepgemm.tools.bench import report
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "benchmarks" / "data" / "weight_gradient_error.json"
 PAGE = ROOT / "docs" / "fp8.md"
-MARKS = "<!-- begin generated: weight gradient error -->\n", "<!-- end generated: weight gradient error -->\n"
+SECTION = "weight gradient error"
 
 TOKENS, FEATURES = 1024, 512
 COLUMN, SQUARE = (128, 1), (128, 128)
@@ -127,9 +128,7 @@ def table(content: dict[str, Any]) -> str:
 
 def with_table(page: str, content: dict[str, Any]) -> str:
     """The page with its table made anew."""
-    begin, end = MARKS
-    head, rest = page.split(begin)
-    return head + begin + table(content) + end + rest.split(end)[1]
+    return report.replaced(page, SECTION, table(content))
 
 
 def main() -> int:
