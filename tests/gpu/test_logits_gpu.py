@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from jax_deepgemm.core.chip import H200
-from jax_deepgemm.indexer import IndexerConfig, bf16_mqa_logits, mqa_logits
+from jax_deepgemm.indexer import IndexerConfig, bf16_mqa_logits, mqa_logits, paged_mqa_logits
 from jax_deepgemm.ops.indexer import sm90
 from jax_deepgemm.ops.indexer.family import LogitsProblem
+from jax_deepgemm.ops.indexer.paged_op import bytes_of
 from jax_deepgemm.ops.quantize import QuantizedArray, dequantize, quantize
 from tests.shared.arrays import normal
 from tests.shared.logits_oracle import calc_diff, exact, windows
@@ -198,6 +199,64 @@ def test_more_elements_than_int32():
     want = exact(q[-50:], kv[-400:], weights[-50:], np.full(50, 100), np.full(50, 400))
     check(tail, want, 3e-5)
     assert int(jnp.sum(jnp.isneginf(got), dtype=jnp.uint32)) == (tokens * (keys - 300)) % 2**32
+
+
+# Page, heads, tokens of a request, whether a page's scales lie behind its values.
+PAGES = [
+    (64, 64, 1, True),
+    (64, 64, 2, True),
+    (16, 64, 1, False),
+    (32, 32, 4, True),
+    (128, 128, 8, False),
+    (64, 24, 3, True),
+]
+
+
+def draw_pages(page: int, heads: int, tokens: int, requests: int = 9, width: int = 12) -> tuple[Any, ...]:
+    """q, values, scales, weights, contexts, tables; what no context reaches is NaN, or is no page."""
+    rng = np.random.default_rng(page + heads)
+    lens = np.sort(rng.integers(0, width * page + 1, (requests, tokens)), axis=1).astype(np.int32)
+    lens[0], lens[1], lens[2] = 0, width * page, 1
+    pages = requests * width + 3
+    tables = rng.permutation(pages)[: requests * width].reshape(requests, width).astype(np.int32)
+    reached = np.arange(width)[None] < -(-lens.max(1) // page)[:, None]
+    unused = np.setdiff1d(np.arange(pages), tables[reached])
+    tables = np.where(reached, tables, 2**31 - 1)
+    values = np.array(normal(1, pages, page, 128).astype(jnp.float8_e4m3fn))
+    scales = rng.uniform(0.5, 2, (pages, page)).astype(np.float32)
+    values[unused], scales[unused] = np.nan, np.nan
+    q = normal(0, requests, tokens, heads, 128).astype(jnp.float8_e4m3fn)
+    weights = normal(2, requests, tokens, heads, dtype=jnp.float32)
+    return q, values, scales, weights, lens, tables
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("page", "heads", "tokens", "joined"), PAGES, ids=str)
+def test_pages(page, heads, tokens, joined):
+    q, values, scales, weights, lens, tables = draw_pages(page, heads, tokens)
+    keys = values.astype(np.float64) * scales[..., None]
+    keys = np.concatenate([keys, np.zeros_like(keys[:1])])
+    want = np.stack(
+        [
+            exact(
+                q[b],
+                keys[np.minimum(tables[b], len(values))].reshape(-1, 128),
+                weights[b],
+                0 * lens[b],
+                lens[b],
+            )
+            for b in range(len(q))
+        ]
+    )
+    cache = (jnp.asarray(values), jnp.asarray(scales))
+    given = bytes_of(*cache).reshape(len(values), page, 132) if joined else cache
+    operands = q, given, weights, jnp.asarray(lens), jnp.asarray(tables)
+    first = program(paged_mqa_logits)(*operands)
+    check(first, want)
+    for _ in range(20):
+        np.testing.assert_array_equal(program(paged_mqa_logits)(*operands), first)
+    for config in (IndexerConfig(1, 4), IndexerConfig(128 // (-(-heads // 8) * 8), 3)):
+        check(program(paged_mqa_logits, config=config, num_sms=5)(*operands), want)
 
 
 @pytest.mark.smoke

@@ -16,7 +16,8 @@ from jax_deepgemm.core.chip import H200
 from jax_deepgemm.jit import compile_kernel
 from jax_deepgemm.ops.indexer import sm90
 from jax_deepgemm.ops.indexer.family import FAMILY, IndexerConfig, LogitsProblem
-from jax_deepgemm.ops.indexer.prepare import prepare
+from jax_deepgemm.ops.indexer.paged_op import bytes_of
+from jax_deepgemm.ops.indexer.prepare import prepare, prepare_paged
 from tests.shared import native_logits
 from tests.shared.arrays import normal
 from tests.shared.device_code import fields_of_concept, fields_of_struct
@@ -62,6 +63,62 @@ def test_on_a_cpu(tmp_path: Path, p: LogitsProblem, config: IndexerConfig, grid:
     assert calc_diff(got, want) < (5e-6 if rounded else 1e-10)
 
 
+PAGED = [
+    (
+        LogitsProblem(4 * 3, 3 * 64, 150, 24, 64, compressed=True, batches=4, page=64, pages=7),
+        IndexerConfig(2, 2),
+        2,
+    ),
+    (
+        LogitsProblem(5, 9 * 16, 144, 64, 128, compressed=True, batches=5, page=16, pages=50, joined=True),
+        IndexerConfig(1, 3, tensor_sums=True),
+        3,
+    ),
+]
+
+
+@pytest.mark.parametrize(("p", "config", "grid"), PAGED, ids=str)
+def test_pages_on_a_cpu(tmp_path: Path, p: LogitsProblem, config: IndexerConfig, grid: int) -> None:
+    """Contexts of nothing, of one key, and of all; pages that no context reaches are NaN, or do not exist."""
+    rng = np.random.default_rng(0)
+    requests, width = p.batches, p.keys // p.page
+    tokens = p.tokens // requests
+    lens = np.sort(rng.integers(0, p.keys + 1, (requests, tokens)), axis=1).astype(np.int32)
+    lens[0], lens[1], lens[2, :] = 0, p.keys, 1
+    tables = np.stack([rng.permutation(p.pages)[:width] for _ in range(requests)]).astype(np.int32)
+    reached = np.arange(width)[None] < -(-lens.max(1) // p.page)[:, None]
+    used = np.unique(tables[reached])
+    tables = np.where(reached, tables, 2**31 - 1)
+    q = normal(0, requests, tokens, p.heads, p.depth).astype(E4M3)
+    values = np.array(normal(1, p.pages, p.page, p.depth).astype(E4M3))
+    scales = rng.uniform(0.5, 2, (p.pages, p.page)).astype(np.float32)
+    unused = np.setdiff1d(np.arange(p.pages), used)
+    values[unused], scales[unused] = np.nan, np.nan
+    weights = normal(2, requests, tokens, p.heads, dtype=jnp.float32)
+    cache = [bytes_of(jnp.asarray(values), jnp.asarray(scales))] if p.joined else [values, scales]
+    prepared = [np.asarray(x) for x in prepare_paged(q, *cache, weights, 0 * lens, lens, tables)]
+    got = native_logits.run(
+        tmp_path, p, config, prepared, np.full((p.tokens, p.columns), 7, np.float32), grid
+    )
+    keys = values.astype(np.float64) * scales[..., None]
+    keys = np.concatenate([keys, np.zeros_like(keys[:1])])
+    want = np.concatenate(
+        [
+            exact(
+                q[b],
+                keys[np.minimum(tables[b], p.pages)].reshape(-1, p.depth),
+                weights[b],
+                0 * lens[b],
+                lens[b],
+                p.columns,
+            )
+            for b in range(requests)
+        ]
+    )
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
+    assert calc_diff(got, want) < (5e-6 if config.tensor_sums else 1e-10)
+
+
 def _exact(p: LogitsProblem, q: Any, k: Any, *rest: Any) -> np.ndarray:
     k = np.asarray(k).astype(np.float64)
     if p.is_fp8:
@@ -78,6 +135,8 @@ PROBLEMS = [
     LogitsProblem(64, 4096, 4096, 40, 32),
     LogitsProblem(64, 4096, 4096, 64, 128, "bf16"),
     LogitsProblem(64, 4096, 4096, 1, 128, "bf16"),
+    LogitsProblem(64, 8192, 8192, 64, 128, compressed=True, batches=64, page=64, pages=9000, joined=True),
+    LogitsProblem(64 * 4, 8192, 8192, 64, 128, compressed=True, batches=64, page=16, pages=9000),
 ]
 
 

@@ -97,7 +97,8 @@ def run(
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    parts = ("q", "k", *["scales"] * p.is_fp8, "weights", "start", "end")
+    cache = ("cache",) if p.joined else ("k", *["scales"] * p.is_fp8)
+    parts = ("q", *cache, "weights", "start", "end", *["tables"] * (p.page > 0))
     given = {part: Given(i, x.shape) for i, (part, x) in enumerate(zip(parts, operands, strict=True))}
     maps = sm90.tensor_maps(p, c, given)
     source = sm90.kernel_source(p, c)
@@ -107,6 +108,9 @@ def run(
     arguments += [f"v{given[part].index}.as<int>()" for part in ("start", "end")]
     kind = "float" if p.out == "float32" else "jdg::bf16"
     arguments += [f"out.as<{kind}>()", *map(str, sm90.integers(p))]
+    if p.page:
+        tables = given["tables"]
+        arguments += [f"v{tables.index}.as<int>()", str(tables.shape[1])]
     text = _TEXT.format(
         fp8=str(p.is_fp8).lower(),
         kernel=kernel,
@@ -137,4 +141,5 @@ def _box(m: TensorMap) -> str:
     dims, box = (*m.dims, 1, 1)[:3], (*m.box, 1, 1)[:3]
     strides = (size, *m.strides, 0, 0)[:3]
     numbers = ["{" + ", ".join(map(str, one)) + "}" for one in (dims, strides, box)]
-    return f"{{v{m.buffer.index}.as<char>(), {size}, {rank}, {m.swizzle // 128}, {', '.join(numbers)}}}"
+    at = f"v{m.buffer.index}.as<char>() + {m.buffer.byte_offset}"
+    return f"{{{at}, {size}, {rank}, {m.swizzle // 128}, {', '.join(numbers)}}}"

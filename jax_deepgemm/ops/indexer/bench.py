@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from jax_deepgemm.core.bench import BESIDE_PEER, CLOCK, RATES, Fields, Row, Table, recorded_rows
 from jax_deepgemm.ops.indexer.api import bf16_mqa_logits, mqa_logits
+from jax_deepgemm.ops.indexer.paged import paged_mqa_logits
+from jax_deepgemm.ops.indexer.paged_op import bytes_of
 from jax_deepgemm.ops.quantize import quantize
 
 SHAPES = (
@@ -74,7 +76,54 @@ def _recorded(tables: Mapping[str, Any]) -> dict[tuple[Any, ...], Fields]:
     }
 
 
+PAGED_SHAPES = ((64, 1, 8192), (64, 2, 8192), (64, 4, 8192), (64, 8, 8192), (128, 1, 32768))
+"""Requests, tokens of each, keys of each on average; 64 heads, d = 128, pages of 64 keys."""
+PAGE, PAGED_HEADS, DEPTH = 64, 64, 128
+
+
+def _draw_pages(requests: int, tokens: int, keys: int) -> tuple[Any, ...]:
+    """q, a cache in DeepSeek's format, weights, contexts of 0.7 to 1.3 times `keys`, tables in any order."""
+    names = jax.random.split(jax.random.key(0), 5)
+    width = 2 * keys // PAGE
+    pages = requests * width
+    q = jax.random.normal(names[0], (requests, tokens, PAGED_HEADS, DEPTH), jnp.bfloat16)
+    values = jax.random.normal(names[1], (pages, PAGE, DEPTH), jnp.bfloat16).astype(jnp.float8_e4m3fn)
+    cache = bytes_of(values, jnp.ones((pages, PAGE))).reshape(pages, PAGE, DEPTH + 4)
+    weights = jax.random.normal(names[2], (requests, tokens, PAGED_HEADS))
+    lens = jax.random.randint(names[3], (requests,), 7 * keys // 10, 13 * keys // 10)
+    tables = jax.random.permutation(names[4], pages).reshape(requests, width).astype(jnp.int32)
+    return q.astype(jnp.float8_e4m3fn), cache, weights, lens, tables
+
+
+def _paged_rows(small: bool) -> Iterator[Row]:
+    for requests, tokens, keys in ((2, 1, 256),) if small else PAGED_SHAPES:
+        scored = requests * keys
+        yield Row(
+            name=f"paged mqa logits b={requests} next_n={tokens} n={keys}",
+            fields={"b": requests, "next_n": tokens, "n": keys, "type": "fp8"},
+            function=functools.partial(paged_mqa_logits, max_context_len=2 * keys),
+            draw=functools.partial(_draw_pages, requests, tokens, keys),
+            flops=2 * scored * tokens * PAGED_HEADS * DEPTH,
+            bytes=scored * (DEPTH + 4 + 4 * tokens),
+        )
+
+
+def _recorded_pages(tables: Mapping[str, Any]) -> dict[tuple[Any, ...], Fields]:
+    rows = recorded_rows(tables, "paged_mqa_logits")
+    return {(row["b"], row["next_n"], row["n"]): row for row in rows}
+
+
 TABLES = {
+    "paged_mqa_logits": Table(
+        "Logits of keys in pages of 64, contexts of 0.7 to 1.3 times n, 2 n columns; h = 64, d = 128",
+        ("b", "next_n", "n"),
+        _paged_rows,
+        columns=(*RATES, *BESIDE_PEER, CLOCK),
+        peer="DeepGEMM",
+        recorded=_recorded_pages,
+        order=2,
+        tuned=True,
+    ),
     "mqa_logits": Table(
         "Logits of an indexer: FP8 keys with a scale of each, beside DeepGEMM; float32 logits",
         ("type", "s", "n", "h", "d", "window"),
@@ -84,5 +133,5 @@ TABLES = {
         recorded=_recorded,
         order=2,
         tuned=True,
-    )
+    ),
 }

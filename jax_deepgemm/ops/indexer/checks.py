@@ -80,16 +80,22 @@ def form(
     )
 
 
-def paged_form(op: str, columns: Any, out_dtype: Any, out_sharding: Any) -> dict[str, Any]:
+def paged_form(
+    op: str, columns: Any, out_dtype: Any, out_sharding: Any, config: Any, num_sms: Any
+) -> dict[str, Any]:
     """The options of the op on pages."""
     if isinstance(columns, bool) or not isinstance(columns, (int, np.integer)) or not 0 <= columns <= LARGEST:
         raise ValueError(
             f"{op}: max_context_len is {columns!r}, need a positive int: the columns of the result. None: as "
             "many as block_tables have keys."
         )
-    sharding = sharding_option(op, out_sharding)
-    more = {} if sharding is None else {"out_sharding": sharding}
-    return {"columns": int(columns), "out_dtype": _out_dtype(op, out_dtype), **more}
+    return Form(
+        int(columns),
+        _out_dtype(op, out_dtype),
+        sharding_option(op, out_sharding),
+        config_option(op, config, IndexerConfig),
+        num_sms_option(op, num_sms),
+    ).options
 
 
 def _out_dtype(op: str, given: Any) -> np.dtype:

@@ -26,7 +26,11 @@ class LogitsProblem:
       dtype: of them, "e4m3" (keys then have scales) or "bf16".
       out: dtype of the result, "float32" or "bfloat16".
       compressed: whether a row's first column is the first key of its window.
-      batches: of vmap.
+      batches: of vmap, or requests.
+      page: keys of a page; 0: keys lie one behind the other. Those of each request are as many as its table
+        has.
+      pages: of the cache.
+      joined: whether a page's scales lie behind its values.
     """
 
     tokens: int
@@ -38,12 +42,18 @@ class LogitsProblem:
     out: str = "float32"
     compressed: bool = False
     batches: int = 1
+    page: int = 0
+    pages: int = 0
+    joined: bool = False
 
     def __str__(self) -> str:
         parts = ["mqa_logits", self.dtype, f"{self.tokens}x{self.columns}", f"of {self.keys} keys"]
         parts += [f"h={self.heads}", f"d={self.depth}"]
         parts += [self.out] if self.out != "float32" else []
-        parts += ["compressed"] if self.compressed else []
+        if self.page:
+            parts += [f"{self.pages} {'joined ' if self.joined else ''}pages of {self.page}"]
+        else:
+            parts += ["compressed"] if self.compressed else []
         return " ".join(parts + ([f"batches={self.batches}"] if self.batches > 1 else []))
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,5 +32,27 @@ def _problem(
     )
 
 
+def _paged(avals_in: Sequence[Any], avals_out: Sequence[Any], *, joined: bool, **_: Any) -> LogitsProblem:
+    q, cache, tables, (out,) = avals_in[0], avals_in[1], avals_in[-1], avals_out
+    depth = q.shape[2]
+    page = cache.shape[1] // (depth + 4) if joined else cache.shape[1]
+    return LogitsProblem(
+        tokens=q.shape[0],
+        keys=tables.shape[1] * page,
+        columns=out.shape[-1],
+        heads=q.shape[1],
+        depth=depth,
+        out=np.dtype(out.dtype).name,
+        compressed=True,
+        batches=tables.shape[0],
+        page=page,
+        pages=cache.shape[0],
+        joined=joined,
+    )
+
+
+_REST = ("weights", "start", "end", "tables")
+paged = OpKernel(FAMILY, functools.partial(_paged, joined=False), ("q", "k", "scales", *_REST))
+paged_joined = OpKernel(FAMILY, functools.partial(_paged, joined=True), ("q", "cache", *_REST))
 scaled = OpKernel(FAMILY, _problem, ("q", "k", "scales", "weights", "start", "end"))
 plain = OpKernel(FAMILY, _problem, ("q", "k", "weights", "start", "end"))

@@ -15,6 +15,7 @@ from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.ops.indexer import checks
 from jax_deepgemm.ops.indexer.checks import E4M3, FLOAT32, describe
+from jax_deepgemm.ops.indexer.family import IndexerConfig
 from jax_deepgemm.ops.indexer.paged_op import paged_op
 from jax_deepgemm.ops.quantize.array import QuantizedLike
 
@@ -33,7 +34,9 @@ def paged_mqa_logits(
     *,
     max_context_len: int | None = None,
     out_dtype: DTypeLike = jnp.float32,
+    config: IndexerConfig | None = None,
     out_sharding: Sharding = None,
+    num_sms: int | None = None,
 ) -> jax.Array:
     """`mqa_logits` of requests whose keys lie in pages of one cache, for decoding.
 
@@ -66,7 +69,9 @@ def paged_mqa_logits(
         of the cache holds zeros; of a NumPy array, with contexts in NumPy, it is an error.
       max_context_len: columns of the result. None: m * page.
       out_dtype: float32, or bfloat16, rounded once.
+      config: an IndexerConfig to use instead of the cost model's choice.
       out_sharding: on a mesh with Explicit axes the result's, needed where heads are cut.
+      num_sms: SMs that the kernel may use.
 
     Returns:
       [b, next_n, max_context_len] in out_dtype.
@@ -74,8 +79,8 @@ def paged_mqa_logits(
     Raises:
       TypeError, ValueError: types, shapes or options outside the above; the message says what to do.
 
-    Has no derivative. Pages that no context reaches may hold anything, NaN too. Plain XLA, request by
-    request. Source: DeepGEMM's fp8_paged_mqa_logits.
+    Has no derivative. Pages that no context reaches may hold anything, NaN too. Deterministic. Source:
+    DeepGEMM's fp8_paged_mqa_logits.
     """
     weights = checks.array(_OP, "weights", weights, FLOAT32, "[b, next_n, h]", "weights.astype(jnp.float32)")
     values, weights = checks.scaled_queries(_OP, q, weights, "[b, next_n, h, d]")
@@ -100,7 +105,7 @@ def paged_mqa_logits(
     lens = _lens(context_lens, requests, tokens)
     _check_known(lens, tables, pages, page)
     columns = tables.shape[1] * page if max_context_len is None else max_context_len
-    options = checks.paged_form(_OP, columns, out_dtype, out_sharding)
+    options = checks.paged_form(_OP, columns, out_dtype, out_sharding, config, num_sms)
     end = jnp.clip(jnp.asarray(lens), 0, tables.shape[1] * page).astype(jnp.int32)
     end = jnp.broadcast_to(end if end.ndim == 2 else end[:, None], (requests, tokens))
     arrays = values, *cache, weights, jnp.zeros_like(end), end, jnp.asarray(tables).astype(jnp.int32)

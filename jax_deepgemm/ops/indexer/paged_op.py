@@ -12,9 +12,11 @@ import numpy as np
 from jax import lax
 
 from jax_deepgemm.core.declaration import Dims
+from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.indexer import reference
+from jax_deepgemm.ops.indexer.prepare import prepare_paged
 
 
 def parts_of(cache: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
@@ -82,6 +84,8 @@ def paged_op(joined: bool) -> Op:
         _one_buffer if joined else _two_arrays,
         reduces=("h",),
         recut=_recut,
+        kernel=LazyKernel("jax_deepgemm.ops.indexer.kernel", "paged_joined" if joined else "paged"),
+        kernel_prepare=prepare_paged,
         grad_hint="Logits of a cache have none: mqa_logits and bf16_mqa_logits are for training.",
     )
 

@@ -25,6 +25,14 @@ def prepare(scaled: bool, *arrays: jax.Array, **_: Any) -> list[jax.Array]:
     return [*others, jnp.pad(weights, ((0, 0), (0, short))) if short else weights, start, end]
 
 
+def prepare_paged(*arrays: jax.Array, **_: Any) -> list[jax.Array]:
+    """Tokens of all requests in one row of tokens."""
+    q, *cache, weights, start, end, tables = arrays
+    short = -weights.shape[-1] % 4
+    weights = jnp.pad(weights.reshape(-1, weights.shape[-1]), ((0, 0), (0, short)))
+    return [q.reshape(-1, *q.shape[2:]), *cache, weights, start.reshape(-1), end.reshape(-1), tables]
+
+
 def _merged(scaled: bool, batch: int, *arrays: jax.Array) -> list[jax.Array]:
     ranks = _OWN_RANKS[scaled]
     keys = slice(1, 3 if scaled else 2)

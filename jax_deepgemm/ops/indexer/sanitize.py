@@ -10,6 +10,8 @@ import numpy as np
 
 from jax_deepgemm.core.sanitize import Case, on_few
 from jax_deepgemm.ops.indexer.api import bf16_mqa_logits, mqa_logits
+from jax_deepgemm.ops.indexer.paged import paged_mqa_logits
+from jax_deepgemm.ops.indexer.paged_op import bytes_of
 from jax_deepgemm.ops.quantize import quantize
 
 FORMS = (
@@ -37,6 +39,23 @@ def cases() -> Iterator[Case]:
         ):
             run = on_few(function, compressed=compressed)
             yield Case(f"{name} {kind}", functools.partial(_finite, run), (*operands, weights, *bounds))
+
+    yield from _pages()
+
+
+def _pages() -> Iterator[Case]:
+    """A context of nothing, and of all; in both formats."""
+    for page, heads, tokens, joined in ((16, 64, 1, True), (64, 32, 3, False), (128, 24, 2, True)):
+        rng = np.random.default_rng(page)
+        q = jnp.asarray(rng.normal(size=(5, tokens, heads, 128)), jnp.float8_e4m3fn)
+        values = jnp.asarray(rng.normal(size=(9, page, 128)), jnp.float8_e4m3fn)
+        scales = jnp.asarray(rng.uniform(0.5, 2, (9, page)), jnp.float32)
+        cache = bytes_of(values, scales).reshape(9, page, 132) if joined else (values, scales)
+        weights = jnp.asarray(rng.normal(size=(5, tokens, heads)), jnp.float32)
+        lens = jnp.asarray([0, 3 * page, 1, 2 * page, page + 1], jnp.int32)
+        tables = jnp.asarray(rng.integers(0, 9, (5, 3)), jnp.int32)
+        run = functools.partial(_finite, on_few(paged_mqa_logits))
+        yield Case(f"logits of pages of {page}", run, (q, cache, weights, lens, tables))
 
 
 def _finite(function: object, *operands: object) -> object:

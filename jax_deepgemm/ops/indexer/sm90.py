@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jax_deepgemm.core.chip import Chip
-from jax_deepgemm.core.family import Given, Kernels, Operands
+from jax_deepgemm.core.family import Kernels, Operands
 from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Result, Scalar, TensorMap
 from jax_deepgemm.jit import KernelSource, compile_kernel
 from jax_deepgemm.jit.wgmma import wgmma_wrapper
@@ -30,6 +30,7 @@ _TEXT = """\
 struct Config {{
   using Mma = ::Mma;
   using Out = {out};
+  static constexpr int PAGE = {page};
   static constexpr int HEADS = {heads}, TOKENS = {tokens}, SLABS = {slabs}, STEPS = {steps};
   static constexpr bool SCALED = {scaled}, COMPRESSED = {compressed}, TENSOR_SUMS = {tensor_sums};
   static constexpr int STAGES = {stages}, QUERY_STAGES = {query_stages};
@@ -38,7 +39,7 @@ struct Config {{
 
 extern "C" __global__ void __launch_bounds__({threads}, 1) {name}({parameters}) {{
   jdg::logits<Config>({{&queries, &keys, {scales}, &weights, starts, ends, logits, tokens, num_keys, columns,
-                       batch_tokens, batch_keys}});
+                       batch_tokens, batch_keys, {tables}}});
 }}
 """
 _MAP = "const __grid_constant__ jdg::TensorMap"
@@ -61,7 +62,8 @@ def shared_memory(p: LogitsProblem, c: IndexerConfig) -> int:
     """Bytes of shared memory; mirrors LogitsLayout in config.cuh, which asserts it."""
     columns = BANKS * c.tokens * heads_of(p)
     weights = ceil_div(columns * 4, 128) * 128
-    stage = slabs_of(p) * TILE_KEYS * _SLAB_BYTES + (TILE_KEYS * 4 if p.is_fp8 else 0) + 32
+    scales = TILE_KEYS // p.page * max(4 * p.page, 128) if p.page else TILE_KEYS * 4
+    stage = slabs_of(p) * TILE_KEYS * _SLAB_BYTES + (scales if p.is_fp8 else 0) + 32
     queries = slabs_of(p) * columns * _SLAB_BYTES + weights + BANKS * c.tokens * _TOKEN_BYTES + 48
     share = THREADS // 32 * 8 + 16
     return ceil_div(c.stages * stage + c.query_stages * queries + share, 128) * 128
@@ -104,7 +106,7 @@ _START = 4.0
 _SLOTS = (2.55, 20.0)  # of an SM's quarter: for each score of a thread, and for each product
 _HIDDEN = 0.93  # of the tensor cores' time, at best
 _L2_BYTES = 30.0  # of a cycle and an SM
-_WRITE = 2.9e6  # bytes of a microsecond
+_WRITE, _READ = 2.9e6, 3.9e6  # bytes of a microsecond
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,16 @@ class Cost:
         return f"{self.total:.1f} us ({terms})"
 
 
+def blocks_of(p: LogitsProblem, c: IndexerConfig) -> int:
+    """Blocks of tokens; those of a request with pages are its own."""
+    requests = p.batches if p.page else 1
+    return requests * ceil_div(p.tokens // requests, BANKS * c.tokens)
+
+
 def tiles_of(p: LogitsProblem, c: IndexerConfig) -> int:
     """Tiles of all blocks of tokens, if every window has all keys of its batch."""
-    each = ceil_div(p.keys, TILE_KEYS * p.batches) if p.keys > p.columns else ceil_div(p.keys, TILE_KEYS)
-    return ceil_div(p.tokens, BANKS * c.tokens) * each
+    own_keys = p.keys > p.columns and not p.page
+    return blocks_of(p, c) * ceil_div(p.keys, TILE_KEYS * (p.batches if own_keys else 1))
 
 
 def cost(p: LogitsProblem, c: IndexerConfig, chip: Chip) -> Cost:
@@ -145,7 +153,9 @@ def cost(p: LogitsProblem, c: IndexerConfig, chip: Chip) -> Cost:
     from_l2 = slabs_of(p) * TILE_KEYS * min(p.row_bytes, _SLAB_BYTES) / _L2_BYTES
     cycles = max(tensor, slots, from_l2) + 0.1 * min(tensor, slots)
     share = ceil_div(tiles_of(p, c), chip.num_sms)
-    return Cost(_START, share * cycles / _CLOCK, p.tokens * p.columns * p.out_bytes / _WRITE)
+    written = p.tokens * p.columns * p.out_bytes / _WRITE
+    read = p.batches * p.keys * (p.row_bytes + 4) / _READ if p.page else 0.0
+    return Cost(_START, share * cycles / _CLOCK, written + read)
 
 
 def candidates(p: LogitsProblem, chip: Chip) -> Iterator[IndexerConfig]:
@@ -178,7 +188,8 @@ def kernel_name(p: LogitsProblem, c: IndexerConfig) -> str:
     parts += [f"s{c.stages}q{c.query_stages}"]
     parts += ["mma"] if c.tensor_sums else []
     parts += ["bf16out"] if p.out == "bfloat16" else []
-    return "_".join([*parts, *["compressed"] * p.compressed])
+    parts += [f"page{p.page}"] if p.page else ["compressed"] * p.compressed
+    return "_".join(parts)
 
 
 def kernel_source(p: LogitsProblem, c: IndexerConfig) -> KernelSource:
@@ -189,6 +200,7 @@ def kernel_source(p: LogitsProblem, c: IndexerConfig) -> KernelSource:
     out = "float" if p.out == "float32" else "jdg::bf16"
     parameters += ["const int* starts", "const int* ends", f"{out}* logits"]
     parameters += [f"int {one}" for one in _INTEGERS]
+    parameters += ["const int* tables", "int table_width"] if p.page else []
     text = _TEXT.format(
         mma=wgmma_wrapper(c.tokens * heads_of(p), p.dtype, p.dtype),
         out=out,
@@ -203,6 +215,8 @@ def kernel_source(p: LogitsProblem, c: IndexerConfig) -> KernelSource:
         query_stages=c.query_stages,
         shared=shared_memory(p, c),
         threads=THREADS,
+        page=p.page,
+        tables="tables, table_width" if p.page else "nullptr, 0",
         name=name,
         parameters=", ".join(parameters),
         scales="&scales" if p.is_fp8 else "nullptr",
@@ -216,34 +230,60 @@ _INTEGERS = ("tokens", "num_keys", "columns", "batch_tokens", "batch_keys")
 
 def tensor_maps(p: LogitsProblem, c: IndexerConfig, given: Operands) -> list[TensorMap]:
     """Maps of queries, keys, their scales, and weights. What is outside arrives as zeros: heads and tokens
-    that fill up a bank, numbers that fill up 128 bytes."""
-    dtype, slab = ("uint8", 128) if p.is_fp8 else ("bfloat16", 64)
-    tokens, row = BANKS * c.tokens, p.row_bytes
-
-    def operand(one: Given) -> Operand:
-        return Operand(one.index)
-
-    heads = given["weights"].shape[-1]
-    maps = [
-        TensorMap(
-            operand(given["q"]),
-            dtype,
-            (p.depth, p.heads, p.tokens),
-            (row, p.heads * row),
-            (slab, heads_of(p), tokens),
-            128,
-        ),
-        TensorMap(operand(given["k"]), dtype, (p.depth, p.keys), (row,), (slab, TILE_KEYS), 128),
+    that fill up a bank, numbers that fill up 128 bytes, pages that do not exist."""
+    tokens, heads, weights = BANKS * c.tokens, heads_of(p), given["weights"]
+    box, strides = (_slab(p), heads, tokens), (p.row_bytes, p.heads * p.row_bytes)
+    dims, pitch = (p.depth, p.heads, p.tokens), 4 * weights.shape[-1]
+    queries = TensorMap(Operand(given["q"].index), _DTYPES[p.dtype], dims, strides, box, 128)
+    factors = (weights.shape[-1], p.tokens), (pitch,), (heads, tokens)
+    return [
+        queries,
+        *(_maps_of_pages(p, given) if p.page else _maps_of_keys(p, given)),
+        TensorMap(Operand(weights.index), "float32", *factors),
     ]
+
+
+_DTYPES = {"e4m3": "uint8", "bf16": "bfloat16"}
+
+
+def _slab(p: LogitsProblem) -> int:
+    """Numbers of 128 bytes."""
+    return _SLAB_BYTES if p.is_fp8 else _SLAB_BYTES // 2
+
+
+def _maps_of_keys(p: LogitsProblem, given: Operands) -> list[TensorMap]:
+    keys, box = Operand(given["k"].index), (_slab(p), TILE_KEYS)
+    maps = [TensorMap(keys, _DTYPES[p.dtype], (p.depth, p.keys), (p.row_bytes,), box, 128)]
     if p.is_fp8:
-        maps.append(TensorMap(operand(given["scales"]), "float32", (p.keys,), (), (TILE_KEYS,)))
-    weights = operand(given["weights"])
-    return [*maps, TensorMap(weights, "float32", (heads, p.tokens), (4 * heads,), (heads_of(p), tokens))]
+        maps.append(TensorMap(Operand(given["scales"].index), "float32", (p.keys,), (), (TILE_KEYS,)))
+    return maps
+
+
+def _maps_of_pages(p: LogitsProblem, given: Operands) -> list[TensorMap]:
+    values = p.page * p.depth
+    if p.joined:
+        cache = given["cache"].index
+        keys, scales, pitches = Operand(cache), Operand(cache, values), (values + 4 * p.page,) * 2
+    else:
+        keys, scales = Operand(given["k"].index), Operand(given["scales"].index)
+        pitches = values, 4 * p.page
+    box = (_slab(p), p.page, 1)
+    return [
+        TensorMap(keys, "uint8", (p.depth, p.page, p.pages), (p.depth, pitches[0]), box, 128),
+        TensorMap(scales, "float32", (p.page, p.pages), (pitches[1],), (p.page, 1)),
+    ]
+
+
+def _tables(p: LogitsProblem, given: Operands) -> list[Operand | Scalar]:
+    if not p.page:
+        return []
+    tables = given["tables"]
+    return [Operand(tables.index), Scalar(tables.shape[1], "int32")]
 
 
 def integers(p: LogitsProblem) -> tuple[int, ...]:
     """The kernel's parameters of those names."""
-    own_keys = p.batches > 1 and not p.compressed and p.keys > p.columns
+    own_keys = p.batches > 1 and not (p.compressed or p.page) and p.keys > p.columns
     return p.tokens, p.keys, p.columns, p.tokens // p.batches, p.columns if own_keys else 0
 
 
@@ -251,7 +291,7 @@ def _plan(p: LogitsProblem, c: IndexerConfig, chip: Chip, given: Operands) -> La
     source = kernel_source(p, c)
     launch = Launch(
         kernel=compile_kernel(source, arch=chip.arch),
-        grid=(min(chip.num_sms, max(tiles_of(p, c), ceil_div(p.tokens, BANKS * c.tokens))), 1, 1),
+        grid=(min(chip.num_sms, max(tiles_of(p, c), blocks_of(p, c))), 1, 1),
         block=THREADS,
         params=(
             *tensor_maps(p, c, given),
@@ -259,6 +299,7 @@ def _plan(p: LogitsProblem, c: IndexerConfig, chip: Chip, given: Operands) -> La
             Operand(given["end"].index),
             Result(0),
             *(Scalar(value, "int32") for value in integers(p)),
+            *_tables(p, given),
         ),
         shared_memory=source.shared_memory,
     )

@@ -22,6 +22,7 @@ concept LogitsConfig = requires {
   C::COMPRESSED;           // bool: whether a row's first column is the first key of its window
   C::STAGES;               // slots of the pipeline of keys
   C::QUERY_STAGES;         // slots of the pipeline of tokens
+  C::PAGE;                 // keys of a page; 0: keys lie one behind the other
   C::TENSOR_SUMS;          // bool: whether products of warps sum over heads (a multiple of 16)
   C::SHARED_BYTES;         // what the host reserves
 };
@@ -39,6 +40,8 @@ template <class C>
 constexpr int kBankCols = C::TOKENS * C::HEADS;
 template <class C>
 constexpr int kBlockCols = kBanks * kBankCols<C>;
+template <class C>
+constexpr int kTilePages = C::PAGE > 0 ? kTileKeys / (C::PAGE > 0 ? C::PAGE : 1) : 1;
 template <class C>
 constexpr int kBlockTokens = kBanks * C::TOKENS;
 
@@ -64,13 +67,16 @@ struct LogitsLayout {
   static constexpr u32 kKeysBytes = C::SLABS * kTileKeys * kSlabBytes;
   static constexpr u32 kQueriesBytes = C::SLABS * kBlockCols<C> * kSlabBytes;
   static constexpr u32 kScalesBytes = C::SCALED ? kTileKeys * 4 : 0;
+  static constexpr u32 kPagePitch = C::PAGE * 4 < 128 ? 128 : C::PAGE * 4;  // of a page's scales
+  static constexpr u32 kScalesPitch =
+      C::PAGE > 0 ? kTileKeys / (C::PAGE > 0 ? C::PAGE : 1) * kPagePitch : kScalesBytes;
   static constexpr u32 kWeightsBytes = kBlockCols<C> * 4;
   static constexpr u32 kWeightsPitch = align_up(kWeightsBytes, 128);
 
   static constexpr u32 kKeys = 0;
   static constexpr u32 kQueries = kKeys + C::STAGES * kKeysBytes;  // 1024-byte aligned
   static constexpr u32 kScales = kQueries + C::QUERY_STAGES * kQueriesBytes;
-  static constexpr u32 kWeights = kScales + C::STAGES * kScalesBytes;
+  static constexpr u32 kWeights = kScales + C::STAGES * kScalesPitch;
   static constexpr u32 kTokens = kWeights + C::QUERY_STAGES * kWeightsPitch;
   static constexpr u32 kRuns = kTokens + C::QUERY_STAGES * kBlockTokens<C> * kTokenBytes;
   static constexpr u32 kKeyPipeline = kRuns + C::QUERY_STAGES * 16;
@@ -90,7 +96,7 @@ struct Keys : Pipeline<C::STAGES, LogitsLayout<C>::kKeyPipeline> {
 
   __device__ __forceinline__ explicit Keys(u32 base) : Base(base) {}
   __device__ __forceinline__ u32 keys() const { return smem + L::kKeys + stage * L::kKeysBytes; }
-  __device__ __forceinline__ u32 scales() const { return smem + L::kScales + stage * L::kScalesBytes; }
+  __device__ __forceinline__ u32 scales() const { return smem + L::kScales + stage * L::kScalesPitch; }
 };
 
 template <class C>

@@ -44,11 +44,10 @@ namespace jdg {
 
 // The part of every token's window that all tokens of a block have, where all of them exist.
 template <class C>
-__device__ __forceinline__ Span common_keys(const Problem<C>& p, const Token& t, int block) {
-  const bool mine = threadIdx.x % 32 < kBlockTokens<C>;
+__device__ __forceinline__ Span common_keys(const Token& t) {
+  const bool mine = threadIdx.x % 32 < kBlockTokens<C>;  // a token that does not exist begins with kNever
   const int begin = __reduce_max_sync(0xFFFFFFFF, mine ? t.start : 0);
-  const int end = __reduce_min_sync(0xFFFFFFFF, mine ? t.end : kNever);
-  return {begin, (block + 1) * kBlockTokens<C> <= p.tokens ? end : 0};
+  return {begin, __reduce_min_sync(0xFFFFFFFF, mine ? t.end : kNever)};
 }
 
 template <class C>
@@ -73,6 +72,44 @@ __device__ __forceinline__ void load_keys(const Problem<C>& p, const Keys<C>& ke
   if constexpr (C::SCALED) ptx::tma_load(keys.scales(), *p.scales, keys.full(), first);
 }
 
+// The pages of a tile, by a warp, of which every lane has the number of a page from `known` on. Outside of
+// the cache there are zeros.
+template <class C>
+__device__ __forceinline__ void load_pages(const Problem<C>& p, const Keys<C>& keys, int page, int known,
+                                           bool elected) {
+  using L = LogitsLayout<C>;
+  if (elected) keys.expect(L::kKeysBytes + L::kScalesBytes);
+#pragma unroll
+  for (int i = 0; i < kTilePages<C>; ++i) {
+    const int at = __shfl_sync(0xFFFFFFFF, page, known + i);
+    if (elected) {
+      ptx::tma_load(keys.keys() + i * C::PAGE * kSlabBytes, *p.keys, keys.full(), 0, 0, at);
+      ptx::tma_load(keys.scales() + i * L::kPagePitch, *p.scales, keys.full(), 0, at);
+    }
+  }
+}
+
+// All tiles of a block of tokens, by a warp. Numbers of 32 pages are read at once; those that no window
+// reaches are none.
+template <class C>
+__device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Keys<C>& keys, int block, Span tiles,
+                                                    int end, bool elected) {
+  constexpr int kKnown = 32 / kTilePages<C>;  // tiles
+  const int* const table = p.tables + static_cast<i64>(block / blocks_of_request(p)) * p.table_width;
+  int page = -1;
+#pragma unroll 1
+  for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+    const int known = (tile - tiles.begin) % kKnown;
+    if (known == 0) {
+      const int at = tile * kTilePages<C> + static_cast<int>(threadIdx.x % 32);
+      page = at < p.table_width && at * C::PAGE < end ? table[at] : -1;
+    }
+    if (elected) keys.wait_empty();
+    load_pages(p, keys, page, known * kTilePages<C>, elected);
+    keys.advance();
+  }
+}
+
 // By a warp. One lane of it loads; all of them look at windows.
 template <class C>
 __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share, u32 smem) {
@@ -91,7 +128,7 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
     tiles.begin += skip;
     if (tiles.size() > left) tiles.end = tiles.begin + static_cast<int>(left);
     if (tiles.size() == 0) continue;
-    const Span common = common_keys(p, mine, block);
+    const Span common = common_keys<C>(mine);
     left -= tiles.size();
 
     queries.wait_empty();
@@ -104,8 +141,11 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
     if (elected)
       ptx::store_shared_4(queries.run(), tiles.begin * kTileKeys, tiles.size(), common.begin, common.end);
     __syncwarp();
-    if (elected) {
-      load_tokens(p, queries, block * kBlockTokens<C>);
+    if (elected) load_tokens(p, queries, token_index(p, block, 0));
+    if constexpr (C::PAGE > 0) {
+      const int end = __reduce_max_sync(0xFFFFFFFF, mine.end);
+      load_tiles_of_pages(p, keys, block, tiles, end, elected);
+    } else if (elected) {
 #pragma unroll 1
       for (int tile = tiles.begin; tile < tiles.end; ++tile) {
         keys.wait_empty();
@@ -135,6 +175,7 @@ struct Scorer {
   static constexpr bool kKeepRows = kPairs <= 2;       // in registers
   static constexpr bool kSumsAreFew = C::TOKENS <= 4;  // so that they stay in registers beside two products
   static constexpr float kHalf = C::TENSOR_SUMS ? 1.0f : 0.5f;  // what sums are multiplied by
+  static constexpr int kPage = C::PAGE > 0 ? C::PAGE : kTileKeys;
   using Product = float[kCount];
   using Sums = float[2 * C::TOKENS];
 
@@ -147,8 +188,9 @@ struct Scorer {
   Keys<C> keys;
   Queries<C> queries;
   const int warpgroup, lane;
-  const int mine;  // this thread's key of a tile, once sums are exchanged
-  u32 tokens;      // what is known of those whose logits are being summed up
+  const int mine;      // this thread's key of a tile, once sums are exchanged
+  const u32 scale_at;  // where its scale is
+  u32 tokens;          // what is known of those whose logits are being summed up
   float weights[kBanks][C::TENSOR_SUMS ? 1 : C::TOKENS * kPerToken];
   u32 factors[kBanks][C::TENSOR_SUMS ? C::TOKENS * kSteps : 1][2];
   u64 rows[kBanks][kKeepRows ? kPairs : 1];
@@ -158,7 +200,8 @@ struct Scorer {
         queries(smem),
         warpgroup(warpgroup),
         lane(threadIdx.x % 32),
-        mine(threadIdx.x / 32 * 16 + lane / 4 + (lane & 2) * 4) {}
+        mine(threadIdx.x / 32 * 16 + lane / 4 + (lane & 2) * 4),
+        scale_at(C::PAGE > 0 ? mine / kPage * LogitsLayout<C>::kPagePitch + mine % kPage * 4 : mine * 4) {}
 
   // --- a block of tokens ---
 
@@ -333,7 +376,7 @@ struct Scorer {
     begin_tokens();
 #pragma unroll 1
     while (at.tiles > 0) {
-      const float scale = kHalf * (C::SCALED ? ptx::load_shared(keys.scales() + mine * 4) : 1.0f);
+      const float scale = kHalf * (C::SCALED ? ptx::load_shared(keys.scales() + scale_at) : 1.0f);
       const Tile tile = {at.key, at.begin <= at.key && at.key + kTileKeys <= at.end, scale};
       const u32 read = keys.empty(), scored = queries.empty();
       issue(odd, 1);

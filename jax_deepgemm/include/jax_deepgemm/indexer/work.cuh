@@ -24,6 +24,10 @@ struct Problem {
   int tokens, num_keys;          // in all
   int columns;                   // of the result
   int batch_tokens, batch_keys;  // rows of a batch, of which each next one begins so many keys further on
+
+  // Pages: batches are requests, whose keys are where their row of the table says.
+  const int* tables;
+  int table_width;
 };
 
 constexpr int kNever = 0x7FFFFFFF;
@@ -31,6 +35,28 @@ constexpr int kNever = 0x7FFFFFFF;
 __device__ __forceinline__ int clamp(int v, int low, int high) { return max(low, min(v, high)); }
 __device__ __forceinline__ i64 clamp_wide(i64 v, i64 low, i64 high) {
   return v > high ? high : v < low ? low : v;
+}
+
+// Blocks of tokens. Those of a request are its own.
+template <class C>
+__device__ __forceinline__ int blocks_of_request(const Problem<C>& p) {
+  return ceil_div(p.batch_tokens, kBlockTokens<C>);
+}
+template <class C>
+__device__ __forceinline__ int count_blocks(const Problem<C>& p) {
+  if constexpr (C::PAGE > 0) return p.tokens / p.batch_tokens * blocks_of_request(p);
+  return ceil_div(p.tokens, kBlockTokens<C>);
+}
+
+// Which of all tokens is the i-th of a block; p.tokens: none.
+template <class C>
+__device__ __forceinline__ int token_index(const Problem<C>& p, int block, int i) {
+  if constexpr (C::PAGE > 0) {
+    const int each = blocks_of_request(p), request = block / each;
+    const int token = block % each * kBlockTokens<C> + i;
+    return token < p.batch_tokens ? min(request * p.batch_tokens + token, p.tokens) : p.tokens;
+  }
+  return min(block * kBlockTokens<C> + i, p.tokens);
 }
 
 // Keys `first` .. `first + columns` of a row are its columns. A token beyond the last one has none.
@@ -64,7 +90,7 @@ __device__ __forceinline__ int count_tiles(const Problem<C>& p, int block) {
   int begin = kNever, end = 0;
 #pragma unroll
   for (int i = 0; i < kBlockTokens<C>; ++i) {
-    const Token t = token_at(p, block * kBlockTokens<C> + i);
+    const Token t = token_at(p, token_index(p, block, i));
     if (t.start < t.end) begin = min(begin, t.start), end = max(end, t.end);
   }
   return tiles_of(begin, end).size();
@@ -81,7 +107,7 @@ __device__ __forceinline__ Span tiles_of_warp(const Token& t) {
 template <class C>
 __device__ __forceinline__ Token token_of_lane(const Problem<C>& p, int block) {
   const int lane = threadIdx.x % 32;
-  return token_at(p, lane < kBlockTokens<C> ? block * kBlockTokens<C> + lane : p.tokens);
+  return token_at(p, lane < kBlockTokens<C> ? token_index(p, block, lane) : p.tokens);
 }
 
 // The first tile of a share: which one, of which block of tokens; how many follow it, itself included.
@@ -113,7 +139,7 @@ __device__ __forceinline__ Share share_of_block(const Problem<C>& p, char* share
   i64* const counts = reinterpret_cast<i64*>(shared + LogitsLayout<C>::kShare);
   int* const place = reinterpret_cast<int*>(counts + kWarps);
   const int warp = warp_index(), lane = threadIdx.x % 32;
-  const int blocks = ceil_div(p.tokens, kBlockTokens<C>), run = align_up(ceil_div(blocks, kWarps), 32);
+  const int blocks = count_blocks(p), run = align_up(ceil_div(blocks, kWarps), 32);
   const int first = warp * run, last = min(first + run, blocks);
 
   i64 mine = 0;
@@ -171,19 +197,20 @@ __device__ __forceinline__ void fill(Out* row, i64 begin, i64 end) {
 template <class C>
 __device__ __forceinline__ void fill_rows(const Problem<C>& p, int worker, int workers) {
   using Out = typename C::Out;
-  const int blocks = ceil_div(p.tokens, kBlockTokens<C>);
+  const int blocks = count_blocks(p);
 #pragma unroll 1
   for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
     const Token mine = token_of_lane(p, block);
     const Span tiles = tiles_of_warp(mine);
-    const int count = min(kBlockTokens<C>, p.tokens - block * kBlockTokens<C>);
 #pragma unroll 1
-    for (int i = worker; i < count; i += workers) {
+    for (int i = worker; i < kBlockTokens<C>; i += workers) {
+      const int token = token_index(p, block, i);
+      if (token >= p.tokens) break;
       const i64 first = __shfl_sync(0xFFFFFFFF, mine.first, i), columns = p.columns;
       const auto column = [&](int tile) {
         return clamp_wide(static_cast<i64>(tile) * kTileKeys - first, 0, columns);
       };
-      Out* const row = p.out + static_cast<i64>(block * kBlockTokens<C> + i) * p.columns;
+      Out* const row = p.out + static_cast<i64>(token) * p.columns;
       fill(row, 0, column(tiles.begin));
       fill(row, column(tiles.end), columns);
     }
