@@ -95,7 +95,7 @@ def test_more_keys_than_a_kernel_takes():
             np.testing.assert_array_equal(one, other)
 
 
-# The op, under every transformation ---------------------------------------------------------------------------
+# The op, under every transformation -------------------------------------------------------------------------
 
 
 def both(*arrays: jax.Array, order: str = "value", out_sharding: Any = None) -> Any:
@@ -163,7 +163,7 @@ def test_derivatives():
         return jnp.sum(weights) + jnp.sum(found[0] if values else jnp.where(found < 0, 0, 1))
 
     np.testing.assert_array_equal(jax.grad(loss)(given[3], False), jnp.ones((S, H)))
-    with pytest.raises(NotImplementedError, match="no derivative.*scores of what is chosen in jnp"):
+    with pytest.raises(NotImplementedError, match=r"no derivative.*scores of what is chosen in jnp"):
         jax.grad(loss)(given[3], True)
 
 
@@ -194,7 +194,12 @@ PROBLEM = IndexerTopkProblem(8192, 65536, 64, 128, 2048)
 
 @pytest.mark.any_version
 def test_parts_cover_all_tokens_and_fit():
-    for tokens, keys, scratch in ((8192, 65536, 1 << 28), (1000, 4097, 1 << 20), (3, 9, 1), (65536, 1 << 20, 1)):
+    for tokens, keys, scratch in (
+        (8192, 65536, 1 << 28),
+        (1000, 4097, 1 << 20),
+        (3, 9, 1),
+        (65536, 1 << 20, 1),
+    ):
         p = IndexerTopkProblem(tokens, keys, 64, 128, 8, scratch=scratch)
         parts = list(sm90.ranges(p))
         assert [first for first, _ in parts] == [sum(c for _, c in parts[:i]) for i in range(len(parts))]
@@ -233,7 +238,11 @@ FULL = np.zeros(S, np.int32), np.full(S, N, np.int32)
             "scratch_bytes is 0, need a positive int",
             lambda: indexer_topk(Q, (KEY, SCALES), W, *FULL, 3, scratch_bytes=0),
         ),
-        (TypeError, "^indexer_topk: q is float32", lambda: indexer_topk(Q.astype("float32"), KEY, W, *FULL, 3)),
+        (
+            TypeError,
+            "^indexer_topk: q is float32",
+            lambda: indexer_topk(Q.astype("float32"), KEY, W, *FULL, 3),
+        ),
         (TypeError, "indexer_topk: kv is float8.*need a Quant", lambda: indexer_topk(Q, KEY, W, *FULL, 3)),
         (ValueError, "weights are .8, 3.", lambda: indexer_topk(Q, (KEY, SCALES), W[:, :3], *FULL, 3)),
         (

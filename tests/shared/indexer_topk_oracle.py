@@ -1,4 +1,5 @@
-"""Scores that are hard to choose from, in operands of small whole numbers, so that sums of any order are exact."""
+"""Scores that are hard to choose from, of operands that are small whole numbers, so that sums in any order
+are exact."""
 
 from __future__ import annotations
 
@@ -14,8 +15,7 @@ HARD = ("mixed", "equal", "ascending", "descending", "one huge", "few values", "
 def operands(kind: str, s: int, n: int, h: int = 4, d: int = 32, seed: int = 0) -> list[Any]:
     """q, k, scales and weights whose scores, along the keys, are of a kind.
 
-    Scores are a power of two or a multiple of one: products of e4m3 whole numbers, summed exactly. Their order
-    along the keys is made by scales, which are any float32.
+    Sums over heads are those of whole numbers, and exact. What they are along the keys is made by scales.
     """
     rng = np.random.default_rng(seed)
     q = rng.integers(-2, 3, (s, h, d)).astype(np.float32)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -15,12 +14,12 @@ from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.options import Sharding, config_option, num_sms_option, sharding_option
 from jax_deepgemm.ops.indexer import checks
 from jax_deepgemm.ops.indexer.family import IndexerConfig
+from jax_deepgemm.ops.indexer_topk.checks import check_choice
 from jax_deepgemm.ops.indexer_topk.family import SCRATCH
 from jax_deepgemm.ops.indexer_topk.op import best_of_all, indexer_topk_op
 from jax_deepgemm.ops.quantize import quantize
 from jax_deepgemm.ops.quantize.array import QuantizedLike
-from jax_deepgemm.ops.topk.api import ORDERS
-from jax_deepgemm.ops.topk.problem import MOST_CHOSEN, MOST_COLUMNS
+from jax_deepgemm.ops.topk.problem import MOST_COLUMNS
 
 
 def indexer_topk(
@@ -86,7 +85,7 @@ def indexer_topk(
     keys, scales = checks.scaled_keys(op, kv)
     checks.check_shapes(op, queries, keys, weights)
     window = checks.check_window(op, (k_start, k_end), queries.shape[0], keys.shape[0])
-    _check(op, k, order, scratch_bytes)
+    check_choice(op, k, order, scratch_bytes)
     spec = sharding_option(op, out_sharding)
     options = {
         "best": int(k),
@@ -116,21 +115,9 @@ def _of_keys(*arrays: jax.Array, **options: Any) -> list[jax.Array]:
         scores, chosen = op(q, k[some], scales[some], weights, start - first, end - first, **options)
         found.append((scores, jnp.where(chosen < 0, -1, chosen + first)))
     every = (jnp.concatenate(one, axis=1) for one in zip(*found, strict=True))
-    return best_of_all(_outer, *every, options["best"], options["by_index"], "reference")
+    return best_of_all(_outer, every, best=options["best"], by_index=options["by_index"])
 
 
 def _outer(op: Any, x: jax.Array, *, batch: tuple[Any, ...], **options: Any) -> list[jax.Array]:
     found: list[jax.Array] = op(x, **options)
     return found
-
-
-def _check(op: str, k: Any, order: Any, scratch: Any) -> None:
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= MOST_CHOSEN:
-        raise ValueError(
-            f"{op}: k is {k!r}, need a whole number from 1 to {MOST_CHOSEN}; it is static. For more keys of "
-            "each token: topk(mqa_logits(..), k)."
-        )
-    if order not in ORDERS:
-        raise ValueError(f"{op}: order is {order!r}, need 'value' or 'index'.")
-    if isinstance(scratch, bool) or not isinstance(scratch, (int, np.integer)) or scratch < 1:
-        raise ValueError(f"{op}: scratch_bytes is {scratch!r}, need a positive int: bytes, such as 1 << 28.")

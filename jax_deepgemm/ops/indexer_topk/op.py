@@ -1,10 +1,11 @@
-"""Scores and choice as an op. Rows of tokens are cut freely. Where keys are cut, each device chooses among its
-own, and then among what all have chosen: of equal scores the lower key is first there too. Heads are whole:
-scores are sums over all of them."""
+"""Scores and choice as an op. Rows of tokens are cut freely. Where keys are cut, each device chooses among
+its own, and then among what all have chosen: of equal scores the lower key is first there too. Heads are
+whole: scores are sums over all of them."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -28,13 +29,17 @@ def _result(q: Dims, *_: Dims, best: int, **__: Any) -> list[tuple[Dims, Any]]:
     return [((*q[:-2], best), np.dtype(np.float32)), ((*q[:-2], best), np.dtype(np.int32))]
 
 
-def best_of_all(
-    bind: Any, scores: jax.Array, keys: jax.Array, best: int, by_index: bool, fallback: str
-) -> list[jax.Array]:
-    """Of candidates [.., c] in the order of their keys, the best: scores and keys [.., best]."""
+def best_of_all(bind: Any, candidates: Iterable[jax.Array], *, best: int, by_index: bool) -> list[jax.Array]:
+    """Of candidates (scores, keys), [.., c], in the order of their keys the best ones, [.., best].
+
+    Args:
+      bind: binds the op that chooses.
+      candidates, best, by_index: as said.
+    """
+    scores, keys = candidates
     op = topk_op(False, True, by_index, True)
     rows = scores.reshape(-1, scores.shape[-1])
-    options = {"k": best, "dtype": np.dtype(np.float32), "fallback": fallback}
+    options = {"k": best, "dtype": np.dtype(np.float32), "fallback": "reference"}
     found, places = bind(op, rows, batch=(), **options)
     chosen = at(keys.reshape(rows.shape), places, -1)
     return [x.reshape(*scores.shape[:-1], best) for x in (found, chosen)]
@@ -47,9 +52,9 @@ def _on_shard(plan: ShardingPlan, local: Any, *arrays: jax.Array) -> Any:
     *others, start, end = arrays
     first, keys = plan.offset("n"), plan.size["n"]
     scores, chosen = local(*others, *(jnp.clip(x, 0, keys) - first for x in (start, end)))
-    every = [of_all(plan, x) for x in (scores, jnp.where(chosen < 0, -1, chosen + first))]
+    every = (of_all(plan, x) for x in (scores, jnp.where(chosen < 0, -1, chosen + first)))
     options = {name: local.keywords[name] for name in ("best", "by_index")}
-    found = best_of_all(local.func, *every, **options, fallback="reference")
+    found = best_of_all(local.func, every, **options)
     return None, [piece_of(plan, x) for x in found]
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jax_deepgemm.ops.indexer import reference as indexer
@@ -45,8 +44,7 @@ def best_keys(
 
     def of_rows(rows: tuple[jax.Array, ...]) -> list[jax.Array]:
         q, weights, start, end = rows
-        options = {"out_dtype": np.dtype(np.float32)}
-        [logits] = indexer.scaled_logits(q, k, scales, weights, start, end, **options)
+        [logits] = indexer.scaled_logits(q, k, scales, weights, start, end, out_dtype=jnp.float32)
         return topk.topk(logits, k=best, by_index=by_index)
 
     given = q, weights, start, end

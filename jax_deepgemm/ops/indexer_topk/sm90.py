@@ -47,7 +47,7 @@ def ranges(p: IndexerTopkProblem) -> Iterator[tuple[int, int]]:
 
 def _row_bytes(p: IndexerTopkProblem, given: Operands, name: str) -> int:
     """Of a token, in an operand."""
-    return p.heads * p.logits.row_bytes if name == "q" else 4 * (given[name].shape + (1,))[1]
+    return p.heads * p.logits.row_bytes if name == "q" else 4 * (*given[name].shape, 1)[1]
 
 
 def tokens_of(p: IndexerTopkProblem, given: Operands, first: int, count: int) -> dict[str, Given]:
