@@ -54,6 +54,7 @@ struct Token {
   int start, end, first, last;
 };
 constexpr int kTokenBytes = 32;
+constexpr u32 kTokenPiece = 28;  // where candidates.cuh has something of a token
 
 // The tiles of a block of tokens: the first key, how many (0: there is nothing more to do), and the keys that
 // are in the windows of all tokens.

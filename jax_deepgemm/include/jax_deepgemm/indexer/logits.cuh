@@ -126,6 +126,7 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
     next = token_of_lane(p, block + 1);  // while this block's keys are loaded
     Span tiles = tiles_of_warp(mine);
     tiles.begin += skip;
+    const int piece = skip == 0 ? kFirstPiece : tiles.size() > left ? kMiddlePiece : kLastPiece;
     if (tiles.size() > left) tiles.end = tiles.begin + static_cast<int>(left);
     if (tiles.size() == 0) continue;
     const Span common = common_keys<C>(mine);
@@ -137,6 +138,7 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
       const u32 low = static_cast<u32>(mine.row), high = static_cast<u32>(mine.row >> 32);
       ptx::store_shared_4(at, mine.start, mine.end, mine.first, mine.last);
       ptx::store_shared_2(at + 16, __uint_as_float(low), __uint_as_float(high));
+      if constexpr (kHasCandidates<C>) ptx::store_shared(at + kTokenPiece, __int_as_float(piece));
     }
     if (elected)
       ptx::store_shared_4(queries.run(), tiles.begin * kTileKeys, tiles.size(), common.begin, common.end);
@@ -194,14 +196,17 @@ struct Scorer {
   float weights[kBanks][C::TENSOR_SUMS ? 1 : C::TOKENS * kPerToken];
   u32 factors[kBanks][C::TENSOR_SUMS ? C::TOKENS * kSteps : 1][2];
   u64 rows[kBanks][kKeepRows ? kPairs : 1];
+  Emitter<C> emitter;
+  Segment segments[kHasCandidates<C> ? kBanks : 1][kHasCandidates<C> ? kPairs : 1];
 
-  __device__ __forceinline__ Scorer(u32 smem, int warpgroup)
+  __device__ __forceinline__ Scorer(u32 smem, int warpgroup, const Candidates& candidates)
       : keys(smem),
         queries(smem),
         warpgroup(warpgroup),
         lane(threadIdx.x % 32),
         mine(threadIdx.x / 32 * 16 + lane / 4 + (lane & 2) * 4),
-        scale_at(C::PAGE > 0 ? mine / kPage * LogitsLayout<C>::kPagePitch + mine % kPage * 4 : mine * 4) {}
+        scale_at(C::PAGE > 0 ? mine / kPage * LogitsLayout<C>::kPagePitch + mine % kPage * 4 : mine * 4),
+        emitter{&candidates} {}
 
   // --- a block of tokens ---
 
@@ -215,7 +220,7 @@ struct Scorer {
     return static_cast<u64>(__float_as_uint(row.y)) << 32 | __float_as_uint(row.x);
   }
 
-  __device__ __forceinline__ void begin_tokens() {
+  __device__ __forceinline__ void begin_tokens(bool some) {
     tokens = queries.token(0);
 #pragma unroll
     for (int bank = 0; bank < kBanks; ++bank) {
@@ -225,6 +230,42 @@ struct Scorer {
         load_weights(bank);
 #pragma unroll
       for (int pair = 0; kKeepRows && pair < kPairs; ++pair) rows[bank][pair] = row_of(bank, pair);
+    }
+    if constexpr (kHasCandidates<C>) {
+      if (!some) return;  // behind the last tokens nothing is known of any
+#pragma unroll
+      for (int i = 0; i < kBanks * kPairs; ++i)
+        segments[i / kPairs][i % kPairs] = emitter.begin(candidate_token(i / kPairs, i % kPairs));
+    }
+  }
+
+  // --- candidates, instead of rows ---
+
+  __device__ __forceinline__ CandidateToken candidate_token(int bank, int pair) const {
+    const u32 at = token_of(bank, pair);
+    const int piece = __float_as_int(ptx::load_shared(at + kTokenPiece));
+    return {static_cast<int>(row_of(bank, pair)), piece, __float_as_int(ptx::load_shared(at)) != kNever};
+  }
+
+  __device__ __forceinline__ void emit(int bank, int pair, const Tile& tile, float logit, bool mine_too) {
+    Segment& segment = segments[bank][pair];
+    const int key = tile.key + mine;
+    bool wanted = mine_too && logit >= segment.bound;
+    if (!tile.whole) {
+      const float2 window = ptx::load_shared_2(token_of(bank, pair));
+      wanted = wanted && key >= __float_as_int(window.x) && key < __float_as_int(window.y);
+    }
+    emitter.put(segment, wanted, logit, key);
+  }
+
+  __device__ __forceinline__ void end_tokens() const {
+    if constexpr (kHasCandidates<C>) {
+#pragma unroll
+      for (int i = 0; i < kBanks * kPairs; ++i) {
+        const int bank = i / kPairs, pair = i % kPairs;
+        if (lane == 0 || (lane == 1 && 2 * pair + 1 < C::TOKENS))
+          emitter.end(segments[bank][pair], candidate_token(bank, pair));
+      }
     }
   }
 
@@ -321,7 +362,7 @@ struct Scorer {
   }
 
   // Sums become logits of this thread's key: of one of every two tokens.
-  __device__ __forceinline__ void finish(const Sums& sums, int bank, const Tile& tile) const {
+  __device__ __forceinline__ void finish(const Sums& sums, int bank, const Tile& tile) {
     const bool lower = lane & 2, odd = lane & 1;
     float whole[C::TOKENS];
 #pragma unroll
@@ -331,7 +372,10 @@ struct Scorer {
     for (int pair = 0; pair < kPairs; ++pair) {
       const bool alone = 2 * pair + 1 == C::TOKENS;
       const float total = with_other<1>(whole[2 * pair], whole[alone ? 2 * pair : 2 * pair + 1], odd);
-      if (!alone || !odd) store(bank, pair, tile, total * tile.scale);
+      if constexpr (kHasCandidates<C>)
+        emit(bank, pair, tile, total * tile.scale, !alone || !odd);
+      else if (!alone || !odd)
+        store(bank, pair, tile, total * tile.scale);
     }
   }
 
@@ -373,7 +417,7 @@ struct Scorer {
     Run at = receive();
     if (at.tiles > 0) keys.wait_full();
     issue(even, 0);
-    begin_tokens();
+    begin_tokens(at.tiles > 0);
 #pragma unroll 1
     while (at.tiles > 0) {
       const float scale = kHalf * (C::SCALED ? ptx::load_shared(keys.scales() + scale_at) : 1.0f);
@@ -399,9 +443,10 @@ struct Scorer {
       sum_bank(odd, 1, sums);
       finish(sums, 1, tile);
       if (others) {
+        end_tokens();
         __syncwarp();
         if (lane == 0) Queries<C>::release(scored);
-        begin_tokens();
+        begin_tokens(at.tiles > 0);
       }
     }
     // Hazard: ptxas takes a wait that stands on every way out of the loop for the end of the product that the
@@ -442,11 +487,11 @@ __device__ __forceinline__ void logits(const Problem<C>& p) {
     ptx::lower_registers<40>();
     if (warp == 0)
       produce(p, share, smem);
-    else
+    else if constexpr (kSink<C> == Sink::kRows)
       fill_rows(p, warp - 1, 3);
   } else {
     ptx::raise_registers<232>();
-    Scorer<C>(smem, warpgroup).run();
+    Scorer<C>(smem, warpgroup, p.candidates).run();
   }
 }
 
