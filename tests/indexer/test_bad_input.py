@@ -1,4 +1,4 @@
-"""What is wrong is an error with a way out while tracing; at run time it is defined, and stays in its place."""
+"""What is wrong is an error with a way out while tracing, and defined at run time: it hurts nobody else."""
 
 from __future__ import annotations
 
