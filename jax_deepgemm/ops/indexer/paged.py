@@ -125,7 +125,7 @@ def paged_mqa_logits(
     end = jnp.broadcast_to(end if end.ndim == 2 else end[:, None], (requests, tokens))
     numbers = (jnp.asarray(x).astype(jnp.int32) for x in (tables, *whose))
     arrays = values, *cache, weights, jnp.zeros_like(end), end, *numbers
-    return paged_op(len(cache) == 1, len(whose) == 1)(*same_varying_axes(arrays), **options)[0]
+    return paged_op(len(cache) == 1, of_tokens=len(whose) == 1)(*same_varying_axes(arrays), **options)[0]
 
 
 def _cache(given: Any, depth: int) -> tuple[tuple[jax.Array, ...], int, int]:
