@@ -19,7 +19,8 @@ OF_A_PIECE = 8192
 """Numbers that are worth a block."""
 SAMPLED, LEAST_SAMPLE = 16, 1024
 """One of so many numbers of a row is in its sample, but more of short rows."""
-MOST_BINS, FOUND_BYTES = 2048, 160
+BINS, FOUND_BYTES = 4, 160
+"""Of each thread, and of a block."""
 
 # include/jax_deepgemm/topk/topk.cuh says what each field means.
 _TEXT = """\
@@ -63,7 +64,7 @@ class Cut(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        return 8 * self.capacity + 4 * min(4 * self.threads, MOST_BINS) + FOUND_BYTES
+        return 8 * self.capacity + 4 * BINS * self.threads + FOUND_BYTES
 
     @property
     def resident(self) -> int:

@@ -47,7 +47,6 @@ struct TopkSizes {
 constexpr u32 kWarp = 0xFFFFFFFF;
 constexpr int kColumnBits = 20;
 constexpr u32 kLastColumn = (1u << kColumnBits) - 1;
-constexpr int kMostBins = 2048;
 constexpr int kHighest = 32;   // so many of the highest may share the last bin, when bins are cut finer
 constexpr int kCompared = 64;  // pairs in equal bins for each thread, from which on bins are crowded
 constexpr int kLooks = 3;      // at bins, before the network sorts
@@ -125,7 +124,7 @@ struct Block {
   using Bits = typename N::Bits;
   static constexpr int THREADS = C::THREADS, WARPS = THREADS / 32;
   static constexpr int CAPACITY = THREADS * C::HELD;
-  static constexpr int BINS = 4 * THREADS < kMostBins ? 4 * THREADS : kMostBins, EACH = BINS / THREADS;
+  static constexpr int EACH = 4, BINS = EACH * THREADS;
   static constexpr int PER_VECTOR = 4 * N::PER_WORD;
   static constexpr u64 LOWEST = u64{0x00800000u >> N::UNUSED} << kColumnBits;  // rank of kLowest
   static constexpr u64 HIGHEST = (u64{0xFF800000u >> N::UNUSED} << kColumnBits) + kLastColumn;  // of infinity
@@ -199,8 +198,7 @@ struct Bins {
 
 template <class C>
 __device__ __forceinline__ void clear(const Block<C>& b) {
-#pragma unroll
-  for (int i = 0; i < Block<C>::EACH; ++i) b.bins[i * C::THREADS + b.thread] = 0;
+  reinterpret_cast<uint4*>(b.bins)[b.thread] = {0, 0, 0, 0};
   if (b.thread == 0) b.found->pairs = 0;
 }
 
@@ -222,17 +220,16 @@ template <bool TOGETHER, class C>
 __device__ __forceinline__ void look(const Block<C>& b, u32 wanted) {
   constexpr int kEach = Block<C>::EACH;
   const int last = Block<C>::BINS - 1 - b.thread * kEach;
-  u32 inside[kEach], own = 0;
+  uint4& four = *reinterpret_cast<uint4*>(b.bins + last + 1 - kEach);
+  u32 inside[kEach] = {four.w, four.z, four.y, four.x};
+  if constexpr (TOGETHER && C::PIECES > 1) {
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    inside[i] = 0;
-    if constexpr (TOGETHER && C::PIECES > 1) {
+    for (int i = 0; i < kEach; ++i) {
+      inside[i] = 0;
       for (u32 p = 0; p < C::PIECES; ++p) inside[i] += ptx::load_from_block(b.bins + last - i, p);
-    } else {
-      inside[i] = b.bins[last - i];
     }
-    own += inside[i];
   }
+  const u32 own = inside[0] + inside[1] + inside[2] + inside[3];
   u32 through = b.scan(own);
   if (b.lane == 31) b.found->sums[b.warp] = through;
   __syncthreads();
@@ -246,9 +243,10 @@ __device__ __forceinline__ void look(const Block<C>& b, u32 wanted) {
     if (above < wanted && wanted <= with) b.found->bin = last - i, b.found->through = with;
     if (above < kHighest && kHighest <= with) b.found->high_bin = last - i;
     if (above < wanted) pairs += inside[i] * inside[i];
-    if constexpr (!TOGETHER) b.bins[last - i] = above;
+    inside[i] = above;
     above = with;
   }
+  if constexpr (!TOGETHER) four = {inside[3], inside[2], inside[1], inside[0]};
   if (b.thread == C::THREADS - 1) {
     b.found->total = above;
     if (above < wanted) b.found->bin = 0, b.found->through = above;
@@ -335,8 +333,8 @@ __device__ __forceinline__ u32 order(const Block<C>& b, Held<C>& h, u64 low, u64
   return through;
 }
 
-// The k largest of what is held, in the order of the result, into its row; value(column) is what is written
-// of a number. `found->most` is zero.
+// The k largest of what is held, in the order of the result, into its row; value(rank, column) is what is
+// written of a number. `found->most` is zero.
 template <class C, class Value>
 __device__ __forceinline__ void finish(const Block<C>& b, Held<C>& h, u64 low, int from, int to, int* indices,
                                        typename Block<C>::Bits* values, const Value& value) {
@@ -367,9 +365,10 @@ __device__ __forceinline__ void finish(const Block<C>& b, Held<C>& h, u64 low, i
   for (int j = 0; j < C::HELD; ++j) {
     const u64 c = h.candidate[j];
     if (c == 0 || h.place[j] >= k) continue;
-    const int column = C::BY_INDEX ? column_of(c >> 32) : column_of(c);
+    const int column = column_of(C::BY_INDEX ? c >> 32 : c);
     indices[h.place[j]] = column;
-    if constexpr (C::VALUES) values[h.place[j]] = value(column);
+    if constexpr (C::VALUES)
+      values[h.place[j]] = value(static_cast<u32>(C::BY_INDEX ? c : c >> kColumnBits), column);
   }
   for (u32 i = filled + b.thread; i < k; i += C::THREADS) {
     indices[i] = -1;

@@ -25,9 +25,10 @@
 
 namespace jdg {
 
-constexpr int kAhead = 1 << 16;  // bytes of a piece that are asked for before they are loaded
-constexpr int kVectors = 4;      // that a thread loads at once
-constexpr int kNumbers = 8;      // the same, where numbers are loaded one by one
+constexpr int kNumbers = 8;  // that a thread loads at once when a row is read again
+// Bytes of a piece that are asked for before they are loaded; with one block for each SM there is more room.
+template <class C>
+constexpr int kAhead = C::PIECES > 1 ? 1 << 17 : 1 << 16;
 
 // All threads of the block, or of all blocks of the row.
 template <class C>
@@ -90,7 +91,7 @@ __device__ __forceinline__ void append(const Block<C>& b, u32 mask, const Column
 // Numbers of columns [from, to) that are not below `least`, into the list.
 template <class C>
 __device__ __forceinline__ void gather(const Block<C>& b, int from, int to, float least) {
-  constexpr int kWide = Block<C>::PER_VECTOR, kTurn = C::THREADS * kVectors;
+  constexpr int kWide = Block<C>::PER_VECTOR, kVectors = 32 / kWide, kTurn = C::THREADS * kVectors;
   const Span<C> span(b, from, to);
   for (int first = 0; first < span.vectors; first += kTurn) {
     uint4 held[kVectors];
@@ -100,7 +101,7 @@ __device__ __forceinline__ void gather(const Block<C>& b, int from, int to, floa
       const bool wanted = v < span.vectors;
       held[u] = ptx::load_or_ones(wanted, b.row + span.column(wanted ? v : 0));  // all ones are NaN
     }
-    prefetch(b, span, first + kAhead / 16, kTurn);
+    prefetch(b, span, first + kAhead<C> / 16, kTurn);
     u32 mask = 0;
 #pragma unroll
     for (int j = 0; j < kVectors * kWide; ++j)
@@ -203,19 +204,28 @@ __device__ __forceinline__ u64 narrow(const Block<C>& b, const Source& source, u
 // The sample: vectors from all over the row.
 template <class C>
 __device__ __forceinline__ void read_sample(const Block<C>& b, int from, int to) {
-  constexpr int kWide = Block<C>::PER_VECTOR;
+  constexpr int kWide = Block<C>::PER_VECTOR, kAtOnce = 2;
   const Span<C> span(b, from, to);
   const int vectors = b.size.sample / kWide;
+  const float step = static_cast<float>(span.vectors) / static_cast<float>(vectors);
   u32 most = 0;
-  for (int i = b.thread; i < vectors; i += C::THREADS) {
-    const int v = static_cast<int>(static_cast<u64>(i) * span.vectors / static_cast<u32>(vectors));
-    const uint4 held = ptx::load_or_ones(true, b.row + span.column(v));
+  for (int first = b.thread; first < vectors; first += C::THREADS * kAtOnce) {
+    uint4 held[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < kWide; ++j) {
-      const float number = in_vector<C>(held, j);
-      const u32 rank = number >= kLowest ? rank_of<typename Block<C>::N>(number) : 0;
-      b.sample()[j * vectors + i] = rank;
-      most = rank > most ? rank : most;
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = first + u * C::THREADS, v = static_cast<int>(static_cast<float>(i) * step);
+      held[u] = ptx::load_or_ones(i < vectors, b.row + span.column(min(v, span.vectors - 1)));
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = first + u * C::THREADS;
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) {
+        const float number = in_vector<C>(held[u], j);
+        const u32 rank = number >= kLowest ? rank_of<typename Block<C>::N>(number) : 0;
+        if (i < vectors) b.sample()[j * vectors + i] = rank;
+        most = rank > most ? rank : most;
+      }
     }
   }
   b.raise(&b.found->sampled, most);
@@ -250,7 +260,7 @@ template <class C>
 __device__ __forceinline__ u32 collect(const Block<C>& b, u32 piece, int from, int to, u64& low) {
   const int each = (to - from) / C::PIECES, first = from + each * static_cast<int>(piece);
   const int last = piece == C::PIECES - 1 ? to : first + each;
-  prefetch(b, Span<C>(b, first, last), 0, kAhead / 16);
+  prefetch(b, Span<C>(b, first, last), 0, kAhead<C> / 16);
   read_sample(b, from, to);
   __syncthreads();
   low = guess(b, to - from);
@@ -310,7 +320,7 @@ __device__ __forceinline__ void topk(const void* x, const int* start, const int*
   }
   const i64 result = static_cast<i64>(row) * size.k;
   finish(b, h, low, from, to, indices + result, C::VALUES ? static_cast<Bits*>(values) + result : nullptr,
-         [&](int column) { return ptx::load_constant(b.row + column); });
+         [&](u32, int column) { return ptx::load_constant(b.row + column); });
 }
 
 }  // namespace jdg
