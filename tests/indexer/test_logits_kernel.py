@@ -43,10 +43,13 @@ def operands(p: LogitsProblem, batch: int = 0, shift: int = 0) -> list[jax.Array
 
 
 CASES = [
-    (LogitsProblem(7, 261, 261, 24, 32), IndexerConfig(5, 3), 4),
+    (LogitsProblem(7, 261, 261, 24, 32), IndexerConfig(5, 3, warpgroups=2), 4),
     (LogitsProblem(9, 300, 100, 64, 128, "bf16", "bfloat16", compressed=True), IndexerConfig(2, 2), 3),
     (LogitsProblem(9, 300, 300, 30, 64), IndexerConfig(3, 3, tensor_sums=True), 3),
     (LogitsProblem(2 * 5, 2 * 140, 140, 3, 64, out="bfloat16", batches=2), IndexerConfig(3, 2), 2),
+    (LogitsProblem(9, 300, 300, 30, 64), IndexerConfig(3, 3, linear=True), 3),
+    (LogitsProblem(7, 700, 90, 64, 128, compressed=True), IndexerConfig(2, 2, linear=True, banks=1), 3),
+    (LogitsProblem(3, 300, 300, 16, 128, "bf16"), IndexerConfig(2, 2, warpgroups=2, banks=1), 2),
 ]
 
 
@@ -72,6 +75,11 @@ PAGED = [
     (
         LogitsProblem(5, 9 * 16, 144, 64, 128, compressed=True, batches=5, page=16, pages=50, joined=True),
         IndexerConfig(1, 3, tensor_sums=True),
+        3,
+    ),
+    (
+        LogitsProblem(5, 20 * 16, 320, 64, 128, compressed=True, batches=5, page=16, pages=90, joined=True),
+        IndexerConfig(1, 2, linear=True, banks=1),
         3,
     ),
 ]
@@ -146,7 +154,7 @@ def test_products_overlap_sums(p: LogitsProblem) -> None:
     pytest.importorskip("cuda.core")
     config = FAMILY.cheapest(p, H200)
     for sums in (False, True):
-        config = dataclasses.replace(config, tensor_sums=sums and p.heads % 16 == 0)
+        config = dataclasses.replace(config, tensor_sums=sums and p.heads % 16 == 0, linear=False)
         source = sm90.kernel_source(p, config)
         assert not compile_kernel(source).report.problems()
     assert source.shared_memory <= H200.smem_per_block
@@ -165,6 +173,8 @@ def test_the_text_gives_every_field() -> None:
     [
         (IndexerConfig(0, 4), "tokens is 0"),
         (IndexerConfig(3, 4), "192 columns of a bank, at most 128"),
+        (IndexerConfig(2, 4, banks=3), "banks is 3"),
+        (IndexerConfig(2, 4, warpgroups=1), "warpgroups is 1"),
         (IndexerConfig(2, 1), "stages is 1"),
         (IndexerConfig(2, 4, 1), "query_stages is 1"),
         (IndexerConfig(2, 16), "bytes of shared memory"),

@@ -55,11 +55,19 @@ def every_score(given: list[Any]) -> np.ndarray:
     return np.asarray(jax_deepgemm.indexer.mqa_logits(given[0], (given[1], given[2]), *given[3:]))
 
 
+def by_kernel(folder: Path, given: list[Any], c: IndexerConfig) -> np.ndarray:
+    """The same by the kernel that writes all of them."""
+    s, (n, d) = given[0].shape[0], given[1].shape
+    p = LogitsProblem(s, n, n, given[0].shape[1], d)
+    prepared = [np.asarray(x) for x in prepare(True, *given)]
+    return native_logits.run(folder, p, c, prepared, np.full((s, n), 7, np.float32), 2)
+
+
 CASES = [
-    (11, 700, 24, 64, IndexerConfig(3, 3), 3, 64),
-    (9, 900, 64, 128, IndexerConfig(2, 2), 2, 128),
-    (3, 3000, 8, 32, IndexerConfig(4, 3), 5, 64),
-    (9, 300, 32, 64, IndexerConfig(1, 3, tensor_sums=True), 2, 64),
+    (11, 700, 24, 64, IndexerConfig(3, 3, warpgroups=2), 3, 64),
+    (9, 900, 64, 128, IndexerConfig(2, 2, warpgroups=2, linear=True), 2, 128),
+    (3, 3000, 8, 32, IndexerConfig(4, 3, warpgroups=2), 5, 64),
+    (9, 300, 32, 64, IndexerConfig(1, 3, banks=1, warpgroups=2, tensor_sums=True), 2, 64),
 ]
 
 
@@ -67,7 +75,7 @@ CASES = [
 def test_candidates_on_a_cpu(tmp_path, s, n, h, d, config, grid, places):
     """Bounds of everything, of nothing, and of some; pieces of tokens; a segment that is too short."""
     given = [*operands("mixed", s, n, h, d), *windows(s, n)]
-    logits = every_score(given)
+    logits = by_kernel(tmp_path, given, config) if config.linear else every_score(given)
     finite = np.where(np.isinf(logits), np.nan, logits)
     bounds = np.full((s, 2), np.inf, np.float32)
     bounds[:, 1] = [np.nanquantile(row, 0.8) if np.isfinite(row).any() else 0 for row in finite]
@@ -100,7 +108,7 @@ def test_a_segment_that_is_full_is_not_left(tmp_path):
     """More candidates than places: they are counted, and nothing is written outside."""
     given = [*operands("equal", 4, 1500, 8, 32), *windows(4, 1500)]
     bounds = np.full((4, 1), -np.inf, np.float32)
-    numbers, keys, counts = filtered(tmp_path, given, bounds, 64, IndexerConfig(2, 3), 2)
+    numbers, keys, counts = filtered(tmp_path, given, bounds, 64, IndexerConfig(2, 3, warpgroups=2), 2)
     assert counts[0].sum() == 1500
     assert (counts[0].sum(axis=0) > 64).all()
     written = keys[0][keys[0] >= 0]
@@ -238,7 +246,7 @@ def test_limits():
     assert not fused.refusal(replace(far, scratch=1 << 30))
     assert "2^31 - 1 places" in fused.refusal(replace(PROBLEM, tokens=1 << 20, scratch=1 << 40))
     assert rows.shared_bytes(512, 1 << 20) <= H200.smem_per_block
-    assert fused.config_of(IndexerConfig(16, 4)) == IndexerConfig(4, 4)
+    assert fused.config_of(IndexerConfig(16, 4)) == IndexerConfig(4, 4, warpgroups=2)
 
 
 def test_errors():

@@ -128,7 +128,7 @@ def run(
         fp8=str(p.is_fp8).lower(),
         kernel=kernel,
         grid=grid,
-        threads=sm90.THREADS,
+        threads=sm90.threads_of(c),
         buffers="\n  ".join(f'const Numbers v{i}(folder + "/{i}");' for i in range(len(operands)))
         + "".join(f'const Numbers m{i}(folder + "/m{i}");' for i in range(len(arrays))),
         captured="".join(f", &v{i}" for i in range(len(operands)))

@@ -16,7 +16,7 @@ from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.indexer import reference
-from jax_deepgemm.ops.indexer.prepare import prepare_paged
+from jax_deepgemm.ops.indexer.prepare import prepare_paged, prepare_tokens, with_own_tables
 
 
 def parts_of(cache: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
@@ -51,6 +51,11 @@ def _two_arrays(q: jax.Array, values: jax.Array, scales: jax.Array, *rest: jax.A
     return [lax.map(of_request, (q, weights, start, end, tables))]
 
 
+def _of_tokens(paged: Any, *arrays: jax.Array, **options: Any) -> Any:
+    """The same of tokens, each of which has the table of its request."""
+    return paged(*with_own_tables(*arrays), **options)
+
+
 def _one_buffer(q: jax.Array, cache: jax.Array, *rest: jax.Array, **options: Any) -> Any:
     return _two_arrays(q, *parts_of(cache, q.shape[-1]), *rest, **options)
 
@@ -60,32 +65,36 @@ def _result(q: Dims, *_: Dims, out_dtype: Any, columns: int, **__: Any) -> list[
 
 
 def _recut(
-    plan: ShardingPlan, *arrays: jax.Array, columns: int, **_: Any
+    start_at: int, plan: ShardingPlan, *arrays: jax.Array, columns: int, **_: Any
 ) -> tuple[list[jax.Array], dict[str, Any]]:
     """A piece of the columns begins with a later key."""
     if not plan.cut("c"):
         return list(arrays), {}
-    *others, start, end, tables = arrays
-    return [*others, start + plan.offset("c"), end, tables], {"columns": plan.local_size("c")}
+    shifted = list(arrays)
+    shifted[start_at] += plan.offset("c")
+    return shifted, {"columns": plan.local_size("c")}
 
 
 @functools.cache
-def paged_op(joined: bool) -> Op:
+def paged_op(joined: bool, of_tokens: bool = False) -> Op:
     """Logits [b, t, c] of q [b, t, h, d], a cache, weights [b, t, h], the first key of a row's columns and
     the end of its context [b, t], and tables of pages [b, m].
 
     Args:
       joined: whether the cache is bytes [pages, page (d + 4)], instead of values and scales.
+      of_tokens: whether tables are of requests, [r, m], and a last operand says whose each token is, [b].
     """
+    reference = _one_buffer if joined else _two_arrays
+    cache, tables = "p y" if joined else "p y d, p y", "r m, b" if of_tokens else "b m"
     return Op(
-        "paged_mqa_logits" + ("_joined" if joined else ""),
-        f"b t h d, {'p y' if joined else 'p y d, p y'}, b t h, b t, b t, b m -> b t c",
+        "paged_mqa_logits" + "_joined" * joined + "_of_tokens" * of_tokens,
+        f"b t h d, {cache}, b t h, b t, b t, {tables} -> b t c",
         _result,
-        _one_buffer if joined else _two_arrays,
+        functools.partial(_of_tokens, reference) if of_tokens else reference,
         reduces=("h",),
-        recut=_recut,
+        recut=functools.partial(_recut, 3 if joined else 4),
         kernel=LazyKernel("jax_deepgemm.ops.indexer.kernel", "paged_joined" if joined else "paged"),
-        kernel_prepare=prepare_paged,
+        kernel_prepare=prepare_tokens if of_tokens else prepare_paged,
         grad_hint="Logits of a cache have none: mqa_logits and bf16_mqa_logits are for training.",
     )
 

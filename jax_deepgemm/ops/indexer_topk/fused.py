@@ -114,8 +114,9 @@ def refusal(p: IndexerTopkProblem) -> str:
 
 
 def config_of(c: IndexerConfig) -> IndexerConfig:
-    """What scores are filtered with. Bits of scores do not depend on how many tokens a bank has."""
-    return replace(c, tokens=min(c.tokens, MOST_TOKENS_OF_A_BANK))
+    """What scores are filtered with: eight warps, with registers for what they know of candidates. Bits of
+    scores do not depend on how many tokens and keys are scored at a time."""
+    return replace(c, tokens=min(c.tokens, MOST_TOKENS_OF_A_BANK), warpgroups=2)
 
 
 # Buffers ---------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ class _Part:
         self.cut, self.first, self.count, self.filter = cut, first, count, filter_of(p.k)
         self.weights = given["weights"].shape[1]
         self.listed = Scratch(_LIST), Scratch(_COUNTS, _zeroed(count)[0])
-        self.results = tuple(Result(i, 4 * p.k * first) for i in range(2))
+        self.results = Result(0, 4 * p.k * first), Result(1, 4 * p.k * first)
 
     def steps(self) -> Iterator[Step]:
         yield Memset(Scratch(_COUNTS), _zeroed(self.count)[2])

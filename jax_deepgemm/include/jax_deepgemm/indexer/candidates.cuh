@@ -2,9 +2,9 @@
 // their keys.
 //
 // clang-format off
-//   numbers, keys [tokens][8 warps][places]   each consumer warp has a segment of a token's row for itself, and
+//   numbers, keys [tokens][warps][places]   each consumer warp has a segment of a token's row for itself, and
 //                                             counts in registers: no atomics, and always the same bytes
-//   counts        [tokens][3 pieces][8 warps] how many there are; zero before
+//   counts        [tokens][3 pieces][warps] how many there are; zero before
 // clang-format on
 //
 // The tiles of a token may be divided among blocks of threads. The piece with the first of them fills
@@ -40,7 +40,7 @@ struct Candidates {
 };
 
 enum Piece : int { kFirstPiece, kLastPiece, kMiddlePiece };
-constexpr int kPieces = 3, kSegments = 8;
+constexpr int kPieces = 3;
 constexpr float kLeastNumber = -0x1.fffffep+127f;
 
 // Where a piece's logits of one token go, as a thread knows it, of which every other lane has the same.
@@ -57,6 +57,7 @@ struct CandidateToken {
 
 template <class C>
 struct Emitter {
+  static constexpr int kSegments = 4 * C::CONSUMERS;
   const Candidates* to;
   int step = 0, places = 0;  // of this piece
 
