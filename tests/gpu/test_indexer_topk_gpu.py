@@ -24,6 +24,7 @@ from jax_deepgemm.indexer import (
     paged_mqa_logits,
 )
 from jax_deepgemm.ops.indexer_topk.family import IndexerTopkProblem
+from jax_deepgemm.ops.indexer_topk.filter import STRIDE
 from tests.shared.indexer_topk_oracle import HARD, operands, windows
 
 # Tokens, keys, heads, d, k, tokens at a time.
@@ -35,9 +36,20 @@ SHAPES = [
     (5, 300, 1, 32, 1, 5),
     (1, 65_536, 64, 128, 2048, 1),
 ]
+# Tokens, keys, heads, d, k, scratch memory: scores filtered as they are made, in parts and rounds of tokens.
+FILTERED = [
+    (1100, 40_000, 64, 128, 2048, 1 << 28),
+    (300, 20_001, 32, 128, 512, 1 << 22),
+    (150, 6000, 20, 64, 8, 1 << 19),
+    (40, 2000, 64, 128, 2048, 1 << 28),
+]
 
 
 def kernels() -> Iterator[Any]:
+    for tokens, keys, heads, depth, k, scratch in FILTERED:
+        for by_index in (False, True):
+            form = {"by_index": by_index, "scratch": scratch, "sampled": keys // STRIDE}
+            yield IndexerTopkProblem(tokens, keys, heads, depth, k, **form)
     for tokens, keys, heads, depth, k, each in SHAPES:
         for by_index in (False, True):
             scratch = 4 * keys * each
@@ -79,6 +91,53 @@ def test_hard_rows(tokens, keys, heads, depth, k, each, kind):
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize(("tokens", "keys", "heads", "depth", "k", "scratch"), FILTERED, ids=str)
+def test_hard_rows_filtered(tokens, keys, heads, depth, k, scratch, kind):
+    """Rows whose sample says nothing, of which all are scored again, and rows that it is right for."""
+    given = [*operands(kind, tokens, keys, heads, depth), *windows(tokens, keys)]
+    for order in ("value", "index"):
+        run = program(k=k, order=order, scratch_bytes=scratch, fused=True)
+        first = run(*given)
+        check(first, in_two(k, order)(*given))
+        for _ in range(3):
+            check(run(*given), first)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("shape", FILTERED[:3], ids=str)
+def test_any_numbers_filtered(shape):
+    """Scores of random numbers, whose bounds are right for nearly all; windows of all keys and causal ones;
+    NaN and infinity; twenty equal reruns."""
+    tokens, keys, heads, depth, k, scratch = shape
+    names = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(names[0], (tokens, heads, depth)).astype(jnp.float8_e4m3fn)
+    kv = jax.random.normal(names[1], (keys, depth)).astype(jnp.float8_e4m3fn)
+    scales = jnp.abs(jax.random.normal(names[2], (keys,)))
+    weights = jax.random.normal(names[3], (tokens, heads))
+    run = program(k=k, scratch_bytes=scratch, fused=True)
+    row = jnp.arange(tokens, dtype=jnp.int32)
+    for start, end in (
+        (0 * row, 0 * row + keys),
+        (0 * row, keys - tokens + 1 + row),
+        windows(tokens, keys, 2),
+        (0 * row + 7, jnp.where(row % 97 == 5, keys, 7)),
+    ):
+        given = q, kv, scales, weights, start, end
+        check(run(*given), in_two(k)(*given))
+    first = run(*given)
+    for _ in range(20):
+        check(run(*given), first)
+    few = IndexerConfig(tokens=1, stages=3, warpgroups=2)
+    check(program(k=k, scratch_bytes=scratch, fused=True, config=few)(*given), in_two(k, config=few)(*given))
+    bad = scales.at[20::31].set(jnp.nan).at[30::1003].set(jnp.inf)
+    given = q.at[0, 0, 0].set(jnp.nan), kv.at[keys // 2].set(jnp.nan), bad, weights, 0 * row, 0 * row + keys
+    got = run(*given)
+    check(got, in_two(k)(*given))
+    assert (np.asarray(got[1])[0] == -1).all()
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_any_numbers(shape):
     """Scores that are no whole numbers, with a configuration of the caller's too; NaN and infinite scales,
@@ -96,7 +155,7 @@ def test_any_numbers(shape):
     check(first, in_two(k)(q, kv, scales, weights, start, end))
     for _ in range(20):
         check(program(k=k, scratch_bytes=scratch)(q, kv, scales, weights, start, end), first)
-    few = IndexerConfig(tokens=1, stages=3)
+    few = IndexerConfig(tokens=1, stages=3, warpgroups=2)
     given = q, kv, scales, weights, start, end
     check(program(k=k, scratch_bytes=scratch, config=few, num_sms=7)(*given), in_two(k, config=few)(*given))
     outside = kv.at[:9].set(jnp.nan).at[keys - 5 :].set(jnp.nan)
@@ -115,18 +174,21 @@ def test_nothing_of_all_scores_is_in_memory():
     tokens, keys = 4096, 16_384
     given = [*operands("mixed", tokens, keys, 64, 128), *windows(tokens, keys)]
     scratch = 1 << 24
-    run = program(k=64, scratch_bytes=scratch)
-    used = run.lower(*given).compile().memory_analysis().temp_size_in_bytes
-    assert used < 2 * scratch < 4 * tokens * keys // 8
-    check(run(*given), in_two(64)(*given))
+    for fused in (False, True):
+        run = program(k=64, scratch_bytes=scratch, fused=fused)
+        used = run.lower(*given).compile().memory_analysis().temp_size_in_bytes
+        assert used < 2 * scratch < 4 * tokens * keys // 4
+        check(run(*given), in_two(64)(*given))
 
 
 @pytest.mark.smoke
-def test_calls_are_captured():
+@pytest.mark.parametrize("fused", [False, True])
+def test_calls_are_captured(fused):
     """All launches of a call are in the program's command buffer: the handler does not run for each call."""
     calls, runs = 10, 20
     given = [*operands("mixed", 70, 3000, 32, 128), *windows(70, 3000)]
-    step = functools.partial(call, indexer_topk, k=40, values=True, scratch_bytes=4 * 3000 * 32)
+    options = {"k": 40, "values": True, "scratch_bytes": 4 * 3000 * 32, "fused": fused}
+    step = functools.partial(call, indexer_topk, **options)
 
     @jax.jit
     def chain(q: Any, keys: Any, scales: Any, weights: Any, *window: Any) -> jax.Array:

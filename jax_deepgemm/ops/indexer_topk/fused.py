@@ -236,11 +236,11 @@ class _Part:
         operands = tuple(self._at(name) for name in ("q", "weights", "start", "end"))
         listed = [Scratch(i) for i in (_LISTED_Q, _LISTED_WEIGHTS, _LISTED_STARTS, _LISTED_ENDS)]
         vectors = (p.heads * p.logits.row_bytes // 16, self.weights // 4)
-        pointers = (*operands, *listed, *self.listed)
+        pointers: tuple[Buffer, ...] = (*operands, *listed, *self.listed)
         yield rows.launch("gathered", self.chip, count, pointers, (*vectors, first))
         q, weights, *window = listed
         given, _ = self._logits(count, self._names())
-        at = q, self._at("k"), self._at("scales"), weights, *window
+        at: tuple[Buffer, ...] = (q, self._at("k"), self._at("scales"), weights, *window)
         scored = p.logits_of(count)
         [plain] = renamed(Part(LOGITS.plan(scored, self.chip, given, self.c), at, (Scratch(_BIG),)))
         source = logits_source(scored, self.c, "kWindows")
