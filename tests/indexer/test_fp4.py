@@ -86,7 +86,7 @@ def test_what_is_not_finite_makes_its_block_nan():
 @pytest.mark.any_version
 @pytest.mark.parametrize("largest", [7, 8, 14, 127, 254])
 def test_rows_expand_exactly(largest):
-    """Every number, in blocks that are up to 2**14 smaller than the largest; blocks of zeros, of any scale."""
+    """Every number, in blocks that are up to 2**14 smaller than the largest; zeros of any scale."""
     apart = np.arange(15)
     codes = np.stack([0 * apart + largest, largest - apart, largest - apart // 2, 0 * apart + 254], axis=-1)
     codes = np.maximum(codes, 0).astype(np.uint8)
