@@ -31,6 +31,7 @@ class LogitsProblem:
         has.
       pages: of the cache.
       joined: whether a page's scales lie behind its values.
+      packed: whether keys are FP4, two numbers in a byte, with a word of scales each; q is e4m3.
     """
 
     tokens: int
@@ -45,9 +46,15 @@ class LogitsProblem:
     page: int = 0
     pages: int = 0
     joined: bool = False
+    packed: bool = False
 
     def __str__(self) -> str:
-        parts = ["mqa_logits", self.dtype, f"{self.tokens}x{self.columns}", f"of {self.keys} keys"]
+        parts = [
+            "mqa_logits",
+            self.dtype,
+            f"{self.tokens}x{self.columns}",
+            f"of {self.keys} {'FP4 ' if self.packed else ''}keys",
+        ]
         parts += [f"h={self.heads}", f"d={self.depth}"]
         parts += [self.out] if self.out != "float32" else []
         if self.page:
@@ -71,8 +78,13 @@ class LogitsProblem:
 
     @property
     def row_bytes(self) -> int:
-        """Of a key, or of one head of a token."""
+        """Of a key, or of one head of a token, as they are multiplied."""
         return self.depth * (1 if self.is_fp8 else 2)
+
+    @property
+    def key_bytes(self) -> int:
+        """Of a key in memory, without its scales."""
+        return self.depth // 2 if self.packed else self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class IndexerConfig:
     Attributes:
       tokens: of a bank. Two banks, one of them multiplied while the other is summed up, are what a block of
         threads has at a time.
-      stages: slots of 128 keys each.
+      stages: slots of 128 keys each; of keys in FP4, before they are expanded.
       query_stages: slots of two banks of tokens each.
       tensor_sums: whether tensor cores sum over heads (a multiple of 16), from products of q and k that are
         rounded to bfloat16: their relative error is 2**-9, that of the sum less. Otherwise sums are float32.

@@ -106,9 +106,9 @@ def paged_op(joined: bool, packed: bool = False) -> Op:
         functools.partial(_one_buffer if joined else _two_arrays, packed=packed),
         reduces=("h",),
         recut=_recut,
-        kernel=None
-        if packed
-        else LazyKernel("jax_deepgemm.ops.indexer.kernel", "paged_joined" if joined else "paged"),
+        kernel=LazyKernel(
+            "jax_deepgemm.ops.indexer.kernel", "paged_joined" if joined else "paged", packed=packed
+        ),
         kernel_prepare=prepare_paged,
         grad_hint="Logits of a cache have none: mqa_logits and bf16_mqa_logits are for training.",
     )

@@ -18,9 +18,11 @@ BANKS = 2
 MOST_COLUMNS = 128
 """Of a bank: two products, and the weights of two banks, are in a thread's registers."""
 MOST_STAGES, FEWEST_STAGES = 8, 2
-THREADS = 384
+EXPANDED_STAGES = 4
+"""Slots of keys that were FP4."""
 _SLAB_BYTES = 128
 _TOKEN_BYTES = 32
+_TABLE_BYTES = 160
 
 # LogitsConfig of include/jax_deepgemm/indexer/config.cuh says what each field means.
 _TEXT = """\
@@ -33,7 +35,7 @@ struct Config {{
   static constexpr int PAGE = {page};
   static constexpr int HEADS = {heads}, TOKENS = {tokens}, SLABS = {slabs}, STEPS = {steps};
   static constexpr bool SCALED = {scaled}, COMPRESSED = {compressed}, TENSOR_SUMS = {tensor_sums};
-  static constexpr int STAGES = {stages}, QUERY_STAGES = {query_stages};
+  static constexpr int STAGES = {stages}, QUERY_STAGES = {query_stages}, PACKED_STAGES = {packed_stages};
   static constexpr int SHARED_BYTES = {shared};
 }};
 
@@ -58,6 +60,11 @@ def slabs_of(p: LogitsProblem) -> int:
     return ceil_div(p.row_bytes, _SLAB_BYTES)
 
 
+def threads_of(p: LogitsProblem) -> int:
+    """Two warpgroups of consumers, one that loads, and one that expands keys in FP4."""
+    return 512 if p.packed else 384
+
+
 def shared_memory(p: LogitsProblem, c: IndexerConfig) -> int:
     """Bytes of shared memory; mirrors LogitsLayout in config.cuh, which asserts it."""
     columns = BANKS * c.tokens * heads_of(p)
@@ -65,8 +72,13 @@ def shared_memory(p: LogitsProblem, c: IndexerConfig) -> int:
     scales = TILE_KEYS // p.page * max(4 * p.page, 128) if p.page else TILE_KEYS * 4
     stage = slabs_of(p) * TILE_KEYS * _SLAB_BYTES + (scales if p.is_fp8 else 0) + 32
     queries = slabs_of(p) * columns * _SLAB_BYTES + weights + BANKS * c.tokens * _TOKEN_BYTES + 48
-    share = THREADS // 32 * 8 + 16
-    return ceil_div(c.stages * stage + c.query_stages * queries + share, 128) * 128
+    share = threads_of(p) // 32 * 8 + 16
+    if p.packed:
+        packed = TILE_KEYS * p.key_bytes + scales + 32
+        keys = EXPANDED_STAGES * stage + c.stages * packed + _TABLE_BYTES
+    else:
+        keys = c.stages * stage
+    return ceil_div(keys + c.query_stages * queries + share, 128) * 128
 
 
 def problems_with(p: LogitsProblem, c: IndexerConfig) -> list[str]:
@@ -104,6 +116,7 @@ def refusal(p: LogitsProblem) -> str:
 _CLOCK = 1.6e3  # cycles of a microsecond, under load
 _START = 4.0
 _SLOTS = (2.55, 20.0)  # of an SM's quarter: for each score of a thread, and for each product
+_EXPAND = 250.0  # of an SM's quarter: for 32 keys of a tile
 _HIDDEN = 0.93  # of the tensor cores' time, at best
 _L2_BYTES = 30.0  # of a cycle and an SM
 _WRITE, _READ = 2.9e6, 3.9e6  # bytes of a microsecond
@@ -150,11 +163,12 @@ def cost(p: LogitsProblem, c: IndexerConfig, chip: Chip) -> Cost:
     products = BANKS * 2  # of a tile: banks by warpgroups
     tensor = products * columns / 2 * ceil_div(p.row_bytes, 32) / _HIDDEN
     slots = products * (_SLOTS[0] * columns / 2 + 6.0 * c.tokens + _SLOTS[1])
-    from_l2 = slabs_of(p) * TILE_KEYS * min(p.row_bytes, _SLAB_BYTES) / _L2_BYTES
+    slots += _EXPAND * p.depth / 128 if p.packed else 0.0
+    from_l2 = TILE_KEYS * p.key_bytes / _L2_BYTES
     cycles = max(tensor, slots, from_l2) + 0.1 * min(tensor, slots)
     share = ceil_div(tiles_of(p, c), chip.num_sms)
     written = p.tokens * p.columns * p.out_bytes / _WRITE
-    read = p.batches * p.keys * (p.row_bytes + 4) / _READ if p.page else 0.0
+    read = p.batches * p.keys * (p.key_bytes + 4) / _READ if p.page else 0.0
     return Cost(_START, share * cycles / _CLOCK, written + read)
 
 
@@ -184,7 +198,7 @@ def _most_stages(p: LogitsProblem, tokens: int, chip: Chip) -> int:
 
 def kernel_name(p: LogitsProblem, c: IndexerConfig) -> str:
     """The name that profilers show."""
-    parts = ["jdg_mqa_logits", p.dtype, f"h{heads_of(p)}x{c.tokens}", f"d{p.depth}"]
+    parts = ["jdg_mqa_logits", "fp4" if p.packed else p.dtype, f"h{heads_of(p)}x{c.tokens}", f"d{p.depth}"]
     parts += [f"s{c.stages}q{c.query_stages}"]
     parts += ["mma"] if c.tensor_sums else []
     parts += ["bf16out"] if p.out == "bfloat16" else []
@@ -211,10 +225,11 @@ def kernel_source(p: LogitsProblem, c: IndexerConfig) -> KernelSource:
         scaled=str(p.is_fp8).lower(),
         compressed=str(p.compressed).lower(),
         tensor_sums=str(c.tensor_sums).lower(),
-        stages=c.stages,
+        stages=EXPANDED_STAGES if p.packed else c.stages,
+        packed_stages=c.stages if p.packed else 0,
         query_stages=c.query_stages,
         shared=shared_memory(p, c),
-        threads=THREADS,
+        threads=threads_of(p),
         page=p.page,
         tables="tables, table_width" if p.page else "nullptr, 0",
         name=name,
@@ -252,25 +267,39 @@ def _slab(p: LogitsProblem) -> int:
 
 
 def _maps_of_keys(p: LogitsProblem, given: Operands) -> list[TensorMap]:
-    keys, box = Operand(given["k"].index), (_slab(p), TILE_KEYS)
-    maps = [TensorMap(keys, _DTYPES[p.dtype], (p.depth, p.keys), (p.row_bytes,), box, 128)]
+    keys = Operand(given["k"].index)
+    if p.packed:
+        dims, form = (p.key_bytes, p.keys), ("uint8", p.key_bytes, _swizzle(p))
+    else:
+        dims, form = (p.depth, p.keys), (_DTYPES[p.dtype], _slab(p), 128)
+    dtype, row, swizzle = form
+    maps = [TensorMap(keys, dtype, dims, (p.key_bytes,), (row, TILE_KEYS), swizzle)]
     if p.is_fp8:
-        maps.append(TensorMap(Operand(given["scales"].index), "float32", (p.keys,), (), (TILE_KEYS,)))
+        maps.append(TensorMap(Operand(given["scales"].index), _SCALES[p.packed], (p.keys,), (), (TILE_KEYS,)))
     return maps
 
 
+_SCALES = {False: "float32", True: "int32"}
+
+
+def _swizzle(p: LogitsProblem) -> int:
+    """Of rows of keys: bytes that they fill up, or, of FP4, have."""
+    return 128 if not p.packed else p.key_bytes if p.key_bytes > 16 else 0
+
+
 def _maps_of_pages(p: LogitsProblem, given: Operands) -> list[TensorMap]:
-    values = p.page * p.depth
+    values = p.page * p.key_bytes
     if p.joined:
         cache = given["cache"].index
         keys, scales, pitches = Operand(cache), Operand(cache, values), (values + 4 * p.page,) * 2
     else:
         keys, scales = Operand(given["k"].index), Operand(given["scales"].index)
         pitches = values, 4 * p.page
-    box = (_slab(p), p.page, 1)
+    row = p.key_bytes
+    box = (row if p.packed else _slab(p), p.page, 1)
     return [
-        TensorMap(keys, "uint8", (p.depth, p.page, p.pages), (p.depth, pitches[0]), box, 128),
-        TensorMap(scales, "float32", (p.page, p.pages), (pitches[1],), (p.page, 1)),
+        TensorMap(keys, "uint8", (row, p.page, p.pages), (row, pitches[0]), box, _swizzle(p)),
+        TensorMap(scales, _SCALES[p.packed], (p.page, p.pages), (pitches[1],), (p.page, 1)),
     ]
 
 
@@ -292,7 +321,7 @@ def _plan(p: LogitsProblem, c: IndexerConfig, chip: Chip, given: Operands) -> La
     launch = Launch(
         kernel=compile_kernel(source, arch=chip.arch),
         grid=(min(chip.num_sms, max(tiles_of(p, c), blocks_of(p, c))), 1, 1),
-        block=THREADS,
+        block=threads_of(p),
         params=(
             *tensor_maps(p, c, given),
             Operand(given["start"].index),

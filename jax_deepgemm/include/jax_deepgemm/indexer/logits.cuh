@@ -4,6 +4,7 @@
 // clang-format off
 //   warpgroups 0, 1     consumers: 64 keys of a tile each, by two banks of tokens in turn
 //   warpgroup 2         warp 0: producer; warps 1 to 3: minus infinity where no tile is
+//   warpgroup 3         of keys in FP4: expands them (expand.cuh)
 //
 //   keys:    slot  keys [128, d] | scales [128]
 //   tokens:  slot  queries [2 banks][tokens][heads][d] | weights [..][heads] | Token of each | Run
@@ -33,6 +34,7 @@
 // serialises (C7514). There is one loop, with one product in flight at its edge.
 #pragma once
 
+#include <jax_deepgemm/indexer/expand.cuh>
 #include <jax_deepgemm/indexer/work.cuh>
 #include <jax_deepgemm/ptx/mma.cuh>
 #include <jax_deepgemm/ptx/tma.cuh>
@@ -62,9 +64,9 @@ __device__ __forceinline__ void load_tokens(const Problem<C>& p, const Queries<C
 }
 
 template <class C>
-__device__ __forceinline__ void load_keys(const Problem<C>& p, const Keys<C>& keys, int first) {
+__device__ __forceinline__ void load_keys(const Problem<C>& p, const Loaded<C>& keys, int first) {
   using L = LogitsLayout<C>;
-  keys.expect(L::kKeysBytes + L::kScalesBytes);
+  keys.expect(Loaded<C>::kBytes + L::kScalesBytes);
 #pragma unroll
   for (int slab = 0; slab < C::SLABS; ++slab)
     ptx::tma_load(keys.keys() + slab * kTileKeys * kSlabBytes, *p.keys, keys.full(), slab * kSlabElements<C>,
@@ -75,15 +77,15 @@ __device__ __forceinline__ void load_keys(const Problem<C>& p, const Keys<C>& ke
 // The pages of a tile, by a warp, of which every lane has the number of a page from `known` on. Outside of
 // the cache there are zeros.
 template <class C>
-__device__ __forceinline__ void load_pages(const Problem<C>& p, const Keys<C>& keys, int page, int known,
+__device__ __forceinline__ void load_pages(const Problem<C>& p, const Loaded<C>& keys, int page, int known,
                                            bool elected) {
   using L = LogitsLayout<C>;
-  if (elected) keys.expect(L::kKeysBytes + L::kScalesBytes);
+  if (elected) keys.expect(Loaded<C>::kBytes + L::kScalesBytes);
 #pragma unroll
   for (int i = 0; i < kTilePages<C>; ++i) {
     const int at = __shfl_sync(0xFFFFFFFF, page, known + i);
     if (elected) {
-      ptx::tma_load(keys.keys() + i * C::PAGE * kSlabBytes, *p.keys, keys.full(), 0, 0, at);
+      ptx::tma_load(keys.keys() + i * C::PAGE * Loaded<C>::kRow, *p.keys, keys.full(), 0, 0, at);
       ptx::tma_load(keys.scales() + i * L::kPagePitch, *p.scales, keys.full(), 0, at);
     }
   }
@@ -92,8 +94,8 @@ __device__ __forceinline__ void load_pages(const Problem<C>& p, const Keys<C>& k
 // All tiles of a block of tokens, by a warp. Numbers of 32 pages are read at once; those that no window
 // reaches are none.
 template <class C>
-__device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Keys<C>& keys, int block, Span tiles,
-                                                    int end, bool elected) {
+__device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Loaded<C>& keys, int block,
+                                                    Span tiles, int end, bool elected) {
   constexpr int kKnown = 32 / kTilePages<C>;  // tiles
   const int* const table = p.tables + static_cast<i64>(block / blocks_of_request(p)) * p.table_width;
   int page = -1;
@@ -113,7 +115,7 @@ __device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Keys<C>
 // By a warp. One lane of it loads; all of them look at windows.
 template <class C>
 __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share, u32 smem) {
-  Keys<C> keys(smem);
+  Loaded<C> keys(smem);
   Queries<C> queries(smem);
   const int lane = threadIdx.x % 32;
   const bool elected = ptx::elect();
@@ -168,14 +170,14 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
 template <class C>
 struct Scorer {
   using Out = typename C::Out;
-  static constexpr int kCount = kBankCols<C> / 2;      // of a thread's accumulator
-  static constexpr int kPerToken = C::HEADS / 4;       // heads of a token that a thread sums up
-  static constexpr int kSteps = C::HEADS / 16;         // products of a warp, of a token
-  static constexpr int kPairs = (C::TOKENS + 1) / 2;   // logits of a thread, of a bank
-  static constexpr bool kKeepRows = kPairs <= 2;       // in registers
+  static constexpr int kCount = kBankCols<C> / 2;     // of a thread's accumulator
+  static constexpr int kPerToken = C::HEADS / 4;      // heads of a token that a thread sums up
+  static constexpr int kSteps = C::HEADS / 16;        // products of a warp, of a token
+  static constexpr int kPairs = (C::TOKENS + 1) / 2;  // logits of a thread, of a bank
+  // In registers, of which there are fewer beside a warpgroup that expands keys.
+  static constexpr bool kKeepRows = kPairs <= (kPacked<C> ? 1 : 2);
   static constexpr bool kSumsAreFew = C::TOKENS <= 4;  // so that they stay in registers beside two products
   static constexpr float kHalf = C::TENSOR_SUMS ? 1.0f : 0.5f;  // what sums are multiplied by
-  static constexpr int kPage = C::PAGE > 0 ? C::PAGE : kTileKeys;
   using Product = float[kCount];
   using Sums = float[2 * C::TOKENS];
 
@@ -201,7 +203,7 @@ struct Scorer {
         warpgroup(warpgroup),
         lane(threadIdx.x % 32),
         mine(threadIdx.x / 32 * 16 + lane / 4 + (lane & 2) * 4),
-        scale_at(C::PAGE > 0 ? mine / kPage * LogitsLayout<C>::kPagePitch + mine % kPage * 4 : mine * 4) {}
+        scale_at(scale_offset<C>(mine)) {}
 
   // --- a block of tokens ---
 
@@ -422,7 +424,12 @@ struct Scorer {
 template <class C>
 __device__ __forceinline__ void init_pipelines(u32 smem) {
   if (threadIdx.x == 0) {
-    Keys<C>(smem).init(4 * kConsumers);
+    if constexpr (kPacked<C>) {
+      PackedKeys<C>(smem).init(4);
+      Keys<C>(smem).init(4 * kConsumers, 4);
+    } else {
+      Keys<C>(smem).init(4 * kConsumers);
+    }
     Queries<C>(smem).init(4 * kConsumers);
     ptx::fence_mbarrier_init();
   }
@@ -435,6 +442,7 @@ __device__ __forceinline__ void logits(const Problem<C>& p) {
   const u32 smem = smem_address(shared);
   const int warpgroup = warpgroup_index(), warp = warp_index() % 4;
 
+  if constexpr (kPacked<C>) write_table<C>(smem);
   init_pipelines<C>(smem);
   ptx::wait_for_previous_kernel();
   const Share share = share_of_block(p, shared);
@@ -444,8 +452,11 @@ __device__ __forceinline__ void logits(const Problem<C>& p) {
       produce(p, share, smem);
     else
       fill_rows(p, warp - 1, 3);
+  } else if (kPacked<C> && warpgroup > kConsumers) {
+    ptx::lower_registers<40>();
+    if constexpr (kPacked<C>) Expander<C>(smem).run(share);
   } else {
-    ptx::raise_registers<232>();
+    ptx::raise_registers<kPacked<C> ? 216 : 232>();
     Scorer<C>(smem, warpgroup).run();
   }
 }

@@ -135,7 +135,7 @@ __device__ __forceinline__ int sum_up_to_lane(int v) {
 // begins looks for the place.
 template <class C>
 __device__ __forceinline__ Share share_of_block(const Problem<C>& p, char* shared) {
-  constexpr int kWarps = kIndexerThreads / 32;
+  constexpr int kWarps = kIndexerThreads<C> / 32;
   i64* const counts = reinterpret_cast<i64*>(shared + LogitsLayout<C>::kShare);
   int* const place = reinterpret_cast<int*>(counts + kWarps);
   const int warp = warp_index(), lane = threadIdx.x % 32;
