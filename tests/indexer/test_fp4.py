@@ -17,39 +17,12 @@ from jax_deepgemm.ops.indexer.paged_op import bytes_of, paged_op
 from jax_deepgemm.ops.quantize import quantize
 from tests.shared import op_checks
 from tests.shared.arrays import normal
+from tests.shared.fp4_numbers import BYTES, meant, random, scales_of, words
 from tests.shared.logits_oracle import calc_diff, exact, windows
 from tests.shared.op_checks import OpCase, Shard
 
 E4M3 = jnp.float8_e4m3fn
-NUMBERS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-BYTES = np.arange(16, dtype=np.uint8) | np.arange(16, dtype=np.uint8)[::-1] << 4
-"""All of them, in both halves."""
 S, N, H = 8, 40, 4
-
-
-def meant(q: Any) -> np.ndarray:
-    """float64 numbers of uint8 values and float8_e8m0fnu scales."""
-    values = np.asarray(q[0])
-    numbers = NUMBERS[np.stack([values & 15, values >> 4], axis=-1)].reshape(*values.shape[:-1], -1)
-    codes = np.asarray(q[1]).view(np.uint8).astype(int)
-    scales = np.where(codes == 255, np.nan, np.ldexp(1.0, codes - 127))
-    return numbers * np.repeat(scales, 32, axis=-1)
-
-
-def random(seed: int, *shape: int, lowest: int = 120, highest: int = 134) -> Fp4Array:
-    """Any four bits, scales of 2**(lowest - 127) to 2**(highest - 127)."""
-    rng = np.random.default_rng(seed)
-    *lead, depth = shape
-    values = rng.integers(0, 256, (*lead, depth // 2)).astype(np.uint8)
-    codes = rng.integers(lowest, highest + 1, (*lead, depth // 32)).astype(np.uint8)
-    return Fp4Array(jnp.asarray(values), jnp.asarray(codes.view(ml_dtypes.float8_e8m0fnu)))
-
-
-def words(q: Fp4Array) -> jax.Array:
-    """Scales of rows, four in an int32, and what fewer of them leave."""
-    codes = np.asarray(q.scales).view(np.uint8)
-    missing = np.full((*codes.shape[:-1], 4 - codes.shape[-1]), 250, np.uint8)
-    return jnp.asarray(np.concatenate([codes, missing], axis=-1).view(np.int32)[..., 0])
 
 
 # Numbers ---------------------------------------------------------------------------------------------------
@@ -93,7 +66,7 @@ def test_rows_expand_exactly(largest):
     block = BYTES.reshape(1, 16)
     zeros = np.full((15, 16), 0x80, np.uint8)
     values = np.concatenate([np.tile(block, (15, 3)), zeros], axis=1)
-    q = jnp.asarray(values), jnp.asarray(codes.view(ml_dtypes.float8_e8m0fnu))
+    q = jnp.asarray(values), scales_of(codes)
     got, scales = jax.jit(fp4.expand)(values, jnp.asarray(codes.view(np.int32)[:, 0]))
     assert got.dtype == E4M3
     whole = np.asarray(got).astype(np.float64) * np.asarray(scales, np.float64)[:, None]
@@ -232,7 +205,7 @@ def test_pages(depth, page):
     """Two arrays of each form, and bytes of both shapes."""
     q, values, scales, weights, lens, tables = draw(0, depth, page)
     codes = np.asarray(scales)[..., None].view(np.uint8)[..., : depth // 32]
-    cache = Fp4Array(values, jnp.asarray(np.ascontiguousarray(codes).view(ml_dtypes.float8_e8m0fnu)))
+    cache = Fp4Array(values, scales_of(codes))
     keys = meant(cache)[np.asarray(tables)].reshape(B, -1, depth)
     want = np.stack([exact(q[b], keys[b], weights[b], 0 * lens[b], lens[b]) for b in range(B)])
     got = paged_mqa_logits(q, cache, weights, lens, tables)
