@@ -62,7 +62,7 @@ def problem(page: int, heads: int, tokens: int, depth: int, joined: bool, packed
 def configurations(*shape: Any) -> list[IndexerConfig]:
     """All that the cost model chooses among, and one of few slots."""
     candidates = list(sm90.candidates(problem(*shape), H200))
-    return [*candidates, IndexerConfig(candidates[0].tokens, 2)]
+    return [*candidates, IndexerConfig(candidates[0].tokens, 2, warpgroups=2)]
 
 
 def kernels() -> Iterator[Any]:

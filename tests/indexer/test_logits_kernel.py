@@ -43,10 +43,13 @@ def operands(p: LogitsProblem, batch: int = 0, shift: int = 0) -> list[jax.Array
 
 
 CASES = [
-    (LogitsProblem(7, 261, 261, 24, 32), IndexerConfig(5, 3), 4),
+    (LogitsProblem(7, 261, 261, 24, 32), IndexerConfig(5, 3, warpgroups=2), 4),
     (LogitsProblem(9, 300, 100, 64, 128, "bf16", "bfloat16", compressed=True), IndexerConfig(2, 2), 3),
     (LogitsProblem(9, 300, 300, 30, 64), IndexerConfig(3, 3, tensor_sums=True), 3),
     (LogitsProblem(2 * 5, 2 * 140, 140, 3, 64, out="bfloat16", batches=2), IndexerConfig(3, 2), 2),
+    (LogitsProblem(9, 300, 300, 30, 64), IndexerConfig(3, 3, linear=True), 3),
+    (LogitsProblem(7, 700, 90, 64, 128, compressed=True), IndexerConfig(2, 2, linear=True, banks=1), 3),
+    (LogitsProblem(3, 300, 300, 16, 128, "bf16"), IndexerConfig(2, 2, warpgroups=2, banks=1), 2),
 ]
 
 
@@ -72,6 +75,11 @@ PAGED = [
     (
         LogitsProblem(5, 9 * 16, 144, 64, 128, compressed=True, batches=5, page=16, pages=50, joined=True),
         IndexerConfig(1, 3, tensor_sums=True),
+        3,
+    ),
+    (
+        LogitsProblem(5, 20 * 16, 320, 64, 128, compressed=True, batches=5, page=16, pages=90, joined=True),
+        IndexerConfig(1, 2, linear=True, banks=1),
         3,
     ),
 ]
@@ -122,19 +130,19 @@ def test_pages_on_a_cpu(tmp_path: Path, p: LogitsProblem, config: IndexerConfig,
 PACKED = [
     (
         LogitsProblem(4 * 3, 3 * 64, 150, 24, 64, compressed=True, batches=4, page=64, pages=7, packed=True),
-        IndexerConfig(2, 2),
+        IndexerConfig(2, 2, linear=True, warpgroups=2),
         2,
     ),
     (
         LogitsProblem(
             5, 9 * 16, 144, 64, 128, compressed=True, batches=5, page=16, pages=50, joined=True, packed=True
         ),
-        IndexerConfig(1, 3, tensor_sums=True),
+        IndexerConfig(1, 3, tensor_sums=True, banks=1, warpgroups=2),
         3,
     ),
     (
         LogitsProblem(5, 5 * 128, 640, 8, 32, compressed=True, batches=5, page=32, pages=99, packed=True),
-        IndexerConfig(4, 5),
+        IndexerConfig(4, 5, warpgroups=2),
         1,
     ),
 ]
@@ -172,7 +180,7 @@ def test_keys_in_fp4_on_a_cpu(tmp_path: Path, p: LogitsProblem, config: IndexerC
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
     assert np.isnan(want).any()
-    assert calc_diff(got, want) < (5e-6 if config.tensor_sums else 1e-10)
+    assert calc_diff(got, want) < (5e-6 if config.tensor_sums or config.linear else 1e-10)
 
 
 def _exact(p: LogitsProblem, q: Any, k: Any, *rest: Any) -> np.ndarray:
@@ -217,7 +225,7 @@ def test_products_overlap_sums(p: LogitsProblem) -> None:
     pytest.importorskip("cuda.core")
     config = FAMILY.cheapest(p, H200)
     for sums in (False, True):
-        config = dataclasses.replace(config, tensor_sums=sums and p.heads % 16 == 0)
+        config = dataclasses.replace(config, tensor_sums=sums and p.heads % 16 == 0, linear=False)
         source = sm90.kernel_source(p, config)
         assert not compile_kernel(source).report.problems()
     assert source.shared_memory <= H200.smem_per_block
@@ -236,6 +244,8 @@ def test_the_text_gives_every_field() -> None:
     [
         (IndexerConfig(0, 4), "tokens is 0"),
         (IndexerConfig(3, 4), "192 columns of a bank, at most 128"),
+        (IndexerConfig(2, 4, banks=3), "banks is 3"),
+        (IndexerConfig(2, 4, warpgroups=1), "warpgroups is 1"),
         (IndexerConfig(2, 1), "stages is 1"),
         (IndexerConfig(2, 4, 1), "query_stages is 1"),
         (IndexerConfig(2, 16), "bytes of shared memory"),

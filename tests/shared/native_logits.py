@@ -115,7 +115,7 @@ def run(
         fp8=str(p.is_fp8).lower(),
         kernel=kernel,
         grid=grid,
-        threads=sm90.threads_of(p),
+        threads=sm90.threads_of(p, c),
         buffers="\n  ".join(f'const Numbers v{i}(folder + "/{i}");' for i in range(len(operands))),
         captured="".join(f", &v{i}" for i in range(len(operands))),
         name=source.name,

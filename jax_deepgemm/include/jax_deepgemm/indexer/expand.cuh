@@ -123,7 +123,7 @@ struct Expander {
     for (i64 left = share.tiles; left > 0; --left) {
       packed.wait_full();
 #pragma unroll 1
-      for (int key = threadIdx.x % 128; key < kTileKeys; key += 128) expand(key);
+      for (int key = threadIdx.x % 128; key < kTileKeys<C>; key += 128) expand(key);
       ptx::fence_proxy_async();
       __syncwarp();
       if (threadIdx.x % 32 == 0) {
