@@ -62,6 +62,18 @@ def test_as_the_two_ops(order):
     )
 
 
+@pytest.mark.any_version
+def test_tokens_of_any_request():
+    q, values, scales, weights, lens, tables = draw(0)
+    whose, lens = np.array([1, 1, 3, 0, 5]), lens.reshape(-1)[:5]
+    given = q.reshape(-1, 1, H, D)[:5], (values, scales), weights.reshape(-1, 1, H)[:5], lens, tables
+    logits = paged_mqa_logits(*given, indices=whose)
+    keys = topk(logits[:, 0], K)
+    for scratch in (1 << 28, 4 * M * PAGE * 2):
+        got = paged_indexer_topk(*given, K, indices=whose, scratch_bytes=scratch)
+        np.testing.assert_array_equal(got[:, 0], keys)
+
+
 REQUESTS = P("x"), P(), P(), P("x"), P("x"), P("x")
 CASES = [
     OpCase(

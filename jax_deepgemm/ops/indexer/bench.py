@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_deepgemm.core.bench import BESIDE_PEER, CLOCK, RATES, Fields, Row, Table, recorded_rows
 from jax_deepgemm.ops.indexer.api import bf16_mqa_logits, mqa_logits
+from jax_deepgemm.ops.indexer.fp4 import quantize_fp4
 from jax_deepgemm.ops.indexer.paged import paged_mqa_logits
 from jax_deepgemm.ops.indexer.paged_op import bytes_of
 from jax_deepgemm.ops.quantize import quantize
@@ -30,6 +31,7 @@ SHAPES = (
 )
 """Tokens, keys, heads, d. V3.2 and V4 have 64 heads, GLM-5 32; 2048 tokens are a chunk of a prompt."""
 BF16_SHAPES = ((2048, 8192, 64, 128), (2048, 8192, 32, 128))
+FP4_SHAPES = SHAPES[:4]
 WINDOWS = ("all", "causal")
 """All keys, as DeepGEMM's figures are, or those up to a token, which are the last ones."""
 
@@ -39,6 +41,8 @@ def draw(type_: str, tokens: int, keys: int, heads: int, depth: int) -> tuple[An
     q = jax.random.normal(names[0], (tokens, heads, depth), jnp.bfloat16)
     kv = jax.random.normal(names[1], (keys, depth), jnp.bfloat16)
     weights = jax.random.normal(names[2], (tokens, heads))
+    if type_ == "fp4":
+        return quantize_fp4(q), quantize_fp4(kv), weights
     if type_ == "fp8":
         return q.astype(jnp.float8_e4m3fn), quantize(kv), weights
     return q, kv, weights
@@ -51,21 +55,22 @@ def window(kind: str, tokens: int, keys: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _bytes(type_: str, tokens: int, keys: int, heads: int, depth: int) -> int:
-    size = 1 if type_ == "fp8" else 2
-    operands = (tokens * heads + keys) * depth * size + 4 * (tokens * heads + keys)
+    size = {"fp4": 0.5, "fp8": 1, "bf16": 2}[type_]
+    operands = int((tokens * heads + keys) * depth * size) + 4 * (tokens * heads + keys)
     return operands + 4 * tokens * keys
 
 
 def _rows(small: bool) -> Iterator[Row]:
-    shapes = [("fp8", one) for one in SHAPES] + [("bf16", one) for one in BF16_SHAPES]
+    tables = {"fp8": SHAPES, "bf16": BF16_SHAPES, "fp4": FP4_SHAPES}
+    shapes = [(type_, one) for type_, table in tables.items() for one in table]
     for type_, shape in [("fp8", (16, 256, 8, 32))] if small else shapes:
         tokens, keys, heads, depth = shape
-        for kind in WINDOWS if depth == 128 or small else WINDOWS[:1]:
+        for kind in WINDOWS if (depth == 128 and type_ != "fp4") or small else WINDOWS[:1]:
             scored = tokens * keys - (tokens * (tokens - 1) // 2 if kind == "causal" else 0)
             yield Row(
                 name=f"mqa logits {type_} s={tokens} n={keys} h={heads} d={depth} {kind}",
                 fields={"type": type_, "s": tokens, "n": keys, "h": heads, "d": depth, "window": kind},
-                function=mqa_logits if type_ == "fp8" else bf16_mqa_logits,
+                function=bf16_mqa_logits if type_ == "bf16" else mqa_logits,
                 draw=functools.partial(draw, type_, *shape),
                 constants=window(kind, tokens, keys),
                 flops=2 * scored * heads * depth,
@@ -94,13 +99,18 @@ PAGED_SHAPES = (
 PAGE, DEPTH = 64, 128
 
 
-def _draw_pages(requests: int, tokens: int, keys: int, heads: int) -> tuple[Any, ...]:
+def _draw_pages(type_: str, requests: int, tokens: int, keys: int, heads: int) -> tuple[Any, ...]:
     """q, a cache in DeepSeek's format, weights."""
     names = jax.random.split(jax.random.key(0), 3)
     pages = requests * _width(keys)
     q = jax.random.normal(names[0], (requests, tokens, heads, DEPTH), jnp.bfloat16)
-    values = jax.random.normal(names[1], (pages, PAGE, DEPTH), jnp.bfloat16).astype(jnp.float8_e4m3fn)
-    cache = bytes_of(values, jnp.ones((pages, PAGE))).reshape(pages, PAGE, DEPTH + 4)
+    if type_ == "fp4":
+        values = jax.random.bits(names[1], (pages, PAGE, DEPTH // 2), jnp.uint8)
+        scales = jnp.full((pages, PAGE), 0x7F7F7F7F, jnp.int32)
+    else:
+        values = jax.random.normal(names[1], (pages, PAGE, DEPTH), jnp.bfloat16).astype(jnp.float8_e4m3fn)
+        scales = jnp.ones((pages, PAGE))
+    cache = bytes_of(values, scales).reshape(pages, PAGE, -1)
     return q.astype(jnp.float8_e4m3fn), cache, jax.random.normal(names[2], (requests, tokens, heads))
 
 
@@ -118,28 +128,30 @@ def _contexts(requests: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _paged_rows(small: bool) -> Iterator[Row]:
-    for requests, tokens, keys, heads in ((2, 1, 256, 16),) if small else PAGED_SHAPES:
+    shapes = ((2, 1, 256, 16),) if small else PAGED_SHAPES
+    typed = [("fp8", shape) for shape in shapes] + [("fp4", shape) for shape in shapes[:5]]
+    for type_, (requests, tokens, keys, heads) in typed:
         scored = requests * keys
         yield Row(
-            name=f"paged mqa logits b={requests} next_n={tokens} n={keys} h={heads}",
-            fields={"b": requests, "next_n": tokens, "n": keys, "h": heads, "type": "fp8"},
+            name=f"paged mqa logits {type_} b={requests} next_n={tokens} n={keys} h={heads}",
+            fields={"type": type_, "b": requests, "next_n": tokens, "n": keys, "h": heads},
             function=functools.partial(paged_mqa_logits, max_context_len=2 * keys),
-            draw=functools.partial(_draw_pages, requests, tokens, keys, heads),
+            draw=functools.partial(_draw_pages, type_, requests, tokens, keys, heads),
             constants=_contexts(requests, keys),
             flops=2 * scored * tokens * heads * DEPTH,
-            bytes=scored * (DEPTH + 4 + 4 * tokens),
+            bytes=scored * ((DEPTH if type_ == "fp8" else DEPTH // 2) + 4 + 4 * tokens),
         )
 
 
 def _recorded_pages(tables: Mapping[str, Any]) -> dict[tuple[Any, ...], Fields]:
     """DeepGEMM's, all of 64 heads."""
     rows = recorded_rows(tables, "paged_mqa_logits")
-    return {(row["b"], row["next_n"], row["n"], 64): row for row in rows}
+    return {("fp8", row["b"], row["next_n"], row["n"], 64): row for row in rows}
 
 
 TABLES = {
     "mqa_logits": Table(
-        "Logits of an indexer: FP8 keys with a scale of each, beside DeepGEMM; float32 logits",
+        "Logits of an indexer: FP8 keys with a scale of each, beside DeepGEMM; FP4, BF16; float32 logits",
         ("type", "s", "n", "h", "d", "window"),
         _rows,
         columns=(*RATES, *BESIDE_PEER, CLOCK),
@@ -149,8 +161,8 @@ TABLES = {
         tuned=True,
     ),
     "paged_mqa_logits": Table(
-        "Logits of keys in pages of 64, contexts of 0.7 to 1.3 times n, 2 n columns; d = 128",
-        ("b", "next_n", "n", "h"),
+        "Logits of keys in pages of 64, FP8 or FP4; contexts of 0.7 to 1.3 times n, 2 n columns; d = 128",
+        ("type", "b", "next_n", "n", "h"),
         _paged_rows,
         columns=(*RATES, *BESIDE_PEER, CLOCK),
         peer="DeepGEMM",

@@ -11,6 +11,7 @@ import numpy as np
 
 from jax_deepgemm.core.sanitize import Case, on_few
 from jax_deepgemm.ops.indexer.api import bf16_mqa_logits, mqa_logits
+from jax_deepgemm.ops.indexer.fp4 import quantize_fp4
 from jax_deepgemm.ops.indexer.paged import paged_mqa_logits
 from jax_deepgemm.ops.indexer.paged_op import bytes_of
 from jax_deepgemm.ops.quantize import quantize
@@ -58,6 +59,10 @@ def _pages() -> Iterator[Case]:
         tables = jnp.asarray(rng.integers(0, 9, (5, 3)), jnp.int32)
         run = functools.partial(_finite, on_few(paged_mqa_logits))
         yield Case(f"logits of pages of {page}", run, (q, cache, weights, lens, tables))
+        small = quantize_fp4(values.astype(jnp.float32) * scales[..., None])
+        words = small.scales.view(jnp.int32)[..., 0]
+        cache = bytes_of(small.values, words).reshape(9, page, 68) if joined else (small.values, words)
+        yield Case(f"logits of FP4 pages of {page}", run, (q, cache, weights, lens, tables))
 
 
 def _tokens() -> Iterator[Case]:

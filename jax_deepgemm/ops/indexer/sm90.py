@@ -19,11 +19,15 @@ DIGITS = 4
 MOST_COLUMNS = 128
 """Of a bank's heads."""
 REGISTERS = {2: 232 - 28, 3: 160 - 24}
+PACKED_REGISTERS = {2: 216 - 28}
 """Of products, weights and steps of linear columns, by consumer warpgroups, so that ptxas has room for the
-rest."""
+rest; beside a warpgroup that expands keys in FP4."""
+EXPANDED_STAGES = 4
+"""Slots of keys that were FP4."""
 MOST_STAGES, FEWEST_STAGES = 8, 2
 _SLAB_BYTES = 128
 _TOKEN_BYTES = 32
+_TABLE_BYTES = 160
 
 # LogitsConfig of include/jax_deepgemm/indexer/config.cuh says what each field means.
 _TEXT = """\
@@ -38,7 +42,7 @@ struct Config {{
   static constexpr int SLABS = {slabs}, STEPS = {steps};
   static constexpr bool SCALED = {scaled}, COMPRESSED = {compressed}, TENSOR_SUMS = {tensor_sums};
   static constexpr int BANKS = {banks}, CONSUMERS = {consumers};
-  static constexpr int STAGES = {stages}, QUERY_STAGES = {query_stages};
+  static constexpr int STAGES = {stages}, PACKED_STAGES = {packed_stages}, QUERY_STAGES = {query_stages};
   static constexpr int SHARED_BYTES = {shared};
 }};
 
@@ -63,9 +67,14 @@ def slabs_of(p: LogitsProblem) -> int:
     return ceil_div(p.row_bytes, _SLAB_BYTES)
 
 
-def threads_of(c: IndexerConfig) -> int:
-    """Of a block: consumers and the producer's warpgroup."""
-    return 128 * (c.warpgroups + 1)
+def threads_of(p: LogitsProblem, c: IndexerConfig) -> int:
+    """Of a block: consumers, the producer's warpgroup, and one that expands keys in FP4."""
+    return 128 * (c.warpgroups + 1 + p.packed)
+
+
+def registers_of(p: LogitsProblem) -> dict[int, int]:
+    """Of a thread, by consumer warpgroups."""
+    return PACKED_REGISTERS if p.packed else REGISTERS
 
 
 def tile_keys(c: IndexerConfig) -> int:
@@ -91,8 +100,13 @@ def shared_memory(p: LogitsProblem, c: IndexerConfig) -> int:
     stage = slabs_of(p) * keys * _SLAB_BYTES + (scales if p.is_fp8 else 0) + 32
     rows = slabs_of(p) * banks * columns_of(p, c) * _SLAB_BYTES
     queries = rows + weights + banks * c.tokens * _TOKEN_BYTES + 48
-    share = threads_of(c) // 32 * 8 + 16 + (ceil_div(c.query_stages * 8, 16) * 16 if c.linear else 0)
-    return ceil_div(c.stages * stage + c.query_stages * queries + share, 128) * 128
+    share = threads_of(p, c) // 32 * 8 + 16 + (ceil_div(c.query_stages * 8, 16) * 16 if c.linear else 0)
+    if p.packed:
+        packed = keys * p.key_bytes + scales + 32
+        slots = EXPANDED_STAGES * stage + c.stages * packed + _TABLE_BYTES
+    else:
+        slots = c.stages * stage
+    return ceil_div(slots + c.query_stages * queries + share, 128) * 128
 
 
 def problems_with(p: LogitsProblem, c: IndexerConfig) -> list[str]:
@@ -116,11 +130,12 @@ def problems_with(p: LogitsProblem, c: IndexerConfig) -> list[str]:
         (not (c.tensor_sums and c.linear), "tensor_sums and linear, need one of them"),
         (not c.linear or p.is_fp8, f"linear and {p.dtype}, need FP8"),
         (c.warpgroups in REGISTERS, f"warpgroups is {c.warpgroups}, need 2 or 3"),
+        (not p.packed or c.warpgroups == 2, f"warpgroups is {c.warpgroups}, need 2 for FP4 keys"),
         (c.banks in (1, 2), f"banks is {c.banks}, need 1 or 2"),
         (
-            _registers(p, c) <= REGISTERS.get(c.warpgroups, 0),
+            _registers(p, c) <= registers_of(p).get(c.warpgroups, 0),
             f"{c.banks} x {c.tokens} tokens of {heads_of(p)} heads need {_registers(p, c)} registers of a "
-            f"thread, at most {REGISTERS.get(c.warpgroups)} for {c.warpgroups} warpgroups",
+            f"thread, at most {registers_of(p).get(c.warpgroups, 0)} for {c.warpgroups} warpgroups",
         ),
         (
             not p.page or tile_keys(c) % p.page == 0,
@@ -154,6 +169,7 @@ _EACH_SCORE = {False: 1.7, True: 1.1}  # of a thread; with linear columns
 _EACH_TOKEN = {False: 14.0, True: 24.0}
 _EACH_TILE = 12.0
 _TWO_WARPGROUPS = 1.04
+_EXPAND = 250.0  # of an SM's quarter: 32 keys of a tile in FP4
 _HIDDEN = 0.93  # of the tensor cores' time, at best
 _L2_BYTES = 30.0  # of a cycle and an SM
 _WRITE, _READ = 2.9e6, 3.8e6  # bytes of a microsecond
@@ -201,11 +217,12 @@ def cost(p: LogitsProblem, c: IndexerConfig, chip: Chip) -> Cost:
     scores = c.tokens * heads_of(p) / 2
     sums = _EACH_GROUP + _EACH_SCORE[c.linear] * scores + _EACH_TOKEN[c.linear] * c.tokens
     sums *= _TWO_WARPGROUPS if c.warpgroups == 2 else 1.0
-    from_l2 = slabs_of(p) * tile_keys(c) * min(p.row_bytes, _SLAB_BYTES) / _L2_BYTES
-    cycles = max(c.warpgroups * (c.banks * max(tensor, sums) + _EACH_TILE), from_l2)
+    from_l2 = tile_keys(c) * p.key_bytes / _L2_BYTES
+    expand = _EXPAND * p.depth / 128 if p.packed else 0.0
+    cycles = expand + max(c.warpgroups * (c.banks * max(tensor, sums) + _EACH_TILE), from_l2)
     share = ceil_div(tiles_of(p, c), chip.num_sms)
     written = p.tokens * p.columns * p.out_bytes / _WRITE
-    read = p.batches * p.keys * (p.row_bytes + 4) / _READ if p.page else 0.0
+    read = p.batches * p.keys * (p.key_bytes + 4) / _READ if p.page else 0.0
     return Cost(_START, share * cycles / _CLOCK, written + read)
 
 
@@ -214,7 +231,7 @@ def candidates(p: LogitsProblem, chip: Chip) -> Iterator[IndexerConfig]:
     first is chosen."""
     most = max(1, MOST_COLUMNS // heads_of(p))
     for tokens in dict.fromkeys((most, *(1 << i for i in reversed(range(most.bit_length()))))):
-        for warpgroups, banks, sums in itertools.product(REGISTERS, (2, 1), _SUMS):
+        for warpgroups, banks, sums in itertools.product(registers_of(p), (2, 1), _SUMS):
             config = IndexerConfig(tokens, 0, banks=banks, warpgroups=warpgroups, **sums)
             config = _with_most_stages(p, config, chip)
             if not problems_with(p, config) and (not config.linear or p.heads >= _FEWEST_LINEAR_HEADS):
@@ -238,7 +255,12 @@ def _with_most_stages(p: LogitsProblem, c: IndexerConfig, chip: Chip) -> Indexer
 
 def kernel_name(p: LogitsProblem, c: IndexerConfig) -> str:
     """The name that profilers show."""
-    parts = ["jdg_mqa_logits", p.dtype, f"h{heads_of(p)}x{c.tokens}x{c.banks}", f"d{p.depth}"]
+    parts = [
+        "jdg_mqa_logits",
+        "fp4" if p.packed else p.dtype,
+        f"h{heads_of(p)}x{c.tokens}x{c.banks}",
+        f"d{p.depth}",
+    ]
     parts += [f"k{tile_keys(c)}s{c.stages}q{c.query_stages}"]
     parts += ["mma"] if c.tensor_sums else ["linear"] if c.linear else []
     parts += ["bf16out"] if p.out == "bfloat16" else []
@@ -268,10 +290,11 @@ def kernel_source(p: LogitsProblem, c: IndexerConfig) -> KernelSource:
         scaled=str(p.is_fp8).lower(),
         compressed=str(p.compressed).lower(),
         tensor_sums=str(c.tensor_sums).lower(),
-        stages=c.stages,
+        stages=EXPANDED_STAGES if p.packed else c.stages,
+        packed_stages=c.stages if p.packed else 0,
         query_stages=c.query_stages,
         shared=shared_memory(p, c),
-        threads=threads_of(c),
+        threads=threads_of(p, c),
         page=p.page,
         tables="tables, table_width" if p.page else "nullptr, 0",
         name=name,
@@ -309,25 +332,38 @@ def _slab(p: LogitsProblem) -> int:
 
 
 def _maps_of_keys(p: LogitsProblem, tile: int, given: Operands) -> list[TensorMap]:
-    keys, box = Operand(given["k"].index), (_slab(p), tile)
-    maps = [TensorMap(keys, _DTYPES[p.dtype], (p.depth, p.keys), (p.row_bytes,), box, 128)]
+    keys = Operand(given["k"].index)
+    if p.packed:
+        maps = [TensorMap(keys, "uint8", (p.key_bytes, p.keys), (p.key_bytes,), *_packed_box(p, tile))]
+    else:
+        box = (_slab(p), tile)
+        maps = [TensorMap(keys, _DTYPES[p.dtype], (p.depth, p.keys), (p.row_bytes,), box, 128)]
     if p.is_fp8:
-        maps.append(TensorMap(Operand(given["scales"].index), "float32", (p.keys,), (), (tile,)))
+        maps.append(TensorMap(Operand(given["scales"].index), _SCALES[p.packed], (p.keys,), (), (tile,)))
     return maps
 
 
+_SCALES = {False: "float32", True: "int32"}
+
+
+def _packed_box(p: LogitsProblem, *rows: int) -> tuple[tuple[int, ...], int]:
+    """Of keys in FP4, and how it is swizzled: rows of 16 bytes are not."""
+    return (p.key_bytes, *rows), p.key_bytes if p.key_bytes > 16 else 0
+
+
 def _maps_of_pages(p: LogitsProblem, given: Operands) -> list[TensorMap]:
-    values = p.page * p.depth
+    values = p.page * p.key_bytes
     if p.joined:
         cache = given["cache"].index
         keys, scales, pitches = Operand(cache), Operand(cache, values), (values + 4 * p.page,) * 2
     else:
         keys, scales = Operand(given["k"].index), Operand(given["scales"].index)
         pitches = values, 4 * p.page
-    box = (_slab(p), p.page, 1)
+    row = p.key_bytes
+    box, swizzle = _packed_box(p, p.page, 1) if p.packed else ((_slab(p), p.page, 1), 128)
     return [
-        TensorMap(keys, "uint8", (p.depth, p.page, p.pages), (p.depth, pitches[0]), box, 128),
-        TensorMap(scales, "float32", (p.page, p.pages), (pitches[1],), (p.page, 1)),
+        TensorMap(keys, "uint8", (row, p.page, p.pages), (row, pitches[0]), box, swizzle),
+        TensorMap(scales, _SCALES[p.packed], (p.page, p.pages), (pitches[1],), (p.page, 1)),
     ]
 
 
@@ -349,7 +385,7 @@ def _plan(p: LogitsProblem, c: IndexerConfig, chip: Chip, given: Operands) -> La
     launch = Launch(
         kernel=compile_kernel(source, arch=chip.arch),
         grid=(min(chip.num_sms, max(tiles_of(p, c), blocks_of(p, c))), 1, 1),
-        block=threads_of(c),
+        block=threads_of(p, c),
         params=(
             *tensor_maps(p, c, given),
             Operand(given["start"].index),

@@ -11,6 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jax_deepgemm.ops.indexer.family import IndexerConfig
+from jax_deepgemm.ops.indexer.fp4 import Fp4Array
 from jax_deepgemm.ops.indexer.paged import Cache, paged_mqa_logits
 from jax_deepgemm.ops.indexer_topk.checks import check_choice
 from jax_deepgemm.ops.indexer_topk.family import SCRATCH
@@ -19,7 +20,7 @@ from jax_deepgemm.ops.topk.api import topk
 
 
 def paged_indexer_topk(
-    q: QuantizedLike | ArrayLike,
+    q: QuantizedLike | Fp4Array | ArrayLike,
     kv_cache: Cache,
     weights: ArrayLike,
     context_lens: ArrayLike,
@@ -28,6 +29,7 @@ def paged_indexer_topk(
     *,
     values: bool = False,
     order: str = "value",
+    indices: ArrayLike | None = None,
     scratch_bytes: int = SCRATCH,
     config: IndexerConfig | None = None,
     num_sms: int | None = None,
@@ -49,6 +51,7 @@ def paged_indexer_topk(
       q, kv_cache, weights, context_lens, block_tables: as those of `paged_mqa_logits`: q [b, next_n, h, d],
         a cache of pages, weights float32 [b, next_n, h], integers [b] or [b, next_n], and [b, m].
       k, values, order: as those of `indexer_topk`.
+      indices: integers [t], the request of each token of q [t, 1, h, d], as `paged_mqa_logits` takes them.
       scratch_bytes: how many bytes of scores may be in memory at once: requests are taken in parts whose
         scores fit, of at least one request (on a mesh, one of each device that has some).
       config: an IndexerConfig for the scores, to use instead of the cost model's choice.
@@ -65,14 +68,19 @@ def paged_indexer_topk(
     """
     check_choice("paged_indexer_topk", k, order, scratch_bytes)
     scored = functools.partial(paged_mqa_logits, config=config, num_sms=num_sms)
-    given = q, weights, context_lens, block_tables
-    whole = jax.eval_shape(lambda: scored(q, kv_cache, *given[1:]))  # checks, with numbers that are known
+    own = {"block_tables": block_tables} if indices is None else {"indices": indices}
+    if indices is not None:
+        scored = functools.partial(scored, block_tables=block_tables)
+    whole = jax.eval_shape(
+        lambda: scored(q, kv_cache, weights, context_lens, **own)
+    )  # checks, of known numbers
+    given = q, weights, context_lens, own
     if not values:
         given, kv_cache = jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), (given, kv_cache))
 
     def of_requests(given: Any) -> list[jax.Array]:
-        q, weights, lens, tables = given
-        logits = scored(q, kv_cache, weights, lens, tables)
+        q, weights, lens, own = given
+        logits = scored(q, kv_cache, weights, lens, **own)
         requests, tokens, columns = logits.shape
         lens = jnp.asarray(lens)
         end = jnp.broadcast_to(lens if lens.ndim == 2 else lens[:, None], (requests, tokens))

@@ -25,6 +25,7 @@ concept LogitsConfig = requires {
   C::COMPRESSED;           // bool: whether a row's first column is the first key of its window
   C::STAGES;               // slots of the pipeline of keys
   C::QUERY_STAGES;         // slots of the pipeline of tokens
+  C::PACKED_STAGES;        // slots of the pipeline of keys in FP4; 0: keys are what is multiplied
   C::PAGE;                 // keys of a page; 0: keys lie one behind the other
   C::TENSOR_SUMS;          // bool: whether products of warps sum over heads (a multiple of 16)
   C::SHARED_BYTES;         // what the host reserves
@@ -34,7 +35,9 @@ concept LogitsConfig = requires {
 template <class C>
 constexpr int kTileKeys = 64 * C::CONSUMERS;
 template <class C>
-constexpr int kIndexerThreads = 128 * (C::CONSUMERS + 1);
+constexpr bool kPacked = C::PACKED_STAGES > 0;
+template <class C>
+constexpr int kIndexerThreads = 128 * (C::CONSUMERS + 1 + kPacked<C>);
 constexpr int kLinearWarps = 2;  // that write linear columns, where there are any
 constexpr int kSlabBytes = 128;
 template <class C>
@@ -72,6 +75,8 @@ struct Run {
   int key, tiles, begin, end;
 };
 
+constexpr u32 kTableBytes = 160;  // of expand.cuh
+
 // Where things are in shared memory.
 template <class C>
 struct LogitsLayout {
@@ -80,18 +85,24 @@ struct LogitsLayout {
   static constexpr u32 kScalesBytes = C::SCALED ? kTileKeys<C> * 4 : 0;
   static constexpr u32 kPagePitch = C::PAGE * 4 < 128 ? 128 : C::PAGE * 4;  // of a page's scales
   static constexpr u32 kScalesPitch = C::PAGE > 0 ? kTilePages<C> * kPagePitch : kScalesBytes;
+  static constexpr u32 kPackedRow = C::STEPS * 16;  // of a key of 32 C::STEPS numbers
+  static constexpr u32 kPackedBytes = kPacked<C> ? kTileKeys<C> * kPackedRow : 0;
   static constexpr u32 kWeightsBytes = C::BANKS * kBankHeads<C> * 4;
   static constexpr u32 kWeightsPitch = align_up(kWeightsBytes, 128);
 
   static constexpr u32 kKeys = 0;
   static constexpr u32 kQueries = kKeys + C::STAGES * kKeysBytes;  // 1024-byte aligned
-  static constexpr u32 kScales = kQueries + C::QUERY_STAGES * kQueriesBytes;
-  static constexpr u32 kWeights = kScales + C::STAGES * kScalesPitch;
+  static constexpr u32 kPackedKeys = kQueries + C::QUERY_STAGES * kQueriesBytes;
+  static constexpr u32 kScales = kPackedKeys + C::PACKED_STAGES * kPackedBytes;
+  static constexpr u32 kWords = kScales + C::STAGES * kScalesPitch;
+  static constexpr u32 kWeights = kWords + C::PACKED_STAGES * kScalesPitch;
   static constexpr u32 kTokens = kWeights + C::QUERY_STAGES * kWeightsPitch;
   static constexpr u32 kRuns = kTokens + C::QUERY_STAGES * kBlockTokens<C> * kTokenBytes;
   static constexpr u32 kKeyPipeline = kRuns + C::QUERY_STAGES * 16;
   static constexpr u32 kQueryPipeline = Pipeline<C::STAGES, kKeyPipeline>::kEnd;
-  static constexpr u32 kReady = Pipeline<C::QUERY_STAGES, kQueryPipeline>::kEnd;
+  static constexpr u32 kPackedPipeline = Pipeline<C::QUERY_STAGES, kQueryPipeline>::kEnd;
+  static constexpr u32 kTable = Pipeline<C::PACKED_STAGES, kPackedPipeline>::kEnd;
+  static constexpr u32 kReady = kTable + (kPacked<C> ? kTableBytes : 0);
   static constexpr u32 kShare = kReady + (C::LINEAR > 0 ? align_up(C::QUERY_STAGES * 8, 16) : 0);
   static constexpr u32 kBytes = kShare + kIndexerThreads<C> / 32 * 8 + 16;
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
@@ -109,6 +120,37 @@ struct Keys : Pipeline<C::STAGES, LogitsLayout<C>::kKeyPipeline> {
   __device__ __forceinline__ u32 keys() const { return smem + L::kKeys + stage * L::kKeysBytes; }
   __device__ __forceinline__ u32 scales() const { return smem + L::kScales + stage * L::kScalesPitch; }
 };
+
+// Keys in FP4, and words of their scales.
+template <class C>
+struct PackedKeys : Pipeline<C::PACKED_STAGES, LogitsLayout<C>::kPackedPipeline> {
+  using L = LogitsLayout<C>;
+  using Base = Pipeline<C::PACKED_STAGES, L::kPackedPipeline>;
+  using Base::smem, Base::stage;
+
+  __device__ __forceinline__ explicit PackedKeys(u32 base) : Base(base) {}
+  __device__ __forceinline__ u32 keys() const { return smem + L::kPackedKeys + stage * L::kPackedBytes; }
+  __device__ __forceinline__ u32 scales() const { return smem + L::kWords + stage * L::kScalesPitch; }
+};
+
+// What the producer fills.
+template <class C, bool PACKED = kPacked<C>>
+struct Loaded : Keys<C> {
+  static constexpr u32 kRow = kSlabBytes, kBytes = LogitsLayout<C>::kKeysBytes;
+  using Keys<C>::Keys;
+};
+template <class C>
+struct Loaded<C, true> : PackedKeys<C> {
+  static constexpr u32 kRow = LogitsLayout<C>::kPackedRow, kBytes = LogitsLayout<C>::kPackedBytes;
+  using PackedKeys<C>::PackedKeys;
+};
+
+// Where a key of a tile has its scale, or its word of scales.
+template <class C>
+__device__ __forceinline__ u32 scale_offset(int key) {
+  constexpr int kPage = kPageKeys<C>;
+  return C::PAGE > 0 ? key / kPage * LogitsLayout<C>::kPagePitch + key % kPage * 4 : key * 4;
+}
 
 // All lanes of the producer write what is known of tokens, and all threads of consumers read it: all of them
 // arrive. Linear columns are written when the rest is there, and make the slot `ready`.

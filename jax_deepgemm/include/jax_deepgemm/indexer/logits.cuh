@@ -34,6 +34,7 @@
 // windows.
 #pragma once
 
+#include <jax_deepgemm/indexer/expand.cuh>
 #include <jax_deepgemm/indexer/linear.cuh>
 #include <jax_deepgemm/indexer/work.cuh>
 #include <jax_deepgemm/ptx/mma.cuh>
@@ -67,9 +68,9 @@ __device__ __forceinline__ void load_tokens(const Problem<C>& p, const Queries<C
 }
 
 template <class C>
-__device__ __forceinline__ void load_keys(const Problem<C>& p, const Keys<C>& keys, int first) {
+__device__ __forceinline__ void load_keys(const Problem<C>& p, const Loaded<C>& keys, int first) {
   using L = LogitsLayout<C>;
-  keys.expect(L::kKeysBytes + L::kScalesBytes);
+  keys.expect(Loaded<C>::kBytes + L::kScalesBytes);
 #pragma unroll
   for (int slab = 0; slab < C::SLABS; ++slab)
     ptx::tma_load(keys.keys() + slab * kTileKeys<C> * kSlabBytes, *p.keys, keys.full(),
@@ -80,15 +81,15 @@ __device__ __forceinline__ void load_keys(const Problem<C>& p, const Keys<C>& ke
 // The pages of a tile, by a warp, of which every lane has the number of a page from `known` on. Outside of
 // the cache there are zeros.
 template <class C>
-__device__ __forceinline__ void load_pages(const Problem<C>& p, const Keys<C>& keys, int page, int known,
+__device__ __forceinline__ void load_pages(const Problem<C>& p, const Loaded<C>& keys, int page, int known,
                                            bool elected) {
   using L = LogitsLayout<C>;
-  if (elected) keys.expect(L::kKeysBytes + L::kScalesBytes);
+  if (elected) keys.expect(Loaded<C>::kBytes + L::kScalesBytes);
 #pragma unroll
   for (int i = 0; i < kTilePages<C>; ++i) {
     const int at = __shfl_sync(0xFFFFFFFF, page, known + i);
     if (elected) {
-      ptx::tma_load_once(keys.keys() + i * C::PAGE * kSlabBytes, *p.keys, keys.full(), 0, 0, at);
+      ptx::tma_load_once(keys.keys() + i * C::PAGE * Loaded<C>::kRow, *p.keys, keys.full(), 0, 0, at);
       ptx::tma_load(keys.scales() + i * L::kPagePitch, *p.scales, keys.full(), 0, at);
     }
   }
@@ -97,8 +98,8 @@ __device__ __forceinline__ void load_pages(const Problem<C>& p, const Keys<C>& k
 // All tiles of a block of tokens, by a warp. Numbers of 32 pages are read at once; those that no window
 // reaches are none.
 template <class C>
-__device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Keys<C>& keys, int block, Span tiles,
-                                                    int end, bool elected) {
+__device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Loaded<C>& keys, int block,
+                                                    Span tiles, int end, bool elected) {
   constexpr int kKnown = 32 / kTilePages<C>;  // tiles
   const int* const table = p.tables + static_cast<i64>(block / blocks_of_request(p)) * p.table_width;
   int page = -1;
@@ -118,7 +119,7 @@ __device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Keys<C>
 // By a warp. One lane of it loads; all of them look at windows.
 template <class C>
 __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share, u32 smem) {
-  Keys<C> keys(smem);
+  Loaded<C> keys(smem);
   Queries<C> queries(smem);
   const int lane = threadIdx.x % 32;
   const bool elected = ptx::elect();
@@ -179,9 +180,9 @@ struct Scorer {
   static constexpr int kPerToken = C::HEADS / 4;      // heads of a token that a thread sums up
   static constexpr int kSteps = C::HEADS / 16;        // products of a warp, of a token
   static constexpr int kPairs = (C::TOKENS + 1) / 2;  // logits of a thread, of a bank
-  static constexpr bool kKeepRows = kPairs * C::BANKS <= 2 && C::CONSUMERS == 2 && !kHasCandidates<C>;  // in registers
+  static constexpr bool kKeepRows =  // in registers
+      kPairs * C::BANKS <= 2 && C::CONSUMERS == 2 && !kHasCandidates<C>;
   static constexpr float kHalf = C::TENSOR_SUMS ? 1.0f : 0.5f;  // what sums are multiplied by
-  static constexpr int kPage = kPageKeys<C>;
   using Product = float[kCount];
   using Sums = float[2 * C::TOKENS];
 
@@ -210,7 +211,7 @@ struct Scorer {
         warpgroup(warpgroup),
         lane(threadIdx.x % 32),
         mine(threadIdx.x / 32 * 16 + lane / 4 + (lane & 2) * 4),
-        scale_at(C::PAGE > 0 ? mine / kPage * LogitsLayout<C>::kPagePitch + mine % kPage * 4 : mine * 4),
+        scale_at(scale_offset<C>(mine)),
         emitter{&candidates} {}
 
   // --- a block of tokens ---
@@ -482,7 +483,12 @@ struct Scorer {
 template <class C>
 __device__ __forceinline__ void init_pipelines(u32 smem) {
   if (threadIdx.x == 0) {
-    Keys<C>(smem).init(4 * C::CONSUMERS);
+    if constexpr (kPacked<C>) {
+      PackedKeys<C>(smem).init(4);
+      Keys<C>(smem).init(4 * C::CONSUMERS, 4);
+    } else {
+      Keys<C>(smem).init(4 * C::CONSUMERS);
+    }
     Queries<C>(smem).init();
     ptx::fence_mbarrier_init();
   }
@@ -495,6 +501,7 @@ __device__ __forceinline__ void logits(const Problem<C>& p) {
   const u32 smem = smem_address(shared);
   const int warpgroup = warpgroup_index(), warp = warp_index() % 4;
 
+  if constexpr (kPacked<C>) write_table<C>(smem);
   init_pipelines<C>(smem);
   ptx::wait_for_previous_kernel();
   const Share share = share_of_block(p, shared);
@@ -507,8 +514,11 @@ __device__ __forceinline__ void logits(const Problem<C>& p) {
       write_linear_columns<C>(smem, warp - 1 - kFillWarps);
     else if constexpr (kSink<C> == Sink::kRows)
       fill_rows(p, warp - 1, kFillWarps);
+  } else if (kPacked<C> && warpgroup > C::CONSUMERS) {
+    ptx::lower_registers<40>();
+    if constexpr (kPacked<C>) Expander<C>(smem).run(share);
   } else {
-    ptx::raise_registers<C::CONSUMERS == 3 ? 160 : 232>();
+    ptx::raise_registers<kPacked<C> ? 216 : C::CONSUMERS == 3 ? 160 : 232>();
     Scorer<C>(smem, warpgroup, p.candidates).run();
   }
 }

@@ -96,6 +96,7 @@ inline int __reduce_max_sync(unsigned, int value) {
   return most;
 }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline int __clz(unsigned v) { return v ? __builtin_clz(v) : 32; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline float fmaxf(float a, float b) { return std::fmax(a, b); }
 inline float fabsf(float v) { return std::fabs(v); }
