@@ -18,7 +18,7 @@ from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan, pieces_of_whole
 from jax_deepgemm.ops.indexer.prepare import prepare
 from jax_deepgemm.ops.indexer_topk import reference
-from jax_deepgemm.ops.indexer_topk.filter import pays, sample_of
+from jax_deepgemm.ops.indexer_topk.filter import STRIDE, pays, sample_of
 from jax_deepgemm.ops.topk.op import of_all, piece_of, topk_op
 from jax_deepgemm.ops.topk.reference import at
 
@@ -64,7 +64,8 @@ def _prepared(*arrays: jax.Array, best: int, fused: bool | None = None, **_: Any
     q, k, scales, _weights, start, end = arrays
     if fused is None:
         fused = pays(q.shape[0], k.shape[0], best)
-    return [*prepare(True, *arrays), *(sample_of(k, scales, start, end) if fused else ())]
+    sampled = fused and k.shape[0] >= STRIDE
+    return [*prepare(True, *arrays), *(sample_of(k, scales, start, end) if sampled else ())]
 
 
 @functools.cache
