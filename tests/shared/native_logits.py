@@ -129,7 +129,7 @@ def run(
         array.tofile(folder / str(i))
     out.tofile(folder / "out")
     done = subprocess.run(
-        [folder / "logits", folder], capture_output=True, text=True, timeout=120, check=False
+        [folder / "logits", folder], capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr
     return np.fromfile(folder / "out", out.dtype).reshape(out.shape)
