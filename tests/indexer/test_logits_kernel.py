@@ -14,7 +14,7 @@ import pytest
 
 from jax_deepgemm.core.chip import H200
 from jax_deepgemm.jit import compile_kernel
-from jax_deepgemm.ops.indexer import sm90
+from jax_deepgemm.ops.indexer import fp4, sm90
 from jax_deepgemm.ops.indexer.family import FAMILY, IndexerConfig, LogitsProblem
 from jax_deepgemm.ops.indexer.paged_op import bytes_of
 from jax_deepgemm.ops.indexer.prepare import prepare, prepare_paged
@@ -43,10 +43,13 @@ def operands(p: LogitsProblem, batch: int = 0, shift: int = 0) -> list[jax.Array
 
 
 CASES = [
-    (LogitsProblem(7, 261, 261, 24, 32), IndexerConfig(5, 3), 4),
+    (LogitsProblem(7, 261, 261, 24, 32), IndexerConfig(5, 3, warpgroups=2), 4),
     (LogitsProblem(9, 300, 100, 64, 128, "bf16", "bfloat16", compressed=True), IndexerConfig(2, 2), 3),
     (LogitsProblem(9, 300, 300, 30, 64), IndexerConfig(3, 3, tensor_sums=True), 3),
     (LogitsProblem(2 * 5, 2 * 140, 140, 3, 64, out="bfloat16", batches=2), IndexerConfig(3, 2), 2),
+    (LogitsProblem(9, 300, 300, 30, 64), IndexerConfig(3, 3, linear=True), 3),
+    (LogitsProblem(7, 700, 90, 64, 128, compressed=True), IndexerConfig(2, 2, linear=True, banks=1), 3),
+    (LogitsProblem(3, 300, 300, 16, 128, "bf16"), IndexerConfig(2, 2, warpgroups=2, banks=1), 2),
 ]
 
 
@@ -72,6 +75,11 @@ PAGED = [
     (
         LogitsProblem(5, 9 * 16, 144, 64, 128, compressed=True, batches=5, page=16, pages=50, joined=True),
         IndexerConfig(1, 3, tensor_sums=True),
+        3,
+    ),
+    (
+        LogitsProblem(5, 20 * 16, 320, 64, 128, compressed=True, batches=5, page=16, pages=90, joined=True),
+        IndexerConfig(1, 2, linear=True, banks=1),
         3,
     ),
 ]
@@ -119,6 +127,62 @@ def test_pages_on_a_cpu(tmp_path: Path, p: LogitsProblem, config: IndexerConfig,
     assert calc_diff(got, want) < (5e-6 if config.tensor_sums else 1e-10)
 
 
+PACKED = [
+    (
+        LogitsProblem(4 * 3, 3 * 64, 150, 24, 64, compressed=True, batches=4, page=64, pages=7, packed=True),
+        IndexerConfig(2, 2, linear=True, warpgroups=2),
+        2,
+    ),
+    (
+        LogitsProblem(
+            5, 9 * 16, 144, 64, 128, compressed=True, batches=5, page=16, pages=50, joined=True, packed=True
+        ),
+        IndexerConfig(1, 3, tensor_sums=True, banks=1, warpgroups=2),
+        3,
+    ),
+    (
+        LogitsProblem(5, 5 * 128, 640, 8, 32, compressed=True, batches=5, page=32, pages=99, packed=True),
+        IndexerConfig(4, 5, warpgroups=2),
+        1,
+    ),
+]
+
+
+@pytest.mark.parametrize(("p", "config", "grid"), PACKED, ids=str)
+def test_keys_in_fp4_on_a_cpu(tmp_path: Path, p: LogitsProblem, config: IndexerConfig, grid: int) -> None:
+    """Any bits, scales up to 2**20 apart: expanded as `fp4.expand` says."""
+    rng = np.random.default_rng(0)
+    requests, width = p.batches, p.keys // p.page
+    tokens = p.tokens // requests
+    lens = np.sort(rng.integers(0, p.keys + 1, (requests, tokens)), axis=1).astype(np.int32)
+    lens[0], lens[1], lens[2, :] = 0, p.keys, 1
+    tables = np.stack([rng.permutation(p.pages)[:width] for _ in range(requests)]).astype(np.int32)
+    values = rng.integers(0, 256, (p.pages, p.page, p.depth // 2)).astype(np.uint8)
+    values[:, ::3, :16] &= 0x88
+    codes = rng.integers(100, 121, (p.pages, p.page, 4)).astype(np.uint8)
+    codes[tables[1, 0], 3, 0] = 255
+    words = codes.view(np.int32)[..., 0]
+    expanded, scales = (np.asarray(x) for x in fp4.expand(jnp.asarray(values), jnp.asarray(words)))
+    q = normal(0, requests, tokens, p.heads, p.depth).astype(E4M3)
+    weights = normal(2, requests, tokens, p.heads, dtype=jnp.float32)
+    cache = [bytes_of(jnp.asarray(values), jnp.asarray(words))] if p.joined else [values, words]
+    prepared = [np.asarray(x) for x in prepare_paged(q, *cache, weights, 0 * lens, lens, tables)]
+    got = native_logits.run(
+        tmp_path, p, config, prepared, np.full((p.tokens, p.columns), 7, np.float32), grid
+    )
+    keys = expanded.astype(np.float64) * scales[..., None]
+    want = np.concatenate(
+        [
+            exact(q[b], keys[tables[b]].reshape(-1, p.depth), weights[b], 0 * lens[b], lens[b], p.columns)
+            for b in range(requests)
+        ]
+    )
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    assert np.isnan(want).any()
+    assert calc_diff(got, want) < (5e-6 if config.tensor_sums or config.linear else 1e-10)
+
+
 def _exact(p: LogitsProblem, q: Any, k: Any, *rest: Any) -> np.ndarray:
     k = np.asarray(k).astype(np.float64)
     if p.is_fp8:
@@ -137,6 +201,21 @@ PROBLEMS = [
     LogitsProblem(64, 4096, 4096, 1, 128, "bf16"),
     LogitsProblem(64, 8192, 8192, 64, 128, compressed=True, batches=64, page=64, pages=9000, joined=True),
     LogitsProblem(64 * 4, 8192, 8192, 64, 128, compressed=True, batches=64, page=16, pages=9000),
+    LogitsProblem(64, 8192, 8192, 64, 128, compressed=True, batches=64, page=64, pages=9000, packed=True),
+    LogitsProblem(
+        64 * 4,
+        8192,
+        8192,
+        32,
+        128,
+        compressed=True,
+        batches=64,
+        page=16,
+        pages=9000,
+        joined=True,
+        packed=True,
+    ),
+    LogitsProblem(8, 8192, 8192, 24, 64, compressed=True, batches=8, page=128, pages=9000, packed=True),
 ]
 
 
@@ -146,7 +225,7 @@ def test_products_overlap_sums(p: LogitsProblem) -> None:
     pytest.importorskip("cuda.core")
     config = FAMILY.cheapest(p, H200)
     for sums in (False, True):
-        config = dataclasses.replace(config, tensor_sums=sums and p.heads % 16 == 0)
+        config = dataclasses.replace(config, tensor_sums=sums and p.heads % 16 == 0, linear=False)
         source = sm90.kernel_source(p, config)
         assert not compile_kernel(source).report.problems()
     assert source.shared_memory <= H200.smem_per_block
@@ -165,6 +244,8 @@ def test_the_text_gives_every_field() -> None:
     [
         (IndexerConfig(0, 4), "tokens is 0"),
         (IndexerConfig(3, 4), "192 columns of a bank, at most 128"),
+        (IndexerConfig(2, 4, banks=3), "banks is 3"),
+        (IndexerConfig(2, 4, warpgroups=1), "warpgroups is 1"),
         (IndexerConfig(2, 1), "stages is 1"),
         (IndexerConfig(2, 4, 1), "query_stages is 1"),
         (IndexerConfig(2, 16), "bytes of shared memory"),

@@ -19,7 +19,7 @@ from jax_deepgemm.ops.indexer.family import IndexerConfig, LogitsProblem
 
 NATIVE = Path(__file__).parent / "native" / "tensor_block"
 DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
-ELEMENT = {"uint8": 1, "bfloat16": 2, "float32": 4}
+ELEMENT = {"uint8": 1, "bfloat16": 2, "float32": 4, "int32": 4}
 
 _TEXT = """\
 #include <jax_deepgemm/indexer/logits.cuh>
@@ -115,7 +115,7 @@ def run(
         fp8=str(p.is_fp8).lower(),
         kernel=kernel,
         grid=grid,
-        threads=sm90.THREADS,
+        threads=sm90.threads_of(p, c),
         buffers="\n  ".join(f'const Numbers v{i}(folder + "/{i}");' for i in range(len(operands))),
         captured="".join(f", &v{i}" for i in range(len(operands))),
         name=source.name,
@@ -142,4 +142,4 @@ def _box(m: TensorMap) -> str:
     strides = (size, *m.strides, 0, 0)[:3]
     numbers = ["{" + ", ".join(map(str, one)) + "}" for one in (dims, strides, box)]
     at = f"v{m.buffer.index}.as<char>() + {m.buffer.byte_offset}"
-    return f"{{{at}, {size}, {rank}, {m.swizzle // 128}, {', '.join(numbers)}}}"
+    return f"{{{at}, {size}, {rank}, {m.swizzle}, {', '.join(numbers)}}}"

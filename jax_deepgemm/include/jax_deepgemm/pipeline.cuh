@@ -9,7 +9,7 @@
 //   TMA load(s) that count on full()           release(empty())  by one lane
 //   advance()         to the next slot         advance()
 //
-//   full[s]    1 arrival and the bytes expected     producer -> consumers
+//   full[s]    1 arrival and the bytes expected     producer -> consumers (or an arrival of each of several)
 //   empty[s]   1 arrival of each consumer warp      consumers -> producer
 //
 //   shared memory from AT on:   full[STAGES] | empty[STAGES] | record[STAGES]
@@ -62,10 +62,10 @@ struct Pipeline {
   __device__ __forceinline__ u32 empty(int ahead = 0) const { return full() + STAGES * 8 + ahead * 8; }
 
   // By one thread of the block, once; then fence_mbarrier_init and a barrier of the block.
-  __device__ __forceinline__ void init(int consumer_warps) const {
+  __device__ __forceinline__ void init(int consumer_warps, int producers = 1) const {
     Pipeline at(smem);
     for (at.stage = 0; at.stage < STAGES; ++at.stage) {
-      ptx::mbarrier_init(at.full(), 1);
+      ptx::mbarrier_init(at.full(), producers);
       ptx::mbarrier_init(at.empty(), consumer_warps);
     }
   }

@@ -17,14 +17,15 @@ from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.ops.indexer import checks
 from jax_deepgemm.ops.indexer.checks import BFLOAT16, Form
 from jax_deepgemm.ops.indexer.family import IndexerConfig
+from jax_deepgemm.ops.indexer.fp4 import Fp4Array
 from jax_deepgemm.ops.indexer.op import gradients_op, logits_op
 from jax_deepgemm.ops.quantize import QuantizedArray, dequantize, quantize
 from jax_deepgemm.ops.quantize.array import QuantizedLike
 
 
 def mqa_logits(
-    q: QuantizedLike | ArrayLike,
-    kv: QuantizedLike | ArrayLike,
+    q: QuantizedLike | Fp4Array | ArrayLike,
+    kv: QuantizedLike | Fp4Array | ArrayLike,
     weights: ArrayLike,
     k_start: ArrayLike,
     k_end: ArrayLike,
@@ -57,10 +58,10 @@ def mqa_logits(
 
     Args:
       q: [s, h, d]: float8_e4m3fn, whose scales the caller has multiplied into the weights; a QuantizedArray
-        of block (1, 128), or (values, scales [s, h]), whose scales are multiplied into them here; or
-        bfloat16, quantised here. h is 1 to 128, d is 32, 64 or 128.
+        of block (1, 128), or (values, scales [s, h]), whose scales are multiplied into them here; an
+        `Fp4Array`, or its values and scales; or bfloat16, quantised here. h is 1 to 128, d is 32, 64 or 128.
       kv: a QuantizedArray of block (1, 128), or (values [n, d] float8_e4m3fn, scales [n] float32), scales
-        positive; or bfloat16 [n, d], if q is.
+        positive; an `Fp4Array`, or its values and scales; or bfloat16 [n, d], if q is.
       weights: float32 [s, h].
       k_start, k_end: integers [s], 0 <= k_start <= k_end <= n. Bounds outside are clipped on the device, and
         a window that ends before it begins is empty; of NumPy arrays they are an error.
@@ -80,6 +81,10 @@ def mqa_logits(
     Differentiable with respect to the weights, and to q and kv where they are bfloat16: straight through the
     quantisation, at the quantised values. First order, in reverse mode; plain XLA, head by head, which takes
     a few arrays of [s, n] in memory.
+
+    FP4 operands, of which each may be one by itself, become rows of e4m3 before: without any rounding unless
+    scales of a row are more than 2**14 times apart. Then numbers of its smaller blocks become multiples of
+    2**-15 times the largest scale.
 
     Deterministic. NaN in a token's q reaches its row only, and what keys outside of all windows hold reaches
     nothing. Source: DeepSeek-V3.2, "lightning indexer"; DeepGEMM's fp8_mqa_logits.

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.options import config_option, num_sms_option, sharding_option
+from jax_deepgemm.ops.indexer import fp4
 from jax_deepgemm.ops.indexer.family import DEPTHS, LARGEST, MOST_HEADS, IndexerConfig
 from jax_deepgemm.ops.quantize import QuantizedArray
 from jax_deepgemm.ops.quantize.array import as_dtype
@@ -160,7 +161,10 @@ def _values_and_scales(op: str, name: str, x: Any) -> tuple[Any, Any] | None:
 def scaled_queries(
     op: str, q: Any, weights: jax.Array, rank: str = "[s, h, d]"
 ) -> tuple[jax.Array, jax.Array]:
-    """Values of q, and weights that have its scales in them."""
+    """Values of q in e4m3, and weights that have its scales in them."""
+    if fp4.is_fp4(unwrapped(q)):
+        values, scales = fp4.expand(*fp4.fp4_operand(op, "q", unwrapped(q), rank))
+        return values, weights * scales
     parts = _values_and_scales(op, "q", unwrapped(q))
     way_out = "Quantise it: jax_deepgemm.quantize(q), or call bf16_mqa_logits with bfloat16 q and kv."
     values = array(op, "q", q if parts is None else parts[0], E4M3, rank, way_out)
@@ -170,7 +174,9 @@ def scaled_queries(
 
 
 def scaled_keys(op: str, kv: Any) -> tuple[jax.Array, jax.Array]:
-    """Values and scales of kv."""
+    """Values of kv in e4m3, and scales."""
+    if fp4.is_fp4(unwrapped(kv)):
+        return fp4.expand(*fp4.fp4_operand(op, "kv", unwrapped(kv), "[n, d]"))
     parts = _values_and_scales(op, "kv", unwrapped(kv))
     way_out = "Quantise it: jax_deepgemm.quantize(kv), or call bf16_mqa_logits with bfloat16 q and kv."
     if parts is None:

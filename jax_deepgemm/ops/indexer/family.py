@@ -31,6 +31,7 @@ class LogitsProblem:
         has.
       pages: of the cache.
       joined: whether a page's scales lie behind its values.
+      packed: whether keys are FP4, two numbers in a byte, with a word of scales each; q is e4m3.
     """
 
     tokens: int
@@ -45,9 +46,11 @@ class LogitsProblem:
     page: int = 0
     pages: int = 0
     joined: bool = False
+    packed: bool = False
 
     def __str__(self) -> str:
-        parts = ["mqa_logits", self.dtype, f"{self.tokens}x{self.columns}", f"of {self.keys} keys"]
+        keys = f"of {self.keys} {'FP4 ' if self.packed else ''}keys"
+        parts = ["mqa_logits", self.dtype, f"{self.tokens}x{self.columns}", keys]
         parts += [f"h={self.heads}", f"d={self.depth}"]
         parts += [self.out] if self.out != "float32" else []
         if self.page:
@@ -71,8 +74,13 @@ class LogitsProblem:
 
     @property
     def row_bytes(self) -> int:
-        """Of a key, or of one head of a token."""
+        """Of a key, or of one head of a token, as they are multiplied."""
         return self.depth * (1 if self.is_fp8 else 2)
+
+    @property
+    def key_bytes(self) -> int:
+        """Of a key in memory, without its scales."""
+        return self.depth // 2 if self.packed else self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -80,27 +88,34 @@ class IndexerConfig:
     """How logits are computed on a GPU; what `config=` of `mqa_logits` takes.
 
     >>> print(IndexerConfig(tokens=2, stages=8))
-    2 x 2 tokens stages=8/2
+    2 x 2 tokens x 192 keys stages=8/2
 
     Raises nothing; a call says which rules a configuration breaks.
 
     Attributes:
-      tokens: of a bank. Two banks, one of them multiplied while the other is summed up, are what a block of
-        threads has at a time.
-      stages: slots of 128 keys each.
-      query_stages: slots of two banks of tokens each.
+      tokens: of a bank, which is multiplied by one instruction.
+      stages: slots of a tile of keys each; of keys in FP4, before they are expanded.
+      query_stages: slots of a block's tokens each.
       tensor_sums: whether tensor cores sum over heads (a multiple of 16), from products of q and k that are
         rounded to bfloat16: their relative error is 2**-9, that of the sum less. Otherwise sums are float32.
+      linear: whether sum_h w x, half of the sum of w (x + abs(x)), is one product of FP8 digits of
+        sum_h w q. Errors then are those of sum_h abs(w x), also where most x are negative.
+      banks: of tokens, 1 or 2: what a block of threads has at a time.
+      warpgroups: 2 or 3, each with 64 keys of a tile; 2 of keys in FP4.
     """
 
     tokens: int
     stages: int
     query_stages: int = 2
     tensor_sums: bool = False
+    linear: bool = False
+    banks: int = 2
+    warpgroups: int = 3
 
     def __str__(self) -> str:
-        sums = " tensor sums" if self.tensor_sums else ""
-        return f"2 x {self.tokens} tokens stages={self.stages}/{self.query_stages}{sums}"
+        sums = " tensor sums" * self.tensor_sums + " linear columns" * self.linear
+        tokens = f"{self.banks} x {self.tokens} tokens x {64 * self.warpgroups} keys"
+        return f"{tokens} stages={self.stages}/{self.query_stages}{sums}"
 
 
 FAMILY = Family("indexer", LogitsProblem, {"9.0a": "jax_deepgemm.ops.indexer.sm90"})

@@ -32,10 +32,13 @@ def _problem(
     )
 
 
-def _paged(avals_in: Sequence[Any], avals_out: Sequence[Any], *, joined: bool, **_: Any) -> LogitsProblem:
+def _paged(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, joined: bool, packed: bool, **_: Any
+) -> LogitsProblem:
     q, cache, tables, (out,) = avals_in[0], avals_in[1], avals_in[-1], avals_out
     depth = q.shape[2]
-    page = cache.shape[1] // (depth + 4) if joined else cache.shape[1]
+    row = depth // 2 if packed else depth
+    page = cache.shape[1] // (row + 4) if joined else cache.shape[1]
     return LogitsProblem(
         tokens=q.shape[0],
         keys=tables.shape[1] * page,
@@ -48,6 +51,7 @@ def _paged(avals_in: Sequence[Any], avals_out: Sequence[Any], *, joined: bool, *
         page=page,
         pages=cache.shape[0],
         joined=joined,
+        packed=packed,
     )
 
 

@@ -3,6 +3,8 @@ says how."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,14 +15,19 @@ from jax_deepgemm.jit import KernelSource, compile_kernel
 from jax_deepgemm.jit.wgmma import wgmma_wrapper
 from jax_deepgemm.ops.indexer.family import DEPTHS, LARGEST, MOST_HEADS, IndexerConfig, LogitsProblem
 
-TILE_KEYS = 128
-BANKS = 2
+DIGITS = 4
 MOST_COLUMNS = 128
-"""Of a bank: two products, and the weights of two banks, are in a thread's registers."""
+"""Of a bank's heads."""
+REGISTERS = {2: 232 - 28, 3: 160 - 24}
+PACKED_REGISTERS = {2: 216 - 28}
+"""Of products, weights and steps of linear columns, by consumer warpgroups, so that ptxas has room for the
+rest; beside a warpgroup that expands keys in FP4."""
+EXPANDED_STAGES = 4
+"""Slots of keys that were FP4."""
 MOST_STAGES, FEWEST_STAGES = 8, 2
-THREADS = 384
 _SLAB_BYTES = 128
 _TOKEN_BYTES = 32
+_TABLE_BYTES = 160
 
 # LogitsConfig of include/jax_deepgemm/indexer/config.cuh says what each field means.
 _TEXT = """\
@@ -31,9 +38,11 @@ struct Config {{
   using Mma = ::Mma;
   using Out = {out};
   static constexpr int PAGE = {page};
-  static constexpr int HEADS = {heads}, TOKENS = {tokens}, SLABS = {slabs}, STEPS = {steps};
+  static constexpr int HEADS = {heads}, TOKENS = {tokens}, LINEAR = {linear};
+  static constexpr int SLABS = {slabs}, STEPS = {steps};
   static constexpr bool SCALED = {scaled}, COMPRESSED = {compressed}, TENSOR_SUMS = {tensor_sums};
-  static constexpr int STAGES = {stages}, QUERY_STAGES = {query_stages};
+  static constexpr int BANKS = {banks}, CONSUMERS = {consumers};
+  static constexpr int STAGES = {stages}, PACKED_STAGES = {packed_stages}, QUERY_STAGES = {query_stages};
   static constexpr int SHARED_BYTES = {shared};
 }};
 
@@ -58,15 +67,46 @@ def slabs_of(p: LogitsProblem) -> int:
     return ceil_div(p.row_bytes, _SLAB_BYTES)
 
 
+def threads_of(p: LogitsProblem, c: IndexerConfig) -> int:
+    """Of a block: consumers, the producer's warpgroup, and one that expands keys in FP4."""
+    return 128 * (c.warpgroups + 1 + p.packed)
+
+
+def registers_of(p: LogitsProblem) -> dict[int, int]:
+    """Of a thread, by consumer warpgroups."""
+    return PACKED_REGISTERS if p.packed else REGISTERS
+
+
+def tile_keys(c: IndexerConfig) -> int:
+    """Of a slot of the pipeline of keys."""
+    return 64 * c.warpgroups
+
+
+def linear_of(c: IndexerConfig) -> int:
+    """Columns of a bank that stand for linear halves of its sums: eight for two tokens."""
+    return 2 * DIGITS * ceil_div(c.tokens, 2) if c.linear else 0
+
+
+def columns_of(p: LogitsProblem, c: IndexerConfig) -> int:
+    """Of a bank: what one instruction multiplies."""
+    return c.tokens * heads_of(p) + linear_of(c)
+
+
 def shared_memory(p: LogitsProblem, c: IndexerConfig) -> int:
     """Bytes of shared memory; mirrors LogitsLayout in config.cuh, which asserts it."""
-    columns = BANKS * c.tokens * heads_of(p)
-    weights = ceil_div(columns * 4, 128) * 128
-    scales = TILE_KEYS // p.page * max(4 * p.page, 128) if p.page else TILE_KEYS * 4
-    stage = slabs_of(p) * TILE_KEYS * _SLAB_BYTES + (scales if p.is_fp8 else 0) + 32
-    queries = slabs_of(p) * columns * _SLAB_BYTES + weights + BANKS * c.tokens * _TOKEN_BYTES + 48
-    share = THREADS // 32 * 8 + 16
-    return ceil_div(c.stages * stage + c.query_stages * queries + share, 128) * 128
+    banks, keys = c.banks, tile_keys(c)
+    weights = ceil_div(banks * c.tokens * heads_of(p) * 4, 128) * 128
+    scales = keys // p.page * max(4 * p.page, 128) if p.page else keys * 4
+    stage = slabs_of(p) * keys * _SLAB_BYTES + (scales if p.is_fp8 else 0) + 32
+    rows = slabs_of(p) * banks * columns_of(p, c) * _SLAB_BYTES
+    queries = rows + weights + banks * c.tokens * _TOKEN_BYTES + 48
+    share = threads_of(p, c) // 32 * 8 + 16 + (ceil_div(c.query_stages * 8, 16) * 16 if c.linear else 0)
+    if p.packed:
+        packed = keys * p.key_bytes + scales + 32
+        slots = EXPANDED_STAGES * stage + c.stages * packed + _TABLE_BYTES
+    else:
+        slots = c.stages * stage
+    return ceil_div(slots + c.query_stages * queries + share, 128) * 128
 
 
 def problems_with(p: LogitsProblem, c: IndexerConfig) -> list[str]:
@@ -87,8 +127,27 @@ def problems_with(p: LogitsProblem, c: IndexerConfig) -> list[str]:
             not c.tensor_sums or heads_of(p) % 16 == 0,
             f"tensor_sums and {p.heads} heads, need a multiple of 16",
         ),
+        (not (c.tensor_sums and c.linear), "tensor_sums and linear, need one of them"),
+        (not c.linear or p.is_fp8, f"linear and {p.dtype}, need FP8"),
+        (c.warpgroups in REGISTERS, f"warpgroups is {c.warpgroups}, need 2 or 3"),
+        (not p.packed or c.warpgroups == 2, f"warpgroups is {c.warpgroups}, need 2 for FP4 keys"),
+        (c.banks in (1, 2), f"banks is {c.banks}, need 1 or 2"),
+        (
+            _registers(p, c) <= registers_of(p).get(c.warpgroups, 0),
+            f"{c.banks} x {c.tokens} tokens of {heads_of(p)} heads need {_registers(p, c)} registers of a "
+            f"thread, at most {registers_of(p).get(c.warpgroups, 0)} for {c.warpgroups} warpgroups",
+        ),
+        (
+            not p.page or tile_keys(c) % p.page == 0,
+            f"tiles of {tile_keys(c)} keys are no whole pages of {p.page}",
+        ),
     )
     return [words for kept, words in rules if not kept]
+
+
+def _registers(p: LogitsProblem, c: IndexerConfig) -> int:
+    """Of a thread: a product, weights, steps of linear columns."""
+    return columns_of(p, c) // 2 + c.banks * c.tokens * (heads_of(p) // 4 + c.linear)
 
 
 def refusal(p: LogitsProblem) -> str:
@@ -101,12 +160,20 @@ def refusal(p: LogitsProblem) -> str:
 
 # Choosing --------------------------------------------------------------------------------------------------
 
-_CLOCK = 1.6e3  # cycles of a microsecond, under load
-_START = 4.0
-_SLOTS = (2.55, 20.0)  # of an SM's quarter: for each score of a thread, and for each product
+# Cycles, from times of one H200 (benchmarks/data/mqa_logits_h200.json). Reading accumulators of one product
+# while others are made takes most of a warpgroup's time, so that no unit is ever full.
+_CLOCK = 1.7e3  # of a microsecond, under load
+_START = 8.0
+_EACH_GROUP = 240.0  # 64 keys by a bank's columns, when three warpgroups overlap
+_EACH_SCORE = {False: 1.7, True: 1.1}  # of a thread; with linear columns
+_EACH_TOKEN = {False: 14.0, True: 24.0}
+_EACH_TILE = 12.0
+_TWO_WARPGROUPS = 1.04
+_EXPAND = 250.0  # of an SM's quarter: 32 keys of a tile in FP4
 _HIDDEN = 0.93  # of the tensor cores' time, at best
 _L2_BYTES = 30.0  # of a cycle and an SM
-_WRITE, _READ = 2.9e6, 3.9e6  # bytes of a microsecond
+_WRITE, _READ = 2.9e6, 3.8e6  # bytes of a microsecond
+_MOST_AHEAD = 100 << 10  # bytes of pages that an SM asks for before it has them: more makes others wait
 
 
 @dataclass(frozen=True)
@@ -125,7 +192,7 @@ class Cost:
 
     @property
     def total(self) -> float:
-        return self.start + max(self.compute, self.memory)
+        return self.start + max(self.compute, self.memory) + 0.1 * min(self.compute, self.memory)
 
     def __str__(self) -> str:
         terms = f"start {self.start:.1f}, compute {self.compute:.1f}, memory {self.memory:.1f}"
@@ -135,26 +202,27 @@ class Cost:
 def blocks_of(p: LogitsProblem, c: IndexerConfig) -> int:
     """Blocks of tokens; those of a request with pages are its own."""
     requests = p.batches if p.page else 1
-    return requests * ceil_div(p.tokens // requests, BANKS * c.tokens)
+    return requests * ceil_div(p.tokens // requests, c.banks * c.tokens)
 
 
 def tiles_of(p: LogitsProblem, c: IndexerConfig) -> int:
     """Tiles of all blocks of tokens, if every window has all keys of its batch."""
     own_keys = p.keys > p.columns and not p.page
-    return blocks_of(p, c) * ceil_div(p.keys, TILE_KEYS * (p.batches if own_keys else 1))
+    return blocks_of(p, c) * ceil_div(p.keys, tile_keys(c) * (p.batches if own_keys else 1))
 
 
 def cost(p: LogitsProblem, c: IndexerConfig, chip: Chip) -> Cost:
-    """The model's opinion: tensor cores, instructions of sums, or bytes from L2, whichever takes longest."""
-    columns = c.tokens * heads_of(p)
-    products = BANKS * 2  # of a tile: banks by warpgroups
-    tensor = products * columns / 2 * ceil_div(p.row_bytes, 32) / _HIDDEN
-    slots = products * (_SLOTS[0] * columns / 2 + 6.0 * c.tokens + _SLOTS[1])
-    from_l2 = slabs_of(p) * TILE_KEYS * min(p.row_bytes, _SLAB_BYTES) / _L2_BYTES
-    cycles = max(tensor, slots, from_l2) + 0.1 * min(tensor, slots)
+    """The model's opinion: tensor cores, sums, or bytes from L2, whichever takes longest."""
+    tensor = columns_of(p, c) / 2 * ceil_div(p.row_bytes, 32) / _HIDDEN
+    scores = c.tokens * heads_of(p) / 2
+    sums = _EACH_GROUP + _EACH_SCORE[c.linear] * scores + _EACH_TOKEN[c.linear] * c.tokens
+    sums *= _TWO_WARPGROUPS if c.warpgroups == 2 else 1.0
+    from_l2 = tile_keys(c) * p.key_bytes / _L2_BYTES
+    expand = _EXPAND * p.depth / 128 if p.packed else 0.0
+    cycles = expand + max(c.warpgroups * (c.banks * max(tensor, sums) + _EACH_TILE), from_l2)
     share = ceil_div(tiles_of(p, c), chip.num_sms)
     written = p.tokens * p.columns * p.out_bytes / _WRITE
-    read = p.batches * p.keys * (p.row_bytes + 4) / _READ if p.page else 0.0
+    read = p.batches * p.keys * (p.key_bytes + 4) / _READ if p.page else 0.0
     return Cost(_START, share * cycles / _CLOCK, written + read)
 
 
@@ -163,20 +231,23 @@ def candidates(p: LogitsProblem, chip: Chip) -> Iterator[IndexerConfig]:
     first is chosen."""
     most = max(1, MOST_COLUMNS // heads_of(p))
     for tokens in dict.fromkeys((most, *(1 << i for i in reversed(range(most.bit_length()))))):
-        stages = _most_stages(p, tokens, chip)
-        if stages >= FEWEST_STAGES:
-            yield IndexerConfig(tokens, stages)
-            if heads_of(p) % 16 == 0:
-                yield IndexerConfig(tokens, stages, tensor_sums=True)
+        for warpgroups, banks, sums in itertools.product(registers_of(p), (2, 1), _SUMS):
+            config = IndexerConfig(tokens, 0, banks=banks, warpgroups=warpgroups, **sums)
+            config = _with_most_stages(p, config, chip)
+            if not problems_with(p, config) and (not config.linear or p.heads >= _FEWEST_LINEAR_HEADS):
+                yield config
 
 
-def _most_stages(p: LogitsProblem, tokens: int, chip: Chip) -> int:
-    fitting = (
-        stages
-        for stages in range(MOST_STAGES, 0, -1)
-        if shared_memory(p, IndexerConfig(tokens, stages)) <= chip.smem_per_block
-    )
-    return next(fitting, 0)
+_FEWEST_LINEAR_HEADS = 32
+"""Of few heads many sums are zero, and the errors of linear columns would be seen."""
+_SUMS: tuple[dict[str, bool], ...] = ({}, {"linear": True}, {"tensor_sums": True})
+
+
+def _with_most_stages(p: LogitsProblem, c: IndexerConfig, chip: Chip) -> IndexerConfig:
+    """As many as fit; 0 if none does."""
+    most = min(MOST_STAGES, _MOST_AHEAD // (tile_keys(c) * p.row_bytes)) if p.page else MOST_STAGES
+    each = (dataclasses.replace(c, stages=stages) for stages in range(most, 0, -1))
+    return next((one for one in each if shared_memory(p, one) <= chip.smem_per_block), c)
 
 
 # Launching -------------------------------------------------------------------------------------------------
@@ -184,9 +255,14 @@ def _most_stages(p: LogitsProblem, tokens: int, chip: Chip) -> int:
 
 def kernel_name(p: LogitsProblem, c: IndexerConfig) -> str:
     """The name that profilers show."""
-    parts = ["jdg_mqa_logits", p.dtype, f"h{heads_of(p)}x{c.tokens}", f"d{p.depth}"]
-    parts += [f"s{c.stages}q{c.query_stages}"]
-    parts += ["mma"] if c.tensor_sums else []
+    parts = [
+        "jdg_mqa_logits",
+        "fp4" if p.packed else p.dtype,
+        f"h{heads_of(p)}x{c.tokens}x{c.banks}",
+        f"d{p.depth}",
+    ]
+    parts += [f"k{tile_keys(c)}s{c.stages}q{c.query_stages}"]
+    parts += ["mma"] if c.tensor_sums else ["linear"] if c.linear else []
     parts += ["bf16out"] if p.out == "bfloat16" else []
     parts += [f"page{p.page}"] if p.page else ["compressed"] * p.compressed
     return "_".join(parts)
@@ -202,19 +278,23 @@ def kernel_source(p: LogitsProblem, c: IndexerConfig) -> KernelSource:
     parameters += [f"int {one}" for one in _INTEGERS]
     parameters += ["const int* tables", "int table_width"] if p.page else []
     text = _TEXT.format(
-        mma=wgmma_wrapper(c.tokens * heads_of(p), p.dtype, p.dtype),
+        mma=wgmma_wrapper(columns_of(p, c), p.dtype, p.dtype),
         out=out,
         heads=heads_of(p),
         tokens=c.tokens,
+        linear=linear_of(c),
+        banks=c.banks,
+        consumers=c.warpgroups,
         slabs=slabs_of(p),
         steps=ceil_div(p.row_bytes, 32),
         scaled=str(p.is_fp8).lower(),
         compressed=str(p.compressed).lower(),
         tensor_sums=str(c.tensor_sums).lower(),
-        stages=c.stages,
+        stages=EXPANDED_STAGES if p.packed else c.stages,
+        packed_stages=c.stages if p.packed else 0,
         query_stages=c.query_stages,
         shared=shared_memory(p, c),
-        threads=THREADS,
+        threads=threads_of(p, c),
         page=p.page,
         tables="tables, table_width" if p.page else "nullptr, 0",
         name=name,
@@ -231,14 +311,14 @@ _INTEGERS = ("tokens", "num_keys", "columns", "batch_tokens", "batch_keys")
 def tensor_maps(p: LogitsProblem, c: IndexerConfig, given: Operands) -> list[TensorMap]:
     """Maps of queries, keys, their scales, and weights. What is outside arrives as zeros: heads and tokens
     that fill up a bank, numbers that fill up 128 bytes, pages that do not exist."""
-    tokens, heads, weights = BANKS * c.tokens, heads_of(p), given["weights"]
-    box, strides = (_slab(p), heads, tokens), (p.row_bytes, p.heads * p.row_bytes)
+    heads, weights = heads_of(p), given["weights"]
+    box, strides = (_slab(p), heads, c.tokens), (p.row_bytes, p.heads * p.row_bytes)
     dims, pitch = (p.depth, p.heads, p.tokens), 4 * weights.shape[-1]
     queries = TensorMap(Operand(given["q"].index), _DTYPES[p.dtype], dims, strides, box, 128)
-    factors = (weights.shape[-1], p.tokens), (pitch,), (heads, tokens)
+    factors = (weights.shape[-1], p.tokens), (pitch,), (heads, c.banks * c.tokens)
     return [
         queries,
-        *(_maps_of_pages(p, given) if p.page else _maps_of_keys(p, given)),
+        *(_maps_of_pages(p, given) if p.page else _maps_of_keys(p, tile_keys(c), given)),
         TensorMap(Operand(weights.index), "float32", *factors),
     ]
 
@@ -251,26 +331,39 @@ def _slab(p: LogitsProblem) -> int:
     return _SLAB_BYTES if p.is_fp8 else _SLAB_BYTES // 2
 
 
-def _maps_of_keys(p: LogitsProblem, given: Operands) -> list[TensorMap]:
-    keys, box = Operand(given["k"].index), (_slab(p), TILE_KEYS)
-    maps = [TensorMap(keys, _DTYPES[p.dtype], (p.depth, p.keys), (p.row_bytes,), box, 128)]
+def _maps_of_keys(p: LogitsProblem, tile: int, given: Operands) -> list[TensorMap]:
+    keys = Operand(given["k"].index)
+    if p.packed:
+        maps = [TensorMap(keys, "uint8", (p.key_bytes, p.keys), (p.key_bytes,), *_packed_box(p, tile))]
+    else:
+        box = (_slab(p), tile)
+        maps = [TensorMap(keys, _DTYPES[p.dtype], (p.depth, p.keys), (p.row_bytes,), box, 128)]
     if p.is_fp8:
-        maps.append(TensorMap(Operand(given["scales"].index), "float32", (p.keys,), (), (TILE_KEYS,)))
+        maps.append(TensorMap(Operand(given["scales"].index), _SCALES[p.packed], (p.keys,), (), (tile,)))
     return maps
 
 
+_SCALES = {False: "float32", True: "int32"}
+
+
+def _packed_box(p: LogitsProblem, *rows: int) -> tuple[tuple[int, ...], int]:
+    """Of keys in FP4, and how it is swizzled: rows of 16 bytes are not."""
+    return (p.key_bytes, *rows), p.key_bytes if p.key_bytes > 16 else 0
+
+
 def _maps_of_pages(p: LogitsProblem, given: Operands) -> list[TensorMap]:
-    values = p.page * p.depth
+    values = p.page * p.key_bytes
     if p.joined:
         cache = given["cache"].index
         keys, scales, pitches = Operand(cache), Operand(cache, values), (values + 4 * p.page,) * 2
     else:
         keys, scales = Operand(given["k"].index), Operand(given["scales"].index)
         pitches = values, 4 * p.page
-    box = (_slab(p), p.page, 1)
+    row = p.key_bytes
+    box, swizzle = _packed_box(p, p.page, 1) if p.packed else ((_slab(p), p.page, 1), 128)
     return [
-        TensorMap(keys, "uint8", (p.depth, p.page, p.pages), (p.depth, pitches[0]), box, 128),
-        TensorMap(scales, "float32", (p.page, p.pages), (pitches[1],), (p.page, 1)),
+        TensorMap(keys, "uint8", (row, p.page, p.pages), (row, pitches[0]), box, swizzle),
+        TensorMap(scales, _SCALES[p.packed], (p.page, p.pages), (pitches[1],), (p.page, 1)),
     ]
 
 
@@ -292,7 +385,7 @@ def _plan(p: LogitsProblem, c: IndexerConfig, chip: Chip, given: Operands) -> La
     launch = Launch(
         kernel=compile_kernel(source, arch=chip.arch),
         grid=(min(chip.num_sms, max(tiles_of(p, c), blocks_of(p, c))), 1, 1),
-        block=THREADS,
+        block=threads_of(p, c),
         params=(
             *tensor_maps(p, c, given),
             Operand(given["start"].index),

@@ -2,37 +2,40 @@
 // the keys of a token's window, minus infinity elsewhere in its row.
 //
 // clang-format off
-//   warpgroups 0, 1     consumers: 64 keys of a tile each, by two banks of tokens in turn
-//   warpgroup 2         warp 0: producer; warps 1 to 3: minus infinity where no tile is
+//   warpgroups 0, 1 (, 2)   consumers: 64 keys of a tile each, by one or two banks of tokens
+//   the last warpgroup      warp 0: producer; the others: minus infinity where no tile is; with linear
+//                           columns (linear.cuh) two of them write these
 //
-//   keys:    slot  keys [128, d] | scales [128]
-//   tokens:  slot  queries [2 banks][tokens][heads][d] | weights [..][heads] | Token of each | Run
+//   keys:    slot  keys [64 of each consumer, d] | scales
+//   tokens:  slot  queries [banks][tokens][heads][d] and linear columns | weights [..][heads] | Tokens | Run
 //
-//   consumer:  product of bank 0 of the first tile
-//              for each tile:  issue bank 1          wait for bank 0, sum it up, store
-//                              issue bank 0 of the   wait for bank 1, release the slot, sum it up, store
-//                              next tile
+//   consumer:  for each tile, for each bank:   issue the product
+//                                              finish what was summed up before: exchange, store
+//                                              wait for the product (the last bank's: release the keys)
+//                                              sum it up
 //
-//   shared memory:  keys[STAGES] | queries[QUERY_STAGES] | scales | weights | tokens | runs | two pipelines | share
+//   shared memory:  keys[STAGES] | queries[QUERY_STAGES] | scales | weights | tokens | runs | two pipelines
+//                   | barriers of linear columns | share
 // clang-format on
 //
 // Each block of threads has a share of all tiles (work.cuh), so that blocks end together however long windows
-// are. Tiles follow each other without a gap: when one is the last of its tokens, bank 0 of the next tokens
-// is on its way before bank 1 is summed up. Behind the last tokens come some without a tile; what is
-// multiplied there is dropped.
+// are.
+//
+// A warpgroup has one product at a time; while it sums up, the others' are made. Three of them, with fewer
+// registers each, hide more than two: an instruction that reads an accumulator waits four cycles while other
+// products are written, so that sums take longer than products.
 //
 // A thread has 2 keys by a quarter of the heads of each token. max(x, 0) is (x + |x|) / 2: one addition at
-// full rate, exact, where max runs at half rate. The factor joins the key's scale. Four neighbouring lanes
-// then exchange what they summed, so that each has whole sums of one key, of every other token. TENSOR_SUMS:
-// the tensor cores sum up max(x, 0), rounded to bfloat16.
+// full rate, exact, where max runs at half rate; with linear columns not even that. The factor joins the
+// key's scale. Four neighbouring lanes then exchange what they summed, so that each has whole sums of one
+// key, of every other token. TENSOR_SUMS: the tensor cores sum up max(x, 0), rounded to bfloat16.
 //
 // A tile that lies in the windows of all its tokens, all of which exist, is `whole`: stored without a look at
 // windows.
-//
-// Hazard: a product must be in flight, or not, on every way into a join of the control flow, or ptxas
-// serialises (C7514). There is one loop, with one product in flight at its edge.
 #pragma once
 
+#include <jax_deepgemm/indexer/expand.cuh>
+#include <jax_deepgemm/indexer/linear.cuh>
 #include <jax_deepgemm/indexer/work.cuh>
 #include <jax_deepgemm/ptx/mma.cuh>
 #include <jax_deepgemm/ptx/tma.cuh>
@@ -53,37 +56,40 @@ __device__ __forceinline__ Span common_keys(const Token& t) {
 template <class C>
 __device__ __forceinline__ void load_tokens(const Problem<C>& p, const Queries<C>& queries, int first) {
   using L = LogitsLayout<C>;
-  queries.expect(L::kQueriesBytes + L::kWeightsBytes);
+  constexpr int kLinearBytes = C::BANKS * C::LINEAR * kSlabBytes;  // by other warps
+  queries.expect(L::kQueriesBytes - kLinearBytes + L::kWeightsBytes);
 #pragma unroll
   for (int slab = 0; slab < C::SLABS; ++slab)
-    ptx::tma_load(queries.queries() + slab * kBlockCols<C> * kSlabBytes, *p.queries, queries.full(),
-                  slab * kSlabElements<C>, 0, first);
+#pragma unroll
+    for (int bank = 0; bank < C::BANKS; ++bank)
+      ptx::tma_load(queries.queries() + (slab * kBlockCols<C> + bank * kBankCols<C>)*kSlabBytes, *p.queries,
+                    queries.full(), slab * kSlabElements<C>, 0, first + bank * C::TOKENS);
   ptx::tma_load(queries.weights(), *p.weights, queries.full(), 0, first);
 }
 
 template <class C>
-__device__ __forceinline__ void load_keys(const Problem<C>& p, const Keys<C>& keys, int first) {
+__device__ __forceinline__ void load_keys(const Problem<C>& p, const Loaded<C>& keys, int first) {
   using L = LogitsLayout<C>;
-  keys.expect(L::kKeysBytes + L::kScalesBytes);
+  keys.expect(Loaded<C>::kBytes + L::kScalesBytes);
 #pragma unroll
   for (int slab = 0; slab < C::SLABS; ++slab)
-    ptx::tma_load(keys.keys() + slab * kTileKeys * kSlabBytes, *p.keys, keys.full(), slab * kSlabElements<C>,
-                  first);
+    ptx::tma_load(keys.keys() + slab * kTileKeys<C> * kSlabBytes, *p.keys, keys.full(),
+                  slab * kSlabElements<C>, first);
   if constexpr (C::SCALED) ptx::tma_load(keys.scales(), *p.scales, keys.full(), first);
 }
 
 // The pages of a tile, by a warp, of which every lane has the number of a page from `known` on. Outside of
 // the cache there are zeros.
 template <class C>
-__device__ __forceinline__ void load_pages(const Problem<C>& p, const Keys<C>& keys, int page, int known,
+__device__ __forceinline__ void load_pages(const Problem<C>& p, const Loaded<C>& keys, int page, int known,
                                            bool elected) {
   using L = LogitsLayout<C>;
-  if (elected) keys.expect(L::kKeysBytes + L::kScalesBytes);
+  if (elected) keys.expect(Loaded<C>::kBytes + L::kScalesBytes);
 #pragma unroll
   for (int i = 0; i < kTilePages<C>; ++i) {
     const int at = __shfl_sync(0xFFFFFFFF, page, known + i);
     if (elected) {
-      ptx::tma_load(keys.keys() + i * C::PAGE * kSlabBytes, *p.keys, keys.full(), 0, 0, at);
+      ptx::tma_load_once(keys.keys() + i * C::PAGE * Loaded<C>::kRow, *p.keys, keys.full(), 0, 0, at);
       ptx::tma_load(keys.scales() + i * L::kPagePitch, *p.scales, keys.full(), 0, at);
     }
   }
@@ -92,8 +98,8 @@ __device__ __forceinline__ void load_pages(const Problem<C>& p, const Keys<C>& k
 // All tiles of a block of tokens, by a warp. Numbers of 32 pages are read at once; those that no window
 // reaches are none.
 template <class C>
-__device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Keys<C>& keys, int block, Span tiles,
-                                                    int end, bool elected) {
+__device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Loaded<C>& keys, int block,
+                                                    Span tiles, int end, bool elected) {
   constexpr int kKnown = 32 / kTilePages<C>;  // tiles
   const int* const table = p.tables + static_cast<i64>(block / blocks_of_request(p)) * p.table_width;
   int page = -1;
@@ -113,7 +119,7 @@ __device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Keys<C>
 // By a warp. One lane of it loads; all of them look at windows.
 template <class C>
 __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share, u32 smem) {
-  Keys<C> keys(smem);
+  Loaded<C> keys(smem);
   Queries<C> queries(smem);
   const int lane = threadIdx.x % 32;
   const bool elected = ptx::elect();
@@ -124,7 +130,7 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
   for (int block = share.block; left > 0; ++block, skip = 0) {
     const Token mine = next;
     next = token_of_lane(p, block + 1);  // while this block's keys are loaded
-    Span tiles = tiles_of_warp(mine);
+    Span tiles = tiles_of_warp<C>(mine);
     tiles.begin += skip;
     if (tiles.size() > left) tiles.end = tiles.begin + static_cast<int>(left);
     if (tiles.size() == 0) continue;
@@ -136,12 +142,14 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
       const u32 at = queries.token(lane);
       const u32 low = static_cast<u32>(mine.row), high = static_cast<u32>(mine.row >> 32);
       ptx::store_shared_4(at, mine.start, mine.end, mine.first, mine.last);
-      ptx::store_shared_2(at + 16, __uint_as_float(low), __uint_as_float(high));
+      ptx::store_shared_2(at + kTokenRow, __uint_as_float(low), __uint_as_float(high));
     }
     if (elected)
-      ptx::store_shared_4(queries.run(), tiles.begin * kTileKeys, tiles.size(), common.begin, common.end);
-    __syncwarp();
-    if (elected) load_tokens(p, queries, token_index(p, block, 0));
+      ptx::store_shared_4(queries.run(), tiles.begin * kTileKeys<C>, tiles.size(), common.begin, common.end);
+    if (elected)
+      load_tokens(p, queries, token_index(p, block, 0));
+    else
+      queries.fill_with_nothing();
     if constexpr (C::PAGE > 0) {
       const int end = __reduce_max_sync(0xFFFFFFFF, mine.end);
       load_tiles_of_pages(p, keys, block, tiles, end, elected);
@@ -149,7 +157,7 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
 #pragma unroll 1
       for (int tile = tiles.begin; tile < tiles.end; ++tile) {
         keys.wait_empty();
-        load_keys(p, keys, tile * kTileKeys);
+        load_keys(p, keys, tile * kTileKeys<C>);
         keys.advance();
       }
     }
@@ -157,10 +165,8 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
     queries.advance();
   }
   queries.wait_empty();
-  if (elected) {
-    ptx::store_shared_4(queries.run(), 0, 0, 0, 0);
-    queries.fill_with_nothing();
-  }
+  if (elected) ptx::store_shared_4(queries.run(), 0, 0, 0, 0);
+  queries.fill_with_nothing();
 }
 
 // --- consumers ---
@@ -168,14 +174,12 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
 template <class C>
 struct Scorer {
   using Out = typename C::Out;
-  static constexpr int kCount = kBankCols<C> / 2;      // of a thread's accumulator
-  static constexpr int kPerToken = C::HEADS / 4;       // heads of a token that a thread sums up
-  static constexpr int kSteps = C::HEADS / 16;         // products of a warp, of a token
-  static constexpr int kPairs = (C::TOKENS + 1) / 2;   // logits of a thread, of a bank
-  static constexpr bool kKeepRows = kPairs <= 2;       // in registers
-  static constexpr bool kSumsAreFew = C::TOKENS <= 4;  // so that they stay in registers beside two products
+  static constexpr int kCount = kBankCols<C> / 2;     // of a thread's accumulator
+  static constexpr int kPerToken = C::HEADS / 4;      // heads of a token that a thread sums up
+  static constexpr int kSteps = C::HEADS / 16;        // products of a warp, of a token
+  static constexpr int kPairs = (C::TOKENS + 1) / 2;  // logits of a thread, of a bank
+  static constexpr bool kKeepRows = kPairs * C::BANKS <= 2 && C::CONSUMERS == 2;  // in registers
   static constexpr float kHalf = C::TENSOR_SUMS ? 1.0f : 0.5f;  // what sums are multiplied by
-  static constexpr int kPage = C::PAGE > 0 ? C::PAGE : kTileKeys;
   using Product = float[kCount];
   using Sums = float[2 * C::TOKENS];
 
@@ -191,9 +195,10 @@ struct Scorer {
   const int mine;      // this thread's key of a tile, once sums are exchanged
   const u32 scale_at;  // where its scale is
   u32 tokens;          // what is known of those whose logits are being summed up
-  float weights[kBanks][C::TENSOR_SUMS ? 1 : C::TOKENS * kPerToken];
-  u32 factors[kBanks][C::TENSOR_SUMS ? C::TOKENS * kSteps : 1][2];
-  u64 rows[kBanks][kKeepRows ? kPairs : 1];
+  float weights[C::BANKS][C::TENSOR_SUMS ? 1 : C::TOKENS * kPerToken];
+  float steps[C::BANKS][C::TOKENS];  // of this thread's digits of linear columns
+  u32 factors[C::BANKS][C::TENSOR_SUMS ? C::TOKENS * kSteps : 1][2];
+  u64 rows[C::BANKS][kKeepRows ? kPairs : 1];
 
   __device__ __forceinline__ Scorer(u32 smem, int warpgroup)
       : keys(smem),
@@ -201,7 +206,7 @@ struct Scorer {
         warpgroup(warpgroup),
         lane(threadIdx.x % 32),
         mine(threadIdx.x / 32 * 16 + lane / 4 + (lane & 2) * 4),
-        scale_at(C::PAGE > 0 ? mine / kPage * LogitsLayout<C>::kPagePitch + mine % kPage * 4 : mine * 4) {}
+        scale_at(scale_offset<C>(mine)) {}
 
   // --- a block of tokens ---
 
@@ -211,18 +216,19 @@ struct Scorer {
     return tokens + (bank * C::TOKENS + token) * kTokenBytes;
   }
   __device__ __forceinline__ u64 row_of(int bank, int pair) const {
-    const float2 row = ptx::load_shared_2(token_of(bank, pair) + 16);
+    const float2 row = ptx::load_shared_2(token_of(bank, pair) + kTokenRow);
     return static_cast<u64>(__float_as_uint(row.y)) << 32 | __float_as_uint(row.x);
   }
 
   __device__ __forceinline__ void begin_tokens() {
     tokens = queries.token(0);
 #pragma unroll
-    for (int bank = 0; bank < kBanks; ++bank) {
+    for (int bank = 0; bank < C::BANKS; ++bank) {
       if constexpr (C::TENSOR_SUMS)
         load_factors(bank);
       else
         load_weights(bank);
+      if constexpr (C::LINEAR > 0) load_steps(bank);
 #pragma unroll
       for (int pair = 0; kKeepRows && pair < kPairs; ++pair) rows[bank][pair] = row_of(bank, pair);
     }
@@ -230,7 +236,7 @@ struct Scorer {
 
   // Two neighbouring heads' weights, of those from `first` on.
   __device__ __forceinline__ float2 weights_from(int bank, int first) const {
-    return ptx::load_shared_2(queries.weights() + (bank * kBankCols<C> + first + lane % 4 * 2) * 4);
+    return ptx::load_shared_2(queries.weights() + (bank * kBankHeads<C> + first + lane % 4 * 2) * 4);
   }
 
   __device__ __forceinline__ void load_weights(int bank) {
@@ -239,6 +245,13 @@ struct Scorer {
       const float2 two = weights_from(bank, i * 4);
       weights[bank][i] = two.x, weights[bank][i + 1] = two.y;
     }
+  }
+
+  __device__ __forceinline__ void load_steps(int bank) {
+#pragma unroll
+    for (int token = 0; token < C::TOKENS; ++token)
+      steps[bank][token] = digit_value(lane % 4) *
+                           ptx::load_shared(tokens + (bank * C::TOKENS + token) * kTokenBytes + kTokenStep);
   }
 
   // Even columns are weights in bfloat16, odd ones what that leaves of them.
@@ -265,28 +278,34 @@ struct Scorer {
 #pragma unroll
     for (int step = 0; step < C::STEPS; ++step) {
       const int slab = step / 4, within = step % 4 * 32;
-      C::Mma::issue(product, a.plus(slab * kTileKeys * kSlabBytes + within),
+      C::Mma::issue(product, a.plus(slab * kTileKeys<C> * kSlabBytes + within),
                     b.plus(slab * kBlockCols<C> * kSlabBytes + within), step > 0);
     }
     ptx::wgmma_commit();
   }
 
-  // Until only the product that was issued last is under way.
   __device__ __forceinline__ static void await(Product& product) {
-    ptx::wgmma_wait<1>();
+    ptx::wgmma_wait<0>();
     ptx::pin(product);
   }
 
   // Twice the sum over this thread's heads, of a token and one of two keys.
   __device__ __forceinline__ float sum(const Product& product, int bank, int token, int key) const {
-    float total;
+    float total = linear_half(product, bank, token, key);
 #pragma unroll
     for (int i = 0; i < kPerToken; ++i) {
       const float x = product[token * kPerToken * 2 + i / 2 * 4 + 2 * key + i % 2];
       const float w = weights[bank][token * kPerToken + i];
-      total = i == 0 ? w * (x + fabsf(x)) : total + w * (x + fabsf(x));
+      const float twice = C::LINEAR > 0 ? fabsf(x) : x + fabsf(x);
+      total = C::LINEAR == 0 && i == 0 ? w * twice : total + w * twice;
     }
     return total;
+  }
+
+  // This thread's digit of it.
+  __device__ __forceinline__ float linear_half(const Product& product, int bank, int token, int key) const {
+    if constexpr (C::LINEAR == 0) return 0.0f;
+    return steps[bank][token] * product[kBankHeads<C> / 2 + token / 2 * 4 + 2 * key + token % 2];
   }
 
   // What is left of a bank's product: sums of all its tokens, for both keys.
@@ -346,7 +365,7 @@ struct Scorer {
   }
 
   __device__ __forceinline__ void store(int bank, int pair, const Tile& tile, float logit) const {
-    const i64 key = tile.key + mine;
+    const i64 key = static_cast<i64>(tile.key) + mine;
     Out* const to = reinterpret_cast<Out*>(kKeepRows ? rows[bank][pair] : row_of(bank, pair)) + key;
     if (tile.whole) return ptx::store_global(to, logit);
     const float4 token = ptx::load_shared_4(token_of(bank, pair));
@@ -358,61 +377,62 @@ struct Scorer {
 
   // --- all tiles ---
 
-  // The next block of tokens. Lane 0 reads, because it releases the slot.
+  // The next block of tokens. The shuffle tells the compiler that all lanes have the same.
   __device__ __forceinline__ Run receive() const {
     queries.wait_full();
-    float4 run = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (lane == 0) run = ptx::load_shared_4(queries.run());
+    const float4 run = ptx::load_shared_4(queries.run());
     const auto shared = [](float v) { return __float_as_int(__shfl_sync(0xFFFFFFFF, v, 0)); };
-    return {shared(run.x), shared(run.y), shared(run.z), shared(run.w)};
+    const Run at = {shared(run.x), shared(run.y), shared(run.z), shared(run.w)};
+    if (at.tiles > 0) queries.wait_ready();
+    return at;
+  }
+
+  __device__ __forceinline__ Tile tile_at(const Run& at) const {
+    const float scale = C::SCALED ? ptx::load_shared(keys.scales() + scale_at) : 1.0f;
+    return {at.key, at.begin <= at.key && at.key + kTileKeys<C> <= at.end, kHalf * scale};
+  }
+
+  // All tiles of a block of tokens. While a product is made, what was summed up before is finished (before
+  // the first one that is a tile whose keys are in no row), and the next tile is awaited.
+  __device__ __forceinline__ void score(Run at) {
+    Product product;
+    Sums sums = {};
+    Tile before = {kNever, false, 0.0f};
+    keys.wait_full();
+    Tile tile = tile_at(at);
+#pragma unroll 1
+    for (; at.tiles > 0; --at.tiles) {
+      Tile next = tile;
+      u32 read = 0;
+#pragma unroll
+      for (int bank = 0; bank < C::BANKS; ++bank) {
+        issue(product, bank);
+        // Always so. Without a branch ptxas puts the shuffles between instructions of the product.
+        if (at.begin >= 0) finish(sums, bank > 0 ? bank - 1 : C::BANKS - 1, bank > 0 ? tile : before);
+        if (bank == C::BANKS - 1) {
+          read = keys.empty();
+          keys.advance();
+          at.key += kTileKeys<C>;
+          if (at.tiles > 1) {
+            keys.wait_full();
+            next = tile_at(at);
+          }
+        }
+        await(product);
+        if (bank == C::BANKS - 1 && lane == 0) Keys<C>::release(read);
+        sum_bank(product, bank, sums);
+      }
+      before = tile, tile = next;
+    }
+    finish(sums, C::BANKS - 1, before);
   }
 
   __device__ __forceinline__ void run() {
-    Product even, odd;
-    Sums sums;
-    Run at = receive();
-    if (at.tiles > 0) keys.wait_full();
-    issue(even, 0);
-    begin_tokens();
-#pragma unroll 1
-    while (at.tiles > 0) {
-      const float scale = kHalf * (C::SCALED ? ptx::load_shared(keys.scales() + scale_at) : 1.0f);
-      const Tile tile = {at.key, at.begin <= at.key && at.key + kTileKeys <= at.end, scale};
-      const u32 read = keys.empty(), scored = queries.empty();
-      issue(odd, 1);
-      await(even);
-      sum_bank(even, 0, sums);
-      if (!kSumsAreFew) finish(sums, 0, tile);
-
-      const bool others = at.tiles == 1;  // come next
-      at.key += kTileKeys, at.tiles -= 1;
-      keys.advance();
-      if (others) {
-        queries.advance();
-        at = receive();
-      }
-      if (at.tiles > 0) keys.wait_full();
-      issue(even, 0);
-      if (kSumsAreFew) finish(sums, 0, tile);
-      await(odd);
-      if (lane == 0) Keys<C>::release(read);
-      sum_bank(odd, 1, sums);
-      finish(sums, 1, tile);
-      if (others) {
-        __syncwarp();
-        if (lane == 0) Queries<C>::release(scored);
-        begin_tokens();
-      }
-    }
-    // Hazard: ptxas takes a wait that stands on every way out of the loop for the end of the product that the
-    // loop issues, which is read before it, and serialises (C7514). So there are two ways out; the second one
-    // is never taken.
-    if (at.end == 0) {
-      ptx::wgmma_wait<0>();
-      ptx::pin(even);
-    } else {
-      ptx::wgmma_wait<0>();
-      ptx::pin(odd);
+    for (Run at = receive(); at.tiles > 0; at = receive()) {
+      begin_tokens();
+      score(at);
+      Queries<C>::release(queries.empty());
+      queries.advance();
     }
   }
 };
@@ -422,8 +442,13 @@ struct Scorer {
 template <class C>
 __device__ __forceinline__ void init_pipelines(u32 smem) {
   if (threadIdx.x == 0) {
-    Keys<C>(smem).init(4 * kConsumers);
-    Queries<C>(smem).init(4 * kConsumers);
+    if constexpr (kPacked<C>) {
+      PackedKeys<C>(smem).init(4);
+      Keys<C>(smem).init(4 * C::CONSUMERS, 4);
+    } else {
+      Keys<C>(smem).init(4 * C::CONSUMERS);
+    }
+    Queries<C>(smem).init();
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -435,17 +460,24 @@ __device__ __forceinline__ void logits(const Problem<C>& p) {
   const u32 smem = smem_address(shared);
   const int warpgroup = warpgroup_index(), warp = warp_index() % 4;
 
+  if constexpr (kPacked<C>) write_table<C>(smem);
   init_pipelines<C>(smem);
   ptx::wait_for_previous_kernel();
   const Share share = share_of_block(p, shared);
-  if (warpgroup == kConsumers) {
-    ptx::lower_registers<40>();
+  if (warpgroup == C::CONSUMERS) {
+    ptx::lower_registers<C::CONSUMERS == 3 ? 32 : 40>();
+    constexpr int kFillWarps = C::LINEAR > 0 ? 3 - kLinearWarps : 3;
     if (warp == 0)
       produce(p, share, smem);
+    else if (warp <= kFillWarps)
+      fill_rows(p, warp - 1, kFillWarps);
     else
-      fill_rows(p, warp - 1, 3);
+      write_linear_columns<C>(smem, warp - 1 - kFillWarps);
+  } else if (kPacked<C> && warpgroup > C::CONSUMERS) {
+    ptx::lower_registers<40>();
+    if constexpr (kPacked<C>) Expander<C>(smem).run(share);
   } else {
-    ptx::raise_registers<232>();
+    ptx::raise_registers<kPacked<C> ? 216 : C::CONSUMERS == 3 ? 160 : 232>();
     Scorer<C>(smem, warpgroup).run();
   }
 }

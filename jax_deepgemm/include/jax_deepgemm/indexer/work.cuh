@@ -1,10 +1,10 @@
 // What there is to do: windows of tokens, tiles of keys, this block of threads' share of them, and minus
 // infinity where no tile is.
 //
-// Tokens are taken by kBlockTokens neighbours, which share the tiles of kTileKeys keys that cover the windows
-// of all of them. The tiles of all blocks of tokens, one behind the other, are cut into equal shares, one for
-// each block of threads, which finds its own by counting: windows are data, and nothing is known of them
-// before.
+// Tokens are taken by kBlockTokens neighbours, which share the tiles of kTileKeys<C> keys that cover the
+// windows of all of them. The tiles of all blocks of tokens, one behind the other, are cut into equal shares,
+// one for each block of threads, which finds its own by counting: windows are data, and nothing is known of
+// them before.
 #pragma once
 
 #include <jax_deepgemm/indexer/config.cuh>
@@ -79,9 +79,10 @@ struct Span {
 };
 
 // The tiles that cover keys [begin, end); none of an empty range.
+template <class C>
 __device__ __forceinline__ Span tiles_of(int begin, int end) {
   if (begin >= end) return {0, 0};
-  return {begin / kTileKeys, (end - 1) / kTileKeys + 1};
+  return {begin / kTileKeys<C>, (end - 1) / kTileKeys<C> + 1};
 }
 
 // The tiles of a block of tokens, by one thread.
@@ -93,14 +94,15 @@ __device__ __forceinline__ int count_tiles(const Problem<C>& p, int block) {
     const Token t = token_at(p, token_index(p, block, i));
     if (t.start < t.end) begin = min(begin, t.start), end = max(end, t.end);
   }
-  return tiles_of(begin, end).size();
+  return tiles_of<C>(begin, end).size();
 }
 
 // The same by a warp, of which every lane below kBlockTokens has a token.
+template <class C>
 __device__ __forceinline__ Span tiles_of_warp(const Token& t) {
   const bool some = t.start < t.end;
   const int begin = __reduce_min_sync(0xFFFFFFFF, some ? t.start : kNever);
-  return tiles_of(begin, __reduce_max_sync(0xFFFFFFFF, some ? t.end : 0));
+  return tiles_of<C>(begin, __reduce_max_sync(0xFFFFFFFF, some ? t.end : 0));
 }
 
 // The token of a lane; lanes beyond have none.
@@ -135,7 +137,7 @@ __device__ __forceinline__ int sum_up_to_lane(int v) {
 // begins looks for the place.
 template <class C>
 __device__ __forceinline__ Share share_of_block(const Problem<C>& p, char* shared) {
-  constexpr int kWarps = kIndexerThreads / 32;
+  constexpr int kWarps = kIndexerThreads<C> / 32;
   i64* const counts = reinterpret_cast<i64*>(shared + LogitsLayout<C>::kShare);
   int* const place = reinterpret_cast<int*>(counts + kWarps);
   const int warp = warp_index(), lane = threadIdx.x % 32;
@@ -201,14 +203,14 @@ __device__ __forceinline__ void fill_rows(const Problem<C>& p, int worker, int w
 #pragma unroll 1
   for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
     const Token mine = token_of_lane(p, block);
-    const Span tiles = tiles_of_warp(mine);
+    const Span tiles = tiles_of_warp<C>(mine);
 #pragma unroll 1
     for (int i = worker; i < kBlockTokens<C>; i += workers) {
       const int token = token_index(p, block, i);
       if (token >= p.tokens) break;
       const i64 first = __shfl_sync(0xFFFFFFFF, mine.first, i), columns = p.columns;
       const auto column = [&](int tile) {
-        return clamp_wide(static_cast<i64>(tile) * kTileKeys - first, 0, columns);
+        return clamp_wide(static_cast<i64>(tile) * kTileKeys<C> - first, 0, columns);
       };
       Out* const row = p.out + static_cast<i64>(token) * p.columns;
       fill(row, 0, column(tiles.begin));

@@ -54,6 +54,12 @@ __device__ __forceinline__ float ex2_approx(float a) {
   return r;
 }
 
+__device__ __forceinline__ float half_to_float(u16 bits) {
+  float v;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
+  return v;
+}
+
 // Two floats rounded to nearest even and saturated, also infinities; NaN becomes 0x7F. The first is the low
 // byte.
 __device__ __forceinline__ u16 pack_e4m3(float low, float high) {
@@ -61,16 +67,16 @@ __device__ __forceinline__ u16 pack_e4m3(float low, float high) {
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
   return packed;
 }
+// The low byte first.
+__device__ __forceinline__ float2 unpack_e4m3(u16 two) {
+  u32 halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(two));
+  return {half_to_float(static_cast<u16>(halves)), half_to_float(static_cast<u16>(halves >> 16))};
+}
 __device__ __forceinline__ u16 pack_e5m2(float low, float high) {
   u16 packed;
   asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
   return packed;
-}
-
-__device__ __forceinline__ float half_to_float(u16 bits) {
-  float v;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
-  return v;
 }
 
 // Of both halves the number of larger magnitude, its sign of no meaning; a NaN only beside another NaN.

@@ -90,6 +90,9 @@ inline int __reduce_max_sync(unsigned, int value) {
   return most;
 }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline int __clz(unsigned v) { return v ? __builtin_clz(v) : 32; }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline float fmaxf(float a, float b) { return std::fmax(a, b); }
 inline float fabsf(float v) { return std::fabs(v); }
 
 inline int __float_as_int(float v) { return __builtin_bit_cast(int, v); }
@@ -137,6 +140,7 @@ inline void mbarrier_wait(u32 bar, u32 parity) {
   at.completed.wait(lock, [&] { return at.parity != parity; });
 }
 inline void fence_mbarrier_init() {}
+inline void fence_proxy_async() {}
 inline bool elect() { return threadIdx.x % 32 == 0; }
 inline void wait_for_previous_kernel() {}
 

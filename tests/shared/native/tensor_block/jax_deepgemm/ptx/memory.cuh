@@ -15,6 +15,7 @@ T load_from(u32 at) {
 inline float load_shared(u32 at) { return load_from<float>(at); }
 inline float2 load_shared_2(u32 at) { return load_from<float2>(at); }
 inline float4 load_shared_4(u32 at) { return load_from<float4>(at); }
+inline void store_shared(u32 at, float v) { std::memcpy(shared + at, &v, 4); }
 inline void store_shared_4(u32 at, int a, int b, int c, int d) {
   const int words[4] = {a, b, c, d};
   std::memcpy(shared + at, words, 16);
