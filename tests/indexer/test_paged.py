@@ -124,6 +124,58 @@ def test_numbers_outside_are_defined():
         )
 
 
+# Requests of different numbers of tokens -------------------------------------------------------------------
+
+WHOSE = [2, 2, 0, 3, 3, 3, 2]
+"""Nobody is of request 1, and request 2 has tokens in two places."""
+
+
+def draw_tokens(seed: int) -> list[jax.Array]:
+    """q, values, scales, weights, contexts (0 too) of tokens; tables of requests; whose the tokens are."""
+    tokens = len(WHOSE)
+    lens = np.random.default_rng(seed).integers(1, M * PAGE + 1, tokens)
+    lens[4] = 0
+    q, weights = normal(seed, tokens, 1, H, D).astype(E4M3), normal(seed + 2, tokens, 1, H, dtype=jnp.float32)
+    _, values, scales, _, _, tables = draw(seed)
+    return [q, values, scales, weights, jnp.asarray(lens), tables, jnp.asarray(WHOSE)]
+
+
+def of_tokens(
+    q: Any, values: Any, scales: Any, weights: Any, lens: Any, tables: Any, whose: Any, **options: Any
+) -> jax.Array:
+    return paged_mqa_logits(q, (values, scales), weights, lens, tables, indices=whose, **options)
+
+
+def of_some(operands: list[jax.Array], tokens: Any) -> list[jax.Array]:
+    return [x[tokens] if i in (0, 3, 4, 6) else x for i, x in enumerate(operands)]
+
+
+@pytest.mark.any_version
+def test_tokens_of_requests():
+    operands = draw_tokens(0)
+    q, values, scales, weights, lens, tables, whose = operands
+    oracle = want(q, values, scales, weights, lens[:, None], np.asarray(tables)[WHOSE])
+    got = jax.jit(of_tokens)(*operands)
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(oracle))
+    assert calc_diff(got, oracle) < 1e-11
+    np.testing.assert_array_equal(of_tokens(*operands[:4], lens[:, None], tables, whose), got)
+    np.testing.assert_array_equal(of_tokens(*operands[:4], lens, *map(np.asarray, (tables, whose))), got)
+    alone = [of_tokens(*of_some(operands, slice(i, i + 1))) for i in range(len(WHOSE))]
+    np.testing.assert_array_equal(jnp.concatenate(alone), got)
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize("wrong", [-1, B, 2**31 - 1, -(2**31)])
+def test_tokens_of_nobody_see_nothing(wrong):
+    operands = draw_tokens(0)
+    clean = of_tokens(*operands)
+    got = of_tokens(*operands[:6], operands[6].at[3].set(wrong))
+    assert np.isneginf(got[3]).all()
+    np.testing.assert_array_equal(np.delete(got, 3, 0), np.delete(clean, 3, 0))
+    nothing = of_tokens(*of_some(operands, slice(0)))
+    assert nothing.shape == (0, 1, M * PAGE)
+
+
 def finite(logits: jax.Array) -> jax.Array:
     return jnp.where(jnp.isinf(logits), 0, logits)
 
@@ -152,6 +204,25 @@ CASE = OpCase(
 
 @pytest.mark.parametrize("check", op_checks.checks([CASE]))
 def test_op(check):
+    check()
+
+
+TOKENS = OpCase(
+    "tokens",
+    lambda *arrays, **options: finite(of_tokens(*arrays, **options)),
+    lambda seed: of_some(draw_tokens(seed), jnp.array([*range(len(WHOSE)), 0])),
+    nests=(((0, 0, 0, 0, 0, 0, 0),), ((0, None, None, 0, 0, None, None),)),
+    shards=(
+        Shard(
+            (P("x"), P(), P(), P("x"), P("x"), P(), P("x")), P("x"), modes=("auto", "explicit", "shard_map")
+        ),
+        Shard((P(None, None, "y"), P(), P(), P(None, None, "y"), P(), P(), P()), P(), ("all-reduce",)),
+    ),
+)
+
+
+@pytest.mark.parametrize("check", op_checks.checks([TOKENS]))
+def test_op_with_tokens_of_requests(check):
     check()
 
 
@@ -208,6 +279,34 @@ KNOWN = np.full(B, 20), np.asarray(TABLES)
 def test_errors(error, message, operands):
     with pytest.raises(error, match=message):
         paged_mqa_logits(*operands)
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize(
+    ("error", "message", "changed"),
+    [
+        (ValueError, r"indices are int32 .7. and q is .4, 2, 4, 32.*t, 1, h, d", {0: Q, 3: W, 4: LENS}),
+        (ValueError, r"indices are int32 .6. and q is .7, 1, 4, 32", {6: jnp.asarray(WHOSE[:6])}),
+        (TypeError, "indices is float32.*need integers", {6: jnp.ones(7)}),
+        (ValueError, r"context_lens are int32 .4.*need .7.", {4: jnp.ones(B, jnp.int32)}),
+        (ValueError, r"block_tables are int32 .3.*indices=", {5: TABLES[0]}),
+        (ValueError, r"indices.0. is 4, need 0 to 3", {6: np.full(7, B)}),
+        (ValueError, r"context_lens.0. is 49", {4: np.full(7, 49)}),
+        (
+            ValueError,
+            r"block_tables.3, 0. is 10, and a context reaches it",
+            {
+                4: np.ones(7, int),
+                5: np.array([[0], [9], [9], [10]]).repeat(3, 1),
+                6: np.array([0, 1, 3, 0, 2, 2, 2]),
+            },
+        ),
+    ],
+)
+def test_errors_of_tokens_of_requests(error, message, changed):
+    operands = [changed.get(i, x) for i, x in enumerate(draw_tokens(0))]
+    with pytest.raises(error, match=message):
+        of_tokens(*operands)
 
 
 @pytest.mark.any_version

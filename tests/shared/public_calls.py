@@ -168,6 +168,15 @@ def _scored_pages(q: Any, values: Any, scales: Any, weights: Any, lens: Any) -> 
     return indexer.paged_mqa_logits(q, cache, weights[:, None], lens, tables, max_context_len=9)
 
 
+def _scored_tokens(q: Any, values: Any, scales: Any, weights: Any, lens: Any, indices: Any) -> jax.Array:
+    tables = jnp.zeros((3, 1), jnp.int32)
+    q = q.astype(jnp.float8_e4m3fn)[:, None]
+    cache = values, scales
+    return indexer.paged_mqa_logits(
+        q, cache, weights[:, None], lens, tables, indices=indices, max_context_len=9
+    )
+
+
 def _scored_fp4(q: jax.Array, keys: jax.Array, *operands: Any) -> Any:
     numbers = indexer.dequantize_fp4(indexer.Fp4Array(*indexer.quantize_fp4(keys)))
     return indexer.mqa_logits(indexer.quantize_fp4(q), indexer.quantize_fp4(numbers), *operands)
@@ -389,6 +398,11 @@ FORWARD = (
     Call("bf16_mqa_logits", indexer.bf16_mqa_logits, ("queries", "keys", *WINDOWS)),
     Call("mqa_logits of quantize_fp4, dequantize_fp4, Fp4Array", _scored_fp4, ("queries", "keys", *WINDOWS)),
     Call("paged_mqa_logits", _scored_pages, ("queries", "pages", "page_scales", "head_weights", "k_end")),
+    Call(
+        "paged_mqa_logits of tokens",
+        _scored_tokens,
+        ("queries", "pages", "page_scales", "head_weights", "k_end", "indices"),
+    ),
     Call(
         "get_paged_mqa_logits_metadata",
         functools.partial(indexer.get_paged_mqa_logits_metadata, num_sms=3),

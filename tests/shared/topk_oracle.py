@@ -30,7 +30,7 @@ def values(x: Any, indices: np.ndarray) -> np.ndarray:
 
 HARD = (
     "normal", "equal", "ascending", "descending", "one huge", "few numbers", "no number", "zeros", "denormal",
-    "two values", "special", "blocks", "sparse peaks", "negative", "infinite",
+    "two values", "special", "blocks", "sparse peaks", "negative", "infinite", "two scales",
 )  # fmt: skip
 
 
@@ -64,6 +64,9 @@ def row(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
         x = np.where(np.arange(n) % 997 == 0, np.float32(1e30), x * 1e-3)
     elif kind == "negative":
         x = -np.abs(x) * np.float32(1e20)
+    elif kind == "two scales":
+        few = np.arange(n) % max(n // 40, 2) == 1
+        x = np.where(few, np.float32(1e30) * (2 + x), 1 + x * np.float32(1e-5))
     elif kind == "infinite":
         x = np.where(rng.random(n) < 0.6, np.float32(np.inf), x)
     return x.astype(np.float32)

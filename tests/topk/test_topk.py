@@ -199,7 +199,8 @@ def test_plans_fit_the_chip(problem):
     assert launch.shared_memory * cut.resident <= 228 * 1024 - 1024 * cut.resident
     assert cut.sample <= 2 * cut.capacity or problem.columns <= cut.capacity
     assert not launch.kernel.report.problems()
-    assert launch.kernel.report.registers <= 64
+    assert launch.kernel.report.registers * cut.threads * cut.resident <= 65536
+    assert min(problem.k, problem.columns) <= cut.capacity
 
 
 def test_beyond_the_kernel(caplog):

@@ -26,17 +26,19 @@ pytestmark = pytest.mark.any_version
 
 NATIVE = Path(__file__).parents[1] / "shared" / "native"
 DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
-HEADER = Path("jax_deepgemm/topk/topk.cuh")
+HEADERS = Path("jax_deepgemm/topk")
 BROKEN = {
     "candidates are counted before all are there": (
-        "gather(b, first, last, least);\n  __syncthreads();\n",
-        "gather(b, first, last, least);\n",
+        "topk.cuh",
+        "meet<C>();\n  u32 before",
+        "u32 before",
     ),
     "bins are read while they are counted": (
-        "lane);\n    });\n    __syncthreads();\n    find_bin",
-        "lane);\n    });\n    find_bin",
+        "order.cuh",
+        "__syncthreads();\n    look<false>(b, wanted);",
+        "look<false>(b, wanted);",
     ),
-    "a network that crosses warps": ("stride > 32 || ", "stride > 64 || "),
+    "a network that crosses warps": ("order.cuh", "stride > 32 || ", "stride > 64 || "),
 }
 
 
@@ -48,7 +50,6 @@ class Case(NamedTuple):
     pieces: int = 1
     windows: bool = False
     values: bool = True
-    capacity: int = 128
     sample: int = 64
     offset: int = 0
     seed: int = 0
@@ -67,7 +68,7 @@ class Case(NamedTuple):
         m, n = self.x.shape
         head = [
             DTYPES.index(self.x.dtype.name), self.pieces, self.windows, self.values, self.by_index, m, n,
-            self.k, self.capacity, 1 << (self.k - 1).bit_length(), self.sample, self.offset,
+            self.k, self.sample, self.offset,
         ]  # fmt: skip
         bits = self.x.view(f"uint{8 * self.x.dtype.itemsize}").astype(np.uint32).view(np.int32)
         return np.concatenate([np.array(head, np.int32), *self.bounds(), bits.reshape(-1)])
@@ -136,17 +137,17 @@ def test_any_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_missing_barrier_is_found(what: str, tmp_path: Path) -> None:
-    right, wrong = BROKEN[what]
-    text = (DEVICE_CODE / HEADER).read_text()
+    header, right, wrong = BROKEN[what]
+    text = (DEVICE_CODE / HEADERS / header).read_text()
     assert text.count(right) == 1
-    changed = tmp_path / HEADER
-    changed.parent.mkdir(parents=True)
-    changed.write_text(text.replace(right, wrong))
-    x = hard(900, "float32", 0, ("normal",))
-    assert problems([Case(x, 100, pieces, capacity=512) for pieces in (1, 1, 4)], build(tmp_path, tmp_path))
+    shutil.copytree(DEVICE_CODE / HEADERS, tmp_path / HEADERS)
+    (tmp_path / HEADERS / header).write_text(text.replace(right, wrong))
+    long, short = (hard(n, "float32", 0, (kind,)) for n, kind in ((500, "normal"), (128, "two scales")))
+    cases = [Case(long, 100), Case(long, 100, 4), *[Case(short, 100)] * 3]
+    assert problems(cases, build(tmp_path, tmp_path))
 
 
 def test_the_text_gives_what_device_code_asks_for() -> None:
     [source] = FAMILY.sources(TopkProblem(64, 65536, 2048), H200)
-    wanted = fields_of_concept("topk/topk.cuh", "TopkConfig")
+    wanted = fields_of_concept("topk/order.cuh", "TopkConfig")
     assert fields_of_struct(source.text, "Config") == sorted(wanted)

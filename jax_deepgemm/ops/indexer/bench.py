@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_deepgemm.core.bench import BESIDE_PEER, CLOCK, RATES, Fields, Row, Table, recorded_rows
 from jax_deepgemm.ops.indexer.api import bf16_mqa_logits, mqa_logits
@@ -22,11 +22,14 @@ SHAPES = (
     (8192, 65536, 32, 128),
     (2048, 8192, 64, 128),
     (2048, 8192, 32, 128),
+    (2048, 8192, 16, 128),
+    (2048, 65536, 64, 128),
+    (2048, 65536, 32, 128),
     (2048, 8192, 64, 64),
     (2048, 8192, 64, 32),
     (64, 65536, 64, 128),
 )
-"""Tokens, keys, heads, d."""
+"""Tokens, keys, heads, d. V3.2 and V4 have 64 heads, GLM-5 32; 2048 tokens are a chunk of a prompt."""
 BF16_SHAPES = ((2048, 8192, 64, 128), (2048, 8192, 32, 128))
 FP4_SHAPES = SHAPES[:4]
 WINDOWS = ("all", "causal")
@@ -82,17 +85,25 @@ def _recorded(tables: Mapping[str, Any]) -> dict[tuple[Any, ...], Fields]:
     }
 
 
-PAGED_SHAPES = ((64, 1, 8192), (64, 2, 8192), (64, 4, 8192), (64, 8, 8192), (128, 1, 32768))
-"""Requests, tokens of each, keys of each on average; 64 heads, d = 128, pages of 64 keys."""
-PAGE, PAGED_HEADS, DEPTH = 64, 64, 128
+PAGED_SHAPES = (
+    (64, 1, 8192, 64),
+    (64, 2, 8192, 64),
+    (64, 4, 8192, 64),
+    (64, 8, 8192, 64),
+    (128, 1, 32768, 64),
+    (64, 1, 8192, 32),
+    (64, 1, 8192, 16),
+    (8, 2, 131072, 64),
+)
+"""Requests, tokens of each, keys of each on average, heads; d = 128, pages of 64 keys."""
+PAGE, DEPTH = 64, 128
 
 
-def _draw_pages(type_: str, requests: int, tokens: int, keys: int) -> tuple[Any, ...]:
-    """q, a cache in DeepSeek's format, weights, contexts of 0.7 to 1.3 times `keys`, tables in any order."""
-    names = jax.random.split(jax.random.key(0), 5)
-    width = 2 * keys // PAGE
-    pages = requests * width
-    q = jax.random.normal(names[0], (requests, tokens, PAGED_HEADS, DEPTH), jnp.bfloat16)
+def _draw_pages(type_: str, requests: int, tokens: int, keys: int, heads: int) -> tuple[Any, ...]:
+    """q, a cache in DeepSeek's format, weights."""
+    names = jax.random.split(jax.random.key(0), 3)
+    pages = requests * _width(keys)
+    q = jax.random.normal(names[0], (requests, tokens, heads, DEPTH), jnp.bfloat16)
     if type_ == "fp4":
         values = jax.random.bits(names[1], (pages, PAGE, DEPTH // 2), jnp.uint8)
         scales = jnp.full((pages, PAGE), 0x7F7F7F7F, jnp.int32)
@@ -100,43 +111,45 @@ def _draw_pages(type_: str, requests: int, tokens: int, keys: int) -> tuple[Any,
         values = jax.random.normal(names[1], (pages, PAGE, DEPTH), jnp.bfloat16).astype(jnp.float8_e4m3fn)
         scales = jnp.ones((pages, PAGE))
     cache = bytes_of(values, scales).reshape(pages, PAGE, -1)
-    weights = jax.random.normal(names[2], (requests, tokens, PAGED_HEADS))
-    lens = jax.random.randint(names[3], (requests,), 7 * keys // 10, 13 * keys // 10)
-    tables = jax.random.permutation(names[4], pages).reshape(requests, width).astype(jnp.int32)
-    return q.astype(jnp.float8_e4m3fn), cache, weights, lens, tables
+    return q.astype(jnp.float8_e4m3fn), cache, jax.random.normal(names[2], (requests, tokens, heads))
+
+
+def _width(keys: int) -> int:
+    """Pages of a request's table."""
+    return 2 * keys // PAGE
+
+
+def _contexts(requests: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts of 0.7 to 1.3 times `keys`, and tables of pages in any order."""
+    rng = np.random.default_rng(0)
+    lens = rng.integers(7 * keys // 10, 13 * keys // 10, requests, np.int32)
+    tables = rng.permutation(requests * _width(keys)).reshape(requests, -1)
+    return lens, tables.astype(np.int32)
 
 
 def _paged_rows(small: bool) -> Iterator[Row]:
-    shapes = ((2, 1, 256),) if small else PAGED_SHAPES
-    for type_, (requests, tokens, keys) in itertools.product(("fp8", "fp4"), shapes):
+    shapes = ((2, 1, 256, 16),) if small else PAGED_SHAPES
+    typed = [("fp8", shape) for shape in shapes] + [("fp4", shape) for shape in shapes[:5]]
+    for type_, (requests, tokens, keys, heads) in typed:
         scored = requests * keys
         yield Row(
-            name=f"paged mqa logits {type_} b={requests} next_n={tokens} n={keys}",
-            fields={"type": type_, "b": requests, "next_n": tokens, "n": keys},
+            name=f"paged mqa logits {type_} b={requests} next_n={tokens} n={keys} h={heads}",
+            fields={"type": type_, "b": requests, "next_n": tokens, "n": keys, "h": heads},
             function=functools.partial(paged_mqa_logits, max_context_len=2 * keys),
-            draw=functools.partial(_draw_pages, type_, requests, tokens, keys),
-            flops=2 * scored * tokens * PAGED_HEADS * DEPTH,
+            draw=functools.partial(_draw_pages, type_, requests, tokens, keys, heads),
+            constants=_contexts(requests, keys),
+            flops=2 * scored * tokens * heads * DEPTH,
             bytes=scored * ((DEPTH if type_ == "fp8" else DEPTH // 2) + 4 + 4 * tokens),
         )
 
 
 def _recorded_pages(tables: Mapping[str, Any]) -> dict[tuple[Any, ...], Fields]:
+    """DeepGEMM's, all of 64 heads."""
     rows = recorded_rows(tables, "paged_mqa_logits")
-    return {("fp8", row["b"], row["next_n"], row["n"]): row for row in rows}
+    return {("fp8", row["b"], row["next_n"], row["n"], 64): row for row in rows}
 
 
 TABLES = {
-    "paged_mqa_logits": Table(
-        "Logits of keys in pages of 64, FP8 or FP4, for FP8 queries; contexts of 0.7 to 1.3 times n, 2 n "
-        "columns, h = 64, d = 128",
-        ("type", "b", "next_n", "n"),
-        _paged_rows,
-        columns=(*RATES, *BESIDE_PEER, CLOCK),
-        peer="DeepGEMM",
-        recorded=_recorded_pages,
-        order=2,
-        tuned=True,
-    ),
     "mqa_logits": Table(
         "Logits of an indexer: FP8 keys with a scale of each, beside DeepGEMM; FP4, BF16; float32 logits",
         ("type", "s", "n", "h", "d", "window"),
@@ -144,6 +157,16 @@ TABLES = {
         columns=(*RATES, *BESIDE_PEER, CLOCK),
         peer="DeepGEMM",
         recorded=_recorded,
+        order=2,
+        tuned=True,
+    ),
+    "paged_mqa_logits": Table(
+        "Logits of keys in pages of 64, FP8 or FP4; contexts of 0.7 to 1.3 times n, 2 n columns; d = 128",
+        ("type", "b", "next_n", "n", "h"),
+        _paged_rows,
+        columns=(*RATES, *BESIDE_PEER, CLOCK),
+        peer="DeepGEMM",
+        recorded=_recorded_pages,
         order=2,
         tuned=True,
     ),

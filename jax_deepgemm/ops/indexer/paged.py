@@ -33,6 +33,7 @@ def paged_mqa_logits(
     context_lens: ArrayLike,
     block_tables: ArrayLike,
     *,
+    indices: ArrayLike | None = None,
     max_context_len: int | None = None,
     out_dtype: DTypeLike = jnp.float32,
     config: IndexerConfig | None = None,
@@ -57,6 +58,15 @@ def paged_mqa_logits(
     >>> logits.shape, jnp.sum(logits > -jnp.inf, axis=-1).tolist()
     ((2, 1, 32), [[20], [5]])
 
+    Requests with different numbers of tokens: `indices` says whose each token is. Here the first two are of
+    request 1, the third is of request 0:
+
+    >>> q, weights = jnp.concatenate([q, q[:1]]), jnp.ones((3, 1, 8))
+    >>> indices, lens = jnp.array([1, 1, 0]), jnp.array([4, 5, 20])
+    >>> logits = paged_mqa_logits(q, cache, weights, lens, tables, indices=indices)
+    >>> logits.shape, jnp.sum(logits > -jnp.inf, axis=-1).tolist()
+    ((3, 1, 32), [[4], [5], [20]])
+
     Args:
       q: [b, next_n, h, d] float8_e4m3fn, or a QuantizedArray of block (1, 128), or (values, scales [b,
         next_n, h]), or an `Fp4Array`, as `mqa_logits` takes them; next_n is 1 to 8, h 1 to 128, d 32, 64 or
@@ -71,6 +81,9 @@ def paged_mqa_logits(
         more than the table has keys are clipped on the device; of NumPy arrays they are an error.
       block_tables: integers [b, m], of which those that no context reaches count for nothing. A page outside
         of the cache holds zeros; of a NumPy array, with contexts in NumPy, it is an error.
+      indices: integers [t], where q is [t, 1, h, d]: the request of each token, a row of block_tables
+        [requests, m]. context_lens are then those of tokens, [t]. A token of a request that does not exist
+        sees nothing; of a NumPy array it is an error. None: q has next_n tokens of every request.
       max_context_len: columns of the result. None: m * page.
       out_dtype: float32, or bfloat16, rounded once.
       config: an IndexerConfig to use instead of the cost model's choice.
@@ -102,18 +115,21 @@ def paged_mqa_logits(
         )
     cache, packed, page = _cache(kv_cache, depth)
     tables = checks.integers(_OP, "block_tables", block_tables)
-    if tables.ndim != 2 or tables.shape[0] != requests:
+    if tables.ndim != 2 or (tables.shape[0] != requests and indices is None):
         raise ValueError(
-            f"{_OP}: block_tables are {describe(tables)} and q has {requests} requests, need [{requests}, m]."
+            f"{_OP}: block_tables are {describe(tables)} and q has {requests} requests, need "
+            f"[{requests}, m]. Where requests have different numbers of tokens, say whose each is: indices=."
         )
     lens = _lens(context_lens, requests, tokens)
-    _check_known(lens, tables, cache[0].shape[0], page)
+    whose = [] if indices is None else [_indices(indices, values.shape, tables.shape[0])]
+    _check_known(lens, tables, whose[0] if whose else np.arange(requests), cache[0].shape[0], page)
     columns = tables.shape[1] * page if max_context_len is None else max_context_len
     options = checks.paged_form(_OP, columns, out_dtype, out_sharding, config, num_sms)
     end = jnp.clip(jnp.asarray(lens), 0, tables.shape[1] * page).astype(jnp.int32)
     end = jnp.broadcast_to(end if end.ndim == 2 else end[:, None], (requests, tokens))
-    arrays = values, *cache, weights, jnp.zeros_like(end), end, jnp.asarray(tables).astype(jnp.int32)
-    return paged_op(len(cache) == 1, packed)(*same_varying_axes(arrays), **options)[0]
+    numbers = (jnp.asarray(x).astype(jnp.int32) for x in (tables, *whose))
+    arrays = values, *cache, weights, jnp.zeros_like(end), end, *numbers
+    return paged_op(len(cache) == 1, packed, len(whose) == 1)(*same_varying_axes(arrays), **options)[0]
 
 
 def _cache(given: Any, depth: int) -> tuple[tuple[jax.Array, ...], bool, int]:
@@ -166,7 +182,25 @@ def _lens(given: Any, requests: int, tokens: int) -> Any:
     return lens
 
 
-def _check_known(lens: Any, tables: Any, pages: int, page: int) -> None:
+def _indices(given: Any, shape: tuple[int, ...], requests: int) -> Any:
+    """The request of each token of q."""
+    at = checks.integers(_OP, "indices", given)
+    if shape[1] != 1 or at.shape != shape[:1]:
+        raise ValueError(
+            f"{_OP}: indices are {describe(at)} and q is {list(shape)}, need [t] and [t, 1, h, d]: a request "
+            "for each token. Each has a row in q.reshape(-1, 1, h, d)."
+        )
+    wrong = np.flatnonzero((at < 0) | (at >= requests)) if isinstance(at, np.ndarray) else np.empty(0)
+    if wrong.size:
+        i = int(wrong[0])
+        raise ValueError(
+            f"{_OP}: indices[{i}] is {at[i]}, need 0 to {requests - 1}: block_tables have a row for each of "
+            f"{requests} requests."
+        )
+    return at
+
+
+def _check_known(lens: Any, tables: Any, whose: Any, pages: int, page: int) -> None:
     """Of numbers that are known while tracing, those that no cache has."""
     if not isinstance(lens, np.ndarray):
         return
@@ -178,15 +212,16 @@ def _check_known(lens: Any, tables: Any, pages: int, page: int) -> None:
             f"{_OP}: context_lens{list(at)} is {lens[at]}, and block_tables have {tables.shape[1]} pages of "
             f"{page} keys for it, need 0 to {most}. Give it more pages."
         )
-    if not isinstance(tables, np.ndarray):
+    if not (isinstance(tables, np.ndarray) and isinstance(whose, np.ndarray)):
         return
     used = -(-(lens if lens.ndim == 1 else lens.max(axis=1, initial=0)) // page)
+    own = tables[whose]
     reached = np.arange(tables.shape[1])[None] < used[:, None]
-    wrong = np.argwhere(reached & ((tables < 0) | (tables >= pages)))
+    wrong = np.argwhere(reached & ((own < 0) | (own >= pages)))
     if wrong.size:
         b, i = (int(x) for x in wrong[0])
         raise ValueError(
-            f"{_OP}: block_tables[{b}, {i}] is {tables[b, i]}, and its context reaches it, need 0 to "
+            f"{_OP}: block_tables[{whose[b]}, {i}] is {own[b, i]}, and a context reaches it, need 0 to "
             f"{pages - 1}: the cache has {pages} pages."
         )
 

@@ -15,7 +15,7 @@ from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.indexer import fp4, reference
-from jax_deepgemm.ops.indexer.prepare import prepare_paged
+from jax_deepgemm.ops.indexer.prepare import prepare_paged, prepare_tokens, with_own_tables
 
 
 def parts_of(cache: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
@@ -70,6 +70,11 @@ def _two_arrays(
     return [lax.map(of_request, (q, weights, start, end, tables))]
 
 
+def _of_tokens(paged: Any, *arrays: jax.Array, **options: Any) -> Any:
+    """The same of tokens, each of which has the table of its request."""
+    return paged(*with_own_tables(*arrays), **options)
+
+
 def _one_buffer(q: jax.Array, cache: jax.Array, *rest: jax.Array, packed: bool, **options: Any) -> Any:
     parts = fp4_parts_of if packed else parts_of
     return _two_arrays(q, *parts(cache, q.shape[-1]), *rest, packed=packed, **options)
@@ -80,36 +85,40 @@ def _result(q: Dims, *_: Dims, out_dtype: Any, columns: int, **__: Any) -> list[
 
 
 def _recut(
-    plan: ShardingPlan, *arrays: jax.Array, columns: int, **_: Any
+    start_at: int, plan: ShardingPlan, *arrays: jax.Array, columns: int, **_: Any
 ) -> tuple[list[jax.Array], dict[str, Any]]:
     """A piece of the columns begins with a later key."""
     if not plan.cut("c"):
         return list(arrays), {}
-    *others, start, end, tables = arrays
-    return [*others, start + plan.offset("c"), end, tables], {"columns": plan.local_size("c")}
+    shifted = list(arrays)
+    shifted[start_at] += plan.offset("c")
+    return shifted, {"columns": plan.local_size("c")}
 
 
 @functools.cache
-def paged_op(joined: bool, packed: bool = False) -> Op:
+def paged_op(joined: bool, packed: bool = False, of_tokens: bool = False) -> Op:
     """Logits [b, t, c] of q [b, t, h, d], a cache, weights [b, t, h], the first key of a row's columns and
     the end of its context [b, t], and tables of pages [b, m].
 
     Args:
       joined: whether the cache is bytes [pages, page (d + 4)], instead of values and scales.
       packed: whether keys are FP4, of d / 2 bytes and a word of scales each.
+      of_tokens: whether tables are of requests, [r, m], and a last operand says whose each token is, [b].
     """
     parts = "p y" if joined else "p y e, p y" if packed else "p y d, p y"
+    tables = "r m, b" if of_tokens else "b m"
+    reference = functools.partial(_one_buffer if joined else _two_arrays, packed=packed)
     return Op(
-        "paged_mqa_logits" + ("_fp4" if packed else "") + ("_joined" if joined else ""),
-        f"b t h d, {parts}, b t h, b t, b t, b m -> b t c",
+        "paged_mqa_logits" + "_fp4" * packed + "_joined" * joined + "_of_tokens" * of_tokens,
+        f"b t h d, {parts}, b t h, b t, b t, {tables} -> b t c",
         _result,
-        functools.partial(_one_buffer if joined else _two_arrays, packed=packed),
+        functools.partial(_of_tokens, reference) if of_tokens else reference,
         reduces=("h",),
-        recut=_recut,
+        recut=functools.partial(_recut, 3 if joined else 4),
         kernel=LazyKernel(
             "jax_deepgemm.ops.indexer.kernel", "paged_joined" if joined else "paged", packed=packed
         ),
-        kernel_prepare=prepare_paged,
+        kernel_prepare=prepare_tokens if of_tokens else prepare_paged,
         grad_hint="Logits of a cache have none: mqa_logits and bf16_mqa_logits are for training.",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +43,7 @@ def cases() -> Iterator[Case]:
             yield Case(f"{name} {kind}", functools.partial(_finite, run), (*operands, weights, *bounds))
 
     yield from _pages()
+    yield from _tokens()
 
 
 def _pages() -> Iterator[Case]:
@@ -61,6 +63,29 @@ def _pages() -> Iterator[Case]:
         words = small.scales.view(jnp.int32)[..., 0]
         cache = bytes_of(small.values, words).reshape(9, page, 68) if joined else (small.values, words)
         yield Case(f"logits of FP4 pages of {page}", run, (q, cache, weights, lens, tables))
+
+
+def _tokens() -> Iterator[Case]:
+    """Requests of no token, of one, and of more than a block of threads takes."""
+    for heads, lengths in ((64, (0, 1, 6, 2)), (16, (9, 3, 0, 20))):
+        rng = np.random.default_rng(heads)
+        whose = np.repeat(np.arange(4, dtype=np.int32), lengths)
+        tokens = len(whose)
+        q = jnp.asarray(rng.normal(size=(tokens, 1, heads, 64)), jnp.float8_e4m3fn)
+        values = jnp.asarray(rng.normal(size=(9, 32, 64)), jnp.float8_e4m3fn)
+        scales = jnp.asarray(rng.uniform(0.5, 2, (9, 32)), jnp.float32)
+        weights = jnp.asarray(rng.normal(size=(tokens, 1, heads)), jnp.float32)
+        lens = jnp.asarray(rng.integers(0, 161, tokens), jnp.int32)
+        tables, indices = jnp.asarray(rng.integers(0, 9, (4, 5)), jnp.int32), jnp.asarray(whose)
+        operands = q, (values, scales), weights, lens, tables, indices
+        yield Case(
+            f"logits of tokens of requests h={heads}", functools.partial(_finite, _with_indices), operands
+        )
+
+
+def _with_indices(*operands: Any) -> Any:
+    *others, indices = operands
+    return on_few(paged_mqa_logits, indices=indices)(*others)
 
 
 def _finite(function: object, *operands: object) -> object:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
 from jax_deepgemm.core.shapes import DTYPES, RECIPES, Call, CallShape, choice, flag, size
 from jax_deepgemm.ops.indexer.api import bf16_mqa_logits, mqa_logits
+from jax_deepgemm.ops.indexer.paged import MOST_TOKENS, PAGES, paged_mqa_logits
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,50 @@ class LogitsShape(CallShape):
             array(self.tokens, self.heads, self.depth, dtype=kind),
             array(self.keys, self.depth, dtype=kind),
         )
-        weights, bound = array(self.tokens, self.heads), array(self.tokens, dtype="int32")
+        weights = array(self.tokens, self.heads)
+        window = np.zeros(self.tokens, np.int32), np.full(self.tokens, self.keys, np.int32)
         options: dict[str, Any] = {"compressed": self.compressed, "out_dtype": self.out}
         if self.recipe == "bf16":
             function = functools.partial(bf16_mqa_logits, **options)
-            return [Call("logits", function, (q, kv, weights, bound, bound))]
+            return [Call("logits", function, (q, kv, weights, *window))]
         quantised = functools.partial(mqa_logits, **options)
-        return [Call("logits", quantised, (q, (kv, array(self.keys)), weights, bound, bound))]
+        return [Call("logits", quantised, (q, (kv, array(self.keys)), weights, *window))]
 
 
-SHAPES = (LogitsShape,)
+@dataclass(frozen=True)
+class PagedShape(CallShape):
+    """Scores of keys in pages for the last tokens of requests."""
+
+    OPS: ClassVar = ("paged_mqa_logits",)
+    requests: int = size("of which each has a row of the table")
+    pages: int = size("of a request: columns of the table")
+    next_n: int = size("tokens of a request", 1, MOST_TOKENS)
+    heads: int = size("of a token", 64)
+    depth: int = size("numbers of a head, and of a key", 128)
+    page: str = choice("keys of a page", *map(str, PAGES), default="64")
+    joined: bool = flag("a page is its values and then its scales, in bytes", default=True)
+    out: str = choice("of the logits", *DTYPES, default="float32")
+
+    def __post_init__(self) -> None:
+        self.calls()
+
+    def calls(self) -> list[Call]:
+        def array(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        keys = self.requests * self.pages, int(self.page)
+        tokens = self.requests, self.next_n, self.heads
+        cache: Any = array(*keys, self.depth, dtype="float8_e4m3fn"), array(*keys)
+        if self.joined:
+            cache = array(*keys, self.depth + 4, dtype="uint8")
+        operands = (
+            array(*tokens, self.depth, dtype="float8_e4m3fn"),
+            cache,
+            array(*tokens),
+            np.full(self.requests, self.pages * keys[1], np.int32),
+            np.arange(keys[0], dtype=np.int32).reshape(self.requests, self.pages),
+        )
+        return [Call("logits", functools.partial(paged_mqa_logits, out_dtype=self.out), operands)]
+
+
+SHAPES = (LogitsShape, PagedShape)

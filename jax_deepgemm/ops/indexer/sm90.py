@@ -38,7 +38,8 @@ struct Config {{
   using Mma = ::Mma;
   using Out = {out};
   static constexpr int PAGE = {page};
-  static constexpr int HEADS = {heads}, TOKENS = {tokens}, LINEAR = {linear}, SLABS = {slabs}, STEPS = {steps};
+  static constexpr int HEADS = {heads}, TOKENS = {tokens}, LINEAR = {linear};
+  static constexpr int SLABS = {slabs}, STEPS = {steps};
   static constexpr bool SCALED = {scaled}, COMPRESSED = {compressed}, TENSOR_SUMS = {tensor_sums};
   static constexpr int BANKS = {banks}, CONSUMERS = {consumers};
   static constexpr int STAGES = {stages}, PACKED_STAGES = {packed_stages}, QUERY_STAGES = {query_stages};
@@ -159,14 +160,20 @@ def refusal(p: LogitsProblem) -> str:
 
 # Choosing --------------------------------------------------------------------------------------------------
 
-_CLOCK = 1.6e3  # cycles of a microsecond, under load
-_START = 4.0
-_SLOTS = (2.55, 20.0)  # of an SM's quarter: for each score of a thread, and for each product
-_LINEAR_SLOTS = 1.6  # instead of the first, where half of the sum is in linear columns
-_EXPAND = 250.0  # of an SM's quarter: for 32 keys of a tile
+# Cycles, from times of one H200 (benchmarks/data/mqa_logits_h200.json). Reading accumulators of one product
+# while others are made takes most of a warpgroup's time, so that no unit is ever full.
+_CLOCK = 1.7e3  # of a microsecond, under load
+_START = 8.0
+_EACH_GROUP = 240.0  # 64 keys by a bank's columns, when three warpgroups overlap
+_EACH_SCORE = {False: 1.7, True: 1.1}  # of a thread; with linear columns
+_EACH_TOKEN = {False: 14.0, True: 24.0}
+_EACH_TILE = 12.0
+_TWO_WARPGROUPS = 1.04
+_EXPAND = 250.0  # of an SM's quarter: 32 keys of a tile in FP4
 _HIDDEN = 0.93  # of the tensor cores' time, at best
 _L2_BYTES = 30.0  # of a cycle and an SM
-_WRITE, _READ = 2.9e6, 3.9e6  # bytes of a microsecond
+_WRITE, _READ = 2.9e6, 3.8e6  # bytes of a microsecond
+_MOST_AHEAD = 100 << 10  # bytes of pages that an SM asks for before it has them: more makes others wait
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ class Cost:
 
     @property
     def total(self) -> float:
-        return self.start + max(self.compute, self.memory)
+        return self.start + max(self.compute, self.memory) + 0.1 * min(self.compute, self.memory)
 
     def __str__(self) -> str:
         terms = f"start {self.start:.1f}, compute {self.compute:.1f}, memory {self.memory:.1f}"
@@ -205,14 +212,14 @@ def tiles_of(p: LogitsProblem, c: IndexerConfig) -> int:
 
 
 def cost(p: LogitsProblem, c: IndexerConfig, chip: Chip) -> Cost:
-    """The model's opinion: tensor cores, instructions of sums, or bytes from L2, whichever takes longest."""
-    products = c.banks * c.warpgroups  # of a tile
-    tensor = products * columns_of(p, c) / 2 * ceil_div(p.row_bytes, 32) / _HIDDEN
-    each = _LINEAR_SLOTS if c.linear else _SLOTS[0]
-    slots = products * (each * c.tokens * heads_of(p) / 2 + 6.0 * c.tokens + _SLOTS[1])
-    slots += _EXPAND * p.depth / 128 if p.packed else 0.0
+    """The model's opinion: tensor cores, sums, or bytes from L2, whichever takes longest."""
+    tensor = columns_of(p, c) / 2 * ceil_div(p.row_bytes, 32) / _HIDDEN
+    scores = c.tokens * heads_of(p) / 2
+    sums = _EACH_GROUP + _EACH_SCORE[c.linear] * scores + _EACH_TOKEN[c.linear] * c.tokens
+    sums *= _TWO_WARPGROUPS if c.warpgroups == 2 else 1.0
     from_l2 = tile_keys(c) * p.key_bytes / _L2_BYTES
-    cycles = max(tensor, slots, from_l2) + 0.1 * min(tensor, slots)
+    expand = _EXPAND * p.depth / 128 if p.packed else 0.0
+    cycles = expand + max(c.warpgroups * (c.banks * max(tensor, sums) + _EACH_TILE), from_l2)
     share = ceil_div(tiles_of(p, c), chip.num_sms)
     written = p.tokens * p.columns * p.out_bytes / _WRITE
     read = p.batches * p.keys * (p.key_bytes + 4) / _READ if p.page else 0.0
@@ -227,16 +234,19 @@ def candidates(p: LogitsProblem, chip: Chip) -> Iterator[IndexerConfig]:
         for warpgroups, banks, sums in itertools.product(registers_of(p), (2, 1), _SUMS):
             config = IndexerConfig(tokens, 0, banks=banks, warpgroups=warpgroups, **sums)
             config = _with_most_stages(p, config, chip)
-            if not problems_with(p, config):
+            if not problems_with(p, config) and (not config.linear or p.heads >= _FEWEST_LINEAR_HEADS):
                 yield config
 
 
+_FEWEST_LINEAR_HEADS = 32
+"""Of few heads many sums are zero, and the errors of linear columns would be seen."""
 _SUMS: tuple[dict[str, bool], ...] = ({}, {"linear": True}, {"tensor_sums": True})
 
 
 def _with_most_stages(p: LogitsProblem, c: IndexerConfig, chip: Chip) -> IndexerConfig:
     """As many as fit; 0 if none does."""
-    each = (dataclasses.replace(c, stages=stages) for stages in range(MOST_STAGES, 0, -1))
+    most = min(MOST_STAGES, _MOST_AHEAD // (tile_keys(c) * p.row_bytes)) if p.page else MOST_STAGES
+    each = (dataclasses.replace(c, stages=stages) for stages in range(most, 0, -1))
     return next((one for one in each if shared_memory(p, one) <= chip.smem_per_block), c)
 
 

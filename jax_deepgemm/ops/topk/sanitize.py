@@ -1,5 +1,5 @@
-"""Calls for compute-sanitizer: rows that fit a block's list, rows with a sample, rows of a cluster; rows
-whose sample misleads."""
+"""Calls for compute-sanitizer: rows that a block holds, rows with a sample, rows of a cluster; rows whose
+sample misleads, and those that crowd bins."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def cases() -> Iterator[Case]:
         x = rng.standard_normal((rows, columns)).astype(np.float32)
         x[::3] = np.sort(x[::3])
         x[1::3, : columns // 2] = 0.5
+        x[2::3] = 1 + 1e-3 * x[2::3]
+        x[2::3, ::80] = 6e4
         start, end = np.sort(rng.integers(-5, columns + 5, (2, rows)), axis=0).astype(np.int32)
         given = (jnp.asarray(x, dtype), jnp.asarray(start), jnp.asarray(end))
 

@@ -11,15 +11,16 @@ from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Param, Result,
 from jax_deepgemm.jit import KernelSource, compile_kernel
 from jax_deepgemm.ops.topk.problem import TopkProblem
 
-MOST_CANDIDATES = 8192
-"""Of the list of a block: rows that are no longer need no sample."""
-SAMPLE, LARGE_SAMPLE, LONG = 4096, 16384, 1 << 18
-"""Numbers of the sample, and of that of rows longer than LONG: of the top 2048 of 2^20, 32 are then in it."""
-MOST_PIECES = 16
-"""Blocks of the largest cluster that an H100 or H200 takes."""
+FORMS = ((32, 8), (64, 8), (128, 8), (256, 8), (512, 8), (512, 16))
+"""Threads of a block, and candidates that each holds: 64 registers, and with 16 candidates 128."""
+CLUSTERS = {16: 4, 8: 15, 4: 30, 2: 66}
+"""Pieces of a row, and for how many rows at once an H200 has room, with a block for each SM."""
 OF_A_PIECE = 8192
 """Numbers that are worth a block."""
-BINS, FOUND_BYTES = 2048, 160
+SAMPLED, LEAST_SAMPLE = 16, 1024
+"""One of so many numbers of a row is in its sample, but more of short rows."""
+BINS, FOUND_BYTES = 4, 160
+"""Of each thread, and of a block."""
 
 # include/jax_deepgemm/topk/topk.cuh says what each field means.
 _TEXT = """\
@@ -27,13 +28,13 @@ _TEXT = """\
 
 struct Config {{
   static constexpr jdg::Number NUMBER = jdg::Number::{number};
-  static constexpr int THREADS = {threads}, PIECES = {pieces};
+  static constexpr int THREADS = {threads}, HELD = {held}, PIECES = {pieces};
   static constexpr bool WINDOWS = {windows}, VALUES = {values}, BY_INDEX = {by_index};
 }};
 
 extern "C" __global__ void __launch_bounds__({threads}, {resident}) {name}(
-    const void* x, {given}{result}int* indices, int n, int k, int capacity, int sorted, int sample) {{
-  const jdg::TopkSizes size{{n, k, capacity, sorted, sample}};
+    const void* x, {given}{result}int* indices, int n, int k, int sample) {{
+  const jdg::TopkSizes size{{n, k, sample}};
   jdg::topk<Config>(x, {start}, {end}, indices, {value}, size);
 }}
 """
@@ -46,48 +47,60 @@ class Cut(NamedTuple):
 
     Attributes:
       threads: of a block.
+      held: candidates of a thread.
       pieces: blocks of a row, a cluster.
-      capacity: candidates that a block has a place for.
-      sorted: places for what is chosen.
-      sample: numbers of the sample of a row that is longer than the capacity.
+      sample: numbers of the sample of a row that a block does not hold.
     """
 
     threads: int
+    held: int
     pieces: int
-    capacity: int
-    sorted: int
     sample: int
 
     @property
+    def capacity(self) -> int:
+        """Candidates that a block has a place for."""
+        return self.threads * self.held
+
+    @property
     def shared_bytes(self) -> int:
-        return 8 * (self.capacity + self.sorted) + 4 * BINS + FOUND_BYTES
+        return 8 * self.capacity + 4 * BINS * self.threads + FOUND_BYTES
 
     @property
     def resident(self) -> int:
-        """Blocks that an SM has registers for, 64 of a thread."""
-        return 1024 // self.threads
+        """Blocks that an SM has registers for: 64 of a thread, or 128; where rows are few, there is one."""
+        return min(1024 * 8 // self.capacity, 32) if self.pieces == 1 else 1
 
 
 def cut_of(p: TopkProblem, num_sms: int) -> Cut:
-    """How rows are cut: whole ones where there are many, and else so that there are two blocks for each SM.
+    """How rows are cut: few ones into pieces; the smallest blocks that hold the candidates of many.
 
     >>> cut_of(TopkProblem(8192, 65536, 2048), 132)
-    Cut(threads=512, pieces=1, capacity=8192, sorted=2048, sample=4096)
-    >>> [cut_of(TopkProblem(rows, 1 << 20, 2048), 132).pieces for rows in (1, 16, 64, 132)]
-    [16, 16, 4, 2]
+    Cut(threads=512, held=8, pieces=1, sample=4096)
+    >>> [cut_of(TopkProblem(rows, 1 << 20, 2048), 132).pieces for rows in (1, 8, 64, 132)]
+    [16, 8, 2, 1]
     """
-    wanted = min(2 * num_sms // p.rows, -(-p.columns // OF_A_PIECE), MOST_PIECES)
-    pieces = 1 << max(wanted, 1).bit_length() - 1
-    threads = 128 if p.columns <= 1024 else 512
-    if threads == 512 and p.columns <= 4096 and p.rows > 2 * num_sms:
-        threads = 256
-    return Cut(
-        threads,
-        pieces,
-        capacity=min(max(_power_of_two(p.columns), 32), MOST_CANDIDATES),
-        sorted=_power_of_two(p.k),
-        sample=LARGE_SAMPLE if p.columns > LONG else SAMPLE,
-    )
+    fitting = (n for n, rows in CLUSTERS.items() if p.rows <= rows and n * OF_A_PIECE <= p.columns)
+    pieces = next(fitting, 1)
+    quick = 128 if p.rows > num_sms else 512
+    for threads, held in FORMS:
+        capacity = threads * held
+        sample = min(max(_power_of_two(p.columns) // SAMPLED, LEAST_SAMPLE), 2 * capacity)
+        if p.columns <= capacity or (threads >= quick and candidates(p, sample) <= capacity):
+            break
+    return Cut(threads, held, pieces, sample)
+
+
+def candidates(p: TopkProblem, sample: int) -> float:
+    """How many of a row the kernel gathers, but for one row in a hundred thousand that has more.
+
+    >>> round(candidates(TopkProblem(64, 65536, 2048), 4096))
+    4007
+    """
+    share = sample / p.columns
+    hits = share * p.k
+    wanted = (hits + 4.5 * hits**0.5 + 4) * 33 / 32  # as `guess` has it
+    return (wanted + 4.5 * wanted**0.5) / share
 
 
 def _power_of_two(least: int) -> int:
@@ -97,13 +110,14 @@ def _power_of_two(least: int) -> int:
 def kernel_source(p: TopkProblem, cut: Cut) -> KernelSource:
     """The source of the kernel that solves p, equal for all rows that are cut alike."""
     flags = {"windows": p.windows, "values": p.values, "by_index": p.by_index}
-    parts = ["jdg_topk", _SHORT[p.dtype], f"t{cut.threads}"]
+    parts = ["jdg_topk", _SHORT[p.dtype], f"t{cut.threads}h{cut.held}"]
     parts += [f"x{cut.pieces}"] if cut.pieces > 1 else []
     name = "_".join([*parts, *(name for name, on in flags.items() if on)])
     text = _TEXT.format(
         name=name,
         number=_NUMBERS[p.dtype],
         threads=cut.threads,
+        held=cut.held,
         pieces=cut.pieces,
         resident=cut.resident,
         given="const int* start, const int* end, " if p.windows else "",
@@ -120,7 +134,7 @@ def _plan(p: TopkProblem, config: None, chip: Chip, given: Operands) -> LaunchPl
     cut = cut_of(p, chip.num_sms)
     source = kernel_source(p, cut)
     params: list[Param] = [*map(Operand, range(3 if p.windows else 1)), *map(Result, range(1 + p.values))]
-    sizes = (p.columns, p.k, cut.capacity, cut.sorted, cut.sample)
+    sizes = (p.columns, p.k, cut.sample)
     launch = Launch(
         kernel=compile_kernel(source, arch=chip.arch),
         grid=(p.rows * cut.pieces, 1, 1),

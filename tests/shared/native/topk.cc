@@ -1,7 +1,7 @@
 // topk.cuh itself, run by CPU threads, one for each thread of each block, a row at a time. Reads cases from a
-// file of integers: number pieces windows values by_index rows n k capacity sorted sample offset, the firsts
-// and lasts of rows, and the numbers' bits; prints the result of each. Rows begin `offset` numbers into an
-// aligned buffer. What is found in shared memory and in results is rubbish here too.
+// file of integers: number pieces windows values by_index rows n k sample offset, the firsts and lasts of
+// rows, and the numbers' bits; prints the result of each. Rows begin `offset` numbers into an aligned buffer.
+// What is found in shared memory and in results is rubbish here too.
 
 #include <cstdio>
 #include <fstream>
@@ -10,12 +10,12 @@
 
 using jdg::Number;
 
-constexpr int kThreads = 64, kRubbish = 1234567;
+constexpr int kThreads = 64, kHeld = 2, kRubbish = 1234567;
 
 template <Number T, int P, bool W, bool V, bool I>
 struct Config {
   static constexpr Number NUMBER = T;
-  static constexpr int THREADS = kThreads, PIECES = P;
+  static constexpr int THREADS = kThreads, HELD = kHeld, PIECES = P;
   static constexpr bool WINDOWS = W, VALUES = V, BY_INDEX = I;
 };
 
@@ -29,7 +29,7 @@ struct Case {
 template <class C>
 void run(const Case& c) {
   using Bits = typename jdg::NumberOf<C::NUMBER>::Bits;
-  const int count = c.rows * c.size.n, words = 2 * (c.size.capacity + c.size.sorted) + jdg::kBins + 40;
+  const int count = c.rows * c.size.n, words = 2 * kThreads * kHeld + 4 * kThreads + 40;
   std::vector<uint4> memory((count + c.offset) * sizeof(Bits) / 16 + 1);
   Bits* x = reinterpret_cast<Bits*>(memory.data()) + c.offset;
   for (int i = 0; i < count; ++i) x[i] = static_cast<Bits>(c.bits[i]);
@@ -95,7 +95,7 @@ int main(int, char** arguments) {
   std::vector<int> all(bytes.size() / sizeof(int));
   std::memcpy(all.data(), bytes.data(), bytes.size());
   for (const int* at = all.data(); at < all.data() + all.size();) {
-    Case c{at[0], at[1], at[2], at[3], at[4], at[5], {at[6], at[7], at[8], at[9], at[10]}, at[11], at + 12};
+    Case c{at[0], at[1], at[2], at[3], at[4], at[5], {at[6], at[7], at[8]}, at[9], at + 10};
     c.end = c.start + c.rows;
     c.bits = c.end + c.rows;
     at = c.bits + c.rows * c.size.n;

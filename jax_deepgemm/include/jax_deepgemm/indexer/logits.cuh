@@ -2,35 +2,36 @@
 // the keys of a token's window, minus infinity elsewhere in its row.
 //
 // clang-format off
-//   warpgroups 0, 1     consumers: 64 keys of a tile each, by two banks of tokens in turn
-//   warpgroup 2         warp 0: producer; warps 1 to 3: minus infinity where no tile is
+//   warpgroups 0, 1 (, 2)   consumers: 64 keys of a tile each, by one or two banks of tokens
+//   the last warpgroup      warp 0: producer; the others: minus infinity where no tile is; with linear
+//                           columns (linear.cuh) two of them write these
 //
-//   keys:    slot  keys [128, d] | scales [128]
-//   tokens:  slot  queries [2 banks][tokens][heads][d] | weights [..][heads] | Token of each | Run
+//   keys:    slot  keys [64 of each consumer, d] | scales
+//   tokens:  slot  queries [banks][tokens][heads][d] and linear columns | weights [..][heads] | Tokens | Run
 //
-//   consumer:  product of bank 0 of the first tile
-//              for each tile:  issue bank 1          wait for bank 0, sum it up, store
-//                              issue bank 0 of the   wait for bank 1, release the slot, sum it up, store
-//                              next tile
+//   consumer:  for each tile, for each bank:   issue the product
+//                                              finish what was summed up before: exchange, store
+//                                              wait for the product (the last bank's: release the keys)
+//                                              sum it up
 //
-//   shared memory:  keys[STAGES] | queries[QUERY_STAGES] | scales | weights | tokens | runs | two pipelines | share
+//   shared memory:  keys[STAGES] | queries[QUERY_STAGES] | scales | weights | tokens | runs | two pipelines
+//                   | barriers of linear columns | share
 // clang-format on
 //
 // Each block of threads has a share of all tiles (work.cuh), so that blocks end together however long windows
-// are. Tiles follow each other without a gap: when one is the last of its tokens, bank 0 of the next tokens
-// is on its way before bank 1 is summed up. Behind the last tokens come some without a tile; what is
-// multiplied there is dropped.
+// are.
+//
+// A warpgroup has one product at a time; while it sums up, the others' are made. Three of them, with fewer
+// registers each, hide more than two: an instruction that reads an accumulator waits four cycles while other
+// products are written, so that sums take longer than products.
 //
 // A thread has 2 keys by a quarter of the heads of each token. max(x, 0) is (x + |x|) / 2: one addition at
-// full rate, exact, where max runs at half rate. The factor joins the key's scale. Four neighbouring lanes
-// then exchange what they summed, so that each has whole sums of one key, of every other token. TENSOR_SUMS:
-// the tensor cores sum up max(x, 0), rounded to bfloat16.
+// full rate, exact, where max runs at half rate; with linear columns not even that. The factor joins the
+// key's scale. Four neighbouring lanes then exchange what they summed, so that each has whole sums of one
+// key, of every other token. TENSOR_SUMS: the tensor cores sum up max(x, 0), rounded to bfloat16.
 //
 // A tile that lies in the windows of all its tokens, all of which exist, is `whole`: stored without a look at
 // windows.
-//
-// Hazard: a product must be in flight, or not, on every way into a join of the control flow, or ptxas
-// serialises (C7514). There is one loop, with one product in flight at its edge.
 #pragma once
 
 #include <jax_deepgemm/indexer/expand.cuh>
@@ -88,7 +89,7 @@ __device__ __forceinline__ void load_pages(const Problem<C>& p, const Loaded<C>&
   for (int i = 0; i < kTilePages<C>; ++i) {
     const int at = __shfl_sync(0xFFFFFFFF, page, known + i);
     if (elected) {
-      ptx::tma_load(keys.keys() + i * C::PAGE * Loaded<C>::kRow, *p.keys, keys.full(), 0, 0, at);
+      ptx::tma_load_once(keys.keys() + i * C::PAGE * Loaded<C>::kRow, *p.keys, keys.full(), 0, 0, at);
       ptx::tma_load(keys.scales() + i * L::kPagePitch, *p.scales, keys.full(), 0, at);
     }
   }
@@ -97,8 +98,8 @@ __device__ __forceinline__ void load_pages(const Problem<C>& p, const Loaded<C>&
 // All tiles of a block of tokens, by a warp. Numbers of 32 pages are read at once; those that no window
 // reaches are none.
 template <class C>
-__device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Loaded<C>& keys, int block, Span tiles,
-                                                    int end, bool elected) {
+__device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Loaded<C>& keys, int block,
+                                                    Span tiles, int end, bool elected) {
   constexpr int kKnown = 32 / kTilePages<C>;  // tiles
   const int* const table = p.tables + static_cast<i64>(block / blocks_of_request(p)) * p.table_width;
   int page = -1;
@@ -173,10 +174,10 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
 template <class C>
 struct Scorer {
   using Out = typename C::Out;
-  static constexpr int kCount = kBankCols<C> / 2;      // of a thread's accumulator
-  static constexpr int kPerToken = C::HEADS / 4;       // heads of a token that a thread sums up
-  static constexpr int kSteps = C::HEADS / 16;         // products of a warp, of a token
-  static constexpr int kPairs = (C::TOKENS + 1) / 2;   // logits of a thread, of a bank
+  static constexpr int kCount = kBankCols<C> / 2;     // of a thread's accumulator
+  static constexpr int kPerToken = C::HEADS / 4;      // heads of a token that a thread sums up
+  static constexpr int kSteps = C::HEADS / 16;        // products of a warp, of a token
+  static constexpr int kPairs = (C::TOKENS + 1) / 2;  // logits of a thread, of a bank
   static constexpr bool kKeepRows = kPairs * C::BANKS <= 2 && C::CONSUMERS == 2;  // in registers
   static constexpr float kHalf = C::TENSOR_SUMS ? 1.0f : 0.5f;  // what sums are multiplied by
   using Product = float[kCount];
@@ -365,8 +366,7 @@ struct Scorer {
 
   __device__ __forceinline__ void store(int bank, int pair, const Tile& tile, float logit) const {
     const i64 key = static_cast<i64>(tile.key) + mine;
-    Out* const to =
-        reinterpret_cast<Out*>(kKeepRows ? rows[bank][pair] : row_of(bank, pair)) + key;
+    Out* const to = reinterpret_cast<Out*>(kKeepRows ? rows[bank][pair] : row_of(bank, pair)) + key;
     if (tile.whole) return ptx::store_global(to, logit);
     const float4 token = ptx::load_shared_4(token_of(bank, pair));
     const int start = __float_as_int(token.x), end = __float_as_int(token.y);
@@ -392,26 +392,37 @@ struct Scorer {
     return {at.key, at.begin <= at.key && at.key + kTileKeys<C> <= at.end, kHalf * scale};
   }
 
-  // All tiles of a block of tokens. What is summed up is finished while the next product is made; before the
-  // first one that is a tile whose keys are in no row.
+  // All tiles of a block of tokens. While a product is made, what was summed up before is finished (before
+  // the first one that is a tile whose keys are in no row), and the next tile is awaited.
   __device__ __forceinline__ void score(Run at) {
     Product product;
     Sums sums = {};
     Tile before = {kNever, false, 0.0f};
+    keys.wait_full();
+    Tile tile = tile_at(at);
 #pragma unroll 1
-    for (; at.tiles > 0; --at.tiles, at.key += kTileKeys<C>) {
-      keys.wait_full();
-      const Tile tile = tile_at(at);
+    for (; at.tiles > 0; --at.tiles) {
+      Tile next = tile;
+      u32 read = 0;
 #pragma unroll
       for (int bank = 0; bank < C::BANKS; ++bank) {
         issue(product, bank);
-        finish(sums, bank > 0 ? bank - 1 : C::BANKS - 1, bank > 0 ? tile : before);
+        // Always so. Without a branch ptxas puts the shuffles between instructions of the product.
+        if (at.begin >= 0) finish(sums, bank > 0 ? bank - 1 : C::BANKS - 1, bank > 0 ? tile : before);
+        if (bank == C::BANKS - 1) {
+          read = keys.empty();
+          keys.advance();
+          at.key += kTileKeys<C>;
+          if (at.tiles > 1) {
+            keys.wait_full();
+            next = tile_at(at);
+          }
+        }
         await(product);
-        if (bank == C::BANKS - 1 && lane == 0) Keys<C>::release(keys.empty());
+        if (bank == C::BANKS - 1 && lane == 0) Keys<C>::release(read);
         sum_bank(product, bank, sums);
       }
-      keys.advance();
-      before = tile;
+      before = tile, tile = next;
     }
     finish(sums, C::BANKS - 1, before);
   }

@@ -1,10 +1,10 @@
 // What there is to do: windows of tokens, tiles of keys, this block of threads' share of them, and minus
 // infinity where no tile is.
 //
-// Tokens are taken by kBlockTokens neighbours, which share the tiles of kTileKeys<C> keys that cover the windows
-// of all of them. The tiles of all blocks of tokens, one behind the other, are cut into equal shares, one for
-// each block of threads, which finds its own by counting: windows are data, and nothing is known of them
-// before.
+// Tokens are taken by kBlockTokens neighbours, which share the tiles of kTileKeys<C> keys that cover the
+// windows of all of them. The tiles of all blocks of tokens, one behind the other, are cut into equal shares,
+// one for each block of threads, which finds its own by counting: windows are data, and nothing is known of
+// them before.
 #pragma once
 
 #include <jax_deepgemm/indexer/config.cuh>

@@ -7,14 +7,14 @@
 
 namespace jdg::ptx {
 
-// Adds to the same variable of block `rank`; returns what was there.
-__device__ __forceinline__ u32 add_in_block(u32* at, u32 rank, u32 v) {
-  u32 old;
-  asm volatile("atom.relaxed.cluster.shared::cluster.add.u32 %0, [%1], %2;"
-               : "=r"(old)
-               : "r"(map_to_rank(smem_address(at), rank)), "r"(v)
+// What the same variable of block `rank` is, behind a barrier of the cluster.
+__device__ __forceinline__ u32 load_from_block(const u32* at, u32 rank) {
+  u32 v;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];"
+               : "=r"(v)
+               : "r"(map_to_rank(smem_address(at), rank))
                : "memory");
-  return old;
+  return v;
 }
 
 // Stores to the same variable of block `rank`, which sees it after a barrier of the cluster.

@@ -74,10 +74,19 @@ inline bool __any_sync(unsigned, bool value) {
 }
 inline bool __all_sync(unsigned all, bool value) { return !__any_sync(all, !value); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __clzll(long long bits) {
+  return bits == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(bits));
+}
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 template <class T>
 T atomicAdd(T* at, T value) {
   return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
+inline void atomicMax(unsigned* at, unsigned value) {
+  unsigned old = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (old < value &&
+         !__atomic_compare_exchange_n(at, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
 }
 template <class To, class From>
 To same_bits(From from) {

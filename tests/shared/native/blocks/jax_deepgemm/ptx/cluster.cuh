@@ -9,11 +9,9 @@ template <class T>
 T* in_block(T* at, u32 rank) {
   const auto begin = reinterpret_cast<char*>(block->shared.data());
   return reinterpret_cast<T*>(reinterpret_cast<char*>(of_cluster[rank]->shared.data()) +
-                              (reinterpret_cast<char*>(at) - begin));
+                              (reinterpret_cast<const char*>(at) - begin));
 }
-inline u32 add_in_block(u32* at, u32 rank, u32 v) {
-  return __atomic_fetch_add(in_block(at, rank), v, __ATOMIC_RELAXED);
-}
+inline u32 load_from_block(const u32* at, u32 rank) { return *in_block(at, rank); }
 inline void store_in_block(u64* at, u32 rank, u64 v) { *in_block(at, rank) = v; }
 
 inline uint4 load_or_ones(bool wanted, const void* at) {

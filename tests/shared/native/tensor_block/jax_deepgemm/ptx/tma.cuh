@@ -46,4 +46,8 @@ inline void tma_load(u32 smem, const TensorMap& map, u32 bar, int x, int y = 0, 
   load_box(smem, map, bar, {x, y, z});
 }
 
+inline void tma_load_once(u32 smem, const TensorMap& map, u32 bar, int x, int y, int z) {
+  load_box(smem, map, bar, {x, y, z});
+}
+
 }  // namespace jdg::ptx
