@@ -208,8 +208,8 @@ def check_shapes(op: str, q: jax.Array, kv: jax.Array, weights: jax.Array) -> No
     of_keys = kv.shape[1] * (2 if fp4.is_packed(kv) else 1)
     if of_keys != depth:
         raise ValueError(
-            f"{op}: q is {list(q.shape)} and kv is {[kv.shape[0], of_keys]}: d differs ({depth} and {of_keys}). "
-            "Keys have one head, of the size of q's heads."
+            f"{op}: q is {list(q.shape)} and kv is {[kv.shape[0], of_keys]}: d differs ({depth} and "
+            f"{of_keys}). Keys have one head, of the size of q's heads."
         )
     check_heads(op, heads, depth)
     if weights.shape != (tokens, heads):
