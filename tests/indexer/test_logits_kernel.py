@@ -17,10 +17,11 @@ from jax_deepgemm.jit import compile_kernel
 from jax_deepgemm.ops.indexer import fp4, sm90
 from jax_deepgemm.ops.indexer.family import FAMILY, IndexerConfig, LogitsProblem
 from jax_deepgemm.ops.indexer.paged_op import bytes_of
-from jax_deepgemm.ops.indexer.prepare import prepare, prepare_paged
+from jax_deepgemm.ops.indexer.prepare import prepare, prepare_packed, prepare_paged
 from tests.shared import native_logits
 from tests.shared.arrays import normal
 from tests.shared.device_code import fields_of_concept, fields_of_struct
+from tests.shared.fp4_numbers import meant, random, words
 from tests.shared.logits_oracle import calc_diff, exact, windows
 
 pytestmark = pytest.mark.any_version
@@ -183,6 +184,20 @@ def test_keys_in_fp4_on_a_cpu(tmp_path: Path, p: LogitsProblem, config: IndexerC
     assert calc_diff(got, want) < (5e-6 if config.tensor_sums or config.linear else 1e-10)
 
 
+def test_rows_of_keys_in_fp4_on_a_cpu(tmp_path: Path) -> None:
+    """Keys one behind the other, in windows of all kinds, beyond the last key too."""
+    p, config = LogitsProblem(3, 300, 300, 40, 64, packed=True), IndexerConfig(1, 3, warpgroups=2)
+    q, _, _, weights, start, end = operands(LogitsProblem(3, 300, 300, 40, 64), shift=9)
+    keys = random(1, p.keys, p.depth)
+    prepared = [np.asarray(x) for x in prepare_packed(q, keys.values, words(keys), weights, start, end)]
+    got = native_logits.run(tmp_path, p, config, prepared, np.full((3, 300), 7, np.float32), 2)
+    want = exact(q, meant(keys), weights, start, end)
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
+    assert calc_diff(got, want) < 1e-10
+    many = prepare_packed(q.repeat(3, 0), keys.values, words(keys), weights.repeat(3, 0), start, end)
+    assert many[1].dtype == E4M3
+
+
 def _exact(p: LogitsProblem, q: Any, k: Any, *rest: Any) -> np.ndarray:
     k = np.asarray(k).astype(np.float64)
     if p.is_fp8:
@@ -216,6 +231,7 @@ PROBLEMS = [
         packed=True,
     ),
     LogitsProblem(8, 8192, 8192, 24, 64, compressed=True, batches=8, page=128, pages=9000, packed=True),
+    LogitsProblem(3, 8192, 8192, 64, 128, packed=True),
 ]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jax_deepgemm.core.family import OpKernel
 from jax_deepgemm.ops.indexer.family import FAMILY, LogitsProblem
+from jax_deepgemm.ops.indexer.fp4 import is_packed
 
 _DTYPES = {"float8_e4m3fn": "e4m3", "bfloat16": "bf16"}
 
@@ -29,6 +30,7 @@ def _problem(
         out=np.dtype(out.dtype).name,
         compressed=columns is not None,
         batches=math.prod(out.shape[:-2]),
+        packed=is_packed(k),
     )
 
 

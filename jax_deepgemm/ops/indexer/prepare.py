@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_deepgemm.ops.indexer.fp4 import expand
 from jax_deepgemm.ops.indexer.reference import windows
 
+FEW_ROWS = 256
+"""Tokens times heads that a block of threads or two have: so often a kernel would expand each key in FP4."""
 _OWN_RANKS = {True: (3, 2, 1, 2, 1, 1), False: (3, 2, 2, 1, 1)}
 """Of operands, keys with and without scales."""
 
@@ -23,6 +26,14 @@ def prepare(scaled: bool, *arrays: jax.Array, **_: Any) -> list[jax.Array]:
     *others, weights, start, end = arrays
     short = -weights.shape[-1] % 4  # TMA needs rows of whole 16 bytes
     return [*others, jnp.pad(weights, ((0, 0), (0, short))) if short else weights, start, end]
+
+
+def prepare_packed(*arrays: jax.Array, **options: Any) -> list[jax.Array]:
+    """The same of keys in FP4. For many tokens they are expanded once, before; for a few by the kernel."""
+    q, keys, words, *rest = prepare(True, *arrays, **options)
+    if q.shape[0] * q.shape[1] > FEW_ROWS:
+        return [q, *expand(keys, words), *rest]
+    return [q, keys, words, *rest]
 
 
 def prepare_paged(*arrays: jax.Array, **_: Any) -> list[jax.Array]:

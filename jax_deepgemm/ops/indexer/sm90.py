@@ -245,7 +245,7 @@ _SUMS: tuple[dict[str, bool], ...] = ({}, {"linear": True}, {"tensor_sums": True
 
 def _with_most_stages(p: LogitsProblem, c: IndexerConfig, chip: Chip) -> IndexerConfig:
     """As many as fit; 0 if none does."""
-    most = min(MOST_STAGES, _MOST_AHEAD // (tile_keys(c) * p.row_bytes)) if p.page else MOST_STAGES
+    most = min(MOST_STAGES, _MOST_AHEAD // (tile_keys(c) * p.key_bytes)) if p.page else MOST_STAGES
     each = (dataclasses.replace(c, stages=stages) for stages in range(most, 0, -1))
     return next((one for one in each if shared_memory(p, one) <= chip.smem_per_block), c)
 
