@@ -31,6 +31,7 @@ class LogitsProblem:
         has.
       pages: of the cache.
       joined: whether a page's scales lie behind its values.
+      of_tokens: whether requests have any number of tokens, each of which says whose it is.
     """
 
     tokens: int
@@ -45,6 +46,7 @@ class LogitsProblem:
     page: int = 0
     pages: int = 0
     joined: bool = False
+    of_tokens: bool = False
 
     def __str__(self) -> str:
         parts = ["mqa_logits", self.dtype, f"{self.tokens}x{self.columns}", f"of {self.keys} keys"]
@@ -54,7 +56,8 @@ class LogitsProblem:
             parts += [f"{self.pages} {'joined ' if self.joined else ''}pages of {self.page}"]
         else:
             parts += ["compressed"] if self.compressed else []
-        return " ".join(parts + ([f"batches={self.batches}"] if self.batches > 1 else []))
+        parts += [f"batches={self.batches}"] if self.batches > 1 else []
+        return " ".join(parts + ["of tokens"] * self.of_tokens)
 
     @property
     def flops(self) -> int:

@@ -32,8 +32,10 @@ def _problem(
     )
 
 
-def _paged(avals_in: Sequence[Any], avals_out: Sequence[Any], *, joined: bool, **_: Any) -> LogitsProblem:
-    q, cache, tables, (out,) = avals_in[0], avals_in[1], avals_in[-1], avals_out
+def _paged(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, joined: bool, of_tokens: bool = False, **_: Any
+) -> LogitsProblem:
+    q, cache, tables, (out,) = avals_in[0], avals_in[1], avals_in[-1 - of_tokens], avals_out
     depth = q.shape[2]
     page = cache.shape[1] // (depth + 4) if joined else cache.shape[1]
     return LogitsProblem(
@@ -48,10 +50,11 @@ def _paged(avals_in: Sequence[Any], avals_out: Sequence[Any], *, joined: bool, *
         page=page,
         pages=cache.shape[0],
         joined=joined,
+        of_tokens=of_tokens,
     )
 
 
-_REST = ("weights", "start", "end", "tables")
+_REST = ("weights", "start", "end", "tables", "requests")
 paged = OpKernel(FAMILY, functools.partial(_paged, joined=False), ("q", "k", "scales", *_REST))
 paged_joined = OpKernel(FAMILY, functools.partial(_paged, joined=True), ("q", "cache", *_REST))
 scaled = OpKernel(FAMILY, _problem, ("q", "k", "scales", "weights", "start", "end"))

@@ -26,6 +26,7 @@ concept LogitsConfig = requires {
   C::STAGES;               // slots of the pipeline of keys
   C::QUERY_STAGES;         // slots of the pipeline of tokens
   C::PAGE;                 // keys of a page; 0: keys lie one behind the other
+  C::OF_TOKENS;            // bool: whether requests have any number of tokens, and tokens say whose they are
   C::TENSOR_SUMS;          // bool: whether products of warps sum over heads (a multiple of 16)
   C::SHARED_BYTES;         // what the host reserves
 };

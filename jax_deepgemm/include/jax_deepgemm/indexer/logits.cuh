@@ -99,7 +99,7 @@ template <class C>
 __device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Keys<C>& keys, int block, Span tiles,
                                                     int end, bool elected) {
   constexpr int kKnown = 32 / kTilePages<C>;  // tiles
-  const int* const table = p.tables + static_cast<i64>(block / blocks_of_request(p)) * p.table_width;
+  const int* const table = p.tables + static_cast<i64>(request_of_block(p, block)) * p.table_width;
   int page = -1;
 #pragma unroll 1
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {
