@@ -72,6 +72,8 @@ def kernels() -> Iterator[Any]:
             yield sm90.kernel_source(problem(*shape[:-1], False, packed=False), config)
     yield LogitsProblem(130, 1000, 1000, 64, 128)
     yield LogitsProblem(130, 1000, 1000, 24, 64)
+    yield LogitsProblem(3, 1000, 1000, 64, 128, packed=True)
+    yield LogitsProblem(5, 1000, 1000, 24, 64, packed=True)
 
 
 @functools.cache
@@ -98,12 +100,17 @@ def test_numbers():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(("heads", "depth"), [(64, 128), (24, 64)])
-def test_dense(heads, depth):
-    q, kv = random(0, 130, heads, depth), random(1, 1000, depth)
-    weights = normal(2, 130, heads, dtype=jnp.float32)
-    window = [jnp.asarray(x) for x in windows(0, 130, 1000)]
+@pytest.mark.parametrize(
+    ("tokens", "heads", "depth"), [(130, 64, 128), (130, 24, 64), (3, 64, 128), (5, 24, 64), (7, 8, 32)]
+)
+def test_dense(tokens, heads, depth):
+    """Of many tokens, of which keys are expanded before, and of a few, of which the kernel does it."""
+    q, kv = random(0, tokens, heads, depth), random(1, 1000, depth)
+    weights = normal(2, tokens, heads, dtype=jnp.float32)
+    window = [jnp.asarray(x) for x in windows(0, tokens, 1000)]
     got = np.asarray(program(mqa_logits)(q, kv, weights, *window))
+    rows = program(mqa_logits, compressed=True, max_len=100)
+    assert calc_diff(rows(q, kv, weights, *window), exact(meant(q), meant(kv), weights, *window, 100)) < BOUND
     want = exact(meant(q), meant(kv), weights, *window)
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
     assert calc_diff(got, want) < BOUND

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_deepgemm.indexer import Fp4Array, dequantize_fp4, mqa_logits, paged_mqa_logits, quantize_fp4
 from jax_deepgemm.ops.indexer import fp4
+from jax_deepgemm.ops.indexer.op import logits_op
 from jax_deepgemm.ops.indexer.paged_op import bytes_of, paged_op
 from jax_deepgemm.ops.quantize import quantize
 from tests.shared import op_checks
@@ -112,6 +113,31 @@ def test_logits(depth, columns):
         np.testing.assert_array_equal(mqa_logits(other, kv, weights, *window, **options), got)
     given = np.asarray(kv.values).view(np.int8), words(kv)
     np.testing.assert_array_equal(mqa_logits(q, given, weights, *window, **options), got)
+
+
+def dense(*arrays: jax.Array, out_sharding: Any = None) -> jax.Array:
+    logits = logits_op(True, False, True)(*arrays, out_dtype=jnp.float32, out_sharding=out_sharding)[0]
+    return jnp.where(jnp.isinf(logits), 0, logits)
+
+
+def dense_operands(seed: int) -> list[jax.Array]:
+    keys = random(seed, N, 64)
+    q = normal(seed, S, H, 64).astype(E4M3)
+    window = [jnp.asarray(x) for x in windows(seed, S, N)]
+    return [q, keys.values, words(keys), normal(seed + 2, S, H, dtype=jnp.float32), *window]
+
+
+ROWS = P("x"), P(), P(), P("x"), P("x"), P("x")
+DENSE = OpCase(
+    "fp4",
+    dense,
+    dense_operands,
+    nests=(((0, 0, 0, 0, 0, 0),), ((0, None, None, 0, None, 0),)),
+    shards=(
+        Shard(ROWS, P("x"), modes=("auto", "explicit", "shard_map")),
+        Shard((P(), P("y"), P("y"), P(), P(), P()), P(None, "y")),
+    ),
+)
 
 
 @pytest.mark.any_version
@@ -259,7 +285,7 @@ CASE = OpCase(
 )
 
 
-@pytest.mark.parametrize("check", op_checks.checks([CASE]))
+@pytest.mark.parametrize("check", op_checks.checks([DENSE, CASE]))
 def test_op(check):
     check()
 

@@ -106,7 +106,7 @@ def run(
     if compiler is None:
         pytest.skip("no C++ compiler")
     cache = ("cache",) if p.joined else ("k", *["scales"] * p.is_fp8)
-    parts = ("q", *cache, "weights", "start", "end", *["tables"] * (p.page > 0))
+    parts = ("q", *cache, "weights", "start", "end", *["tables"] * (p.page > 0), *["requests"] * p.of_tokens)
     given = {part: Given(i, x.shape) for i, (part, x) in enumerate(zip(parts, operands, strict=True))}
     maps = sm90.tensor_maps(p, c, given)
     source = source or sm90.kernel_source(p, c)
@@ -119,6 +119,8 @@ def run(
     if p.page:
         tables = given["tables"]
         arguments += [f"v{tables.index}.as<int>()", str(tables.shape[1])]
+    if p.of_tokens:
+        arguments.append(f"v{given['requests'].index}.as<int>()")
     arrays = [one for one in more if not isinstance(one, int)]
     names = iter(range(len(arrays)))
     arguments += [
@@ -147,7 +149,7 @@ def run(
     for i, array in enumerate(arrays):
         array.tofile(folder / f"m{i}")
     done = subprocess.run(
-        [folder / "logits", folder], capture_output=True, text=True, timeout=120, check=False
+        [folder / "logits", folder], capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr
     for i, array in enumerate(arrays):

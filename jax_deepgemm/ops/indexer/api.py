@@ -14,7 +14,7 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.core.options import Sharding
-from jax_deepgemm.ops.indexer import checks
+from jax_deepgemm.ops.indexer import checks, fp4
 from jax_deepgemm.ops.indexer.checks import BFLOAT16, Form
 from jax_deepgemm.ops.indexer.family import IndexerConfig
 from jax_deepgemm.ops.indexer.fp4 import Fp4Array
@@ -96,7 +96,7 @@ def mqa_logits(
         queries, function = checks.plain_operand("mqa_logits", "q", q, "[s, h, d]"), _quantised_here
     else:
         queries, weights = checks.scaled_queries("mqa_logits", q, weights)
-        keys, function = checks.scaled_keys("mqa_logits", kv), _quantised
+        keys, function = checks.keys_as_given("mqa_logits", kv), _quantised
     return _call(
         "mqa_logits",
         function,
@@ -185,8 +185,8 @@ def _call(op: str, function: Any, operands: tuple[jax.Array, ...], window: Any, 
 # Gradients -------------------------------------------------------------------------------------------------
 
 
-def _op(scaled: bool, form: Form) -> Any:
-    return functools.partial(logits_op(scaled, form.columns is not None), **form.options)
+def _op(scaled: bool, form: Form, packed: bool = False) -> Any:
+    return functools.partial(logits_op(scaled, form.columns is not None, packed), **form.options)
 
 
 def _gradients(
@@ -229,7 +229,7 @@ _plain.defvjp(_plain_forward, _plain_backward)
 
 @functools.partial(_first_order, "mqa_logits", _IN_JNP)
 def _quantised(form: Form, q: Any, kv: Any, scales: Any, weights: Any, start: Any, end: Any) -> jax.Array:
-    return _op(True, form)(q, kv, scales, weights, start, end)[0]
+    return _op(True, form, fp4.is_packed(kv))(q, kv, scales, weights, start, end)[0]
 
 
 def _quantised_forward(form: Form, *operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -238,6 +238,8 @@ def _quantised_forward(form: Form, *operands: jax.Array) -> tuple[jax.Array, tup
 
 def _quantised_backward(form: Form, kept: tuple[jax.Array, ...], by: jax.Array) -> tuple[Any, ...]:
     q, kv, scales, weights, *window = kept
+    if fp4.is_packed(kv):
+        kv, scales = fp4.expand(kv, scales)
     meant = kv.astype(jnp.float32) * scales[:, None]
     of_weights = _gradients(form, q.astype(jnp.float32), meant, weights, window, by)[2]
     return None, None, None, of_weights, None, None

@@ -185,6 +185,12 @@ def scaled_keys(op: str, kv: Any) -> tuple[jax.Array, jax.Array]:
     return values, _scales(op, "kv", parts[1], values.shape[:1])
 
 
+def keys_as_given(op: str, kv: Any) -> tuple[jax.Array, jax.Array]:
+    """Values and scales of kv; of FP4 its bytes, and words of scales."""
+    kv = unwrapped(kv)
+    return fp4.fp4_operand(op, "kv", kv, "[n, d]") if fp4.is_fp4(kv) else scaled_keys(op, kv)
+
+
 def plain_operand(op: str, name: str, x: Any, rank: str) -> jax.Array:
     """q or kv in bfloat16."""
     way_out = f"Convert it: {name}.astype(jnp.bfloat16); e4m3 goes to mqa_logits."
@@ -199,10 +205,11 @@ def weights_of(op: str, weights: Any) -> jax.Array:
 def check_shapes(op: str, q: jax.Array, kv: jax.Array, weights: jax.Array) -> None:
     """Raises ValueError where operands do not fit each other or the kernels."""
     tokens, heads, depth = q.shape
-    if kv.shape[1] != depth:
+    of_keys = kv.shape[1] * (2 if fp4.is_packed(kv) else 1)
+    if of_keys != depth:
         raise ValueError(
-            f"{op}: q is {list(q.shape)} and kv is {list(kv.shape)}: d differs ({depth} and {kv.shape[1]}). "
-            "Keys have one head, of the size of q's heads."
+            f"{op}: q is {list(q.shape)} and kv is {[kv.shape[0], of_keys]}: d differs ({depth} and "
+            f"{of_keys}). Keys have one head, of the size of q's heads."
         )
     check_heads(op, heads, depth)
     if weights.shape != (tokens, heads):

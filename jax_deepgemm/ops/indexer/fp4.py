@@ -160,6 +160,11 @@ def expand(values: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
     return expanded, jnp.where(jnp.any(codes == _NAN, axis=-1), jnp.nan, scales)
 
 
+def is_packed(keys: Any) -> bool:
+    """Whether an array of keys is bytes of FP4."""
+    return bool(keys.dtype == _CODES)
+
+
 # Operands --------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jax_deepgemm.core.family import OpKernel
 from jax_deepgemm.ops.indexer.family import FAMILY, LogitsProblem
+from jax_deepgemm.ops.indexer.fp4 import is_packed
 
 _DTYPES = {"float8_e4m3fn": "e4m3", "bfloat16": "bf16"}
 
@@ -29,13 +30,20 @@ def _problem(
         out=np.dtype(out.dtype).name,
         compressed=columns is not None,
         batches=math.prod(out.shape[:-2]),
+        packed=is_packed(k),
     )
 
 
 def _paged(
-    avals_in: Sequence[Any], avals_out: Sequence[Any], *, joined: bool, packed: bool, **_: Any
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    joined: bool,
+    packed: bool = False,
+    of_tokens: bool = False,
+    **_: Any,
 ) -> LogitsProblem:
-    q, cache, tables, (out,) = avals_in[0], avals_in[1], avals_in[-1], avals_out
+    q, cache, tables, (out,) = avals_in[0], avals_in[1], avals_in[-1 - of_tokens], avals_out
     depth = q.shape[2]
     row = depth // 2 if packed else depth
     page = cache.shape[1] // (row + 4) if joined else cache.shape[1]
@@ -52,10 +60,11 @@ def _paged(
         pages=cache.shape[0],
         joined=joined,
         packed=packed,
+        of_tokens=of_tokens,
     )
 
 
-_REST = ("weights", "start", "end", "tables")
+_REST = ("weights", "start", "end", "tables", "requests")
 paged = OpKernel(FAMILY, functools.partial(_paged, joined=False), ("q", "k", "scales", *_REST))
 paged_joined = OpKernel(FAMILY, functools.partial(_paged, joined=True), ("q", "cache", *_REST))
 scaled = OpKernel(FAMILY, _problem, ("q", "k", "scales", "weights", "start", "end"))

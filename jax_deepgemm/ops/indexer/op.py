@@ -14,8 +14,8 @@ from jax_deepgemm.core.declaration import Dims
 from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
-from jax_deepgemm.ops.indexer import reference
-from jax_deepgemm.ops.indexer.prepare import prepare
+from jax_deepgemm.ops.indexer import fp4, reference
+from jax_deepgemm.ops.indexer.prepare import prepare, prepare_packed
 
 _HINT = "Logits have gradients through mqa_logits and bf16_mqa_logits of jax_deepgemm.indexer."
 
@@ -50,18 +50,25 @@ def _recut(
     return [*others, *_shifted(plan, start, end, columns)], changed
 
 
+def _expanded_logits(q: jax.Array, k: jax.Array, words: jax.Array, *rest: jax.Array, **options: Any) -> Any:
+    return reference.scaled_logits(q, *fp4.expand(k, words), *rest, **options)
+
+
 @functools.cache
-def logits_op(scaled: bool, compressed: bool) -> Op:
-    """The logits of one form: keys with scales (FP8) or without (BF16), of all keys or of windows."""
+def logits_op(scaled: bool, compressed: bool, packed: bool = False) -> Op:
+    """The logits of one form: keys with scales (FP8, or packed: FP4) or without (BF16), of all keys or of
+    windows."""
+    names = ("mqa_logits" if scaled else "bf16_mqa_logits", *["fp4"] * packed, *["compressed"] * compressed)
+    keys = f"n {'e' if packed else 'd'}" + (", n" if scaled else "")
     return Op(
-        ("mqa_logits" if scaled else "bf16_mqa_logits") + ("_compressed" if compressed else ""),
-        f"s h d, n d, {'n, ' if scaled else ''}s h, s, s -> s {'c' if compressed else 'n'}",
+        "_".join(names),
+        f"s h d, {keys}, s h, s, s -> s {'c' if compressed else 'n'}",
         _result,
-        reference.scaled_logits if scaled else reference.logits,
+        _expanded_logits if packed else reference.scaled_logits if scaled else reference.logits,
         reduces=("h",),
         recut=_recut,
         kernel=LazyKernel("jax_deepgemm.ops.indexer.kernel", "scaled" if scaled else "plain", batched=True),
-        kernel_prepare=functools.partial(prepare, scaled),
+        kernel_prepare=prepare_packed if packed else functools.partial(prepare, scaled),
         grad_hint=_HINT,
     )
 

@@ -6,10 +6,11 @@
 #include <cstdio>
 #include <fstream>
 #include <iterator>
-
 #include <jax_deepgemm/ptx/barrier.cuh>
 
-inline unsigned atomicOr(unsigned* at, unsigned bits) { return __atomic_fetch_or(at, bits, __ATOMIC_RELAXED); }
+inline unsigned atomicOr(unsigned* at, unsigned bits) {
+  return __atomic_fetch_or(at, bits, __ATOMIC_RELAXED);
+}
 
 #include <jax_deepgemm/indexer_topk/rows.cuh>
 
@@ -65,7 +66,8 @@ int main(int, char** arguments) {
   std::vector<uint4> q(2 * tokens), w(tokens), to_q(2 * round), to_w(round);
   std::vector<int> starts(tokens), ends_of(tokens), to_starts(round), to_ends(round);
   for (unsigned i = 0; i < q.size(); ++i) q[i] = {i, i, i, i};
-  for (int i = 0; i < tokens; ++i) w[i] = {static_cast<unsigned>(i)}, starts[i] = 100 + i, ends_of[i] = 200 + i;
+  for (int i = 0; i < tokens; ++i)
+    w[i] = {static_cast<unsigned>(i)}, starts[i] = 100 + i, ends_of[i] = 200 + i;
   std::vector<float> scores(tokens * k, -1), some(round * k);
   std::vector<int> found(tokens * k, -1), some_keys(round * k);
   for (int first = 0; first < tokens; first += round) {
@@ -75,7 +77,8 @@ int main(int, char** arguments) {
     });
     for (int i = 0; i < round; ++i) {
       const bool right = to_q[2 * i].x == 2 * to_w[i].x && to_q[2 * i + 1].w == 2 * to_w[i].x + 1 &&
-                         to_starts[i] == 100 + static_cast<int>(to_w[i].x) && to_ends[i] == to_starts[i] + 100;
+                         to_starts[i] == 100 + static_cast<int>(to_w[i].x) &&
+                         to_ends[i] == to_starts[i] + 100;
       if (to_ends[i] != 0 && !right) return 1;
       if ((to_ends[i] == 0) != (first + i >= count[0])) return 2;
       for (int j = 0; j < k; ++j) some[i * k + j] = to_w[i].x, some_keys[i * k + j] = j;

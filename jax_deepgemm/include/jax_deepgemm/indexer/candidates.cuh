@@ -3,14 +3,14 @@
 //
 // clang-format off
 //   numbers, keys [tokens][warps][places]   each consumer warp has a segment of a token's row for itself, and
-//                                             counts in registers: no atomics, and always the same bytes
+//                                           counts in registers: no atomics, and always the same bytes
 //   counts        [tokens][3 pieces][warps] how many there are; zero before
 // clang-format on
 //
 // The tiles of a token may be divided among blocks of threads. The piece with the first of them fills
-// segments from the front, the one with the last of them, if that is another, from the back. Pieces in between
-// have no place, and only count: who reads a count of a middle piece, or counts of front and back that are
-// together more than there are places, knows that the segment is not whole.
+// segments from the front, the one with the last of them, if that is another, from the back. Pieces in
+// between have no place, and only count: who reads a count of a middle piece, or counts of front and back
+// that are together more than there are places, knows that the segment is not whole.
 #pragma once
 
 #include <jax_deepgemm/indexer/config.cuh>
@@ -66,7 +66,8 @@ struct Emitter {
     step = back ? -1 : 1, places = token.piece == kMiddlePiece ? 0 : to->places;
     const int segment = token.row * kSegments + static_cast<int>(threadIdx.x / 32);
     const float bound = to->bounds[static_cast<i64>(token.row + 1) * to->pitch - 1];
-    return {bound > kLeastNumber ? bound : kLeastNumber, segment * to->places + (back ? to->places - 1 : 0), 0};
+    return {bound > kLeastNumber ? bound : kLeastNumber, segment * to->places + (back ? to->places - 1 : 0),
+            0};
   }
 
   // By all lanes together. Lanes of equal parity have the same token.

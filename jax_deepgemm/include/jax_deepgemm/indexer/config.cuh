@@ -27,6 +27,7 @@ concept LogitsConfig = requires {
   C::QUERY_STAGES;         // slots of the pipeline of tokens
   C::PACKED_STAGES;        // slots of the pipeline of keys in FP4; 0: keys are what is multiplied
   C::PAGE;                 // keys of a page; 0: keys lie one behind the other
+  C::OF_TOKENS;            // bool: whether requests have any number of tokens, and tokens say whose they are
   C::TENSOR_SUMS;          // bool: whether products of warps sum over heads (a multiple of 16)
   C::SHARED_BYTES;         // what the host reserves
 };

@@ -101,7 +101,7 @@ template <class C>
 __device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Loaded<C>& keys, int block,
                                                     Span tiles, int end, bool elected) {
   constexpr int kKnown = 32 / kTilePages<C>;  // tiles
-  const int* const table = p.tables + static_cast<i64>(block / blocks_of_request(p)) * p.table_width;
+  const int* const table = p.tables + static_cast<i64>(request_of_block(p, block)) * p.table_width;
   int page = -1;
 #pragma unroll 1
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -180,7 +180,7 @@ struct Scorer {
   static constexpr int kPerToken = C::HEADS / 4;      // heads of a token that a thread sums up
   static constexpr int kSteps = C::HEADS / 16;        // products of a warp, of a token
   static constexpr int kPairs = (C::TOKENS + 1) / 2;  // logits of a thread, of a bank
-  static constexpr bool kKeepRows =  // in registers
+  static constexpr bool kKeepRows =                   // in registers
       kPairs * C::BANKS <= 2 && C::CONSUMERS == 2 && !kHasCandidates<C>;
   static constexpr float kHalf = C::TENSOR_SUMS ? 1.0f : 0.5f;  // what sums are multiplied by
   using Product = float[kCount];

@@ -1,5 +1,5 @@
-// What lies between the scores of a token and the choice from them, where scores are filtered as they are made
-// (indexer/candidates.cuh). A block of threads has a token.
+// What lies between the scores of a token and the choice from them, where scores are filtered as they are
+// made (indexer/candidates.cuh). A block of threads has a token.
 //
 // clang-format off
 //   in_order    candidates of a token, as warps wrote them -> the same by ascending keys, and how many there
@@ -12,7 +12,8 @@
 // Of equal numbers the choice takes the lower column, which therefore must be the lower key: in_order sets a
 // bit for each key, and counts the bits before it. Tokens are listed in any order, which changes no result.
 //
-// shared memory of in_order:  numbers[8 places] | keys[8 places] | bits[keys / 32] | before[bits / 8] | sums[32]
+// shared memory of in_order:  numbers[8 places] | keys[8 places] | bits[keys / 32] | before[bits / 8] |
+// sums[32]
 //
 // Hazard: in_order writes where it has read; between the two all threads meet.
 #pragma once
