@@ -236,7 +236,6 @@ def test_what_is_launched():
         assert "_candidates@" in program
         assert program.count("@jax_deepgemm_launch(") == 1
     assert "_candidates@" not in text(600, 5000)
-    assert "_candidates@" in text(2048, 65_536)
 
 
 def test_limits():
@@ -253,5 +252,5 @@ def test_errors():
     given = [*operands("mixed", 4, 8), *windows(4, 8)]
     with pytest.raises(ValueError, match="fused is True and there are 8 keys, need 16"):
         indexer_topk(given[0], (given[1], given[2]), *given[3:], 2, fused=True)
-    with pytest.raises(TypeError, match="fused is 1, need True, False or None"):
+    with pytest.raises(TypeError, match="fused is 1, need True or False"):
         indexer_topk(given[0], (given[1], given[2]), *given[3:], 2, fused=1)
