@@ -45,15 +45,24 @@ def chained(parts: Sequence[Part], scratch_bytes: Sequence[int], label: str) -> 
     Raises:
       ValueError: a part has scratch memory of its own, or does more than launch.
     """
-    steps: list[Launch] = []
-    for part in parts:
-        if part.plan.scratch_bytes or not all(isinstance(step, Launch) for step in part.plan.steps):
-            raise ValueError(f"{label}: {part.plan.label} is no part of a chain: it does more than launch.")
-        for step in part.plan.steps:
-            assert isinstance(step, Launch)
-            params = tuple(_renamed(param, part) for param in step.params)
-            steps.append(replace(step, params=params, pdl=bool(steps)))
-    return LaunchPlan(tuple(steps), tuple(scratch_bytes), label)
+    steps = [step for part in parts for step in renamed(part)]
+    overlapped = tuple(replace(step, pdl=i > 0) for i, step in enumerate(steps))
+    return LaunchPlan(overlapped, tuple(scratch_bytes), label)
+
+
+def renamed(part: Part) -> list[Launch]:
+    """A part's launches with the buffers of the whole, for plans whose launches wait for each other.
+
+    Raises:
+      ValueError: the part has scratch memory of its own, or does more than launch.
+    """
+    if part.plan.scratch_bytes or not all(isinstance(step, Launch) for step in part.plan.steps):
+        raise ValueError(f"{part.plan.label} is no part of a chain: it does more than launch.")
+    return [
+        replace(step, params=tuple(_renamed(param, part) for param in step.params))
+        for step in part.plan.steps
+        if isinstance(step, Launch)
+    ]
 
 
 def _renamed(param: Param, part: Part) -> Param:

@@ -24,6 +24,7 @@ FOLDERS = (
     "jax_deepgemm.ops.topk",
     "jax_deepgemm.ops.indexer",
     "jax_deepgemm.ops.indexer_quantize",
+    "jax_deepgemm.ops.indexer_topk",
     "jax_deepgemm.moe",
 )
 """Packages of families of kernels, and of layers that are called, compiled and measured like them."""

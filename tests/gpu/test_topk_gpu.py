@@ -35,6 +35,8 @@ SHAPES = [
 ]
 """Columns, k; as many rows as there are hard kinds."""
 LONG = (1 << 20, 2048)
+FEW = (1, 8)
+"""Long rows, cut into 16 and into 8 pieces."""
 ROWS = len(topk_oracle.HARD)
 MANY = (600, 10_000, 300)
 
@@ -44,6 +46,8 @@ def kernels() -> Iterator[Any]:
         for dtype in DTYPES:
             yield TopkProblem(ROWS, columns, k, dtype, values=True)
             yield TopkProblem(ROWS, columns, k, dtype, windows=True, values=True, by_index=True)
+    for rows in FEW:
+        yield TopkProblem(rows, *LONG, values=True)
     for windows in (False, True):
         yield TopkProblem(*MANY, windows=windows)
 
@@ -82,7 +86,8 @@ def test_hard_rows(columns, k, dtype):
 def test_long_rows(dtype):
     x = cast(topk_oracle.rows(LONG[0]), dtype)
     check(x, LONG[1])
-    check(x[:1], LONG[1])
+    for rows in FEW:
+        check(x[-rows:], LONG[1])
     check(x[:1], LONG[1], np.array([5], np.int32), np.array([LONG[0] - 3], np.int32))
 
 

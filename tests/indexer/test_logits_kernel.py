@@ -17,7 +17,7 @@ from jax_deepgemm.jit import compile_kernel
 from jax_deepgemm.ops.indexer import fp4, sm90
 from jax_deepgemm.ops.indexer.family import FAMILY, IndexerConfig, LogitsProblem
 from jax_deepgemm.ops.indexer.paged_op import bytes_of
-from jax_deepgemm.ops.indexer.prepare import prepare, prepare_packed, prepare_paged
+from jax_deepgemm.ops.indexer.prepare import prepare, prepare_packed, prepare_paged, prepare_tokens
 from tests.shared import native_logits
 from tests.shared.arrays import normal
 from tests.shared.device_code import fields_of_concept, fields_of_struct
@@ -198,6 +198,61 @@ def test_rows_of_keys_in_fp4_on_a_cpu(tmp_path: Path) -> None:
     assert many[1].dtype == E4M3
 
 
+OF_TOKENS = [
+    (
+        LogitsProblem(90, 3 * 64, 150, 64, 64, compressed=True, batches=5, page=64, pages=9, of_tokens=True),
+        IndexerConfig(1, 2),
+        3,
+        "runs",
+    ),
+    (
+        LogitsProblem(
+            23, 9 * 16, 144, 8, 32, compressed=True, batches=5, page=16, pages=50, joined=True, of_tokens=True
+        ),
+        IndexerConfig(2, 2),
+        2,
+        "any order",
+    ),
+]
+
+
+@pytest.mark.parametrize(("p", "config", "grid", "order"), OF_TOKENS, ids=str)
+def test_tokens_of_requests_on_a_cpu(
+    tmp_path: Path, p: LogitsProblem, config: IndexerConfig, grid: int, order: str
+) -> None:
+    """Requests of no token, of one, and of more than are looked back at; tokens of nobody."""
+    rng = np.random.default_rng(0)
+    whose = np.sort(rng.choice([0, 2, 3, 4], p.tokens, p=[0.6, 0.3, 0.05, 0.05])).astype(np.int32)
+    if order == "any order":
+        whose = rng.permutation(whose)
+    whose[5], whose[9] = -(2**31), 5
+    lens = rng.integers(0, p.keys + 9, p.tokens).astype(np.int32)
+    lens[0], lens[1] = 0, p.keys
+    tables = np.stack([rng.permutation(p.pages)[: p.keys // p.page] for _ in range(p.batches)]).astype(
+        np.int32
+    )
+    tables[0, 1], tables[3, 0], tables[1] = -1, 2**31 - 1, 2**31 - 1  # some outside of the cache
+    q = normal(0, p.tokens, 1, p.heads, p.depth).astype(E4M3)
+    values = np.asarray(normal(1, p.pages, p.page, p.depth).astype(E4M3))
+    scales = rng.uniform(0.5, 2, (p.pages, p.page)).astype(np.float32)
+    weights = normal(2, p.tokens, 1, p.heads, dtype=jnp.float32)
+    cache = [bytes_of(jnp.asarray(values), jnp.asarray(scales))] if p.joined else [values, scales]
+    given = q, *cache, weights, 0 * lens[:, None], lens[:, None], tables, whose
+    prepared = [np.asarray(x) for x in prepare_tokens(*map(jnp.asarray, given))]
+    out = np.full((p.tokens, p.columns), 7, np.float32)
+    got = native_logits.run(tmp_path, p, config, prepared, out, grid)
+    keys = np.concatenate([values.astype(np.float64) * scales[..., None], np.zeros((1, p.page, p.depth))])
+    own = np.where((tables >= 0) & (tables < p.pages), tables, p.pages)
+    there = (whose >= 0) & (whose < p.batches)
+    want = [
+        exact(q[i], keys[own[whose[i] if there[i] else 1]].reshape(-1, p.depth), weights[i],
+              [0], lens[i : i + 1] * there[i], p.columns)
+        for i in range(p.tokens)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(np.concatenate(want)))
+    assert calc_diff(got, np.concatenate(want)) < 1e-10
+
+
 def _exact(p: LogitsProblem, q: Any, k: Any, *rest: Any) -> np.ndarray:
     k = np.asarray(k).astype(np.float64)
     if p.is_fp8:
@@ -232,7 +287,9 @@ PROBLEMS = [
     ),
     LogitsProblem(8, 8192, 8192, 24, 64, compressed=True, batches=8, page=128, pages=9000, packed=True),
     LogitsProblem(3, 8192, 8192, 64, 128, packed=True),
-]
+    LogitsProblem(200, 8192, 8192, 64, 128, compressed=True, batches=64, page=64, pages=9000, joined=True,
+                  of_tokens=True),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)

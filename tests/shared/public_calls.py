@@ -168,6 +168,17 @@ def _scored_pages(q: Any, values: Any, scales: Any, weights: Any, lens: Any) -> 
     return indexer.paged_mqa_logits(q, cache, weights[:, None], lens, tables, max_context_len=9)
 
 
+def _chosen(q: jax.Array, *operands: Any) -> Any:
+    return indexer.indexer_topk(q.astype(jnp.float8_e4m3fn), *operands, 3, values=True)
+
+
+def _chosen_pages(q: Any, values: Any, scales: Any, weights: Any, lens: Any) -> jax.Array:
+    tables = jnp.zeros((TOKENS, 1), jnp.int32)
+    q = q.astype(jnp.float8_e4m3fn)[:, None]
+    options = {"order": "index", "scratch_bytes": 200}
+    return indexer.paged_indexer_topk(q, (values, scales), weights[:, None], lens, tables, 3, **options)
+
+
 def _scored_tokens(q: Any, values: Any, scales: Any, weights: Any, lens: Any, indices: Any) -> jax.Array:
     tables = jnp.zeros((3, 1), jnp.int32)
     q = q.astype(jnp.float8_e4m3fn)[:, None]
@@ -408,6 +419,8 @@ FORWARD = (
         functools.partial(indexer.get_paged_mqa_logits_metadata, num_sms=3),
         ("k_end",),
     ),
+    Call("indexer_topk", _chosen, ("queries", "q_keys", *WINDOWS)),
+    Call("paged_indexer_topk", _chosen_pages, ("queries", "pages", "page_scales", "head_weights", "k_end")),
     Call("indexer_quantize", indexer_quantize.indexer_quantize, ("dact",)),
     Call("indexer_quantize into pages", _written, ("dact", "indices")),
     Call("hadamard", indexer_quantize.hadamard, ("x_f32",)),

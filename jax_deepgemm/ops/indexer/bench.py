@@ -36,7 +36,7 @@ WINDOWS = ("all", "causal")
 """All keys, as DeepGEMM's figures are, or those up to a token, which are the last ones."""
 
 
-def _draw(type_: str, tokens: int, keys: int, heads: int, depth: int) -> tuple[Any, ...]:
+def draw(type_: str, tokens: int, keys: int, heads: int, depth: int) -> tuple[Any, ...]:
     names = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(names[0], (tokens, heads, depth), jnp.bfloat16)
     kv = jax.random.normal(names[1], (keys, depth), jnp.bfloat16)
@@ -71,7 +71,7 @@ def _rows(small: bool) -> Iterator[Row]:
                 name=f"mqa logits {type_} s={tokens} n={keys} h={heads} d={depth} {kind}",
                 fields={"type": type_, "s": tokens, "n": keys, "h": heads, "d": depth, "window": kind},
                 function=bf16_mqa_logits if type_ == "bf16" else mqa_logits,
-                draw=functools.partial(_draw, type_, *shape),
+                draw=functools.partial(draw, type_, *shape),
                 constants=window(kind, tokens, keys),
                 flops=2 * scored * heads * depth,
                 bytes=_bytes(type_, *shape),

@@ -32,6 +32,7 @@ class LogitsProblem:
       pages: of the cache.
       joined: whether a page's scales lie behind its values.
       packed: whether keys are FP4, two numbers in a byte, with a word of scales each; q is e4m3.
+      of_tokens: whether requests have any number of tokens, each of which says whose it is.
     """
 
     tokens: int
@@ -47,6 +48,7 @@ class LogitsProblem:
     pages: int = 0
     joined: bool = False
     packed: bool = False
+    of_tokens: bool = False
 
     def __str__(self) -> str:
         keys = f"of {self.keys} {'FP4 ' if self.packed else ''}keys"
@@ -57,7 +59,8 @@ class LogitsProblem:
             parts += [f"{self.pages} {'joined ' if self.joined else ''}pages of {self.page}"]
         else:
             parts += ["compressed"] if self.compressed else []
-        return " ".join(parts + ([f"batches={self.batches}"] if self.batches > 1 else []))
+        parts += [f"batches={self.batches}"] if self.batches > 1 else []
+        return " ".join(parts + ["of tokens"] * self.of_tokens)
 
     @property
     def flops(self) -> int:

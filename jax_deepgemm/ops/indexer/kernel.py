@@ -35,9 +35,15 @@ def _problem(
 
 
 def _paged(
-    avals_in: Sequence[Any], avals_out: Sequence[Any], *, joined: bool, packed: bool, **_: Any
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    joined: bool,
+    packed: bool = False,
+    of_tokens: bool = False,
+    **_: Any,
 ) -> LogitsProblem:
-    q, cache, tables, (out,) = avals_in[0], avals_in[1], avals_in[-1], avals_out
+    q, cache, tables, (out,) = avals_in[0], avals_in[1], avals_in[-1 - of_tokens], avals_out
     depth = q.shape[2]
     row = depth // 2 if packed else depth
     page = cache.shape[1] // (row + 4) if joined else cache.shape[1]
@@ -54,10 +60,11 @@ def _paged(
         pages=cache.shape[0],
         joined=joined,
         packed=packed,
+        of_tokens=of_tokens,
     )
 
 
-_REST = ("weights", "start", "end", "tables")
+_REST = ("weights", "start", "end", "tables", "requests")
 paged = OpKernel(FAMILY, functools.partial(_paged, joined=False), ("q", "k", "scales", *_REST))
 paged_joined = OpKernel(FAMILY, functools.partial(_paged, joined=True), ("q", "cache", *_REST))
 scaled = OpKernel(FAMILY, _problem, ("q", "k", "scales", "weights", "start", "end"))

@@ -15,7 +15,7 @@ from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.indexer import fp4, reference
-from jax_deepgemm.ops.indexer.prepare import prepare_paged, prepare_tokens, with_own_tables
+from jax_deepgemm.ops.indexer.prepare import prepare_paged, prepare_tokens, there
 
 
 def parts_of(cache: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
@@ -71,8 +71,12 @@ def _two_arrays(
 
 
 def _of_tokens(paged: Any, *arrays: jax.Array, **options: Any) -> Any:
-    """The same of tokens, each of which has the table of its request."""
-    return paged(*with_own_tables(*arrays), **options)
+    """The same of tokens, each with the table of its request. Those of nobody see nothing."""
+    *others, end, tables, whose = arrays
+    mine, nobody = there(whose, tables), tables.shape[0]
+    tables = jnp.pad(tables, ((0, 1), (0, 0)), constant_values=-1)
+    own = tables[jnp.where(mine, whose, nobody)]
+    return paged(*others, jnp.where(mine[:, None], end, 0), own, **options)
 
 
 def _one_buffer(q: jax.Array, cache: jax.Array, *rest: jax.Array, packed: bool, **options: Any) -> Any:
@@ -116,7 +120,10 @@ def paged_op(joined: bool, packed: bool = False, of_tokens: bool = False) -> Op:
         reduces=("h",),
         recut=functools.partial(_recut, 3 if joined else 4),
         kernel=LazyKernel(
-            "jax_deepgemm.ops.indexer.kernel", "paged_joined" if joined else "paged", packed=packed
+            "jax_deepgemm.ops.indexer.kernel",
+            "paged_joined" if joined else "paged",
+            packed=packed,
+            of_tokens=of_tokens,
         ),
         kernel_prepare=prepare_tokens if of_tokens else prepare_paged,
         grad_hint="Logits of a cache have none: mqa_logits and bf16_mqa_logits are for training.",

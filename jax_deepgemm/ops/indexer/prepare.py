@@ -44,18 +44,16 @@ def prepare_paged(*arrays: jax.Array, **_: Any) -> list[jax.Array]:
     return [q.reshape(-1, *q.shape[2:]), *cache, weights, start.reshape(-1), end.reshape(-1), tables]
 
 
-def with_own_tables(*arrays: jax.Array) -> list[jax.Array]:
-    """Of tokens, each with its request: a table for each. Those of requests that do not exist see nothing."""
-    *others, end, tables, whose = arrays
-    requests = tables.shape[0]
-    there = (whose >= 0) & (whose < requests)
-    tables = jnp.pad(tables, ((0, 1), (0, 0)), constant_values=-1)
-    return [*others, jnp.where(there[:, None], end, 0), tables[jnp.where(there, whose, requests)]]
+def there(whose: jax.Array, tables: jax.Array) -> jax.Array:
+    """Which tokens are of a request that exists."""
+    return (whose >= 0) & (whose < tables.shape[0])
 
 
 def prepare_tokens(*arrays: jax.Array, **options: Any) -> list[jax.Array]:
-    """Tokens of requests, in any order and number."""
-    return prepare_paged(*with_own_tables(*arrays), **options)
+    """The same of tokens of requests: those of nobody see nothing, so that no table is read for them."""
+    *others, end, tables, whose = arrays
+    seen = jnp.where(there(whose, tables)[:, None], end, 0)
+    return [*prepare_paged(*others, seen, tables, **options), whose]
 
 
 def _merged(scaled: bool, batch: int, *arrays: jax.Array) -> list[jax.Array]:

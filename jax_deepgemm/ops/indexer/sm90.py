@@ -40,6 +40,7 @@ struct Config {{
   static constexpr int PAGE = {page};
   static constexpr int HEADS = {heads}, TOKENS = {tokens}, LINEAR = {linear};
   static constexpr int SLABS = {slabs}, STEPS = {steps};
+  static constexpr bool OF_TOKENS = {of_tokens};
   static constexpr bool SCALED = {scaled}, COMPRESSED = {compressed}, TENSOR_SUMS = {tensor_sums};
   static constexpr int BANKS = {banks}, CONSUMERS = {consumers};
   static constexpr int STAGES = {stages}, PACKED_STAGES = {packed_stages}, QUERY_STAGES = {query_stages};
@@ -48,7 +49,7 @@ struct Config {{
 
 extern "C" __global__ void __launch_bounds__({threads}, 1) {name}({parameters}) {{
   jdg::logits<Config>({{&queries, &keys, {scales}, &weights, starts, ends, logits, tokens, num_keys, columns,
-                       batch_tokens, batch_keys, {tables}}});
+                       batch_tokens, batch_keys, {tables}, {requests}}});
 }}
 """
 _MAP = "const __grid_constant__ jdg::TensorMap"
@@ -200,9 +201,9 @@ class Cost:
 
 
 def blocks_of(p: LogitsProblem, c: IndexerConfig) -> int:
-    """Blocks of tokens; those of a request with pages are its own."""
-    requests = p.batches if p.page else 1
-    return requests * ceil_div(p.tokens // requests, c.banks * c.tokens)
+    """Blocks of tokens; those of a request with pages are its own, if all have as many tokens."""
+    requests = max(min(p.batches, p.tokens), 1) if p.page else 1
+    return requests * ceil_div(ceil_div(p.tokens, requests), c.banks * c.tokens)
 
 
 def tiles_of(p: LogitsProblem, c: IndexerConfig) -> int:
@@ -265,6 +266,7 @@ def kernel_name(p: LogitsProblem, c: IndexerConfig) -> str:
     parts += ["mma"] if c.tensor_sums else ["linear"] if c.linear else []
     parts += ["bf16out"] if p.out == "bfloat16" else []
     parts += [f"page{p.page}"] if p.page else ["compressed"] * p.compressed
+    parts += ["tokens"] if p.of_tokens else []
     return "_".join(parts)
 
 
@@ -277,6 +279,7 @@ def kernel_source(p: LogitsProblem, c: IndexerConfig) -> KernelSource:
     parameters += ["const int* starts", "const int* ends", f"{out}* logits"]
     parameters += [f"int {one}" for one in _INTEGERS]
     parameters += ["const int* tables", "int table_width"] if p.page else []
+    parameters += ["const int* requests"] if p.of_tokens else []
     text = _TEXT.format(
         mma=wgmma_wrapper(columns_of(p, c), p.dtype, p.dtype),
         out=out,
@@ -296,7 +299,9 @@ def kernel_source(p: LogitsProblem, c: IndexerConfig) -> KernelSource:
         shared=shared_memory(p, c),
         threads=threads_of(p, c),
         page=p.page,
+        of_tokens=str(p.of_tokens).lower(),
         tables="tables, table_width" if p.page else "nullptr, 0",
+        requests="requests" if p.of_tokens else "nullptr",
         name=name,
         parameters=", ".join(parameters),
         scales="&scales" if p.is_fp8 else "nullptr",
@@ -370,14 +375,14 @@ def _maps_of_pages(p: LogitsProblem, given: Operands) -> list[TensorMap]:
 def _tables(p: LogitsProblem, given: Operands) -> list[Operand | Scalar]:
     if not p.page:
         return []
-    tables = given["tables"]
-    return [Operand(tables.index), Scalar(tables.shape[1], "int32")]
+    tables, requests = given["tables"], [Operand(given["requests"].index)] if p.of_tokens else []
+    return [Operand(tables.index), Scalar(tables.shape[1], "int32"), *requests]
 
 
 def integers(p: LogitsProblem) -> tuple[int, ...]:
     """The kernel's parameters of those names."""
     own_keys = p.batches > 1 and not (p.compressed or p.page) and p.keys > p.columns
-    return p.tokens, p.keys, p.columns, p.tokens // p.batches, p.columns if own_keys else 0
+    return p.tokens, p.keys, p.columns, max(p.tokens // p.batches, 1), p.columns if own_keys else 0
 
 
 def _plan(p: LogitsProblem, c: IndexerConfig, chip: Chip, given: Operands) -> LaunchPlan:

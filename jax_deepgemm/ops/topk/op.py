@@ -86,13 +86,13 @@ def _on_shard(
     first = plan.offset("n")
     *found, indices = local(x, *(jnp.clip(one, 0, plan.size["n"]) - first for one in window))
     numbers = found[0] if values else reference.at(_with_levels(plan, x), indices)
-    numbers, indices = (_of_all(plan, one) for one in (numbers, jnp.where(indices < 0, -1, indices + first)))
+    numbers, indices = (of_all(plan, one) for one in (numbers, jnp.where(indices < 0, -1, indices + first)))
     if x.ndim == numbers.ndim:
         everywhere = [jnp.full_like(one, at) for one, at in zip(window, (0, numbers.shape[-1]))]
         *best, places = local(numbers, *everywhere)
     else:  # which the op, bound to the levels of x, does not take
         *best, places = plain(numbers, k=plan.size["k"])
-    return None, [_piece(plan, one) for one in (*best, reference.at(indices, places, -1))]
+    return None, [piece_of(plan, one) for one in (*best, reference.at(indices, places, -1))]
 
 
 def _with_levels(plan: ShardingPlan, x: jax.Array) -> jax.Array:
@@ -101,14 +101,14 @@ def _with_levels(plan: ShardingPlan, x: jax.Array) -> jax.Array:
     return jnp.expand_dims(x, [i for i, name in enumerate(levels) if name not in own])
 
 
-def _of_all(plan: ShardingPlan, x: jax.Array) -> jax.Array:
+def of_all(plan: ShardingPlan, x: jax.Array) -> jax.Array:
     """What all devices have found in their pieces of a row, in the order of the pieces."""
     axes = plan.axes["n"]
     varying = set(axes) & set(jax.typeof(x).manual_axis_type.varying)
     return lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True, to="invarying" if varying else "varying")
 
 
-def _piece(plan: ShardingPlan, x: jax.Array) -> jax.Array:
+def piece_of(plan: ShardingPlan, x: jax.Array) -> jax.Array:
     """What a device keeps of a result that all have whole."""
     if plan.cut("k"):
         x = lax.dynamic_slice_in_dim(x, plan.offset("k"), plan.local_size("k"), axis=x.ndim - 1)

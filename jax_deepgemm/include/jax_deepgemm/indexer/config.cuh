@@ -27,6 +27,7 @@ concept LogitsConfig = requires {
   C::QUERY_STAGES;         // slots of the pipeline of tokens
   C::PACKED_STAGES;        // slots of the pipeline of keys in FP4; 0: keys are what is multiplied
   C::PAGE;                 // keys of a page; 0: keys lie one behind the other
+  C::OF_TOKENS;            // bool: whether requests have any number of tokens, and tokens say whose they are
   C::TENSOR_SUMS;          // bool: whether products of warps sum over heads (a multiple of 16)
   C::SHARED_BYTES;         // what the host reserves
 };
@@ -64,9 +65,10 @@ struct Token {
   u64 row;
   int start, end, first, last;
 };
-constexpr int kTokenBytes = 32;  // in shared memory: start, end, first, last | row | step | nothing
+constexpr int kTokenBytes = 32;  // in shared memory: start, end, first, last | row | step | piece
 constexpr u32 kTokenRow = 16;
-constexpr u32 kTokenStep = 24;  // of its linear columns
+constexpr u32 kTokenStep = 24;   // of its linear columns
+constexpr u32 kTokenPiece = 28;  // which part of its tiles (candidates.cuh)
 
 // The tiles of a block of tokens: the first key, how many (0: there is nothing more to do), and the keys that
 // are in the windows of all tokens.

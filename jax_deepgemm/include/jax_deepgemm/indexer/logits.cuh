@@ -101,7 +101,7 @@ template <class C>
 __device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Loaded<C>& keys, int block,
                                                     Span tiles, int end, bool elected) {
   constexpr int kKnown = 32 / kTilePages<C>;  // tiles
-  const int* const table = p.tables + static_cast<i64>(block / blocks_of_request(p)) * p.table_width;
+  const int* const table = p.tables + static_cast<i64>(request_of_block(p, block)) * p.table_width;
   int page = -1;
 #pragma unroll 1
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -132,6 +132,7 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
     next = token_of_lane(p, block + 1);  // while this block's keys are loaded
     Span tiles = tiles_of_warp<C>(mine);
     tiles.begin += skip;
+    const int piece = skip == 0 ? kFirstPiece : tiles.size() > left ? kMiddlePiece : kLastPiece;
     if (tiles.size() > left) tiles.end = tiles.begin + static_cast<int>(left);
     if (tiles.size() == 0) continue;
     const Span common = common_keys<C>(mine);
@@ -143,6 +144,7 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
       const u32 low = static_cast<u32>(mine.row), high = static_cast<u32>(mine.row >> 32);
       ptx::store_shared_4(at, mine.start, mine.end, mine.first, mine.last);
       ptx::store_shared_2(at + kTokenRow, __uint_as_float(low), __uint_as_float(high));
+      if constexpr (kHasCandidates<C>) ptx::store_shared(at + kTokenPiece, __int_as_float(piece));
     }
     if (elected)
       ptx::store_shared_4(queries.run(), tiles.begin * kTileKeys<C>, tiles.size(), common.begin, common.end);
@@ -178,7 +180,8 @@ struct Scorer {
   static constexpr int kPerToken = C::HEADS / 4;      // heads of a token that a thread sums up
   static constexpr int kSteps = C::HEADS / 16;        // products of a warp, of a token
   static constexpr int kPairs = (C::TOKENS + 1) / 2;  // logits of a thread, of a bank
-  static constexpr bool kKeepRows = kPairs * C::BANKS <= 2 && C::CONSUMERS == 2;  // in registers
+  static constexpr bool kKeepRows =                   // in registers
+      kPairs * C::BANKS <= 2 && C::CONSUMERS == 2 && !kHasCandidates<C>;
   static constexpr float kHalf = C::TENSOR_SUMS ? 1.0f : 0.5f;  // what sums are multiplied by
   using Product = float[kCount];
   using Sums = float[2 * C::TOKENS];
@@ -199,14 +202,17 @@ struct Scorer {
   float steps[C::BANKS][C::TOKENS];  // of this thread's digits of linear columns
   u32 factors[C::BANKS][C::TENSOR_SUMS ? C::TOKENS * kSteps : 1][2];
   u64 rows[C::BANKS][kKeepRows ? kPairs : 1];
+  Emitter<C> emitter;
+  Segment segments[kHasCandidates<C> ? C::BANKS : 1][kHasCandidates<C> ? kPairs : 1];
 
-  __device__ __forceinline__ Scorer(u32 smem, int warpgroup)
+  __device__ __forceinline__ Scorer(u32 smem, int warpgroup, const Candidates& candidates)
       : keys(smem),
         queries(smem),
         warpgroup(warpgroup),
         lane(threadIdx.x % 32),
         mine(threadIdx.x / 32 * 16 + lane / 4 + (lane & 2) * 4),
-        scale_at(scale_offset<C>(mine)) {}
+        scale_at(scale_offset<C>(mine)),
+        emitter{&candidates} {}
 
   // --- a block of tokens ---
 
@@ -231,6 +237,37 @@ struct Scorer {
       if constexpr (C::LINEAR > 0) load_steps(bank);
 #pragma unroll
       for (int pair = 0; kKeepRows && pair < kPairs; ++pair) rows[bank][pair] = row_of(bank, pair);
+#pragma unroll
+      for (int pair = 0; kHasCandidates<C> && pair < kPairs; ++pair)
+        segments[bank][pair] = emitter.begin(candidate_token(bank, pair));
+    }
+  }
+
+  // --- candidates, instead of rows ---
+
+  __device__ __forceinline__ CandidateToken candidate_token(int bank, int pair) const {
+    const u32 at = token_of(bank, pair);
+    const int piece = __float_as_int(ptx::load_shared(at + kTokenPiece));
+    return {static_cast<int>(row_of(bank, pair)), piece, __float_as_int(ptx::load_shared(at)) != kNever};
+  }
+
+  __device__ __forceinline__ void emit(int bank, int pair, const Tile& tile, float logit, bool has_one) {
+    Segment& segment = segments[bank][pair];
+    const i64 key = static_cast<i64>(tile.key) + mine;
+    bool wanted = has_one && logit >= segment.bound;
+    if (!tile.whole) {
+      const float2 window = ptx::load_shared_2(token_of(bank, pair));
+      wanted = wanted && key >= __float_as_int(window.x) && key < __float_as_int(window.y);
+    }
+    emitter.put(segment, wanted, logit, static_cast<int>(key));
+  }
+
+  __device__ __forceinline__ void end_tokens() const {
+#pragma unroll
+    for (int i = 0; kHasCandidates<C> && i < C::BANKS * kPairs; ++i) {
+      const int bank = i / kPairs, pair = i % kPairs;
+      if (lane == 0 || (lane == 1 && 2 * pair + 1 < C::TOKENS))
+        emitter.end(segments[bank][pair], candidate_token(bank, pair));
     }
   }
 
@@ -340,7 +377,7 @@ struct Scorer {
   }
 
   // Sums become logits of this thread's key: of one of every two tokens.
-  __device__ __forceinline__ void finish(const Sums& sums, int bank, const Tile& tile) const {
+  __device__ __forceinline__ void finish(const Sums& sums, int bank, const Tile& tile) {
     const bool lower = lane & 2, odd = lane & 1;
     float whole[C::TOKENS];
 #pragma unroll
@@ -350,7 +387,10 @@ struct Scorer {
     for (int pair = 0; pair < kPairs; ++pair) {
       const bool alone = 2 * pair + 1 == C::TOKENS;
       const float total = with_other<1>(whole[2 * pair], whole[alone ? 2 * pair : 2 * pair + 1], odd);
-      if (!alone || !odd) store(bank, pair, tile, total * tile.scale);
+      if constexpr (kHasCandidates<C>)
+        emit(bank, pair, tile, total * tile.scale, !alone || !odd);
+      else if (!alone || !odd)
+        store(bank, pair, tile, total * tile.scale);
     }
   }
 
@@ -431,6 +471,7 @@ struct Scorer {
     for (Run at = receive(); at.tiles > 0; at = receive()) {
       begin_tokens();
       score(at);
+      end_tokens();
       Queries<C>::release(queries.empty());
       queries.advance();
     }
@@ -469,16 +510,16 @@ __device__ __forceinline__ void logits(const Problem<C>& p) {
     constexpr int kFillWarps = C::LINEAR > 0 ? 3 - kLinearWarps : 3;
     if (warp == 0)
       produce(p, share, smem);
-    else if (warp <= kFillWarps)
-      fill_rows(p, warp - 1, kFillWarps);
-    else
+    else if (warp > kFillWarps)
       write_linear_columns<C>(smem, warp - 1 - kFillWarps);
+    else if constexpr (kSink<C> == Sink::kRows)
+      fill_rows(p, warp - 1, kFillWarps);
   } else if (kPacked<C> && warpgroup > C::CONSUMERS) {
     ptx::lower_registers<40>();
     if constexpr (kPacked<C>) Expander<C>(smem).run(share);
   } else {
     ptx::raise_registers<kPacked<C> ? 216 : C::CONSUMERS == 3 ? 160 : 232>();
-    Scorer<C>(smem, warpgroup).run();
+    Scorer<C>(smem, warpgroup, p.candidates).run();
   }
 }
 

@@ -7,6 +7,7 @@
 // them before.
 #pragma once
 
+#include <jax_deepgemm/indexer/candidates.cuh>
 #include <jax_deepgemm/indexer/config.cuh>
 #include <jax_deepgemm/ptx/memory.cuh>
 
@@ -25,9 +26,13 @@ struct Problem {
   int columns;                   // of the result
   int batch_tokens, batch_keys;  // rows of a batch, of which each next one begins so many keys further on
 
-  // Pages: batches are requests, whose keys are where their row of the table says.
+  // Pages: batches are requests, whose keys are where their row of the table says. OF_TOKENS: requests have
+  // any number of tokens; of each token, which one is its request.
   const int* tables;
   int table_width;
+  const int* requests;
+
+  Candidates candidates;  // instead of the result
 };
 
 constexpr int kNever = 0x7FFFFFFF;
@@ -37,6 +42,24 @@ __device__ __forceinline__ i64 clamp_wide(i64 v, i64 low, i64 high) {
   return v > high ? high : v < low ? low : v;
 }
 
+// OF_TOKENS: how many tokens a block has, which is named by its first one; 0: no block begins with it. A run
+// of tokens of one request is taken kBlockTokens at a time. Every kReach-th token begins anew, so that no
+// look back at a long run is longer.
+template <class C>
+__device__ __forceinline__ int count_tokens(const Problem<C>& p, int block) {
+  constexpr int kReach = 8 * kBlockTokens<C>;
+  if (block >= p.tokens) return 0;
+  const int request = p.requests[block], within = block % kReach;
+  const int most = min(kBlockTokens<C>, min(kReach - within, p.tokens - block));
+  int before = 0, count = 1;
+#pragma unroll 1
+  while (before < within && p.requests[block - before - 1] == request) ++before;
+  if (before % kBlockTokens<C> != 0) return 0;
+#pragma unroll 1
+  while (count < most && p.requests[block + count] == request) ++count;
+  return count;
+}
+
 // Blocks of tokens. Those of a request are its own.
 template <class C>
 __device__ __forceinline__ int blocks_of_request(const Problem<C>& p) {
@@ -44,13 +67,22 @@ __device__ __forceinline__ int blocks_of_request(const Problem<C>& p) {
 }
 template <class C>
 __device__ __forceinline__ int count_blocks(const Problem<C>& p) {
+  if constexpr (C::OF_TOKENS) return p.tokens;
   if constexpr (C::PAGE > 0) return p.tokens / p.batch_tokens * blocks_of_request(p);
   return ceil_div(p.tokens, kBlockTokens<C>);
+}
+
+// Whose table the pages of a block are in.
+template <class C>
+__device__ __forceinline__ int request_of_block(const Problem<C>& p, int block) {
+  if constexpr (C::OF_TOKENS) return p.requests[block];
+  return block / blocks_of_request(p);
 }
 
 // Which of all tokens is the i-th of a block; p.tokens: none.
 template <class C>
 __device__ __forceinline__ int token_index(const Problem<C>& p, int block, int i) {
+  if constexpr (C::OF_TOKENS) return i < count_tokens(p, block) ? block + i : p.tokens;
   if constexpr (C::PAGE > 0) {
     const int each = blocks_of_request(p), request = block / each;
     const int token = block % each * kBlockTokens<C> + i;
@@ -68,7 +100,7 @@ __device__ __forceinline__ Token token_at(const Problem<C>& p, int index) {
   const int first = C::COMPRESSED ? start : index / p.batch_tokens * p.batch_keys;
   const int last = first + min(p.columns, kNever - first);
   const i64 before = static_cast<i64>(index) * p.columns - first;
-  const u64 row = reinterpret_cast<u64>(p.out) + before * sizeof(typename C::Out);
+  const u64 row = kHasCandidates<C> ? index : reinterpret_cast<u64>(p.out) + before * sizeof(typename C::Out);
   return {row, start, min(end, last), first, last};
 }
 
@@ -89,10 +121,17 @@ __device__ __forceinline__ Span tiles_of(int begin, int end) {
 template <class C>
 __device__ __forceinline__ int count_tiles(const Problem<C>& p, int block) {
   int begin = kNever, end = 0;
-#pragma unroll
-  for (int i = 0; i < kBlockTokens<C>; ++i) {
-    const Token t = token_at(p, token_index(p, block, i));
+  const auto add = [&](int token) {
+    const Token t = token_at(p, token);
     if (t.start < t.end) begin = min(begin, t.start), end = max(end, t.end);
+  };
+  if constexpr (C::OF_TOKENS) {
+    const int count = count_tokens(p, block);
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) add(block + i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBlockTokens<C>; ++i) add(token_index(p, block, i));
   }
   return tiles_of<C>(begin, end).size();
 }

@@ -97,8 +97,10 @@ template <class N>
 __device__ __forceinline__ u64 candidate(float number, int column) {
   return number >= kLowest ? static_cast<u64>(rank_of<N>(number)) << kColumnBits | (kLastColumn - column) : 0;
 }
-__device__ __forceinline__ u64 first_of_rank(u32 rank) { return static_cast<u64>(rank) << kColumnBits; }
-__device__ __forceinline__ u64 last_of_rank(u32 rank) { return first_of_rank(rank) | kLastColumn; }
+__device__ __forceinline__ constexpr u64 first_of_rank(u32 rank) {
+  return static_cast<u64>(rank) << kColumnBits;
+}
+__device__ __forceinline__ constexpr u64 last_of_rank(u32 rank) { return first_of_rank(rank) | kLastColumn; }
 __device__ __forceinline__ int column_of(u64 c) {
   return static_cast<int>(kLastColumn - (static_cast<u32>(c) & kLastColumn));
 }
@@ -126,8 +128,7 @@ struct Block {
   static constexpr int CAPACITY = THREADS * C::HELD;
   static constexpr int EACH = 4, BINS = EACH * THREADS;
   static constexpr int PER_VECTOR = 4 * N::PER_WORD;
-  static constexpr u64 LOWEST = u64{0x00800000u >> N::UNUSED} << kColumnBits;  // rank of kLowest
-  static constexpr u64 HIGHEST = (u64{0xFF800000u >> N::UNUSED} << kColumnBits) + kLastColumn;  // of infinity
+  static constexpr u32 LOWEST = 0x00800000u >> N::UNUSED, HIGHEST = 0xFF800000u >> N::UNUSED;  // ranks
 
   const TopkSizes& size;
   const Bits* row;
@@ -174,25 +175,26 @@ struct Block {
 
 // Bins --------------------------------------------------------------------------------------------------
 
-// Equal widths of candidates from `low` on; the last has all that are above, too.
-template <class C>
+// Equal widths of candidates, or of ranks, from `low` on; the last has all that are above, too.
+template <class C, class Key>
 struct Bins {
   static constexpr u32 COUNT = Block<C>::BINS;
-  u64 low;
+  Key low;
   int shift;
 
-  __device__ __forceinline__ Bins(u64 least, u64 most) : low(least) {
+  __device__ __forceinline__ Bins(Key least, Key most) : low(least) {
     const int spare = __clzll(static_cast<i64>(most > least ? most - least : 0)) - __clzll(COUNT - 1);
     shift = spare < 0 ? -spare : 0;
   }
-  __device__ __forceinline__ u32 of(u64 c) const {
-    const u64 bin = (c - low) >> shift;
+  __device__ __forceinline__ u32 of(Key c) const {
+    const Key bin = (c - low) >> shift;
     return c < low ? COUNT : bin < COUNT ? static_cast<u32>(bin) : COUNT - 1;
   }
-  __device__ __forceinline__ u64 lowest(u32 bin) const { return low + (static_cast<u64>(bin) << shift); }
-  // Of what a bin can have, if nothing is above `most`.
-  __device__ __forceinline__ u64 highest(u32 bin, u64 most) const {
-    return bin < COUNT - 1 ? lowest(bin + 1) - 1 : most;
+  __device__ __forceinline__ Key lowest(u32 bin) const { return low + (static_cast<Key>(bin) << shift); }
+  // Of what a bin can have, if nothing is above `most`; the next bin can be beyond all integers.
+  __device__ __forceinline__ Key highest(u32 bin, Key most) const {
+    const bool whole = bin < COUNT - 1 && (most - lowest(bin)) >> shift > 0;
+    return whole ? lowest(bin + 1) - 1 : most;
   }
 };
 
@@ -290,7 +292,7 @@ struct Held {
 template <class C>
 __device__ __forceinline__ u32 order(const Block<C>& b, Held<C>& h, u64 low, u64 high) {
   const u32 wanted = b.size.k;
-  Bins<C> bins(low, high);
+  Bins<C, u64> bins(low, high);
   bool crowded;
   for (int looks = 1;; ++looks) {
 #pragma unroll
@@ -300,7 +302,7 @@ __device__ __forceinline__ u32 order(const Block<C>& b, Held<C>& h, u64 low, u64
     crowded = b.found->pairs > u32{kCompared} * C::THREADS;
     if (!crowded || looks == kLooks) break;
     high = bins.highest(b.found->high_bin, high);
-    bins = Bins<C>(bins.lowest(b.found->bin), high);
+    bins = Bins<C, u64>(bins.lowest(b.found->bin), high);
     __syncthreads();
     clear(b);
     __syncthreads();

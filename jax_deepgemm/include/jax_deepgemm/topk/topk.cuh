@@ -31,9 +31,9 @@ template <class C>
 constexpr int kAhead = C::PIECES > 1 ? 1 << 17 : 1 << 16;
 
 // All threads of the block, or of all blocks of the row.
-template <class C>
+template <class C, bool TOGETHER = true>
 __device__ __forceinline__ void meet() {
-  if constexpr (C::PIECES > 1) {
+  if constexpr (TOGETHER && C::PIECES > 1) {
     __syncwarp();  // the barrier's instruction is for all lanes together
     ptx::cluster_arrive();
     ptx::cluster_wait();
@@ -145,57 +145,56 @@ __device__ __forceinline__ void gather_again(const Block<C>& b, int from, int to
   });
 }
 
-// What bins are filled with: for_each(visit) gives visit a candidate of each lane, all lanes together.
+// What bins are filled with: count(bins) does it, all lanes together.
 template <class C>
 struct InSample {
+  using Key = u32;  // a rank
+  static constexpr bool TOGETHER = false;
+  static constexpr Key HIGHEST = Block<C>::HIGHEST;
   const Block<C>& b;
-  template <class Visit>
-  __device__ __forceinline__ void for_each(float, const Visit& visit) const {
-    for (int first = 0; first < b.size.sample; first += C::THREADS)
-      visit(first + b.thread < b.size.sample ? first_of_rank(b.sample()[first + b.thread]) : u64{0});
+  __device__ __forceinline__ void count(const Bins<C, Key>& bins) const {
+    for (int i = b.thread; i < b.size.sample; i += C::THREADS) {
+      const u32 bin = bins.of(b.sample()[i]);
+      if (bin < bins.COUNT) atomicAdd(b.bins + bin, 1u);
+    }
   }
 };
 template <class C>
 struct InPiece {
+  using Key = u64;  // a candidate
+  static constexpr bool TOGETHER = true;
+  static constexpr Key HIGHEST = last_of_rank(Block<C>::HIGHEST);
   const Block<C>& b;
   int from, to;
-  template <class Visit>
-  __device__ __forceinline__ void for_each(float least, const Visit& visit) const {
+  __device__ __forceinline__ void count(const Bins<C, Key>& bins) const {
+    using N = typename Block<C>::N;
+    const float least = number_of<N>(static_cast<u32>(bins.low >> kColumnBits));
     read_again(b, from, to, [&](const float* number, const auto& column) {
 #pragma unroll
       for (int j = 0; j < kNumbers; ++j)
-        if (__any_sync(kWarp, number[j] >= least))
-          visit(candidate<typename Block<C>::N>(number[j], column(j)));
+        if (__any_sync(kWarp, number[j] >= least)) jdg::count(b, bins.of(candidate<N>(number[j], column(j))));
     });
   }
 };
 
-// The highest bound between two candidates that `wanted` of the source are not below, or one a little lower:
-// `enough` of the source at most are not below it, but for bins that are not cut finer than `finest` bits.
-// The lower one, if there are not so many.
-template <bool TOGETHER, class C, class Source>
-__device__ __forceinline__ u64 narrow(const Block<C>& b, const Source& source, u64 low, u64 high, u32 wanted,
-                                      u32 enough, int finest) {
+// The highest bound between two keys that `wanted` of the source are not below, or one a little lower, which
+// `enough` at most are not below, but for equal keys. The lower one, if there are not so many.
+template <class C, class Source, class Key = typename Source::Key>
+__device__ __forceinline__ Key narrow(const Block<C>& b, const Source& source, Key low, Key high, u32 wanted,
+                                      u32 enough) {
 #pragma unroll 1
   while (true) {
-    const Bins<C> bins(low, high);
+    const Bins<C, Key> bins(low, high);
     clear(b);
     __syncthreads();
-    source.for_each(number_of<typename Block<C>::N>(static_cast<u32>(low >> kColumnBits)),
-                    [&](u64 c) { count(b, bins.of(c)); });
-    if constexpr (TOGETHER)
-      meet<C>();
-    else
-      __syncthreads();
-    look<TOGETHER>(b, wanted);
+    source.count(bins);
+    meet<C, Source::TOGETHER>();
+    look<Source::TOGETHER>(b, wanted);
     const u32 bin = b.found->bin, through = b.found->through;
-    if constexpr (TOGETHER)
-      meet<C>();
-    else
-      __syncthreads();
+    meet<C, Source::TOGETHER>();
     low = bins.lowest(bin);
-    if (through <= enough || (bins.shift <= finest && bin < bins.COUNT - 1)) return low;
-    high = bins.highest(bin, Block<C>::HIGHEST);
+    if (through <= enough || (bins.shift == 0 && bin < bins.COUNT - 1)) return low;
+    high = bins.highest(bin, Source::HIGHEST);
   }
 }
 
@@ -231,15 +230,13 @@ __device__ __forceinline__ void read_sample(const Block<C>& b, int from, int to)
   b.raise(&b.found->sampled, most);
 }
 
-// A bound that a few more than k of so many are not below, by their sample; LOWEST, if all are.
+// The rank of a bound that a few more than k of so many are not below, by their sample.
 template <class C>
-__device__ __forceinline__ u64 guess(const Block<C>& b, int length) {
+__device__ __forceinline__ u32 guess(const Block<C>& b, int length) {
   const float share = static_cast<float>(b.size.sample) / static_cast<float>(length);
   const float hits = share * static_cast<float>(b.size.k), most = 0.7f * share * Block<C>::CAPACITY;
   const u32 wanted = static_cast<u32>(fmaxf(fminf(hits + 4.5f * sqrtf(hits) + 4.0f, most), 1.0f));
-  const u64 least = narrow<false>(b, InSample<C>{b}, Block<C>::LOWEST, last_of_rank(b.found->sampled), wanted,
-                                  wanted + wanted / 32, kColumnBits);
-  return first_of_rank(static_cast<u32>(least >> kColumnBits));
+  return narrow(b, InSample<C>{b}, Block<C>::LOWEST, b.found->sampled, wanted, wanted + wanted / 32);
 }
 
 // How many the blocks of a row have gathered, and those in front of this one.
@@ -263,17 +260,18 @@ __device__ __forceinline__ u32 collect(const Block<C>& b, u32 piece, int from, i
   prefetch(b, Span<C>(b, first, last), 0, kAhead<C> / 16);
   read_sample(b, from, to);
   __syncthreads();
-  low = guess(b, to - from);
-  gather(b, first, last, number_of<typename Block<C>::N>(static_cast<u32>(low >> kColumnBits)));
+  const u32 rank = guess(b, to - from);
+  gather(b, first, last, number_of<typename Block<C>::N>(rank));
   meet<C>();
   u32 before = 0, total = gathered(b, piece, before);
-  const bool too_few = total < static_cast<u32>(b.size.k) && low > Block<C>::LOWEST;
+  low = first_of_rank(rank);
+  const bool too_few = total < static_cast<u32>(b.size.k) && rank > Block<C>::LOWEST;
   if (too_few || total > Block<C>::CAPACITY) {
     meet<C>();  // the count is written anew
     if (b.thread == 0) b.found->count = 0;
     const u64 high = too_few ? low : last_of_rank(b.found->sampled);
-    low = narrow<true>(b, InPiece<C>{b, first, last}, too_few ? Block<C>::LOWEST : low, high, b.size.k,
-                       Block<C>::CAPACITY, 0);
+    low = narrow(b, InPiece<C>{b, first, last}, too_few ? first_of_rank(Block<C>::LOWEST) : low, high,
+                 b.size.k, Block<C>::CAPACITY);
     gather_again(b, first, last, low);
     meet<C>();
     total = gathered(b, piece, before);
@@ -301,7 +299,7 @@ __device__ __forceinline__ void topk(const void* x, const int* start, const int*
   __syncthreads();
 
   Held<C> h;
-  u64 low = Block<C>::LOWEST;
+  u64 low = first_of_rank(Block<C>::LOWEST);
   if (to - from <= Block<C>::CAPACITY) {
     if (piece > 0) return;
 #pragma unroll

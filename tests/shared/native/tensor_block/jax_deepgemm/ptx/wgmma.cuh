@@ -26,6 +26,7 @@ template <int PENDING>
 void wgmma_wait() {
   for (; committed.size() > PENDING; committed.pop_front())
     for (const auto& product : committed.front()) product();
+  __syncwarp();  // .sync: none of a warp is behind it before all are
 }
 template <int COUNT>
 void pin(float (&)[COUNT]) {}
