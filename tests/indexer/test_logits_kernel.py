@@ -142,7 +142,7 @@ PACKED = [
         3,
     ),
     (
-        LogitsProblem(5, 5 * 128, 640, 8, 32, compressed=True, batches=5, page=32, pages=99, packed=True),
+        LogitsProblem(3, 4 * 32, 128, 8, 32, compressed=True, batches=3, page=32, pages=12, packed=True),
         IndexerConfig(4, 5, warpgroups=2),
         1,
     ),
