@@ -338,7 +338,7 @@ COUNTS = {
     "route": 40,
     "topk": 20,
     "mqa_logits": 26,
-    "paged_mqa_logits": 13,
+    "paged_mqa_logits": 14,
     "indexer_quantize": 9,
     "moe": 17,
     "moe_inference": 16,
