@@ -340,6 +340,7 @@ COUNTS = {
     "mqa_logits": 26,
     "paged_mqa_logits": 14,
     "indexer_quantize": 9,
+    "indexer_topk": 6,
     "moe": 17,
     "moe_inference": 16,
     "moe_step": 4,
