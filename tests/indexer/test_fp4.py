@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jax_deepgemm.indexer import Fp4Array, dequantize_fp4, mqa_logits, paged_mqa_logits, quantize_fp4
+from jax_deepgemm import topk
+from jax_deepgemm.indexer import (
+    Fp4Array,
+    dequantize_fp4,
+    indexer_topk,
+    mqa_logits,
+    paged_indexer_topk,
+    paged_mqa_logits,
+    quantize_fp4,
+)
 from jax_deepgemm.ops.indexer import fp4
 from jax_deepgemm.ops.indexer.op import logits_op
 from jax_deepgemm.ops.indexer.paged_op import bytes_of, paged_op
@@ -252,6 +261,16 @@ def test_pages(depth, page):
 
 
 @pytest.mark.any_version
+def test_tokens_of_requests():
+    """`indices` says whose a token is; each is scored as if it were its request's only one."""
+    q, values, scales, weights, lens, tables = draw(0)
+    whose = jnp.array([2, 2, 1, 3])
+    given = q[:, :1], (values, scales), weights[:, :1], lens[:, 1]
+    want = paged_mqa_logits(*given, tables[whose])
+    np.testing.assert_array_equal(paged_mqa_logits(*given, tables, indices=whose), want)
+
+
+@pytest.mark.any_version
 def test_what_no_context_reaches_counts_for_nothing():
     q, values, scales, weights, _, tables = draw(0)
     lens = jnp.array([0, 5, PAGE, 2 * PAGE + 1])
@@ -263,6 +282,20 @@ def test_what_no_context_reaches_counts_for_nothing():
     np.testing.assert_array_equal(paged_mqa_logits(q, (values, bad), weights, lens, beyond), clean)
     lost = paged_mqa_logits(q, (values, scales), weights, jnp.full(B, M * PAGE), tables.at[1, 1].set(PAGES))
     assert not np.any(lost[1, :, PAGE : 2 * PAGE])
+
+
+@pytest.mark.any_version
+def test_choosing_takes_fp4():
+    """The choice among keys in FP4 is that among their logits."""
+    q, kv, weights = random(0, S, H, 64), random(1, N, 64), normal(2, S, H, dtype=jnp.float32)
+    start, end = (jnp.asarray(x) for x in windows(1, S, N))
+    want = topk(mqa_logits(q, kv, weights, start, end), 7, start=start, end=end)
+    np.testing.assert_array_equal(indexer_topk(q, kv, weights, start, end, 7), want)
+    q, values, scales, weights, lens, tables = draw(0)
+    logits = paged_mqa_logits(q, (values, scales), weights, lens, tables)
+    want = topk(logits.reshape(B * T, -1), 7, end=lens.reshape(-1)).reshape(B, T, 7)
+    got = paged_indexer_topk(q, Fp4Array(values, scales), weights, lens, tables, 7)
+    np.testing.assert_array_equal(got, want)
 
 
 def call(

@@ -22,6 +22,8 @@ SHAPES: list[tuple[dict[str, Any], str]] = [
     ({"op": "paged_mqa_logits", "requests": 64, "pages": 128, "next_n": 2}, "8192 joined pages of 64"),
     ({"op": "paged_mqa_logits", "requests": 3, "pages": 5, "page": "16", "joined": False, "out": "bfloat16"},
      "15 pages of 16 batches=3"),
+    ({"op": "mqa_logits", "tokens": 2, "keys": 8192, "recipe": "fp4"}, "2x8192 of 8192 FP4 keys"),
+    ({"op": "paged_mqa_logits", "requests": 64, "pages": 128, "keys": "fp4"}, "8192 FP4 keys"),
     ({"op": "topk", "rows": 64, "columns": 65536, "k": 2048}, "top 2048 of 64x65536 float32"),
     ({"op": "indexer_quantize", "tokens": 64, "heads": 32}, "rows 2048x128 bfloat16 rotated"),
     ({"op": "indexer_quantize", "tokens": 64, "page": 64, "scales": "ue8m0"}, "joined to 1 pages of 64"),

@@ -11,6 +11,7 @@ include/jax_deepgemm/indexer/expand.cuh does the same.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -132,7 +133,7 @@ def dequantize_fp4(q: Fp4Array | tuple[ArrayLike, ArrayLike], dtype: DTypeLike =
 
 def _decoded(values: jax.Array) -> jax.Array:
     """float32 [.., d] of bytes [.., d / 2]."""
-    codes = jnp.stack([values & 15, values >> 4], axis=-1).astype(jnp.int32)
+    codes = (values[..., None] >> jnp.array([0, 4], jnp.uint8) & 15).astype(jnp.int32)
     exponent, mantissa = codes >> 1 & 3, codes & 1
     halves = jnp.where(exponent == 0, mantissa, (2 + mantissa) << jnp.maximum(exponent - 1, 0))
     magnitude = 0.5 * halves.astype(jnp.float32)
@@ -151,13 +152,16 @@ def expand(values: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
     numbers = _decoded(values)
     blocks = numbers.reshape(*values.shape[:-1], -1, BLOCK)
     codes = lax.bitcast_convert_type(words, jnp.uint8)[..., : blocks.shape[-2]].astype(jnp.int32)
-    counts = jnp.any(blocks != 0, axis=-1)
-    base = jnp.maximum(jnp.max(jnp.where(counts, codes, 0), axis=-1) - LARGEST_SHIFT, 1)
+    counts = jnp.any(values.reshape(*codes.shape, BLOCK // 2) & 0x77 != 0, axis=-1)
+    each = jnp.where(counts, codes, 0)
+    largest = functools.reduce(jnp.maximum, [each[..., i] for i in range(codes.shape[-1])])
+    base = jnp.maximum(largest - LARGEST_SHIFT, 1)
     shift = jnp.clip(codes - base[..., None], -40, LARGEST_SHIFT)
     factors = lax.bitcast_convert_type((shift + _BIAS) << _MANTISSA, jnp.float32)
     expanded = (blocks * factors[..., None]).astype(jnp.float8_e4m3fn).reshape(numbers.shape)
     scales = lax.bitcast_convert_type(base << _MANTISSA, jnp.float32)
-    return expanded, jnp.where(jnp.any(codes == _NAN, axis=-1), jnp.nan, scales)
+    nan = functools.reduce(jnp.logical_or, [codes[..., i] == _NAN for i in range(codes.shape[-1])])
+    return expanded, jnp.where(nan, jnp.nan, scales)
 
 
 def is_packed(keys: Any) -> bool:

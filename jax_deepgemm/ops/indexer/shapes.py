@@ -23,7 +23,7 @@ class LogitsShape(CallShape):
     keys: int = size("columns of the logits")
     heads: int = size("of a token", 64)
     depth: int = size("numbers of a head, and of a key", 128)
-    recipe: str = choice("types of the operands", *RECIPES, default="fp8")
+    recipe: str = choice("types of the operands; fp4: of the keys", *RECIPES, "fp4", default="fp8")
     out: str = choice("of the logits", *DTYPES, default="float32")
     compressed: bool = flag("rows begin with the first key of their window")
 
@@ -34,11 +34,14 @@ class LogitsShape(CallShape):
         def array(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype)
 
-        kind = "float8_e4m3fn" if self.recipe == "fp8" else "bfloat16"
+        kind = "bfloat16" if self.recipe == "bf16" else "float8_e4m3fn"
         q, kv = (
             array(self.tokens, self.heads, self.depth, dtype=kind),
             array(self.keys, self.depth, dtype=kind),
         )
+        scales = array(self.keys)
+        if self.recipe == "fp4":
+            kv, scales = array(self.keys, self.depth // 2, dtype="uint8"), array(self.keys, dtype="int32")
         weights = array(self.tokens, self.heads)
         window = np.zeros(self.tokens, np.int32), np.full(self.tokens, self.keys, np.int32)
         options: dict[str, Any] = {"compressed": self.compressed, "out_dtype": self.out}
@@ -46,7 +49,7 @@ class LogitsShape(CallShape):
             function = functools.partial(bf16_mqa_logits, **options)
             return [Call("logits", function, (q, kv, weights, *window))]
         quantised = functools.partial(mqa_logits, **options)
-        return [Call("logits", quantised, (q, (kv, array(self.keys)), weights, *window))]
+        return [Call("logits", quantised, (q, (kv, scales), weights, *window))]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class PagedShape(CallShape):
     depth: int = size("numbers of a head, and of a key", 128)
     page: str = choice("keys of a page", *map(str, PAGES), default="64")
     joined: bool = flag("a page is its values and then its scales, in bytes", default=True)
+    keys: str = choice("types of the keys", "fp8", "fp4", default="fp8")
     out: str = choice("of the logits", *DTYPES, default="float32")
 
     def __post_init__(self) -> None:
@@ -72,9 +76,12 @@ class PagedShape(CallShape):
 
         keys = self.requests * self.pages, int(self.page)
         tokens = self.requests, self.next_n, self.heads
-        cache: Any = array(*keys, self.depth, dtype="float8_e4m3fn"), array(*keys)
+        values, scales = (self.depth, "float8_e4m3fn"), "float32"
+        if self.keys == "fp4":
+            values, scales = (self.depth // 2, "uint8"), "int32"
+        cache: Any = array(*keys, values[0], dtype=values[1]), array(*keys, dtype=scales)
         if self.joined:
-            cache = array(*keys, self.depth + 4, dtype="uint8")
+            cache = array(*keys, values[0] + 4, dtype="uint8")
         operands = (
             array(*tokens, self.depth, dtype="float8_e4m3fn"),
             cache,
