@@ -132,7 +132,6 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
     next = token_of_lane(p, block + 1);  // while this block's keys are loaded
     Span tiles = tiles_of_warp<C>(mine);
     tiles.begin += skip;
-    const int piece = skip == 0 ? kFirstPiece : tiles.size() > left ? kMiddlePiece : kLastPiece;
     if (tiles.size() > left) tiles.end = tiles.begin + static_cast<int>(left);
     if (tiles.size() == 0) continue;
     const Span common = common_keys<C>(mine);
@@ -144,7 +143,6 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
       const u32 low = static_cast<u32>(mine.row), high = static_cast<u32>(mine.row >> 32);
       ptx::store_shared_4(at, mine.start, mine.end, mine.first, mine.last);
       ptx::store_shared_2(at + kTokenRow, __uint_as_float(low), __uint_as_float(high));
-      if constexpr (kHasCandidates<C>) ptx::store_shared(at + kTokenPiece, __int_as_float(piece));
     }
     if (elected)
       ptx::store_shared_4(queries.run(), tiles.begin * kTileKeys<C>, tiles.size(), common.begin, common.end);
@@ -181,7 +179,7 @@ struct Scorer {
   static constexpr int kSteps = C::HEADS / 16;        // products of a warp, of a token
   static constexpr int kPairs = (C::TOKENS + 1) / 2;  // logits of a thread, of a bank
   static constexpr bool kKeepRows =                   // in registers
-      kPairs * C::BANKS <= 2 && C::CONSUMERS == 2 && !kHasCandidates<C>;
+      kPairs * C::BANKS <= 2 && C::CONSUMERS == 2;
   static constexpr float kHalf = C::TENSOR_SUMS ? 1.0f : 0.5f;  // what sums are multiplied by
   using Product = float[kCount];
   using Sums = float[2 * C::TOKENS];
@@ -202,17 +200,14 @@ struct Scorer {
   float steps[C::BANKS][C::TOKENS];  // of this thread's digits of linear columns
   u32 factors[C::BANKS][C::TENSOR_SUMS ? C::TOKENS * kSteps : 1][2];
   u64 rows[C::BANKS][kKeepRows ? kPairs : 1];
-  Emitter<C> emitter;
-  Segment segments[kHasCandidates<C> ? C::BANKS : 1][kHasCandidates<C> ? kPairs : 1];
 
-  __device__ __forceinline__ Scorer(u32 smem, int warpgroup, const Candidates& candidates)
+  __device__ __forceinline__ Scorer(u32 smem, int warpgroup)
       : keys(smem),
         queries(smem),
         warpgroup(warpgroup),
         lane(threadIdx.x % 32),
         mine(threadIdx.x / 32 * 16 + lane / 4 + (lane & 2) * 4),
-        scale_at(scale_offset<C>(mine)),
-        emitter{&candidates} {}
+        scale_at(scale_offset<C>(mine)) {}
 
   // --- a block of tokens ---
 
@@ -237,37 +232,6 @@ struct Scorer {
       if constexpr (C::LINEAR > 0) load_steps(bank);
 #pragma unroll
       for (int pair = 0; kKeepRows && pair < kPairs; ++pair) rows[bank][pair] = row_of(bank, pair);
-#pragma unroll
-      for (int pair = 0; kHasCandidates<C> && pair < kPairs; ++pair)
-        segments[bank][pair] = emitter.begin(candidate_token(bank, pair));
-    }
-  }
-
-  // --- candidates, instead of rows ---
-
-  __device__ __forceinline__ CandidateToken candidate_token(int bank, int pair) const {
-    const u32 at = token_of(bank, pair);
-    const int piece = __float_as_int(ptx::load_shared(at + kTokenPiece));
-    return {static_cast<int>(row_of(bank, pair)), piece, __float_as_int(ptx::load_shared(at)) != kNever};
-  }
-
-  __device__ __forceinline__ void emit(int bank, int pair, const Tile& tile, float logit, bool has_one) {
-    Segment& segment = segments[bank][pair];
-    const i64 key = static_cast<i64>(tile.key) + mine;
-    bool wanted = has_one && logit >= segment.bound;
-    if (!tile.whole) {
-      const float2 window = ptx::load_shared_2(token_of(bank, pair));
-      wanted = wanted && key >= __float_as_int(window.x) && key < __float_as_int(window.y);
-    }
-    emitter.put(segment, wanted, logit, static_cast<int>(key));
-  }
-
-  __device__ __forceinline__ void end_tokens() const {
-#pragma unroll
-    for (int i = 0; kHasCandidates<C> && i < C::BANKS * kPairs; ++i) {
-      const int bank = i / kPairs, pair = i % kPairs;
-      if (lane == 0 || (lane == 1 && 2 * pair + 1 < C::TOKENS))
-        emitter.end(segments[bank][pair], candidate_token(bank, pair));
     }
   }
 
@@ -377,7 +341,7 @@ struct Scorer {
   }
 
   // Sums become logits of this thread's key: of one of every two tokens.
-  __device__ __forceinline__ void finish(const Sums& sums, int bank, const Tile& tile) {
+  __device__ __forceinline__ void finish(const Sums& sums, int bank, const Tile& tile) const {
     const bool lower = lane & 2, odd = lane & 1;
     float whole[C::TOKENS];
 #pragma unroll
@@ -387,10 +351,7 @@ struct Scorer {
     for (int pair = 0; pair < kPairs; ++pair) {
       const bool alone = 2 * pair + 1 == C::TOKENS;
       const float total = with_other<1>(whole[2 * pair], whole[alone ? 2 * pair : 2 * pair + 1], odd);
-      if constexpr (kHasCandidates<C>)
-        emit(bank, pair, tile, total * tile.scale, !alone || !odd);
-      else if (!alone || !odd)
-        store(bank, pair, tile, total * tile.scale);
+      if (!alone || !odd) store(bank, pair, tile, total * tile.scale);
     }
   }
 
@@ -471,7 +432,6 @@ struct Scorer {
     for (Run at = receive(); at.tiles > 0; at = receive()) {
       begin_tokens();
       score(at);
-      end_tokens();
       Queries<C>::release(queries.empty());
       queries.advance();
     }
@@ -512,14 +472,14 @@ __device__ __forceinline__ void logits(const Problem<C>& p) {
       produce(p, share, smem);
     else if (warp > kFillWarps)
       write_linear_columns<C>(smem, warp - 1 - kFillWarps);
-    else if constexpr (kSink<C> == Sink::kRows)
+    else
       fill_rows(p, warp - 1, kFillWarps);
   } else if (kPacked<C> && warpgroup > C::CONSUMERS) {
     ptx::lower_registers<40>();
     if constexpr (kPacked<C>) Expander<C>(smem).run(share);
   } else {
     ptx::raise_registers<kPacked<C> ? 216 : C::CONSUMERS == 3 ? 160 : 232>();
-    Scorer<C>(smem, warpgroup, p.candidates).run();
+    Scorer<C>(smem, warpgroup).run();
   }
 }
 
