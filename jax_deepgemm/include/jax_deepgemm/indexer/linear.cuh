@@ -50,11 +50,19 @@ __device__ __forceinline__ float4 unpack_four(u32 bits) {
 template <class C>
 __device__ __forceinline__ float4 weighted_sum(u32 queries, int row, u32 weights) {
   float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 8
-  for (int head = 0; head < C::HEADS; ++head) {
-    const float w = ptx::load_shared(weights + head * 4);
-    const float4 q = unpack_four(__float_as_uint(ptx::load_shared(four_of_lane(queries, row + head))));
-    sum.x += w * q.x, sum.y += w * q.y, sum.z += w * q.z, sum.w += w * q.w;
+#pragma unroll 2
+  for (int head = 0; head < C::HEADS; head += 4) {
+    const float4 four = ptx::load_shared_4(weights + head * 4);
+    const float w[4] = {four.x, four.y, four.z, four.w};
+    u32 bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      bits[i] = __float_as_uint(ptx::load_shared(four_of_lane(queries, row + head + i)));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 q = unpack_four(bits[i]);
+      sum.x += w[i] * q.x, sum.y += w[i] * q.y, sum.z += w[i] * q.z, sum.w += w[i] * q.w;
+    }
   }
   return sum;
 }

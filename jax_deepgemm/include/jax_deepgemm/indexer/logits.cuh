@@ -95,64 +95,77 @@ __device__ __forceinline__ void load_pages(const Problem<C>& p, const Loaded<C>&
   }
 }
 
-// All tiles of a block of tokens, by a warp. Numbers of 32 pages are read at once; those that no window
-// reaches are none.
+// What a share has of a block of tokens. Each lane knows a token of it.
+struct Work {
+  int block;
+  Span tiles;  // none: nothing is left
+  Token token;
+};
+
+// A warp. One lane of it loads; all of them look at windows. Tokens come early: as soon as all slots of keys
+// hold tiles of the block before, so that consumers have left the slot of tokens that is filled next.
 template <class C>
-__device__ __forceinline__ void load_tiles_of_pages(const Problem<C>& p, Loaded<C>& keys, int block,
-                                                    Span tiles, int end, bool elected) {
-  constexpr int kKnown = 32 / kTilePages<C>;  // tiles
-  const int* const table = p.tables + static_cast<i64>(request_of_block(p, block)) * p.table_width;
-  int page = -1;
+struct Producer {
+  static constexpr int kKnown = 32 / kTilePages<C>;  // tiles
+  static constexpr bool kEarly = C::PAGE == 0;       // for pages there are not registers enough
+
+  const Problem<C>& p;
+  Loaded<C> keys;
+  Queries<C> queries;
+  i64 left;
+  int block, skip;
+  const int lane;
+  const bool elected;
+
+  __device__ __forceinline__ Producer(const Problem<C>& p, const Share& share, u32 smem)
+      : p(p),
+        keys(smem),
+        queries(smem),
+        left(share.tiles),
+        block(share.block),
+        skip(share.tile),
+        lane(threadIdx.x % 32),
+        elected(ptx::elect()) {}
+
+  __device__ __forceinline__ Work next() {
+    Work work = {0, {0, 0}, {0, kNever, 0, 0, 0}};
 #pragma unroll 1
-  for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-    const int known = (tile - tiles.begin) % kKnown;
-    if (known == 0) {
-      const int at = tile * kTilePages<C> + static_cast<int>(threadIdx.x % 32);
-      page = at < p.table_width && at * C::PAGE < end ? table[at] : -1;
+    while (left > 0 && work.tiles.size() == 0) {
+      work.block = block;
+      work.token = token_of_lane(p, block);
+      Span tiles = tiles_of_warp<C>(work.token);
+      tiles.begin += skip;
+      if (tiles.size() > left) tiles.end = tiles.begin + static_cast<int>(left);
+      work.tiles = tiles;
+      left -= tiles.size();
+      ++block, skip = 0;
     }
-    if (elected) keys.wait_empty();
-    load_pages(p, keys, page, known * kTilePages<C>, elected);
-    keys.advance();
+    return work;
   }
-}
 
-// By a warp. One lane of it loads; all of them look at windows.
-template <class C>
-__device__ __forceinline__ void produce(const Problem<C>& p, const Share& share, u32 smem) {
-  Loaded<C> keys(smem);
-  Queries<C> queries(smem);
-  const int lane = threadIdx.x % 32;
-  const bool elected = ptx::elect();
-  i64 left = share.tiles;
-  int skip = share.tile;
-  Token next = token_of_lane(p, share.block);
-#pragma unroll 1
-  for (int block = share.block; left > 0; ++block, skip = 0) {
-    const Token mine = next;
-    next = token_of_lane(p, block + 1);  // while this block's keys are loaded
-    Span tiles = tiles_of_warp<C>(mine);
-    tiles.begin += skip;
-    if (tiles.size() > left) tiles.end = tiles.begin + static_cast<int>(left);
-    if (tiles.size() == 0) continue;
-    const Span common = common_keys<C>(mine);
-    left -= tiles.size();
-
+  __device__ __forceinline__ void publish(const Work& work) {
+    const Token& token = work.token;
+    const Span common = common_keys<C>(token), tiles = work.tiles;
     queries.wait_empty();
     if (lane < kBlockTokens<C>) {
       const u32 at = queries.token(lane);
-      const u32 low = static_cast<u32>(mine.row), high = static_cast<u32>(mine.row >> 32);
-      ptx::store_shared_4(at, mine.start, mine.end, mine.first, mine.last);
+      const u32 low = static_cast<u32>(token.row), high = static_cast<u32>(token.row >> 32);
+      ptx::store_shared_4(at, token.start, token.end, token.first, token.last);
       ptx::store_shared_2(at + kTokenRow, __uint_as_float(low), __uint_as_float(high));
     }
-    if (elected)
+    if (elected) {
       ptx::store_shared_4(queries.run(), tiles.begin * kTileKeys<C>, tiles.size(), common.begin, common.end);
-    if (elected)
-      load_tokens(p, queries, token_index(p, block, 0));
-    else
+      load_tokens(p, queries, token_index(p, work.block, 0));
+    } else {
       queries.fill_with_nothing();
+    }
+    __syncwarp();
+    queries.advance();
+  }
+
+  __device__ __forceinline__ void load(const Work& work, Span tiles) {
     if constexpr (C::PAGE > 0) {
-      const int end = __reduce_max_sync(0xFFFFFFFF, mine.end);
-      load_tiles_of_pages(p, keys, block, tiles, end, elected);
+      load_paged(request_of_block(p, work.block), tiles, __reduce_max_sync(0xFFFFFFFF, work.token.end));
     } else if (elected) {
 #pragma unroll 1
       for (int tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -162,12 +175,43 @@ __device__ __forceinline__ void produce(const Problem<C>& p, const Share& share,
       }
     }
     __syncwarp();
-    queries.advance();
   }
-  queries.wait_empty();
-  if (elected) ptx::store_shared_4(queries.run(), 0, 0, 0, 0);
-  queries.fill_with_nothing();
-}
+
+  // Tiles of pages, before a key that no window reaches. Numbers of 32 pages are read at once.
+  __device__ __forceinline__ void load_paged(int request, Span tiles, int end) {
+    const int* const table = p.tables + static_cast<i64>(request) * p.table_width;
+    int page = -1;
+#pragma unroll 1
+    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+      const int known = (tile - tiles.begin) % kKnown;
+      if (known == 0) {
+        const int at = tile * kTilePages<C> + lane;
+        page = at < p.table_width && at * C::PAGE < end ? table[at] : -1;
+      }
+      if (elected) keys.wait_empty();
+      load_pages(p, keys, page, known * kTilePages<C>, elected);
+      keys.advance();
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void run() {
+    Work now = next();
+    if (now.tiles.size() > 0) publish(now);
+#pragma unroll 1
+    while (now.tiles.size() > 0) {
+      const int middle = kEarly ? min(now.tiles.begin + C::STAGES, now.tiles.end) : now.tiles.end;
+      load(now, {now.tiles.begin, middle});
+      const Work then = next();
+      if (then.tiles.size() > 0) publish(then);
+      if (kEarly) load(now, {middle, now.tiles.end});
+      now = then;
+    }
+    queries.wait_empty();
+    if (elected) ptx::store_shared_4(queries.run(), 0, 0, 0, 0);
+    queries.fill_with_nothing();
+  }
+};
 
 // --- consumers ---
 
@@ -469,7 +513,7 @@ __device__ __forceinline__ void logits(const Problem<C>& p) {
     ptx::lower_registers<C::CONSUMERS == 3 ? 32 : 40>();
     constexpr int kFillWarps = C::LINEAR > 0 ? 3 - kLinearWarps : 3;
     if (warp == 0)
-      produce(p, share, smem);
+      Producer<C>(p, share, smem).run();
     else if (warp > kFillWarps)
       write_linear_columns<C>(smem, warp - 1 - kFillWarps);
     else
