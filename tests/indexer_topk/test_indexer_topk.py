@@ -14,7 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from jax_deepgemm import export_checks, quantize, topk
 from jax_deepgemm.core.chip import H200
+from jax_deepgemm.core.family import Given
 from jax_deepgemm.indexer import IndexerConfig, indexer_topk, mqa_logits
+from jax_deepgemm.jit import compile_kernel
+from jax_deepgemm.ops.indexer.prepare import prepare
 from jax_deepgemm.ops.indexer_topk import sm90
 from jax_deepgemm.ops.indexer_topk.family import FAMILY, IndexerTopkProblem
 from jax_deepgemm.ops.topk.problem import MOST_COLUMNS
@@ -208,6 +211,22 @@ def test_parts_cover_all_tokens_and_fit():
         most = max(count for _, count in parts)
         assert 4 * keys * most <= scratch or most <= max(16, -(-tokens // sm90.MOST_PARTS) + 15)
     assert [count for _, count in sm90.ranges(PROBLEM)] == [1024] * 8
+
+
+@pytest.mark.any_version
+def test_what_is_launched():
+    """Scores and choice of each part, the last of which is shorter, by kernels that precompile knows."""
+    pytest.importorskip("cuda.core")
+    p = IndexerTopkProblem(37, 5000, 20, 64, 8, by_index=True, scratch=1 << 18)
+    given = [*operands("mixed", 37, 5000, 20, 64), *windows(37, 5000)]
+    names = ("q", "k", "scales", "weights", "start", "end")
+    parts = {name: Given(i, x.shape) for i, (name, x) in enumerate(zip(names, prepare(True, *given)))}
+    plan = FAMILY.plan(p, H200, parts)
+    assert len(plan.steps) == 2 * 3
+    assert plan.scratch_bytes == (4 * 5000 * 16,)
+    known = {compile_kernel(source).digest for source in FAMILY.sources(p, H200)}
+    assert {step.kernel.digest for step in plan.steps} == known
+    assert not any(step.kernel.report.problems() for step in plan.steps)
 
 
 @pytest.mark.any_version
