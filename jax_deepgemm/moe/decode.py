@@ -190,7 +190,7 @@ def _fp8(
     rows = QuantizedArray(deep(taken.values), deep(taken.scales), PER_ROW)
     first, second = (fp8.forward_weight(w, gemms) for w in (w13, w2))
     # Rows that do not count are undefined from here on, and stay among themselves: scales are per row.
-    if runs_fused(form, first, b13):
+    if runs_fused(form, first):
         act = gated.m_masked_fp8_gemm_swiglu(rows, first, counts, deep(row_weights), bias=b13, **options)
     else:
         hidden = _biased(gemm(rows, first, jnp.bfloat16), b13)

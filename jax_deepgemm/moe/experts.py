@@ -44,9 +44,6 @@ from jax_deepgemm.ops.swiglu import swiglu, swiglu_grad_quantize, swiglu_quantiz
 
 HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, as in jax.hessian)"
 """The same for layers that dispatch."""
-FUSES_BIAS = False
-"""Whether the first GEMM adds its bias in the epilogue with SwiGLU. That kernel has its tests, those on CPUs
-pass, and those on a GPU have not run yet."""
 MOE_HIDDEN = "jdg_moe_hidden"
 """checkpoint_name of the first GEMM's result, bfloat16 [rows, 2 * intermediate]."""
 
@@ -320,14 +317,14 @@ def apply(
     local: bool = True,
 ) -> jax.Array:
     """y of quantised rows and weights; nothing is kept. `local`: whether no mesh axis may cut the experts."""
-    fused = local and runs_fused(static.form, w13, b13)
+    fused = local and runs_fused(static.form, w13)
     act = _act(static, rows, w13, row_weights, groups, b13, fused)
     return fp8.m_grouped(act, w2, groups, static.gemms, static.rows)
 
 
-def runs_fused(form: ExpertForm, w13: QuantizedArray, b13: jax.Array | None) -> bool:
+def runs_fused(form: ExpertForm, w13: QuantizedArray) -> bool:
     """Whether SwiGLU runs inside the first GEMM."""
-    return form.fuses and gated.fits(w13) and (b13 is None or FUSES_BIAS)
+    return form.fuses and gated.fits(w13)
 
 
 def _act(

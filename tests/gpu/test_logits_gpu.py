@@ -57,8 +57,8 @@ def problem(shape: tuple[int, ...], dtype: str = "e4m3", columns: int | None = N
 
 
 def configurations(shape: tuple[int, ...]) -> list[IndexerConfig]:
-    """All that the cost model chooses among."""
-    return list(sm90.candidates(problem(shape), H200))
+    """A third of those that the cost model chooses among, another third for each shape."""
+    return list(sm90.candidates(problem(shape), H200))[SHAPES.index(shape) % 3 :: 3]
 
 
 def kernels() -> Iterator[Any]:
@@ -91,15 +91,14 @@ def program(function: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fp8(shape):
-    """Every configuration; rows that begin with their window."""
+    """Many configurations; rows that begin with their window."""
     q, kv, weights, *window = draw(0, *shape)
     q, kv = quantize(q), quantize(kv)
     meant = dequantize(q), dequantize(kv)
     want = exact(*meant, weights, *window)
     check(program(mqa_logits)(q, kv, weights, *window), want)
     for config in configurations(shape):
-        for num_sms in (None, 3):
-            check(program(mqa_logits, config=config, num_sms=num_sms)(q, kv, weights, *window), want)
+        check(program(mqa_logits, config=config, num_sms=3)(q, kv, weights, *window), want)
     rows = program(mqa_logits, compressed=True, max_len=100, out_dtype=jnp.bfloat16)
     check(rows(q, kv, weights, *window), exact(*meant, weights, *window, 100), 3e-5)
 
@@ -154,7 +153,7 @@ def test_nan_stays_where_it_is(shape, tensor_sums):
 @pytest.mark.parametrize("function", [mqa_logits, bf16_mqa_logits])
 def test_runs_are_equal(function, tensor_sums):
     operands = draw(4, 1030, 5000, 64, 128)
-    run = program(function, config=IndexerConfig(2, 3, tensor_sums=tensor_sums))
+    run = program(function, config=IndexerConfig(2, 2, tensor_sums=tensor_sums, warpgroups=2))
     first = np.asarray(run(*operands))
     for _ in range(20):
         np.testing.assert_array_equal(run(*operands), first)
@@ -255,7 +254,9 @@ def test_pages(page, heads, tokens, joined):
     check(first, want)
     for _ in range(20):
         np.testing.assert_array_equal(program(paged_mqa_logits)(*operands), first)
-    for config in (IndexerConfig(1, 4), IndexerConfig(128 // (-(-heads // 8) * 8), 3)):
+    warpgroups = 2 if page == 128 else 3
+    most = 128 // (-(-heads // 8) * 8)
+    for config in (IndexerConfig(1, 4, warpgroups=2), IndexerConfig(most, 3, warpgroups=warpgroups)):
         check(program(paged_mqa_logits, config=config, num_sms=5)(*operands), want)
 
 

@@ -40,18 +40,9 @@ def kernels() -> Iterator[Any]:
     yield LogitsProblem(300, 4000, 4000, 32, D)
     yield TopkProblem(300, 4000, 512, by_index=True)
     for heads in (64, 32, 5):
-        tokens = len(WHOSE)
-        yield LogitsProblem(
-            tokens,
-            WIDTH * PAGE,
-            WIDTH * PAGE,
-            heads,
-            D,
-            compressed=True,
-            batches=tokens,
-            page=PAGE,
-            pages=PAGES,
-        )
+        shape = len(WHOSE), WIDTH * PAGE, WIDTH * PAGE, heads, D
+        pages = {"compressed": True, "batches": 8, "page": PAGE, "pages": PAGES}
+        yield LogitsProblem(*shape, **pages, of_tokens=True)
 
 
 @functools.cache

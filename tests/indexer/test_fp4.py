@@ -261,6 +261,16 @@ def test_pages(depth, page):
 
 
 @pytest.mark.any_version
+def test_tokens_of_requests():
+    """`indices` says whose a token is; each is scored as if it were its request's only one."""
+    q, values, scales, weights, lens, tables = draw(0)
+    whose = jnp.array([2, 2, 1, 3])
+    given = q[:, :1], (values, scales), weights[:, :1], lens[:, 1]
+    want = paged_mqa_logits(*given, tables[whose])
+    np.testing.assert_array_equal(paged_mqa_logits(*given, tables, indices=whose), want)
+
+
+@pytest.mark.any_version
 def test_what_no_context_reaches_counts_for_nothing():
     q, values, scales, weights, _, tables = draw(0)
     lens = jnp.array([0, 5, PAGE, 2 * PAGE + 1])

@@ -202,7 +202,7 @@ def test_rows_of_keys_in_fp4_on_a_cpu(tmp_path: Path) -> None:
 OF_TOKENS = [
     (
         LogitsProblem(90, 3 * 64, 150, 64, 64, compressed=True, batches=5, page=64, pages=9, of_tokens=True),
-        IndexerConfig(1, 2),
+        IndexerConfig(1, 2, linear=True, warpgroups=2),
         3,
         "runs",
     ),
@@ -251,7 +251,7 @@ def test_tokens_of_requests_on_a_cpu(
         for i in range(p.tokens)
     ]  # fmt: skip
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(np.concatenate(want)))
-    assert calc_diff(got, np.concatenate(want)) < 1e-10
+    assert calc_diff(got, np.concatenate(want)) < (5e-6 if config.linear else 1e-10)
 
 
 def _exact(p: LogitsProblem, q: Any, k: Any, *rest: Any) -> np.ndarray:

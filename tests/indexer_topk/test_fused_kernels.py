@@ -64,10 +64,9 @@ def by_kernel(folder: Path, given: list[Any], c: IndexerConfig) -> np.ndarray:
 
 
 CASES = [
-    (11, 700, 24, 64, IndexerConfig(3, 3, warpgroups=2), 3, 64),
-    (9, 900, 64, 128, IndexerConfig(2, 2, warpgroups=2, linear=True), 2, 128),
-    (3, 3000, 8, 32, IndexerConfig(4, 3, warpgroups=2), 5, 64),
-    (9, 300, 32, 64, IndexerConfig(1, 3, banks=1, warpgroups=2, tensor_sums=True), 2, 64),
+    (11, 400, 24, 32, IndexerConfig(3, 3, warpgroups=2), 3, 64),
+    (5, 300, 32, 64, IndexerConfig(2, 2, warpgroups=2, linear=True), 2, 64),
+    (3, 2000, 8, 32, IndexerConfig(4, 3, warpgroups=2), 5, 64),
 ]
 
 
@@ -101,16 +100,17 @@ def test_candidates_on_a_cpu(tmp_path, s, n, h, d, config, grid, places):
             got += list(own[0][taken])
         if (counts[i, 0] + counts[i, 1] <= places).all():
             assert sorted(got) == list(want)
-    assert bool(middle) == (grid == 5)  # only there tokens are in more than two pieces
+    assert (middle > 0) == (grid == 5)  # only there tokens are in more than two pieces
 
 
 def test_a_segment_that_is_full_is_not_left(tmp_path):
     """More candidates than places: they are counted, and nothing is written outside."""
-    given = [*operands("equal", 4, 1500, 8, 32), *windows(4, 1500)]
-    bounds = np.full((4, 1), -np.inf, np.float32)
-    numbers, keys, counts = filtered(tmp_path, given, bounds, 64, IndexerConfig(2, 3, warpgroups=2), 2)
-    assert counts[0].sum() == 1500
-    assert (counts[0].sum(axis=0) > 64).all()
+    given = [*operands("equal", 2, 700, 8, 32), *windows(2, 700)]
+    bounds = np.full((2, 1), -np.inf, np.float32)
+    config = IndexerConfig(1, 3, banks=1, warpgroups=2)
+    numbers, keys, counts = filtered(tmp_path, given, bounds, 32, config, 1)
+    assert counts[0].sum() == 700
+    assert (counts[0].sum(axis=0) > 32).all()
     written = keys[0][keys[0] >= 0]
     np.testing.assert_array_equal(numbers[0][keys[0] >= 0], every_score(given)[0, written])
 
@@ -128,7 +128,7 @@ def rows_program(folder: Path) -> Path:
 
 def test_rows_on_a_cpu(tmp_path):
     """Candidates in order of their keys; tokens whose candidates are too many, too few, or in the middle."""
-    tokens, pitch, places, keys, wanted, listed, k = 7, 3, 32, 3000, 20, 3, 5
+    tokens, pitch, places, keys, wanted, listed, k = 5, 3, 32, 3000, 20, 2, 5
     rng = np.random.default_rng(0)
     bounds = np.full((tokens, pitch), -5.0, np.float32)
     numbers = rng.standard_normal((tokens, SEGMENTS, places)).astype(np.float32)
@@ -236,7 +236,6 @@ def test_what_is_launched():
         assert "_candidates@" in program
         assert program.count("@jax_deepgemm_launch(") == 1
     assert "_candidates@" not in text(600, 5000)
-    assert "_candidates@" in text(2048, 65_536)
 
 
 def test_limits():
@@ -253,5 +252,5 @@ def test_errors():
     given = [*operands("mixed", 4, 8), *windows(4, 8)]
     with pytest.raises(ValueError, match="fused is True and there are 8 keys, need 16"):
         indexer_topk(given[0], (given[1], given[2]), *given[3:], 2, fused=True)
-    with pytest.raises(TypeError, match="fused is 1, need True, False or None"):
+    with pytest.raises(TypeError, match="fused is 1, need True or False"):
         indexer_topk(given[0], (given[1], given[2]), *given[3:], 2, fused=1)

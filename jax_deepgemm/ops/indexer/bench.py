@@ -141,6 +141,37 @@ def _paged_rows(small: bool) -> Iterator[Row]:
             flops=2 * scored * tokens * heads * DEPTH,
             bytes=scored * ((DEPTH if type_ == "fp8" else DEPTH // 2) + 4 + 4 * tokens),
         )
+    if not small:
+        yield _tokens_row()
+
+
+def _tokens_row() -> Row:
+    """Requests of 1 to 4 tokens each, as speculative decoding has them."""
+    requests, keys, heads = 64, 8192, 64
+    counts = np.random.default_rng(1).integers(1, 5, requests)
+    lens, tables = _contexts(requests, keys)
+    whose = np.repeat(np.arange(requests, dtype=np.int32), counts)
+    return Row(
+        name=f"paged mqa logits fp8 b={requests} next_n=1-4 n={keys} h={heads}",
+        fields={"type": "fp8", "b": requests, "next_n": "1-4", "n": keys, "h": heads},
+        function=functools.partial(_of_tokens, max_context_len=2 * keys),
+        draw=functools.partial(_draw_tokens, requests, len(whose), keys, heads),
+        constants=(lens[whose], tables, whose),
+        flops=2 * len(whose) * keys * heads * DEPTH,
+        bytes=requests * keys * (DEPTH + 4) + 4 * len(whose) * keys,
+    )
+
+
+def _draw_tokens(requests: int, tokens: int, keys: int, heads: int) -> tuple[Any, ...]:
+    q, cache, weights = _draw_pages("fp8", requests, -(-tokens // requests), keys, heads)
+    q, weights = (x.reshape(-1, 1, *x.shape[2:])[:tokens] for x in (q, weights))
+    return q, cache, weights
+
+
+def _of_tokens(
+    q: Any, cache: Any, weights: Any, lens: Any, tables: Any, whose: Any, **options: Any
+) -> jax.Array:
+    return paged_mqa_logits(q, cache, weights, lens, tables, indices=whose, **options)
 
 
 def _recorded_pages(tables: Mapping[str, Any]) -> dict[tuple[Any, ...], Fields]:

@@ -34,7 +34,7 @@ def indexer_topk(
     values: bool = False,
     order: str = "value",
     scratch_bytes: int = SCRATCH,
-    fused: bool | None = None,
+    fused: bool = False,
     config: IndexerConfig | None = None,
     out_sharding: Sharding = None,
     num_sms: int | None = None,
@@ -65,7 +65,8 @@ def indexer_topk(
       scratch_bytes: how many bytes of scores may be in memory at once: tokens are taken in parts whose scores
         fit. Parts are never less than 16 tokens, or a 120th of all.
       fused: whether a GPU filters scores as they are made, by a bound from a sample of the keys, so that few
-        of them are written at all. The result is the same. None: where it is faster.
+        of them are written at all; the result is the same. Of tokens that the bound is wrong for all scores
+        are made again, which is slow for many, such as those whose scores are equal.
       config: an IndexerConfig for the scores, to use instead of the cost model's choice.
       out_sharding: of the results on a mesh with Explicit axes, needed where keys are cut.
       num_sms: SMs that the kernels may use.

@@ -26,7 +26,7 @@ def check_choice(op: str, k: Any, order: Any, scratch: Any) -> None:
 
 def check_fused(op: str, fused: Any, keys: Any) -> None:
     """Raises for what is no choice, and where there is nothing to take a sample of."""
-    if fused is not None and not isinstance(fused, bool):
-        raise TypeError(f"{op}: fused is {fused!r}, need True, False or None.")
-    if fused and keys < STRIDE:
-        raise ValueError(f"{op}: fused is True and there are {keys} keys, need {STRIDE}. Leave fused=None.")
+    if not isinstance(fused, bool):
+        raise TypeError(f"{op}: fused is {fused!r}, need True or False.")
+    if fused and isinstance(keys, int) and keys < STRIDE:
+        raise ValueError(f"{op}: fused is True and there are {keys} keys, need {STRIDE}. Leave it False.")

@@ -1,4 +1,4 @@
-"""Whether scores are filtered as they are made, and the numbers of it: plain arithmetic."""
+"""The bound by which scores are filtered as they are made: plain arithmetic, and the sample it is from."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ STRIDE = 16
 """One of so many keys is in the sample."""
 SEGMENTS = 8
 """Of a token's candidates, one for each warp that scores."""
-_FEWEST_TOKENS, _FEWEST_TIMES = 1024, 8
-"""Where it pays: so many tokens, and so many times more keys than places for candidates."""
 
 
 class Filter(NamedTuple):
@@ -48,15 +46,6 @@ def filter_of(k: int) -> Filter:
     mean = rank * STRIDE / SEGMENTS
     most = mean * (1 + 4.5 * math.sqrt(1 / mean + 1 / rank))
     return Filter(rank, max(1 << (math.ceil(most) - 1).bit_length(), 64))
-
-
-def pays(tokens: int, keys: int, k: int) -> bool:
-    """Whether filtering is chosen where the caller leaves it open.
-
-    >>> pays(8192, 65536, 2048), pays(64, 65536, 2048), pays(8192, 16384, 2048)
-    (True, False, False)
-    """
-    return tokens >= _FEWEST_TOKENS and keys >= _FEWEST_TIMES * filter_of(k).most
 
 
 def sample_of(

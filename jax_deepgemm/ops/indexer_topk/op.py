@@ -18,7 +18,7 @@ from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan, pieces_of_whole
 from jax_deepgemm.ops.indexer.prepare import prepare
 from jax_deepgemm.ops.indexer_topk import reference
-from jax_deepgemm.ops.indexer_topk.filter import pays, sample_of
+from jax_deepgemm.ops.indexer_topk.filter import STRIDE, sample_of
 from jax_deepgemm.ops.topk.op import of_all, piece_of, topk_op
 from jax_deepgemm.ops.topk.reference import at
 
@@ -59,12 +59,11 @@ def _on_shard(plan: ShardingPlan, local: Any, *arrays: jax.Array) -> Any:
     return None, [piece_of(plan, x) for x in found]
 
 
-def _prepared(*arrays: jax.Array, best: int, fused: bool | None = None, **_: Any) -> list[jax.Array]:
+def _prepared(*arrays: jax.Array, fused: bool, **_: Any) -> list[jax.Array]:
     """Operands as the kernels of logits read them, and a sample of the keys where scores are filtered."""
-    q, k, scales, _weights, start, end = arrays
-    if fused is None:
-        fused = pays(q.shape[0], k.shape[0], best)
-    return [*prepare(True, *arrays), *(sample_of(k, scales, start, end) if fused else ())]
+    _q, k, scales, _weights, start, end = arrays
+    sampled = fused and k.shape[0] >= STRIDE
+    return [*prepare(True, *arrays), *(sample_of(k, scales, start, end) if sampled else ())]
 
 
 @functools.cache

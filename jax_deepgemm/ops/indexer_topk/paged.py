@@ -67,8 +67,8 @@ def paged_indexer_topk(
     Has no derivative. Deterministic. Requests are cut over devices freely.
     """
     check_choice("paged_indexer_topk", k, order, scratch_bytes)
-    scored = functools.partial(paged_mqa_logits, config=config, num_sms=num_sms)
-    own: dict[str, Any] = {"block_tables": block_tables} if indices is None else {"indices": indices}
+    scored: Any = functools.partial(paged_mqa_logits, config=config, num_sms=num_sms)
+    own = {"block_tables": block_tables} if indices is None else {"indices": indices}
     if indices is not None:
         scored = functools.partial(scored, block_tables=block_tables)
     whole = jax.eval_shape(

@@ -27,7 +27,7 @@ def cases() -> Iterator[Case]:
         scales = jnp.asarray(rng.uniform(0.5, 2, keys), jnp.float32)
         weights = jnp.asarray(rng.normal(size=(tokens, heads)), jnp.float32)
         bounds = [jnp.asarray(x, jnp.int32) for x in np.sort(rng.integers(0, keys + 1, (2, tokens)), axis=0)]
-        run = functools.partial(_both, k=k, order=order)
+        run = functools.partial(_scores, k=k, order=order)
         given = q, kv, scales, weights, *bounds
         yield Case(f"indexer_topk {k} of {tokens}x{keys}", run, given)
         filtered = functools.partial(run, fused=True)
@@ -35,8 +35,8 @@ def cases() -> Iterator[Case]:
         yield Case(f"indexer_topk {k} of {tokens}x{keys} filtered", filtered, few)
 
 
-def _both(q: jax.Array, kv: jax.Array, scales: jax.Array, *rest: jax.Array, k: int, **options: Any) -> Any:
+def _scores(q: jax.Array, kv: jax.Array, scales: jax.Array, *rest: jax.Array, k: int, **options: Any) -> Any:
     weights, start, end = rest
     options |= {"values": True, "scratch_bytes": 1}
     found, chosen = indexer_topk(q, (kv, scales), weights, start, end, k, **options)
-    return jnp.concatenate([jnp.where(chosen < 0, 0, found), chosen.astype(found.dtype)])
+    return jnp.sort(jnp.where(chosen < 0, 0, found))

@@ -3,7 +3,7 @@
 //
 // clang-format off
 //   numbers, keys [tokens][warps][places]   each consumer warp has a segment of a token's row for itself, and
-//                                             counts in registers: no atomics, and always the same bytes
+//                                           counts in registers: no atomics, and always the same bytes
 //   counts        [tokens][3 pieces][warps] how many there are; zero before
 // clang-format on
 //

@@ -17,7 +17,8 @@
 // keys are swizzled as wgmma wants them.
 //
 // Hazard: what threads write is read by wgmma, through the async proxy. Every thread has a fence of its own
-// behind its writes, and before it meets the others (PTX ISA 8.6, proxies).
+// behind its writes, before it arrives (PTX ISA 8.6, proxies). Scales are written and read by all threads, so
+// that all of them arrive, on both barriers of a slot of keys.
 #pragma once
 
 #include <jax_deepgemm/indexer/work.cuh>
@@ -131,11 +132,9 @@ struct Expander {
 #pragma unroll 1
       for (int key = threadIdx.x % 128; key < kTileKeys<C>; key += 128) expand(key);
       ptx::fence_proxy_async();
+      keys.fill_with_nothing();
       __syncwarp();
-      if (threadIdx.x % 32 == 0) {
-        PackedKeys<C>::release(packed.empty());
-        keys.fill_with_nothing();
-      }
+      if (threadIdx.x % 32 == 0) PackedKeys<C>::release(packed.empty());
       packed.advance();
       keys.advance();
     }

@@ -459,7 +459,7 @@ struct Scorer {
           }
         }
         await(product);
-        if (bank == C::BANKS - 1 && lane == 0) Keys<C>::release(read);
+        if (bank == C::BANKS - 1 && (kPacked<C> || lane == 0)) Keys<C>::release(read);
         sum_bank(product, bank, sums);
       }
       before = tile, tile = next;
@@ -485,7 +485,7 @@ __device__ __forceinline__ void init_pipelines(u32 smem) {
   if (threadIdx.x == 0) {
     if constexpr (kPacked<C>) {
       PackedKeys<C>(smem).init(4);
-      Keys<C>(smem).init(4 * C::CONSUMERS, 4);
+      Keys<C>(smem).init(128 * C::CONSUMERS, 128);
     } else {
       Keys<C>(smem).init(4 * C::CONSUMERS);
     }
