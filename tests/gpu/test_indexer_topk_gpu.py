@@ -24,7 +24,6 @@ from jax_deepgemm.indexer import (
     paged_mqa_logits,
 )
 from jax_deepgemm.ops.indexer_topk.family import IndexerTopkProblem
-from jax_deepgemm.ops.indexer_topk.filter import STRIDE
 from tests.shared.indexer_topk_oracle import HARD, operands, windows
 
 # Tokens, keys, heads, d, k, tokens at a time.
@@ -36,20 +35,9 @@ SHAPES = [
     (5, 300, 1, 32, 1, 5),
     (1, 65_536, 64, 128, 2048, 1),
 ]
-# Tokens, keys, heads, d, k, scratch memory: scores filtered as they are made, in parts and rounds of tokens.
-FILTERED = [
-    (1100, 40_000, 64, 128, 2048, 1 << 28),
-    (300, 20_001, 32, 128, 512, 1 << 22),
-    (150, 6000, 20, 64, 8, 1 << 19),
-    (40, 2000, 64, 128, 2048, 1 << 28),
-]
 
 
 def kernels() -> Iterator[Any]:
-    for tokens, keys, heads, depth, k, scratch in FILTERED:
-        for by_index in (False, True):
-            form = {"by_index": by_index, "scratch": scratch, "sampled": keys // STRIDE}
-            yield IndexerTopkProblem(tokens, keys, heads, depth, k, **form)
     for tokens, keys, heads, depth, k, each in SHAPES:
         for by_index in (False, True):
             scratch = 4 * keys * each
@@ -91,66 +79,27 @@ def test_hard_rows(tokens, keys, heads, depth, k, each, kind):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("kind", HARD)
-@pytest.mark.parametrize(("tokens", "keys", "heads", "depth", "k", "scratch"), FILTERED, ids=str)
-def test_hard_rows_filtered(tokens, keys, heads, depth, k, scratch, kind):
-    """Rows whose sample says nothing, of which all are scored again, and rows that it is right for."""
-    given = [*operands(kind, tokens, keys, heads, depth), *windows(tokens, keys)]
-    for order in ("value", "index"):
-        run = program(k=k, order=order, scratch_bytes=scratch, fused=True)
-        first = run(*given)
-        check(first, in_two(k, order)(*given))
-        for _ in range(3):
-            check(run(*given), first)
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize("shape", FILTERED[:3], ids=str)
-def test_any_numbers_filtered(shape):
-    """Scores of random numbers, whose bounds are right for nearly all; windows of all keys and causal ones;
-    NaN and infinity; twenty equal reruns."""
-    tokens, keys, heads, depth, k, scratch = shape
-    names = jax.random.split(jax.random.key(0), 4)
-    q = jax.random.normal(names[0], (tokens, heads, depth)).astype(jnp.float8_e4m3fn)
-    kv = jax.random.normal(names[1], (keys, depth)).astype(jnp.float8_e4m3fn)
-    scales = jnp.abs(jax.random.normal(names[2], (keys,)))
-    weights = jax.random.normal(names[3], (tokens, heads))
-    run = program(k=k, scratch_bytes=scratch, fused=True)
-    row = jnp.arange(tokens, dtype=jnp.int32)
-    for start, end in (
-        (0 * row, 0 * row + keys),
-        (0 * row, keys - tokens + 1 + row),
-        windows(tokens, keys, 2),
-        (0 * row + 7, jnp.where(row % 97 == 5, keys, 7)),
-    ):
-        given = q, kv, scales, weights, start, end
-        check(run(*given), in_two(k)(*given))
-    first = run(*given)
-    for _ in range(20):
-        check(run(*given), first)
-    few = IndexerConfig(tokens=1, stages=3, warpgroups=2)
-    check(program(k=k, scratch_bytes=scratch, fused=True, config=few)(*given), in_two(k, config=few)(*given))
-    bad = scales.at[20::31].set(jnp.nan).at[30::1003].set(jnp.inf)
-    given = q.at[0, 0, 0].set(jnp.nan), kv.at[keys // 2].set(jnp.nan), bad, weights, 0 * row, 0 * row + keys
-    got = run(*given)
-    check(got, in_two(k)(*given))
-    assert (np.asarray(got[1])[0] == -1).all()
-
-
-@pytest.mark.smoke
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_any_numbers(shape):
-    """Scores that are no whole numbers, with a configuration of the caller's too; NaN and infinite scales,
-    NaN in a token's q, and in keys outside of windows."""
+    """Scores that are no whole numbers, of all keys and causal ones too, with a configuration of the caller's
+    too; NaN and infinite scales, NaN in a token's q, and in keys outside of windows."""
     tokens, keys, heads, depth, k, each = shape
     names = jax.random.split(jax.random.key(0), 4)
     q = jax.random.normal(names[0], (tokens, heads, depth)).astype(jnp.float8_e4m3fn)
     kv = jax.random.normal(names[1], (keys, depth)).astype(jnp.float8_e4m3fn)
     scales = jnp.abs(jax.random.normal(names[2], (keys,)))
     weights = jax.random.normal(names[3], (tokens, heads))
+    scratch = 4 * keys * each
+    row = jnp.arange(tokens, dtype=jnp.int32)
+    for start, end in (
+        (0 * row, 0 * row + keys),
+        (0 * row, keys - tokens + 1 + row),
+        (0 * row + 7, jnp.where(row % 17 == 5, keys, 7)),
+    ):
+        given = q, kv, scales, weights, start, end
+        check(program(k=k, scratch_bytes=scratch)(*given), in_two(k)(*given))
     start, end = windows(tokens, keys, 1)
     start, end = jnp.maximum(start, 9), jnp.minimum(end, keys - 5)
-    scratch = 4 * keys * each
     first = program(k=k, scratch_bytes=scratch)(q, kv, scales, weights, start, end)
     check(first, in_two(k)(q, kv, scales, weights, start, end))
     for _ in range(20):
@@ -174,20 +123,18 @@ def test_nothing_of_all_scores_is_in_memory():
     tokens, keys = 4096, 16_384
     given = [*operands("mixed", tokens, keys, 64, 128), *windows(tokens, keys)]
     scratch = 1 << 24
-    for fused in (False, True):
-        run = program(k=64, scratch_bytes=scratch, fused=fused)
-        used = run.lower(*given).compile().memory_analysis().temp_size_in_bytes
-        assert used < 2 * scratch < 4 * tokens * keys // 4
-        check(run(*given), in_two(64)(*given))
+    run = program(k=64, scratch_bytes=scratch)
+    used = run.lower(*given).compile().memory_analysis().temp_size_in_bytes
+    assert used < 2 * scratch < 4 * tokens * keys // 4
+    check(run(*given), in_two(64)(*given))
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("fused", [False, True])
-def test_calls_are_captured(fused):
+def test_calls_are_captured():
     """All launches of a call are in the program's command buffer: the handler does not run for each call."""
     calls, runs = 10, 20
     given = [*operands("mixed", 70, 3000, 32, 128), *windows(70, 3000)]
-    options = {"k": 40, "values": True, "scratch_bytes": 4 * 3000 * 32, "fused": fused}
+    options = {"k": 40, "values": True, "scratch_bytes": 4 * 3000 * 32}
     step = functools.partial(call, indexer_topk, **options)
 
     @jax.jit

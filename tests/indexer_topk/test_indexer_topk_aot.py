@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -41,13 +40,12 @@ def arguments(specs: tuple[Any, ...]) -> list[jax.ShapeDtypeStruct]:
     ]
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_call_is_captured(fused, tmp_path: Path):
+def test_a_call_is_captured(tmp_path: Path):
     scratch = 4 * N * 128
 
     def run(q: Any, keys: Any, scales: Any, weights: Any, *window: Any) -> Any:
         for _ in range(CALLS):
-            scores, _ = best(q, keys, scales, weights, *window, fused=fused, scratch_bytes=scratch)
+            scores, _ = best(q, keys, scales, weights, *window, scratch_bytes=scratch)
             weights = jnp.where(scores[:, :H] > 0, weights, -weights)
         return weights
 
@@ -62,13 +60,12 @@ def test_a_call_is_captured(fused, tmp_path: Path):
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * scratch < 4 * S * N // 2
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_keys_over_devices(fused):
+def test_keys_over_devices():
     """Eight devices exchange the best of their keys."""
     keys = P(("x", "y"))
     args = arguments((P(), keys, keys, P(), P(), P()))
     whole = NamedSharding(h200_mesh("auto"), P())
-    run = jax.jit(functools.partial(best, fused=fused), out_shardings=(whole, whole))
+    run = jax.jit(best, out_shardings=(whole, whole))
     hlo = run.lower(*args).compile().as_text()
     assert op_checks.collectives(hlo).keys() == {"all-gather"}
     assert f"f32[{S},{8 * K}]" in hlo
@@ -78,6 +75,6 @@ def test_keys_over_devices(fused):
 def test_tokens_over_devices():
     rows = P(("x", "y"))
     args = arguments((rows, P(), P(), rows, rows, rows))
-    hlo = jax.jit(functools.partial(best, fused=True)).lower(*args).compile().as_text()
+    hlo = jax.jit(best).lower(*args).compile().as_text()
     assert not op_checks.collectives(hlo)
     assert f"f32[{S // 8},{K}]" in hlo

@@ -14,13 +14,11 @@ import pytest
 import jax_deepgemm
 from jax_deepgemm.core.family import Given
 from jax_deepgemm.core.launch import TensorMap
-from jax_deepgemm.jit import KernelSource
 from jax_deepgemm.ops.indexer import sm90
 from jax_deepgemm.ops.indexer.family import IndexerConfig, LogitsProblem
 
 NATIVE = Path(__file__).parent / "native" / "tensor_block"
 DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
-_KINDS = {"float32": "float", "int32": "int"}
 ELEMENT = {"uint8": 1, "bfloat16": 2, "float32": 4, "int32": 4}
 
 _TEXT = """\
@@ -76,7 +74,6 @@ int main(int, char** at) {{
     for (std::thread& one : running) one.join();
   }}
   out.write();
-  {written}
 }}
 """
 
@@ -88,8 +85,6 @@ def run(
     operands: Sequence[np.ndarray],
     out: np.ndarray,
     grid: int,
-    source: KernelSource | None = None,
-    more: Sequence[np.ndarray | int] = (),
 ) -> np.ndarray:
     """What the kernel of a configuration writes over `out`, by so many blocks.
 
@@ -99,8 +94,6 @@ def run(
       operands: as the kernel reads them (ops/indexer/prepare.py).
       out: what the result holds before.
       grid: blocks of threads, which run one after the other.
-      source: of another kernel with the same parameters, if not the configuration's.
-      more: its further parameters; arrays are written to.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -109,7 +102,7 @@ def run(
     parts = ("q", *cache, "weights", "start", "end", *["tables"] * (p.page > 0), *["requests"] * p.of_tokens)
     given = {part: Given(i, x.shape) for i, (part, x) in enumerate(zip(parts, operands, strict=True))}
     maps = sm90.tensor_maps(p, c, given)
-    source = source or sm90.kernel_source(p, c)
+    source = sm90.kernel_source(p, c)
     kernel = re.sub(r"#include.*\n", "", source.text)
     kernel = kernel[kernel.index("struct Config") :]
     arguments = [f"jdg::ptx::make_map({_box(one)})" for one in maps]
@@ -121,21 +114,13 @@ def run(
         arguments += [f"v{tables.index}.as<int>()", str(tables.shape[1])]
     if p.of_tokens:
         arguments.append(f"v{given['requests'].index}.as<int>()")
-    arrays = [one for one in more if not isinstance(one, int)]
-    names = iter(range(len(arrays)))
-    arguments += [
-        str(one) if isinstance(one, int) else f"m{next(names)}.as<{_KINDS[one.dtype.name]}>()" for one in more
-    ]
     text = _TEXT.format(
         fp8=str(p.is_fp8).lower(),
         kernel=kernel,
         grid=grid,
         threads=sm90.threads_of(p, c),
-        buffers="\n  ".join(f'const Numbers v{i}(folder + "/{i}");' for i in range(len(operands)))
-        + "".join(f'const Numbers m{i}(folder + "/m{i}");' for i in range(len(arrays))),
-        captured="".join(f", &v{i}" for i in range(len(operands)))
-        + "".join(f", &m{i}" for i in range(len(arrays))),
-        written="".join(f"m{i}.write();" for i in range(len(arrays))),
+        buffers="\n  ".join(f'const Numbers v{i}(folder + "/{i}");' for i in range(len(operands))),
+        captured="".join(f", &v{i}" for i in range(len(operands))),
         name=source.name,
         arguments=", ".join(arguments),
     )
@@ -146,14 +131,10 @@ def run(
     for i, array in enumerate(operands):
         array.tofile(folder / str(i))
     out.tofile(folder / "out")
-    for i, array in enumerate(arrays):
-        array.tofile(folder / f"m{i}")
     done = subprocess.run(
         [folder / "logits", folder], capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr
-    for i, array in enumerate(arrays):
-        array[...] = np.fromfile(folder / f"m{i}", array.dtype).reshape(array.shape)
     return np.fromfile(folder / "out", out.dtype).reshape(out.shape)
 
 

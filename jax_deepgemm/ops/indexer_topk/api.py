@@ -15,7 +15,7 @@ from jax_deepgemm.core.options import Sharding, config_option, num_sms_option, s
 from jax_deepgemm.ops.indexer import checks
 from jax_deepgemm.ops.indexer.family import IndexerConfig
 from jax_deepgemm.ops.indexer.fp4 import Fp4Array
-from jax_deepgemm.ops.indexer_topk.checks import check_choice, check_fused
+from jax_deepgemm.ops.indexer_topk.checks import check_choice
 from jax_deepgemm.ops.indexer_topk.family import SCRATCH
 from jax_deepgemm.ops.indexer_topk.op import best_of_all, indexer_topk_op
 from jax_deepgemm.ops.quantize import quantize
@@ -34,7 +34,6 @@ def indexer_topk(
     values: bool = False,
     order: str = "value",
     scratch_bytes: int = SCRATCH,
-    fused: bool = False,
     config: IndexerConfig | None = None,
     out_sharding: Sharding = None,
     num_sms: int | None = None,
@@ -64,9 +63,6 @@ def indexer_topk(
       order: "value", the best first, or "index", by ascending keys, as attention gathers them best.
       scratch_bytes: how many bytes of scores may be in memory at once: tokens are taken in parts whose scores
         fit. Parts are never less than 16 tokens, or a 120th of all.
-      fused: whether a GPU filters scores as they are made, by a bound from a sample of the keys, so that few
-        of them are written at all; the result is the same. Of tokens that the bound is wrong for all scores
-        are made again, which is slow for many, such as those whose scores are equal.
       config: an IndexerConfig for the scores, to use instead of the cost model's choice.
       out_sharding: of the results on a mesh with Explicit axes, needed where keys are cut.
       num_sms: SMs that the kernels may use.
@@ -91,13 +87,11 @@ def indexer_topk(
     checks.check_shapes(op, queries, keys, weights)
     window = checks.check_window(op, (k_start, k_end), queries.shape[0], keys.shape[0])
     check_choice(op, k, order, scratch_bytes)
-    check_fused(op, fused, keys.shape[0])
     spec = sharding_option(op, out_sharding)
     options = {
         "best": int(k),
         "by_index": order == "index",
         "scratch": int(scratch_bytes),
-        "fused": fused,
         "config": config_option(op, config, IndexerConfig),
         "num_sms": num_sms_option(op, num_sms),
         "out_sharding": None if spec is None else (spec, spec),

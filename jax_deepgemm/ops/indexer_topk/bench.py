@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,21 +26,13 @@ def _two_calls(q: Any, kv: Any, weights: Any, start: Any, end: Any, *, k: int) -
 
 def _rows(small: bool) -> Iterator[Row]:
     for tokens, keys, heads, depth, k in ((16, 256, 8, 32, 40),) if small else SHAPES:
-        for kind, fused in itertools.product(WINDOWS, (False, True)):
+        for kind in WINDOWS:
             scored = tokens * keys - (tokens * (tokens - 1) // 2 if kind == "causal" else 0)
             bounds = window(kind, tokens, keys)
             yield Row(
-                name=f"indexer topk s={tokens} n={keys} h={heads} d={depth} k={k} {kind}" + " fused" * fused,
-                fields={
-                    "s": tokens,
-                    "n": keys,
-                    "h": heads,
-                    "d": depth,
-                    "k": k,
-                    "window": kind,
-                    "fused": fused,
-                },
-                function=functools.partial(indexer_topk, k=k, fused=fused),
+                name=f"indexer topk s={tokens} n={keys} h={heads} d={depth} k={k} {kind}",
+                fields={"s": tokens, "n": keys, "h": heads, "d": depth, "k": k, "window": kind},
+                function=functools.partial(indexer_topk, k=k),
                 draw=functools.partial(draw, "fp8", tokens, keys, heads, depth),
                 constants=bounds,
                 flops=2 * scored * heads * depth,
@@ -55,7 +46,7 @@ def _rows(small: bool) -> Iterator[Row]:
 TABLES = {
     "indexer_topk": Table(
         "The k best of n keys for each of s tokens in one op, beside logits and topk in two; FP8",
-        ("s", "n", "h", "d", "k", "window", "fused"),
+        ("s", "n", "h", "d", "k", "window"),
         _rows,
         columns=("us", "TFLOP/s", *BESIDE_BASELINE, CLOCK),
         baseline="two calls",

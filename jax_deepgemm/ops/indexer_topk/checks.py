@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from jax_deepgemm.ops.indexer_topk.filter import STRIDE
 from jax_deepgemm.ops.topk.api import ORDERS
 from jax_deepgemm.ops.topk.problem import MOST_CHOSEN
 
@@ -22,11 +21,3 @@ def check_choice(op: str, k: Any, order: Any, scratch: Any) -> None:
         raise ValueError(f"{op}: order is {order!r}, need 'value' or 'index'.")
     if isinstance(scratch, bool) or not isinstance(scratch, (int, np.integer)) or scratch < 1:
         raise ValueError(f"{op}: scratch_bytes is {scratch!r}, need a positive int: bytes, such as 1 << 28.")
-
-
-def check_fused(op: str, fused: Any, keys: Any) -> None:
-    """Raises for what is no choice, and where there is nothing to take a sample of."""
-    if not isinstance(fused, bool):
-        raise TypeError(f"{op}: fused is {fused!r}, need True or False.")
-    if fused and isinstance(keys, int) and keys < STRIDE:
-        raise ValueError(f"{op}: fused is True and there are {keys} keys, need {STRIDE}. Leave it False.")

@@ -25,7 +25,6 @@ class IndexerTopkProblem:
       dtype: of keys and queries.
       by_index: whether they are in the order of their numbers, not the best first.
       scratch: bytes of scores that may be in memory at once.
-      sampled: keys of a sample, by which scores are filtered as they are made; 0: they are not.
     """
 
     tokens: int
@@ -36,12 +35,11 @@ class IndexerTopkProblem:
     dtype: str = "e4m3"
     by_index: bool = False
     scratch: int = SCRATCH
-    sampled: int = 0
 
     def __str__(self) -> str:
         parts = [f"indexer_topk {self.k} of {self.dtype} {self.tokens}x{self.keys}"]
         parts += [f"h={self.heads} d={self.depth}"]
-        return " ".join(parts + ["by index"] * self.by_index + ["filtered"] * (self.sampled > 0))
+        return " ".join(parts + ["by index"] * self.by_index)
 
     @property
     def flops(self) -> int:

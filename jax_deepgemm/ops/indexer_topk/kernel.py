@@ -12,7 +12,6 @@ from jax_deepgemm.ops.indexer.kernel import scaled
 from jax_deepgemm.ops.indexer_topk.family import FAMILY, IndexerTopkProblem
 
 _PARTS = ("q", "k", "scales", "weights", "start", "end")
-_SAMPLE = ("sample_k", "sample_scales", "sample_start", "sample_end")
 
 
 def _dense(
@@ -20,8 +19,7 @@ def _dense(
 ) -> IndexerTopkProblem:
     out = jax.ShapeDtypeStruct((avals_in[0].shape[0], avals_in[1].shape[0]), "float32")
     p = scaled.problem(avals_in, [out])
-    sampled = avals_in[len(_PARTS)].shape[0] if len(avals_in) > len(_PARTS) else 0
-    return IndexerTopkProblem(p.tokens, p.keys, p.heads, p.depth, best, p.dtype, by_index, scratch, sampled)
+    return IndexerTopkProblem(p.tokens, p.keys, p.heads, p.depth, best, p.dtype, by_index, scratch)
 
 
-dense = OpKernel(FAMILY, _dense, (*_PARTS, *_SAMPLE))
+dense = OpKernel(FAMILY, _dense, _PARTS)

@@ -18,7 +18,6 @@ from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan, pieces_of_whole
 from jax_deepgemm.ops.indexer.prepare import prepare
 from jax_deepgemm.ops.indexer_topk import reference
-from jax_deepgemm.ops.indexer_topk.filter import STRIDE, sample_of
 from jax_deepgemm.ops.topk.op import of_all, piece_of, topk_op
 from jax_deepgemm.ops.topk.reference import at
 
@@ -59,13 +58,6 @@ def _on_shard(plan: ShardingPlan, local: Any, *arrays: jax.Array) -> Any:
     return None, [piece_of(plan, x) for x in found]
 
 
-def _prepared(*arrays: jax.Array, fused: bool, **_: Any) -> list[jax.Array]:
-    """Operands as the kernels of logits read them, and a sample of the keys where scores are filtered."""
-    _q, k, scales, _weights, start, end = arrays
-    sampled = fused and k.shape[0] >= STRIDE
-    return [*prepare(True, *arrays), *(sample_of(k, scales, start, end) if sampled else ())]
-
-
 @functools.cache
 def indexer_topk_op() -> Op:
     """(q [s, h, d], k [n, d], scales [n], weights [s, h], start [s], end [s]) -> scores, keys [s, best]."""
@@ -77,6 +69,6 @@ def indexer_topk_op() -> Op:
         reduces=("n",),
         spmd=_on_shard,
         kernel=LazyKernel("jax_deepgemm.ops.indexer_topk.kernel", "dense"),
-        kernel_prepare=_prepared,
+        kernel_prepare=functools.partial(prepare, True),
         grad_hint=HINT,
     )

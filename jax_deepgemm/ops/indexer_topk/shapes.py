@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from jax_deepgemm.core.shapes import Call, CallShape, choice, flag, size
+from jax_deepgemm.core.shapes import Call, CallShape, choice, size
 from jax_deepgemm.ops.indexer_topk.api import indexer_topk
 from jax_deepgemm.ops.topk.api import ORDERS
 
@@ -25,7 +25,6 @@ class IndexerTopkShape(CallShape):
     heads: int = size("of a token", 64)
     depth: int = size("numbers of a head, and of a key", 128)
     order: str = choice("of the result", *ORDERS, default="value")
-    fused: bool = flag("scores are filtered as they are made")
 
     def calls(self) -> list[Call]:
         def array(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
@@ -34,7 +33,7 @@ class IndexerTopkShape(CallShape):
         q = array(self.tokens, self.heads, self.depth, dtype="float8_e4m3fn")
         kv = array(self.keys, self.depth, dtype="float8_e4m3fn"), array(self.keys)
         weights, bound = array(self.tokens, self.heads), array(self.tokens, dtype="int32")
-        run: Any = functools.partial(indexer_topk, k=self.k, order=self.order, fused=self.fused)
+        run: Any = functools.partial(indexer_topk, k=self.k, order=self.order)
         return [Call("indexer_topk", run, (q, kv, weights, bound, bound))]
 
 

@@ -1,7 +1,6 @@
 """The choice of keys on Hopper, as launches of the kernels of ops/indexer and ops/topk.
 
-In parts: tokens by tokens, scores of some go to scratch memory, and the choice reads them there. Or filtered
-as they are made (fused.py).
+In parts: tokens by tokens, scores of some go to scratch memory, and the choice reads them there.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from jax_deepgemm.jit import KernelSource
 from jax_deepgemm.ops.indexer import sm90 as indexer
 from jax_deepgemm.ops.indexer.family import FAMILY as LOGITS
 from jax_deepgemm.ops.indexer.family import IndexerConfig
-from jax_deepgemm.ops.indexer_topk import fused
 from jax_deepgemm.ops.indexer_topk.family import IndexerTopkProblem
 from jax_deepgemm.ops.topk.family import FAMILY as TOPK
 from jax_deepgemm.ops.topk.problem import beyond
@@ -84,15 +82,11 @@ def _in_parts(p: IndexerTopkProblem, c: IndexerConfig, chip: Chip, given: Operan
 
 
 def _plan(p: IndexerTopkProblem, c: IndexerConfig, chip: Chip, given: Operands) -> LaunchPlan:
-    if p.sampled:
-        return fused.plan(p, c, chip, given)
     scores = 4 * p.keys * part_tokens(p)
     return LaunchPlan(tuple(_in_parts(p, c, chip, given)), (scores,), str(p))
 
 
 def _sources(p: IndexerTopkProblem, c: IndexerConfig) -> Sequence[KernelSource]:
-    if p.sampled:
-        return fused.sources(p, c)
     found = []
     for count in dict.fromkeys(count for _, count in ranges(p)):
         found += [indexer.kernel_source(p.logits_of(count), c), *TOPK.sources(p.topk_of(count), H200)]
@@ -100,8 +94,7 @@ def _sources(p: IndexerTopkProblem, c: IndexerConfig) -> Sequence[KernelSource]:
 
 
 def _refusal(p: IndexerTopkProblem) -> str:
-    refused = fused.refusal(p) if p.sampled else beyond(part_tokens(p), p.keys, p.k)
-    return indexer.refusal(p.logits) or refused
+    return indexer.refusal(p.logits) or beyond(part_tokens(p), p.keys, p.k)
 
 
 KERNELS = Kernels[IndexerTopkProblem, IndexerConfig](

@@ -65,10 +65,9 @@ struct Token {
   u64 row;
   int start, end, first, last;
 };
-constexpr int kTokenBytes = 32;  // in shared memory: start, end, first, last | row | step | piece
+constexpr int kTokenBytes = 32;  // in shared memory: start, end, first, last | row | step
 constexpr u32 kTokenRow = 16;
-constexpr u32 kTokenStep = 24;   // of its linear columns
-constexpr u32 kTokenPiece = 28;  // which part of its tiles (candidates.cuh)
+constexpr u32 kTokenStep = 24;  // of its linear columns
 
 // The tiles of a block of tokens: the first key, how many (0: there is nothing more to do), and the keys that
 // are in the windows of all tokens.

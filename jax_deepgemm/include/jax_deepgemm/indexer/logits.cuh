@@ -100,7 +100,6 @@ struct Work {
   int block;
   Span tiles;  // none: nothing is left
   Token token;
-  int which;  // of the tokens' pieces, as candidates.cuh counts them
 };
 
 // A warp. One lane of it loads; all of them look at windows. Tokens come early: as soon as all slots of keys
@@ -129,14 +128,13 @@ struct Producer {
         elected(ptx::elect()) {}
 
   __device__ __forceinline__ Work next() {
-    Work work = {0, {0, 0}, {0, kNever, 0, 0, 0}, kFirstPiece};
+    Work work = {0, {0, 0}, {0, kNever, 0, 0, 0}};
 #pragma unroll 1
     while (left > 0 && work.tiles.size() == 0) {
       work.block = block;
       work.token = token_of_lane(p, block);
       Span tiles = tiles_of_warp<C>(work.token);
       tiles.begin += skip;
-      work.which = skip == 0 ? kFirstPiece : tiles.size() > left ? kMiddlePiece : kLastPiece;
       if (tiles.size() > left) tiles.end = tiles.begin + static_cast<int>(left);
       work.tiles = tiles;
       left -= tiles.size();
@@ -154,7 +152,6 @@ struct Producer {
       const u32 low = static_cast<u32>(token.row), high = static_cast<u32>(token.row >> 32);
       ptx::store_shared_4(at, token.start, token.end, token.first, token.last);
       ptx::store_shared_2(at + kTokenRow, __uint_as_float(low), __uint_as_float(high));
-      if constexpr (kHasCandidates<C>) ptx::store_shared(at + kTokenPiece, __int_as_float(work.which));
     }
     if (elected) {
       ptx::store_shared_4(queries.run(), tiles.begin * kTileKeys<C>, tiles.size(), common.begin, common.end);
@@ -226,7 +223,7 @@ struct Scorer {
   static constexpr int kSteps = C::HEADS / 16;        // products of a warp, of a token
   static constexpr int kPairs = (C::TOKENS + 1) / 2;  // logits of a thread, of a bank
   static constexpr bool kKeepRows =                   // in registers
-      kPairs * C::BANKS <= 2 && C::CONSUMERS == 2 && !kHasCandidates<C>;
+      kPairs * C::BANKS <= 2 && C::CONSUMERS == 2;
   static constexpr float kHalf = C::TENSOR_SUMS ? 1.0f : 0.5f;  // what sums are multiplied by
   using Product = float[kCount];
   using Sums = float[2 * C::TOKENS];
@@ -247,17 +244,14 @@ struct Scorer {
   float steps[C::BANKS][C::TOKENS];  // of this thread's digits of linear columns
   u32 factors[C::BANKS][C::TENSOR_SUMS ? C::TOKENS * kSteps : 1][2];
   u64 rows[C::BANKS][kKeepRows ? kPairs : 1];
-  Emitter<C> emitter;
-  Segment segments[kHasCandidates<C> ? C::BANKS : 1][kHasCandidates<C> ? kPairs : 1];
 
-  __device__ __forceinline__ Scorer(u32 smem, int warpgroup, const Candidates& candidates)
+  __device__ __forceinline__ Scorer(u32 smem, int warpgroup)
       : keys(smem),
         queries(smem),
         warpgroup(warpgroup),
         lane(threadIdx.x % 32),
         mine(threadIdx.x / 32 * 16 + lane / 4 + (lane & 2) * 4),
-        scale_at(scale_offset<C>(mine)),
-        emitter{&candidates} {}
+        scale_at(scale_offset<C>(mine)) {}
 
   // --- a block of tokens ---
 
@@ -282,37 +276,6 @@ struct Scorer {
       if constexpr (C::LINEAR > 0) load_steps(bank);
 #pragma unroll
       for (int pair = 0; kKeepRows && pair < kPairs; ++pair) rows[bank][pair] = row_of(bank, pair);
-#pragma unroll
-      for (int pair = 0; kHasCandidates<C> && pair < kPairs; ++pair)
-        segments[bank][pair] = emitter.begin(candidate_token(bank, pair));
-    }
-  }
-
-  // --- candidates, instead of rows ---
-
-  __device__ __forceinline__ CandidateToken candidate_token(int bank, int pair) const {
-    const u32 at = token_of(bank, pair);
-    const int piece = __float_as_int(ptx::load_shared(at + kTokenPiece));
-    return {static_cast<int>(row_of(bank, pair)), piece, __float_as_int(ptx::load_shared(at)) != kNever};
-  }
-
-  __device__ __forceinline__ void emit(int bank, int pair, const Tile& tile, float logit, bool has_one) {
-    Segment& segment = segments[bank][pair];
-    const i64 key = static_cast<i64>(tile.key) + mine;
-    bool wanted = has_one && logit >= segment.bound;
-    if (!tile.whole) {
-      const float2 window = ptx::load_shared_2(token_of(bank, pair));
-      wanted = wanted && key >= __float_as_int(window.x) && key < __float_as_int(window.y);
-    }
-    emitter.put(segment, wanted, logit, static_cast<int>(key));
-  }
-
-  __device__ __forceinline__ void end_tokens() const {
-#pragma unroll
-    for (int i = 0; kHasCandidates<C> && i < C::BANKS * kPairs; ++i) {
-      const int bank = i / kPairs, pair = i % kPairs;
-      if (lane == 0 || (lane == 1 && 2 * pair + 1 < C::TOKENS))
-        emitter.end(segments[bank][pair], candidate_token(bank, pair));
     }
   }
 
@@ -422,7 +385,7 @@ struct Scorer {
   }
 
   // Sums become logits of this thread's key: of one of every two tokens.
-  __device__ __forceinline__ void finish(const Sums& sums, int bank, const Tile& tile) {
+  __device__ __forceinline__ void finish(const Sums& sums, int bank, const Tile& tile) const {
     const bool lower = lane & 2, odd = lane & 1;
     float whole[C::TOKENS];
 #pragma unroll
@@ -432,10 +395,7 @@ struct Scorer {
     for (int pair = 0; pair < kPairs; ++pair) {
       const bool alone = 2 * pair + 1 == C::TOKENS;
       const float total = with_other<1>(whole[2 * pair], whole[alone ? 2 * pair : 2 * pair + 1], odd);
-      if constexpr (kHasCandidates<C>)
-        emit(bank, pair, tile, total * tile.scale, !alone || !odd);
-      else if (!alone || !odd)
-        store(bank, pair, tile, total * tile.scale);
+      if (!alone || !odd) store(bank, pair, tile, total * tile.scale);
     }
   }
 
@@ -516,7 +476,6 @@ struct Scorer {
     for (Run at = receive(); at.tiles > 0; at = receive()) {
       begin_tokens();
       score(at);
-      end_tokens();
       Queries<C>::release(queries.empty());
       queries.advance();
     }
@@ -557,14 +516,14 @@ __device__ __forceinline__ void logits(const Problem<C>& p) {
       Producer<C>(p, share, smem).run();
     else if (warp > kFillWarps)
       write_linear_columns<C>(smem, warp - 1 - kFillWarps);
-    else if constexpr (kSink<C> == Sink::kRows)
+    else
       fill_rows(p, warp - 1, kFillWarps);
   } else if (kPacked<C> && warpgroup > C::CONSUMERS) {
     ptx::lower_registers<72>();
     if constexpr (kPacked<C>) Expander<C>(smem).run(share);
   } else {
     ptx::raise_registers<kPacked<C> ? 200 : C::CONSUMERS == 3 ? 160 : 232>();
-    Scorer<C>(smem, warpgroup, p.candidates).run();
+    Scorer<C>(smem, warpgroup).run();
   }
 }
 

@@ -7,7 +7,6 @@
 // them before.
 #pragma once
 
-#include <jax_deepgemm/indexer/candidates.cuh>
 #include <jax_deepgemm/indexer/config.cuh>
 #include <jax_deepgemm/ptx/memory.cuh>
 
@@ -31,8 +30,6 @@ struct Problem {
   const int* tables;
   int table_width;
   const int* requests;
-
-  Candidates candidates;  // instead of the result
 };
 
 constexpr int kNever = 0x7FFFFFFF;
@@ -100,7 +97,7 @@ __device__ __forceinline__ Token token_at(const Problem<C>& p, int index) {
   const int first = C::COMPRESSED ? start : index / p.batch_tokens * p.batch_keys;
   const int last = first + min(p.columns, kNever - first);
   const i64 before = static_cast<i64>(index) * p.columns - first;
-  const u64 row = kHasCandidates<C> ? index : reinterpret_cast<u64>(p.out) + before * sizeof(typename C::Out);
+  const u64 row = reinterpret_cast<u64>(p.out) + before * sizeof(typename C::Out);
   return {row, start, min(end, last), first, last};
 }
 

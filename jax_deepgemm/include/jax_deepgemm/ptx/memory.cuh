@@ -85,9 +85,6 @@ __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ void store_global(float* to, float v) {
   asm volatile("st.global.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(v) : "memory");
 }
-__device__ __forceinline__ void store_global(int* to, int v) {
-  asm volatile("st.global.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(v) : "memory");
-}
 __device__ __forceinline__ void store_global(bf16* to, float v) {
   asm volatile("st.global.u16 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "h"(to_bf16(v).bits)
                : "memory");

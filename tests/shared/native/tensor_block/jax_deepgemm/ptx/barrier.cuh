@@ -79,12 +79,6 @@ template <class T>
 T __shfl_up_sync(unsigned, T value, unsigned step) {
   return from_lane(value, threadIdx.x % 32 >= step ? threadIdx.x - step : threadIdx.x);
 }
-inline unsigned __ballot_sync(unsigned, bool value) {
-  unsigned all = 0;
-  exchange(value, [&](unsigned lane, bool other) { all |= (other ? 1u : 0u) << lane; });
-  return all;
-}
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __reduce_min_sync(unsigned, int value) {
   int least = value;
   exchange(value, [&](unsigned, int other) { least = other < least ? other : least; });

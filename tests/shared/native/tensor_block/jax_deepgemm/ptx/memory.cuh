@@ -30,7 +30,6 @@ inline bf16 to_bf16(float v) {
 }
 
 inline void store_global(float* to, float v) { *to = v; }
-inline void store_global(int* to, int v) { *to = v; }
 inline void store_global(bf16* to, float v) { *to = to_bf16(v); }
 
 template <int REGISTERS>
