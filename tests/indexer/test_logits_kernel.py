@@ -4,6 +4,7 @@ products are made when they are waited for, so that a slot that is given away to
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,15 @@ def test_the_text_gives_every_field() -> None:
 )
 def test_rules(config: IndexerConfig, rule: str) -> None:
     assert any(rule in line for line in FAMILY.broken_rules(PROBLEMS[0], config, H200))
+
+
+@pytest.mark.parametrize("heads", [8, 32, 64])
+def test_keys_in_fp4_are_summed_as_others(heads: int) -> None:
+    """So that what is chosen among keys that were expanded before are the best of these logits."""
+    for tokens, keys in itertools.product(range(1, 256 // heads + 1), (1000, 65536)):
+        p = LogitsProblem(tokens, keys, keys, heads, 128)
+        plain, packed = (FAMILY.cheapest(one, H200) for one in (p, dataclasses.replace(p, packed=True)))
+        assert (packed.linear, packed.tensor_sums) == (plain.linear, plain.tensor_sums)
 
 
 def test_choice_follows_the_tokens() -> None:

@@ -15,8 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
-from jax_deepgemm import moe
-from jax_deepgemm.ops import grouped, indexer, indexer_quantize
+from jax_deepgemm import indexer, moe
+from jax_deepgemm.ops import grouped
 from jax_deepgemm.ops import quantize as quantization
 from jax_deepgemm.ops import swiglu as activation
 from jax_deepgemm.quantization import QuantizedArray
@@ -249,7 +249,7 @@ def _accumulated(w: jax.Array, sums: jax.Array, x: jax.Array) -> Any:
 
 def _written(keys: jax.Array, slots: jax.Array) -> jax.Array:
     cache = jnp.zeros((2, 16, keys.shape[1] + 4), jnp.uint8)
-    return indexer_quantize.indexer_quantize(keys, cache=cache, slots=slots)
+    return indexer.indexer_quantize(keys, cache=cache, slots=slots)
 
 
 def _layer(*args: Any) -> Any:
@@ -421,9 +421,9 @@ FORWARD = (
     ),
     Call("indexer_topk", _chosen, ("queries", "q_keys", *WINDOWS)),
     Call("paged_indexer_topk", _chosen_pages, ("queries", "pages", "page_scales", "head_weights", "k_end")),
-    Call("indexer_quantize", indexer_quantize.indexer_quantize, ("dact",)),
+    Call("indexer_quantize", indexer.indexer_quantize, ("dact",)),
     Call("indexer_quantize into pages", _written, ("dact", "indices")),
-    Call("hadamard", indexer_quantize.hadamard, ("x_f32",)),
+    Call("hadamard", indexer.hadamard, ("x_f32",)),
     Call("topk", functools.partial(jdg.topk, k=3), ("x",)),
     Call(
         "topk values",

@@ -133,7 +133,7 @@ def dequantize_fp4(q: Fp4Array | tuple[ArrayLike, ArrayLike], dtype: DTypeLike =
 
 def _decoded(values: jax.Array) -> jax.Array:
     """float32 [.., d] of bytes [.., d / 2]."""
-    codes = (values[..., None] >> jnp.array([0, 4], jnp.uint8) & 15).astype(jnp.int32)
+    codes = jnp.stack([values & 15, values >> 4], axis=-1).astype(jnp.int32)
     exponent, mantissa = codes >> 1 & 3, codes & 1
     halves = jnp.where(exponent == 0, mantissa, (2 + mantissa) << jnp.maximum(exponent - 1, 0))
     magnitude = 0.5 * halves.astype(jnp.float32)

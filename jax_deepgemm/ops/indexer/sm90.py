@@ -19,7 +19,7 @@ DIGITS = 4
 MOST_COLUMNS = 128
 """Of a bank's heads."""
 REGISTERS = {2: 232 - 28, 3: 160 - 24}
-PACKED_REGISTERS = {2: 216 - 28}
+PACKED_REGISTERS = {2: 200 - 28}
 """Of products, weights and steps of linear columns, by consumer warpgroups, so that ptxas has room for the
 rest; beside a warpgroup that expands keys in FP4."""
 EXPANDED_STAGES = 4

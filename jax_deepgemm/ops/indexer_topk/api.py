@@ -14,6 +14,7 @@ from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.options import Sharding, config_option, num_sms_option, sharding_option
 from jax_deepgemm.ops.indexer import checks
 from jax_deepgemm.ops.indexer.family import IndexerConfig
+from jax_deepgemm.ops.indexer.fp4 import Fp4Array
 from jax_deepgemm.ops.indexer_topk.checks import check_choice
 from jax_deepgemm.ops.indexer_topk.family import SCRATCH
 from jax_deepgemm.ops.indexer_topk.op import best_of_all, indexer_topk_op
@@ -23,8 +24,8 @@ from jax_deepgemm.ops.topk.problem import MOST_COLUMNS
 
 
 def indexer_topk(
-    q: QuantizedLike | ArrayLike,
-    kv: QuantizedLike | ArrayLike,
+    q: QuantizedLike | Fp4Array | ArrayLike,
+    kv: QuantizedLike | Fp4Array | ArrayLike,
     weights: ArrayLike,
     k_start: ArrayLike,
     k_end: ArrayLike,
@@ -55,8 +56,8 @@ def indexer_topk(
     True
 
     Args:
-      q, kv, weights, k_start, k_end: as those of `mqa_logits`: q [s, h, d] and kv [n, d] FP8 with scales, or
-        both bfloat16, quantised here; weights float32 [s, h]; k_start, k_end integers [s].
+      q, kv, weights, k_start, k_end: as those of `mqa_logits`: q [s, h, d] and kv [n, d] FP8 or FP4 with
+        scales, or both bfloat16, quantised here; weights float32 [s, h]; k_start, k_end integers [s].
       k: how many, 1 to 2048.
       values: whether the scores are returned too.
       order: "value", the best first, or "index", by ascending keys, as attention gathers them best.

@@ -11,8 +11,10 @@ from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Param, Result,
 from jax_deepgemm.jit import KernelSource, compile_kernel
 from jax_deepgemm.ops.topk.problem import TopkProblem
 
-FORMS = ((32, 8), (64, 8), (128, 8), (256, 8), (512, 8), (512, 16))
-"""Threads of a block, and candidates that each holds: 64 registers, and with 16 candidates 128."""
+THREADS = (32, 64, 128, 256, 512, 1024)
+"""Of a block."""
+HELD = 8
+"""Candidates of a thread, for which it has 64 registers."""
 CLUSTERS = {16: 4, 8: 15, 4: 30, 2: 66}
 """Pieces of a row, and for how many rows at once an H200 has room, with a block for each SM."""
 OF_A_PIECE = 8192
@@ -47,20 +49,18 @@ class Cut(NamedTuple):
 
     Attributes:
       threads: of a block.
-      held: candidates of a thread.
       pieces: blocks of a row, a cluster.
       sample: numbers of the sample of a row that a block does not hold.
     """
 
     threads: int
-    held: int
     pieces: int
     sample: int
 
     @property
     def capacity(self) -> int:
         """Candidates that a block has a place for."""
-        return self.threads * self.held
+        return self.threads * HELD
 
     @property
     def shared_bytes(self) -> int:
@@ -68,27 +68,27 @@ class Cut(NamedTuple):
 
     @property
     def resident(self) -> int:
-        """Blocks that an SM has registers for: 64 of a thread, or 128; where rows are few, there is one."""
-        return min(1024 * 8 // self.capacity, 32) if self.pieces == 1 else 1
+        """Blocks that an SM has registers for; where rows are few, there is one."""
+        return 1024 // self.threads if self.pieces == 1 else 1
 
 
 def cut_of(p: TopkProblem, num_sms: int) -> Cut:
     """How rows are cut: few ones into pieces; the smallest blocks that hold the candidates of many.
 
     >>> cut_of(TopkProblem(8192, 65536, 2048), 132)
-    Cut(threads=512, held=8, pieces=1, sample=4096)
+    Cut(threads=512, pieces=1, sample=4096)
     >>> [cut_of(TopkProblem(rows, 1 << 20, 2048), 132).pieces for rows in (1, 8, 64, 132)]
     [16, 8, 2, 1]
     """
     fitting = (n for n, rows in CLUSTERS.items() if p.rows <= rows and n * OF_A_PIECE <= p.columns)
     pieces = next(fitting, 1)
-    quick = 128 if p.rows > num_sms else 512
-    for threads, held in FORMS:
-        capacity = threads * held
+    quick = 32 if p.columns <= 1024 else 128 if p.rows > num_sms else 512
+    for threads in THREADS:
+        capacity = threads * HELD
         sample = min(max(_power_of_two(p.columns) // SAMPLED, LEAST_SAMPLE), 2 * capacity)
         if p.columns <= capacity or (threads >= quick and candidates(p, sample) <= capacity):
             break
-    return Cut(threads, held, pieces, sample)
+    return Cut(threads, pieces, sample)
 
 
 def candidates(p: TopkProblem, sample: int) -> float:
@@ -110,14 +110,14 @@ def _power_of_two(least: int) -> int:
 def kernel_source(p: TopkProblem, cut: Cut) -> KernelSource:
     """The source of the kernel that solves p, equal for all rows that are cut alike."""
     flags = {"windows": p.windows, "values": p.values, "by_index": p.by_index}
-    parts = ["jdg_topk", _SHORT[p.dtype], f"t{cut.threads}h{cut.held}"]
+    parts = ["jdg_topk", _SHORT[p.dtype], f"t{cut.threads}"]
     parts += [f"x{cut.pieces}"] if cut.pieces > 1 else []
     name = "_".join([*parts, *(name for name, on in flags.items() if on)])
     text = _TEXT.format(
         name=name,
         number=_NUMBERS[p.dtype],
         threads=cut.threads,
-        held=cut.held,
+        held=HELD,
         pieces=cut.pieces,
         resident=cut.resident,
         given="const int* start, const int* end, " if p.windows else "",

@@ -83,30 +83,36 @@ struct Expander {
     return ptx::load_shared_4(packed.keys() + swizzled);
   }
 
+  // A key. All loads stand before what waits for them: there is one warp of these to a quarter of an SM.
   __device__ __forceinline__ void expand(int key) const {
     const u32 scale_at = scale_offset<C>(key);
     const u32 word = __float_as_uint(ptx::load_shared(packed.scales() + scale_at));
+    float4 blocks[kBlocks];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) blocks[i] = block_of(key, i);
     int largest = 0;
     bool nan = false;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      const float4 block = block_of(key, i);
-      const u32 any = __float_as_uint(block.x) | __float_as_uint(block.y) | __float_as_uint(block.z) |
-                      __float_as_uint(block.w);
+      const u32 any = __float_as_uint(blocks[i].x) | __float_as_uint(blocks[i].y) |
+                      __float_as_uint(blocks[i].z) | __float_as_uint(blocks[i].w);
       const u32 code = word >> 8 * i & 255;
       if (any & 0x77777777) largest = max(largest, static_cast<int>(code));
       nan |= code == kNanCode;
     }
     const int base = max(largest - kLargestShift, 1);
-    keys.wait_empty();
+    float2 tables[kBlocks];
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
       const int code = word >> 8 * i & 255;
       const int shift = max(0, min(base + kLargestShift - code, kShifts - 1));
-      const float2 table = ptx::load_shared_2(packed.smem + L::kTable + shift * 8);
-      const float4 block = block_of(key, i);  // again, rather than in 16 registers
-      store(key, 2 * i, table, block.x, block.y);
-      store(key, 2 * i + 1, table, block.z, block.w);
+      tables[i] = ptx::load_shared_2(packed.smem + L::kTable + shift * 8);
+    }
+    keys.wait_empty();
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      store(key, 2 * i, tables[i], blocks[i].x, blocks[i].y);
+      store(key, 2 * i + 1, tables[i], blocks[i].z, blocks[i].w);
     }
     const u32 scale = nan ? 0x7FFFFFFFu : static_cast<u32>(base) << 23;
     ptx::store_shared(keys.scales() + scale_at, __uint_as_float(scale));

@@ -519,10 +519,10 @@ __device__ __forceinline__ void logits(const Problem<C>& p) {
     else
       fill_rows(p, warp - 1, kFillWarps);
   } else if (kPacked<C> && warpgroup > C::CONSUMERS) {
-    ptx::lower_registers<40>();
+    ptx::lower_registers<72>();
     if constexpr (kPacked<C>) Expander<C>(smem).run(share);
   } else {
-    ptx::raise_registers<kPacked<C> ? 216 : C::CONSUMERS == 3 ? 160 : 232>();
+    ptx::raise_registers<kPacked<C> ? 200 : C::CONSUMERS == 3 ? 160 : 232>();
     Scorer<C>(smem, warpgroup).run();
   }
 }

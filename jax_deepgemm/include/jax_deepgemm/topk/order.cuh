@@ -204,18 +204,6 @@ __device__ __forceinline__ void clear(const Block<C>& b) {
   if (b.thread == 0) b.found->pairs = 0;
 }
 
-// One more in a bin, by all lanes together, as many equal ones would make a queue; BINS is none. Returns how
-// many were there.
-template <class C>
-__device__ __forceinline__ u32 count(const Block<C>& b, u32 bin) {
-  const bool alike = __all_sync(kWarp, bin == __shfl_sync(kWarp, bin, 0));
-  const bool some = bin < Block<C>::BINS;
-  if (!alike) return some ? atomicAdd(b.bins + bin, 1u) : 0;
-  u32 first = 0;
-  if (some && b.lane == 0) first = atomicAdd(b.bins + bin, 32u);
-  return __shfl_sync(kWarp, first, 0) + b.lane;
-}
-
 // Finds the bin that the wanted-th is in, from the highest, and what else Found says of bins. A block's own
 // bins then say how many are above each; those of all blocks of a row together stay as they are.
 template <bool TOGETHER, class C>
@@ -296,7 +284,10 @@ __device__ __forceinline__ u32 order(const Block<C>& b, Held<C>& h, u64 low, u64
   bool crowded;
   for (int looks = 1;; ++looks) {
 #pragma unroll
-    for (int j = 0; j < C::HELD; ++j) h.place[j] = count(b, bins.of(h.candidate[j]));
+    for (int j = 0; j < C::HELD; ++j) {
+      const u32 bin = bins.of(h.candidate[j]);
+      h.place[j] = bin < bins.COUNT ? atomicAdd(b.bins + bin, 1u) : 0;
+    }
     __syncthreads();
     look<false>(b, wanted);
     crowded = b.found->pairs > u32{kCompared} * C::THREADS;
@@ -328,6 +319,8 @@ __device__ __forceinline__ u32 order(const Block<C>& b, Held<C>& h, u64 low, u64
     if (c != 0 && !crowded) {
       const u32 bin = bins.of(c), end = bin == 0 ? b.found->total : b.bins[bin - 1];
       at = b.bins[bin];
+      // Not unrolled: cold instructions cost more here than the loop.
+#pragma unroll 1
       for (u32 other = at; other < end; ++other) at += b.list[other] > c ? 1 : 0;
     }
     h.candidate[j] = c, h.place[j] = at;

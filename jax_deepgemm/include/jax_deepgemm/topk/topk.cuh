@@ -172,8 +172,13 @@ struct InPiece {
     read_again(b, from, to, [&](const float* number, const auto& column) {
 #pragma unroll
       for (int j = 0; j < kNumbers; ++j)
-        if (__any_sync(kWarp, number[j] >= least)) jdg::count(b, bins.of(candidate<N>(number[j], column(j))));
+        if (__any_sync(kWarp, number[j] >= least)) one_more(bins.of(candidate<N>(number[j], column(j))));
     });
+  }
+  // In a bin, by all lanes together, as many equal numbers would make a queue.
+  __device__ __forceinline__ void one_more(u32 bin) const {
+    const bool alike = __all_sync(kWarp, bin == __shfl_sync(kWarp, bin, 0));
+    if (bin < Block<C>::BINS && (!alike || b.lane == 0)) atomicAdd(b.bins + bin, alike ? 32u : 1u);
   }
 };
 
