@@ -13,6 +13,9 @@ A file has a shape a line, as JSON objects or as CSV; empty lines and lines that
     {"op": "route", "tokens": 4096, "experts": 256, "top_k": 8, "score": "sigmoid", "bias": true}
     {"op": "topk", "rows": 64, "columns": 65536, "k": 2048}
     {"op": "mqa_logits", "tokens": 2048, "keys": 8192, "heads": 64}
+    {"op": "paged_mqa_logits", "requests": 64, "pages": 128, "heads": 64}
+    {"op": "indexer_quantize", "tokens": 4096, "heads": 64}
+    {"op": "indexer_topk", "tokens": 2048, "keys": 8192, "k": 512}
     {"op": "moe_mlp", "tokens": 4096, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
     {"op": "moe_mlp_decode", "tokens": 64, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
 
