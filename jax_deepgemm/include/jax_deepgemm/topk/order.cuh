@@ -8,8 +8,9 @@
 // clang-format on
 //
 // A candidate is one integer, of the order of the result: the number's rank among all numbers of its dtype,
-// then 20 bits of how far its column is from the last that can be. So no two are equal, and ties need no
-// care. NaN and -infinity are no candidates; both zeros are one number.
+// then how far its column is from the last that can be, in as many bits as columns need, so that equal
+// numbers are spread over bins as others are. No two are equal, and ties need no care. NaN and -infinity are
+// no candidates; both zeros are one number.
 //
 // shared memory:  list[CAPACITY] | bins[BINS] | Found
 //
@@ -45,8 +46,6 @@ struct TopkSizes {
 };
 
 constexpr u32 kWarp = 0xFFFFFFFF;
-constexpr int kColumnBits = 20;
-constexpr u32 kLastColumn = (1u << kColumnBits) - 1;
 constexpr int kHighest = 32;   // so many of the highest may share the last bin, when bins are cut finer
 constexpr int kCompared = 64;  // pairs in equal bins for each thread, from which on bins are crowded
 constexpr int kLooks = 3;      // at bins, before the network sorts
@@ -92,18 +91,6 @@ __device__ __forceinline__ float number_of(u32 rank) {
   const u32 whole = rank << N::UNUSED;
   return __uint_as_float(whole ^ (static_cast<int>(whole) < 0 ? 0x80000000u : 0xFFFFFFFFu));
 }
-// 0: none.
-template <class N>
-__device__ __forceinline__ u64 candidate(float number, int column) {
-  return number >= kLowest ? static_cast<u64>(rank_of<N>(number)) << kColumnBits | (kLastColumn - column) : 0;
-}
-__device__ __forceinline__ constexpr u64 first_of_rank(u32 rank) {
-  return static_cast<u64>(rank) << kColumnBits;
-}
-__device__ __forceinline__ constexpr u64 last_of_rank(u32 rank) { return first_of_rank(rank) | kLastColumn; }
-__device__ __forceinline__ int column_of(u64 c) {
-  return static_cast<int>(kLastColumn - (static_cast<u32>(c) & kLastColumn));
-}
 
 // The block ---------------------------------------------------------------------------------------------
 
@@ -136,9 +123,17 @@ struct Block {
   u32* bins;
   Found* found;
   int thread, lane, warp;
+  int column_bits;  // at most 20
+  u32 last_column;
 
   __device__ __forceinline__ Block(const TopkSizes& s, const Bits* r)
-      : size(s), row(r), thread(static_cast<int>(threadIdx.x)), lane(thread % 32), warp(thread / 32) {
+      : size(s),
+        row(r),
+        thread(static_cast<int>(threadIdx.x)),
+        lane(thread % 32),
+        warp(thread / 32),
+        column_bits(32 - __clz(s.n - 1)),
+        last_column((1u << column_bits) - 1) {
     list = reinterpret_cast<u64*>(ptx::shared_words());
     bins = reinterpret_cast<u32*>(list + CAPACITY);
     found = reinterpret_cast<Found*>(bins + BINS);
@@ -146,6 +141,17 @@ struct Block {
   __device__ __forceinline__ u32* sample() const { return reinterpret_cast<u32*>(list); }
   __device__ __forceinline__ float number(int column) const {
     return N::of(ptx::load_constant(row + column));
+  }
+
+  // Candidates; 0 is none.
+  __device__ __forceinline__ u64 candidate(float number, int column) const {
+    return number >= kLowest ? first_of(rank_of<N>(number)) | (last_column - column) : 0;
+  }
+  __device__ __forceinline__ u64 first_of(u32 rank) const { return static_cast<u64>(rank) << column_bits; }
+  __device__ __forceinline__ u64 last_of(u32 rank) const { return first_of(rank) | last_column; }
+  __device__ __forceinline__ u32 rank(u64 c) const { return static_cast<u32>(c >> column_bits); }
+  __device__ __forceinline__ int column(u64 c) const {
+    return static_cast<int>(last_column - (static_cast<u32>(c) & last_column));
   }
 
   // Of all lanes up to this one.
@@ -336,13 +342,13 @@ __device__ __forceinline__ void finish(const Block<C>& b, Held<C>& h, u64 low, i
   u32 most = 0;
 #pragma unroll
   for (int j = 0; j < C::HELD; ++j) {
-    const u32 rank = static_cast<u32>(h.candidate[j] >> kColumnBits);
+    const u32 rank = b.rank(h.candidate[j]);
     most = rank > most ? rank : most;
   }
   b.raise(&b.found->most, most);
   clear(b);
   __syncthreads();
-  const u32 k = b.size.k, chosen = order(b, h, low, last_of_rank(b.found->most)),
+  const u32 k = b.size.k, chosen = order(b, h, low, b.last_of(b.found->most)),
             filled = chosen < k ? chosen : k;
   if constexpr (C::BY_INDEX) {
     // The column first, and then the rank.
@@ -351,19 +357,19 @@ __device__ __forceinline__ void finish(const Block<C>& b, Held<C>& h, u64 low, i
 #pragma unroll
     for (int j = 0; j < C::HELD; ++j) {
       const u64 c = h.place[j] < k ? h.candidate[j] : 0;
-      h.candidate[j] = (c & kLastColumn) << 32 | c >> kColumnBits;
+      h.candidate[j] = (c & b.last_column) << 32 | b.rank(c);
     }
     __syncthreads();
-    order(b, h, (u64{kLastColumn} - (to - 1)) << 32 | 1, (u64{kLastColumn} - from) << 32 | 0xFFFFFFFFu);
+    order(b, h, (u64{b.last_column} - (to - 1)) << 32 | 1, (u64{b.last_column} - from) << 32 | 0xFFFFFFFFu);
   }
 #pragma unroll
   for (int j = 0; j < C::HELD; ++j) {
     const u64 c = h.candidate[j];
     if (c == 0 || h.place[j] >= k) continue;
-    const int column = column_of(C::BY_INDEX ? c >> 32 : c);
+    const int column = b.column(C::BY_INDEX ? c >> 32 : c);
     indices[h.place[j]] = column;
     if constexpr (C::VALUES)
-      values[h.place[j]] = value(static_cast<u32>(C::BY_INDEX ? c : c >> kColumnBits), column);
+      values[h.place[j]] = value(C::BY_INDEX ? static_cast<u32>(c) : b.rank(c), column);
   }
   for (u32 i = filled + b.thread; i < k; i += C::THREADS) {
     indices[i] = -1;

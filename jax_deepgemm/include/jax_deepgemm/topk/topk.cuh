@@ -84,7 +84,7 @@ __device__ __forceinline__ void append(const Block<C>& b, u32 mask, const Column
   u32 to = b.places(&b.found->count, __popc(mask));
   for (; mask != 0 && to < Block<C>::CAPACITY; mask &= mask - 1, ++to) {
     const int at = column(__ffs(mask) - 1);
-    b.list[to] = candidate<typename Block<C>::N>(b.number(at), at);
+    b.list[to] = b.candidate(b.number(at), at);
   }
 }
 
@@ -133,9 +133,9 @@ __device__ __forceinline__ void read_again(const Block<C>& b, int from, int to, 
 template <class C>
 __device__ __forceinline__ void gather_again(const Block<C>& b, int from, int to, u64 least) {
   using N = typename Block<C>::N;
-  const u32 rank = static_cast<u32>(least >> kColumnBits);
+  const u32 rank = b.rank(least);
   const float low = number_of<N>(rank), above = number_of<N>(rank + 1);  // NaN above infinity
-  const int last = column_of(least);                                     // in which `low` is enough
+  const int last = b.column(least);                                      // in which `low` is enough
   read_again(b, from, to, [&](const float* number, const auto& column) {
     u32 mask = 0;
 #pragma unroll
@@ -150,8 +150,8 @@ template <class C>
 struct InSample {
   using Key = u32;  // a rank
   static constexpr bool TOGETHER = false;
-  static constexpr Key HIGHEST = Block<C>::HIGHEST;
   const Block<C>& b;
+  __device__ __forceinline__ Key highest() const { return Block<C>::HIGHEST; }
   __device__ __forceinline__ void count(const Bins<C, Key>& bins) const {
     for (int i = b.thread; i < b.size.sample; i += C::THREADS) {
       const u32 bin = bins.of(b.sample()[i]);
@@ -163,16 +163,16 @@ template <class C>
 struct InPiece {
   using Key = u64;  // a candidate
   static constexpr bool TOGETHER = true;
-  static constexpr Key HIGHEST = last_of_rank(Block<C>::HIGHEST);
   const Block<C>& b;
   int from, to;
+  __device__ __forceinline__ Key highest() const { return b.last_of(Block<C>::HIGHEST); }
   __device__ __forceinline__ void count(const Bins<C, Key>& bins) const {
     using N = typename Block<C>::N;
-    const float least = number_of<N>(static_cast<u32>(bins.low >> kColumnBits));
+    const float least = number_of<N>(b.rank(bins.low));
     read_again(b, from, to, [&](const float* number, const auto& column) {
 #pragma unroll
       for (int j = 0; j < kNumbers; ++j)
-        if (__any_sync(kWarp, number[j] >= least)) one_more(bins.of(candidate<N>(number[j], column(j))));
+        if (__any_sync(kWarp, number[j] >= least)) one_more(bins.of(b.candidate(number[j], column(j))));
     });
   }
   // In a bin, by all lanes together, as many equal numbers would make a queue.
@@ -199,7 +199,7 @@ __device__ __forceinline__ Key narrow(const Block<C>& b, const Source& source, K
     meet<C, Source::TOGETHER>();
     low = bins.lowest(bin);
     if (through <= enough || (bins.shift == 0 && bin < bins.COUNT - 1)) return low;
-    high = bins.highest(bin, Source::HIGHEST);
+    high = bins.highest(bin, source.highest());
   }
 }
 
@@ -269,14 +269,14 @@ __device__ __forceinline__ u32 collect(const Block<C>& b, u32 piece, int from, i
   gather(b, first, last, number_of<typename Block<C>::N>(rank));
   meet<C>();
   u32 before = 0, total = gathered(b, piece, before);
-  low = first_of_rank(rank);
+  low = b.first_of(rank);
   const bool too_few = total < static_cast<u32>(b.size.k) && rank > Block<C>::LOWEST;
   if (too_few || total > Block<C>::CAPACITY) {
     meet<C>();  // the count is written anew
     if (b.thread == 0) b.found->count = 0;
-    const u64 high = too_few ? low : last_of_rank(b.found->sampled);
-    low = narrow(b, InPiece<C>{b, first, last}, too_few ? first_of_rank(Block<C>::LOWEST) : low, high,
-                 b.size.k, Block<C>::CAPACITY);
+    const u64 high = too_few ? low : b.last_of(b.found->sampled);
+    low = narrow(b, InPiece<C>{b, first, last}, too_few ? b.first_of(Block<C>::LOWEST) : low, high, b.size.k,
+                 Block<C>::CAPACITY);
     gather_again(b, first, last, low);
     meet<C>();
     total = gathered(b, piece, before);
@@ -304,13 +304,13 @@ __device__ __forceinline__ void topk(const void* x, const int* start, const int*
   __syncthreads();
 
   Held<C> h;
-  u64 low = first_of_rank(Block<C>::LOWEST);
+  u64 low = b.first_of(Block<C>::LOWEST);
   if (to - from <= Block<C>::CAPACITY) {
     if (piece > 0) return;
 #pragma unroll
     for (int j = 0; j < C::HELD; ++j) {
       const int column = from + j * C::THREADS + b.thread;
-      h.candidate[j] = column < to ? candidate<typename Block<C>::N>(b.number(column), column) : 0;
+      h.candidate[j] = column < to ? b.candidate(b.number(column), column) : 0;
     }
   } else {
     const u32 count = collect(b, piece, from, to, low);

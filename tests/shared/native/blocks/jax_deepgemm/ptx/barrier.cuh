@@ -74,6 +74,7 @@ inline bool __any_sync(unsigned, bool value) {
 }
 inline bool __all_sync(unsigned all, bool value) { return !__any_sync(all, !value); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __clz(int v) { return v ? __builtin_clz(static_cast<unsigned>(v)) : 32; }
 inline int __clzll(long long bits) {
   return bits == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(bits));
 }
