@@ -237,11 +237,12 @@ def test_jit_of_a_joined_cache():
 
 @pytest.mark.any_version
 @pytest.mark.parametrize("shares", [1, 5, 132])
-def test_metadata(shares):
+@pytest.mark.parametrize("tile", [128, 192])
+def test_metadata(shares, tile):
     lens = np.array([[3, 300], [0, 0], [128, 129], [100, 1]])
-    tiles = -(-lens.max(1) // 128)
+    tiles = -(-lens.max(1) // tile)
     every = [(b, i) for b in range(4) for i in range(tiles[b])] + [(4, 0)]
-    got = np.asarray(get_paged_mqa_logits_metadata(lens, shares))
+    got = np.asarray(get_paged_mqa_logits_metadata(lens, shares, tile_keys=tile))
     assert got.shape == (shares + 1, 2)
     assert [tuple(one) for one in got] == [every[(len(every) - 1) * i // shares] for i in range(shares + 1)]
     assert not np.any(np.asarray(get_paged_mqa_logits_metadata(np.zeros(3, int), 4))[:, 1])

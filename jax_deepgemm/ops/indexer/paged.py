@@ -226,27 +226,31 @@ def _check_known(lens: Any, tables: Any, whose: Any, pages: int, page: int) -> N
         )
 
 
-def get_paged_mqa_logits_metadata(context_lens: ArrayLike, num_sms: int) -> jax.Array:
+def get_paged_mqa_logits_metadata(
+    context_lens: ArrayLike, num_sms: int, *, tile_keys: int = 192
+) -> jax.Array:
     """How the tiles of all requests are divided among SMs: equal shares, counted on the device.
 
     No call needs it: kernels count for themselves. It is for those who want to see the division.
 
-    >>> get_paged_mqa_logits_metadata(jnp.array([300, 0, 100]), 2).tolist()
+    >>> get_paged_mqa_logits_metadata(jnp.array([500, 0, 100]), 2).tolist()
     [[0, 0], [0, 2], [3, 0]]
 
     Args:
-      context_lens: integers [b], or [b, next_n].
+      context_lens: integers [b], or [b, next_n], of as many tokens as a block of threads takes at once.
       num_sms: shares.
+      tile_keys: 64 for each warpgroup of the kernel's IndexerConfig: mostly 192; 128 for pages of 128 keys,
+        and for FP4.
 
     Returns:
-      int32 [num_sms + 1, 2]: the request, and its tile of 128 keys, with which each share begins; then the
-      end of all, (b, 0).
+      int32 [num_sms + 1, 2]: the request, and its tile, with which each share begins; then the end of all,
+      (b, 0).
 
     Raises nothing.
     """
     lens = jnp.asarray(context_lens, jnp.int32)
     lens = lens if lens.ndim == 1 else jnp.max(lens, axis=1)
-    tiles = (jnp.maximum(lens, 0) + 127) // 128
+    tiles = (jnp.maximum(lens, 0) + tile_keys - 1) // tile_keys
     up_to = jnp.cumsum(tiles)
     total = up_to[-1]
     each, rest = total // num_sms, total % num_sms
