@@ -9,8 +9,9 @@ from jax_deepgemm.core.family import Family
 MOST_HEADS = 128
 DEPTHS = (32, 64, 128)
 """Sizes of d that the kernels take."""
-LARGEST = 2**31 - 1
-"""Tokens, keys, and columns of a row: they are counted in int32. Elements of the result are not."""
+LARGEST = 2**31 - 256
+"""Tokens, keys, and columns of a row: they, and the last tile's end, are counted in int32. Elements of the
+result are not."""
 
 
 @dataclass(frozen=True)
