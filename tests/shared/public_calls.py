@@ -407,7 +407,7 @@ FORWARD = (
     Call("mqa_logits", _scored, ("queries", "q_keys", *WINDOWS)),
     Call("mqa_logits quantised here", indexer.mqa_logits, ("queries", "keys", *WINDOWS)),
     Call("bf16_mqa_logits", indexer.bf16_mqa_logits, ("queries", "keys", *WINDOWS)),
-    Call("mqa_logits of quantize_fp4, dequantize_fp4, Fp4Array", _scored_fp4, ("queries", "keys", *WINDOWS)),
+    Call("quantize_fp4, dequantize_fp4, Fp4Array: logits", _scored_fp4, ("queries", "keys", *WINDOWS)),
     Call("paged_mqa_logits", _scored_pages, ("queries", "pages", "page_scales", "head_weights", "k_end")),
     Call(
         "paged_mqa_logits of tokens",
