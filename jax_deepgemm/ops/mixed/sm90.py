@@ -18,7 +18,9 @@ from jax_deepgemm.ops.mixed.problem import SLAB_BYTES, SLAB_ROWS, MixedProblem
 _TOKEN_ROW_BYTES = 128  # of k in a slot
 _RESERVED_BYTES = 1024  # what the system takes of an SM's shared memory for each resident block
 _MAX_STAGES = 24
+_PRODUCER_REGISTERS = 40
 _MAX_SEGMENTS, _MAX_N = 2048, 1 << 22  # see ops/grouped/sm90/rules.py
+_MANY_TOKENS = 96
 _ONCE_TOKENS = 64  # of a weight that one SM reads
 
 
@@ -53,13 +55,20 @@ class MixedConfig:
         return SLAB_ROWS * self.across
 
     @property
+    def shares_registers(self) -> bool:
+        """Whether consumers take registers from a whole warpgroup of the producer (setmaxnreg)."""
+        return self.warpgroups == 2 and self.blocks_per_sm == 1 and self.tokens > _MANY_TOKENS
+
+    @property
     def threads(self) -> int:
-        """With the producer's warp."""
-        return 128 * self.warpgroups + 32
+        """With the producer's warp, or warpgroup."""
+        return 128 * self.warpgroups + (128 if self.shares_registers else 32)
 
     @property
     def registers(self) -> int:
-        """What a thread may use: each of an SM's four sub-partitions has its own register file."""
+        """What a consumer thread may use: each of an SM's four sub-partitions has its own register file."""
+        if self.shares_registers:
+            return 232
         warps = self.blocks_per_sm * ceil_div(self.threads, 32)
         return min(248, 16384 // (32 * ceil_div(warps, 4)) // 8 * 8)
 
@@ -85,7 +94,7 @@ _FIXED_REGISTERS = 64  # two fragments of a weight, and what the loop needs besi
 def broken_rules(p: MixedProblem, c: MixedConfig, chip: Chip) -> list[str]:
     """Why a configuration cannot run a problem: one line for each rule that it breaks."""
     rules = [
-        (c.tokens % 8 == 0 and 8 <= c.tokens <= 128, f"tokens is {c.tokens}, must be 8 to 128 in eights"),
+        (c.tokens % 8 == 0 and 8 <= c.tokens <= 160, f"tokens is {c.tokens}, must be 8 to 160 in eights"),
         (c.across in (1, 2, 4), f"across is {c.across}, must be 1, 2 or 4"),
         (c.deep in (1, 2, 4), f"deep is {c.deep}, must be 1, 2 or 4"),
         (c.warpgroups <= 4, f"{c.warpgroups} warpgroups, at most 4"),
@@ -109,7 +118,7 @@ def _refusal(p: MixedProblem) -> str:
 
 # Choice ----------------------------------------------------------------------------------------------------
 
-_TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 128)
+_TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 128, 144)
 _WARPS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1))
 _CLOCK = 1700.0  # cycles in a microsecond
 _MEMORY_BYTES_PER_US, _L2_BYTES_PER_US = 3.9e6, 5.0e6
@@ -197,6 +206,7 @@ struct Config {{
   static constexpr jdg::Grouping GROUPING = jdg::Grouping::{grouping};
   static constexpr bool SEGMENTED = {segmented}, ZERO_ROWS = {zero_rows}, CHAINED = false;
   static constexpr bool WHOLE_BLOCKS = false;
+  static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
 }};
 
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
@@ -257,6 +267,8 @@ def _source(p: MixedProblem, c: MixedConfig) -> KernelSource:
         grouping=_ENUM[p.grouping],
         segmented=_cpp(p.segmented),
         zero_rows=_cpp(p.zero_rows),
+        registers=c.registers,
+        producer_registers=_PRODUCER_REGISTERS if c.shares_registers else 0,
         threads=c.threads,
         blocks_per_sm=c.blocks_per_sm,
         name=name,

@@ -20,6 +20,10 @@ concept MixedConfig = requires {
   C::DEEP;          // warpgroups that take the blocks of k of a tile in turn, each with sums of its own
   C::SPLITS;        // blocks of a cluster that share a tile's k, of which the grid then has one a tile
 
+  // Who does it
+  C::REGISTERS;           // that a consumer thread may use
+  C::PRODUCER_REGISTERS;  // that a producer thread keeps, where consumers take over the others; else 0
+
   // Shared memory
   C::STAGES;        // slots of the pipeline: a multiple of DEEP
   C::SHARED_BYTES;  // what the host reserves in all

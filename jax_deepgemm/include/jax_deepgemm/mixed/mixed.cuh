@@ -4,7 +4,7 @@
 // clang-format off
 //   warpgroups 0 .. W-1   consumers: ACROSS side by side, 64 rows of W each, times DEEP, which take a tile's
 //                         blocks of k in turn
-//   last warp             the producer, one block of k a slot: tokens by TMA, slabs of W by bulk copies, the
+//   a warp behind them    the producer (of a warpgroup where it gives registers away), one block of k a slot: tokens by TMA, slabs of W by bulk copies, the
 //                         tokens' scales by cp.async, which takes rows of any length
 //
 //   consumer, for each of its blocks of k:   issue product i, its W in registers
@@ -323,20 +323,24 @@ __device__ __forceinline__ void mixed(const MixedOperands& in, const Groups& gro
   const int first = blockIdx.x / C::SPLITS, step = gridDim.x / C::SPLITS;
   const Share<C> share(in.k_blocks, rank);
   if (warpgroup == kWarpgroups<C>) {
+    if constexpr (C::PRODUCER_REGISTERS > 0) ptx::lower_registers<C::PRODUCER_REGISTERS>();
+    if (warp_index() % 4 > 0) return;
     MixedRing<C> ring(smem, 0);
     for (int number = first; number < tiles.tiles; number += step) {
       const GroupTile at = tiles[number];
       if (whole_warp(at.tile.k_end > 0)) load_mixed_tile<C>(ring, in, at, p, share);
     }
   } else {
+    if constexpr (C::PRODUCER_REGISTERS > 0) ptx::raise_registers<C::REGISTERS>();
     MixedLoop<C> loop(smem, warpgroup);
     for (int number = first; number < tiles.tiles; number += step) {
       clear(loop.sums);
       const bool any = whole_warp(tiles[number].tile.k_end > 0);
       if (any) loop.run(share.count());
       if (any) loop.gather();
+      if (loop.turn > 0) continue;
       if constexpr (C::SPLITS > 1) loop.gather_ranks(rank);
-      if (loop.turn == 0 && rank == 0) loop.store(d, p, tiles[number]);
+      if (rank == 0) loop.store(d, p, tiles[number]);
     }
   }
 }
