@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 from jax_deepgemm.core.chip import Chip
 from jax_deepgemm.core.family import Kernels, Operands
@@ -118,11 +120,27 @@ def _refusal(p: MixedProblem) -> str:
 
 # Choice ----------------------------------------------------------------------------------------------------
 
-_TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 128, 144)
-_WARPS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1))
-_CLOCK = 1700.0  # cycles in a microsecond
-_MEMORY_BYTES_PER_US, _L2_BYTES_PER_US = 3.9e6, 5.0e6
-_START = 3.0
+_TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
+_WARPS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1))  # across, deep
+_SPREAD = tuple(0.7 + 0.05 * i for i in range(13))  # of group sizes around the expected one
+
+
+class _Model(NamedTuple):
+    """Microseconds and bytes per microsecond, fitted to sweeps on an H200."""
+
+    start: float = 3.06
+    alone: tuple[float, float] = (0.146, 0.00117)  # a block of k in one warpgroup by itself: fixed, a token
+    shared: tuple[float, float] = (0.102, 0.00137)  # what a warpgroup takes of an SM for it: fixed, a token
+    end: tuple[float, float] = (0.603, 0.0159)  # of a tile: fixed, a token
+    gather: float = 0.0006  # sums of warpgroups, a token
+    cluster: tuple[float, float] = (0.545, 0.0056)  # sums of another block: fixed, a token
+    second: float = 0.66  # that there is another block on an SM
+    memory: float = 3.65e6
+    feed: float = 1.08e5  # into one SM, weights and tokens
+    overlap: float = 0.168  # of the smaller one of compute and memory
+
+
+_MODEL = _Model()
 
 
 @dataclass(frozen=True)
@@ -130,9 +148,9 @@ class MixedCost:
     """Microseconds; `total` is what configurations are compared by.
 
     Attributes:
-      start: launch, first bytes, last stores.
+      start: launch, first bytes, last stores, and what of computing and reading does not overlap.
       compute: of all waves of tiles.
-      memory: reading the weights once, and tokens as often as tiles need them.
+      memory: reading the weights from memory, or all that tiles need through L2.
     """
 
     start: float
@@ -141,30 +159,33 @@ class MixedCost:
 
     @property
     def total(self) -> float:
-        return self.start + max(self.compute, self.memory) + 0.1 * min(self.compute, self.memory)
+        return self.start + max(self.compute, self.memory)
 
     def __str__(self) -> str:
         return f"{self.total:.1f} us (start {self.start:.1f}, compute {self.compute:.1f}, memory {self.memory:.1f})"
 
 
-def cost(p: MixedProblem, c: MixedConfig, chip: Chip) -> MixedCost:
-    """What a configuration costs on a problem: the slots of an SM's schedulers that its warpgroups need, or
-    how long one of them takes for a block of k by itself."""
-    tall = ceil_div(p.tokens, c.tokens)
+def cost(p: MixedProblem, c: MixedConfig, chip: Chip, model: _Model = _MODEL) -> MixedCost:
+    """What a configuration costs on a problem: the share of an SM that its warpgroups need, or how long one
+    of them takes for a block of k by itself."""
+    sizes = [p.tokens] if p.dense else [max(1, round(p.tokens * factor)) for factor in _SPREAD]
+    tall = sum(ceil_div(size, c.tokens) for size in sizes) / len(sizes)
     tiles = p.hit * tall * ceil_div(p.n, c.height)
     resident = chip.num_sms * c.blocks_per_sm // c.split_k
-    waves = ceil_div(tiles, resident)
-    busy = min(1.0, tiles / resident)
-    alone = 420 + 2.2 * c.tokens
-    shared = max(1.0, c.blocks_per_sm * busy) * c.warpgroups * (150 + 1.6 * c.tokens)
+    waves = tiles / resident if tiles > 4 * resident else math.ceil(tiles / resident)
+    beside = max(1.0, c.blocks_per_sm * min(1.0, tiles / resident)) * c.warpgroups
+
+    def line(terms: tuple[float, float]) -> float:
+        return terms[0] + terms[1] * c.tokens
+
     blocks = ceil_div(ceil_div(p.k_blocks, c.split_k), c.deep)
-    end = 1.2 + 0.02 * c.tokens * (c.deep > 1) + (1.5 + 0.02 * c.tokens) * (c.split_k > 1)
-    compute = waves * (blocks * max(alone, shared) / _CLOCK + end)
-    again = tall - 1  # in L2
-    reads = tiles * p.k_blocks * c.tokens * _TOKEN_ROW_BYTES + again * p.weight_bytes
-    share = min(1.0, tiles * c.split_k / chip.num_sms)
-    memory = (p.weight_bytes / _MEMORY_BYTES_PER_US + reads / _L2_BYTES_PER_US) / share
-    return MixedCost(_START, compute, memory)
+    end = line(model.end) + model.gather * c.tokens * (c.deep > 1) + line(model.cluster) * (c.split_k - 1)
+    compute = waves * (blocks * max(line(model.alone), beside * line(model.shared)) + end)
+    reads = tiles * p.k_blocks * (c.tokens * _TOKEN_ROW_BYTES + c.across * SLAB_BYTES)
+    sms = min(1.0, tiles * c.split_k / chip.num_sms) * chip.num_sms
+    memory = max(p.weight_bytes / model.memory, reads / (sms * model.feed))
+    overlap = model.overlap * min(compute, memory)
+    return MixedCost(model.start + model.second * (c.blocks_per_sm - 1) + overlap, compute, memory)
 
 
 def _fitted(p: MixedProblem, c: MixedConfig, chip: Chip) -> MixedConfig | None:
@@ -181,7 +202,7 @@ def _fitted(p: MixedProblem, c: MixedConfig, chip: Chip) -> MixedConfig | None:
 
 def candidates(p: MixedProblem, chip: Chip) -> Iterator[MixedConfig]:
     """Every configuration worth comparing."""
-    most = align_up(min(p.tokens, _TOKENS[-1]), 8)
+    most = min(p.tokens if p.dense else math.ceil(p.tokens * _SPREAD[-1]), _TOKENS[-1])
     splits = (1, 2, 4, 8) if p.dense else (1,)
     enough = next(t for t in _TOKENS if t >= most)
     for tokens, (across, deep), split_k, resident in product(_TOKENS, _WARPS, splits, (1, 2)):
