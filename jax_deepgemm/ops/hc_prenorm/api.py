@@ -64,14 +64,14 @@ def hc_prenorm_gemm(
     Differentiable, any number of times. Deterministic: splits are added up in their order. NaN and infinities
     of a row reach results of this row only.
     """
-    a, b = unwrapped(a), unwrapped(b)
-    _check(a, b, num_splits)
-    m, k = a.shape
-    known = all(isinstance(size, int) for size in (*a.shape, *b.shape))
-    op = prenorm_op(num_splits is not None, not known or not beyond(m, b.shape[0], k))
-    options: dict[str, Any] = {} if num_splits is None else {"num_splits": int(num_splits)}
+    x, columns = _operands(unwrapped(a), unwrapped(b))
+    _check_splits(num_splits)
+    (m, k), n = x.shape, columns.shape[0]
+    known = all(isinstance(size, int) for size in (*x.shape, *columns.shape))
+    op = prenorm_op(num_splits is not None, not known or not beyond(m, k, n))
+    options: dict[str, Any] = {} if num_splits is None else {"num_splits": num_splits}
     d, squares = op(
-        *same_varying_axes([a, b]),
+        *same_varying_axes([x, columns]),
         config=config_option(_NAME, config, HcPrenormConfig),
         num_sms=num_sms_option(_NAME, num_sms),
         out_sharding=_shardings(sharding_option(_NAME, out_sharding), 2 if num_splits is None else 3),
@@ -88,7 +88,7 @@ def _shardings(spec: PartitionSpec | None, rank: int) -> tuple[PartitionSpec, Pa
     return spec, PartitionSpec(*every[: rank - 1])
 
 
-def _check(a: Any, b: Any, num_splits: Any) -> None:
+def _operands(a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
     for name, given, dtype, shape in (("a", a, "bfloat16", "[m, k]"), ("b", b, "float32", "[n, k]")):
         if getattr(given, "dtype", None) != jnp.dtype(dtype):
             found = given.dtype.name if hasattr(given, "dtype") else type(given).__name__
@@ -105,9 +105,13 @@ def _check(a: Any, b: Any, num_splits: Any) -> None:
             f"{_NAME}: a is {list(a.shape)} and b is {list(b.shape)}: k differs ({a.shape[1]} and "
             f"{b.shape[1]}). For b stored [k, n] give b.T."
         )
+    return a, b
+
+
+def _check_splits(num_splits: Any) -> None:
     whole = isinstance(num_splits, int) and not isinstance(num_splits, bool)
     if num_splits is not None and not (whole and 1 <= num_splits <= MOST_SPLITS):
         raise ValueError(
-            f"{_NAME}: num_splits is {num_splits!r}, need a whole number from 1 to {MOST_SPLITS}, or None for "
-            "the whole sums."
+            f"{_NAME}: num_splits is {num_splits!r}, need a whole number from 1 to {MOST_SPLITS}, or None "
+            "for the whole sums."
         )

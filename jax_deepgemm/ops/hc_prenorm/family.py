@@ -71,14 +71,16 @@ class HcPrenormConfig:
         return f"{self.rows} rows x {self.groups} groups stages={self.stages} splits={self.splits}"
 
 
-def beyond(m: int, n: int, k: int) -> str:
+def beyond(m: int, k: int, n: int) -> str:
     """Which limit of the kernel a call is beyond, "" if none.
 
-    >>> beyond(4096, 24, 28672), beyond(4096, 200, 28672)
+    >>> beyond(4096, 28672, 24), beyond(4096, 28672, 200)
     ('', 'n is 200, the kernel takes 128')
     """
     counts = (("m", m, LARGEST), ("n", n, MOST_COLUMNS), ("k", k, LARGEST))
-    return next((f"{name} is {size}, the kernel takes {most}" for name, size, most in counts if size > most), "")
+    return next(
+        (f"{name} is {size}, the kernel takes {most}" for name, size, most in counts if size > most), ""
+    )
 
 
 FAMILY = Family("hc_prenorm", HcPrenormProblem, {"9.0a": "jax_deepgemm.ops.hc_prenorm.sm90"})

@@ -4,8 +4,7 @@
     hc_prenorm_gemm_splits   a, b -> the same of each part of k
     hc_product_nt, nn, tn    what the derivatives are made of, on XLA; each is a derivative of the others
 
-Rows are cut freely, and so are those of b, which are columns of d. Numbers of a row are whole on each device,
-as what follows is no sum of partial results: gather, or sum both results over the devices.
+Rows of a are cut freely; b, and so the numbers of a row and the columns of d, are whole on each device.
 """
 
 from __future__ import annotations
@@ -88,9 +87,7 @@ PRODUCT: dict[str, Op] = {
 # The op ----------------------------------------------------------------------------------------------------
 
 
-def _jvp(
-    primals: list[Any], tangents: list[Any], *, num_splits: int = 0, **_: Any
-) -> list[jax.Array | None]:
+def _jvp(primals: list[Any], tangents: list[Any], *, num_splits: int = 0, **_: Any) -> list[Any]:
     (a, b), (da, db) = primals, tangents
     product: Callable[..., Any] = functools.partial(PRODUCT["nt"], out_dtype=jnp.float32, **ANYWHERE)
     if num_splits:
@@ -116,8 +113,8 @@ def _prepare(a: jax.Array, b: jax.Array, **_: Any) -> tuple[jax.Array, jax.Array
 
 
 def _on_xla(avals: Any, **_: Any) -> str:
-    a, b = avals
-    return f"hc_prenorm_gemm: {beyond(a.shape[-2], *b.shape[-2:])}, so XLA multiplies, and reads a twice."
+    (m, k), n = avals[0].shape[-2:], avals[1].shape[-2]
+    return f"hc_prenorm_gemm: {beyond(m, k, n)}, so XLA multiplies, and reads a twice."
 
 
 @functools.cache
@@ -136,6 +133,7 @@ def prenorm_op(splits: bool, kernel: bool) -> Op:
         "m k, n k -> s m n, s m" if splits else "m k, n k -> m n, m",
         _result,
         reference.hc_prenorm,
+        blocks={"n": ("k", 1)},  # cut where k is, which is nowhere
         kernel_prepare=_prepare,
         jvp=_jvp,
         **runs,

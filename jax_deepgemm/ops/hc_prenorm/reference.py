@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -41,4 +43,4 @@ def split_bounds(k: int, num_splits: int) -> list[tuple[int, int]]:
     blocks = -(-k // BLOCK)
     each, more = divmod(blocks, num_splits)
     edges = [BLOCK * (split * each + min(split, more)) for split in range(num_splits + 1)]
-    return [(min(start, k), min(end, k)) for start, end in zip(edges, edges[1:])]
+    return [(min(start, k), min(end, k)) for start, end in itertools.pairwise(edges)]

@@ -1,9 +1,10 @@
-"""Calls for compute-sanitizer: tails of rows, columns and k, splits that are added up, returned, and empty."""
+"""Calls for compute-sanitizer: tails of rows, columns and k; splits that are added up, returned, empty."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,9 @@ def cases() -> Iterator[Case]:
         a = jnp.asarray(rng.standard_normal((m, k)), jnp.bfloat16)
         b = jnp.asarray(rng.integers(-8, 9, (n, k)) / 8, jnp.float32)  # numbers of TF32
 
-        def run(a: jax.Array, b: jax.Array, options: tuple[object, object] = (num_splits, config)) -> jax.Array:
-            call = functools.partial(hc_prenorm_gemm, num_splits=options[0], config=options[1])  # type: ignore[arg-type]
-            d, squares = call(a, b)
-            return jnp.concatenate([d.reshape(-1), squares.reshape(-1)])
+        call: Any = functools.partial(hc_prenorm_gemm, num_splits=num_splits, config=config)
+
+        def run(a: jax.Array, b: jax.Array, call: Any = call) -> jax.Array:
+            return jnp.concatenate([one.reshape(-1) for one in call(a, b)])
 
         yield Case(f"hc_prenorm {what}", run, (a, b))

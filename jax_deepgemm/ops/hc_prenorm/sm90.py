@@ -228,7 +228,7 @@ def sum_source(c: HcPrenormConfig) -> KernelSource:
     parts = parts_of(c)
     name = f"jdg_hc_prenorm_sum_{parts}"
     text = _SUM_TEXT.format(threads=OUTPUTS, name=name, outputs=OUTPUTS // parts, parts=parts)
-    return KernelSource(name, text, (("parts", parts),))
+    return KernelSource(name, text, (("parts", parts),), shared_memory=4 * OUTPUTS)
 
 
 def is_summed(p: HcPrenormProblem, c: HcPrenormConfig) -> bool:
@@ -243,7 +243,9 @@ def _sources(p: HcPrenormProblem, c: HcPrenormConfig) -> list[KernelSource]:
 def tensor_maps(p: HcPrenormProblem, c: HcPrenormConfig, given: Operands) -> list[TensorMap]:
     """Of A and B, whose rows are whole 16 bytes. B is rounded to TF32 on its way."""
     k, row = p.k, 2 * p.k
-    a = TensorMap(Operand(given["a"].index), "bfloat16", (k, p.m, 1), (row, row * p.m), (BLOCK, c.rows, 1), 128)
+    a = TensorMap(
+        Operand(given["a"].index), "bfloat16", (k, p.m, 1), (row, row * p.m), (BLOCK, c.rows, 1), 128
+    )
     box = (BLOCK // 2, columns_of(p))
     b = TensorMap(Operand(given["b"].index), "tfloat32", (k, p.n), (4 * k,), box, 128)
     return [a, b]
@@ -268,9 +270,10 @@ def _plan(p: HcPrenormProblem, c: HcPrenormConfig, chip: Chip, given: Operands) 
     ]
     if not summed:
         return LaunchPlan(tuple(steps), label=str(p))
+    added = sum_source(c)
     steps.append(
         Launch(
-            kernel=compile_kernel(sum_source(c), arch=chip.arch),
+            kernel=compile_kernel(added, arch=chip.arch),
             grid=(ceil_div(p.m * (p.n + 1), OUTPUTS // parts_of(c)), 1, 1),
             block=OUTPUTS,
             params=(
@@ -279,6 +282,7 @@ def _plan(p: HcPrenormProblem, c: HcPrenormConfig, chip: Chip, given: Operands) 
                 Scalar(p.m * p.n, "int64"),
                 *(Scalar(size, "int32") for size in (p.m, c.splits)),
             ),
+            shared_memory=added.shared_memory,
             pdl=True,
         )
     )
@@ -291,7 +295,7 @@ KERNELS = Kernels[HcPrenormProblem, HcPrenormConfig](
     candidates=candidates,
     cost=cost,
     broken_rules=lambda p, c, chip: problems_with(p, c),
-    refusal=lambda p: beyond(p.m, p.n, p.k),
+    refusal=lambda p: beyond(p.m, p.k, p.n),
     shared_bytes=shared_memory,
     sources=_sources,
     plan=_plan,

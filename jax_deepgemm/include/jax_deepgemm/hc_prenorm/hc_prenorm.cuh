@@ -14,7 +14,8 @@
 //   at the end:   groups 1, 2, .. leave their sums where slots were, and group 0 adds them in this order
 // clang-format on
 //
-// What is outside of A, B and k arrives as zeros. B is rounded to TF32, which A is already, when it is loaded.
+// What is outside of A, B and k arrives as zeros. B is rounded to TF32, which A is already, when it is
+// loaded.
 //
 // Hazard: a group waits for its own slots only, and tells one phase from the next only, so a slot must belong
 // to one group for ever: STAGES is a multiple of GROUPS.

@@ -8,13 +8,15 @@
 #pragma once
 
 #include <jax_deepgemm/ptx/barrier.cuh>
+#include <jax_deepgemm/ptx/memory.cuh>
 
 namespace jdg {
 
 template <int OUTPUTS, int PARTS>
 __device__ __forceinline__ void sum_splits(const float* ds, const float* all_squares, float* d,
                                            float* squares, i64 mn, int m, int splits) {
-  __shared__ float partial[PARTS][OUTPUTS];
+  extern __shared__ __align__(1024) char shared[];  // [part][sum], float32
+  const u32 mine = smem_address(shared) + threadIdx.x * 4;
   const int i = threadIdx.x % OUTPUTS, part = threadIdx.x / OUTPUTS;
   const i64 at = static_cast<i64>(blockIdx.x) * OUTPUTS + i;
   const bool of_d = at < mn, exists = at < mn + m;
@@ -27,11 +29,11 @@ __device__ __forceinline__ void sum_splits(const float* ds, const float* all_squ
 #pragma unroll 8
     for (int split = part; split < splits; split += PARTS) sum += from[split * step];
   }
-  partial[part][i] = sum;
+  ptx::store_shared(mine, sum);
   __syncthreads();
   if (part > 0 || !exists) return;
 #pragma unroll
-  for (int other = 1; other < PARTS; ++other) sum += partial[other][i];
+  for (int other = 1; other < PARTS; ++other) sum += ptx::load_shared(mine + other * OUTPUTS * 4);
   (of_d ? d : squares)[own] = sum;
 }
 
