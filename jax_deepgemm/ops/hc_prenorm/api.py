@@ -44,7 +44,7 @@ def hc_prenorm_gemm(
 
     Args:
       a: [m, k] bfloat16.
-      b: [n, k] float32. The kernel takes n up to 128; XLA multiplies beyond. Rows of a k that 8 does not
+      b: [n, k] float32. The kernel takes n up to 256; XLA multiplies beyond. Rows of a k that 8 does not
         divide are copied.
       num_splits: None: the results are sums over all of k. S, 1 to 1024: they are [S, m, n] and [S, m], the
         sums over S parts of k, which the caller adds up, as DeepGEMM's are. Parts are whole blocks of 64, and

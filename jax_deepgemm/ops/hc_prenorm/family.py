@@ -8,7 +8,7 @@ from jax_deepgemm.core.family import Family
 
 BLOCK = 64
 """Numbers of k that are multiplied at once; k is split at multiples of it."""
-MOST_COLUMNS, MOST_SPLITS = 128, 1024
+MOST_COLUMNS, MOST_SPLITS = 256, 1024
 LARGEST = 2**31 - 128
 """Rows, and numbers of one row: they, and the last tile's end, are counted in int32."""
 
@@ -74,8 +74,8 @@ class HcPrenormConfig:
 def beyond(m: int, k: int, n: int) -> str:
     """Which limit of the kernel a call is beyond, "" if none.
 
-    >>> beyond(4096, 28672, 24), beyond(4096, 28672, 200)
-    ('', 'n is 200, the kernel takes 128')
+    >>> beyond(4096, 28672, 24), beyond(4096, 28672, 300)
+    ('', 'n is 300, the kernel takes 256')
     """
     counts = (("m", m, LARGEST), ("n", n, MOST_COLUMNS), ("k", k, LARGEST))
     return next(

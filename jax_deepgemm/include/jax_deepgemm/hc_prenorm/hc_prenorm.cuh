@@ -215,7 +215,6 @@ __device__ __forceinline__ void hc_prenorm(const TensorMap& a, const TensorMap& 
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  ptx::let_next_kernel_start();
 
   const int warpgroup = warpgroup_index();
   if (threadIdx.x >= L::kConsumers) {
@@ -233,6 +232,7 @@ __device__ __forceinline__ void hc_prenorm(const TensorMap& a, const TensorMap& 
     slots.stage += C::GROUPS;
     if (slots.stage >= C::STAGES) slots.stage -= C::STAGES, slots.phase ^= 1;
   }
+  ptx::let_next_kernel_start();  // not earlier: it would only wait, and take room
   if constexpr (C::GROUPS > 1) sums.gather(smem, group);
   if (group > 0) return;
   const i64 before = static_cast<i64>(split) * size.m;
