@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         m_grouped_fp8_gemm_nt_masked,
     )
     from jax_deepgemm.ops.grouped.linear import grouped_linear
+    from jax_deepgemm.ops.hc_prenorm import hc_prenorm_gemm
     from jax_deepgemm.ops.quantize import (
         PreparedWeight,
         QuantizedArray,
@@ -82,6 +83,7 @@ _HOME = {
     "m_grouped_fp8_gemm_nt_contiguous": "ops.grouped.api",
     "m_grouped_fp8_gemm_nt_masked": "ops.grouped.api",
     "grouped_linear": "ops.grouped.linear",
+    "hc_prenorm_gemm": "ops.hc_prenorm",
     "ragged_dot": "ops.ragged_dot.api",
     "ragged_dot_general": "ops.ragged_dot.api",
     "topk": "ops.topk",
@@ -115,6 +117,7 @@ __all__ = [
     "fp8_gemm_tt",
     "fp8_linear",
     "grouped_linear",
+    "hc_prenorm_gemm",
     "k_grouped_bf16_gemm_tn_contiguous",
     "k_grouped_fp8_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_tn_contiguous",
