@@ -22,26 +22,50 @@ from jax_deepgemm.ops.mixed.sm90.config import (
 _RESERVED_BYTES = 1024  # what the system takes of an SM's shared memory for each resident block
 _MAX_STAGES = 24
 _TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
-_WARPS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1))  # across, deep
+_WARPS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))  # across, deep
+_SLABS_WARPS = (*_WARPS, (4, 1))  # boxes are twice as large, and leave few slots then
 _SPREAD = tuple(0.7 + 0.05 * i for i in range(13))  # of group sizes around the expected one
 
 
 class _Model(NamedTuple):
     """Microseconds and bytes per microsecond, fitted to sweeps on an H200."""
 
-    start: float = 3.06
-    alone: tuple[float, float] = (0.146, 0.00117)  # a block of k in one warpgroup by itself: fixed, a token
-    shared: tuple[float, float] = (0.102, 0.00137)  # what a warpgroup takes of an SM for it: fixed, a token
-    end: tuple[float, float] = (0.603, 0.0159)  # of a tile: fixed, a token
-    gather: float = 0.0006  # sums of warpgroups, a token
-    cluster: tuple[float, float] = (0.545, 0.0056)  # sums of another block: fixed, a token
-    second: float = 0.66  # that there is another block on an SM
-    memory: float = 3.65e6
-    feed: float = 1.08e5  # into one SM, weights and tokens
-    overlap: float = 0.168  # of the smaller one of compute and memory
+    start: float
+    alone: tuple[float, float]  # a block of k in one warpgroup by itself: fixed, a token
+    shared: tuple[float, float]  # what a warpgroup takes of an SM for it: fixed, a token
+    end: tuple[float, float]  # of a tile: fixed, a token
+    gather: float  # sums of warpgroups, a token
+    cluster: tuple[float, float]  # sums of another block: fixed, a token
+    second: float  # that there is another block on an SM
+    memory: float
+    feed: float  # into one SM, weights and tokens
+    overlap: float  # of the smaller one of compute and memory
 
 
-_MODEL = _Model()
+_SLABS = _Model(
+    start=3.465,
+    alone=(0.1673, 0.000338),
+    shared=(0.0977, 0.00127),
+    end=(0.659, 0.0148),
+    gather=0.0006,
+    cluster=(0.5, 0.0112),
+    second=0.613,
+    memory=3.376e6,
+    feed=7.39e4,
+    overlap=0.093,
+)
+_BOXES = _Model(
+    start=2.35,
+    alone=(0.2084, 0.00117),
+    shared=(0.1756, 0.000958),
+    end=(0.811, 0.0377),
+    gather=0.0025,
+    cluster=(0.5, 0.024),
+    second=1.52,
+    memory=5.23e6,
+    feed=1.39e5,
+    overlap=0.317,
+)
 
 
 @dataclass(frozen=True)
@@ -67,11 +91,18 @@ class MixedCost:
         return f"{self.total:.1f} us (" + ", ".join(f"{x} {getattr(self, x):.1f}" for x in terms) + ")"
 
 
-def cost(p: MixedProblem, c: MixedConfig, chip: Chip, model: _Model = _MODEL) -> MixedCost:
+def _tall(tiles: list[int]) -> float:
+    """Tiles above each other that a group counts for: between the mean and the most, as a group that needs one
+    more than others keeps some SMs for longer."""
+    return 0.75 * sum(tiles) / len(tiles) + 0.25 * max(tiles)
+
+
+def cost(p: MixedProblem, c: MixedConfig, chip: Chip, fitted: _Model | None = None) -> MixedCost:
     """What a configuration costs on a problem: the share of an SM that its warpgroups need, or how long one
     of them takes for a block of k by itself."""
+    model = fitted or (_SLABS if p.fp4 else _BOXES)
     sizes = [p.tokens] if p.dense else [max(1, round(p.tokens * factor)) for factor in _SPREAD]
-    tall = sum(ceil_div(size, c.tokens) for size in sizes) / len(sizes)
+    tall = _tall([ceil_div(size, c.tokens) for size in sizes])
     tiles = p.hit * tall * ceil_div(p.n, height(p, c))
     resident = chip.num_sms * c.blocks_per_sm // c.split_k
     waves = tiles / resident if tiles > 4 * resident else math.ceil(tiles / resident)
@@ -107,7 +138,8 @@ def candidates(p: MixedProblem, chip: Chip) -> Iterator[MixedConfig]:
     most = min(p.tokens if p.dense else math.ceil(p.tokens * _SPREAD[-1]), _TOKENS[-1])
     splits = (1, 2, 4, 8) if p.dense else (1,)
     enough = next(t for t in _TOKENS if t >= most)
-    for tokens, (across, deep), split_k, resident in product(_TOKENS, _WARPS, splits, (1, 2)):
+    warps = _SLABS_WARPS if p.fp4 else _WARPS
+    for tokens, (across, deep), split_k, resident in product(_TOKENS, warps, splits, (1, 2)):
         if tokens <= enough:
             one = _fitted(p, MixedConfig(tokens, across, deep, 0, split_k, resident), chip)
             if one is not None:
