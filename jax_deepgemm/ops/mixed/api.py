@@ -20,14 +20,13 @@ from jax_deepgemm.ops.gemm.checks import (
 )
 from jax_deepgemm.ops.grouped import checks
 from jax_deepgemm.ops.mixed import op as ops
+from jax_deepgemm.ops.mixed.family import FAMILY
 from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4
 from jax_deepgemm.ops.quantize.slabs import COLUMNS
 
 
 def config_type() -> type[Any]:
     """Of what the products take as `config=`."""
-    from jax_deepgemm.ops.mixed.family import FAMILY
-
     found = FAMILY.kernels_of("9.0a").config
     assert found is not None
     return found

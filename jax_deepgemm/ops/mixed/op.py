@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
@@ -25,6 +26,7 @@ _GRIDS: dict[str, Any] = {
     "blocks": {"kb": ("k", SCALE_BLOCK), "ns": ("n", ROWS), "ks": ("k", COLUMNS)},
     "edges": ("ns", "ks"),
 }
+_KERNELS = "jax_deepgemm.ops.mixed.kernel"
 
 Recut = tuple[tuple[jax.Array, ...], dict[str, Any]]
 
@@ -66,6 +68,7 @@ MIXED_FP8_GEMM: Op = Op(
     lambda a, scales, slabs, *, out_dtype, **_: [((a[0], _n(slabs)), out_dtype)],
     reference.mixed_fp8_gemm,
     reduces=("k",),
+    kernel=LazyKernel(_KERNELS, "mixed_gemm"),
     kernel_prepare=prepare.mixed_fp8,
     grad_hint=GRADIENT_HINT,
     **_GRIDS,
@@ -76,6 +79,7 @@ M_GROUPED_MIXED_FP8_GEMM: Op = Op(
     lambda a, scales, slabs, *_, out_dtype, **__: [((a[0], _n(slabs)), out_dtype)],
     reference.m_grouped_mixed_fp8_gemm,
     reduces=("k", "g"),
+    kernel=LazyKernel(_KERNELS, "m_grouped_mixed_gemm", batched=True),
     recut=_recut_m_grouped,
     kernel_prepare=prepare.m_grouped_mixed_fp8,
     grad_hint=GRADIENT_HINT,
@@ -87,6 +91,7 @@ M_MASKED_MIXED_FP8_GEMM: Op = Op(
     lambda a, scales, slabs, *_, out_dtype, **__: [((*a[:2], _n(slabs)), out_dtype)],
     reference.m_masked_mixed_fp8_gemm,
     reduces=("k",),
+    kernel=LazyKernel(_KERNELS, "m_masked_mixed_gemm", batched=True),
     recut=_recut_masked,
     kernel_prepare=prepare.m_masked_mixed_fp8,
     grad_hint=GRADIENT_HINT,

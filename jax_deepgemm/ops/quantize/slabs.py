@@ -34,7 +34,7 @@ LARGEST, SMALLEST = 12, 1
 """Exponents of a slab."""
 LARGEST_SHIFT = 6
 """6 * 2**6 is e4m3's largest number that is one of e2m1 times a power of two."""
-_MAGNITUDES, _NOTHING = 0x7777, 1 << 10
+_MAGNITUDES = 0x7777
 _LEAST_SHIFT = -40  # far below what e4m3 has
 
 
@@ -56,7 +56,7 @@ def fold(values: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     words = lower & _MAGNITUDES | (upper & _MAGNITUDES) << 16 | _spread(lower) << 4 | _spread(upper)
     words = _ordered(words, len(lead), "Nwhgkjq", "Nkhwgqj")
     each = codes.reshape(*lead, n // ROWS, 4, 2, 8, across, 4).astype(jnp.int32)
-    counts = jnp.any(quads & _MAGNITUDES != 0, axis=(-1, -2))
+    counts = jnp.any(quads & _MAGNITUDES != 0, axis=(-1, -2)) & (each != NAN)
     some = [len(lead) + i for i in (1, 2, 3, 5)]
     largest = jnp.max(jnp.where(counts, each, -1), axis=some, keepdims=True)
     apart = jnp.max(jnp.where(counts, largest - each, 0), axis=some)
