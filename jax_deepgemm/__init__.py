@@ -43,10 +43,13 @@ if TYPE_CHECKING:
     from jax_deepgemm.ops.grouped.linear import grouped_linear
     from jax_deepgemm.ops.hc_prenorm import hc_prenorm_gemm
     from jax_deepgemm.ops.quantize import (
+        Fp4Array,
+        PreparedFp4,
         PreparedWeight,
         QuantizedArray,
         accumulate_gradients,
         dequantize,
+        prepare_fp4,
         prepare_weight,
         quantize,
     )
@@ -67,9 +70,12 @@ _HOME = {
     "fp8_linear": "ops.gemm.linear",
     "GemmConfig": "ops.gemm.family",
     "GemmProblem": "ops.gemm.family",
+    "Fp4Array": "ops.quantize",
+    "PreparedFp4": "ops.quantize",
     "PreparedWeight": "ops.quantize",
     "accumulate_gradients": "ops.quantize",
     "QuantizedArray": "ops.quantize",
+    "prepare_fp4": "ops.quantize",
     "prepare_weight": "ops.quantize",
     "quantize": "ops.quantize",
     "dequantize": "ops.quantize",
@@ -96,8 +102,10 @@ _HOME = {
 _log.start()
 
 __all__ = [
+    "Fp4Array",
     "GemmConfig",
     "GemmProblem",
+    "PreparedFp4",
     "PreparedWeight",
     "QuantizedArray",
     "__version__",
@@ -128,6 +136,7 @@ __all__ = [
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
     "precompile",
+    "prepare_fp4",
     "prepare_weight",
     "quantize",
     "ragged_dot",

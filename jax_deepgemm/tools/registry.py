@@ -18,6 +18,7 @@ FOLDERS = (
     "jax_deepgemm.ops.rows",
     "jax_deepgemm.ops.gemm",
     "jax_deepgemm.ops.grouped",
+    "jax_deepgemm.ops.mixed",
     "jax_deepgemm.ops.ragged_dot",
     "jax_deepgemm.ops.route",
     "jax_deepgemm.ops.experts",
