@@ -51,7 +51,7 @@ def _problem(
     scales = avals_in[3] if b_at == 2 else None
     per_row = scales is not None and scales.shape[order_b.index("n")] == n and n > 1
     runs = a.shape[order_a.index("r")] if "r" in order_a else 1
-    carried = _carried(form, avals_in, b_at) if {"h", "r"} & set(form.stored) else ()
+    carried = _carried(form, avals_in, b_at) if "h" in form.stored else ()
     return GemmProblem(
         m=form.size("m", form.d, out.shape),
         n=n,
