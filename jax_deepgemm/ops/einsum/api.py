@@ -51,9 +51,10 @@ def bf16_einsum(
         (in a and b). Those of a class stand side by side in one order wherever they are, and none of the
         batch is last. Of a product without a batch, some rows (or columns, or summed letters) may stand apart
         from the others, as b in "bmk,bnk->mn".
-      a, b: bfloat16.
-      c: optional, of the result's shape in out_dtype; its buffer becomes the result's if it is donated or not
-        used again. In float32 it may be added by the memory system, for which subnormal numbers are zero.
+      a, b: bfloat16, as the terms of `expr` say, such as [b, h, r] and [h, d, r].
+      c: optional, in out_dtype, of the result's shape, such as [b, h, d]; its buffer becomes the result's if
+        it is donated or not used again. In float32 it may be added by the memory system, for which subnormal
+        numbers are zero.
       out_dtype: bfloat16 or float32; one rounding, to nearest even, after C was added in float32.
       config: a GemmConfig to use instead of the cost model's choice.
       out_sharding: the result's sharding on a mesh with Explicit axes; needed there if a summed dimension is
