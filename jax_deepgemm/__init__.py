@@ -17,6 +17,7 @@ from jax_deepgemm.core import launch as _launch  # noqa: F401 - registers the cu
 if TYPE_CHECKING:
     from jax_deepgemm.core.export import export_checks
     from jax_deepgemm.core.launch import embed_kernels
+    from jax_deepgemm.ops.einsum.api import bf16_einsum, fp8_einsum
     from jax_deepgemm.ops.gemm.api import (
         bf16_gemm_nn,
         bf16_gemm_nt,
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
     from jax_deepgemm.tools.precompile import precompile
 
 _HOME = {
+    "bf16_einsum": "ops.einsum.api",
+    "fp8_einsum": "ops.einsum.api",
     "bf16_gemm_nn": "ops.gemm.api",
     "bf16_gemm_nt": "ops.gemm.api",
     "bf16_gemm_tn": "ops.gemm.api",
@@ -110,6 +113,7 @@ __all__ = [
     "QuantizedArray",
     "__version__",
     "accumulate_gradients",
+    "bf16_einsum",
     "bf16_gemm_nn",
     "bf16_gemm_nt",
     "bf16_gemm_tn",
@@ -119,6 +123,7 @@ __all__ = [
     "embed_kernels",
     "explain",
     "export_checks",
+    "fp8_einsum",
     "fp8_gemm_nn",
     "fp8_gemm_nt",
     "fp8_gemm_tn",

@@ -17,6 +17,7 @@ FOLDERS = (
     "jax_deepgemm.ops.dispatch",
     "jax_deepgemm.ops.rows",
     "jax_deepgemm.ops.gemm",
+    "jax_deepgemm.ops.einsum",
     "jax_deepgemm.ops.grouped",
     "jax_deepgemm.ops.mixed",
     "jax_deepgemm.ops.ragged_dot",
