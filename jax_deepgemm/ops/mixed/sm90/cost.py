@@ -92,8 +92,8 @@ class MixedCost:
 
 
 def _tall(tiles: list[int]) -> float:
-    """Tiles above each other that a group counts for: between the mean and the most, as a group that needs one
-    more than others keeps some SMs for longer."""
+    """Tiles above each other that a group counts for: between the mean and the most, as a group that needs
+    one more than others keeps some SMs for longer."""
     return 0.75 * sum(tiles) / len(tiles) + 0.25 * max(tiles)
 
 
