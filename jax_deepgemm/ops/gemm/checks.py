@@ -309,17 +309,22 @@ def check_bf16(op: str, layout: str, a: Any, b: Any) -> tuple[jax.Array, jax.Arr
 
 
 def check_c(op: str, c: Any, m: int, n: int, out_dtype: np.dtype[Any]) -> jax.Array | None:
+    """C of a matrix; see `check_addend`."""
+    return check_addend(op, c, (m, n), out_dtype)
+
+
+def check_addend(op: str, c: Any, shape: tuple[int, ...], out_dtype: np.dtype[Any]) -> jax.Array | None:
     """C has the result's shape and dtype: it is not broadcast and not converted."""
     if c is None:
         return None
     c = unwrapped(c)
-    need = f"{out_dtype.name} [{m}, {n}]"
+    need = f"{out_dtype.name} {list(shape)}"
     if not is_array(c):
         raise_type_error(op, "c", c, need, "Pass an array or None.")
-    if tuple(c.shape) != (m, n):
+    if tuple(c.shape) != shape:
         raise ValueError(
             f"{op}: c is {describe(c)}, need {need}: the result's shape. "
-            f"To add a row or column vector, broadcast it first: jnp.broadcast_to(c, ({m}, {n}))."
+            f"To add a row or column vector, broadcast it first: jnp.broadcast_to(c, {shape})."
         )
     if np.dtype(c.dtype) != out_dtype:
         other = np.dtype(c.dtype)
