@@ -42,11 +42,15 @@ if TYPE_CHECKING:
         m_grouped_fp8_gemm_nt_masked,
     )
     from jax_deepgemm.ops.grouped.linear import grouped_linear
+    from jax_deepgemm.ops.hc_prenorm import hc_prenorm_gemm
     from jax_deepgemm.ops.quantize import (
+        Fp4Array,
+        PreparedFp4,
         PreparedWeight,
         QuantizedArray,
         accumulate_gradients,
         dequantize,
+        prepare_fp4,
         prepare_weight,
         quantize,
     )
@@ -69,9 +73,12 @@ _HOME = {
     "fp8_linear": "ops.gemm.linear",
     "GemmConfig": "ops.gemm.family",
     "GemmProblem": "ops.gemm.family",
+    "Fp4Array": "ops.quantize",
+    "PreparedFp4": "ops.quantize",
     "PreparedWeight": "ops.quantize",
     "accumulate_gradients": "ops.quantize",
     "QuantizedArray": "ops.quantize",
+    "prepare_fp4": "ops.quantize",
     "prepare_weight": "ops.quantize",
     "quantize": "ops.quantize",
     "dequantize": "ops.quantize",
@@ -85,6 +92,7 @@ _HOME = {
     "m_grouped_fp8_gemm_nt_contiguous": "ops.grouped.api",
     "m_grouped_fp8_gemm_nt_masked": "ops.grouped.api",
     "grouped_linear": "ops.grouped.linear",
+    "hc_prenorm_gemm": "ops.hc_prenorm",
     "ragged_dot": "ops.ragged_dot.api",
     "ragged_dot_general": "ops.ragged_dot.api",
     "topk": "ops.topk",
@@ -97,8 +105,10 @@ _HOME = {
 _log.start()
 
 __all__ = [
+    "Fp4Array",
     "GemmConfig",
     "GemmProblem",
+    "PreparedFp4",
     "PreparedWeight",
     "QuantizedArray",
     "__version__",
@@ -120,6 +130,7 @@ __all__ = [
     "fp8_gemm_tt",
     "fp8_linear",
     "grouped_linear",
+    "hc_prenorm_gemm",
     "k_grouped_bf16_gemm_tn_contiguous",
     "k_grouped_fp8_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_tn_contiguous",
@@ -130,6 +141,7 @@ __all__ = [
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
     "precompile",
+    "prepare_fp4",
     "prepare_weight",
     "quantize",
     "ragged_dot",

@@ -436,6 +436,8 @@ FORWARD = (
         lambda x, end: jdg.topk(x, 3, end=end, values=True, order="index"),
         ("x_f32", "indices"),
     ),
+    Call("hc_prenorm_gemm", jdg.hc_prenorm_gemm, ("x", "w_f32")),
+    Call("hc_prenorm_gemm splits", functools.partial(jdg.hc_prenorm_gemm, num_splits=2), ("x", "w_f32")),
     Call("route", _route(), ("logits",)),
     Call("route sqrt_softplus", _route(score="sqrt_softplus"), ("logits",)),
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),

@@ -148,7 +148,7 @@ struct GroupedTiles {
 
   __device__ __forceinline__ void prepare(u32 smem) {
     if constexpr (!C::CHAINED) ptx::wait_for_previous_kernel();
-    table = make_table<C>(groups, p, smem);
+    table = make_table<C>(groups, p, smem + Layout<C>::kTable);
   }
 
   // The first tile of a kernel in a chain, if there is one and it has products; the number of the next one.
