@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 
-ROOMS = ("", ".gemm", ".grouped", ".quantization", ".activation", ".indexer", ".moe", ".flax", ".config")
+ROOMS = (
+    "",
+    ".gemm",
+    ".grouped",
+    ".quantization",
+    ".activation",
+    ".indexer",
+    ".hyperconnection",
+    ".moe",
+    ".flax",
+    ".config",
+)
 HEADINGS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Warns")
 ARRAYS = re.compile(r"\bArray(Like)?\b|\bQuantized|\bWeight\b")
 SHAPE = re.compile(r"\[|\bas in\b|\bas the\b|scalar|\bnumber\b|QuantizedArray")
