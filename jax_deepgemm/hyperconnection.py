@@ -140,9 +140,9 @@ def coefficients(
     columns = n * (n + 2)
     weight, scale, bias = _parameters("pre", (weight, scale, bias), (columns, given), 3)
     h = _normed(given, weight, norm_eps)
-    own = jax.nn.sigmoid(scale[0] * h[..., :n] + bias[:n]) + eps
-    post_weights = 2 * jax.nn.sigmoid(scale[1] * h[..., n : 2 * n] + bias[n : 2 * n])
-    logits = scale[2] * h[..., 2 * n :] + bias[2 * n :]
+    own = jax.nn.sigmoid(_affine(scale[0], h[..., :n], bias[:n])) + eps
+    post_weights = 2 * jax.nn.sigmoid(_affine(scale[1], h[..., n : 2 * n], bias[n : 2 * n]))
+    logits = _affine(scale[2], h[..., 2 * n :], bias[2 * n :])
     mixing = sinkhorn(logits.reshape(*logits.shape[:-1], n, n), iterations=iterations, eps=eps)
     return own, post_weights, mixing
 
@@ -262,7 +262,7 @@ def head(
     """
     given, n = _streams("head", streams)
     weight, scale, bias = _parameters("head", (weight, scale, bias), (n, given), 1)
-    own = jax.nn.sigmoid(scale[0] * _normed(given, weight, norm_eps) + bias) + eps
+    own = jax.nn.sigmoid(_affine(scale[0], _normed(given, weight, norm_eps), bias)) + eps
     return _weighted(own, given)
 
 
@@ -274,6 +274,10 @@ def _normed(streams: jax.Array, weight: jax.Array, norm_eps: float) -> jax.Array
         product = jax.vmap(product, (0, None))
     h, squares = product(streams.reshape(*lead, n * d), weight)
     return h * lax.rsqrt(squares / (n * d) + norm_eps)[..., None]
+
+
+def _affine(scale: jax.Array, h: jax.Array, bias: jax.Array) -> jax.Array:
+    return scale * h + jnp.expand_dims(bias, range(h.ndim - 1))
 
 
 def _weighted(weights: jax.Array, streams: jax.Array) -> jax.Array:
