@@ -17,6 +17,7 @@ from jax_deepgemm.core import launch as _launch  # noqa: F401 - registers the cu
 if TYPE_CHECKING:
     from jax_deepgemm.core.export import export_checks
     from jax_deepgemm.core.launch import embed_kernels
+    from jax_deepgemm.ops.einsum.api import bf16_einsum, fp8_einsum
     from jax_deepgemm.ops.gemm.api import (
         bf16_gemm_nn,
         bf16_gemm_nt,
@@ -43,10 +44,13 @@ if TYPE_CHECKING:
     from jax_deepgemm.ops.grouped.linear import grouped_linear
     from jax_deepgemm.ops.hc_prenorm import hc_prenorm_gemm
     from jax_deepgemm.ops.quantize import (
+        Fp4Array,
+        PreparedFp4,
         PreparedWeight,
         QuantizedArray,
         accumulate_gradients,
         dequantize,
+        prepare_fp4,
         prepare_weight,
         quantize,
     )
@@ -56,6 +60,8 @@ if TYPE_CHECKING:
     from jax_deepgemm.tools.precompile import precompile
 
 _HOME = {
+    "bf16_einsum": "ops.einsum.api",
+    "fp8_einsum": "ops.einsum.api",
     "bf16_gemm_nn": "ops.gemm.api",
     "bf16_gemm_nt": "ops.gemm.api",
     "bf16_gemm_tn": "ops.gemm.api",
@@ -67,9 +73,12 @@ _HOME = {
     "fp8_linear": "ops.gemm.linear",
     "GemmConfig": "ops.gemm.family",
     "GemmProblem": "ops.gemm.family",
+    "Fp4Array": "ops.quantize",
+    "PreparedFp4": "ops.quantize",
     "PreparedWeight": "ops.quantize",
     "accumulate_gradients": "ops.quantize",
     "QuantizedArray": "ops.quantize",
+    "prepare_fp4": "ops.quantize",
     "prepare_weight": "ops.quantize",
     "quantize": "ops.quantize",
     "dequantize": "ops.quantize",
@@ -96,12 +105,15 @@ _HOME = {
 _log.start()
 
 __all__ = [
+    "Fp4Array",
     "GemmConfig",
     "GemmProblem",
+    "PreparedFp4",
     "PreparedWeight",
     "QuantizedArray",
     "__version__",
     "accumulate_gradients",
+    "bf16_einsum",
     "bf16_gemm_nn",
     "bf16_gemm_nt",
     "bf16_gemm_tn",
@@ -111,6 +123,7 @@ __all__ = [
     "embed_kernels",
     "explain",
     "export_checks",
+    "fp8_einsum",
     "fp8_gemm_nn",
     "fp8_gemm_nt",
     "fp8_gemm_tn",
@@ -128,6 +141,7 @@ __all__ = [
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
     "precompile",
+    "prepare_fp4",
     "prepare_weight",
     "quantize",
     "ragged_dot",

@@ -58,8 +58,8 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Given:
-    """An operand of the custom call: which one it is, its shape, and whether it has a dimension of vmap, in
-    front (another operand of the call serves all of a batch)."""
+    """An operand of the custom call: which one it is, its shape, and whether it has a batch dimension, which
+    of vmap is the first (another operand of the call serves all of a batch)."""
 
     index: int
     shape: tuple[int, ...]
@@ -278,12 +278,18 @@ class OpKernel:
     ) -> LaunchPlan:
         """The plan of a call."""
         problem = self.problem(avals_in, avals_out, batch=batch, **params)
-        carried = batch or (False,) * len(avals_in)
+        carried = self.carried(avals_in, batch, **params)
         operands = {
             part: Given(i, tuple(aval.shape), on)
             for i, (part, aval, on) in enumerate(zip(self.parts, avals_in, carried))
         }
         return self.family.plan(problem, with_sms(chip, num_sms), operands, config)
+
+    def carried(
+        self, avals_in: Sequence[Any], batch: tuple[bool, ...] | None, **params: Any
+    ) -> tuple[bool, ...]:
+        """Which operands have a batch dimension: of vmap, where the op has none of its own."""
+        return batch or (False,) * len(avals_in)
 
 
 class LazyKernel:
@@ -293,13 +299,24 @@ class LazyKernel:
     Args:
       module: full name of the module.
       name: of the OpKernel in it.
-      batched: whether the kernel takes a leading dimension of vmap itself; else it is folded into another
-        dimension, or looped over (core/batch.py).
+      batched: whether the kernel takes a leading dimension of vmap itself, always or of the operands that
+        carry it; else it is folded into another dimension, or looped over (core/batch.py).
       form: parameters that the op fixes.
     """
 
-    def __init__(self, module: str, name: str, *, batched: bool = False, **form: Any) -> None:
-        self.module, self._name, self.batched, self._form = module, name, batched, form
+    def __init__(
+        self,
+        module: str,
+        name: str,
+        *,
+        batched: bool | Callable[[tuple[bool, ...]], bool] = False,
+        **form: Any,
+    ) -> None:
+        self.module, self._name, self._batched, self._form = module, name, batched, form
+
+    def takes(self, carried: tuple[bool, ...]) -> bool:
+        """Whether the kernel runs once on operands of which these have a leading dimension of vmap."""
+        return self._batched if isinstance(self._batched, bool) else self._batched(carried)
 
     def _kernel(self) -> OpKernel:
         found: OpKernel = getattr(importlib.import_module(self.module), self._name)

@@ -101,7 +101,7 @@ def on_kernel(
     assert op.kernel is not None
     types = op.result_types(arrays, batch, params)
     folded, carried = fold(arrays, batch)
-    if carried is None or op.kernel.batched:
+    if carried is None or op.kernel.takes(carried):
         count = next((x.shape[0] for x, on in zip(folded, carried or ()) if on), None)
         lead = () if count is None else (count,)
         one_level = tuple(((*lead, *shape[len(batch) :]), dtype) for shape, dtype in types)

@@ -94,6 +94,9 @@ def _operands() -> dict[str, Any]:
         "w_t": normal(HIDDEN, WIDTH),
         "w_f32": normal(WIDTH, HIDDEN, dtype=jnp.float32),
         "c": normal(TOKENS, WIDTH),
+        "heads": normal(TOKENS, 3, HIDDEN),
+        "q_heads": quantized(PER_ROW, TOKENS, 3, HIDDEN),
+        "c_heads": normal(TOKENS, 3, WIDTH),
         "xs": normal(3, TOKENS, HIDDEN),
         "ws": normal(3, WIDTH, HIDDEN),
         "ws_t": normal(3, HIDDEN, WIDTH),
@@ -358,6 +361,9 @@ FORWARD = (
     Call("bf16_gemm_nn", jdg.bf16_gemm_nn, ("x", "w_t")),
     Call("bf16_gemm_tn", with_f32(jdg.bf16_gemm_tn), ("x_t", "w_t")),
     Call("bf16_gemm_tt", jdg.bf16_gemm_tt, ("x_t", "w")),
+    Call("bf16_einsum", functools.partial(jdg.bf16_einsum, "bhr,hdr->bhd"), ("heads", "ws", "c_heads")),
+    Call("bf16_einsum sum", functools.partial(jdg.bf16_einsum, "bmk,bnk->mn"), ("xs", "ws")),
+    Call("fp8_einsum", functools.partial(jdg.fp8_einsum, "bhr,hdr->bhd"), ("q_heads", "q_ws")),
     Call("bf16_gemm_nt tangent", _tangent(jdg.bf16_gemm_nt), ("x", "w")),
     Call("fp8_linear", jdg.fp8_linear, ("x", "w_f32")),
     Call("m_grouped_fp8_gemm_nt_contiguous", jdg.m_grouped_fp8_gemm_nt_contiguous, ("q_x", "q_ws", "sizes")),
@@ -473,6 +479,11 @@ FORWARD = (
 
 GRADIENTS = (
     Call("bf16_gemm_nt", _gradient(jdg.bf16_gemm_nt, 0, 1), ("x", "w")),
+    Call(
+        "bf16_einsum",
+        _gradient(functools.partial(jdg.bf16_einsum, "bhr,hdr->bhd"), 0, 1),
+        ("heads", "ws"),
+    ),
     Call("fp8_linear", _gradient(jdg.fp8_linear, 0, 1), ("x", "w_f32")),
     Call("fp8_linear frozen", _gradient(jdg.fp8_linear, 0), ("x", "q_w")),
     Call(

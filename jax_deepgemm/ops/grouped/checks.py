@@ -235,6 +235,11 @@ def check_c(op: str, c: Any, shape: tuple[int, ...], out_dtype: np.dtype[Any]) -
     return jnp.asarray(c)
 
 
+def check_hints(op: str, zero_rows: Any, expected_m: Any) -> dict[str, Any]:
+    """The parameters of masked ops."""
+    return {"zero_rows": check_zero_rows(op, zero_rows), "expected_m": check_expected_m(op, expected_m)}
+
+
 def check_zero_rows(op: str, zero_rows: Any) -> bool:
     """A static flag."""
     if not isinstance(zero_rows, bool):

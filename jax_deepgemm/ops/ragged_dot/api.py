@@ -35,7 +35,10 @@ from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.grouped import api
 from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.grouped.checks import check_offset
+from jax_deepgemm.ops.quantize.api import quantize
 from jax_deepgemm.ops.quantize.array import QuantizedArray, QuantizedLike
+from jax_deepgemm.ops.quantize.fp4 import Fp4Array
+from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4
 from jax_deepgemm.ops.ragged_dot import op as ragged_ops
 from jax_deepgemm.ops.ragged_dot.canonical import CanonicalForm, mode_of, plan_contraction, plan_rows
 
@@ -47,7 +50,7 @@ RHS_LAYOUTS = {
 
 def ragged_dot(
     lhs: ArrayLike | QuantizedLike,
-    rhs: ArrayLike | QuantizedLike,
+    rhs: ArrayLike | QuantizedLike | PreparedFp4,
     group_sizes: ArrayLike,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
@@ -85,7 +88,8 @@ def ragged_dot(
 
     Args:
       lhs: [m, k], or a QuantizedArray of block (1, 128).
-      rhs: [g, k, n] (see `rhs_layout`), or a QuantizedArray.
+      rhs: [g, k, n] (see `rhs_layout`), or a QuantizedArray; or an FP4 weight, a `PreparedFp4` [g, n, k],
+        with which an lhs that is not quantised is quantised here, one scale for 128 of a row.
       group_sizes: [g] integers. Rows after the last group give zeros, and what they hold is not read.
         Negative sizes count as zero; groups end with lhs.
       precision: as in jax.lax.ragged_dot; the kernels' products of bfloat16 are exact and summed in float32,
@@ -242,7 +246,7 @@ class _Call:
 
 
 def _is_quantized(x: Any) -> bool:
-    return isinstance(x, QuantizedArray) or (isinstance(x, tuple) and len(x) == 2)
+    return isinstance(x, QuantizedArray | PreparedFp4 | Fp4Array) or (isinstance(x, tuple) and len(x) == 2)
 
 
 def _array(name: str, what: str, x: Any) -> jax.Array:
@@ -550,6 +554,9 @@ def _placed(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
 def _quantized(
     lhs: Any, rhs: Any, group_sizes: Any, rhs_layout: str, allow_transpose: bool, **options: Any
 ) -> jax.Array:
+    fp4 = isinstance(rhs, PreparedFp4 | Fp4Array)
+    if fp4 and not _is_quantized(lhs):
+        lhs = quantize(lhs)
     for what, x, other in (("lhs", lhs, "rhs"), ("rhs", rhs, "lhs")):
         if not _is_quantized(x):
             block = (1, 128) if what == "lhs" else (128, 128)
@@ -562,6 +569,11 @@ def _quantized(
         raise TypeError(f"ragged_dot: group_sizes are {sizes.dtype.name}, need integers.")
     values = lhs.values if isinstance(lhs, QuantizedArray) else lhs[0]
     sizes = _sizes_of_rows(sizes, values.shape[:1] or (0,))
+    if fp4 and rhs_layout != "gnk":
+        raise ValueError(
+            f"ragged_dot: rhs is FP4 {list(rhs.shape)} and rhs_layout is 'gkn'. FP4 weights are stored "
+            "[g, n, k]: say rhs_layout='gnk'."
+        )
     if rhs_layout == "gnk":
         return api.m_grouped_fp8_gemm_nt_contiguous(lhs, rhs, sizes, **options)
     if allow_transpose:

@@ -18,9 +18,15 @@
 namespace jdg {
 
 // The order of tiles: batches, stripes of `stripe` row tiles, columns, rows within the stripe.
+// BATCHES_TOGETHER: rows, batches, columns, so that blocks of threads which run at a time read whole rows of
+// [row, batch, k].
 template <class C>
 __device__ __forceinline__ Tile tile_at(int index, const Extents& p, int k_blocks) {
   const int row_tiles = ceil_div(p.m, C::ROWS), col_tiles = ceil_div(p.n, C::COLS);
+  if constexpr (C::BATCHES_TOGETHER) {
+    const int row = index / (p.batches * col_tiles), batch = index / col_tiles % p.batches;
+    return {row * C::ROWS, index % col_tiles * C::COLS, batch, 0, k_blocks};
+  }
   const int batch = index / (row_tiles * col_tiles), rest = index % (row_tiles * col_tiles);
   const int stripe = rest / (p.stripe * col_tiles), within = rest % (p.stripe * col_tiles);
   const int height = min(p.stripe, row_tiles - stripe * p.stripe);
@@ -55,7 +61,7 @@ struct DenseTiles {
   __device__ __forceinline__ void multiply(MainLoop<C>& loop, Tile& tile) const {
     tile.row += first_part<C>(loop.warpgroup) * 64;
     tile.col += first_col<C>(loop.warpgroup);
-    start_accumulator<C>(loop.acc, matrix_of(c, p, tile.batch * p.batched_c), p, tile, tile.row);
+    start_accumulator<C>(loop.acc, matrix_of<C>(c, p, tile.batch * p.batched_c), p, tile, tile.row);
     loop.finish(tile);
   }
 
@@ -63,8 +69,8 @@ struct DenseTiles {
     const u32 slabs = slabs_of_warp<C>(loop.ring.smem);
 #pragma unroll
     for (int part = 0; part < kParts<C>; ++part)
-      store_tile<C>(loop.acc[part], d_map, matrix_of(d, p, tile.batch),
-                    matrix_of(c, p, tile.batch * p.batched_c), slabs, p, tile, tile.row + part * 64);
+      store_tile<C>(loop.acc[part], d_map, matrix_of<C>(d, p, tile.batch),
+                    matrix_of<C>(c, p, tile.batch * p.batched_c), slabs, p, tile, tile.row + part * 64);
   }
 };
 

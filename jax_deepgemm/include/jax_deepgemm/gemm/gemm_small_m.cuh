@@ -87,7 +87,7 @@ struct Slices {
 template <class C>
 __device__ __forceinline__ void store_four(float (&values)[4], typename C::Out* d, const typename C::Out* c,
                                            const Extents& p, int token, int col) {
-  const i64 at = static_cast<i64>(token) * p.n + col;
+  const i64 at = static_cast<i64>(token) * row_pitch<C>(p) + col;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     if (C::ADD && col + i < p.n) values[i] += ptx::to_float(c[at + i]);
@@ -197,8 +197,8 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Extents& 
       ptx::named_barrier<1, kConsumers>();  // the other warpgroup may still read what is overwritten
     slices.send(acc[0], warpgroup);
     slices.wait();
-    typename C::Out* out = matrix_of(d, p, tile.batch);
-    const typename C::Out* addend = matrix_of(c, p, tile.batch * p.batched_c);
+    typename C::Out* out = matrix_of<C>(d, p, tile.batch);
+    const typename C::Out* addend = matrix_of<C>(c, p, tile.batch * p.batched_c);
     if constexpr (C::SWAP_AB)
       store_swapped_slice<C>(slices, out, addend, p, tile);
     else

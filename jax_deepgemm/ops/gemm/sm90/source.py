@@ -23,9 +23,10 @@ struct Config {{
   static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
   static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, MASK_K = {mask_k};
-  static constexpr bool WHOLE_BLOCKS = {whole_blocks};
+  static constexpr bool RUNS = {runs}, WHOLE_BLOCKS = {whole_blocks};
   static constexpr bool ROWS_ONCE = {rows_once}, COLS_ONCE = {cols_once};
   static constexpr bool ADD = {add}, REDUCE = {reduce}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
+  static constexpr bool BATCH_INSIDE = {batch_inside}, BATCHES_TOGETHER = {batches_together};
   static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
 }};
 """
@@ -64,6 +65,9 @@ def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
     parts += ["sb1"] if p.b_scales == "vector" else ["sb128"] if p.b_scales == "block_slices" else []
     parts += ["f32"] if p.out == "float32" else []
     parts += ["once"] if p.b_once else []
+    parts += ["runs"] if p.runs > 1 else []
+    parts += ["inside"] if p.batch_axes[2] == 1 else []
+    parts += ["together"] if p.batches_together else []
     parts += ["acc" if p.reduces else "add"] if p.add_c else []
     if not c.one_tile:
         parts += ["odd"] if p.n % 2 else [] if tma_store(p, c) or c.gated else ["unaligned"]
@@ -133,13 +137,16 @@ def config_text(
         rows_k_major=as_cpp(rows.k_major),
         cols_k_major=as_cpp(cols.k_major),
         mask_k=as_cpp(mask_k),
+        runs=as_cpp(p.runs > 1),
         whole_blocks=as_cpp(whole_blocks),
-        rows_once=as_cpp(p.b_once and c.swap_ab),
-        cols_once=as_cpp(p.b_once and not c.swap_ab),
+        rows_once=as_cpp(p.b_once if c.swap_ab else p.batches_together),
+        cols_once=as_cpp(p.batches_together if c.swap_ab else p.b_once),
         add=as_cpp(reads_c(p)),
         reduce=as_cpp(p.reduces),
         tma_store=as_cpp(tma_store(p, c)),
         even_n=as_cpp(p.n % 2 == 0),
+        batch_inside=as_cpp(p.batch_axes[2] == 1),
+        batches_together=as_cpp(p.batches_together),
         row_scales=_SCALES[rows.scales],
         col_scales=_SCALES[cols.scales],
     )
@@ -192,6 +199,7 @@ def kernel_source(p: GemmProblem, c: Sm90Config) -> KernelSource:
     rows, cols = (b, a) if c.swap_ab else (a, b)
     operands = [f"&{rows.name}_map", f"&{cols.name}_map", rows.scale_map, cols.scale_map, "k_blocks"]
     operands += [f"batched_{side.name}{of}" for of in ("", "_scales") for side in (rows, cols)]
+    operands += ["run_blocks"] if p.runs > 1 else []
     name = kernel_name(p, c)
     text = _TEXT.format(
         header="gemm_small_m" if c.one_tile else "gemm",
@@ -201,22 +209,14 @@ def kernel_source(p: GemmProblem, c: Sm90Config) -> KernelSource:
         threads=c.threads,
         blocks_per_sm=c.blocks_per_sm,
         name=name,
-        parameters=", ".join([*leading_parameters(p, c), *(f"int {x}" for x in INTEGERS)]),
+        parameters=", ".join([*leading_parameters(p, c), *(f"int {x}" for x in integers(p))]),
         operands=", ".join(operands),
         c="c" if reads_c(p) else "nullptr",
     )
     return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p, c).total)
 
 
-INTEGERS = (
-    "m",
-    "n",
-    "batches",
-    "k_blocks",
-    "stripe",
-    "batched_a",
-    "batched_b",
-    "batched_a_scales",
-    "batched_b_scales",
-    "batched_c",
-)
+def integers(p: GemmProblem) -> tuple[str, ...]:
+    """The kernel's last parameters."""
+    batched = tuple(f"batched_{part}" for part in ("a", "b", "a_scales", "b_scales", "c"))
+    return ("m", "n", "batches", "k_blocks", "stripe", *batched, *(("run_blocks",) if p.runs > 1 else ()))
