@@ -21,6 +21,7 @@ from jax_deepgemm.deep_gemm.calls import (
 )
 from jax_deepgemm.deep_gemm.groups import described, k_groups, side_by_side
 from jax_deepgemm.ops.grouped import api as grouped
+from jax_deepgemm.ops.quantize import PreparedFp4
 from jax_deepgemm.ops.quantize.array import QuantizedLike
 
 __all__ = [
@@ -43,7 +44,7 @@ __all__ = [
 
 def m_grouped_fp8_fp4_gemm_nt_contiguous(
     a: QuantizedLike,
-    b: QuantizedLike,
+    b: QuantizedLike | PreparedFp4,
     d: None = None,
     grouped_layout: ArrayLike | None = None,
     recipe: Recipe = None,
@@ -78,7 +79,7 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
     Args:
       a: (values [m, k], scales [m, ceil(k / 128)]), or a QuantizedArray.
       b: (values [g, n, k], scales [g, ceil(n / 128), ceil(k / 128)] or [g, n, ceil(k / 128)]), or a
-        QuantizedArray.
+        QuantizedArray; or FP4, as in `fp8_fp4_gemm_nt`, for each group.
       d: None: the value is returned.
       grouped_layout: integers [m], the group of each row, -1 for none, in which rows of a group stand
         together, in any number; or [g] with use_psum_layout, where each group ends. Then a group starts where
@@ -100,7 +101,7 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
         behind those of another group are zero, and -1 inside a group counts as the group
         (`jax_deepgemm.grouped.check_m_indices` reports both); with ends of another alignment, rows count to
         no group or to a wrong one.
-      NotImplementedError: packed FP4.
+      NotImplementedError: an a of packed FP4.
 
     Source: DeepGEMM's function of this name, whose index layout asks for groups of whole tiles of rows, and
     takes the group of a tile's first row for all of it.
@@ -226,7 +227,7 @@ def m_grouped_bf16_gemm_nn_contiguous(
 
 def m_grouped_fp8_fp4_gemm_nt_masked(
     a: QuantizedLike,
-    b: QuantizedLike,
+    b: QuantizedLike | PreparedFp4,
     d: None = None,
     masked_m: ArrayLike | None = None,
     expected_m: int | None = None,
@@ -248,7 +249,7 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     Args:
       a: (values [g, m, k], scales [g, m, ceil(k / 128)]), or a QuantizedArray. Any m.
       b: (values [g, n, k], scales [g, ceil(n / 128), ceil(k / 128)] or [g, n, ceil(k / 128)]), or a
-        QuantizedArray.
+        QuantizedArray; or FP4, as in `fp8_fp4_gemm_nt`, for each group.
       d: None: the value is returned.
       masked_m: integers [g], rows of each group that count.
       expected_m: rows of a typical group, static, or None; changes no number.
@@ -262,7 +263,7 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     Raises:
       TypeError: d is given, masked_m is not, an operand is not quantised.
       ValueError: shapes, types or recipes that do not fit.
-      NotImplementedError: packed FP4.
+      NotImplementedError: an a of packed FP4.
 
     Source: DeepGEMM's function of this name.
     """
@@ -271,7 +272,7 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     check_given(op, masked_m=masked_m)
     check_dims(op, compiled_dims)
     block_a, block_b = blocks_of(op, recipe, recipe_a, recipe_b)
-    left, right = operand(op, "a", a, block_a), operand(op, "b", b, block_b)
+    left, right = operand(op, "a", a, block_a), operand(op, "b", b, block_b, weight=True)
     result: jax.Array = run(
         grouped.m_grouped_fp8_gemm_nt_masked, left, right, masked_m, expected_m, **options
     )
@@ -480,7 +481,10 @@ def _m_grouped_fp8(
     check_not_written(op, d)
     check_dims(op, compiled_dims)
     block_a, block_b = blocks_of(op, recipe, recipe_a, recipe_b)
-    left, right = operand(op, "a", a, block_a), operand(op, "b", b, block_b, k_last=layout == "nt")
+    left, right = (
+        operand(op, "a", a, block_a),
+        operand(op, "b", b, block_b, k_last=layout == "nt", weight=layout == "nt"),
+    )
     groups = described(op, *rows, options)
     result: jax.Array = run(getattr(grouped, op), left, right, **groups, **options)
     return result
