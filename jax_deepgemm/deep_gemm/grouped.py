@@ -61,9 +61,8 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import deep_gemm
-    >>> x, w = jnp.ones((6, 128), jnp.bfloat16), jnp.ones((384, 128), jnp.bfloat16)
-    >>> values, scales = deep_gemm.utils.per_block_cast_to_fp8(w)
-    >>> a, b = deep_gemm.utils.per_token_cast_to_fp8(x), (values.reshape(3, 128, 128), scales[:, None])
+    >>> a = jnp.ones((6, 128), jnp.float8_e4m3fn), jnp.ones((6, 1))
+    >>> b = jnp.ones((3, 128, 128), jnp.float8_e4m3fn), jnp.ones((3, 1, 1))
     >>> d = deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, grouped_layout=jnp.array([0, 0, 2, 2, 2, -1]))
     >>> d[:, 0].tolist()
     [128.0, 128.0, 128.0, 128.0, 128.0, 0.0]
@@ -128,9 +127,9 @@ def m_grouped_fp8_fp4_gemm_nn_contiguous(
     """D = A @ B[g] for the rows of each group g, of FP8 operands, b stored [g, k, n].
 
     >>> import jax.numpy as jnp
-    >>> from jax_deepgemm import deep_gemm, quantize
-    >>> x, w = jnp.ones((3, 128), jnp.bfloat16), jnp.ones((2, 128, 256), jnp.bfloat16)
-    >>> a, b = quantize(x), quantize(w, (128, 128))
+    >>> from jax_deepgemm import deep_gemm
+    >>> a = jnp.ones((3, 128), jnp.float8_e4m3fn), jnp.ones((3, 1))
+    >>> b = jnp.ones((2, 128, 256), jnp.float8_e4m3fn), jnp.ones((2, 1, 2))
     >>> deep_gemm.m_grouped_fp8_gemm_nn_contiguous(a, b, grouped_layout=jnp.array([0, 1, 1])).shape
     (3, 256)
 
@@ -241,8 +240,9 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     """D[g, :masked_m[g]] = A[g, :masked_m[g]] @ B[g].T of FP8 operands: equal storage for each group.
 
     >>> import jax.numpy as jnp
-    >>> from jax_deepgemm import deep_gemm, quantize
-    >>> a, b = quantize(jnp.ones((2, 4, 128))), quantize(jnp.ones((2, 256, 128)), (128, 128))
+    >>> from jax_deepgemm import deep_gemm
+    >>> a = jnp.ones((2, 4, 128), jnp.float8_e4m3fn), jnp.ones((2, 4, 1))
+    >>> b = jnp.ones((2, 256, 128), jnp.float8_e4m3fn), jnp.ones((2, 2, 1))
     >>> deep_gemm.m_grouped_fp8_gemm_nt_masked(a, b, masked_m=jnp.array([1, 4]), expected_m=2).shape
     (2, 4, 256)
 
@@ -332,8 +332,9 @@ def k_grouped_fp8_gemm_nt_contiguous(
     """D[g] = C[g] + A[:, columns of g] @ B[:, columns of g].T of FP8 operands: weight gradients of experts.
 
     >>> import jax.numpy as jnp
-    >>> from jax_deepgemm import deep_gemm, quantize
-    >>> a, b = quantize(jnp.ones((8, 384))), quantize(jnp.ones((4, 384)))
+    >>> from jax_deepgemm import deep_gemm
+    >>> a = jnp.ones((8, 384), jnp.float8_e4m3fn), jnp.ones((8, 3))
+    >>> b = jnp.ones((4, 384), jnp.float8_e4m3fn), jnp.ones((4, 3))
     >>> sizes = jnp.array([128, 256])
     >>> deep_gemm.k_grouped_fp8_gemm_nt_contiguous(a, b, grouped_layout=sizes)[:, 0, 0].tolist()
     [128.0, 256.0]
@@ -391,8 +392,9 @@ def k_grouped_fp8_gemm_tn_contiguous(
     """D[g] = C[g] + A[rows of g].T @ B[rows of g] of FP8 operands, stored [k, m] and [k, n].
 
     >>> import jax.numpy as jnp
-    >>> from jax_deepgemm import deep_gemm, quantize
-    >>> a, b = quantize(jnp.ones((384, 8)), (128, 1)), quantize(jnp.ones((384, 4)), (128, 1))
+    >>> from jax_deepgemm import deep_gemm
+    >>> a = jnp.ones((384, 8), jnp.float8_e4m3fn), jnp.ones((3, 8))
+    >>> b = jnp.ones((384, 4), jnp.float8_e4m3fn), jnp.ones((3, 4))
     >>> deep_gemm.k_grouped_fp8_gemm_tn_contiguous(a, b, grouped_layout=jnp.array([128, 256])).shape
     (2, 8, 4)
 
