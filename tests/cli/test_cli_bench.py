@@ -331,6 +331,7 @@ COUNTS = {
     "m_grouped": 48,
     "masked": 32,
     "k_grouped": 12,
+    "mixed": 17,
     "ragged_dot": 5,
     "quantize": 18,
     "dispatch": 21,

