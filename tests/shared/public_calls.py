@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
-from jax_deepgemm import hyperconnection, indexer, moe
+from jax_deepgemm import deep_gemm, hyperconnection, indexer, moe
 from jax_deepgemm.ops import grouped
 from jax_deepgemm.ops import quantize as quantization
 from jax_deepgemm.ops import swiglu as activation
@@ -222,6 +222,13 @@ def _coefficients(x: jax.Array, *parameters: jax.Array) -> Any:
     return hyperconnection.coefficients(hyperconnection.expand(x, 2), *parameters)
 
 
+def _cast_to_fp4(x: jax.Array) -> Any:
+    """Values, scales, the numbers that they stand for, and the values of the transposed matrix."""
+    values, scales = deep_gemm.per_token_cast_to_fp4(x, True, 32)
+    back = deep_gemm.cast_back_from_fp4(values, scales, 32)
+    return values, scales, back, deep_gemm.transpose_packed_fp4(values)
+
+
 def _route(**options: Any) -> Callable[..., Any]:
     def call(logits: jax.Array, *bias: jax.Array) -> Any:
         return moe.route(logits, TOP_K, bias=bias[0] if bias else None, **options)
@@ -359,6 +366,20 @@ FORWARD = (
             is_sfa=True,
         ),
         ("scales",),
+    ),
+    Call("deep_gemm: casts to FP4", lambda x: _cast_to_fp4(x), ("x",)),
+    Call("deep_gemm: FP4 weights", lambda x, w: deep_gemm.fp8_gemm_nt(x, _cast_to_fp4(w)[:2]), ("q_x", "w")),
+    Call(
+        "deep_gemm: contexts divided",
+        lambda lens: deep_gemm.get_paged_mqa_logits_metadata(lens[:, None], 64, 5),
+        ("k_end",),
+    ),
+    Call(
+        "deep_gemm: rows of k by an index",
+        lambda a, b, index, ends: deep_gemm.legacy.a_fused_k_grouped_bf16_gemm_tn_contiguous_tl(
+            a, b, mappings=(index, ends - 2, ends)
+        ),
+        ("x", "c", "indices", "ends"),
     ),
     Call("fp8_gemm_nt", jdg.fp8_gemm_nt, ("q_x", "q_w")),
     Call("fp8_gemm_nt rows, c", jdg.fp8_gemm_nt, ("q_x", "q_w_rows", "c")),
