@@ -45,14 +45,17 @@ if TYPE_CHECKING:
     from jax_deepgemm.ops.hc_prenorm import hc_prenorm_gemm
     from jax_deepgemm.ops.quantize import (
         Fp4Array,
+        PerChannelArray,
         PreparedFp4,
         PreparedWeight,
         QuantizedArray,
         accumulate_gradients,
         dequantize,
+        dequantize_per_channel,
         prepare_fp4,
         prepare_weight,
         quantize,
+        quantize_per_channel,
     )
     from jax_deepgemm.ops.ragged_dot.api import ragged_dot, ragged_dot_general
     from jax_deepgemm.ops.topk import topk
@@ -74,6 +77,9 @@ _HOME = {
     "GemmConfig": "ops.gemm.family",
     "GemmProblem": "ops.gemm.family",
     "Fp4Array": "ops.quantize",
+    "PerChannelArray": "ops.quantize",
+    "dequantize_per_channel": "ops.quantize",
+    "quantize_per_channel": "ops.quantize",
     "PreparedFp4": "ops.quantize",
     "PreparedWeight": "ops.quantize",
     "accumulate_gradients": "ops.quantize",
@@ -108,6 +114,7 @@ __all__ = [
     "Fp4Array",
     "GemmConfig",
     "GemmProblem",
+    "PerChannelArray",
     "PreparedFp4",
     "PreparedWeight",
     "QuantizedArray",
@@ -120,6 +127,7 @@ __all__ = [
     "bf16_gemm_tt",
     "config",
     "dequantize",
+    "dequantize_per_channel",
     "embed_kernels",
     "explain",
     "export_checks",
@@ -144,6 +152,7 @@ __all__ = [
     "prepare_fp4",
     "prepare_weight",
     "quantize",
+    "quantize_per_channel",
     "ragged_dot",
     "ragged_dot_general",
     "topk",

@@ -17,7 +17,7 @@ Params = dict[str, Any]
 Arrays = list[jax.Array]
 Dims = tuple[int, ...]
 
-MACHINERY = ("batch", "out_sharding", "reduce_dtype", "fallback")
+MACHINERY = ("batch", "out_sharding", "reduce_dtype", "fallback", "knobs")
 """Parameters of the primitives that are not the family's."""
 
 

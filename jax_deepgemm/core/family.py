@@ -185,9 +185,10 @@ class Family(Generic[P]):
         kernels = self.kernels_for(chip)
         if kernels.config is None:
             return None
-        return tuning.lookup(
+        entry = tuning.lookup(
             problem, chip, kernels.config, lambda config: self.broken_rules(problem, config, chip)
         )
+        return entry if entry is not None and _wanted(entry.config, chip) else None
 
     def broken_rules(self, problem: P, config: Any, chip: Chip) -> list[str]:
         """Why a configuration cannot run a problem on a chip: a line for each rule that it breaks."""
@@ -207,7 +208,8 @@ class Family(Generic[P]):
         kernels = self.kernels_for(chip)
         if kernels.config is None or kernels.cost is None:
             return []
-        priced = [(c, kernels.cost(problem, c, chip)) for c in kernels.candidates(problem, chip)]
+        wanted = (c for c in kernels.candidates(problem, chip) if _wanted(c, chip))
+        priced = [(c, kernels.cost(problem, c, chip)) for c in wanted]
         return sorted(priced, key=lambda pair: pair[1].total)
 
     # What follows from a choice
@@ -247,7 +249,18 @@ def _check_given(kernels: Kernels[Any, Any], problem: Any, given: Any, chip: Chi
 def _cheapest(kernels: Kernels[Any, Any], problem: Any, chip: Chip) -> Any:
     assert kernels.cost is not None
     cost = kernels.cost
-    return min(kernels.candidates(problem, chip), key=lambda c: cost(problem, c, chip).total)
+    wanted = [c for c in kernels.candidates(problem, chip) if _wanted(c, chip)]
+    if not wanted and chip.block_n_of > 1:
+        raise ValueError(
+            f"{problem}: no configuration has a block_n that is a multiple of {chip.block_n_of}, which "
+            "config.block_size_multiple_of asks for. Use a smaller one, such as 64, or 1 for any."
+        )
+    return min(wanted, key=lambda c: cost(problem, c, chip).total)
+
+
+def _wanted(config: Any, chip: Chip) -> bool:
+    """Whether a configuration has tiles as the user wants them; one without columns of its own has."""
+    return getattr(config, "block_n", 0) % chip.block_n_of == 0
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,9 @@ class Op(Declaration):
         static.setdefault("fallback", config.get().fallback)
         if static["fallback"] == "error":
             del static["fallback"]
+        knobs = config.get().of_kernels
+        if knobs:
+            static["knobs"] = knobs
         for name, value in static.items():
             try:
                 hash(value)

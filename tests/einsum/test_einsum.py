@@ -179,6 +179,16 @@ def test_tiles_of_all_heads_come_together_where_rows_stream_by() -> None:
     assert not problem(4096, 8, 1024, 4096).batches_together, "weights that L2 does not hold"
 
 
+def test_exported_for_both_platforms() -> None:
+    """The kernel's launch is in the program, and no Python of this package is needed to run it."""
+    a, b, _ = draw(UP, HEADS)
+    function = jax.jit(functools.partial(jdg.bf16_einsum, UP))
+    exported = jax.export.export(function, platforms=["cpu", "cuda"], disabled_checks=jdg.export_checks)(a, b)
+    assert "jax_deepgemm_launch" in exported.mlir_module()
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(again.call(a, b), function(a, b))
+
+
 X, W = jax.ShapeDtypeStruct((4, 3, 256), BF16), jax.ShapeDtypeStruct((3, 128, 256), BF16)
 
 

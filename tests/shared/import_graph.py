@@ -25,6 +25,7 @@ FLOORS = (
     ("moe",),
     ("flax",),
     ("tools",),
+    ("deep_gemm",),
     ("",),
     ("cli",),
     ("__main__",),

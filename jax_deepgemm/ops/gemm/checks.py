@@ -21,6 +21,7 @@ from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, QuantizedArray
 from jax_deepgemm.ops.quantize.array import as_dtype
 from jax_deepgemm.ops.quantize.fp4 import parts_of
 from jax_deepgemm.ops.quantize.interop import is_qwix
+from jax_deepgemm.ops.quantize.per_channel import is_per_channel
 from jax_deepgemm.ops.quantize.prepared_fp4 import products
 
 FP8_DTYPES = tuple(np.dtype(d) for d in (jnp.float8_e4m3fn, jnp.float8_e5m2))
@@ -354,8 +355,8 @@ def _check_dtype_option(op: str, name: str, value: Any) -> np.dtype[Any]:
 def check_options(
     op: str, out_dtype: Any, reduce_dtype: Any, out_sharding: Any, config: Any, num_sms: Any, *, b: Any = None
 ) -> Options:
-    """The keyword arguments, canonical and hashable. b: the weight, if it may be one of FP4, whose products
-    have configurations of their own."""
+    """The keyword arguments, canonical and hashable. b: the weight, if it may be one of FP4 or with a scale a
+    channel, whose products have configurations of their own."""
     out, reduce = (
         _check_dtype_option(op, "out_dtype", out_dtype),
         _check_dtype_option(op, "reduce_dtype", reduce_dtype),
@@ -366,7 +367,7 @@ def check_options(
             "need reduce_dtype float32 or the result's dtype. "
             "Leave reduce_dtype out, or ask for out_dtype=jnp.bfloat16."
         )
-    own = config is not None and isinstance(b, PreparedFp4)
+    own = config is not None and (isinstance(b, PreparedFp4) or is_per_channel(b))
     config_type = products().config_type() if own else GemmConfig
     return Options(
         out_dtype=out,

@@ -28,7 +28,7 @@ from jax_deepgemm.ops.gemm.checks import (
     quantized,
     raise_type_error,
 )
-from jax_deepgemm.ops.grouped import layouts
+from jax_deepgemm.ops.grouped import layouts, segments
 
 INT32 = np.iinfo(np.int32)
 
@@ -187,6 +187,11 @@ def _whole(x: jax.Array) -> jax.Array:
 
 def check_k_groups(op: str, group_sizes: Any, num_groups: Any, group_offset: Any) -> tuple[Where, int]:
     """The groups of k, and how many of them the result has."""
+    if isinstance(group_sizes, layouts.Ranges):
+        starts, ends = (_whole(as_int32(op, "ranges", x, "[g]")) for x in group_sizes)
+        groups = jnp.arange(starts.shape[0], dtype=jnp.int32)
+        where = segments.write(segments.Segments(starts, ends, groups))
+        return Where(where, check_offset(op, None), "segments"), starts.shape[0]
     sizes = as_int32(op, "group_sizes", group_sizes, "[g]")
     if sizes.ndim != 1 or not sizes.shape[0]:
         raise ValueError(

@@ -35,9 +35,11 @@ from jax_deepgemm.ops.grouped.api import (
     m_grouped_bf16_gemm_nn_contiguous,
     m_grouped_bf16_gemm_nt_contiguous,
 )
+from jax_deepgemm.ops.grouped.checks import Rows
 from jax_deepgemm.ops.grouped.recipe import Frozen
 from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, PreparedWeight, QuantizedArray, quantize
 from jax_deepgemm.ops.quantize.api import SCALE_FORMATS
+from jax_deepgemm.ops.quantize.per_channel import PerChannelArray, is_per_channel, products
 from jax_deepgemm.ops.quantize.prepared import Bits, Copies, as_it_came, check_trained, master_and_copies
 
 GROUPED_OUT = "jdg_grouped_out"
@@ -74,7 +76,7 @@ class _Layer:
 @overload
 def grouped_linear(
     x: jax.Array,
-    w: jax.Array | PreparedWeight | Frozen | tuple[jax.Array, jax.Array],
+    w: jax.Array | PreparedWeight | Frozen | PerChannelArray | tuple[jax.Array, jax.Array],
     group_sizes: jax.Array,
     *,
     recipe: str = ...,
@@ -94,7 +96,7 @@ def grouped_linear(
 @overload
 def grouped_linear(
     x: jax.Array,
-    w: jax.Array | PreparedWeight | Frozen | tuple[jax.Array, jax.Array],
+    w: jax.Array | PreparedWeight | Frozen | PerChannelArray | tuple[jax.Array, jax.Array],
     group_sizes: jax.Array,
     *,
     recipe: str = ...,
@@ -113,7 +115,7 @@ def grouped_linear(
 
 def grouped_linear(
     x: jax.Array,
-    w: jax.Array | PreparedWeight | Frozen | tuple[jax.Array, jax.Array],
+    w: jax.Array | PreparedWeight | Frozen | PerChannelArray | tuple[jax.Array, jax.Array],
     group_sizes: jax.Array,
     *,
     recipe: str = "fp8",
@@ -159,7 +161,8 @@ def grouped_linear(
       x: [m, k] bfloat16 or float32; the rows of group 0, then those of group 1, and so on.
       w: [g, n, k] bfloat16 or float32 master weights, or for "fp8" a PreparedWeight of them, or a
         QuantizedArray or (values, scales) tuple [g, n, k] of block (128, 128). Block (1, 128) works in the
-        forward pass only. Or an FP4 weight, a PreparedFp4.
+        forward pass only. Or an FP4 weight, a PreparedFp4. For "bf16" and weight_layout "kn" a
+        PerChannelArray [g, k, n], which has no derivative.
       group_sizes: integer [g_all], g_all >= g. Any sizes; negative ones count as 0.
       recipe: "fp8" or "bf16".
       weight_layout: "nk", or "kn" for masters and prepared weights [g, k, n], with gradients [g, k, n]. No
@@ -192,6 +195,12 @@ def grouped_linear(
     """
     check_recipe("grouped_linear", recipe)
     x, group_sizes = unwrapped(x), unwrapped(group_sizes)
+    if is_per_channel(w):
+        options = check_options("grouped_linear", out_dtype, reduce_dtype, out_sharding, None, num_sms)
+        _check_per_channel(w, recipe, weight_layout, with_weight)
+        rows = Rows(group_sizes, None, None, None, group_offset)
+        arguments = ("x", x.astype(jnp.bfloat16), "w", w, rows, expected_m, options)
+        return checkpoint_name(products().contiguous("grouped_linear", *arguments), GROUPED_OUT)
     weight = layer_weight("grouped_linear", _WEIGHT, w)
     check_rows("grouped_linear", "x", x)
     check_weight("grouped_linear", "w", weight, recipe)
@@ -252,6 +261,16 @@ def grouped_linear(
         return checkpoint_name(y, GROUPED_OUT)
     y, master = y
     return checkpoint_name(y, GROUPED_OUT), as_it_came(weight, master)
+
+
+def _check_per_channel(w: Any, recipe: str, weight_layout: str, with_weight: bool) -> None:
+    """A frozen weight with a scale a channel, [g, k, n], for rows of bfloat16."""
+    if recipe != "bf16" or weight_layout != "kn" or with_weight:
+        raise ValueError(
+            f"grouped_linear: w has a scale a channel, and recipe is {recipe!r}, weight_layout "
+            f"{weight_layout!r}, with_weight {with_weight}; need recipe='bf16', weight_layout='kn' (it is "
+            "stored [g, k, n]) and with_weight=False (it is frozen)."
+        )
 
 
 def like(x: jax.Array) -> _Like:

@@ -35,24 +35,15 @@ def _n(slabs: tuple[int, ...]) -> int:
     return slabs[-3] * ROWS
 
 
-def _recut_m_grouped(
-    plan: ShardingPlan,
-    a: jax.Array,
-    scales: jax.Array,
-    slabs: jax.Array,
-    group_sizes: jax.Array,
-    group_offset: jax.Array,
-    *,
-    rows_format: str,
-    **_: Any,
-) -> Recut:
+def recut_m_grouped(plan: ShardingPlan, *arrays: jax.Array, rows_format: str, **_: Any) -> Recut:
     """m: my rows' part of each group. g: I have the groups from an offset on."""
+    *operands, group_sizes, group_offset = arrays
     if plan.cut("m"):
         mine = plan.size["m"], plan.offset("m"), plan.local_size("m")
         group_sizes = segments.window(group_sizes, rows_format, *mine)
     if plan.cut("g"):
         group_offset = group_offset + plan.offset("g")
-    return (a, scales, slabs, group_sizes, group_offset), {}
+    return (*operands, group_sizes, group_offset), {}
 
 
 def _recut_masked(plan: ShardingPlan, *arrays: jax.Array, **_: Any) -> Recut:
@@ -80,7 +71,7 @@ M_GROUPED_MIXED_FP8_GEMM: Op = Op(
     reference.m_grouped_mixed_fp8_gemm,
     reduces=("k", "g"),
     kernel=LazyKernel(_KERNELS, "m_grouped_mixed_gemm", batched=True),
-    recut=_recut_m_grouped,
+    recut=recut_m_grouped,
     kernel_prepare=prepare.m_grouped_mixed_fp8,
     grad_hint=GRADIENT_HINT,
     **_GRIDS,

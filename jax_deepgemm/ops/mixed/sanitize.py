@@ -19,7 +19,9 @@ from jax_deepgemm.ops.mixed.family import FAMILY
 from jax_deepgemm.ops.mixed.problem import MixedProblem
 from jax_deepgemm.ops.quantize.api import quantize
 from jax_deepgemm.ops.quantize.fp4 import quantize_fp4
+from jax_deepgemm.ops.quantize.per_channel import quantize_per_channel
 from jax_deepgemm.ops.quantize.prepared_fp4 import prepare_fp4
+from jax_deepgemm.ops.ragged_dot.api import ragged_dot
 
 ROWS, N, K, CAPACITY = 300, 192, 1056, 100  # tails of m and k, an odd number of slabs
 
@@ -55,6 +57,7 @@ def cases() -> Iterator[Case]:
     index = jnp.asarray(np.repeat([2, -1, 0, 3, -1], [100, 28, 50, 77, 45]), jnp.int32)
     yield Case("mixed grouped, index", lambda a, w, i: grouped(a, w, m_indices=i), (whole, weights, index))
     yield from _masked(quantize(normal(GROUPS, CAPACITY, K)), weights)
+    yield from _per_channel(normal(ROWS, K, good=USED), normal(ROWS, K), normal(GROUPS, K, N + 16))
 
 
 def _masked(a: Any, weights: Any) -> Iterator[Case]:
@@ -69,6 +72,18 @@ def _masked(a: Any, weights: Any) -> Iterator[Case]:
     yield Case("mixed masked", valid, (a, weights, counts))
     zeroing = on_few(masked, zero_rows=True, expected_m=8)
     yield Case("mixed masked zero_rows, few rows", zeroing, (a, weights, counts))
+
+
+def _per_channel(poisoned: jax.Array, whole: jax.Array, master: jax.Array) -> Iterator[Case]:
+    """k and n have tails of boxes."""
+    sizes = jnp.asarray(SIZES)
+    for kind in (jnp.int8, jnp.float8_e4m3fn):
+        w = quantize_per_channel(master, kind)
+        name = f"per channel {np.dtype(kind).name}"
+        yield Case(name, on_few(ragged_dot), (poisoned, w, sizes))
+        yield Case(f"{name}, few rows", on_few(ragged_dot, expected_m=4), (poisoned, w, sizes // 16))
+        for wrong, bad in BAD.items():
+            yield Case(f"{name}, {wrong}", on_few(ragged_dot), (whole, w, jnp.asarray(bad)))
 
 
 def kinds_of_config(problem: MixedProblem) -> list[Any]:

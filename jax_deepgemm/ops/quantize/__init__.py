@@ -17,6 +17,11 @@ from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
 from jax_deepgemm.ops.quantize.groups import quantize_groups, quantize_rows
 from jax_deepgemm.ops.quantize.interop import from_qwix, from_tuple, to_qwix, to_tuple
 from jax_deepgemm.ops.quantize.join import concatenate
+from jax_deepgemm.ops.quantize.per_channel import (
+    PerChannelArray,
+    dequantize_per_channel,
+    quantize_per_channel,
+)
 from jax_deepgemm.ops.quantize.prepared import PreparedWeight, prepare_weight
 from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4, expand_fp4, prepare_fp4
 from jax_deepgemm.ops.quantize.scale_layout import (
@@ -35,6 +40,7 @@ _register()
 
 __all__ = [
     "Fp4Array",
+    "PerChannelArray",
     "PreparedFp4",
     "PreparedWeight",
     "QuantizedArray",
@@ -43,6 +49,7 @@ __all__ = [
     "concatenate",
     "dequantize",
     "dequantize_fp4",
+    "dequantize_per_channel",
     "expand_fp4",
     "from_qwix",
     "from_tuple",
@@ -61,6 +68,7 @@ __all__ = [
     "quantize_both",
     "quantize_fp4",
     "quantize_groups",
+    "quantize_per_channel",
     "quantize_rows",
     "quantize_weight",
     "row_blocks",

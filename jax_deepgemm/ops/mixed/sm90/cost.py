@@ -92,15 +92,15 @@ class MixedCost:
 
 
 def _tall(tiles: list[int]) -> float:
-    """Tiles above each other that a group counts for: between the mean and the most, as a group that needs one
-    more than others keeps some SMs for longer."""
+    """Tiles above each other that a group counts for: between the mean and the most, as a group that needs
+    one more than others keeps some SMs for longer."""
     return 0.75 * sum(tiles) / len(tiles) + 0.25 * max(tiles)
 
 
-def cost(p: MixedProblem, c: MixedConfig, chip: Chip, fitted: _Model | None = None) -> MixedCost:
+def cost(p: MixedProblem, c: MixedConfig, chip: Chip, model_of: _Model | None = None) -> MixedCost:
     """What a configuration costs on a problem: the share of an SM that its warpgroups need, or how long one
     of them takes for a block of k by itself."""
-    model = fitted or (_SLABS if p.fp4 else _BOXES)
+    model = model_of or (_SLABS if p.fp4 else _BOXES)
     sizes = [p.tokens] if p.dense else [max(1, round(p.tokens * factor)) for factor in _SPREAD]
     tall = _tall([ceil_div(size, c.tokens) for size in sizes])
     tiles = p.hit * tall * ceil_div(p.n, height(p, c))
@@ -121,15 +121,15 @@ def cost(p: MixedProblem, c: MixedConfig, chip: Chip, fitted: _Model | None = No
     return MixedCost(model.start + model.second * (c.blocks_per_sm - 1) + overlap, compute, memory)
 
 
-def _fitted(p: MixedProblem, c: MixedConfig, chip: Chip) -> MixedConfig | None:
+def fitted(p: MixedProblem, c: MixedConfig, chip: Chip) -> MixedConfig | None:
     """With as many stages as shared memory holds."""
     capacity = chip.smem_per_block
     if c.blocks_per_sm > 1:
         capacity = (chip.smem_per_block + _RESERVED_BYTES) // c.blocks_per_sm - _RESERVED_BYTES
     for stages in range(_MAX_STAGES // c.deep * c.deep, max(3, c.deep) - 1, -c.deep):
-        fitted = replace(c, stages=stages)
-        if shared_memory(p, fitted) <= capacity:
-            return None if broken_rules(p, fitted, chip) else fitted
+        one = replace(c, stages=stages)
+        if shared_memory(p, one) <= capacity:
+            return None if broken_rules(p, one, chip) else one
     return None
 
 
@@ -141,6 +141,6 @@ def candidates(p: MixedProblem, chip: Chip) -> Iterator[MixedConfig]:
     warps = _SLABS_WARPS if p.fp4 else _WARPS
     for tokens, (across, deep), split_k, resident in product(_TOKENS, warps, splits, (1, 2)):
         if tokens <= enough:
-            one = _fitted(p, MixedConfig(tokens, across, deep, 0, split_k, resident), chip)
+            one = fitted(p, MixedConfig(tokens, across, deep, 0, split_k, resident), chip)
             if one is not None:
                 yield one

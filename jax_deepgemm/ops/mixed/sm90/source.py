@@ -21,6 +21,7 @@ struct Config {{
   static constexpr int ROWS = {tokens}, COLS = {height}, DEEP = {deep}, SPLITS = {splits};
   static constexpr int STAGES = {stages}, TABLE_BYTES = {table}, SHARED_BYTES = {shared};
   static constexpr bool DENSE = {dense}, ONCE = {once}, HALVES = false;
+  static constexpr bool BATCHES_TOGETHER = false;
   static constexpr jdg::Grouping GROUPING = jdg::Grouping::{grouping};
   static constexpr bool SEGMENTED = {segmented}, ZERO_ROWS = {zero_rows}, CHAINED = false;
   static constexpr bool WHOLE_BLOCKS = false;
