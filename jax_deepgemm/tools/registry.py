@@ -28,6 +28,7 @@ FOLDERS = (
     "jax_deepgemm.ops.indexer_quantize",
     "jax_deepgemm.ops.indexer_topk",
     "jax_deepgemm.ops.hc_prenorm",
+    "jax_deepgemm.ops.sinkhorn",
     "jax_deepgemm.moe",
 )
 """Packages of families of kernels, and of layers that are called, compiled and measured like them."""

@@ -21,7 +21,7 @@ FLOORS = (
     ("config",),
     ("core",),
     ("ops",),
-    ("quantization", "activation", "gemm", "grouped", "indexer"),
+    ("quantization", "activation", "gemm", "grouped", "indexer", "hyperconnection"),
     ("moe",),
     ("flax",),
     ("tools",),

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
-from jax_deepgemm import indexer, moe
+from jax_deepgemm import hyperconnection, indexer, moe
 from jax_deepgemm.ops import grouped
 from jax_deepgemm.ops import quantize as quantization
 from jax_deepgemm.ops import swiglu as activation
@@ -57,7 +57,9 @@ class Call:
 
 def public_names() -> set[str]:
     return {
-        name for module in (jdg, quantization, grouped, activation, indexer, moe) for name in module.__all__
+        name
+        for module in (jdg, quantization, grouped, activation, hyperconnection, indexer, moe)
+        for name in module.__all__
     }
 
 
@@ -142,6 +144,9 @@ def _operands() -> dict[str, Any]:
         "page_scales": jnp.asarray(rng.uniform(0.5, 2, (2, 16)), jnp.float32),
         "q_keys": quantized(PER_ROW, 9, 32),
         "head_weights": normal(TOKENS, 2, dtype=jnp.float32),
+        "hc_weight": normal(8, 64, dtype=jnp.float32),
+        "hc_scale": jnp.asarray([0.1, 0.2, 0.3], jnp.float32),
+        "hc_bias": normal(8, dtype=jnp.float32),
         "k_start": integers(*(0,) * TOKENS),
         "k_end": integers(*(9,) * TOKENS),
     }  # fmt: skip
@@ -204,6 +209,17 @@ def _small_weight(product: Callable[..., Any]) -> Callable[..., Any]:
 def _scored_fp4(q: jax.Array, keys: jax.Array, *operands: Any) -> Any:
     numbers = indexer.dequantize_fp4(indexer.Fp4Array(*indexer.quantize_fp4(keys)))
     return indexer.mqa_logits(indexer.quantize_fp4(q), indexer.quantize_fp4(numbers), *operands)
+
+
+def _hyperconnection(x: jax.Array, weight: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    streams = hyperconnection.expand(x, 2)
+    y, *back = hyperconnection.pre(streams, weight, scale, bias)
+    streams = hyperconnection.post(jnp.tanh(y), streams, *back)
+    return hyperconnection.head(streams, weight[:2], scale[:1], bias[:2])
+
+
+def _coefficients(x: jax.Array, *parameters: jax.Array) -> Any:
+    return hyperconnection.coefficients(hyperconnection.expand(x, 2), *parameters)
 
 
 def _route(**options: Any) -> Callable[..., Any]:
@@ -451,6 +467,9 @@ FORWARD = (
     ),
     Call("hc_prenorm_gemm", jdg.hc_prenorm_gemm, ("x", "w_f32")),
     Call("hc_prenorm_gemm splits", functools.partial(jdg.hc_prenorm_gemm, num_splits=2), ("x", "w_f32")),
+    Call("expand, pre, post, head", _hyperconnection, ("keys", "hc_weight", "hc_scale", "hc_bias")),
+    Call("coefficients", _coefficients, ("keys", "hc_weight", "hc_scale", "hc_bias")),
+    Call("sinkhorn", lambda x: hyperconnection.sinkhorn(x[:, :TOKENS]), ("x_f32",)),
     Call("route", _route(), ("logits",)),
     Call("route sqrt_softplus", _route(score="sqrt_softplus"), ("logits",)),
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
@@ -503,6 +522,12 @@ GRADIENTS = (
     Call("swiglu", _gradient(activation.swiglu, 0, 1), ("x", "row_weights")),
     Call(
         "route groups", _gradient(_route(score="sigmoid", num_groups=2, top_groups=1), 0), ("logits", "bias")
+    ),
+    Call("hc_prenorm_gemm", _gradient(jdg.hc_prenorm_gemm, 0, 1), ("x", "w_f32")),
+    Call(
+        "expand, pre, post, head",
+        _gradient(_hyperconnection, 0, 1, 2, 3),
+        ("keys", "hc_weight", "hc_scale", "hc_bias"),
     ),
     Call("topk", _gradient(lambda x: jdg.topk(x, 3, values=True)[0], 0), ("x",)),
     Call("dispatch, combine", _gradient(_dispatch_and_combine, 0, 2), ("x", "ids", "weights")),

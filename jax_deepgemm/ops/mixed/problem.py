@@ -8,7 +8,7 @@ from jax_deepgemm.ops.gemm.problem import ceil_div
 from jax_deepgemm.ops.grouped.problem import MASKED_ROWS, ROWS, SHORT
 
 DENSE = "dense"
-FP4, INT8, E4M3 = "fp4", "int8", "e4m3"
+FP4, FP4_BF16, INT8, E4M3 = "fp4", "fp4_bf16", "int8", "e4m3"
 SLAB_ROWS, SLAB_K, SLAB_BYTES = 64, 128, 4368
 """A slab of a prepared FP4 weight (ops/quantize/fp4.py)."""
 BOX_ROWS, BOX_K = 128, 64
@@ -21,8 +21,8 @@ class MixedProblem:
     """D = A W^T, for each group if there are some.
 
     Attributes:
-      weights_in: "fp4": W in slabs, A of e4m3 with scales of 1x128. "int8", "e4m3": W [k, n] with a scale for
-        each of n, A of bfloat16.
+      weights_in: "fp4": W in slabs, A of e4m3 with scales of 1x128. "fp4_bf16": W in slabs, A of bfloat16.
+        "int8", "e4m3": W [k, n] with a scale for each of n, A of bfloat16.
       grouping: "dense", "rows" or "masked_rows", as in GroupedProblem.
       m: rows of A and D in all ("dense", "rows"), or of one group.
       n: rows of W, a multiple of 64 (FP4) or 16.
@@ -62,9 +62,19 @@ class MixedProblem:
         return self.grouping == DENSE
 
     @property
-    def fp4(self) -> bool:
+    def in_slabs(self) -> bool:
         """Whether W is FP4 in slabs."""
+        return self.weights_in in (FP4, FP4_BF16)
+
+    @property
+    def scaled_tokens(self) -> bool:
+        """Whether A is e4m3, with scales."""
         return self.weights_in == FP4
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of an A's row in a slot."""
+        return 256 if self.weights_in == FP4_BF16 else 128
 
     @property
     def tokens(self) -> int:
@@ -79,17 +89,17 @@ class MixedProblem:
     @property
     def height(self) -> int:
         """Rows of W that a warpgroup multiplies."""
-        return SLAB_ROWS if self.fp4 else BOX_ROWS
+        return SLAB_ROWS if self.in_slabs else BOX_ROWS
 
     @property
     def k_blocks(self) -> int:
         """Slots of the ring that k fills."""
-        return ceil_div(self.k, SLAB_K if self.fp4 else BOX_K)
+        return ceil_div(self.k, SLAB_K if self.in_slabs else BOX_K)
 
     @property
     def part_bytes(self) -> int:
         """Bytes of W that a warpgroup multiplies at a time."""
-        return SLAB_BYTES if self.fp4 else BOX_ROWS * BOX_K
+        return SLAB_BYTES if self.in_slabs else BOX_ROWS * BOX_K
 
     @property
     def held(self) -> int:
@@ -120,5 +130,5 @@ class MixedProblem:
         kind = "" if self.dense else f"{SHORT[self.grouping]} "
         groups = "" if self.dense else f"groups={self.groups} "
         expected = "" if self.dense else f" expected={self.tokens}"
-        types = f"{'e4m3' if self.fp4 else 'bf16'} x {self.weights_in}"
+        types = f"{'e4m3' if self.scaled_tokens else 'bf16'} x {self.weights_in.removesuffix('_bf16')}"
         return f"{kind}{types} {groups}m={self.m} n={self.n} k={self.k}{expected} -> {self.out}"

@@ -98,7 +98,7 @@ struct ByteLoop : MixedSums<C> {
       }
       ptx::wgmma_wait<0>();
       ptx::pin(sums);
-      if (threadIdx.x % 32 == 0) ring.release(empty);
+      this->release(empty);
     }
     this->finish_round(blocks);
   }

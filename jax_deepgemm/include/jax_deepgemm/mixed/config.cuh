@@ -8,9 +8,10 @@
 namespace jdg {
 
 enum class Weights {
-  kFp4,   // slabs of FP4 (ops/quantize/fp4.py), for tokens of e4m3 with scales of 1x128
-  kInt8,  // [k, n] of int8, for tokens of bf16; a scale for each of n
-  kE4m3,  // the same of e4m3
+  kFp4,      // slabs of FP4 (ops/quantize/slabs.py), for tokens of e4m3 with scales of 1x128
+  kFp4Bf16,  // the same slabs, for tokens of bf16
+  kInt8,     // [k, n] of int8, for tokens of bf16; a scale for each of n
+  kE4m3,     // the same of e4m3
 };
 
 // clang-format off
@@ -47,16 +48,20 @@ constexpr int kSlabBytes4 = 4368, kSlabExponents = 4096, kSlabBase = 4352;
 constexpr int kBoxBytes = 64 * 128;
 
 template <class C>
-constexpr bool kFp4 = C::WEIGHTS == Weights::kFp4;
+constexpr bool kScaledTokens = C::WEIGHTS == Weights::kFp4;
 template <class C>
-constexpr int kHeight = kFp4<C> ? 64 : 128;  // rows of the weight of a warpgroup
+constexpr bool kInSlabs = kScaledTokens<C> || C::WEIGHTS == Weights::kFp4Bf16;
+template <class C>
+constexpr int kTokenTiles = C::WEIGHTS == Weights::kFp4Bf16 ? 2 : 1;  // of 128 bytes of k, in a slot
+template <class C>
+constexpr int kHeight = kInSlabs<C> ? 64 : 128;  // rows of the weight of a warpgroup
 template <class C>
 constexpr int kAcross = C::COLS / kHeight<C>;  // warpgroups side by side
 template <class C>
 constexpr int kWarpgroups = kAcross<C> * C::DEEP;
 
 // clang-format off
-//   tokens[STAGES]         ROWS rows of 128 bytes of k, swizzled
+//   tokens[STAGES]         kTokenTiles of ROWS rows of 128 bytes of k, swizzled
 //   weights[STAGES]        a slab, or a swizzled box, of each warpgroup side by side
 //   scales[STAGES + DEEP]  kFp4: a float for each token
 //   sums                   float32 tiles of the warpgroups, and of the cluster's blocks, that hand theirs over
@@ -68,10 +73,10 @@ constexpr int kWarpgroups = kAcross<C> * C::DEEP;
 // block that it takes.
 template <class C>
 struct MixedLayout {
-  static constexpr u32 kTokenBytes = C::ROWS * 128;
-  static constexpr u32 kWeightBytes = kFp4<C> ? kSlabBytes4 : kBoxBytes;  // of a warpgroup
+  static constexpr u32 kTokenTileBytes = C::ROWS * 128, kTokenBytes = kTokenTiles<C> * kTokenTileBytes;
+  static constexpr u32 kWeightBytes = kInSlabs<C> ? kSlabBytes4 : kBoxBytes;  // of a warpgroup
   static constexpr u32 kWeightsBytes = kAcross<C> * kWeightBytes;
-  static constexpr u32 kScaleBytes = kFp4<C> ? C::ROWS * 4 : 0, kTileBytes = C::ROWS * C::COLS * 4;
+  static constexpr u32 kScaleBytes = kScaledTokens<C> ? C::ROWS * 4 : 0, kTileBytes = C::ROWS * C::COLS * 4;
   static constexpr int kScaleSlots = C::STAGES + C::DEEP;
 
   static constexpr u32 kTokens = 0;

@@ -15,9 +15,9 @@
 namespace jdg {
 
 template <class C>
-struct Fp4Loop : MixedSums<C> {
-  using MixedSums<C>::MixedSums, MixedSums<C>::ring, MixedSums<C>::mine, MixedSums<C>::sums;
-  using MixedSums<C>::across;
+struct Fp4Loop : SlabSums<C> {
+  using SlabSums<C>::SlabSums, SlabSums<C>::ring, SlabSums<C>::mine, SlabSums<C>::sums;
+  using SlabSums<C>::across;
   using Expanded = u32[4][4];  // by instruction along k
 
   Expanded weights[2];
@@ -59,7 +59,7 @@ struct Fp4Loop : MixedSums<C> {
     }
     ptx::wgmma_wait<0>();
     ptx::pin(product);
-    if (threadIdx.x % 32 == 0) ring.release(empty);
+    this->release(empty);
 #pragma unroll
     for (int i = 0; i < C::ROWS / 2; i += 4) {
       const float2 pair = ptx::load_shared_2(scales + i * 8);
@@ -86,26 +86,6 @@ struct Fp4Loop : MixedSums<C> {
     }
     if (left == 1) multiply<0>(false);
     this->finish_round(blocks);
-  }
-
-  // Neighbouring rows of the weight are neighbours in D. Threads that have them exchange one of two tokens.
-  __device__ __forceinline__ void store(typename C::Out* d, const typename C::Scale*, const Extents& p,
-                                        const GroupTile& at, int matrix) const {
-    const int col = at.tile.col + across * 64 + mine.row / 2 * 2;
-    if (at.tile.col + across * 64 >= p.n) return;
-    const bool odd = mine.row % 2 != 0;
-    const int first = at.tile.row + mine.col + odd;
-    typename C::Out* to = d + (static_cast<i64>(matrix) * p.m + first) * p.n + col;
-#pragma unroll
-    for (int i = 0; i < C::ROWS / 2; i += 2) {
-      const float other = __shfl_xor_sync(0xFFFFFFFF, odd ? sums[i] : sums[i + 1], 4);
-      const int row = first + i / 4 * 8;
-      const bool counts = row < at.rows_end;
-      const float low = odd ? other : sums[i], high = odd ? sums[i + 1] : other;
-      if (row < at.zeros_end)
-        store_pair(to + static_cast<i64>(i / 4 * 8) * p.n + i / 2 % 2 * 8, counts ? low : 0.0f,
-                   counts ? high : 0.0f);
-    }
   }
 };
 

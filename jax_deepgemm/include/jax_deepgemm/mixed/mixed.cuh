@@ -3,7 +3,7 @@
 // of them on their way.
 //
 // clang-format off
-//   warpgroups 0 .. W-1   consumers (fp4_loop.cuh, byte_loop.cuh): ACROSS side by side, kHeight rows of W each,
+//   warpgroups 0 .. W-1   consumers (fp4_loop.cuh, fp4_bf16_loop.cuh, byte_loop.cuh): ACROSS side by side, kHeight rows of W each,
 //                         times DEEP, which take a tile's blocks of k in turn
 //   a warp behind them    the producer (of a warpgroup where it gives registers away), a block of k a slot:
 //                         tokens by TMA; slabs of FP4 by bulk copies, with the tokens' scales by cp.async, which
@@ -22,6 +22,7 @@
 #pragma once
 
 #include <jax_deepgemm/mixed/byte_loop.cuh>
+#include <jax_deepgemm/mixed/fp4_bf16_loop.cuh>
 #include <jax_deepgemm/mixed/fp4_loop.cuh>
 #include <jax_deepgemm/ptx/bulk.cuh>
 #include <jax_deepgemm/ptx/fp8.cuh>
@@ -32,18 +33,22 @@ template <class C>
 struct MixedOperands {
   const TensorMap* tokens;
   const TensorMap* boxes;           // bytes: [groups, k, n]
-  const u8* slabs;                  // kFp4: [groups, n / 64, k_blocks][kSlabBytes4]
+  const u8* slabs;                  // FP4: [groups, n / 64, k_blocks][kSlabBytes4]
   const typename C::Scale* scales;  // kFp4: [rows of all groups, k_blocks] of tokens; else [groups, n] of W
   int k_blocks;
 };
 
-template <class C, bool FP4 = kFp4<C>>
+template <class C, Weights WEIGHTS = C::WEIGHTS>
 struct MixedLoopOf {
+  using Type = ByteLoop<C>;
+};
+template <class C>
+struct MixedLoopOf<C, Weights::kFp4> {
   using Type = Fp4Loop<C>;
 };
 template <class C>
-struct MixedLoopOf<C, false> {
-  using Type = ByteLoop<C>;
+struct MixedLoopOf<C, Weights::kFp4Bf16> {
+  using Type = Fp4Bf16Loop<C>;
 };
 
 // The tiles of a block of threads: those of a matrix, or of groups.
@@ -122,7 +127,7 @@ __device__ __forceinline__ void load_mixed_tile(MixedRing<C>& ring, const MixedO
                                                 const GroupTile& at, const Extents& p,
                                                 const Share<C>& share) {
   using L = MixedLayout<C>;
-  constexpr int kElements = kFp4<C> ? 128 : 64;  // of k in a slot
+  constexpr int kTileK = kScaledTokens<C> ? 128 : 64;  // elements of k in a tile of tokens
   const Tile& tile = at.tile;
   const int matrix = MixedTiles<C>::matrix(at), weight = C::DENSE ? 0 : tile.col_batch;
 #pragma unroll 1
@@ -130,24 +135,27 @@ __device__ __forceinline__ void load_mixed_tile(MixedRing<C>& ring, const MixedO
     ring.wait_empty();
     if (ptx::elect()) {
       ring.expect(L::kTokenBytes + L::kWeightsBytes);
-      if constexpr (kFp4<C>) {
+      if constexpr (kInSlabs<C>) {
         load_slabs(ring, in, p, weight, tile.col, kb);
       } else {
 #pragma unroll
         for (int i = 0; i < kAcross<C>; ++i)
           load_box<C::ONCE>(ring.weights(i), *in.boxes, ring.full(), tile.col + i * 128, kb * 64, weight);
       }
-      ptx::tma_load(ring.tokens(), *in.tokens, ring.full(), kb * kElements, tile.row, matrix);
+#pragma unroll
+      for (int i = 0; i < kTokenTiles<C>; ++i)
+        ptx::tma_load(ring.tokens() + i * L::kTokenTileBytes, *in.tokens, ring.full(),
+                      (kb * kTokenTiles<C> + i) * kTileK, tile.row, matrix);
     }
     __syncwarp();
-    if constexpr (kFp4<C>) load_token_scales<C>(ring, in.scales + kb, in.k_blocks, at, p, matrix);
+    if constexpr (kScaledTokens<C>) load_token_scales<C>(ring, in.scales + kb, in.k_blocks, at, p, matrix);
     ring.template move_on<1>();
   }
 #pragma unroll 1
   for (int left = (C::DEEP - share.count() % C::DEEP) % C::DEEP; left > 0; --left) {
     ring.wait_empty();
     __syncwarp();
-    if constexpr (kFp4<C>) ring.fill_with_nothing();
+    if constexpr (kScaledTokens<C>) ring.fill_with_nothing();
     if (ptx::elect()) ring.fill_with_nothing();
     ring.template move_on<1>();
   }
@@ -160,10 +168,11 @@ __device__ __forceinline__ void mixed(const MixedOperands<C>& in, const Groups& 
   extern __shared__ __align__(1024) char shared[];
   const u32 smem = smem_address(shared);
   const int warpgroup = warpgroup_index(), rank = C::SPLITS > 1 ? ptx::cluster_rank() : 0;
-  constexpr int kProducers = kFp4<C> ? 33 : 1;  // the bytes' arrival, and one of each lane for its scales
+  constexpr int kProducers =
+      kScaledTokens<C> ? 33 : 1;  // the bytes' arrival, and one of each lane for its scales
 
   if (threadIdx.x == 0) {
-    MixedRing<C>(smem, 0).init(4 * kAcross<C>, kProducers);
+    MixedRing<C>(smem, 0).init(128 * kAcross<C>, kProducers);
     if constexpr (C::SPLITS > 1) {
       ptx::mbarrier_init(smem + L::kArrived, 1);
       ptx::mbarrier_expect_bytes(smem + L::kArrived, (C::SPLITS - 1) * L::kTileBytes);

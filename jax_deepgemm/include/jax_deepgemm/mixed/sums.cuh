@@ -22,10 +22,15 @@ struct MixedSums {
   // How many of a tile's blocks of k are this warpgroup's.
   __device__ __forceinline__ int share(int blocks) const { return (blocks - turn + C::DEEP - 1) / C::DEEP; }
 
+  // Every thread reads a slot, so every thread hands it back.
+  __device__ __forceinline__ static void release(u32 empty) { ptx::mbarrier_arrive(empty); }
+
   // The last round of turns may have no block for this warpgroup.
   __device__ __forceinline__ void finish_round(int blocks) {
     if (C::DEEP > 1 && blocks % C::DEEP > 0 && blocks % C::DEEP <= turn) {
-      ring.pass();
+      ring.wait_full();
+      __syncwarp();  // see Pipeline::pass
+      release(ring.empty());
       ring.template move_on<C::DEEP>();
     }
   }
@@ -70,6 +75,32 @@ struct MixedSums {
       const u32 to = ptx::map_to_rank(place(area, rank - 1), 0), bar = ptx::map_to_rank(arrived, 0);
 #pragma unroll
       for (int i = 0; i < kCount; i += 2) ptx::store_async_2(to + i * 512, sums[i], sums[i + 1], bar);
+    }
+  }
+};
+
+// The sums of a slab, 64 rows of the weight.
+template <class C>
+struct SlabSums : MixedSums<C> {
+  using MixedSums<C>::MixedSums, MixedSums<C>::mine, MixedSums<C>::sums, MixedSums<C>::across;
+
+  // Neighbouring rows of the weight are neighbours in D. Threads that have them exchange one of two tokens.
+  __device__ __forceinline__ void store(typename C::Out* d, const typename C::Scale*, const Extents& p,
+                                        const GroupTile& at, int matrix) const {
+    const int col = at.tile.col + across * 64 + mine.row / 2 * 2;
+    if (at.tile.col + across * 64 >= p.n) return;
+    const bool odd = mine.row % 2 != 0;
+    const int first = at.tile.row + mine.col + odd;
+    typename C::Out* to = d + (static_cast<i64>(matrix) * p.m + first) * p.n + col;
+#pragma unroll
+    for (int i = 0; i < C::ROWS / 2; i += 2) {
+      const float other = __shfl_xor_sync(0xFFFFFFFF, odd ? sums[i] : sums[i + 1], 4);
+      const int row = first + i / 4 * 8;
+      const bool counts = row < at.rows_end;
+      const float low = odd ? other : sums[i], high = odd ? sums[i + 1] : other;
+      if (row < at.zeros_end)
+        store_pair(to + static_cast<i64>(i / 4 * 8) * p.n + i / 2 % 2 * 8, counts ? low : 0.0f,
+                   counts ? high : 0.0f);
     }
   }
 };

@@ -6,6 +6,13 @@
 
 namespace jdg::ptx {
 
+// Two products of bf16, rounded to nearest even.
+__device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
+  u32 products;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(products) : "r"(a), "r"(b));
+  return products;
+}
+
 // Byte `which` of each of two words of int8. 2^23 + x + 128 is a float whose last byte is that of x with its
 // first bit turned.
 __device__ __forceinline__ u32 int8_pair(u32 first, u32 second, int which) {
@@ -22,9 +29,7 @@ __device__ __forceinline__ u32 e4m3_pair(u32 first, u32 second, int which) {
   constexpr u32 kScale = 0x7B807B80u;  // 2^120
   const u32 spread = permute(first, second, 0x4400 + which * 0x1111);
   const u32 bits = (spread & 0x80008000u) | (spread >> 4 & 0x07F007F0u);
-  u32 numbers;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(numbers) : "r"(bits), "r"(kScale));
-  return numbers;
+  return multiply_pairs(bits, kScale);
 }
 
 }  // namespace jdg::ptx

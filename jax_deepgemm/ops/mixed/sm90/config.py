@@ -71,8 +71,8 @@ def height(p: MixedProblem, c: MixedConfig) -> int:
 
 def shared_memory(p: MixedProblem, c: MixedConfig) -> int:
     """Bytes of shared memory of a configuration; mirrors `MixedLayout` in config.cuh, which asserts it."""
-    scales = c.tokens * 4 if p.fp4 else 0
-    slot = c.tokens * TOKEN_ROW_BYTES + c.across * p.part_bytes + scales + 2 * 8 + 16
+    scales = c.tokens * 4 if p.scaled_tokens else 0
+    slot = c.tokens * p.token_bytes + c.across * p.part_bytes + scales + 2 * 8 + 16
     sums = (c.deep - 1 + c.split_k - 1) * c.tokens * height(p, c) * 4
     return align_up(c.stages * slot + c.deep * scales + sums + 16 + p.table_bytes, 128)
 

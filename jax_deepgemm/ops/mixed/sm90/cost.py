@@ -12,7 +12,6 @@ from jax_deepgemm.core.chip import Chip
 from jax_deepgemm.ops.gemm.problem import ceil_div
 from jax_deepgemm.ops.mixed.problem import MixedProblem
 from jax_deepgemm.ops.mixed.sm90.config import (
-    TOKEN_ROW_BYTES,
     MixedConfig,
     broken_rules,
     height,
@@ -100,11 +99,11 @@ def _tall(tiles: list[int]) -> float:
 def cost(p: MixedProblem, c: MixedConfig, chip: Chip, model_of: _Model | None = None) -> MixedCost:
     """What a configuration costs on a problem: the share of an SM that its warpgroups need, or how long one
     of them takes for a block of k by itself."""
-    model = model_of or (_SLABS if p.fp4 else _BOXES)
+    model = model_of or (_SLABS if p.in_slabs else _BOXES)
     sizes = [p.tokens] if p.dense else [max(1, round(p.tokens * factor)) for factor in _SPREAD]
     tall = _tall([ceil_div(size, c.tokens) for size in sizes])
     tiles = p.hit * tall * ceil_div(p.n, height(p, c))
-    resident = chip.num_sms * c.blocks_per_sm // c.split_k
+    resident = max(1, chip.num_sms * c.blocks_per_sm // c.split_k)
     waves = tiles / resident if tiles > 4 * resident else math.ceil(tiles / resident)
     beside = max(1.0, c.blocks_per_sm * min(1.0, tiles / resident)) * c.warpgroups
 
@@ -114,7 +113,7 @@ def cost(p: MixedProblem, c: MixedConfig, chip: Chip, model_of: _Model | None = 
     blocks = ceil_div(ceil_div(p.k_blocks, c.split_k), c.deep)
     end = line(model.end) + model.gather * c.tokens * (c.deep > 1) + line(model.cluster) * (c.split_k - 1)
     compute = waves * (blocks * max(line(model.alone), beside * line(model.shared)) + end)
-    reads = tiles * p.k_blocks * (c.tokens * TOKEN_ROW_BYTES + c.across * p.part_bytes)
+    reads = tiles * p.k_blocks * (c.tokens * p.token_bytes + c.across * p.part_bytes)
     sms = min(1.0, tiles * c.split_k / chip.num_sms) * chip.num_sms
     memory = max(p.weight_bytes / model.memory, reads / (sms * model.feed))
     overlap = model.overlap * min(compute, memory)
@@ -138,7 +137,7 @@ def candidates(p: MixedProblem, chip: Chip) -> Iterator[MixedConfig]:
     most = min(p.tokens if p.dense else math.ceil(p.tokens * _SPREAD[-1]), _TOKENS[-1])
     splits = (1, 2, 4, 8) if p.dense else (1,)
     enough = next(t for t in _TOKENS if t >= most)
-    warps = _SLABS_WARPS if p.fp4 else _WARPS
+    warps = _SLABS_WARPS if p.in_slabs else _WARPS
     for tokens, (across, deep), split_k, resident in product(_TOKENS, warps, splits, (1, 2)):
         if tokens <= enough:
             one = fitted(p, MixedConfig(tokens, across, deep, 0, split_k, resident), chip)

@@ -16,7 +16,7 @@ from jax_deepgemm.ops.mixed.sm90.source import INTEGERS, described, mixed_source
 def _tokens_map(p: MixedProblem, c: MixedConfig, index: int) -> TensorMap:
     """A map (k, rows, groups), of boxes of a block of k of a tile's tokens."""
     matrices = p.groups if p.grouping == MASKED_ROWS else 1
-    dtype, size = ("uint8", 1) if p.fp4 else ("bfloat16", 2)
+    dtype, size = ("uint8", 1) if p.scaled_tokens else ("bfloat16", 2)
     strides = (p.k * size, p.m * p.k * size)
     box = (TOKEN_ROW_BYTES // size, c.tokens, 1)
     return TensorMap(Operand(index), dtype, (p.k, p.m, matrices), strides, box, 128)
@@ -47,8 +47,9 @@ def mixed_plan(p: MixedProblem, c: MixedConfig, chip: Chip, operands: Operands) 
         "weights": p.weights,
     }
     index = {part: given.index for part, given in operands.items()}
-    maps = [_tokens_map(p, c, index["a"]), *([] if p.fp4 else [_boxes_map(p, index["w"])])]
-    pointers = [Operand(index[part]) for part in (("scales", "w") if p.fp4 else ("scales",))]
+    maps = [_tokens_map(p, c, index["a"]), *([] if p.in_slabs else [_boxes_map(p, index["w"])])]
+    parts = (*(("scales",) if "scales" in index else ()), *(("w",) if p.in_slabs else ()))
+    pointers = [Operand(index[part]) for part in parts]
     groups = [Operand(index[part]) for part in described(p)]
     scalars = (Scalar(integers[name], "int32") for name in INTEGERS)
     launch = Launch(

@@ -36,7 +36,7 @@ struct Index {
   unsigned x;
 };
 inline thread_local Index threadIdx;
-inline Index blockIdx, gridDim;
+inline Index blockIdx, gridDim, blockDim;
 
 struct Warp {
   std::barrier<> lanes{32};
