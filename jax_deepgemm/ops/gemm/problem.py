@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jax_deepgemm.ops.gemm.finish import AS_IT_IS, Finish
+
 _SLOT_ROW_BYTES = 128  # bytes of k that kernels load at a time: 128 FP8 or 64 BF16 elements
 _FEW_ROWS, _LONG_K, _MOST_WEIGHTS = 256, 1536, 1 << 28  # see GemmProblem.b_once
 
@@ -35,6 +37,7 @@ class GemmProblem:
       table_bytes: shared memory that a grouped kernel's table of groups takes (ops/grouped).
       weights: how many matrices B are read in all; 0 where they are read more than once or twice.
       gated: whether B is [gate | up], of whose product only the SwiGLU is written, in FP8 (ops/grouped).
+      finish: what the product becomes before it is stored.
 
     Raises nothing; `precompile` and `explain` refuse what no kernel can run.
 
@@ -57,6 +60,7 @@ class GemmProblem:
     table_bytes: int = 0
     weights: int = 1
     gated: bool = False
+    finish: Finish = AS_IT_IS
 
     @property
     def is_fp8(self) -> bool:
@@ -99,6 +103,11 @@ class GemmProblem:
         return self.layout[1] == "t"
 
     @property
+    def columns(self) -> int:
+        """Columns of D and C."""
+        return self.finish.width(self.n)
+
+    @property
     def out_bytes(self) -> int:
         """Bytes of an element of D."""
         return 2 if self.out == "bfloat16" else 4
@@ -108,7 +117,7 @@ class GemmProblem:
         """Whether the product is added in L2 to C: float32 pairs, in memory that D takes over (the op aliases
         equal types)."""
         in_place = not self.batched or self.batched[-1]
-        return self.add_c and self.out == "float32" and self.n % 2 == 0 and in_place
+        return self.add_c and self.out == "float32" and self.columns % 2 == 0 and in_place
 
     @property
     def b_once(self) -> bool:
@@ -132,7 +141,8 @@ class GemmProblem:
     def bytes_moved(self) -> int:
         """Bytes that memory must move at least: every operand once."""
         once = (self.m + self.n) * self.row_bytes
-        written = self.n // 2 if self.gated else self.n * self.out_bytes * (2 if self.add_c else 1)
+        stored = self.n // self.finish.halves * self.out_bytes
+        written = self.n // 2 if self.gated else stored * (2 if self.add_c else 1)
         once += self.m * written
         return self.batches * once
 
@@ -141,4 +151,5 @@ class GemmProblem:
         parts += ["+C"] if self.add_c else []
         parts += [f"B scales {'128x128' if self.square_scales else '1x128'}"] if self.is_fp8 else []
         parts += [f"batches={self.batches}"] if self.batches > 1 else []
+        parts += self.finish.words
         return " ".join(parts)

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from jax_deepgemm.jit import KernelSource
 from jax_deepgemm.jit.wgmma import wgmma_wrapper
+from jax_deepgemm.ops.gemm.finish import AS_IT_IS
 from jax_deepgemm.ops.gemm.problem import GemmProblem
 from jax_deepgemm.ops.gemm.sm90.config import Sm90Config, passes, shared_memory, tma_store
+from jax_deepgemm.ops.quantize.activation import SILU
+from jax_deepgemm.ops.quantize.sm90 import activation_text
 
 # include/jax_deepgemm/gemm/config.cuh says what each field means.
 _CONFIG = """\
@@ -32,14 +35,25 @@ struct Config {{
 
 _TEXT = """\
 #include <jax_deepgemm/gemm/{header}.cuh>
-
+{include}
 {mma}
-{config}
+{config}{finish}
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
   const jdg::Operands operands = {{{operands}}};
   const jdg::Extents extents = {{m, n, batches, batched_c, stripe}};
-  jdg::{header}<Config>(operands, extents, {d_map}, d, {c});
+  jdg::{header}<Config>(operands, extents, {d_map}, d, {c}{finished});
 }}
+"""
+
+# include/jax_deepgemm/gemm/finish.cuh says what each field means.
+_FINISH = """\
+{act}
+struct Finish {{
+  using Act = ::Act;
+  static constexpr jdg::Form FORM = jdg::Form::{form};
+  static constexpr bool ALPHA = {alpha}, BIAS = {bias}, FILL = {fill};
+  static constexpr int LEFT = {left}, MID = {mid}, RIGHT = {right};
+}};
 """
 
 _SCALES = {
@@ -65,8 +79,9 @@ def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
     parts += ["f32"] if p.out == "float32" else []
     parts += ["once"] if p.b_once else []
     parts += ["acc" if p.reduces else "add"] if p.add_c else []
+    parts += p.finish.words
     if not c.one_tile:
-        parts += ["odd"] if p.n % 2 else [] if tma_store(p, c) or c.gated else ["unaligned"]
+        parts += ["odd"] if p.columns % 2 else [] if tma_store(p, c) or c.gated else ["unaligned"]
     return "_".join(parts)
 
 
@@ -139,7 +154,7 @@ def config_text(
         add=as_cpp(reads_c(p)),
         reduce=as_cpp(p.reduces),
         tma_store=as_cpp(tma_store(p, c)),
-        even_n=as_cpp(p.n % 2 == 0),
+        even_n=as_cpp(p.columns % 2 == 0),
         row_scales=_SCALES[rows.scales],
         col_scales=_SCALES[cols.scales],
     )
@@ -153,6 +168,30 @@ def product(p: GemmProblem, c: Sm90Config, rows: Side, cols: Side) -> str:
 
 def as_cpp(value: bool) -> str:
     return str(value).lower()
+
+
+def finish_text(p: GemmProblem) -> str:
+    """What the product becomes, as a C++ struct; none if nothing."""
+    finish = p.finish
+    if finish == AS_IT_IS:
+        return ""
+    form = "kNone" if finish.activation is None else "kEach" if finish.each else "kInPairs"
+    left, mid, right = finish.heads or (1, 0, 0)
+    return _FINISH.format(
+        act=activation_text(finish.activation or SILU),
+        form=form,
+        alpha=as_cpp(finish.alpha),
+        bias=as_cpp(finish.bias),
+        fill=as_cpp(finish.fill),
+        left=left,
+        mid=mid,
+        right=right,
+    )
+
+
+def coefficients(p: GemmProblem) -> list[str]:
+    """Parts whose numbers the product meets before it is stored."""
+    return [name for name in ("alpha", "bias") if getattr(p.finish, name)]
 
 
 def reads_c(p: GemmProblem) -> bool:
@@ -175,6 +214,7 @@ def leading_parameters(p: GemmProblem, c: Sm90Config) -> list[str]:
     maps += [f"{map_type} d_map"] if tma_store(p, c) else []
     pointers = [f"{out_type(p)}* d"]
     pointers += [f"const {out_type(p)}* c"] if reads_c(p) else []
+    pointers += [f"const float* {name}" for name in coefficients(p)]
     return maps + pointers
 
 
@@ -193,22 +233,33 @@ def kernel_source(p: GemmProblem, c: Sm90Config) -> KernelSource:
     operands = [f"&{rows.name}_map", f"&{cols.name}_map", rows.scale_map, cols.scale_map, "k_blocks"]
     operands += [f"batched_{side.name}{of}" for of in ("", "_scales") for side in (rows, cols)]
     name = kernel_name(p, c)
+    given = [name if getattr(p.finish, name) else "nullptr" for name in ("alpha", "bias")]
+    given += [f"batched_{name}" if getattr(p.finish, name) else "0" for name in ("alpha", "bias")]
+    plain = p.finish == AS_IT_IS
     text = _TEXT.format(
         header="gemm_small_m" if c.one_tile else "gemm",
+        include="" if plain else "#include <jax_deepgemm/gemm/finish.cuh>\n",
+        finish=finish_text(p),
+        finished="" if plain else f", jdg::Finish<Finish>{{{', '.join(given)}}}",
         mma=product(p, c, rows, cols),
         config=config_text(p, c, rows, cols),
         d_map="&d_map" if tma_store(p, c) else "nullptr",
         threads=c.threads,
         blocks_per_sm=c.blocks_per_sm,
         name=name,
-        parameters=", ".join([*leading_parameters(p, c), *(f"int {x}" for x in INTEGERS)]),
+        parameters=", ".join([*leading_parameters(p, c), *(f"int {x}" for x in integers(p))]),
         operands=", ".join(operands),
         c="c" if reads_c(p) else "nullptr",
     )
     return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p, c).total)
 
 
-INTEGERS = (
+def integers(p: GemmProblem) -> list[str]:
+    """The kernel's last parameters, in order."""
+    return [*_INTEGERS, *(f"batched_{name}" for name in coefficients(p))]
+
+
+_INTEGERS = (
     "m",
     "n",
     "batches",
