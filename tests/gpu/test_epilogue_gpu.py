@@ -44,7 +44,17 @@ SHAPES = (
 
 ACTIVATED = ("silu", "gelu", "relu2", "swiglu", Activation(interleaved=True), GPT_OSS)
 ACTIVATED_SHAPES = ((SHAPES[1], "bfloat16"), (SHAPES[3], "float32"), (SHAPES[4], "bfloat16"))
-HEAD_ROWS, SPLITS = (1, 5, 64, 200, 4100), ((128, 64, 128), (64, 128, 192), (256, 64, 64))
+HEADS = (
+    (1, (128, 64, 128), "bfloat16"),
+    (5, (64, 128, 192), "float32"),
+    (64, (256, 64, 64), "bfloat16"),
+    (200, (128, 64, 128), "float32"),
+    (200, (64, 128, 192), "bfloat16"),
+    (4100, (128, 64, 128), "bfloat16"),
+    (4100, (256, 64, 64), "float32"),
+)
+KINDS = ("fp8", "fp8 rows", "bf16", "bf16 nn")
+ADDED = [(shape, ("bfloat16", "float32")[i % 2], i // 2 % 2 == 0) for i, shape in enumerate(SHAPES * 2)]
 
 
 def kernels() -> Iterator[GemmProblem]:
@@ -64,9 +74,9 @@ def kernels() -> Iterator[GemmProblem]:
         out = "float32" if checked.halves else out
         yield dataclasses.replace(problem(Case(*shape, out), fp8), finish=checked.finish)
     silu = Finish(True, True, Activation(), each=True)
-    for shape, out, fp8 in itertools.product(SHAPES, ("bfloat16", "float32"), (True, False)):
+    for shape, out, fp8 in ADDED:
         yield dataclasses.replace(problem(Case(*shape, out, accumulate=True), fp8), finish=silu)
-    for m, splits, out, fill in itertools.product(HEAD_ROWS, SPLITS, ("bfloat16", "float32"), (True, False)):
+    for (m, splits, out), fill in itertools.product(HEADS, (True, False)):
         heads = Heads(*splits)
         case = Case(m, 4 * heads.taken, 512, out)
         yield dataclasses.replace(problem(case, True), finish=Finish(heads=heads, fill=fill))
@@ -94,7 +104,7 @@ def bias_of(n: int) -> jax.Array:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", ["fp8", "fp8 rows", "bf16", "bf16 nn"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_scaled_and_moved_as_one_by_one(shape, kind):
     """alpha a power of two, so that it does not matter whether its product is rounded."""
     fp8 = kind.startswith("fp8")
@@ -114,13 +124,19 @@ def test_scaled_and_moved_as_one_by_one(shape, kind):
     want = [sums * 0.25 + bias, sums + bias, sums * 3]
     for one, other in zip(got, want, strict=True):
         other = np.asarray(other.astype(BF16))
-        # Another configuration may be chosen for float32, whose sums round otherwise.
-        near = np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64))
-        assert (near <= 2.0**-7 * np.abs(np.asarray(other, np.float64)) + 1e-3).all()
+        assert_near(one, other)
+
+
+def assert_near(got: Any, want: Any) -> None:
+    """Another configuration may be chosen for float32, whose sums round otherwise."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert (np.abs(got - want) <= 2.0**-7 * np.abs(want) + 1e-5 * np.abs(want).max()).all()
 
 
 @pytest.mark.parametrize(
-    "config", [GemmConfig(128, 128, 4, slabs=2), GemmConfig(64, 64, 4, split_k=2)], ids=str
+    "config",
+    [GemmConfig(128, 128, 4, slabs=2), GemmConfig(64, 64, 4, split_k=2)],
+    ids=["persistent", "split"],
 )
 @pytest.mark.parametrize("fp8", [True, False])
 def test_one_configuration_gives_the_same_bits(config, fp8):
@@ -159,10 +175,7 @@ def test_activations_in_float64(shape, out, activation, fp8):
     oracle.assert_rounded(got, with_epilogue(sums, np.float32(alpha), bias, activation), 400 * case.k)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("out", "fp8"), [("float32", True), ("bfloat16", True), ("float32", False), ("bfloat16", False)]
-)
+@pytest.mark.parametrize(("shape", "out", "fp8"), ADDED, ids=str)
 def test_c_comes_last(shape, out, fp8):
     case = Case(*shape, out, accumulate=True)
     given, bias = operands(case, fp8), bias_of(case.n)
@@ -200,11 +213,9 @@ def test_no_row_meets_another_and_reruns_are_equal():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("m", HEAD_ROWS)
-@pytest.mark.parametrize("splits", SPLITS, ids=str)
-@pytest.mark.parametrize("out", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("m", "splits", "out"), HEADS, ids=str)
 def test_heads(m, splits, out):
-    """Holes keep NaN of d, or become zeros in a buffer of NaN; the rest is the product's, whatever lay there."""
+    """Holes keep NaN of d, or become zeros in a buffer of NaN; the rest is the product's."""
     heads = Heads(*splits)
     n = 4 * heads.taken
     case = Case(m, n, 512, out)
@@ -212,9 +223,8 @@ def test_heads(m, splits, out):
     d = jnp.full((m, heads.width(n)), jnp.nan, out)
     run = functools.partial(jdg.fp8_gemm_nt_skip_head_mid, head_splits=splits, out_dtype=out)
     held = program(lambda d, a, b: run(a, b, d), donate_argnums=0)(d, a, b)
-    zeros = program(lambda _, a, b: run(a, b), donate_argnums=0, keep_unused=True)(
-        jnp.full(d.shape, jnp.nan, out), a, b
-    )
+    into = program(lambda _, a, b: run(a, b), donate_argnums=0, keep_unused=True)
+    zeros = into(jnp.full(d.shape, jnp.nan, out), a, b)
     product = program(functools.partial(jdg.fp8_gemm_nt, out_dtype=out))(a, b)
     j = np.arange(n)
     columns = j + (j + heads.right) // heads.taken * heads.mid
@@ -223,5 +233,4 @@ def test_heads(m, splits, out):
     assert np.isnan(held[:, holes]).all()
     assert (zeros[:, holes] == 0).all()
     np.testing.assert_array_equal(held[:, columns], zeros[:, columns])
-    want = np.asarray(product, np.float32)
-    assert (np.abs(zeros[:, columns] - want) <= 2.0**-7 * np.abs(want) + 1e-2).all()
+    assert_near(zeros[:, columns], product)

@@ -32,9 +32,9 @@ def finished(sums: jax.Array, finish: Finish, *rest: jax.Array) -> jax.Array:
     """D in float32 of sums [m, n] in float32; rest: alpha [1], bias [n], and C, as far as they are given."""
     given = iter(rest)
     if finish.alpha:
-        sums = sums * next(given)
+        sums = sums * next(given)[0]
     if finish.bias:
-        sums = sums + next(given)
+        sums = sums + next(given)[None]
     if finish.activation is not None:
         sums = of_each(sums, finish.activation) if finish.each else act(sums, None, None, finish.activation)
     for c in given:

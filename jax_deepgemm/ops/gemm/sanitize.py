@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,7 +63,7 @@ def cases() -> Iterator[Case]:
 
 def _finished(qa: Any, qb: Any, qfew: Any, a: Any, b: Any, c: Any) -> Iterator[Case]:
     """Epilogues, and heads with holes, of the persistent kernel and of the one for few rows."""
-    heads = {"head_splits": (64, 64, 192)}
+    holes = functools.partial(fp8_gemm_nt_skip_head_mid, head_splits=(64, 64, 192))
     wide = jnp.ones((M, N - 16 + 64), jnp.bfloat16)
     sixteen_fewer = jax.tree.map(lambda x: x[: N - 16] if x.shape[0] == N else x[:2], qb)
     for rows, sms in ((qa, FEW_SMS), (qfew, None)):
@@ -70,9 +71,8 @@ def _finished(qa: Any, qb: Any, qfew: Any, a: Any, b: Any, c: Any) -> Iterator[C
         for activation in ("silu", Activation(interleaved=True)):
             epilogue = Epilogue(0.5, jnp.ones(N), activation)
             yield Case(f"fp8 {few} {activation}", on_few(fp8_gemm_nt, sms, epilogue=epilogue), (rows, qb))
-        yield Case(f"fp8 {few} holes", on_few(fp8_gemm_nt_skip_head_mid, sms, **heads), (rows, sixteen_fewer))
-    held = on_few(fp8_gemm_nt_skip_head_mid, **heads)
-    yield Case("fp8 holes of d", held, (qa, sixteen_fewer, wide))
+        yield Case(f"fp8 {few} holes", on_few(holes, sms), (rows, sixteen_fewer))
+    yield Case("fp8 holes of d", on_few(holes), (qa, sixteen_fewer, wide))
     added = on_few(bf16_gemm_nt, out_dtype=jnp.float32, epilogue=Epilogue(0.5, jnp.ones(N), "gelu"))
     yield Case("bf16 gelu + C", added, (a, b, c))
     odd = on_few(bf16_gemm_nt, epilogue=Epilogue(0.5, jnp.ones(N - 1)))
