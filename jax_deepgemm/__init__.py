@@ -17,6 +17,7 @@ from jax_deepgemm.core import launch as _launch  # noqa: F401 - registers the cu
 if TYPE_CHECKING:
     from jax_deepgemm.core.export import export_checks
     from jax_deepgemm.core.launch import embed_kernels
+    from jax_deepgemm.ops.einsum.api import bf16_einsum, fp8_einsum
     from jax_deepgemm.ops.gemm.api import (
         bf16_gemm_nn,
         bf16_gemm_nt,
@@ -43,13 +44,20 @@ if TYPE_CHECKING:
         m_grouped_fp8_gemm_nt_masked,
     )
     from jax_deepgemm.ops.grouped.linear import grouped_linear
+    from jax_deepgemm.ops.hc_prenorm import hc_prenorm_gemm
     from jax_deepgemm.ops.quantize import (
+        Fp4Array,
+        PerChannelArray,
+        PreparedFp4,
         PreparedWeight,
         QuantizedArray,
         accumulate_gradients,
         dequantize,
+        dequantize_per_channel,
+        prepare_fp4,
         prepare_weight,
         quantize,
+        quantize_per_channel,
     )
     from jax_deepgemm.ops.ragged_dot.api import ragged_dot, ragged_dot_general
     from jax_deepgemm.ops.topk import topk
@@ -57,6 +65,8 @@ if TYPE_CHECKING:
     from jax_deepgemm.tools.precompile import precompile
 
 _HOME = {
+    "bf16_einsum": "ops.einsum.api",
+    "fp8_einsum": "ops.einsum.api",
     "bf16_gemm_nn": "ops.gemm.api",
     "bf16_gemm_nt": "ops.gemm.api",
     "bf16_gemm_tn": "ops.gemm.api",
@@ -70,9 +80,15 @@ _HOME = {
     "Epilogue": "ops.gemm.epilogue",
     "GemmConfig": "ops.gemm.family",
     "GemmProblem": "ops.gemm.family",
+    "Fp4Array": "ops.quantize",
+    "PerChannelArray": "ops.quantize",
+    "dequantize_per_channel": "ops.quantize",
+    "quantize_per_channel": "ops.quantize",
+    "PreparedFp4": "ops.quantize",
     "PreparedWeight": "ops.quantize",
     "accumulate_gradients": "ops.quantize",
     "QuantizedArray": "ops.quantize",
+    "prepare_fp4": "ops.quantize",
     "prepare_weight": "ops.quantize",
     "quantize": "ops.quantize",
     "dequantize": "ops.quantize",
@@ -86,6 +102,7 @@ _HOME = {
     "m_grouped_fp8_gemm_nt_contiguous": "ops.grouped.api",
     "m_grouped_fp8_gemm_nt_masked": "ops.grouped.api",
     "grouped_linear": "ops.grouped.linear",
+    "hc_prenorm_gemm": "ops.hc_prenorm",
     "ragged_dot": "ops.ragged_dot.api",
     "ragged_dot_general": "ops.ragged_dot.api",
     "topk": "ops.topk",
@@ -99,21 +116,27 @@ _log.start()
 
 __all__ = [
     "Epilogue",
+    "Fp4Array",
     "GemmConfig",
     "GemmProblem",
+    "PerChannelArray",
+    "PreparedFp4",
     "PreparedWeight",
     "QuantizedArray",
     "__version__",
     "accumulate_gradients",
+    "bf16_einsum",
     "bf16_gemm_nn",
     "bf16_gemm_nt",
     "bf16_gemm_tn",
     "bf16_gemm_tt",
     "config",
     "dequantize",
+    "dequantize_per_channel",
     "embed_kernels",
     "explain",
     "export_checks",
+    "fp8_einsum",
     "fp8_gemm_nn",
     "fp8_gemm_nt",
     "fp8_gemm_nt_skip_head_mid",
@@ -121,6 +144,7 @@ __all__ = [
     "fp8_gemm_tt",
     "fp8_linear",
     "grouped_linear",
+    "hc_prenorm_gemm",
     "k_grouped_bf16_gemm_tn_contiguous",
     "k_grouped_fp8_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_tn_contiguous",
@@ -131,8 +155,10 @@ __all__ = [
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
     "precompile",
+    "prepare_fp4",
     "prepare_weight",
     "quantize",
+    "quantize_per_channel",
     "ragged_dot",
     "ragged_dot_general",
     "topk",

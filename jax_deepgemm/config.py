@@ -31,6 +31,7 @@ __all__ = ["Settings", "get", "tuning_file", "tuning_state", "update", "use"]
 
 TUNING_FILE = "JAX_DEEPGEMM_TUNING_FILE"
 FALLBACKS = ("error", "reference")
+WIDEST_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,58 @@ class Settings:
         leaves room for collectives that run at the same time.
       fallback: what a GPU without a kernel for the op does: "error", or "reference" for the float32 jnp
         form, which is correct and slow.
+      block_size_multiple_of: the columns of a product's tile are a multiple of it, whatever is faster.
+      mk_alignment: where groups start that are given by their ends: at multiples of so many rows.
+      pdl: whether a kernel may start before the one in front of it, of the same call, has ended
+        (programmatic dependent launch).
+      tc_util: percent of the time that tensor cores may work. On Hopper it changes nothing.
+      ignore_compile_dims: changes nothing: it is for kernels that are compiled for one shape, and what is
+        compiled for a shape here is chosen by what it gains.
 
     Raises:
       ValueError: a value that a setting cannot take.
 
-    >>> Settings(num_sms=100)
-    Settings(num_sms=100, fallback='error')
+    The last five are DeepGEMM's knobs (`jax_deepgemm.deep_gemm`).
+
+    >>> Settings(num_sms=100).num_sms
+    100
     """
 
     num_sms: int | None = None
     fallback: str = "error"
+    block_size_multiple_of: int = 1
+    mk_alignment: int = 128
+    pdl: bool = True
+    tc_util: int = 100
+    ignore_compile_dims: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_sms is not None and (type(self.num_sms) is not int or self.num_sms < 1):
-            raise ValueError(f"config: num_sms is {self.num_sms!r}, need a positive int, or None for all.")
+        if self.num_sms is not None:
+            _check_whole("num_sms", self.num_sms, 1, None, ", or None for all")
         if self.fallback not in FALLBACKS:
             raise ValueError(f"config: fallback is {self.fallback!r}, need one of {', '.join(FALLBACKS)}.")
+        _check_whole("block_size_multiple_of", self.block_size_multiple_of, 1, WIDEST_TILE)
+        _check_whole("mk_alignment", self.mk_alignment, 1, None)
+        _check_whole("tc_util", self.tc_util, 0, 100)
+        for name in ("pdl", "ignore_compile_dims"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"config: {name} is {getattr(self, name)!r}, need True or False.")
+
+    @property
+    def of_kernels(self) -> tuple[tuple[str, Any], ...]:
+        """Those that change which kernels run or how they are launched, where they are not at their default:
+        parameters of every op."""
+        names = ("block_size_multiple_of", "pdl")
+        return tuple((name, getattr(self, name)) for name in names if getattr(self, name) != _DEFAULTS[name])
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
+
+
+def _check_whole(name: str, value: Any, least: int, most: int | None, more: str = "") -> None:
+    if type(value) is not int or value < least or (most is not None and value > most):
+        need = "a positive int" if most is None else f"an int from {least} to {most}"
+        raise ValueError(f"config: {name} is {value!r}, need {need}{more}.")
 
 
 def _replaced(base: Settings, changes: dict[str, Any]) -> Settings:
@@ -81,8 +118,8 @@ def get() -> Settings:
       Settings. Raises nothing.
 
     >>> from jax_deepgemm import config
-    >>> config.get()
-    Settings(num_sms=None, fallback='error')
+    >>> config.get().mk_alignment
+    128
     """
     return _scoped.get() or _default
 

@@ -50,6 +50,12 @@ def chained(parts: Sequence[Part], scratch_bytes: Sequence[int], label: str) -> 
     return LaunchPlan(overlapped, tuple(scratch_bytes), label)
 
 
+def in_turn(plan: LaunchPlan) -> LaunchPlan:
+    """The plan of which no kernel starts before the one in front of it has ended."""
+    steps = (replace(step, pdl=False) if isinstance(step, Launch) else step for step in plan.steps)
+    return replace(plan, steps=tuple(steps))
+
+
 def renamed(part: Part) -> list[Launch]:
     """A part's launches with the buffers of the whole, for plans whose launches wait for each other.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 
 class Generation(NamedTuple):
@@ -37,6 +37,10 @@ GENERATIONS = {
 """By compute capability, the oldest first."""
 
 
+Knobs: TypeAlias = tuple[tuple[str, Any], ...]
+"""What `jax_deepgemm.config` says of kernels, where it is not the default: `Settings.of_kernels`."""
+
+
 @dataclass(frozen=True)
 class Chip:
     """Facts of one GPU model that decide a configuration.
@@ -46,12 +50,14 @@ class Chip:
       arch: the compilation target, see `Generation`.
       num_sms: streaming multiprocessors a persistent grid may use.
       smem_per_block: largest dynamic shared memory of one block, in bytes.
+      block_n_of: what the columns of a product's tile must be a multiple of; no fact but a wish of the user.
     """
 
     name: str = "NVIDIA H200"
     arch: str = GENERATIONS["9.0"].arch
     num_sms: int = 132
     smem_per_block: int = GENERATIONS["9.0"].smem_per_block
+    block_n_of: int = 1
 
     @property
     def capability(self) -> str:
@@ -109,6 +115,15 @@ def chip_of(device: Any | None) -> Chip:
 def with_sms(chip: Chip, num_sms: int | None) -> Chip:
     """The chip of which a kernel may use so many SMs."""
     return chip if num_sms is None else replace(chip, num_sms=min(num_sms, chip.num_sms))
+
+
+def with_knobs(chip: Chip, knobs: Knobs) -> Chip:
+    """The chip for which only configurations are chosen that the settings of a call allow.
+
+    >>> with_knobs(Chip(), (("block_size_multiple_of", 64),)).block_n_of
+    64
+    """
+    return replace(chip, block_n_of=dict(knobs).get("block_size_multiple_of", chip.block_n_of))
 
 
 def best_for(capability: str, available: Iterable[str]) -> str | None:

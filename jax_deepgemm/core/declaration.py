@@ -17,7 +17,7 @@ Params = dict[str, Any]
 Arrays = list[jax.Array]
 Dims = tuple[int, ...]
 
-MACHINERY = ("batch", "out_sharding", "reduce_dtype", "fallback")
+MACHINERY = ("batch", "out_sharding", "reduce_dtype", "fallback", "knobs")
 """Parameters of the primitives that are not the family's."""
 
 
@@ -44,6 +44,7 @@ class Declaration:
         *,
         reduces: Sequence[str] = (),
         blocks: Mapping[str, tuple[str, int]] | None = None,
+        edges: Sequence[str] = (),
         spmd: Callable[..., tuple[Sequence[jax.Array] | None, Arrays | None]] | None = None,
         recut: Callable[..., tuple[Sequence[jax.Array], Params]] | None = None,
         kernel: LazyKernel | None = None,
@@ -58,7 +59,7 @@ class Declaration:
         grad_hint: str = "",
     ) -> None:
         self.name = name
-        self.rule = ShardingRule.parse(rule, reduces=reduces, blocks=blocks, addend=addend)
+        self.rule = ShardingRule.parse(rule, reduces=reduces, blocks=blocks, addend=addend, edges=edges)
         self.result = result
         self.reference = reference
         self.spmd = spmd

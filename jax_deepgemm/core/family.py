@@ -58,8 +58,8 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Given:
-    """An operand of the custom call: which one it is, its shape, and whether it has a dimension of vmap, in
-    front (another operand of the call serves all of a batch)."""
+    """An operand of the custom call: which one it is, its shape, and whether it has a batch dimension, which
+    of vmap is the first (another operand of the call serves all of a batch)."""
 
     index: int
     shape: tuple[int, ...]
@@ -185,9 +185,10 @@ class Family(Generic[P]):
         kernels = self.kernels_for(chip)
         if kernels.config is None:
             return None
-        return tuning.lookup(
+        entry = tuning.lookup(
             problem, chip, kernels.config, lambda config: self.broken_rules(problem, config, chip)
         )
+        return entry if entry is not None and _wanted(entry.config, chip) else None
 
     def broken_rules(self, problem: P, config: Any, chip: Chip) -> list[str]:
         """Why a configuration cannot run a problem on a chip: a line for each rule that it breaks."""
@@ -207,7 +208,8 @@ class Family(Generic[P]):
         kernels = self.kernels_for(chip)
         if kernels.config is None or kernels.cost is None:
             return []
-        priced = [(c, kernels.cost(problem, c, chip)) for c in kernels.candidates(problem, chip)]
+        wanted = (c for c in kernels.candidates(problem, chip) if _wanted(c, chip))
+        priced = [(c, kernels.cost(problem, c, chip)) for c in wanted]
         return sorted(priced, key=lambda pair: pair[1].total)
 
     # What follows from a choice
@@ -247,7 +249,18 @@ def _check_given(kernels: Kernels[Any, Any], problem: Any, given: Any, chip: Chi
 def _cheapest(kernels: Kernels[Any, Any], problem: Any, chip: Chip) -> Any:
     assert kernels.cost is not None
     cost = kernels.cost
-    return min(kernels.candidates(problem, chip), key=lambda c: cost(problem, c, chip).total)
+    wanted = [c for c in kernels.candidates(problem, chip) if _wanted(c, chip)]
+    if not wanted and chip.block_n_of > 1:
+        raise ValueError(
+            f"{problem}: no configuration has a block_n that is a multiple of {chip.block_n_of}, which "
+            "config.block_size_multiple_of asks for. Use a smaller one, such as 64, or 1 for any."
+        )
+    return min(wanted, key=lambda c: cost(problem, c, chip).total)
+
+
+def _wanted(config: Any, chip: Chip) -> bool:
+    """Whether a configuration has tiles as the user wants them; one without columns of its own has."""
+    return getattr(config, "block_n", 0) % chip.block_n_of == 0
 
 
 @dataclass(frozen=True)
@@ -278,12 +291,18 @@ class OpKernel:
     ) -> LaunchPlan:
         """The plan of a call."""
         problem = self.problem(avals_in, avals_out, batch=batch, **params)
-        carried = batch or (False,) * len(avals_in)
+        carried = self.carried(avals_in, batch, **params)
         operands = {
             part: Given(i, tuple(aval.shape), on)
             for i, (part, aval, on) in enumerate(zip(self.parts, avals_in, carried))
         }
         return self.family.plan(problem, with_sms(chip, num_sms), operands, config)
+
+    def carried(
+        self, avals_in: Sequence[Any], batch: tuple[bool, ...] | None, **params: Any
+    ) -> tuple[bool, ...]:
+        """Which operands have a batch dimension: of vmap, where the op has none of its own."""
+        return batch or (False,) * len(avals_in)
 
 
 class LazyKernel:
@@ -293,13 +312,24 @@ class LazyKernel:
     Args:
       module: full name of the module.
       name: of the OpKernel in it.
-      batched: whether the kernel takes a leading dimension of vmap itself; else it is folded into another
-        dimension, or looped over (core/batch.py).
+      batched: whether the kernel takes a leading dimension of vmap itself, always or of the operands that
+        carry it; else it is folded into another dimension, or looped over (core/batch.py).
       form: parameters that the op fixes.
     """
 
-    def __init__(self, module: str, name: str, *, batched: bool = False, **form: Any) -> None:
-        self.module, self._name, self.batched, self._form = module, name, batched, form
+    def __init__(
+        self,
+        module: str,
+        name: str,
+        *,
+        batched: bool | Callable[[tuple[bool, ...]], bool] = False,
+        **form: Any,
+    ) -> None:
+        self.module, self._name, self._batched, self._form = module, name, batched, form
+
+    def takes(self, carried: tuple[bool, ...]) -> bool:
+        """Whether the kernel runs once on operands of which these have a leading dimension of vmap."""
+        return self._batched if isinstance(self._batched, bool) else self._batched(carried)
 
     def _kernel(self) -> OpKernel:
         found: OpKernel = getattr(importlib.import_module(self.module), self._name)

@@ -16,7 +16,8 @@ from jax.interpreters import mlir
 
 from jax_deepgemm.core import _private, launch
 from jax_deepgemm.core.batch import Carried, fold, without_batch
-from jax_deepgemm.core.chip import Chip, chip_of
+from jax_deepgemm.core.chain import in_turn
+from jax_deepgemm.core.chip import Chip, Knobs, chip_of, with_knobs
 from jax_deepgemm.core.declaration import Declaration, own
 from jax_deepgemm.core.sharding import Batch
 from jax_deepgemm.log import note_once
@@ -29,7 +30,9 @@ def make(op: Declaration) -> Callable[..., Any]:
     """The lowering rule for cuda."""
     primitive = _kernel_primitive(op)
 
-    def rule(ctx: Any, *args: Any, batch: Batch, fallback: str = "error", **params: Any) -> Any:
+    def rule(
+        ctx: Any, *args: Any, batch: Batch, fallback: str = "error", knobs: Knobs = (), **params: Any
+    ) -> Any:
         device = device_of(ctx)
         refusal = _other_gpu(op, device) or symbolic_shapes(op, ctx.avals_in)
         _stand_in(refusal, fallback)
@@ -37,11 +40,14 @@ def make(op: Declaration) -> Callable[..., Any]:
         if refusal or nothing:
             reference = functools.partial(op.run_reference, batch=batch, **params)
             return mlir.lower_fun(reference, multiple_results=True)(ctx, *args)
-        chip, family_params = chip_of(device), own(params)
+        chip, family_params = with_knobs(chip_of(device), knobs), own(params)
 
         def call(arrays: list[jax.Array], results: Types, carried: Carried | None) -> list[jax.Array]:
             given = tuple(sorted(family_params.items()))
-            return primitive.bind(*arrays, results=results, batch=carried, chip=chip, params=given)
+            overlap = dict(knobs).get("pdl", True)
+            return primitive.bind(
+                *arrays, results=results, batch=carried, chip=chip, overlap=overlap, params=given
+            )
 
         body = functools.partial(on_kernel, op, call, batch, family_params)
         return mlir.lower_fun(body, multiple_results=True)(ctx, *args)
@@ -101,7 +107,7 @@ def on_kernel(
     assert op.kernel is not None
     types = op.result_types(arrays, batch, params)
     folded, carried = fold(arrays, batch)
-    if carried is None or op.kernel.batched:
+    if carried is None or op.kernel.takes(carried):
         count = next((x.shape[0] for x, on in zip(folded, carried or ()) if on), None)
         lead = () if count is None else (count,)
         one_level = tuple(((*lead, *shape[len(batch) :]), dtype) for shape, dtype in types)
@@ -140,11 +146,12 @@ def _kernel_primitive(op: Declaration) -> Primitive:
     def _(*avals: Any, results: Any, **_: Any) -> list[Any]:
         return [jax.core.ShapedArray(shape, dtype) for shape, dtype in results]
 
-    def lower(ctx: Any, *args: Any, results: Any, batch: Any, chip: Chip, params: Any) -> Any:
+    def lower(ctx: Any, *args: Any, results: Any, batch: Any, chip: Chip, overlap: bool, params: Any) -> Any:
         assert op.kernel is not None
         ins = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in ctx.avals_in]
         outs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in ctx.avals_out]
         plan = op.kernel.plan(ins, outs, batch=batch, chip=chip, **dict(params))
+        plan = plan if overlap else in_turn(plan)
         aliases = {
             i: o
             for i, o in op.aliases.items()

@@ -24,8 +24,9 @@ import jax
 import numpy as np
 
 from jax_deepgemm.core.parameters import Buffer, Operand, Param, Peer, Result, Scalar, Scratch, TensorMap
-from jax_deepgemm.core.plan import Copy, Launch, LaunchPlan, Memset, check_buffer, encode
+from jax_deepgemm.core.plan import Copy, Launch, LaunchPlan, Memset, check_buffer, described, encode
 from jax_deepgemm.jit.cache import cubin_directory
+from jax_deepgemm.jit.toolchain import read_settings, say
 
 __all__ = [
     "TARGET",
@@ -179,6 +180,8 @@ def emit(
       ValueError: the plan uses a buffer that is not there, or reaches beyond its end.
     """
     check(plan, ctx.avals_in, ctx.avals_out)
+    if read_settings().debug:
+        say(described(plan))
     register_target()
     for kernel in plan.kernels:
         native().register_cubin(kernel.digest, kernel.cubin)

@@ -73,6 +73,7 @@ class Op(Declaration):
       reduces: dimensions that are summed over. The op then has one result and a static `out_dtype`, and
         float32 or `out_dtype` can be asked for partial sums.
       blocks: dimension of a grid of blocks -> (dimension of the data, elements per block).
+      edges: grids at whose edges alone their data is cut over devices.
       spmd: (plan, local, *arrays) -> (arrays, None) or (None, results), on one device's pieces, before
         `local` runs: recuts operands whose blocks straddle devices, or computes the results itself.
         `local(*arrays)` is the op on one device.
@@ -145,6 +146,9 @@ class Op(Declaration):
         static.setdefault("fallback", config.get().fallback)
         if static["fallback"] == "error":
             del static["fallback"]
+        knobs = config.get().of_kernels
+        if knobs:
+            static["knobs"] = knobs
         for name, value in static.items():
             try:
                 hash(value)
@@ -210,7 +214,8 @@ class Op(Declaration):
         specs = [entries(aval.sharding.spec, aval.ndim) for aval in avals]
         given: dict[str, Axes] = {}
         for factors, spec in zip(rule.operands, specs, strict=True):
-            for name, axes in zip(factors, spec, strict=True):
+            for factor, axes in zip(factors, spec, strict=True):
+                name = rule.data_of.get(factor, factor)
                 if axes and name not in rule.blocks:
                     given.setdefault(name, axes)
         wanted = params.get("out_sharding")
@@ -324,7 +329,8 @@ class Op(Declaration):
 
     def _shardy_rule(self, static: tuple[tuple[str, Any], ...], mesh: Any, ins: Any, outs: Any) -> Any:
         rule = self.rule.batched(dict(static)["batch"])
-        return f", {rule.text()}", {"reduction_factors": rule.reduces_in_order()}
+        text, sizes = rule.shardy()
+        return f", {text}", {"reduction_factors": rule.reduces_in_order(), **sizes}
 
     def _partition(self, static: tuple[tuple[str, Any], ...], mesh: Any, args: Any, results: Any) -> Any:
         """XLA's question, with the shardings it propagated: what runs on one device, and on which pieces?"""

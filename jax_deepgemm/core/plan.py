@@ -275,6 +275,29 @@ class LaunchPlan:
         return uses
 
 
+def described(plan: LaunchPlan) -> str:
+    """The plan for people: a line for each step, and for each parameter of a launch.
+
+    >>> print(described(LaunchPlan((Memset(Result(0), 256),), label="zeros")))
+    zeros
+      memset result 0, 256 bytes of 00
+    """
+    lines = [plan.label or "launch plan"]
+    for step in plan.steps:
+        if isinstance(step, Memset):
+            lines.append(f"  memset {step.buffer}, {step.num_bytes} bytes of {step.pattern.hex()}")
+        elif isinstance(step, Copy):
+            lines.append(f"  copy {step.source} to {step.target}, {step.num_bytes} bytes")
+        else:
+            grid = "x".join(map(str, step.grid))
+            lines.append(
+                f"  launch {step.kernel.name} grid={grid} block={step.block} cluster={step.cluster} "
+                f"shared_memory={step.shared_memory} pdl={step.pdl}"
+            )
+            lines += [f"    {param}" for param in step.params]
+    return "\n".join(lines)
+
+
 def check_buffer(where: str, buffer: Buffer, needed: int, sizes: tuple[int, ...]) -> None:
     """Raises ValueError unless `buffer` is one of those with these byte sizes and holds `needed` bytes."""
     if buffer.index >= len(sizes):

@@ -42,6 +42,8 @@ class ShardingRule:
       blocks: factor of a grid of blocks -> (factor of the data, elements of the data per block). Blocks are
         global: the grid is cut where its data is, if every cut is at the edge of a block, and is whole
         otherwise.
+      edges: grids at whose edges alone their data is cut; other cuts are dropped. Where no operand has the
+        data itself, it is cut as the grid is.
       addend: index of an operand that is added to the first result (once, also when partial results are
         summed).
     """
@@ -51,6 +53,23 @@ class ShardingRule:
     reduces: Factors = ()
     blocks: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     addend: int | None = None
+    edges: Factors = ()
+
+    @property
+    def data_of(self) -> dict[str, str]:
+        """Grid -> its data, of those that alone stand for it in the operands.
+
+        >>> blocks = {"nb": ("n", 64), "kb": ("k", 128)}
+        >>> rule = ShardingRule.parse("m k, nb kb -> m n", blocks=blocks, edges=("nb", "kb"))
+        >>> rule.data_of
+        {'nb': 'n'}
+        """
+        there = {name for factors in self.operands for name in factors}
+        return {grid: self.blocks[grid][0] for grid in self.edges if self.blocks[grid][0] not in there}
+
+    def step(self, name: str) -> int:
+        """What a device's piece of a factor is a multiple of."""
+        return math.lcm(*(self.blocks[grid][1] for grid in self.edges if self.blocks[grid][0] == name))
 
     @classmethod
     def parse(
@@ -60,10 +79,11 @@ class ShardingRule:
         reduces: Sequence[str] = (),
         blocks: Mapping[str, tuple[str, int]] | None = None,
         addend: int | None = None,
+        edges: Sequence[str] = (),
     ) -> ShardingRule:
         """Reads "m k, n k -> m n"."""
         left, right = (tuple(tuple(one.split()) for one in side.split(",")) for side in text.split("->"))
-        return cls(left, right, tuple(reduces), dict(blocks or {}), addend)
+        return cls(left, right, tuple(reduces), dict(blocks or {}), addend, tuple(edges))
 
     def batched(self, batch: Batch) -> ShardingRule:
         """The rule under vmap: one more leading factor per level."""
@@ -78,12 +98,26 @@ class ShardingRule:
             self.reduces,
             self.blocks,
             self.addend,
+            self.edges,
         )
 
     def text(self) -> str:
         """The rule in the einsum-like notation, with names that Shardy's parser accepts."""
-        sides = (", ".join(" ".join(factors) for factors in side) for side in (self.operands, self.results))
-        return " -> ".join(sides)
+        return self.shardy()[0]
+
+    def shardy(self) -> tuple[str, dict[str, int]]:
+        """The rule as Shardy reads it, and the sizes of factors of compound ones: data that is cut as a grid.
+
+        >>> form = {"reduces": ("k",), "blocks": {"nb": ("n", 64)}, "edges": ("nb",)}
+        >>> ShardingRule.parse("m k, nb k -> m n", **form).shardy()
+        ('m k, nb k -> m (nb n)', {'n': 64})
+        """
+        compound = {data: f"({grid} {data})" for grid, data in self.data_of.items()}
+        sides = (
+            ", ".join(" ".join(compound.get(name, name) for name in factors) for factors in side)
+            for side in (self.operands, self.results)
+        )
+        return " -> ".join(sides), {data: self.step(data) for data in compound}
 
     def reduces_in_order(self) -> Factors:
         """`reduces` in order of first appearance, which Shardy's verifier asks for."""
@@ -186,7 +220,7 @@ def plan_sharding(
     summed = [name for name in rule.reduces if given.get(name)]
 
     scatter_dim = None
-    if len(summed) == 1 and size[summed[0]] % pieces(given[summed[0]]) == 0:
+    if len(summed) == 1 and size[summed[0]] % (pieces(given[summed[0]]) * rule.step(summed[0])) == 0:
         for dim, name in enumerate(rule.results[0]):
             if asked.get(name) and asked[name] == given[summed[0]] and size[name] % pieces(asked[name]) == 0:
                 scatter_dim = dim
@@ -197,7 +231,7 @@ def plan_sharding(
     used: set[str] = set()
     for name, wanted in [*asked.items(), *((name, given[name]) for name in summed)]:
         free = tuple(axis for axis in wanted if axis not in used)
-        while free and size[name] % pieces(free):
+        while free and size[name] % (pieces(free) * rule.step(name)):
             free = free[:-1]
         axes[name] = free
         used.update(free)
@@ -220,10 +254,11 @@ def plan_sharding(
 
 
 def _merge(rule: ShardingRule, dims: Sequence[Factors], specs: Sequence[Sequence[Axes]]) -> dict[str, Axes]:
-    """Factor -> axes. The first cut dimension of a name wins; grids follow their data."""
+    """Factor -> axes. The first cut dimension of a name wins; grids follow their data, or stand for it."""
     merged: dict[str, Axes] = {}
     for factors, spec in zip(dims, specs, strict=True):
-        for name, axes in zip(factors, spec, strict=True):
+        for factor, axes in zip(factors, spec, strict=True):
+            name = rule.data_of.get(factor, factor)
             if name not in rule.blocks:
                 merged[name] = merged.get(name) or axes
     return merged

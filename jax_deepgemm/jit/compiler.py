@@ -117,11 +117,15 @@ class _Job:
             extra_digest=extra.digest(),
         )
 
+    @property
+    def standard(self) -> str:
+        return f"c++{self.settings.cpp_standard}"
+
     def nvrtc_options(self, with_paths: bool = True) -> Any:
         return toolchain.import_cuda_core().ProgramOptions(
             name=f"{self.source.name}.cu",
             arch=f"sm_{self.arch}",
-            std=toolchain.STANDARD,
+            std=self.standard,
             device_as_default_execution_space=True,
             lineinfo=self.settings.lineinfo or None,
             ptxas_options=["-v"],
@@ -133,6 +137,7 @@ class _Job:
             self.compiler.path,
             f"--{target}",
             f"-arch=sm_{self.arch}",
+            f"-std={self.standard}",
             *_NVCC_FLAGS,
             *(["-lineinfo"] if self.settings.lineinfo else []),
             f"-I{toolchain.INCLUDE_DIR}",
@@ -159,7 +164,7 @@ class _Job:
         )
 
 
-_NVCC_FLAGS = (f"-std={toolchain.STANDARD}", "--expt-relaxed-constexpr", "-O3", "-Xptxas=-v")
+_NVCC_FLAGS = ("--expt-relaxed-constexpr", "-O3", "-Xptxas=-v")
 
 
 def _load_or_compile(cache: KernelCache, key: bytes, job: _Job) -> CompiledKernel:

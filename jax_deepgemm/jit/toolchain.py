@@ -5,6 +5,9 @@
 | JAX_DEEPGEMM_CACHE_DIR       | ~/.cache/jax_deepgemm    | where compiled kernels live                  |
 | JAX_DEEPGEMM_COMPILER        | nvrtc                    | nvrtc (library, no toolkit needed) or nvcc   |
 | JAX_DEEPGEMM_NVCC            | CUDA_HOME/bin, then PATH | the nvcc to run                              |
+| JAX_DEEPGEMM_CPP_STANDARD    | 20                       | of the kernels' C++: 20 or 23                |
+| JAX_DEEPGEMM_DEBUG           | 0                        | all that the four PRINT_ and VERBOSE do, and |
+|                              |                          | each launch with its parameters              |
 | JAX_DEEPGEMM_LOG             | unset                    | debug, info, warning or error, to stderr     |
 | JAX_DEEPGEMM_PRINT_CONFIGS   | 0                        | print each problem with its configuration    |
 | JAX_DEEPGEMM_PRINT_COMMAND   | 0                        | print each compiler command                  |
@@ -14,6 +17,7 @@
 | JAX_DEEPGEMM_LINEINFO        | 0                        | line numbers in the cubin, for profilers     |
 | JAX_DEEPGEMM_PRINT_LOAD_TIME | 0                        | print how long each kernel took from disk    |
 | JAX_DEEPGEMM_TUNING_FILE     | CACHE_DIR/tuning         | measured configurations: a file, or off      |
+| JAX_DEEPGEMM_NVIDIA_TOOLS    | 0                        | bench_kineto leaves the profiler to others   |
 
 Switches take 0 or 1. Variables are read at each compilation, so a change holds from the next kernel on;
 JAX_DEEPGEMM_LOG is read at import.
@@ -39,7 +43,7 @@ INCLUDE_DIR = Path(__file__).resolve().parent.parent / "include"
 PREFIX = "JAX_DEEPGEMM_"
 COMPILERS = ("nvrtc", "nvcc")
 DUMPS = ("ptx", "sass")
-STANDARD = "c++20"
+STANDARDS = ("20", "23")
 
 
 class CompilerNotFoundError(RuntimeError):
@@ -53,6 +57,8 @@ class Environment:
     cache_dir: Path
     compiler: str = "nvrtc"
     nvcc: str | None = None
+    cpp_standard: str = "20"
+    debug: bool = False
     print_configs: bool = False
     print_command: bool = False
     ptxas_verbose: bool = False
@@ -61,6 +67,7 @@ class Environment:
     lineinfo: bool = False
     log: str | None = None
     print_load_time: bool = False
+    nvidia_tools: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,18 +84,22 @@ class Toolchain:
 
 def read_settings() -> Environment:
     """The settings of this moment; a value outside its rule is a ValueError that names the variable."""
+    debug = _switch("DEBUG")
     return Environment(
         cache_dir=cache_dir(),
         compiler=_choice("COMPILER", COMPILERS) or "nvrtc",
         nvcc=os.environ.get(PREFIX + "NVCC") or None,
-        print_configs=_switch("PRINT_CONFIGS"),
-        print_command=_switch("PRINT_COMMAND"),
-        ptxas_verbose=_switch("PTXAS_VERBOSE"),
+        cpp_standard=_choice("CPP_STANDARD", STANDARDS) or STANDARDS[0],
+        debug=debug,
+        print_configs=_switch("PRINT_CONFIGS") or debug,
+        print_command=_switch("PRINT_COMMAND") or debug,
+        ptxas_verbose=_switch("PTXAS_VERBOSE") or debug,
         ptxas_check=_switch("PTXAS_CHECK"),
         dump=_choices("DUMP", DUMPS),
         lineinfo=_switch("LINEINFO"),
         log=_choice("LOG", LEVELS),
-        print_load_time=_switch("PRINT_LOAD_TIME"),
+        print_load_time=_switch("PRINT_LOAD_TIME") or debug,
+        nvidia_tools=_switch("NVIDIA_TOOLS"),
     )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.moe.form import ExpertForm
 from jax_deepgemm.ops.grouped import linear
-from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray
+from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, PreparedWeight, QuantizedArray
 from jax_deepgemm.ops.quantize.join import concatenate
 from jax_deepgemm.ops.quantize.prepared import Copies
 
@@ -36,6 +36,9 @@ def one_weight(where: str, w13: Any, form: ExpertForm) -> Any:
             f"{where}: w13 is (gate {gate.dtype.name} {list(gate.shape)}, up {up.dtype.name} "
             f"{list(up.shape)}), need arrays of the same shape and dtype."
         )
+    if isinstance(gate, PreparedFp4 | Fp4Array):
+        step = -3 if isinstance(gate, PreparedFp4) else -2
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, step), gate, up)
     axis = -2 if form.weight_layout == "nk" else -1
     if isinstance(gate, QuantizedArray):
         return concatenate([gate, up], axis)

@@ -178,7 +178,7 @@ def _fp8(
     def deep(z: jax.Array) -> jax.Array:
         return z.reshape(experts, row_weights.shape[0] // experts, *z.shape[1:])
 
-    def gemm(rows: QuantizedArray, w: QuantizedArray, out_dtype: DTypeLike) -> jax.Array:
+    def gemm(rows: QuantizedArray, w: fp8.Frozen, out_dtype: DTypeLike) -> jax.Array:
         return m_grouped_fp8_gemm_nt_masked(rows, w, counts, out_dtype=out_dtype, **options)
 
     quantized = functools.partial(quantize, block=PER_ROW, scale_format=form.scale_format)
@@ -215,7 +215,7 @@ def _bf16(
     experts = w13.shape[0]
 
     def gemm(a: jax.Array, w: Weight, out_dtype: DTypeLike) -> jax.Array:
-        assert not isinstance(w, PreparedWeight | QuantizedArray)
+        assert not isinstance(w, PreparedWeight | fp8.Frozen)
         a = a.reshape(experts, row_weights.shape[0] // experts, a.shape[-1])
         if form.weight_layout == "kn":
             return _masked_nn(a, w.astype(jnp.bfloat16), plan.group_sizes, gemms, out_dtype)

@@ -28,7 +28,7 @@ from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.moe.bias import bias_gradient, check_biases, with_bias
 from jax_deepgemm.moe.checks import check, one_weight
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
-from jax_deepgemm.ops.gemm.checks import BLOCKED, PER_ROW
+from jax_deepgemm.ops.gemm.checks import PER_ROW
 from jax_deepgemm.ops.grouped import gated, linear
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.linear import GROUPED_ACT_FP8, GROUPED_WEIGHT_FP8
@@ -47,7 +47,7 @@ HIGHER_ORDER = f"{fp8.HIGHER_ORDER} (forward mode then over reverse mode only, a
 MOE_HIDDEN = "jdg_moe_hidden"
 """checkpoint_name of the first GEMM's result, bfloat16 [rows, 2 * intermediate]."""
 
-Weight: TypeAlias = jax.Array | PreparedWeight | QuantizedArray
+Weight: TypeAlias = jax.Array | PreparedWeight | fp8.Frozen
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
 
@@ -123,8 +123,8 @@ class Kept(NamedTuple):
     rows: _Pair | None
     hidden: jax.Array
     act: _Pair | None
-    w13: Bits | _Pair
-    w2: Bits | _Pair
+    w13: Bits | fp8.Kept
+    w2: Bits | fp8.Kept
     row_weights: jax.Array
     groups: fp8.Groups
 
@@ -214,8 +214,8 @@ def expert_mlp(
       rows: [m, h] bfloat16 or float32, sorted by expert (`dispatch`).
       w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or for
         "fp8" a PreparedWeight of them (`prepare_weights`; the gradient goes to its master), or a
-        QuantizedArray of block (128, 128) for a frozen weight, which has no gradient. Or two arrays, (gate
-        [e, i, h], up [e, i, h]), masters or frozen, which are joined at each call, a copy.
+        QuantizedArray of block (128, 128) or a `PreparedFp4` for a frozen weight, which has no gradient. Or
+        two arrays, (gate [e, i, h], up [e, i, h]), masters or frozen, which are joined at each call, a copy.
       w2: [e, h, i] down projections, likewise.
       group_sizes: integer [e_all], rows of each expert.
       row_weights: float32 [m], factors of the rows (`spread_weights`); None: ones.
@@ -308,8 +308,8 @@ def _bf16(
 def apply(
     static: Experts,
     rows: QuantizedArray,
-    w13: QuantizedArray,
-    w2: QuantizedArray,
+    w13: fp8.Frozen,
+    w2: fp8.Frozen,
     row_weights: jax.Array,
     groups: fp8.Groups,
     b13: jax.Array | None = None,
@@ -322,7 +322,7 @@ def apply(
     return fp8.m_grouped(act, w2, groups, static.gemms, static.rows)
 
 
-def runs_fused(form: ExpertForm, w13: QuantizedArray) -> bool:
+def runs_fused(form: ExpertForm, w13: fp8.Frozen) -> bool:
     """Whether SwiGLU runs inside the first GEMM."""
     return form.fuses and gated.fits(w13)
 
@@ -330,7 +330,7 @@ def runs_fused(form: ExpertForm, w13: QuantizedArray) -> bool:
 def _act(
     static: Experts,
     rows: QuantizedArray,
-    w13: QuantizedArray,
+    w13: Any,
     row_weights: jax.Array,
     groups: fp8.Groups,
     b13: jax.Array | None,
@@ -390,7 +390,8 @@ def backward(
     later: gradients of the later uses of w13 and w2, which theirs are added to; None where there are none.
     """
     groups, gemms = kept.groups, static.gemms
-    dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2), groups, gemms, jnp.bfloat16)
+    inner, features = kept.hidden.shape[1] // static.form.act.halves, dy.shape[1]
+    dact = fp8.m_grouped(dy, _for_dgrad(kept.w2, static.w2, inner), groups, gemms, jnp.bfloat16)
     along_rows = kept.rows is not None or static.b13 is not None
     counted = fp8.counted(groups, dact.shape[0], gemms, "dy", along_rows)
     gradients: Any = swiglu_grad_quantize(
@@ -398,7 +399,7 @@ def backward(
     )
     dh, dh_scales, *dh_t, dweights = gradients
     dh_rows = QuantizedArray(dh, dh_scales, PER_ROW)
-    drows = fp8.m_grouped(dh_rows, _for_dgrad(kept.w13, static.w13), groups, gemms, static.rows)
+    drows = fp8.m_grouped(dh_rows, _for_dgrad(kept.w13, static.w13, features), groups, gemms, static.rows)
     dh_along_rows = fp8.AlongRows(*dh_t) if dh_t else None
     weight_gradient = functools.partial(_weight_gradient, static, groups, dact.shape[0])
     dw13 = weight_gradient(dh_along_rows, kept.rows, static.w13, static.specs[0], later[0])
@@ -416,18 +417,19 @@ def _like_the_weight(prepared: bool, dw: jax.Array | None) -> Any:
     return cotangent(dw) if prepared else dw
 
 
-def _copies(static: Experts, w: Weight) -> tuple[QuantizedArray, Bits | _Pair]:
+def _copies(static: Experts, w: Weight) -> tuple[fp8.Frozen, Bits | fp8.Kept]:
     """The weight of the forward GEMM, and what the backward one needs: of a frozen one, itself."""
-    if isinstance(w, QuantizedArray):
+    if isinstance(w, fp8.Frozen):
         linear.require_blocked("expert_mlp", w)
-        return w, fp8.keep(w.values, w.scales, GROUPED_WEIGHT_FP8)
+        return w, fp8.keep_frozen(w, GROUPED_WEIGHT_FP8)
     return fp8.both_weights(*master_and_copies(w), static.gemms, GROUPED_WEIGHT_FP8)
 
 
-def _for_dgrad(kept: Bits | _Pair, dtype: np.dtype[Any]) -> QuantizedArray:
+def _for_dgrad(kept: Bits | fp8.Kept, dtype: np.dtype[Any], k: int) -> QuantizedArray:
+    """The transposed weight, which has k rows."""
     if isinstance(kept, Bits):
         return kept.meant
-    return fp8.transposed(QuantizedArray(*fp8.kept(kept, dtype), BLOCKED))
+    return fp8.frozen_transposed(kept, dtype, k)
 
 
 def _weight_gradient(

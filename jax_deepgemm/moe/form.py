@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_deepgemm.ops.grouped import linear
+from jax_deepgemm.ops.quantize import PreparedFp4
 from jax_deepgemm.ops.quantize.activation import SILU, Activation, as_activation
 
 
@@ -71,10 +72,15 @@ class ExpertForm:
         return self.act == SILU and self.scale_format == "f32"
 
     def sizes(self, w13: Any, w2: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(experts, rows of the product, features it sums over) of w13 and of w2."""
+        """(experts, rows of the product, features it sums over) of w13 and of w2. An FP4 weight may have
+        zeros behind its features: they are those that the other weight makes."""
         shapes = tuple(w13.shape), tuple(w2.shape)
         if self.weight_layout == "nk":
-            return shapes
+            (e, n, h), (d, m, i) = shapes
+            h = m if isinstance(w13, PreparedFp4) and linear.covers(w13, "nk", m) else h
+            inner = n // self.act.halves
+            i = inner if isinstance(w2, PreparedFp4) and linear.covers(w2, "nk", inner) else i
+            return (e, n, h), (d, m, i)
         (e, h, n), (d, i, m) = shapes
         return (e, n, h), (d, m, i)
 

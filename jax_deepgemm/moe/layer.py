@@ -125,8 +125,8 @@ def moe_mlp(
         dropped: they count zero, and have zero gradients.
       weights: float32 [t, top_k].
       w13: [e, 2 * i, h] gate and up projections, gate first: bfloat16 or float32 master weights, or for
-        "fp8" a PreparedWeight of them (`prepare_weights`), or a QuantizedArray of block (128, 128) for frozen
-        ones.
+        "fp8" a PreparedWeight of them (`prepare_weights`), or a QuantizedArray of block (128, 128) or a
+        `PreparedFp4` for frozen ones.
         Or two arrays, (gate, up), as in `expert_mlp`.
       w2: [e, h, i] down projections, likewise.
       b13, b2: biases [e, 2 * i] and [e, h] of the two products, bfloat16 or float32, as in `expert_mlp`.

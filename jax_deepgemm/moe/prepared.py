@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jax.typing import ArrayLike
 
 from jax_deepgemm.moe.experts import one_weight
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
-from jax_deepgemm.ops.quantize.prepared import PreparedWeight, prepare_weight
+from jax_deepgemm.ops.quantize import Fp4Array, prepare_fp4, prepare_weight
 
 
 def prepare_weights(
-    w13: ArrayLike | Sequence[ArrayLike], w2: ArrayLike, *, form: ExpertForm = PLAIN
-) -> tuple[PreparedWeight, PreparedWeight]:
+    w13: ArrayLike | Fp4Array | Sequence[ArrayLike | Fp4Array],
+    w2: ArrayLike | Fp4Array,
+    *,
+    form: ExpertForm = PLAIN,
+) -> Any:
     """Both weights of the experts quantised once, for all calls of a training step: see `prepare_weight`.
 
     >>> import jax, jax.numpy as jnp
@@ -31,17 +35,21 @@ def prepare_weights(
 
     Args:
       w13: [.., e, 2 * i, h] gate and up projections, bfloat16 or float32.
-        Or two arrays, (gate, up), which are joined here: the gradients are theirs.
+        Or two arrays, (gate, up), which are joined here: the gradients are theirs. Or an `Fp4Array` (or two),
+        which has no gradient.
       w2: [.., e, h, i] down projections, likewise.
       form: as in `expert_mlp`.
 
     Returns:
       Two PreparedWeights, which `expert_mlp`, `moe_mlp`, `moe_layer` and `expert_parallel_moe` take in place
-      of w13 and w2. On a mesh they are cut as those are.
+      of w13 and w2. On a mesh they are cut as those are. Of an Fp4Array a `PreparedFp4` (`prepare_fp4`).
 
     Raises:
-      TypeError, ValueError: as `prepare_weight`.
+      TypeError, ValueError: as `prepare_weight` and `prepare_fp4`.
     """
     one, form = one_weight("prepare_weights", w13, form), form.checked("prepare_weights")
-    first, second = (prepare_weight(w, scale_format=form.scale_format) for w in (one, w2))
+    first, second = (
+        prepare_fp4(w) if isinstance(w, Fp4Array) else prepare_weight(w, scale_format=form.scale_format)
+        for w in (one, w2)
+    )
     return first, second

@@ -12,7 +12,6 @@ from jax_deepgemm.core.shapes import (
     LARGEST,
     MOST_GROUPS,
     RECIPES,
-    WEIGHTS,
     Call,
     CallShape,
     choice,
@@ -22,8 +21,8 @@ from jax_deepgemm.core.shapes import (
 )
 from jax_deepgemm.moe.decode import moe_mlp_decode
 from jax_deepgemm.moe.layer import moe_mlp
-from jax_deepgemm.ops.gemm.shapes import weight
-from jax_deepgemm.ops.grouped.shapes import check_weights
+from jax_deepgemm.ops.gemm.shapes import FP8_WEIGHTS, weight
+from jax_deepgemm.ops.grouped.shapes import EXPERT_WEIGHTS, check_weights
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class LayerShape(_Experts):
     LAYER: ClassVar = True
     recipe: str = choice("of the GEMMs", *RECIPES, default="fp8")
     dtype: str = choice("of x and of the result", *DTYPES, default="bfloat16")
-    weights: str = choice("master weights, or quantised ones", *WEIGHTS, default="bfloat16")
+    weights: str = choice("master weights, or quantised ones", *EXPERT_WEIGHTS, default="bfloat16")
     gradients: bool = flag("forward and backward too, not just forward", default=True)
 
     def __post_init__(self) -> None:
@@ -55,7 +54,7 @@ class LayerShape(_Experts):
         def forward(x: Any, ids: Any, weights: Any, w13: Any, w2: Any) -> Any:
             return moe_mlp(x, ids, weights, w13, w2, recipe=self.recipe)
 
-        trained = (0, 2) if self.weights == "fp8" else (0, 2, 3, 4)
+        trained = (0, 2) if self.weights in FP8_WEIGHTS else (0, 2, 3, 4)
         return layer_calls(forward, operands(self), trained, self.gradients)
 
 
@@ -69,7 +68,7 @@ class DecodeShape(_Experts):
     recipe: str = choice("of the GEMMs", *RECIPES, default="fp8")
     dtype: str = choice("of x and of the result", *DTYPES, default="bfloat16")
     weights: str | None = choice(
-        "master weights, or quantised ones (default the recipe's)", *WEIGHTS, default=None
+        "master weights, or quantised ones (default the recipe's)", *EXPERT_WEIGHTS, default=None
     )
 
     def __post_init__(self) -> None:
@@ -95,7 +94,7 @@ def check(shape: LayerShape | DecodeShape) -> None:
         rule, rows = "tokens x top_k", shape.tokens * shape.top_k
     if rows > LARGEST:
         raise ValueError(f"{rule} is {rows}, need at most {LARGEST} rows")
-    check_weights(shape.recipe, shape.weights)
+    check_weights(shape.recipe, shape.weights, 2 * shape.intermediate, shape.hidden)
 
 
 def operands(shape: LayerShape | DecodeShape) -> tuple[Any, ...]:

@@ -33,7 +33,7 @@ from jax_deepgemm.moe.placement import cuts
 from jax_deepgemm.moe.shared import SharedExperts
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped.checks import as_int32
-from jax_deepgemm.ops.quantize import PreparedWeight
+from jax_deepgemm.ops.quantize import PreparedFp4, PreparedWeight
 
 
 @dataclass(frozen=True)
@@ -256,4 +256,6 @@ def _inner_dims(w: Any, rows: bool) -> list[int]:
     dim, turned = (-2, -1) if rows else (-1, -2)
     if isinstance(w, PreparedWeight):
         return [dim, dim, dim, turned, turned]
+    if isinstance(w, PreparedFp4):
+        return [dim - 1]  # behind rows and columns of slabs, their bytes
     return [dim] * len(jax.tree.leaves(w))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_deepgemm import config
-from jax_deepgemm.core.chip import H200, Chip, chip_of, with_sms
+from jax_deepgemm.core.chip import H200, Chip, chip_of, with_knobs, with_sms
 from jax_deepgemm.core.declaration import own
 from jax_deepgemm.core.family import Cost
 from jax_deepgemm.core.kernel_rule import on_kernel, symbolic_shapes
@@ -186,7 +186,7 @@ def problems(function: Callable[..., Any], *args: Any, chip: Chip = H200) -> lis
             continue
         view = _at_kernel(op, avals, params)
         if op.kernel.family.kernels_for(chip).config is not None:
-            found.append((view.problem, with_sms(chip, params.get("num_sms"))))
+            found.append((view.problem, _usable(chip, params)))
     return found
 
 
@@ -197,6 +197,11 @@ def chip_here() -> Chip:
         if capability is not None and any(family.runs_on(capability) for family in families()):
             return chip_of(device)
     return H200
+
+
+def _usable(chip: Chip, params: dict[str, Any]) -> Chip:
+    """The part of the GPU that a call may use, as it may be used."""
+    return with_sms(with_knobs(chip, params.get("knobs", ())), params.get("num_sms"))
 
 
 def _op_calls(jaxpr: Any) -> Iterator[tuple[Op, list[Any], dict[str, Any]]]:
@@ -228,9 +233,9 @@ def _explained(op: Op, avals: list[Any], params: dict[str, Any], chip: Chip) -> 
     view, family, usable = (
         _at_kernel(op, avals, params),
         op.kernel.family,
-        with_sms(chip, params.get("num_sms")),
+        _usable(chip, params),
     )
-    kernels, scratch, note = _compiled(op, view, chip)
+    kernels, scratch, note = _compiled(op, view, with_knobs(chip, params.get("knobs", ())))
     choice = family.choose(view.problem, usable, params.get("config"))
     entry = family.measured(view.problem, usable)
     measured = entry is not None and choice.origin == str(entry)

@@ -17,7 +17,9 @@ FOLDERS = (
     "jax_deepgemm.ops.dispatch",
     "jax_deepgemm.ops.rows",
     "jax_deepgemm.ops.gemm",
+    "jax_deepgemm.ops.einsum",
     "jax_deepgemm.ops.grouped",
+    "jax_deepgemm.ops.mixed",
     "jax_deepgemm.ops.ragged_dot",
     "jax_deepgemm.ops.route",
     "jax_deepgemm.ops.experts",
@@ -25,6 +27,8 @@ FOLDERS = (
     "jax_deepgemm.ops.indexer",
     "jax_deepgemm.ops.indexer_quantize",
     "jax_deepgemm.ops.indexer_topk",
+    "jax_deepgemm.ops.hc_prenorm",
+    "jax_deepgemm.ops.sinkhorn",
     "jax_deepgemm.moe",
 )
 """Packages of families of kernels, and of layers that are called, compiled and measured like them."""

@@ -6,7 +6,9 @@ A file has a shape a line, as JSON objects or as CSV; empty lines and lines that
     {"op": "bf16_gemm_tn", "m": 4096, "n": 7168, "k": 2048, "out_dtype": "float32", "accumulate": true}
     {"op": "m_grouped_fp8_gemm_nt_contiguous", "groups": 32, "m": 8192, "n": 4096, "k": 7168}
     {"op": "m_grouped_fp8_gemm_nt_masked", "groups": 32, "m": 128, "n": 4096, "k": 7168, "expected_m": 16}
+    {"op": "m_grouped_fp8_gemm_nt_masked", "groups": 32, "m": 128, "n": 4096, "k": 7168, "weights": "fp4"}
     {"op": "k_grouped_fp8_gemm_nt_contiguous", "groups": 32, "m": 4096, "n": 7168, "k": 8192}
+    {"op": "bf16_einsum", "expr": "bhr,hdr->bhd", "batch": 128, "m": 4096, "n": 128, "k": 512}
     {"op": "fp8_linear", "m": 4096, "n": 7168, "k": 2048}
     {"op": "grouped_linear", "groups": 32, "m": 8192, "n": 4096, "k": 7168, "recipe": "bf16"}
     {"op": "ragged_dot", "groups": 32, "m": 8192, "n": 4096, "k": 7168, "gradients": false}
@@ -16,6 +18,7 @@ A file has a shape a line, as JSON objects or as CSV; empty lines and lines that
     {"op": "paged_mqa_logits", "requests": 64, "pages": 128, "heads": 64}
     {"op": "indexer_quantize", "tokens": 4096, "heads": 64}
     {"op": "indexer_topk", "tokens": 2048, "keys": 8192, "k": 512}
+    {"op": "hc_prenorm_gemm", "m": 4096, "n": 24, "k": 28672}
     {"op": "moe_mlp", "tokens": 4096, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
     {"op": "moe_mlp_decode", "tokens": 64, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
 
@@ -65,8 +68,8 @@ def _kinds_of(folders: tuple[str, ...]) -> dict[str, type[CallShape]]:
 def shape_of(row: Mapping[str, Any], spell: Callable[[str], str] = str) -> CallShape:
     """Returns the shape that the fields of a line make.
 
-    >>> shape_of({"op": "bf16_gemm_nn", "m": 1, "n": 8, "k": 8})
-    DenseShape(op='bf16_gemm_nn', m=1, n=8, k=8, out_dtype='bfloat16', accumulate=False, b_block='128x128')
+    >>> str(shape_of({"op": "bf16_gemm_nn", "m": 1, "n": 8, "k": 8}))
+    'bf16_gemm_nn m=1 n=8 k=8'
 
     Args:
       row: fields by name, as numbers or text; None and "" are those that are not given.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_deepgemm as jdg
+from jax_deepgemm import config
 from jax_deepgemm.cli import main
 from jax_deepgemm.jit import cache, compiler, record_kernels
 from jax_deepgemm.moe import moe_mlp, moe_mlp_decode
@@ -235,6 +236,7 @@ def test_explain_as_json_is_typed(quick: Path, capsys: pytest.CaptureFixture[str
         "out_dtype": "bfloat16",
         "accumulate": False,
         "b_block": "128x128",
+        "weights": "fp8",
     }
     [function] = one["functions"]
     [call] = function["calls"]
@@ -297,7 +299,7 @@ def test_info_as_json_is_typed(
     assert found["cache"] == cache_there
     in_force = {"device": "NVIDIA H200", "path": str(tuning), "exists": True, "entries": 2, "error": None}
     assert found["tuning"] == [in_force]
-    assert found["configuration"] == {"num_sms": None, "fallback": "error"}
+    assert found["configuration"] == dataclasses.asdict(config.Settings())
     assert found["environment"]["JAX_DEEPGEMM_TUNING_FILE"] == str(tuning)
     assert found["driver"] is None or type(found["driver"]["memory_mib"]) is float
     [first, *_] = found["devices"]

@@ -20,6 +20,7 @@ driver_before = "libcuda.so" in maps()  # a plugin of jax may open it
 begin = time.process_time()
 import jax_deepgemm
 seconds = time.process_time() - begin
+from jax_deepgemm import deep_gemm
 print(json.dumps({
     "seconds": seconds,
     "cuda_core": any(name == "cuda.core" or name.startswith("cuda.core.") for name in sys.modules),
@@ -31,7 +32,8 @@ print(json.dumps({
 FORK = """
 import os, warnings
 import jax, jax_deepgemm
-jax_deepgemm.quantize, jax_deepgemm.fp8_gemm_nt, jax_deepgemm.fp8_linear
+from jax_deepgemm import deep_gemm
+jax_deepgemm.quantize, jax_deepgemm.fp8_gemm_nt, jax_deepgemm.fp8_linear, deep_gemm.fp8_gemm_nt
 warnings.simplefilter("ignore")
 children = []
 for index in range(8):

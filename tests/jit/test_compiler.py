@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from jax_deepgemm import config, jit
+from jax_deepgemm import bf16_gemm_nt, config, jit
 from jax_deepgemm.jit import CompileError, KernelSource, toolchain
 from jax_deepgemm.jit.report import parse_log
 from tests.shared.jit_kernels import HOPPER, IGNORED_SETMAXNREG, LOCAL_MEMORY, fill, forget
@@ -144,6 +146,9 @@ def test_missing_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
         ("PTXAS_CHECK", "yes", "0 or 1"),
         ("DUMP", "ptx,elf", "ptx, sass"),
         ("LOG", "all", "debug, info, warning, error"),
+        ("CPP_STANDARD", "17", "20, 23"),
+        ("DEBUG", "2", "0 or 1"),
+        ("NVIDIA_TOOLS", "on", "0 or 1"),
     ],
 )
 def test_settings_are_checked(name: str, value: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,9 +158,8 @@ def test_settings_are_checked(name: str, value: str, rule: str, monkeypatch: pyt
 
 
 def test_every_variable_is_in_the_table() -> None:
-    documented = {
-        line.split()[1] for line in (toolchain.__doc__ or "").splitlines() if line.startswith("| JAX")
-    }
+    lines = (toolchain.__doc__ or "").splitlines()
+    documented = {line.split()[1] for line in lines if line.startswith("| JAX")}
     fields = {toolchain.PREFIX + name.upper() for name in toolchain.Environment.__dataclass_fields__}
     assert documented == fields | {config.TUNING_FILE}
 
@@ -239,6 +243,42 @@ def test_prints(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
     assert "loaded fill from disk in" in warm
     assert "-arch" not in warm
     assert "registers" in warm
+
+
+def test_debug_is_every_print(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("JAX_DEEPGEMM_DEBUG", "1")
+    settings = toolchain.read_settings()
+    assert settings.print_configs
+    assert settings.print_command
+    assert settings.ptxas_verbose
+    assert settings.print_load_time
+    x = jax.ShapeDtypeStruct((16, 64), jnp.bfloat16)
+    jax.jit(lambda x: bf16_gemm_nt(x, x)).trace(x).lower(lowering_platforms=("cuda",))
+    printed = capfd.readouterr().err
+    for part in (
+        "bf16xbf16 nt m=16 n=16 k=64 -> bfloat16: ",
+        "jax_deepgemm: nvrtc -arch=sm_90a",
+        "ptxas info    : Used ",
+        "\n  launch jdg_sm90_bf16_nt_",
+        "\n    TensorMap(buffer=Operand(index=0, byte_offset=0), dtype='bfloat16', dims=(64, 16, 1)",
+    ):
+        assert part in printed
+
+
+def test_standard(
+    monkeypatch: pytest.MonkeyPatch, count: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = 'extern "C" __global__ void f(long* x) { *x = __cplusplus; }'
+    digests = set()
+    for standard in ("", "20", "23"):
+        monkeypatch.setenv("JAX_DEEPGEMM_CPP_STANDARD", standard)
+        monkeypatch.setenv("JAX_DEEPGEMM_PRINT_COMMAND", "1")
+        digests.add(jit.compile_kernel(KernelSource("f", text)).digest)
+    assert count == ["f", "f"]
+    assert len(digests) == 2
+    commands = capfd.readouterr().err
+    assert "--std=c++20" in commands
+    assert "--std=c++23" in commands
 
 
 def test_dumps(cache_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 
-ROOMS = ("", ".gemm", ".grouped", ".quantization", ".activation", ".indexer", ".moe", ".flax", ".config")
+ROOMS = (
+    "", ".gemm", ".grouped", ".quantization", ".activation", ".indexer", ".hyperconnection", ".moe", ".flax",
+    ".config", ".deep_gemm", ".deep_gemm.testing", ".deep_gemm.legacy",
+)  # fmt: skip
+FREE = {"fields", "changes", "options"}
+"""What keyword arguments of any name are called."""
 HEADINGS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Warns")
 ARRAYS = re.compile(r"\bArray(Like)?\b|\bQuantized|\bWeight\b")
 SHAPE = re.compile(r"\[|\bas in\b|\bas the\b|scalar|\bnumber\b|QuantizedArray")
@@ -75,7 +80,7 @@ def test_docstring_says_what_a_caller_must_know(name: str) -> None:
     documented = entries(said.get("Args", "")) | entries(said.get("Attributes", ""))
     taken = parameters(value)
     assert not set(taken) - set(documented), "parameters that no entry names"
-    assert set(entries(said.get("Args", ""))) <= set(taken) | {"fields", "changes"}, "entries of no parameter"
+    assert set(entries(said.get("Args", ""))) <= set(taken) | FREE, "entries of no parameter"
     for parameter in taken.values():
         if ARRAYS.search(str(parameter.annotation)):
             assert SHAPE.search(documented[parameter.name]), f"{parameter.name} has no shape"

@@ -18,9 +18,9 @@ BYTES = np.arange(16, dtype=np.uint8) | np.arange(16, dtype=np.uint8)[::-1] << 4
 
 def meant(q: Any) -> np.ndarray:
     """float64 numbers of uint8 values and float8_e8m0fnu scales."""
-    values = np.asarray(q[0])
+    values, scales = map(np.asarray, q)
     numbers = NUMBERS[np.stack([values & 15, values >> 4], axis=-1)].reshape(*values.shape[:-1], -1)
-    codes = np.asarray(q[1]).view(np.uint8).astype(int)
+    codes = scales.view(np.uint8).astype(int)
     scales = np.where(codes == 255, np.nan, np.ldexp(1.0, codes - 127))
     return numbers * np.repeat(scales, 32, axis=-1)
 

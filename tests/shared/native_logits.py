@@ -19,7 +19,7 @@ from jax_deepgemm.ops.indexer.family import IndexerConfig, LogitsProblem
 
 NATIVE = Path(__file__).parent / "native" / "tensor_block"
 DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
-ELEMENT = {"uint8": 1, "bfloat16": 2, "float32": 4, "int32": 4}
+ELEMENT = {"uint8": 1, "bfloat16": 2, "float32": 4, "int32": 4, "tfloat32": 4}
 
 _TEXT = """\
 #include <jax_deepgemm/indexer/logits.cuh>
@@ -105,7 +105,7 @@ def run(
     source = sm90.kernel_source(p, c)
     kernel = re.sub(r"#include.*\n", "", source.text)
     kernel = kernel[kernel.index("struct Config") :]
-    arguments = [f"jdg::ptx::make_map({_box(one)})" for one in maps]
+    arguments = [f"jdg::ptx::make_map({box(one)})" for one in maps]
     arguments += [f"v{given[part].index}.as<int>()" for part in ("start", "end")]
     kind = "float" if p.out == "float32" else "jdg::bf16"
     arguments += [f"out.as<{kind}>()", *map(str, sm90.integers(p))]
@@ -138,7 +138,7 @@ def run(
     return np.fromfile(folder / "out", out.dtype).reshape(out.shape)
 
 
-def _box(m: TensorMap) -> str:
+def box(m: TensorMap) -> str:
     """A `Box` of native/tensor_block."""
     size, rank = ELEMENT[m.dtype], len(m.dims)
     dims, box = (*m.dims, 1, 1)[:3], (*m.box, 1, 1)[:3]

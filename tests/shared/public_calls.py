@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
-from jax_deepgemm import indexer, moe
+from jax_deepgemm import hyperconnection, indexer, moe
 from jax_deepgemm.ops import grouped
 from jax_deepgemm.ops import quantize as quantization
 from jax_deepgemm.ops import swiglu as activation
@@ -28,6 +28,7 @@ TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 6, 256, 128, 4, 2
 WITHOUT_ARRAYS = {
     "Epilogue",
     "GemmConfig", "GemmProblem", "QuantizedArray", "PreparedWeight", "DEEPSEEK_V3", "DispatchPlan",
+    "PreparedFp4",
     "Activation", "ExpertForm", "GPT_OSS", "IndexerConfig",
     "__version__", "config", "embed_kernels",
     "explain", "export_checks", "precompile", "from_tuple", "to_tuple", "from_qwix", "to_qwix",
@@ -57,7 +58,9 @@ class Call:
 
 def public_names() -> set[str]:
     return {
-        name for module in (jdg, quantization, grouped, activation, indexer, moe) for name in module.__all__
+        name
+        for module in (jdg, quantization, grouped, activation, hyperconnection, indexer, moe)
+        for name in module.__all__
     }
 
 
@@ -93,6 +96,9 @@ def _operands() -> dict[str, Any]:
         "w_t": normal(HIDDEN, WIDTH),
         "w_f32": normal(WIDTH, HIDDEN, dtype=jnp.float32),
         "c": normal(TOKENS, WIDTH),
+        "heads": normal(TOKENS, 3, HIDDEN),
+        "q_heads": quantized(PER_ROW, TOKENS, 3, HIDDEN),
+        "c_heads": normal(TOKENS, 3, WIDTH),
         "xs": normal(3, TOKENS, HIDDEN),
         "ws": normal(3, WIDTH, HIDDEN),
         "ws_t": normal(3, HIDDEN, WIDTH),
@@ -140,6 +146,9 @@ def _operands() -> dict[str, Any]:
         "page_scales": jnp.asarray(rng.uniform(0.5, 2, (2, 16)), jnp.float32),
         "q_keys": quantized(PER_ROW, 9, 32),
         "head_weights": normal(TOKENS, 2, dtype=jnp.float32),
+        "hc_weight": normal(8, 64, dtype=jnp.float32),
+        "hc_scale": jnp.asarray([0.1, 0.2, 0.3], jnp.float32),
+        "hc_bias": normal(8, dtype=jnp.float32),
         "k_start": integers(*(0,) * TOKENS),
         "k_end": integers(*(9,) * TOKENS),
     }  # fmt: skip
@@ -190,9 +199,29 @@ def _scored_tokens(q: Any, values: Any, scales: Any, weights: Any, lens: Any, in
     )
 
 
+def _small_weight(product: Callable[..., Any]) -> Callable[..., Any]:
+    """The product with a weight in FP4."""
+
+    def run(x: Any, w: jax.Array, *rest: Any) -> Any:
+        return product(x, jdg.prepare_fp4(jdg.quantize(w, (1, 32), jnp.float4_e2m1fn)), *rest)
+
+    return run
+
+
 def _scored_fp4(q: jax.Array, keys: jax.Array, *operands: Any) -> Any:
     numbers = indexer.dequantize_fp4(indexer.Fp4Array(*indexer.quantize_fp4(keys)))
     return indexer.mqa_logits(indexer.quantize_fp4(q), indexer.quantize_fp4(numbers), *operands)
+
+
+def _hyperconnection(x: jax.Array, weight: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    streams = hyperconnection.expand(x, 2)
+    y, *back = hyperconnection.pre(streams, weight, scale, bias)
+    streams = hyperconnection.post(jnp.tanh(y), streams, *back)
+    return hyperconnection.head(streams, weight[:2], scale[:1], bias[:2])
+
+
+def _coefficients(x: jax.Array, *parameters: jax.Array) -> Any:
+    return hyperconnection.coefficients(hyperconnection.expand(x, 2), *parameters)
 
 
 def _route(**options: Any) -> Callable[..., Any]:
@@ -359,6 +388,9 @@ FORWARD = (
     Call("bf16_gemm_nn", jdg.bf16_gemm_nn, ("x", "w_t")),
     Call("bf16_gemm_tn", with_f32(jdg.bf16_gemm_tn), ("x_t", "w_t")),
     Call("bf16_gemm_tt", jdg.bf16_gemm_tt, ("x_t", "w")),
+    Call("bf16_einsum", functools.partial(jdg.bf16_einsum, "bhr,hdr->bhd"), ("heads", "ws", "c_heads")),
+    Call("bf16_einsum sum", functools.partial(jdg.bf16_einsum, "bmk,bnk->mn"), ("xs", "ws")),
+    Call("fp8_einsum", functools.partial(jdg.fp8_einsum, "bhr,hdr->bhd"), ("q_heads", "q_ws")),
     Call("bf16_gemm_nt tangent", _tangent(jdg.bf16_gemm_nt), ("x", "w")),
     Call("fp8_linear", jdg.fp8_linear, ("x", "w_f32")),
     Call("m_grouped_fp8_gemm_nt_contiguous", jdg.m_grouped_fp8_gemm_nt_contiguous, ("q_x", "q_ws", "sizes")),
@@ -425,6 +457,9 @@ FORWARD = (
     Call("mqa_logits quantised here", indexer.mqa_logits, ("queries", "keys", *WINDOWS)),
     Call("bf16_mqa_logits", indexer.bf16_mqa_logits, ("queries", "keys", *WINDOWS)),
     Call("quantize_fp4, dequantize_fp4, Fp4Array: logits", _scored_fp4, ("queries", "keys", *WINDOWS)),
+    Call("prepare_fp4: dense", _small_weight(jdg.fp8_gemm_nt), ("q_x", "w_f32")),
+    Call("prepare_fp4: groups", _small_weight(jdg.grouped_linear), ("x", "ws_f32", "sizes")),
+    Call("expand_fp4", lambda w: quantization.expand_fp4(quantization.quantize_fp4(w)).values, ("w_f32",)),
     Call("paged_mqa_logits", _scored_pages, ("queries", "pages", "page_scales", "head_weights", "k_end")),
     Call(
         "paged_mqa_logits of tokens",
@@ -447,6 +482,11 @@ FORWARD = (
         lambda x, end: jdg.topk(x, 3, end=end, values=True, order="index"),
         ("x_f32", "indices"),
     ),
+    Call("hc_prenorm_gemm", jdg.hc_prenorm_gemm, ("x", "w_f32")),
+    Call("hc_prenorm_gemm splits", functools.partial(jdg.hc_prenorm_gemm, num_splits=2), ("x", "w_f32")),
+    Call("expand, pre, post, head", _hyperconnection, ("keys", "hc_weight", "hc_scale", "hc_bias")),
+    Call("coefficients", _coefficients, ("keys", "hc_weight", "hc_scale", "hc_bias")),
+    Call("sinkhorn", lambda x: hyperconnection.sinkhorn(x[:, :TOKENS]), ("x_f32",)),
     Call("route", _route(), ("logits",)),
     Call("route sqrt_softplus", _route(score="sqrt_softplus"), ("logits",)),
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
@@ -469,6 +509,11 @@ FORWARD = (
 
 GRADIENTS = (
     Call("bf16_gemm_nt", _gradient(jdg.bf16_gemm_nt, 0, 1), ("x", "w")),
+    Call(
+        "bf16_einsum",
+        _gradient(functools.partial(jdg.bf16_einsum, "bhr,hdr->bhd"), 0, 1),
+        ("heads", "ws"),
+    ),
     Call("fp8_linear", _gradient(jdg.fp8_linear, 0, 1), ("x", "w_f32")),
     Call("fp8_linear frozen", _gradient(jdg.fp8_linear, 0), ("x", "q_w")),
     Call(
@@ -488,11 +533,18 @@ GRADIENTS = (
     ),
     Call("ragged_dot float32", _gradient(jdg.ragged_dot, 0, 1), ("x_f32", "ws_t", "sizes")),
     Call("grouped_linear", _gradient(jdg.grouped_linear, 0, 1), ("x", "ws_f32", "sizes")),
+    Call("grouped_linear FP4", _gradient(_small_weight(jdg.grouped_linear), 0), ("x", "ws_f32", "sizes")),
     Call("mqa_logits", _gradient(indexer.mqa_logits, 0, 1, 2), ("queries", "keys", *WINDOWS)),
     Call("bf16_mqa_logits", _gradient(indexer.bf16_mqa_logits, 0, 1, 2), ("queries", "keys", *WINDOWS)),
     Call("swiglu", _gradient(activation.swiglu, 0, 1), ("x", "row_weights")),
     Call(
         "route groups", _gradient(_route(score="sigmoid", num_groups=2, top_groups=1), 0), ("logits", "bias")
+    ),
+    Call("hc_prenorm_gemm", _gradient(jdg.hc_prenorm_gemm, 0, 1), ("x", "w_f32")),
+    Call(
+        "expand, pre, post, head",
+        _gradient(_hyperconnection, 0, 1, 2, 3),
+        ("keys", "hc_weight", "hc_scale", "hc_bias"),
     ),
     Call("topk", _gradient(lambda x: jdg.topk(x, 3, values=True)[0], 0), ("x",)),
     Call("dispatch, combine", _gradient(_dispatch_and_combine, 0, 2), ("x", "ids", "weights")),

@@ -13,7 +13,16 @@ from tests.gpu import sanitize
 
 pytestmark = pytest.mark.any_version
 
-LEAST = {"quantize": 10, "swiglu": 6, "dispatch": 6, "rows": 12, "gemm": 40, "grouped": 32, "topk": 10}
+LEAST = {
+    "quantize": 10,
+    "swiglu": 6,
+    "dispatch": 6,
+    "rows": 12,
+    "gemm": 40,
+    "einsum": 14,
+    "grouped": 32,
+    "topk": 10,
+}
 """So many cases a family has, or more."""
 
 

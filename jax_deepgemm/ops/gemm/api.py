@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.log import note_once
 from jax_deepgemm.ops.gemm import checks, finished
@@ -22,11 +23,12 @@ from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.gemm.epilogue import Checked, Epilogue, check_epilogue
 from jax_deepgemm.ops.gemm.finish import Finish
 from jax_deepgemm.ops.quantize.array import QuantizedLike
+from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4, products
 
 
 def fp8_gemm_nt(
     a: QuantizedLike,
-    b: QuantizedLike,
+    b: QuantizedLike | PreparedFp4,
     c: ArrayLike | None = None,
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
@@ -60,7 +62,8 @@ def fp8_gemm_nt(
         scales [m, ceil(k / 128)] float32; the number meant is stored * scale.
       b: values [n, k] float8_e4m3fn or float8_e5m2 (A and B may differ), and scales [ceil(n / 128), ceil(k /
         128)] (block (128, 128)) or [n, ceil(k / 128)] (block (1, 128)). Of a bare tuple, the scales' shape
-        tells which.
+        tells which. Or an FP4 weight, a `PreparedFp4` (`prepare_fp4`), then without C, and A in
+        float8_e4m3fn.
       c: optional [m, n] in out_dtype; its buffer becomes the result's if it is donated or not used again.
         In float32 it may be added by the memory system, for which subnormal numbers are zero.
       out_dtype: bfloat16 or float32; one rounding, to nearest even, after float32 accumulation.
@@ -398,8 +401,15 @@ def _k_last(op: str, name: str, x: checks.Quantized, k_first: bool) -> checks.Qu
 
 
 def _fp8_gemm(layout: str, a: Any, b: Any, c: Any, epilogue: Any, *options: Any) -> jax.Array:
-    op = f"fp8_gemm_{layout}"
-    checked = checks.check_options(op, *options)
+    op, b = f"fp8_gemm_{layout}", unwrapped(b)
+    checked = checks.check_options(op, *options, b=b)
+    if layout == "nt" and isinstance(b, PreparedFp4):
+        if epilogue is not None:
+            raise NotImplementedError(
+                f"{op}: epilogue was given with a weight in FP4, whose kernels have none. Apply it to the "
+                "result with out_dtype=jnp.float32, in jax.numpy."
+            )
+        return products().dense(op, a, b, c, checked)
     left, right, (m, n, k) = checks.check_fp8(op, layout, a, b)
     addend = checks.check_c(op, c, m, n, checked.out_dtype)
     more = None if epilogue is None else check_epilogue(op, epilogue, n, addend)

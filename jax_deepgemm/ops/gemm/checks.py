@@ -17,9 +17,12 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.options import config_option, num_sms_option, sharding_option
 from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
-from jax_deepgemm.ops.quantize import QuantizedArray
+from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, QuantizedArray
 from jax_deepgemm.ops.quantize.array import as_dtype
+from jax_deepgemm.ops.quantize.fp4 import parts_of
 from jax_deepgemm.ops.quantize.interop import is_qwix
+from jax_deepgemm.ops.quantize.per_channel import is_per_channel
+from jax_deepgemm.ops.quantize.prepared_fp4 import products
 
 FP8_DTYPES = tuple(np.dtype(d) for d in (jnp.float8_e4m3fn, jnp.float8_e5m2))
 BFLOAT16, FLOAT32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
@@ -87,6 +90,10 @@ class Options:
 def describe(x: Any) -> str:
     if isinstance(x, QuantizedArray):
         return f"a QuantizedArray of {describe(x.values)}"
+    if isinstance(x, Fp4Array):
+        return f"an Fp4Array {list(x.shape)}"
+    if isinstance(x, PreparedFp4):
+        return f"a {x!r}"
     if is_qwix(x):
         return f"a qwix QArray of {describe(x.qvalue)}"
     if isinstance(x, (tuple, list)):
@@ -109,6 +116,9 @@ def pieces(op: str, side: Side, x: Any) -> tuple[Any, Any, tuple[int, int] | Non
     x = unwrapped(x)
     if isinstance(x, QuantizedArray):
         return unwrapped(x.values), unwrapped(x.scales), tuple(x.block)  # type: ignore[return-value]
+    if isinstance(x, PreparedFp4) or _is_fp4(x):
+        need = "a QuantizedArray or a (values, scales) tuple of FP8"
+        raise_type_error(op, side.name, x, need, _from_fp4(op, side, x))
     if isinstance(x, (tuple, list)) and len(x) == 2:
         values, scales = map(unwrapped, x)
         for part, array in (("values", values), ("scales", scales)):
@@ -122,6 +132,27 @@ def pieces(op: str, side: Side, x: Any) -> tuple[Any, Any, tuple[int, int] | Non
     if is_qwix(x):
         way_out = _from_qwix(side.name)
     raise_type_error(op, side.name, x, "a QuantizedArray or a (values, scales) tuple", way_out)
+
+
+FP4_PRODUCTS = "fp8_gemm_nt, m_grouped_fp8_gemm_nt_contiguous and m_grouped_fp8_gemm_nt_masked"
+"""What takes a `PreparedFp4`, as b."""
+
+
+def _is_fp4(x: Any) -> bool:
+    """Whether an operand is values and scales of FP4."""
+    parts = parts_of(x)
+    return parts is not None and getattr(parts[1], "dtype", None) == np.dtype(jnp.float8_e8m0fnu)
+
+
+def _from_fp4(op: str, side: Side, x: Any) -> str:
+    if side.name == "a":
+        return f"Quantise a to FP8: jax_deepgemm.quantize(a, {side.stored(side.blocks[0])})."
+    if isinstance(x, PreparedFp4) or ("gemm" in op and op not in FP4_PRODUCTS):
+        return (
+            f"Prepared FP4 weights are taken by {FP4_PRODUCTS}, as b stored [.., n, k]. Elsewhere use FP8: "
+            f"jax_deepgemm.quantization.expand_fp4({side.name})."
+        )
+    return f"Prepare it once for the kernels: jax_deepgemm.prepare_fp4({side.name})."
 
 
 def _from_qwix(name: str) -> str:
@@ -279,17 +310,22 @@ def check_bf16(op: str, layout: str, a: Any, b: Any) -> tuple[jax.Array, jax.Arr
 
 
 def check_c(op: str, c: Any, m: int, n: int, out_dtype: np.dtype[Any]) -> jax.Array | None:
+    """C of a matrix; see `check_addend`."""
+    return check_addend(op, c, (m, n), out_dtype)
+
+
+def check_addend(op: str, c: Any, shape: tuple[int, ...], out_dtype: np.dtype[Any]) -> jax.Array | None:
     """C has the result's shape and dtype: it is not broadcast and not converted."""
     if c is None:
         return None
     c = unwrapped(c)
-    need = f"{out_dtype.name} [{m}, {n}]"
+    need = f"{out_dtype.name} {list(shape)}"
     if not is_array(c):
         raise_type_error(op, "c", c, need, "Pass an array or None.")
-    if tuple(c.shape) != (m, n):
+    if tuple(c.shape) != shape:
         raise ValueError(
             f"{op}: c is {describe(c)}, need {need}: the result's shape. "
-            f"To add a row or column vector, broadcast it first: jnp.broadcast_to(c, ({m}, {n}))."
+            f"To add a row or column vector, broadcast it first: jnp.broadcast_to(c, {shape})."
         )
     if np.dtype(c.dtype) != out_dtype:
         other = np.dtype(c.dtype)
@@ -317,9 +353,10 @@ def _check_dtype_option(op: str, name: str, value: Any) -> np.dtype[Any]:
 
 
 def check_options(
-    op: str, out_dtype: Any, reduce_dtype: Any, out_sharding: Any, config: Any, num_sms: Any
+    op: str, out_dtype: Any, reduce_dtype: Any, out_sharding: Any, config: Any, num_sms: Any, *, b: Any = None
 ) -> Options:
-    """The keyword arguments, canonical and hashable."""
+    """The keyword arguments, canonical and hashable. b: the weight, if it may be one of FP4 or with a scale a
+    channel, whose products have configurations of their own."""
     out, reduce = (
         _check_dtype_option(op, "out_dtype", out_dtype),
         _check_dtype_option(op, "reduce_dtype", reduce_dtype),
@@ -330,11 +367,13 @@ def check_options(
             "need reduce_dtype float32 or the result's dtype. "
             "Leave reduce_dtype out, or ask for out_dtype=jnp.bfloat16."
         )
+    own = config is not None and (isinstance(b, PreparedFp4) or is_per_channel(b))
+    config_type = products().config_type() if own else GemmConfig
     return Options(
         out_dtype=out,
         reduce_dtype=reduce,
         out_sharding=sharding_option(op, out_sharding),
-        config=config_option(op, config, GemmConfig),
+        config=config_option(op, config, config_type),
         num_sms=num_sms_option(op, num_sms),
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jax_deepgemm.ops.gemm.finish import AS_IT_IS, Finish
 
 _SLOT_ROW_BYTES = 128  # bytes of k that kernels load at a time: 128 FP8 or 64 BF16 elements
+_HALF_OF_L2 = 24 << 20  # see GemmProblem.batches_together
 _FEW_ROWS, _LONG_K, _MOST_WEIGHTS = 256, 1536, 1 << 28  # see GemmProblem.b_once
 
 
@@ -38,6 +39,9 @@ class GemmProblem:
       weights: how many matrices B are read in all; 0 where they are read more than once or twice.
       gated: whether B is [gate | up], of whose product only the SwiGLU is written, in FP8 (ops/grouped).
       finish: what the product becomes before it is stored.
+      stored: the dimensions of A, B and D as they are stored, where a batch h does not stand in front of all
+        that have it ("mhk,hnk->mhn"), or where k consists of runs r ("rmk,rnk->mn"); `k` is that of one run.
+      runs: how many.
 
     Raises nothing; `precompile` and `explain` refuse what no kernel can run.
 
@@ -61,6 +65,8 @@ class GemmProblem:
     weights: int = 1
     gated: bool = False
     finish: Finish = AS_IT_IS
+    stored: str = ""
+    runs: int = 1
 
     @property
     def is_fp8(self) -> bool:
@@ -85,12 +91,31 @@ class GemmProblem:
     @property
     def k_blocks(self) -> int:
         """Slots of the ring that k fills."""
-        return ceil_div(self.k, self.block_k)
+        return self.runs * ceil_div(self.k, self.block_k)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row of A or B, along k."""
-        return self.k * (1 if self.is_fp8 else 2)
+        return self.runs * self.k * (1 if self.is_fp8 else 2)
+
+    @property
+    def batch_axes(self) -> tuple[int, int, int]:
+        """Where the batch, or the run, stands in A, B and D, if they have it.
+
+        >>> GemmProblem(64, 128, 512, stored="mhk,hnk->mhn").batch_axes
+        (1, 0, 1)
+        """
+        orders = self.stored.replace("->", ",").split(",") if self.stored else ("", "", "")
+        a, b, d = (max(order.find("h"), order.find("r"), 0) for order in orders)
+        return a, b, d
+
+    @property
+    def batches_together(self) -> bool:
+        """Whether the tiles of all batches come before the next rows, and A's lines are the first to leave
+        L2: rows of A hold all of the batch, and A streams by while all of B stays in L2."""
+        a, b = (self.batches * rows * self.row_bytes for rows in (self.m, self.n))
+        inside = self.batches > 1 and self.batch_axes[0] == 1 and self.a_k_major
+        return inside and b <= _HALF_OF_L2 and a > 2 * _HALF_OF_L2
 
     @property
     def a_k_major(self) -> bool:
@@ -135,7 +160,7 @@ class GemmProblem:
     @property
     def flops(self) -> int:
         """Multiplications and additions."""
-        return 2 * self.batches * self.m * self.n * self.k
+        return 2 * self.batches * self.m * self.n * self.runs * self.k
 
     @property
     def bytes_moved(self) -> int:
@@ -147,9 +172,11 @@ class GemmProblem:
         return self.batches * once
 
     def __str__(self) -> str:
-        parts = [f"{self.a}x{self.b} {self.layout} m={self.m} n={self.n} k={self.k} -> {self.out}"]
+        layout = self.stored or self.layout
+        parts = [f"{self.a}x{self.b} {layout} m={self.m} n={self.n} k={self.k} -> {self.out}"]
         parts += ["+C"] if self.add_c else []
         parts += [f"B scales {'128x128' if self.square_scales else '1x128'}"] if self.is_fp8 else []
         parts += [f"batches={self.batches}"] if self.batches > 1 else []
+        parts += [f"runs={self.runs}"] if self.runs > 1 else []
         parts += self.finish.words
         return " ".join(parts)

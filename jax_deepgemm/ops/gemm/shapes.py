@@ -13,6 +13,10 @@ from jax_deepgemm.core.shapes import BLOCKS, DTYPES, WEIGHTS, Call, CallShape, c
 from jax_deepgemm.ops.gemm import api
 from jax_deepgemm.ops.gemm.linear import fp8_linear
 from jax_deepgemm.ops.quantize.api import quantize
+from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4
+from jax_deepgemm.ops.quantize.slabs import BYTES, COLUMNS, ROWS
+
+FP8_WEIGHTS = ("fp8", "fp4")
 
 
 def matrix(fp8: bool, shape: tuple[int, ...], k_last: bool, block: tuple[int, int]) -> Any:
@@ -33,12 +37,38 @@ def matrix(fp8: bool, shape: tuple[int, ...], k_last: bool, block: tuple[int, in
 
 
 def weight(kind: str, shape: tuple[int, ...]) -> Any:
-    """The type of a weight [.., n, k]: a master weight, or one quantised by blocks of 128x128 ("fp8").
+    """The type of a weight [.., n, k]: a master weight, one quantised by blocks of 128x128 ("fp8"), or a
+    PreparedFp4 ("fp4").
 
     >>> weight("fp8", (4, 256, 512)).block, weight("float32", (256, 512)).dtype.name
     ((128, 128), 'float32')
+    >>> weight("fp4", (4, 256, 512))
+    PreparedFp4(float4_e2m1fn[4,256,512] for float8_e4m3fn)
     """
+    if kind == "fp4":
+        *lead, n, k = shape
+        slabs = jax.ShapeDtypeStruct((*lead, n // ROWS, -(-k // COLUMNS), BYTES), jnp.uint8)
+        return PreparedFp4(slabs)  # type: ignore[arg-type]
     return matrix(True, shape, True, (128, 128)) if kind == "fp8" else jax.ShapeDtypeStruct(shape, kind)
+
+
+def operand_b(op: str, weights: str, shape: tuple[int, ...], b_block: str) -> Any:
+    """The type of B [.., n, k] of a product, as its name says it is stored."""
+    form = next(part for part in op.split("_") if part in ("nt", "nn", "tn", "tt"))
+    if weights == "fp4":
+        return weight("fp4", shape)
+    return matrix("fp8" in op, shape, form[1] == "t", BLOCKS[b_block])
+
+
+def check_fp4(weights: str, *rows: int, refused: str = "") -> None:
+    """Raises:
+    ValueError: FP4 weights whose rows are no multiples of 64, or where there are none.
+    """
+    if weights == "fp4" and refused:
+        raise ValueError(f"weights is 'fp4', need {refused}, or weights fp8")
+    if weights == "fp4" and any(n % ROWS for n in rows):
+        shown = " and ".join(map(str, rows))
+        raise ValueError(f"weights is 'fp4' of {shown} rows, need multiples of {ROWS}")
 
 
 @dataclass(frozen=True)
@@ -54,11 +84,16 @@ class DenseShape(CallShape):
     out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
     accumulate: bool = flag("with C")
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
+    weights: str = choice("FP8: types of B", *FP8_WEIGHTS, default="fp8")
+
+    def __post_init__(self) -> None:
+        need = "" if self.op == "fp8_gemm_nt" and not self.accumulate else "fp8_gemm_nt without C"
+        check_fp4(self.weights, self.n, refused=need)
 
     def calls(self) -> list[Call]:
         fp8, form = self.op.startswith("fp8"), self.op[-2:]
         a = matrix(fp8, (self.m, self.k), form[0] == "n", (1, 128))
-        b = matrix(fp8, (self.n, self.k), form[1] == "t", BLOCKS[self.b_block])
+        b = operand_b(self.op, self.weights, (self.n, self.k), self.b_block)
         c = jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype) if self.accumulate else None
         function = functools.partial(getattr(api, self.op), out_dtype=jax.numpy.dtype(self.out_dtype))
         return [Call(self.op, function, (a, b, c), carry=2 if self.accumulate else None)]

@@ -26,11 +26,12 @@ from jax_deepgemm.ops.gemm.op import empty_product
 from jax_deepgemm.ops.grouped import checks
 from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.quantize.array import QuantizedLike
+from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4, products
 
 
 def m_grouped_fp8_gemm_nt_contiguous(
     a: QuantizedLike,
-    b: QuantizedLike,
+    b: QuantizedLike | PreparedFp4,
     group_sizes: ArrayLike | None = None,
     *,
     m_indices: ArrayLike | None = None,
@@ -70,7 +71,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         scales [m, ceil(k / 128)] float32; the number meant is stored * scale.
       b: values [g, n, k] float8_e4m3fn or float8_e5m2 (A and B may differ), and scales [g, ceil(n / 128),
         ceil(k / 128)] (block (128, 128)) or [g, n, ceil(k / 128)] (block (1, 128)). Of a bare tuple, the
-        scales' shape tells which.
+        scales' shape tells which. Or an FP4 weight, a `PreparedFp4`, with A in float8_e4m3fn.
       group_sizes: int32 [g], as in jax.lax.ragged_dot: rows of each group, one group after the other. Their
         sum may be less than m. int64 is converted.
       m_indices: int32 [m], instead: the group of each row, -1 (or any number that is no group) for none. Rows
@@ -104,7 +105,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     are `m_indices` with aligned rows.
     """
     op = "m_grouped_fp8_gemm_nt_contiguous"
-    options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms, b=b)
     rows = checks.Rows(group_sizes, m_indices, ends, alignment, group_offset)
     return _m_grouped_fp8(op, "nt", a, b, rows, expected_m, options)
 
@@ -261,7 +262,7 @@ def m_grouped_bf16_gemm_nn_contiguous(
 
 def m_grouped_fp8_gemm_nt_masked(
     a: QuantizedLike,
-    b: QuantizedLike,
+    b: QuantizedLike | PreparedFp4,
     masked_m: ArrayLike,
     expected_m: int | None = None,
     *,
@@ -287,7 +288,7 @@ def m_grouped_fp8_gemm_nt_masked(
     Args:
       a: values [g, m, k], scales [g, m, ceil(k / 128)]: block (1, 128). Any m.
       b: values [g, n, k], scales [g, ceil(n / 128), ceil(k / 128)] (block (128, 128)) or [g, n, ceil(k /
-        128)] (block (1, 128)).
+        128)] (block (1, 128)); or an FP4 weight, a `PreparedFp4`, with A in float8_e4m3fn.
       masked_m: int32 [g], rows of each group that count; cut at 0 and at m.
       expected_m: rows of a typical group, static; helps to choose the configuration, and changes no number.
       zero_rows: True writes zeros to the other rows, static.
@@ -307,13 +308,12 @@ def m_grouped_fp8_gemm_nt_masked(
     DeepGEMM's function of this name.
     """
     op = "m_grouped_fp8_gemm_nt_masked"
-    options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms, b=b)
+    hints = checks.check_hints(op, zero_rows, expected_m)
+    if isinstance(b, PreparedFp4):
+        return products().masked(op, a, b, masked_m, hints, options)
     left, right, (m, n, k) = checks.check_fp8(op, checks.masked_sides("nt"), a, b)
     counts = checks.check_masked_m(op, masked_m, right.values.shape[0])
-    hints = {
-        "zero_rows": checks.check_zero_rows(op, zero_rows),
-        "expected_m": checks.check_expected_m(op, expected_m),
-    }
     if 0 in (m, n, k):
         return empty_product("gmk,gnk->gmn", left.values, right.values, options)
     run = ops.M_MASKED_FP8_BLOCK if right.block == BLOCKED else ops.M_MASKED_FP8_ROW
@@ -363,10 +363,7 @@ def m_grouped_bf16_gemm_nt_masked(
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
     left, right, (m, n, k) = checks.check_bf16(op, checks.masked_sides("nt"), a, b)
     counts = checks.check_masked_m(op, masked_m, right.shape[0])
-    hints = {
-        "zero_rows": checks.check_zero_rows(op, zero_rows),
-        "expected_m": checks.check_expected_m(op, expected_m),
-    }
+    hints = checks.check_hints(op, zero_rows, expected_m)
     if 0 in (m, n, k):
         return empty_product("gmk,gnk->gmn", left, right, options)
     return ops.M_MASKED_BF16["nt"](left, right, counts, **hints, **vars(options))[0]
@@ -545,6 +542,8 @@ def _k_last(op: str, name: str, x: Quantized, way_out: str) -> jax.Array:
 def _m_grouped_fp8(
     op: str, layout: str, a: Any, b: Any, rows: checks.Rows, expected_m: Any, options: Options
 ) -> jax.Array:
+    if layout == "nt" and isinstance(b, PreparedFp4):
+        return products().contiguous(op, a, b, rows, expected_m, options)
     left, right, (m, n, k) = checks.check_fp8(op, checks.m_grouped_sides(layout), a, b)
     where = checks.check_rows(op, rows, m, right.values.shape[0])
     hint = checks.check_expected_m(op, expected_m)

@@ -28,7 +28,7 @@ from jax_deepgemm.ops.gemm.checks import (
     quantized,
     raise_type_error,
 )
-from jax_deepgemm.ops.grouped import layouts
+from jax_deepgemm.ops.grouped import layouts, segments
 
 INT32 = np.iinfo(np.int32)
 
@@ -187,6 +187,11 @@ def _whole(x: jax.Array) -> jax.Array:
 
 def check_k_groups(op: str, group_sizes: Any, num_groups: Any, group_offset: Any) -> tuple[Where, int]:
     """The groups of k, and how many of them the result has."""
+    if isinstance(group_sizes, layouts.Ranges):
+        starts, ends = (_whole(as_int32(op, "ranges", x, "[g]")) for x in group_sizes)
+        groups = jnp.arange(starts.shape[0], dtype=jnp.int32)
+        where = segments.write(segments.Segments(starts, ends, groups))
+        return Where(where, check_offset(op, None), "segments"), starts.shape[0]
     sizes = as_int32(op, "group_sizes", group_sizes, "[g]")
     if sizes.ndim != 1 or not sizes.shape[0]:
         raise ValueError(
@@ -233,6 +238,11 @@ def check_c(op: str, c: Any, shape: tuple[int, ...], out_dtype: np.dtype[Any]) -
         way_out += f", or ask for out_dtype=jnp.{other.name}." if other in OUT_DTYPES else "."
         raise ValueError(f"{op}: c is {describe(c)}, need {need}: the result's dtype. {way_out}")
     return jnp.asarray(c)
+
+
+def check_hints(op: str, zero_rows: Any, expected_m: Any) -> dict[str, Any]:
+    """The parameters of masked ops."""
+    return {"zero_rows": check_zero_rows(op, zero_rows), "expected_m": check_expected_m(op, expected_m)}
 
 
 def check_zero_rows(op: str, zero_rows: Any) -> bool:

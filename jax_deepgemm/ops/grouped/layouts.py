@@ -12,21 +12,27 @@ Conversions are jnp with static shapes, for use inside `jax.jit`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
+from jax_deepgemm import config
 from jax_deepgemm.core.prefix import prefix_ends
 from jax_deepgemm.ops.grouped import segments
 
-_alignment = 128
+
+class Ranges(NamedTuple):
+    """Where groups of k start and end, int32 [G] each: in place of `group_sizes` of k-grouped GEMMs."""
+
+    starts: Any
+    ends: Any
 
 
 def get_mk_alignment_for_contiguous_layout() -> int:
-    """What `alignment=None` means where groups are given by their ends; 128 unless it was set.
+    """What `alignment=None` means where groups are given by their ends: `config.mk_alignment`, mostly 128.
 
     Returns:
       Rows, a positive int. Raises nothing.
@@ -38,11 +44,11 @@ def get_mk_alignment_for_contiguous_layout() -> int:
     >>> get_mk_alignment_for_contiguous_layout()
     128
     """
-    return _alignment
+    return config.get().mk_alignment
 
 
 def set_mk_alignment_for_contiguous_layout(alignment: int) -> None:
-    """Sets the alignment of the whole process, read while functions are traced; `alignment=` of a call wins.
+    """Sets `config.mk_alignment` of the process, read while functions are traced; a call's `alignment=` wins.
 
     >>> from jax_deepgemm.grouped import set_mk_alignment_for_contiguous_layout
     >>> set_mk_alignment_for_contiguous_layout(128)
@@ -55,8 +61,8 @@ def set_mk_alignment_for_contiguous_layout(alignment: int) -> None:
 
     Source: DeepGEMM's function of this name.
     """
-    global _alignment
-    _alignment = positive("set_mk_alignment_for_contiguous_layout", "alignment", alignment)
+    where = "set_mk_alignment_for_contiguous_layout"
+    config.update(mk_alignment=positive(where, "alignment", alignment))
 
 
 def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = None) -> int:
@@ -266,6 +272,11 @@ def segments_of_ends(ends: jax.Array, rows: int, alignment: int) -> jax.Array:
     """The segments of groups that are described by their ends."""
     starts, ends = _starts_and_ends(ends, rows, alignment)
     return segments.write(segments.Segments(starts, ends, jnp.arange(ends.shape[0], dtype=jnp.int32)))
+
+
+def ranges_of_ends(ends: jax.Array, alignment: int) -> Ranges:
+    """The groups of k that are described by their ends."""
+    return Ranges(*_starts_and_ends(ends, np.iinfo(np.int32).max, alignment))
 
 
 def segments_of_indices(index: jax.Array, groups: int, offset: jax.Array) -> jax.Array:

@@ -29,13 +29,17 @@ from jax_deepgemm.ops.gemm.checks import (
     check_weight_gradient,
     layer_weight,
 )
+from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import (
     m_grouped_bf16_gemm_nn_contiguous,
     m_grouped_bf16_gemm_nt_contiguous,
 )
-from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
+from jax_deepgemm.ops.grouped.checks import Rows
+from jax_deepgemm.ops.grouped.recipe import Frozen
+from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, PreparedWeight, QuantizedArray, quantize
 from jax_deepgemm.ops.quantize.api import SCALE_FORMATS
+from jax_deepgemm.ops.quantize.per_channel import PerChannelArray, is_per_channel, products
 from jax_deepgemm.ops.quantize.prepared import Bits, Copies, as_it_came, check_trained, master_and_copies
 
 GROUPED_OUT = "jdg_grouped_out"
@@ -61,6 +65,8 @@ class _Layer:
     out_sharding: PartitionSpec | None
     gemms: fp8.LayerOptions
     num_groups: int
+    k: int
+    """Features of x."""
     x: _Like
     """dtype and, on Explicit axes, spec of x, for its gradient; likewise w."""
     w: _Like
@@ -70,7 +76,7 @@ class _Layer:
 @overload
 def grouped_linear(
     x: jax.Array,
-    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    w: jax.Array | PreparedWeight | Frozen | PerChannelArray | tuple[jax.Array, jax.Array],
     group_sizes: jax.Array,
     *,
     recipe: str = ...,
@@ -90,7 +96,7 @@ def grouped_linear(
 @overload
 def grouped_linear(
     x: jax.Array,
-    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    w: jax.Array | PreparedWeight | Frozen | PerChannelArray | tuple[jax.Array, jax.Array],
     group_sizes: jax.Array,
     *,
     recipe: str = ...,
@@ -109,7 +115,7 @@ def grouped_linear(
 
 def grouped_linear(
     x: jax.Array,
-    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    w: jax.Array | PreparedWeight | Frozen | PerChannelArray | tuple[jax.Array, jax.Array],
     group_sizes: jax.Array,
     *,
     recipe: str = "fp8",
@@ -148,13 +154,15 @@ def grouped_linear(
     `prepare_weight`: a PreparedWeight as w gives the same bits, and the gradient goes to its master.
 
     A QuantizedArray as w is a frozen weight: only x has a gradient, for which its bytes are transposed. Keep
-    it out of the differentiated arguments: FP8 leaves count as floating point in `jax.grad`.
+    it out of the differentiated arguments: FP8 leaves count as floating point in `jax.grad`. So is an FP4
+    weight, a `PreparedFp4`, which the gradient of x expands to FP8 at each call (`expand_fp4`).
 
     Args:
       x: [m, k] bfloat16 or float32; the rows of group 0, then those of group 1, and so on.
       w: [g, n, k] bfloat16 or float32 master weights, or for "fp8" a PreparedWeight of them, or a
         QuantizedArray or (values, scales) tuple [g, n, k] of block (128, 128). Block (1, 128) works in the
-        forward pass only.
+        forward pass only. Or an FP4 weight, a PreparedFp4. For "bf16" and weight_layout "kn" a
+        PerChannelArray [g, k, n], which has no derivative.
       group_sizes: integer [g_all], g_all >= g. Any sizes; negative ones count as 0.
       recipe: "fp8" or "bf16".
       weight_layout: "nk", or "kn" for masters and prepared weights [g, k, n], with gradients [g, k, n]. No
@@ -187,11 +195,17 @@ def grouped_linear(
     """
     check_recipe("grouped_linear", recipe)
     x, group_sizes = unwrapped(x), unwrapped(group_sizes)
+    if is_per_channel(w):
+        options = check_options("grouped_linear", out_dtype, reduce_dtype, out_sharding, None, num_sms)
+        _check_per_channel(w, recipe, weight_layout, with_weight)
+        rows = Rows(group_sizes, None, None, None, group_offset)
+        arguments = ("x", x.astype(jnp.bfloat16), "w", w, rows, expected_m, options)
+        return checkpoint_name(products().contiguous("grouped_linear", *arguments), GROUPED_OUT)
     weight = layer_weight("grouped_linear", _WEIGHT, w)
     check_rows("grouped_linear", "x", x)
     check_weight("grouped_linear", "w", weight, recipe)
     check_form("grouped_linear", weight_layout, scale_format, weight_gradient, w=weight)
-    if x.shape[1] != weight.shape[1 + weight_layout.index("k")]:
+    if not covers(weight, weight_layout, x.shape[1]):
         stored = ", ".join(weight_layout)
         other = "kn" if weight_layout == "nk" else "nk"
         raise ValueError(
@@ -204,7 +218,7 @@ def grouped_linear(
         check_trained("grouped_linear", w=weight)
     options = check_options("grouped_linear", out_dtype, reduce_dtype, out_sharding, None, num_sms)
     if recipe == "bf16":
-        assert not isinstance(weight, QuantizedArray)
+        assert not isinstance(weight, Frozen)
         y = BF16_GEMMS[weight_layout](
             x.astype(jnp.bfloat16),
             weight.astype(jnp.bfloat16),
@@ -234,11 +248,12 @@ def grouped_linear(
             weight_gradient,
         ),
         num_groups=weight.shape[0],
+        k=x.shape[1],
         x=like(x),
         w=like(jax.tree.leaves(weight)[0]),
         with_weight=with_weight,
     )
-    if isinstance(weight, QuantizedArray):
+    if isinstance(weight, Frozen):
         y = _frozen(layer, x, weight, groups)
     else:
         y = _trained(layer, x, *master_and_copies(weight), groups)
@@ -246,6 +261,16 @@ def grouped_linear(
         return checkpoint_name(y, GROUPED_OUT)
     y, master = y
     return checkpoint_name(y, GROUPED_OUT), as_it_came(weight, master)
+
+
+def _check_per_channel(w: Any, recipe: str, weight_layout: str, with_weight: bool) -> None:
+    """A frozen weight with a scale a channel, [g, k, n], for rows of bfloat16."""
+    if recipe != "bf16" or weight_layout != "kn" or with_weight:
+        raise ValueError(
+            f"grouped_linear: w has a scale a channel, and recipe is {recipe!r}, weight_layout "
+            f"{weight_layout!r}, with_weight {with_weight}; need recipe='bf16', weight_layout='kn' (it is "
+            "stored [g, k, n]) and with_weight=False (it is frozen)."
+        )
 
 
 def like(x: jax.Array) -> _Like:
@@ -278,6 +303,13 @@ def check_rows(where: str, name: str, x: Any) -> None:
         )
 
 
+def covers(w: Any, layout: str, k: int) -> bool:
+    """Whether a weight has k; that of an FP4 weight is only known up to 127 zeros."""
+    if isinstance(w, PreparedFp4):
+        return bool(-(-k // SCALE_BLOCK) == w.slabs.shape[-2])
+    return bool(w.shape[1 + layout.index("k")] == k)
+
+
 def check_weight(where: str, name: str, w: Any, recipe: str) -> None:
     """w is [groups, n, k], a master weight or, for "fp8", a prepared or frozen one."""
     if isinstance(w, PreparedWeight):
@@ -287,6 +319,18 @@ def check_weight(where: str, name: str, w: Any, recipe: str) -> None:
                 f"{where}: {name} is prepared for FP8 and recipe is 'bf16'. Use recipe='fp8', or pass the "
                 f"master: {name}.master."
             )
+    elif isinstance(w, PreparedFp4):
+        w.check(where, name)
+        if recipe == "bf16":
+            raise ValueError(
+                f"{where}: {name} is {w!r} and recipe is 'bf16'. Use recipe='fp8', or "
+                f"dequantize_fp4({name}.fp4(k), jnp.bfloat16)."
+            )
+    elif isinstance(w, Fp4Array):
+        raise TypeError(
+            f"{where}: {name} is an Fp4Array {list(w.shape)}, need it prepared for the kernels, once: "
+            f"jax_deepgemm.prepare_fp4({name})."
+        )
     elif isinstance(w, QuantizedArray):
         w.check(where, name)
         if recipe == "bf16":
@@ -324,6 +368,11 @@ def check_form(
         )
     check_weight_gradient(where, weight_gradient)
     for name, w in weights.items():
+        if weight_layout != "nk" and isinstance(w, PreparedFp4):
+            raise ValueError(
+                f"{where}: {name} is {w!r}, and weight_layout is 'kn'. FP4 weights are stored [g, n, k], "
+                "their scales along k: need weight_layout='nk'."
+            )
         if weight_layout != "nk" and isinstance(w, QuantizedArray):
             raise ValueError(
                 f"{where}: {name} is quantised, and weight_layout is 'kn'. FP8 products read weights along "
@@ -343,7 +392,7 @@ def check_sizes(where: str, sizes: Any, groups: int) -> None:
         )
 
 
-def _forward(layer: _Layer, x: QuantizedArray, w: QuantizedArray, groups: fp8.Groups) -> jax.Array:
+def _forward(layer: _Layer, x: QuantizedArray, w: Frozen, groups: fp8.Groups) -> jax.Array:
     return fp8.m_grouped(x, w, groups, layer.gemms, layer.out_dtype, layer.out_sharding)
 
 
@@ -394,28 +443,28 @@ _trained.defvjp(_trained_fwd, _trained_bwd)
 
 
 @_first_order
-def _frozen(layer: _Layer, x: jax.Array, w: QuantizedArray, groups: fp8.Groups) -> jax.Array:
+def _frozen(layer: _Layer, x: jax.Array, w: Frozen, groups: fp8.Groups) -> jax.Array:
     return _forward(layer, _rows(layer, x), w, groups)
 
 
-def _frozen_fwd(layer: _Layer, x: jax.Array, w: QuantizedArray, groups: fp8.Groups) -> tuple[jax.Array, Any]:
+def _frozen_fwd(layer: _Layer, x: jax.Array, w: Frozen, groups: fp8.Groups) -> tuple[jax.Array, Any]:
     require_blocked("grouped_linear", w)
     y = _forward(layer, _rows(layer, x), w, groups)
-    return y, (fp8.keep(w.values, w.scales, GROUPED_WEIGHT_FP8), groups)
+    return y, (fp8.keep_frozen(w, GROUPED_WEIGHT_FP8), groups)
 
 
-def _frozen_bwd(layer: _Layer, residuals: tuple[_Pair, fp8.Groups], dy: jax.Array) -> tuple[Any, ...]:
+def _frozen_bwd(layer: _Layer, residuals: tuple[fp8.Kept, fp8.Groups], dy: jax.Array) -> tuple[Any, ...]:
     w, groups = residuals
-    weight_t = fp8.transposed(QuantizedArray(*fp8.kept(w, layer.w[0]), BLOCKED))
+    weight_t = fp8.frozen_transposed(w, layer.w[0], layer.k)
     return _input_gradient(layer, _rows(layer, dy), weight_t, groups), None, None
 
 
 _frozen.defvjp(_frozen_fwd, _frozen_bwd)
 
 
-def require_blocked(where: str, w: QuantizedArray) -> None:
+def require_blocked(where: str, w: Frozen) -> None:
     """A frozen weight through which a gradient goes has square blocks."""
-    if tuple(w.block) != BLOCKED:
+    if isinstance(w, QuantizedArray) and tuple(w.block) != BLOCKED:
         raise ValueError(
             f"{where}: the gradient of x needs w with one scale per block (128, 128), and this frozen weight "
             f"has block {w.block}: its scales run along k, and dx = dy @ w sums over n. Quantise it so: "

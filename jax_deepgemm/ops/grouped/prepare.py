@@ -57,7 +57,7 @@ def _merged_segments(parts: segments.Segments, rows: int, size: int, groups: jax
     return segments.write(segments.Segments(*(x.reshape(-1) for x in whole)))
 
 
-def _fold_m_grouped(
+def fold_m_grouped(
     rows: Arrays, weights: Arrays, group_sizes: jax.Array, group_offset: jax.Array, rows_format: str
 ) -> tuple[list[jax.Array], list[jax.Array], jax.Array, jax.Array]:
     ranks = (2,) * len(rows) + (3,) * len(weights) + (1, 1)
@@ -104,7 +104,7 @@ def m_grouped_fp8(
     rows_format: str,
     **_: Any,
 ) -> Arrays:
-    (a, sa), (b, sb), group_sizes, group_offset = _fold_m_grouped(
+    (a, sa), (b, sb), group_sizes, group_offset = fold_m_grouped(
         (a, sa), (b, sb), group_sizes, group_offset, rows_format
     )
     return *_pad_fp8("m_grouped_fp8_gemm", a, sa, b, sb), group_sizes, group_offset
@@ -123,7 +123,7 @@ def m_grouped_swiglu(
     **_: Any,
 ) -> Arrays:
     weights = (b, sb, *(one[..., None] for one in bias))
-    rows, (b, sb, *bias_of_groups), group_sizes, group_offset = _fold_m_grouped(
+    rows, (b, sb, *bias_of_groups), group_sizes, group_offset = fold_m_grouped(
         (a, sa, row_weights[..., None]), weights, group_sizes, group_offset, rows_format
     )
     a, sa, row_weights = rows
@@ -141,13 +141,11 @@ def m_grouped_bf16(
     rows_format: str,
     **_: Any,
 ) -> Arrays:
-    (a,), (b,), group_sizes, group_offset = _fold_m_grouped(
-        (a,), (b,), group_sizes, group_offset, rows_format
-    )
+    (a,), (b,), group_sizes, group_offset = fold_m_grouped((a,), (b,), group_sizes, group_offset, rows_format)
     return *_pad_bf16("m_grouped_bf16_gemm", a, b, layout), group_sizes, group_offset
 
 
-def _fold_masked(
+def fold_masked(
     rows: Arrays, weights: Arrays, counts: jax.Array
 ) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
     ranks = (3,) * (len(rows) + len(weights)) + (1,)
@@ -162,7 +160,7 @@ def _fold_masked(
 def m_masked_fp8(
     a: jax.Array, sa: jax.Array, b: jax.Array, sb: jax.Array, counts: jax.Array, **_: Any
 ) -> Arrays:
-    (a, sa), (b, sb), counts = _fold_masked((a, sa), (b, sb), counts)
+    (a, sa), (b, sb), counts = fold_masked((a, sa), (b, sb), counts)
     return *_pad_fp8("m_masked_fp8_gemm", a, sa, b, sb), counts
 
 
@@ -177,19 +175,19 @@ def m_masked_swiglu(
     **_: Any,
 ) -> Arrays:
     weights = (b, sb, *(one[..., None] for one in bias))
-    rows, (b, sb, *bias_of_groups), counts = _fold_masked((a, sa, row_weights[..., None]), weights, counts)
+    rows, (b, sb, *bias_of_groups), counts = fold_masked((a, sa, row_weights[..., None]), weights, counts)
     a, sa, row_weights = rows
     padded = _pad_fp8("m_masked_fp8_gemm_swiglu", a, sa, b, sb)
     return *padded, row_weights[..., 0], counts, *(one[..., 0] for one in bias_of_groups)
 
 
 def m_masked_bf16(a: jax.Array, b: jax.Array, counts: jax.Array, *, layout: str, **_: Any) -> Arrays:
-    (a,), (b,), counts = _fold_masked((a,), (b,), counts)
+    (a,), (b,), counts = fold_masked((a,), (b,), counts)
     return *_pad_bf16("m_masked_bf16_gemm", a, b, layout), counts
 
 
 def k_masked_bf16(a: jax.Array, b: jax.Array, counts: jax.Array, **_: Any) -> Arrays:
-    (a, b), _weights, counts = _fold_masked((a, b), (), counts)
+    (a, b), _weights, counts = fold_masked((a, b), (), counts)
     step = ROW_BYTES // 2
     return (
         pad_axis("k_masked_bf16_gemm: a", a, -1, step),

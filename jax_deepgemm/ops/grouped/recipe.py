@@ -19,8 +19,8 @@ would come back as infinities.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from jax_deepgemm.ops.gemm.checks import BLOCKED, FLOAT32, PER_ROW, Options
 from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.grouped.api import k_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_contiguous
 from jax_deepgemm.ops.grouped.checks import as_int32, check_offset
-from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
+from jax_deepgemm.ops.quantize import PreparedFp4, PreparedWeight, QuantizedArray, expand_fp4, quantize
 from jax_deepgemm.ops.quantize.array import Block
 from jax_deepgemm.ops.quantize.blocks import row_blocks
 from jax_deepgemm.ops.quantize.fused import PER_COLUMN, SQUARE, quantize_both
@@ -45,6 +45,11 @@ from jax_deepgemm.ops.quantize.prepared import Bits, Copies
 E4M3 = np.dtype(jnp.float8_e4m3fn)
 RECIPES = ("fp8", "bf16")
 WEIGHT_LAYOUTS = ("nk", "kn")
+
+Frozen: TypeAlias = QuantizedArray | PreparedFp4
+"""A weight without a gradient, [g, n, k]."""
+Kept: TypeAlias = tuple[jax.Array, jax.Array] | PreparedFp4
+"""What of a frozen weight waits for the backward pass: bytes and scales, or slabs."""
 
 HIGHER_ORDER = "recipe='bf16'"
 """What has the derivatives that FP8 lacks, for errors."""
@@ -148,9 +153,23 @@ def transposed(w: QuantizedArray) -> QuantizedArray:
     return QuantizedArray(w.values.mT, w.scales.mT, (w.block[1], w.block[0]))
 
 
-def forward_weight(w: jax.Array | PreparedWeight | QuantizedArray, options: LayerOptions) -> QuantizedArray:
+def keep_frozen(w: Frozen, name: str) -> Kept:
+    """A frozen weight for the backward pass, under a checkpoint_name."""
+    if isinstance(w, PreparedFp4):
+        return replace(w, slabs=checkpoint_name(w.slabs, name))
+    return keep(w.values, w.scales, name)
+
+
+def frozen_transposed(held: Kept, dtype: Any, k: int) -> QuantizedArray:
+    """[g, k, n] of what was kept, as the product of the input gradient reads it; an FP4 weight expanded."""
+    if isinstance(held, PreparedFp4):
+        return transposed(expand_fp4(held, k=k))
+    return transposed(QuantizedArray(*kept(held, dtype), BLOCKED))
+
+
+def forward_weight(w: jax.Array | PreparedWeight | Frozen, options: LayerOptions) -> Any:
     """[g, n, k]: a master weight quantised, a prepared or frozen one as it is."""
-    if isinstance(w, QuantizedArray):
+    if isinstance(w, Frozen):
         return w
     if isinstance(w, PreparedWeight):
         return w.quantized if options.weight_layout == "nk" else w.transposed
@@ -174,7 +193,7 @@ def both_weights(
 
 def m_grouped(
     rows: QuantizedArray,
-    w: QuantizedArray,
+    w: Frozen,
     groups: Groups,
     options: LayerOptions,
     out_dtype: Any,

@@ -56,7 +56,7 @@ def _zeros(like: jax.Array, *shape: int) -> jax.Array:
     return jnp.zeros_like(like, dtype=jnp.float32, shape=shape)
 
 
-def _m_grouped(
+def m_grouped_of(
     a: jax.Array,
     segments: Segments,
     offset: jax.Array,
@@ -101,7 +101,7 @@ def m_grouped_fp8_gemm(
         left = dequantize_rows(rows, lax.dynamic_slice_in_dim(scales, first, size))
         return dot(left, dequantize_b(b[group], sb[group]), 1, 1)
 
-    return [_m_grouped(a, segments, group_offset, b.shape[0], b.shape[1], product).astype(out_dtype)]
+    return [m_grouped_of(a, segments, group_offset, b.shape[0], b.shape[1], product).astype(out_dtype)]
 
 
 def _contracts(layout: str) -> int:
@@ -126,11 +126,8 @@ def m_grouped_bf16_gemm(
         return dot(rows.astype(jnp.float32), b[group].astype(jnp.float32), 1, _contracts(layout))
 
     segments = read(group_sizes, rows_format, a.shape[0])
-    return [
-        _m_grouped(a, segments, group_offset, b.shape[0], b.shape[2 - _contracts(layout)], product).astype(
-            out_dtype
-        )
-    ]
+    n = b.shape[2 - _contracts(layout)]
+    return [m_grouped_of(a, segments, group_offset, b.shape[0], n, product).astype(out_dtype)]
 
 
 def _masked(counts: jax.Array, rows: int, d: jax.Array) -> jax.Array:

@@ -21,9 +21,11 @@ from jax_deepgemm.core.shapes import (
     layer_calls,
     size,
 )
-from jax_deepgemm.ops.gemm.shapes import matrix, weight
+from jax_deepgemm.ops.gemm.shapes import FP8_WEIGHTS, check_fp4, matrix, operand_b, weight
 from jax_deepgemm.ops.grouped import api
 from jax_deepgemm.ops.grouped.linear import grouped_linear
+
+EXPERT_WEIGHTS = (*WEIGHTS, "fp4")
 
 
 def equal_sizes(groups: int, total: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -49,11 +51,15 @@ class ContiguousShape(CallShape):
     expected_m: int | None = size("rows of a typical group, as the call says it (default m / groups)", None)
     out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
+    weights: str = choice("FP8: types of B", *FP8_WEIGHTS, default="fp8")
+
+    def __post_init__(self) -> None:
+        check_product(self.weights, self.op, self.n)
 
     def calls(self) -> list[Call]:
         fp8, op = "fp8" in self.op, getattr(api, self.op)
         a = matrix(fp8, (self.m, self.k), True, (1, 128))
-        b = matrix(fp8, (self.groups, self.n, self.k), "_nt_" in self.op, BLOCKS[self.b_block])
+        b = operand_b(self.op, self.weights, (self.groups, self.n, self.k), self.b_block)
 
         def function(a: Any, b: Any, sizes: Any) -> Any:
             return op(a, b, sizes, expected_m=self.expected_m, out_dtype=self.out_dtype)
@@ -74,11 +80,15 @@ class MaskedShape(CallShape):
     zero_rows: bool = flag("rows that do not count are written as zeros")
     out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
+    weights: str = choice("FP8: types of B", *FP8_WEIGHTS, default="fp8")
+
+    def __post_init__(self) -> None:
+        check_product(self.weights, self.op, self.n)
 
     def calls(self) -> list[Call]:
         fp8, op = "fp8" in self.op, getattr(api, self.op)
         a = matrix(fp8, (self.groups, self.m, self.k), True, (1, 128))
-        b = matrix(fp8, (self.groups, self.n, self.k), True, BLOCKS[self.b_block])
+        b = operand_b(self.op, self.weights, (self.groups, self.n, self.k), self.b_block)
         counts = np.full(self.groups, min(self.m, self.expected_m or self.m), np.int32)
 
         def function(a: Any, b: Any, counts: Any) -> Any:
@@ -129,11 +139,11 @@ class GroupedLinearShape(CallShape):
     recipe: str = choice("of the GEMMs", *RECIPES, default="fp8")
     dtype: str = choice("of x", *DTYPES, default="bfloat16")
     out_dtype: str = choice("of y", *DTYPES, default="bfloat16")
-    weights: str = choice("master weights, or quantised ones", *WEIGHTS, default="bfloat16")
+    weights: str = choice("master weights, or quantised ones", *EXPERT_WEIGHTS, default="bfloat16")
     gradients: bool = flag("forward and backward too, not just forward", default=True)
 
     def __post_init__(self) -> None:
-        check_weights(self.recipe, self.weights)
+        check_weights(self.recipe, self.weights, self.n)
 
     def calls(self) -> list[Call]:
         x = jax.ShapeDtypeStruct((self.m, self.k), self.dtype)
@@ -144,16 +154,24 @@ class GroupedLinearShape(CallShape):
                 x, w, sizes, recipe=self.recipe, expected_m=self.expected_m, out_dtype=self.out_dtype
             )
 
-        trained = (0,) if self.weights == "fp8" else (0, 1)
+        trained = (0,) if self.weights in FP8_WEIGHTS else (0, 1)
         return layer_calls(forward, (x, w, equal_sizes(self.groups, self.m)), trained, self.gradients)
 
 
-def check_weights(recipe: str, weights: str | None) -> None:
+def check_product(weights: str, op: str, n: int) -> None:
     """Raises:
-    ValueError: quantised weights for a recipe that cannot take them.
+    ValueError: FP4 weights for a product that has none, or rows of them that make no slabs.
     """
-    if recipe == "bf16" and weights == "fp8":
-        raise ValueError("weights is 'fp8' and recipe is 'bf16', need recipe fp8, or weights bfloat16")
+    check_fp4(weights, n, refused="" if "fp8" in op and "_nt_" in op else "an FP8 product nt")
+
+
+def check_weights(recipe: str, weights: str | None, *rows: int) -> None:
+    """Raises:
+    ValueError: quantised weights for a recipe that cannot take them; rows of FP4 weights that make no slabs.
+    """
+    if recipe == "bf16" and weights in FP8_WEIGHTS:
+        raise ValueError(f"weights is {weights!r} and recipe is 'bf16', need recipe fp8, or weights bfloat16")
+    check_fp4(weights or "", *rows)
 
 
 SHAPES = (ContiguousShape, MaskedShape, InnerShape, GroupedLinearShape)

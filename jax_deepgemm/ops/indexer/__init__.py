@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jax_deepgemm.ops.indexer.api import bf16_mqa_logits, mqa_logits
 from jax_deepgemm.ops.indexer.family import IndexerConfig
-from jax_deepgemm.ops.indexer.fp4 import Fp4Array, dequantize_fp4, quantize_fp4
 from jax_deepgemm.ops.indexer.paged import get_paged_mqa_logits_metadata, paged_mqa_logits
+from jax_deepgemm.ops.quantize.fp4 import Fp4Array, dequantize_fp4, quantize_fp4
 
 __all__ = [
     "Fp4Array",

@@ -17,10 +17,10 @@ from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.ops.indexer import checks, fp4
 from jax_deepgemm.ops.indexer.checks import BFLOAT16, Form
 from jax_deepgemm.ops.indexer.family import IndexerConfig
-from jax_deepgemm.ops.indexer.fp4 import Fp4Array
 from jax_deepgemm.ops.indexer.op import gradients_op, logits_op
 from jax_deepgemm.ops.quantize import QuantizedArray, dequantize, quantize
 from jax_deepgemm.ops.quantize.array import QuantizedLike
+from jax_deepgemm.ops.quantize.fp4 import Fp4Array
 
 
 def mqa_logits(

@@ -12,10 +12,10 @@ import numpy as np
 
 from jax_deepgemm.core.bench import BESIDE_PEER, CLOCK, RATES, Fields, Row, Table, recorded_rows
 from jax_deepgemm.ops.indexer.api import bf16_mqa_logits, mqa_logits
-from jax_deepgemm.ops.indexer.fp4 import quantize_fp4
 from jax_deepgemm.ops.indexer.paged import paged_mqa_logits
 from jax_deepgemm.ops.indexer.paged_op import bytes_of
 from jax_deepgemm.ops.quantize import quantize
+from jax_deepgemm.ops.quantize.fp4 import quantize_fp4
 
 SHAPES = (
     (8192, 65536, 64, 128),

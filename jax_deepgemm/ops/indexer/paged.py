@@ -16,9 +16,10 @@ from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.ops.indexer import checks
 from jax_deepgemm.ops.indexer.checks import E4M3, FLOAT32, describe
 from jax_deepgemm.ops.indexer.family import IndexerConfig
-from jax_deepgemm.ops.indexer.fp4 import Fp4Array, fp4_operand, is_fp4
+from jax_deepgemm.ops.indexer.fp4 import fp4_operand, is_fp4
 from jax_deepgemm.ops.indexer.paged_op import paged_op
 from jax_deepgemm.ops.quantize.array import QuantizedLike
+from jax_deepgemm.ops.quantize.fp4 import Fp4Array
 
 Cache: TypeAlias = ArrayLike | tuple[ArrayLike, ArrayLike] | Fp4Array
 PAGES = (16, 32, 64, 128)

@@ -11,10 +11,10 @@ import numpy as np
 
 from jax_deepgemm.core.sanitize import Case, on_few
 from jax_deepgemm.ops.indexer.api import bf16_mqa_logits, mqa_logits
-from jax_deepgemm.ops.indexer.fp4 import quantize_fp4
 from jax_deepgemm.ops.indexer.paged import paged_mqa_logits
 from jax_deepgemm.ops.indexer.paged_op import bytes_of
 from jax_deepgemm.ops.quantize import quantize
+from jax_deepgemm.ops.quantize.fp4 import quantize_fp4
 
 FORMS = (
     (9, 389, 64, 128, False),

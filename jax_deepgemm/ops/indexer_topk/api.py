@@ -14,12 +14,12 @@ from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.core.options import Sharding, config_option, num_sms_option, sharding_option
 from jax_deepgemm.ops.indexer import checks
 from jax_deepgemm.ops.indexer.family import IndexerConfig
-from jax_deepgemm.ops.indexer.fp4 import Fp4Array
 from jax_deepgemm.ops.indexer_topk.checks import check_choice
 from jax_deepgemm.ops.indexer_topk.family import SCRATCH
 from jax_deepgemm.ops.indexer_topk.op import best_of_all, indexer_topk_op
 from jax_deepgemm.ops.quantize import quantize
 from jax_deepgemm.ops.quantize.array import QuantizedLike
+from jax_deepgemm.ops.quantize.fp4 import Fp4Array
 from jax_deepgemm.ops.topk.problem import MOST_COLUMNS
 
 

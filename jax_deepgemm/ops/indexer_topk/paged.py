@@ -11,11 +11,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jax_deepgemm.ops.indexer.family import IndexerConfig
-from jax_deepgemm.ops.indexer.fp4 import Fp4Array
 from jax_deepgemm.ops.indexer.paged import Cache, paged_mqa_logits
 from jax_deepgemm.ops.indexer_topk.checks import check_choice
 from jax_deepgemm.ops.indexer_topk.family import SCRATCH
 from jax_deepgemm.ops.quantize.array import QuantizedLike
+from jax_deepgemm.ops.quantize.fp4 import Fp4Array
 from jax_deepgemm.ops.topk.api import topk
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
+from jax_deepgemm.ops.quantize import fp4
 from jax_deepgemm.ops.quantize.array import FP8_MAX, Block, QuantizedArray, as_dtype, check_block
 from jax_deepgemm.ops.quantize.op import dequantize_op, quantize_op
 
@@ -27,7 +28,7 @@ def quantize(
     *,
     min_amax: float = 0.0,
 ) -> QuantizedArray:
-    """FP8 values of x with one scale per block.
+    """FP8 values of x with one scale per block; or FP4 values.
 
     For each block: amax = max |x| in float32; scale = amax / 448 (57344 for float8_e5m2), with "ue8m0"
     rounded up to a power of two; value = x * (1 / scale), saturated, rounded to nearest even. Each operation
@@ -45,13 +46,15 @@ def quantize(
       block: rows and cols that share a scale: (1, 128) for activations, (128, 128) for weights, (128, 1) for
         the operands of weight gradients, (1, 32) as in MX formats; or any other pair. The last blocks may be
         ragged.
-      dtype: float8_e4m3fn or float8_e5m2.
+      dtype: float8_e4m3fn or float8_e5m2; or float4_e2m1fn, of which the block is (1, 32), and the scale amax
+        / 6 rounded up to a power of two, in either format.
       scale_format: "f32", or "ue8m0" for powers of two. Both are held in float32.
       min_amax: what the amax of a block counts as at least. 1e-4 gives the bits of DeepGEMM's casts, in which
         blocks of numbers far below that lose digits and become zeros.
 
     Returns:
       QuantizedArray with values of x's shape and scales [.., ceil(rows / block[0]), ceil(cols / block[1])].
+      With float4_e2m1fn an `Fp4Array` (see `quantize_fp4`).
 
     Raises:
       TypeError, ValueError: types, ranks, blocks or formats outside the above.
@@ -66,11 +69,26 @@ def quantize(
     True
     >>> quantize(x, (128, 128), jnp.float8_e5m2, "ue8m0").scales.tolist()
     [[0.0078125, 0.015625]]
+    >>> quantize(x, (1, 32), jnp.float4_e2m1fn).scales.shape
+    (2, 8)
     """
+    if as_dtype("quantize", "dtype", dtype, _names(FP8_MAX)) == fp4.E2M1:
+        return _fp4(x, block, scale_format, min_amax)
     x, block, dtype = checked_input(x, block, dtype, scale_format)
     op = quantize_op(block, dtype, scale_format, _checked_amax(min_amax))
     values, scales = over_leading(op, x.ndim - 2)(x)
     return QuantizedArray(values, scales, block)
+
+
+def _fp4(x: Any, block: Any, scale_format: str, min_amax: Any) -> Any:
+    """An Fp4Array; typed as what the other dtypes give."""
+    if check_block(block, "quantize") != (1, fp4.BLOCK):
+        raise ValueError(
+            f"quantize: block is {block} and dtype is float4_e2m1fn, need (1, 32), as MXFP4 has it: "
+            "quantize(x, (1, 32), jnp.float4_e2m1fn)."
+        )
+    _check_format("quantize", scale_format)
+    return fp4.encode("quantize", x, _checked_amax(min_amax))
 
 
 def dequantize(q: QuantizedArray, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -134,11 +152,15 @@ def checked_input(
             f"{where}: x has shape {list(x.shape)}, need rank >= 2. For a vector: quantize(x[None], ...)."
         )
     dtype = _checked_dtype(where, dtype, FP8_MAX)
+    _check_format(where, scale_format)
+    return jnp.asarray(x), check_block(block, where), dtype
+
+
+def _check_format(where: str, scale_format: str) -> None:
     if scale_format not in SCALE_FORMATS:
         raise ValueError(
             f"{where}: scale_format is {scale_format!r}, need 'f32' (any float32) or 'ue8m0' (powers of two)."
         )
-    return jnp.asarray(x), check_block(block, where), dtype
 
 
 def _checked_amax(min_amax: Any) -> float:

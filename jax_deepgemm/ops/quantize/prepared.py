@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.ops.quantize.array import QuantizedArray, scales_spec
+from jax_deepgemm.ops.quantize.fp4 import E2M1
 from jax_deepgemm.ops.quantize.fused import SQUARE, quantize_weight
 
 E4M3 = np.dtype(jnp.float8_e4m3fn)
@@ -269,7 +270,7 @@ def check_trained(where: str, **weights: Any) -> None:
                 f"{where}: {name} is two arrays, joined at each call, need one array to hand on. "
                 "Join them once before, or leave out with_weights."
             )
-        if isinstance(w, QuantizedArray):
+        if isinstance(w, QuantizedArray) or getattr(w, "dtype", None) == E2M1:
             raise ValueError(
                 f"{where}: {name} is quantised, and a frozen weight has no gradient to accumulate. Leave out "
                 "with_weight, or pass the master."

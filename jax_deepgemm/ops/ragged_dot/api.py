@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +30,22 @@ from jax_deepgemm.core.dtypes import wider
 from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.core.sharding import Axes, as_spec, entries
 from jax_deepgemm.log import note_once
-from jax_deepgemm.ops.gemm.checks import BFLOAT16, FLOAT32, check_options, is_qwix
+from jax_deepgemm.ops.gemm.checks import BFLOAT16, FLOAT32, check_options
 from jax_deepgemm.ops.gemm.config import GemmConfig
-from jax_deepgemm.ops.grouped import api
 from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.grouped.checks import check_offset
-from jax_deepgemm.ops.quantize.array import QuantizedArray, QuantizedLike
+from jax_deepgemm.ops.quantize.array import QuantizedLike
+from jax_deepgemm.ops.quantize.per_channel import is_per_channel
+from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4
 from jax_deepgemm.ops.ragged_dot import op as ragged_ops
 from jax_deepgemm.ops.ragged_dot.canonical import CanonicalForm, mode_of, plan_contraction, plan_rows
+from jax_deepgemm.ops.ragged_dot.quantized import (
+    as_array,
+    is_quantized,
+    per_channel_dot,
+    quantized_dot,
+    sizes_of_rows,
+)
 
 RHS_LAYOUTS = {
     "gkn": lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,)),
@@ -47,7 +55,7 @@ RHS_LAYOUTS = {
 
 def ragged_dot(
     lhs: ArrayLike | QuantizedLike,
-    rhs: ArrayLike | QuantizedLike,
+    rhs: ArrayLike | QuantizedLike | PreparedFp4,
     group_sizes: ArrayLike,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
@@ -85,7 +93,8 @@ def ragged_dot(
 
     Args:
       lhs: [m, k], or a QuantizedArray of block (1, 128).
-      rhs: [g, k, n] (see `rhs_layout`), or a QuantizedArray.
+      rhs: [g, k, n] (see `rhs_layout`), or a QuantizedArray; or an FP4 weight, a `PreparedFp4` [g, n, k],
+        with which an lhs that is not quantised is quantised here, one scale for 128 of a row.
       group_sizes: [g] integers. Rows after the last group give zeros, and what they hold is not read.
         Negative sizes count as zero; groups end with lhs.
       precision: as in jax.lax.ragged_dot; the kernels' products of bfloat16 are exact and summed in float32,
@@ -125,8 +134,13 @@ def ragged_dot(
         )
     options: dict[str, Any] = {"expected_m": expected_m, "config": config, "num_sms": num_sms}
     lhs, rhs = unwrapped(lhs), unwrapped(rhs)
-    if _is_quantized(lhs) or _is_quantized(rhs):
-        return _quantized(
+    if is_per_channel(rhs):
+        default = jnp.bfloat16 if preferred_element_type is None else preferred_element_type
+        types = default, jnp.float32 if reduce_dtype is None else reduce_dtype
+        checked = check_options("ragged_dot", *types, out_sharding, config, num_sms, b=rhs)
+        return per_channel_dot(lhs, rhs, group_sizes, rhs_layout, group_offset, expected_m, checked)
+    if is_quantized(lhs) or is_quantized(rhs):
+        return quantized_dot(
             lhs,
             rhs,
             group_sizes,
@@ -239,24 +253,6 @@ class _Call:
 
 
 # Checks
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, QuantizedArray) or (isinstance(x, tuple) and len(x) == 2)
-
-
-def _array(name: str, what: str, x: Any) -> jax.Array:
-    x = unwrapped(x)
-    if isinstance(x, (jax.Array, np.ndarray)):
-        return jnp.asarray(x)
-    if _is_quantized(x):
-        raise TypeError(
-            f"{name}: {what} is quantised, need an array. ragged_dot takes quantised operands, if both are."
-        )
-    convert = (
-        f" jax_deepgemm.quantization.from_qwix({what}) makes a QuantizedArray of it." if is_qwix(x) else ""
-    )
-    raise TypeError(f"{name}: {what} is a {type(x).__name__}, need a jax or numpy array.{convert}")
 
 
 def _held_groups(
@@ -392,7 +388,7 @@ def _ragged_dot(
             "jax.lax.RaggedDotDimensionNumbers."
         )
     operands = {"lhs": lhs, "rhs": rhs, "group_sizes": group_sizes}
-    lhs, rhs, sizes = (_array(call.name, what, x) for what, x in operands.items())
+    lhs, rhs, sizes = (as_array(call.name, what, x) for what, x in operands.items())
     call = dataclasses.replace(call, precision=_one_precision(call.precision))
     offset = None if group_offset is None else check_offset(call.name, group_offset)
     result = _result_type(call, lhs, rhs, sizes, numbers, offset)
@@ -443,7 +439,7 @@ def _run(
     lhs, rhs = _ordered(name, "lhs", lhs, plan.lhs), _ordered(name, "rhs", rhs, plan.rhs)
     lead, rhs_lead = plan.batch + plan.shared, plan.rhs_lead
     rows = lhs.shape[lead : lead + 1 + plan.inner]
-    sizes = _sizes_of_rows(sizes, rows)
+    sizes = sizes_of_rows(sizes, rows)
     lhs, rhs, sizes = _cut_alike(plan, lhs, rhs, sizes)
     function = functools.partial(product, plan.layout, offset=offset, count=count, params=params)
     each = 0 if sizes.ndim > 1 else None
@@ -492,13 +488,6 @@ def _on_xla(
     return ragged_ops.RAGGED_DOT[layout](lhs, rhs, sizes, groups, layout=layout, **params)[0]
 
 
-def _sizes_of_rows(sizes: jax.Array, rows: Sequence[int]) -> jax.Array:
-    """int32 group sizes, in rows that each stand for all of `rows` behind the first, the ragged one."""
-    if sizes.dtype.itemsize < 4:
-        sizes = sizes.astype(jnp.int32)
-    return jnp.clip(sizes, 0, rows[0]).astype(jnp.int32) * math.prod(rows[1:])
-
-
 def _cut_alike(plan: CanonicalForm, *arrays: jax.Array) -> list[jax.Array]:
     """On Explicit axes, arrays that are mapped together are first cut together."""
     lead = plan.batch + plan.shared
@@ -545,29 +534,3 @@ def _zeros(
 def _placed(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
     explicit = jax.typeof(x).sharding.mesh.explicit_axes
     return jax.sharding.reshard(x, spec) if spec is not None and explicit else x
-
-
-def _quantized(
-    lhs: Any, rhs: Any, group_sizes: Any, rhs_layout: str, allow_transpose: bool, **options: Any
-) -> jax.Array:
-    for what, x, other in (("lhs", lhs, "rhs"), ("rhs", rhs, "lhs")):
-        if not _is_quantized(x):
-            block = (1, 128) if what == "lhs" else (128, 128)
-            raise TypeError(
-                f"ragged_dot: {other} is quantised and {what} is not, need both or neither. Quantise it: "
-                f"jax_deepgemm.quantize({what}, {block})."
-            )
-    sizes = _array("ragged_dot", "group_sizes", group_sizes)
-    if not jnp.issubdtype(sizes.dtype, jnp.integer):
-        raise TypeError(f"ragged_dot: group_sizes are {sizes.dtype.name}, need integers.")
-    values = lhs.values if isinstance(lhs, QuantizedArray) else lhs[0]
-    sizes = _sizes_of_rows(sizes, values.shape[:1] or (0,))
-    if rhs_layout == "gnk":
-        return api.m_grouped_fp8_gemm_nt_contiguous(lhs, rhs, sizes, **options)
-    if allow_transpose:
-        return api.m_grouped_fp8_gemm_nn_contiguous(lhs, rhs, sizes, **options)
-    raise ValueError(
-        "ragged_dot: the quantised rhs is stored [g, k, n], and FP8 tensor cores read along k. Store it "
-        "[g, n, k], as quantize(rhs.mT, (128, 128)), and say rhs_layout='gnk'; or accept that its bytes are "
-        "transposed at each call: allow_transpose=True."
-    )

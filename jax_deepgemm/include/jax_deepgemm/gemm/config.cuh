@@ -32,6 +32,7 @@ concept GemmConfig = requires {
   C::GATED;                // bool: whether a tile's columns are rows of gate and, behind them, those of up
                            // of the same features (grouped/gemm_grouped_swiglu.cuh)
   C::MASK_K;               // bool: whether a tile's k may begin or end inside a block (k in groups)
+  C::RUNS;                 // bool: whether k is several runs of whole blocks, which lie as batches do (einsum)
   C::WHOLE_BLOCKS;         // bool: whether groups of k begin with a block, and the last one holds zeros behind
                            // their end: it is multiplied no further than it counts (FP8)
 
@@ -65,6 +66,8 @@ concept GemmConfig = requires {
   C::REDUCE;               // bool: whether D lies in C's memory and products are added to it there
   C::TMA_STORE;            // bool: whether D leaves through TMA, which needs rows of a multiple of 16 bytes
   C::EVEN_N;               // bool: whether n is even, so that two elements of D are loaded and stored at once
+  C::BATCH_INSIDE;         // bool: whether D and C are stored [row, batch, column]; else [batch, row, column]
+  C::BATCHES_TOGETHER;     // bool: whether the tiles of all batches come before the next rows
 };
 // clang-format on
 

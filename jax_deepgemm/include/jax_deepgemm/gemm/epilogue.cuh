@@ -57,8 +57,18 @@ constexpr int kSlabRows = 8, kSlabBytes = kSlabRows * 128;
 template <class C>
 constexpr int kSlabCols = 128 / sizeof(typename C::Out);
 
-template <class T>
+// From a row of C or D to the next one of the same batch.
+template <class C>
+__device__ __forceinline__ auto row_pitch(const Extents& p) {
+  if constexpr (C::BATCH_INSIDE)
+    return static_cast<i64>(p.n) * p.batches;
+  else
+    return p.n;
+}
+
+template <class C, class T>
 __device__ __forceinline__ T* matrix_of(T* base, const Extents& p, int batch) {
+  if constexpr (C::BATCH_INSIDE) return base + static_cast<i64>(batch) * p.n;
   return base + static_cast<i64>(batch) * p.m * p.n;
 }
 
@@ -97,7 +107,7 @@ __device__ __forceinline__ void add_c(float (&acc)[kCols<C> / 2], const typename
   for (int i = 0; i < kCols<C> / 2; i += 2) {
     if (!START && i % kInFlight == 0) asm volatile("" ::: "memory");
     const int row = first_row + mine.row + i / 2 % 2 * 8, col = tile.col + i / 4 * 8 + mine.col;
-    const typename C::Out* at = c + static_cast<i64>(row) * p.n + col;
+    const typename C::Out* at = c + static_cast<i64>(row) * row_pitch<C>(p) + col;
     float2 pair = {0.0f, 0.0f};
     if constexpr (C::EVEN_N) {
       if (row < p.m && col < p.n) pair = load_pair(at);
@@ -133,7 +143,7 @@ __device__ __forceinline__ void store_direct(const float (&acc)[kCols<C> / 2], t
 #pragma unroll
   for (int i = FIRST / 2; i < kCols<C> / 2; i += 2) {
     const int row = first_row + mine.row + i / 2 % 2 * 8, col = tile.col + i / 4 * 8 + mine.col;
-    typename C::Out* at = d + static_cast<i64>(row) * p.n + col;
+    typename C::Out* at = d + static_cast<i64>(row) * row_pitch<C>(p) + col;
     if constexpr (C::EVEN_N) {
       if (row < p.m && col < end) put_pair<C>(at, acc[i], acc[i + 1]);
     } else {
@@ -158,13 +168,13 @@ __device__ __forceinline__ void store_sum(const float (&acc)[kCols<C> / 2], type
 #pragma unroll
     for (int i = 0; i < kAhead && first + i < kCount; i += 2) {
       const int r = row + i / 2 % 2 * 8, k = col + (first + i) / 4 * 8;
-      if (r < p.m && k < p.n) addend[i / 2] = load_pair(c + (static_cast<i64>(r) * p.n + k));
+      if (r < p.m && k < p.n) addend[i / 2] = load_pair(c + (static_cast<i64>(r) * row_pitch<C>(p) + k));
     }
 #pragma unroll
     for (int i = 0; i < kAhead && first + i < kCount; i += 2) {
       const int r = row + i / 2 % 2 * 8, k = col + (first + i) / 4 * 8;
       if (r < p.m && k < p.n)
-        store_pair(d + (static_cast<i64>(r) * p.n + k), acc[first + i] + addend[i / 2].x,
+        store_pair(d + (static_cast<i64>(r) * row_pitch<C>(p) + k), acc[first + i] + addend[i / 2].x,
                    acc[first + i + 1] + addend[i / 2].y);
     }
   }

@@ -18,9 +18,15 @@
 namespace jdg {
 
 // The order of tiles: batches, stripes of `stripe` row tiles, columns, rows within the stripe.
+// BATCHES_TOGETHER: rows, batches, columns, so that blocks of threads which run at a time read whole rows of
+// [row, batch, k].
 template <class C>
 __device__ __forceinline__ Tile tile_at(int index, const Extents& p, int k_blocks) {
   const int row_tiles = ceil_div(p.m, C::ROWS), col_tiles = ceil_div(p.n, C::COLS);
+  if constexpr (C::BATCHES_TOGETHER) {
+    const int row = index / (p.batches * col_tiles), batch = index / col_tiles % p.batches;
+    return {row * C::ROWS, index % col_tiles * C::COLS, batch, 0, k_blocks};
+  }
   const int batch = index / (row_tiles * col_tiles), rest = index % (row_tiles * col_tiles);
   const int stripe = rest / (p.stripe * col_tiles), within = rest % (p.stripe * col_tiles);
   const int height = min(p.stripe, row_tiles - stripe * p.stripe);
@@ -71,7 +77,7 @@ struct DenseTiles {
   __device__ __forceinline__ void multiply(MainLoop<C>& loop, Tile& tile) const {
     tile.row += first_part<C>(loop.warpgroup) * 64;
     tile.col += first_col<C>(loop.warpgroup);
-    start_accumulator<C, E>(loop.acc, matrix_of(c, p, tile.batch * p.batched_c), p, tile, tile.row);
+    start_accumulator<C, E>(loop.acc, matrix_of<C>(c, p, tile.batch * p.batched_c), p, tile, tile.row);
     loop.finish(tile);
   }
 
@@ -80,7 +86,7 @@ struct DenseTiles {
     using S = Stored<E, Cut>;
     const u32 slabs = slabs_of_warp<C>(loop.ring.smem);
     const Extents out = E::stored(p);
-    typename C::Out* to = matrix_of(d, out, tile.batch);
+    typename C::Out* to = matrix_of<C>(d, out, tile.batch);
 #pragma unroll
     for (int i = 0; i < kParts<C> * kCuts<C, E>; ++i) {
       const int part = i / kCuts<C, E>, first = i % kCuts<C, E> * kCols<Cut>, row = tile.row + part * 64;
@@ -91,7 +97,7 @@ struct DenseTiles {
       if (kCuts<C, E> > 1 && cut.col >= p.n) return;
       finish.of(tile.batch, p).template apply<Cut>(acc, p, cut);
       auto& stored = reinterpret_cast<float (&)[kCols<S> / 2]>(acc);
-      store_tile<S, E>(stored, d_map, to, matrix_of(c, out, tile.batch * p.batched_c), slabs, out,
+      store_tile<S, E>(stored, d_map, to, matrix_of<C>(c, out, tile.batch * p.batched_c), slabs, out,
                        E::stored(cut), row);
       E::template fill_holes<Cut>(to, out, p.n, cut, row);
     }

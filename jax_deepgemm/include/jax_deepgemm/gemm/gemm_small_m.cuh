@@ -88,7 +88,7 @@ template <class C, int COUNT>
 __device__ __forceinline__ void store_neighbours(float (&values)[4], typename C::Out* d,
                                                  const typename C::Out* c, const Extents& p, int token,
                                                  int col) {
-  const i64 at = static_cast<i64>(token) * p.n + col;
+  const i64 at = static_cast<i64>(token) * row_pitch<C>(p) + col;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i)
     if (C::ADD && col + i < p.n) values[i] += ptx::to_float(c[at + i]);
@@ -214,8 +214,8 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Extents& 
       ptx::named_barrier<1, kConsumers>();  // the other warpgroup may still read what is overwritten
     slices.send(acc[0], warpgroup);
     slices.wait();
-    typename C::Out* out = matrix_of(d, E::stored(p), tile.batch);
-    const typename C::Out* addend = matrix_of(c, E::stored(p), tile.batch * p.batched_c);
+    typename C::Out* out = matrix_of<C>(d, E::stored(p), tile.batch);
+    const typename C::Out* addend = matrix_of<C>(c, E::stored(p), tile.batch * p.batched_c);
     const E mine = finish.of(tile.batch, p);
     if constexpr (C::SWAP_AB)
       store_swapped_slice<C>(slices, out, addend, p, mine, tile);

@@ -49,6 +49,7 @@ struct Operands {
   const TensorMap* col_scales;  // FP8 only
   int k_blocks;
   int batched_rows, batched_cols, batched_row_scales, batched_col_scales;  // 0 or 1
+  int run_blocks = 0;                                                      // RUNS: blocks of k in each
 };
 
 template <bool ONCE>
@@ -146,8 +147,16 @@ __device__ __forceinline__ void load_block(Ring<C>& ring, const Operands& in, co
   const int k = tile.k_first + kb * C::BLOCK_K;
   ring.wait_empty();
   ring.expect(L::kSlotBytes + (SCALES ? L::kScaleBytes : 0));
-  load_rows<C>(ring, in, tile, k);
-  load_cols<C>(ring, in, tile, k);
+  if constexpr (C::RUNS) {
+    static_assert(!L::kFp8, "runs have no scales");
+    Tile run = tile;
+    run.batch = run.col_batch = kb / in.run_blocks;
+    load_rows<C>(ring, in, run, kb % in.run_blocks * C::BLOCK_K);
+    load_cols<C>(ring, in, run, kb % in.run_blocks * C::BLOCK_K);
+  } else {
+    load_rows<C>(ring, in, tile, k);
+    load_cols<C>(ring, in, tile, k);
+  }
   if constexpr (SCALES) {
     load_scales<C>(ring, in, tile, k / C::BLOCK_K - (L::kDown ? kQuad - 1 : 0));
     ring.advance_scales();

@@ -128,11 +128,11 @@ __device__ __forceinline__ void store_group_tile(float (&acc)[kCols<C> / 2], con
   if constexpr (GroupTable<C>::kRowsInGroups) tile.batch = 0;
   Extents bounded = p;
   bounded.m = mine.zeros_end;
-  typename C::Out* out = matrix_of(d, p, tile.batch);
+  typename C::Out* out = matrix_of<C>(d, p, tile.batch);
   if (C::TMA_STORE && cut)
     store_direct<C>(acc, out, bounded, tile, first_row);
   else
-    store_tile<C>(acc, d_map, out, matrix_of(c, p, tile.batch), slabs, bounded, tile, first_row);
+    store_tile<C>(acc, d_map, out, matrix_of<C>(c, p, tile.batch), slabs, bounded, tile, first_row);
 }
 
 template <class C>
@@ -148,7 +148,7 @@ struct GroupedTiles {
 
   __device__ __forceinline__ void prepare(u32 smem) {
     if constexpr (!C::CHAINED) ptx::wait_for_previous_kernel();
-    table = make_table<C>(groups, p, smem);
+    table = make_table<C>(groups, p, smem + Layout<C>::kTable);
   }
 
   // The first tile of a kernel in a chain, if there is one and it has products; the number of the next one.
@@ -196,7 +196,7 @@ struct GroupedTiles {
   __device__ __forceinline__ void multiply(MainLoop<C>& loop, const TileRecord& record) const {
     Tile tile = group_tile<C>(table, record, p, in.k_blocks).tile;
     tile.col += first_col<C>(loop.warpgroup);
-    start_accumulator<C>(loop.acc, matrix_of(c, p, tile.batch), p, tile,
+    start_accumulator<C>(loop.acc, matrix_of<C>(c, p, tile.batch), p, tile,
                          record.row + first_part<C>(loop.warpgroup) * 64);
     if (record.blocks > 0) {
       tile.k_end = GroupTable<C>::kInner ? record.blocks : in.k_blocks;  // the latter needs no register

@@ -184,11 +184,11 @@ __device__ __forceinline__ int covered_rows(const GroupTable<C>& table, int i, c
   return p.m;
 }
 
-// By all threads of the block; the table is complete behind the barrier at its end.
+// By all threads of the block; the table, at `base`, is complete behind the barrier at its end.
 template <class C>
-__device__ __forceinline__ GroupTable<C> make_table(const Groups& g, const Extents& p, u32 smem) {
-  GroupTable<C> table{smem + Layout<C>::kTable, 0, 0};
-  const u32 totals = smem + Layout<C>::kTable + C::TABLE_BYTES - 16;
+__device__ __forceinline__ GroupTable<C> make_table(const Groups& g, const Extents& p, u32 base) {
+  GroupTable<C> table{base, 0, 0};
+  const u32 totals = base + C::TABLE_BYTES - 16;
   if (threadIdx.x < 32) {
     const int lane = threadIdx.x;
     table.segments = read_segments<C>(g, table.base);

@@ -49,4 +49,11 @@ __device__ __forceinline__ void pin(float (&registers)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+// The same of an operand in registers, written before the fence.
+template <int A, int B>
+__device__ __forceinline__ void pin(u32 (&registers)[A][B]) {
+#pragma unroll
+  for (int i = 0; i < A * B; ++i) asm volatile("" : "+r"(registers[i / B][i % B])::"memory");
+}
+
 }  // namespace jdg::ptx

@@ -205,7 +205,7 @@ def candidates(p: GemmProblem, chip: Chip) -> Iterator[Sm90Config]:
     """Every configuration worth comparing; each obeys `problems_with`."""
     tiles = persistent_tiles(_PER_BLOCK, p)
     wanted = [c for c in tiles if not c.ping_pong or _tiles(p, c) >= 2 * chip.num_sms]
-    if p.m <= 512:
+    if p.m <= 512 or p.runs > 1:
         wanted += [
             Sm90Config(tokens, weights, 0, True, split, resident)
             for tokens in (8, 16, 32, 64, 128)
@@ -214,7 +214,7 @@ def candidates(p: GemmProblem, chip: Chip) -> Iterator[Sm90Config]:
             for resident in (2, 1)  # of equals the first is chosen
             if tokens < 2 * max(8, p.m) and not (tokens == weights == 128 and resident == 2)
         ]
-    if 16 < p.m <= 512:
+    if 16 < p.m <= 512 or p.runs > 1:
         wanted += [
             Sm90Config(rows, cols, 0, split_k=split)
             for rows, cols in ((64, 32), (64, 64), (128, 64))

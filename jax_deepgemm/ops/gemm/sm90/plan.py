@@ -38,39 +38,52 @@ class GemmOperands:
 
 
 def tensor_map(
-    base: Operand | Result, shape: tuple[int, ...], dtype: str, size: int, box: tuple[int, int], swizzle: int
+    base: Operand | Result,
+    shape: tuple[int, ...],
+    dtype: str,
+    size: int,
+    box: tuple[int, int],
+    swizzle: int,
+    batch_axis: int = 0,
 ) -> TensorMap:
-    """A three-dimensional map (columns, rows, batch); boxes that reach outside are filled with zeros."""
-    *batch, rows, cols = shape
-    strides = (cols * size, rows * cols * size)
-    return TensorMap(base, dtype, (cols, rows, *(batch or (1,))), strides, (*box, 1), swizzle)
+    """A three-dimensional map (columns, rows, batch), also of a batch that is stored behind the rows
+    (`batch_axis` 1); boxes that reach outside are filled with zeros."""
+    *outer, cols = shape
+    outer = outer if len(outer) == 2 else [1, *outer]
+    strides = (outer[1] * cols * size, cols * size)  # of the first dimension, of the second
+    if batch_axis == 0:
+        outer, strides = outer[::-1], strides[::-1]
+    return TensorMap(base, dtype, (cols, *outer), strides, (*box, 1), swizzle)
 
 
-def matrix_map(p: GemmProblem, x: Given, k_major: bool, tile: int) -> TensorMap:
+def matrix_map(p: GemmProblem, x: Given, k_major: bool, tile: int, batch_axis: int) -> TensorMap:
     box = (p.block_k, tile) if k_major else (64, 64)
     dtype, size = ("uint8", 1) if p.is_fp8 else ("bfloat16", 2)
-    return tensor_map(Operand(x.index), x.shape, dtype, size, box, 128)
+    return tensor_map(Operand(x.index), x.shape, dtype, size, box, 128, batch_axis)
 
 
 def scale_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands) -> list[TensorMap]:
     """Maps of A's and B's scales: a box is what a tile needs for a quad of blocks of k, of slices for one."""
     maps = []
-    for side, scales, tile in zip(sides(p), (x.a_scales, x.b_scales), (c.block_m, c.block_n), strict=True):
+    parts = zip(sides(p), (x.a_scales, x.b_scales), (c.block_m, c.block_n), p.batch_axes, strict=False)
+    for side, scales, tile, axis in parts:
         if scales is not None:
             blocks = 4 if p.b_scales != "slices" else 1  # of k
             extent = scale_blocks(p, c) if side.scales in ("block", "block_slices") else tile
             box = (extent, blocks) if p.slices else (blocks, extent)
-            maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, box, 0))
+            maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, box, 0, axis))
     return maps
 
 
 def tensor_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands, result: tuple[int, ...]) -> list[TensorMap]:
     """Maps of A, B, their scales, and D, whose boxes are slabs of the epilogue; see `leading_parameters`."""
-    maps = [matrix_map(p, x.a, p.a_k_major, c.block_m), matrix_map(p, x.b, p.b_k_major, c.block_n)]
+    axis_a, axis_b, axis_d = p.batch_axes
+    maps = [matrix_map(p, x.a, p.a_k_major, c.block_m, axis_a)]
+    maps += [matrix_map(p, x.b, p.b_k_major, c.block_n, axis_b)]
     maps += scale_maps(p, c, x)
     if tma_store(p, c):
         box = (SLAB_ROW_BYTES // p.out_bytes, SLAB_ROWS)
-        maps.append(tensor_map(Result(0), result, p.out, p.out_bytes, box, 128))
+        maps.append(tensor_map(Result(0), result, p.out, p.out_bytes, box, 128, axis_d))
     return maps
 
 
@@ -101,7 +114,8 @@ def gemm_plan(p: GemmProblem, c: Sm90Config, chip: Chip, operands: Operands) -> 
     """One launch that computes `p` with `c`."""
     x = GemmOperands(**operands)
     batch = (p.batches,) if p.batches > 1 else ()
-    maps = tensor_maps(p, c, x, (*batch, p.m, p.columns))
+    result = (*batch, p.m, p.columns) if p.batch_axes[2] == 0 else (p.m, p.batches, p.columns)
+    maps = tensor_maps(p, c, x, result)
     values = {
         "m": p.m,
         "n": p.n,
@@ -115,6 +129,7 @@ def gemm_plan(p: GemmProblem, c: Sm90Config, chip: Chip, operands: Operands) -> 
         "batched_c": int(x.c is not None and x.c.batched),
         "batched_alpha": int(x.alpha is not None and x.alpha.batched),
         "batched_bias": int(x.bias is not None and x.bias.batched),
+        "run_blocks": p.k_blocks // p.runs,
     }
     tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
     launch = Launch(

@@ -26,9 +26,10 @@ struct Config {{
   static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared};
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
   static constexpr bool ROWS_K_MAJOR = {rows_k_major}, COLS_K_MAJOR = {cols_k_major}, MASK_K = {mask_k};
-  static constexpr bool WHOLE_BLOCKS = {whole_blocks};
+  static constexpr bool RUNS = {runs}, WHOLE_BLOCKS = {whole_blocks};
   static constexpr bool ROWS_ONCE = {rows_once}, COLS_ONCE = {cols_once};
   static constexpr bool ADD = {add}, REDUCE = {reduce}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
+  static constexpr bool BATCH_INSIDE = {batch_inside}, BATCHES_TOGETHER = {batches_together};
   static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
 }};
 """
@@ -78,6 +79,9 @@ def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
     parts += ["sb1"] if p.b_scales == "vector" else ["sb128"] if p.b_scales == "block_slices" else []
     parts += ["f32"] if p.out == "float32" else []
     parts += ["once"] if p.b_once else []
+    parts += ["runs"] if p.runs > 1 else []
+    parts += ["inside"] if p.batch_axes[2] == 1 else []
+    parts += ["together"] if p.batches_together else []
     parts += ["acc" if p.reduces else "add"] if p.add_c else []
     parts += p.finish.words
     if not c.one_tile:
@@ -148,13 +152,16 @@ def config_text(
         rows_k_major=as_cpp(rows.k_major),
         cols_k_major=as_cpp(cols.k_major),
         mask_k=as_cpp(mask_k),
+        runs=as_cpp(p.runs > 1),
         whole_blocks=as_cpp(whole_blocks),
-        rows_once=as_cpp(p.b_once and c.swap_ab),
-        cols_once=as_cpp(p.b_once and not c.swap_ab),
+        rows_once=as_cpp(p.b_once if c.swap_ab else p.batches_together),
+        cols_once=as_cpp(p.batches_together if c.swap_ab else p.b_once),
         add=as_cpp(reads_c(p)),
         reduce=as_cpp(p.reduces),
         tma_store=as_cpp(tma_store(p, c)),
         even_n=as_cpp(p.columns % 2 == 0),
+        batch_inside=as_cpp(p.batch_axes[2] == 1),
+        batches_together=as_cpp(p.batches_together),
         row_scales=_SCALES[rows.scales],
         col_scales=_SCALES[cols.scales],
     )
@@ -232,6 +239,7 @@ def kernel_source(p: GemmProblem, c: Sm90Config) -> KernelSource:
     rows, cols = (b, a) if c.swap_ab else (a, b)
     operands = [f"&{rows.name}_map", f"&{cols.name}_map", rows.scale_map, cols.scale_map, "k_blocks"]
     operands += [f"batched_{side.name}{of}" for of in ("", "_scales") for side in (rows, cols)]
+    operands += ["run_blocks"] if p.runs > 1 else []
     name = kernel_name(p, c)
     given = [name if getattr(p.finish, name) else "nullptr" for name in ("alpha", "bias")]
     given += [f"batched_{name}" if getattr(p.finish, name) else "0" for name in ("alpha", "bias")]
@@ -254,20 +262,7 @@ def kernel_source(p: GemmProblem, c: Sm90Config) -> KernelSource:
     return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p, c).total)
 
 
-def integers(p: GemmProblem) -> list[str]:
-    """The kernel's last parameters, in order."""
-    return [*_INTEGERS, *(f"batched_{name}" for name in coefficients(p))]
-
-
-_INTEGERS = (
-    "m",
-    "n",
-    "batches",
-    "k_blocks",
-    "stripe",
-    "batched_a",
-    "batched_b",
-    "batched_a_scales",
-    "batched_b_scales",
-    "batched_c",
-)
+def integers(p: GemmProblem) -> tuple[str, ...]:
+    """The kernel's last parameters."""
+    batched = tuple(f"batched_{part}" for part in ("a", "b", "a_scales", "b_scales", "c", *coefficients(p)))
+    return ("m", "n", "batches", "k_blocks", "stripe", *batched, *(("run_blocks",) if p.runs > 1 else ()))

@@ -36,7 +36,7 @@ struct Index {
   unsigned x;
 };
 inline thread_local Index threadIdx;
-inline Index blockIdx, gridDim;
+inline Index blockIdx, gridDim, blockDim;
 
 struct Warp {
   std::barrier<> lanes{32};
@@ -143,5 +143,12 @@ inline void fence_mbarrier_init() {}
 inline void fence_proxy_async() {}
 inline bool elect() { return threadIdx.x % 32 == 0; }
 inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+
+template <int ID, int THREADS>
+void named_barrier() {
+  static std::barrier<> all(THREADS);
+  all.arrive_and_wait();
+}
 
 }  // namespace jdg::ptx

@@ -62,4 +62,25 @@ void issue_product(float (&d)[COUNT], u64 a, u64 b, bool accumulate) {
   });
 }
 
+// m64nNk8 in TF32, A in registers: what these hold when the product is waited for.
+template <int COUNT>
+void issue_tf32(float (&d)[COUNT], const u32 (&a)[4], u64 b) {
+  issued.push_back([&d, &a, b] {
+    const auto tf32 = [](u32 bits) { return __uint_as_float(bits & 0xFFFFE000u); };
+    float rows[2][8];
+    for (int i = 0; i < 4; ++i)
+      exchange(a[i], [&](unsigned lane, u32 bits) {
+        if (lane / 4 == threadIdx.x % 32 / 4) rows[i % 2][lane % 4 + i / 2 * 4] = tf32(bits);
+      });
+    for (int i = 0; i < COUNT; ++i) {
+      const u32 row = b + (i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2) * 128;
+      for (u32 k = 0; k < 8; ++k) {
+        u32 bits;
+        std::memcpy(&bits, shared + ((row + 4 * k) ^ (row / 128 % 8 * 16)), 4);
+        d[i] += rows[i / 2 % 2][k] * tf32(bits);
+      }
+    }
+  });
+}
+
 }  // namespace jdg::ptx

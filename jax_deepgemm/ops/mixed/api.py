@@ -1,0 +1,108 @@
+"""What `fp8_gemm_nt`, `m_grouped_fp8_gemm_nt_contiguous` and `m_grouped_fp8_gemm_nt_masked` call for an FP4
+weight (`PreparedFp4.products`); their docstrings say what users need to know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_deepgemm.ops.gemm.checks import (
+    Options,
+    Quantized,
+    Side,
+    check_fp8_parts,
+    describe,
+    quantized,
+    sides,
+)
+from jax_deepgemm.ops.grouped import checks
+from jax_deepgemm.ops.mixed import op as ops
+from jax_deepgemm.ops.mixed.family import FAMILY
+from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4
+from jax_deepgemm.ops.quantize.slabs import COLUMNS
+
+
+def config_type() -> type[Any]:
+    """Of what the products take as `config=`."""
+    found = FAMILY.kernels_of("9.0a").config
+    assert found is not None
+    return found
+
+
+def dense(op: str, a: Any, w: PreparedFp4, c: Any, options: Options) -> jax.Array:
+    """D [m, n] of a [m, k] and w [n, k]."""
+    if c is not None:
+        raise ValueError(
+            f"{op}: c is {describe(c)} and b is a PreparedFp4, need c=None: products with FP4 weights add no "
+            "C. Add it to the result: fp8_gemm_nt(a, b) + c."
+        )
+    left = _checked(op, sides("nt"), a, w)
+    if 0 in (*left.values.shape, *w.slabs.shape):
+        return _empty((left.values.shape[0], w.shape[-2]), options)
+    return ops.MIXED_FP8_GEMM(left.values, left.scales, w.slabs, **vars(options))[0]
+
+
+def contiguous(
+    op: str, a: Any, w: PreparedFp4, rows: checks.Rows, expected_m: Any, options: Options
+) -> jax.Array:
+    """D [m, n] of a [m, k] and w [g, n, k]."""
+    left = _checked(op, checks.m_grouped_sides("nt"), a, w)
+    m, groups = left.values.shape[0], w.shape[0]
+    where = checks.check_rows(op, rows, m, groups)
+    hint = checks.check_expected_m(op, expected_m)
+    if 0 in (*left.values.shape, *w.slabs.shape):
+        return _empty((m, w.shape[-2]), options)
+    arrays = (left.values, left.scales, w.slabs, where.group_sizes, where.group_offset)
+    form: dict[str, Any] = {"rows_format": where.rows_format, "expected_m": hint}
+    return ops.M_GROUPED_MIXED_FP8_GEMM(*arrays, **form, **vars(options))[0]
+
+
+def masked(op: str, a: Any, w: PreparedFp4, masked_m: Any, hints: Any, options: Options) -> jax.Array:
+    """D [g, m, n] of a [g, m, k] and w [g, n, k]; hints: zero_rows and expected_m, checked."""
+    left = _checked(op, checks.masked_sides("nt"), a, w)
+    counts = checks.check_masked_m(op, masked_m, w.shape[0])
+    if 0 in (*left.values.shape, *w.slabs.shape):
+        return _empty((*left.values.shape[:2], w.shape[-2]), options)
+    arrays = (left.values, left.scales, w.slabs, counts)
+    return ops.M_MASKED_MIXED_FP8_GEMM(*arrays, **hints, **vars(options))[0]
+
+
+def _checked(op: str, both: tuple[Side, Side], a: Any, w: PreparedFp4) -> Quantized:
+    """The rows, which fit the weight."""
+    side_a, side_b = both
+    left = quantized(op, check_fp8_parts(op, side_a, a))
+    w.check(op, "b")
+    need = len(side_b.lead) + 2
+    if w.ndim != need:
+        more = w.ndim > need
+        way_out = "Use jax.vmap for leading batch dimensions." if more else "Add one of size 1: b[None]."
+        raise ValueError(f"{op}: b is {w!r}, need {need} dimensions {side_b.dims}. {way_out}")
+    if left.values.dtype != w.activations:
+        raise ValueError(
+            f"{op}: values of a are {np.dtype(left.values.dtype).name} and b is prepared for "
+            f"{w.activations.name}, need the same. Quantise a so: jax_deepgemm.quantize(a, (1, 128))."
+        )
+    shape = left.values.shape
+    if side_b.lead and not w.shape[0]:
+        raise ValueError(f"{op}: b is {w!r}: there are no groups; need at least one.")
+    if side_a.lead and shape[0] != w.shape[0]:
+        raise ValueError(
+            f"{op}: a is {list(shape)} and b is {w!r}: the number of groups differs ({shape[0]} and "
+            f"{w.shape[0]}). Every group needs its rows of a and its matrix of b."
+        )
+    if -(-shape[-1] // COLUMNS) != w.slabs.shape[-2]:
+        raise ValueError(
+            f"{op}: a is {list(shape)} {side_a.dims} and b is {w!r}: k is {shape[-1]}, and b has "
+            f"{w.shape[-1] - COLUMNS + 1} to {w.shape[-1]}. Make both operands cover the same k."
+        )
+    return left
+
+
+def _empty(shape: tuple[int, ...], options: Options) -> jax.Array:
+    nothing = jnp.zeros(shape, options.out_dtype)
+    if options.out_sharding is None:
+        return nothing
+    return jax.sharding.reshard(nothing, options.out_sharding)

@@ -1,0 +1,77 @@
+"""Rows of the benchmark: ragged products with weights of a scale a channel, beside the same in bfloat16."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_deepgemm.core.bench import BESIDE_BASELINE, CLOCK, RATES, Beside, Fields, Row, Table
+from jax_deepgemm.ops.quantize.per_channel import dequantize_per_channel, quantize_per_channel
+from jax_deepgemm.ops.ragged_dot.api import ragged_dot
+
+GROUPS, ROWS_OF_A_GROUP = 32, (1, 8, 20, 64, 256)
+NK = ((4096, 2048), (6144, 7168))
+BF16 = "bfloat16 weights"
+
+
+def _sizes(groups: int, m: int) -> tuple[int, ...]:
+    """Rows of each group where every row chooses one at random."""
+    drawn = np.random.default_rng(0).multinomial(groups * m, np.full(groups, 1 / groups))
+    return tuple(int(size) for size in drawn)
+
+
+@functools.partial(jax.jit, static_argnums=range(4))
+def _draw(rows: int, groups: int, n: int, k: int) -> tuple[Any, Any, Any]:
+    """Rows, weights, and the same weights in bfloat16; standard normal."""
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (rows, k), jnp.bfloat16)
+    w = quantize_per_channel(jax.random.normal(keys[1], (groups, k, n), jnp.bfloat16))
+    return x, w, dequantize_per_channel(w, jnp.bfloat16)
+
+
+def _row(m: int, n: int, k: int, sizes: tuple[int, ...]) -> Row:
+    total, groups = sum(sizes), len(sizes)
+    fields: Fields = {"type": "bf16", "groups": groups, "m": m, "n": n, "k": k, "group_sizes": list(sizes)}
+    product = functools.partial(ragged_dot, expected_m=m)
+    constants = (np.asarray(sizes, np.int32),)
+    return Row(
+        name=f"per channel groups={groups} m={m} n={n} k={k}",
+        fields=fields,
+        function=product,
+        draw=functools.partial(_draw, total, groups, n, k),
+        flops=2 * total * n * k,
+        bytes=groups * n * k + 2 * total * (k + n),
+        operands=lambda drawn: (drawn[0], drawn[1]),
+        baseline=Beside(BF16, product, lambda drawn: (drawn[0], drawn[2]), ours=True, constants=constants),
+        constants=constants,
+    )
+
+
+def rows(small: bool) -> Iterator[Row]:
+    """The table's rows."""
+    if small:
+        yield _row(4, 64, 128, _sizes(3, 4))
+        return
+    for n, k in NK:
+        for m in ROWS_OF_A_GROUP:
+            yield _row(m, n, k, _sizes(GROUPS, m))
+
+
+TABLES = {
+    "per_channel": Table(
+        "bfloat16 rows times int8 weights with a scale a channel (ragged_dot; m rows expected in each group),"
+        " beside the same weights in bfloat16",
+        ("groups", "m", "n", "k"),
+        rows,
+        columns=(*RATES, *BESIDE_BASELINE, CLOCK),
+        baseline=BF16,
+        tuned=True,
+        type="bf16",
+        part=lambda fields: "m <= 64" if fields["m"] <= 64 else "m = 256",
+    ),
+}

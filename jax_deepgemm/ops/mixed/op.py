@@ -1,0 +1,90 @@
+"""Products of FP8 rows and FP4 weights as ops: those of ops/gemm and ops/grouped with slabs for B.
+
+Slabs are not recut: devices have whole ones, so that n is cut at multiples of 64 and k at multiples of 128.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_deepgemm.core.family import LazyKernel
+from jax_deepgemm.core.op import Op
+from jax_deepgemm.core.sharding import ShardingPlan
+from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
+from jax_deepgemm.ops.grouped import segments
+from jax_deepgemm.ops.mixed import prepare, reference
+from jax_deepgemm.ops.quantize.slabs import COLUMNS, ROWS
+
+GRADIENT_HINT = (
+    "Quantised operands have no useful derivative. Use jax_deepgemm.grouped_linear or jax_deepgemm.moe, "
+    "which quantise inside and have gradients of the rows, or jax.lax.stop_gradient."
+)
+_GRIDS: dict[str, Any] = {
+    "blocks": {"kb": ("k", SCALE_BLOCK), "ns": ("n", ROWS), "ks": ("k", COLUMNS)},
+    "edges": ("ns", "ks"),
+}
+_KERNELS = "jax_deepgemm.ops.mixed.kernel"
+
+Recut = tuple[tuple[jax.Array, ...], dict[str, Any]]
+
+
+def _n(slabs: tuple[int, ...]) -> int:
+    return slabs[-3] * ROWS
+
+
+def recut_m_grouped(plan: ShardingPlan, *arrays: jax.Array, rows_format: str, **_: Any) -> Recut:
+    """m: my rows' part of each group. g: I have the groups from an offset on."""
+    *operands, group_sizes, group_offset = arrays
+    if plan.cut("m"):
+        mine = plan.size["m"], plan.offset("m"), plan.local_size("m")
+        group_sizes = segments.window(group_sizes, rows_format, *mine)
+    if plan.cut("g"):
+        group_offset = group_offset + plan.offset("g")
+    return (*operands, group_sizes, group_offset), {}
+
+
+def _recut_masked(plan: ShardingPlan, *arrays: jax.Array, **_: Any) -> Recut:
+    *operands, counts = arrays
+    if plan.cut("m"):
+        counts = jnp.clip(counts, 0, plan.size["m"]) - plan.offset("m")
+    return (*operands, counts), {}
+
+
+MIXED_FP8_GEMM: Op = Op(
+    "mixed_fp8_gemm",
+    "m k, m kb, ns ks z -> m n",
+    lambda a, scales, slabs, *, out_dtype, **_: [((a[0], _n(slabs)), out_dtype)],
+    reference.mixed_fp8_gemm,
+    reduces=("k",),
+    kernel=LazyKernel(_KERNELS, "mixed_gemm"),
+    kernel_prepare=prepare.mixed_fp8,
+    grad_hint=GRADIENT_HINT,
+    **_GRIDS,
+)
+M_GROUPED_MIXED_FP8_GEMM: Op = Op(
+    "m_grouped_mixed_fp8_gemm",
+    "m k, m kb, g ns ks z, s, o -> m n",
+    lambda a, scales, slabs, *_, out_dtype, **__: [((a[0], _n(slabs)), out_dtype)],
+    reference.m_grouped_mixed_fp8_gemm,
+    reduces=("k", "g"),
+    kernel=LazyKernel(_KERNELS, "m_grouped_mixed_gemm", batched=True),
+    recut=recut_m_grouped,
+    kernel_prepare=prepare.m_grouped_mixed_fp8,
+    grad_hint=GRADIENT_HINT,
+    **_GRIDS,
+)
+M_MASKED_MIXED_FP8_GEMM: Op = Op(
+    "m_masked_mixed_fp8_gemm",
+    "g m k, g m kb, g ns ks z, g -> g m n",
+    lambda a, scales, slabs, *_, out_dtype, **__: [((*a[:2], _n(slabs)), out_dtype)],
+    reference.m_masked_mixed_fp8_gemm,
+    reduces=("k",),
+    kernel=LazyKernel(_KERNELS, "m_masked_mixed_gemm", batched=True),
+    recut=_recut_masked,
+    kernel_prepare=prepare.m_masked_mixed_fp8,
+    grad_hint=GRADIENT_HINT,
+    **_GRIDS,
+)

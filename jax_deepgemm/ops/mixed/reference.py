@@ -1,0 +1,36 @@
+"""Products with FP4 weights in plain jnp: those of FP8, with the weights that the slabs stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jax_deepgemm.ops.gemm import reference as dense
+from jax_deepgemm.ops.grouped import reference as grouped
+from jax_deepgemm.ops.quantize import slabs as layout
+
+
+def _expanded(slabs: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """e4m3 [.., n, k] and float32 scales of each row; exact."""
+    values, codes = layout.unfold(slabs)
+    numbers, scales = layout.expand(values, codes, 1)
+    return numbers[..., :k], scales
+
+
+def _of(product: Callable[..., list[jax.Array]]) -> Callable[..., list[jax.Array]]:
+    def run(
+        a: jax.Array, scales: jax.Array, slabs: jax.Array, *rest: jax.Array, **params: Any
+    ) -> list[jax.Array]:
+        return product(a, scales, *_expanded(slabs, a.shape[-1]), *rest, **params)
+
+    return run
+
+
+mixed_fp8_gemm = _of(dense.fp8_gemm)
+"""[D [m, n]] of a [m, k], scales [m, kb], slabs [n / 64, ks, z]."""
+m_grouped_mixed_fp8_gemm = _of(grouped.m_grouped_fp8_gemm)
+"""[D [m, n]] of a [m, k], scales [m, kb], slabs [g, n / 64, ks, z], sizes, offset."""
+m_masked_mixed_fp8_gemm = _of(grouped.m_masked_fp8_gemm)
+"""[D [g, m, n]] of a [g, m, k], scales [g, m, kb], slabs [g, n / 64, ks, z], counts."""

@@ -1,0 +1,1 @@
+"""Mixed-input products on SM90."""

@@ -1,0 +1,108 @@
+"""Configurations of the kernels of mixed-input products on SM90, and the rules that they must obey."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jax_deepgemm.core.chip import Chip
+from jax_deepgemm.ops.gemm.problem import align_up, ceil_div
+from jax_deepgemm.ops.mixed.problem import MixedProblem
+
+TOKEN_ROW_BYTES = 128  # of k in a slot
+PRODUCER_REGISTERS = 40
+_MAX_SEGMENTS, _MAX_N = 2048, 1 << 22  # see ops/grouped/sm90/rules.py
+_MANY_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class MixedConfig:
+    """How a mixed-input product is cut on SM90.
+
+    Attributes:
+      tokens: rows of D in a tile, the width of the instruction.
+      across: warpgroups side by side, of 64 rows (FP4) or 128 of the weight each.
+      deep: warpgroups that take the blocks of k of a tile in turn.
+      stages: slots of the shared-memory ring; one holds a block of k of a tile.
+      split_k: blocks of a cluster that share a tile's k (dense products).
+      blocks_per_sm: blocks of threads resident on one SM.
+    """
+
+    tokens: int
+    across: int
+    deep: int
+    stages: int
+    split_k: int = 1
+    blocks_per_sm: int = 1
+
+    @property
+    def warpgroups(self) -> int:
+        """That multiply."""
+        return self.across * self.deep
+
+    @property
+    def shares_registers(self) -> bool:
+        """Whether consumers take registers from a whole warpgroup of the producer (setmaxnreg)."""
+        return self.warpgroups == 2 and self.blocks_per_sm == 1 and self.tokens > _MANY_TOKENS
+
+    @property
+    def threads(self) -> int:
+        """With the producer's warp, or warpgroup."""
+        return 128 * self.warpgroups + (128 if self.shares_registers else 32)
+
+    @property
+    def registers(self) -> int:
+        """What a consumer thread may use: each of an SM's four sub-partitions has its own register file."""
+        if self.shares_registers:
+            return 232
+        warps = self.blocks_per_sm * ceil_div(self.threads, 32)
+        return min(248, 16384 // (32 * ceil_div(warps, 4)) // 8 * 8)
+
+    def __str__(self) -> str:
+        split = f" split_k={self.split_k}" if self.split_k > 1 else ""
+        shared = f" {self.deep} deep" if self.deep > 1 else ""
+        tile = f"{self.tokens} tokens x {self.across}{shared}"
+        return f"{tile} stages={self.stages}{split} blocks/SM={self.blocks_per_sm}"
+
+
+def height(p: MixedProblem, c: MixedConfig) -> int:
+    """Rows of the weight in a tile."""
+    return p.height * c.across
+
+
+def shared_memory(p: MixedProblem, c: MixedConfig) -> int:
+    """Bytes of shared memory of a configuration; mirrors `MixedLayout` in config.cuh, which asserts it."""
+    scales = c.tokens * 4 if p.scaled_tokens else 0
+    slot = c.tokens * p.token_bytes + c.across * p.part_bytes + scales + 2 * 8 + 16
+    sums = (c.deep - 1 + c.split_k - 1) * c.tokens * height(p, c) * 4
+    return align_up(c.stages * slot + c.deep * scales + sums + 16 + p.table_bytes, 128)
+
+
+_FIXED_REGISTERS = 64  # two fragments of a weight, and what the loop needs beside its accumulators
+
+
+def broken_rules(p: MixedProblem, c: MixedConfig, chip: Chip) -> list[str]:
+    """Why a configuration cannot run a problem: one line for each rule that it breaks."""
+    rules = [
+        (c.tokens % 8 == 0 and 8 <= c.tokens <= 160, f"tokens is {c.tokens}, must be 8 to 160 in eights"),
+        (c.across in (1, 2, 4), f"across is {c.across}, must be 1, 2 or 4"),
+        (c.deep in (1, 2, 4), f"deep is {c.deep}, must be 1, 2 or 4"),
+        (c.warpgroups <= 4, f"{c.warpgroups} warpgroups, at most 4"),
+        (c.split_k in (1, 2, 4, 8), f"split_k is {c.split_k}, must be 1, 2, 4 or 8"),
+        (c.split_k == 1 or p.dense, "split_k is for products without groups"),
+        (c.split_k <= p.k_blocks, f"split_k is {c.split_k}, more than the blocks of k"),
+        (
+            c.stages % c.deep == 0 and c.stages >= 2,
+            f"stages is {c.stages}, must be a multiple of deep, and 2",
+        ),
+        (c.blocks_per_sm in (1, 2), f"blocks_per_sm is {c.blocks_per_sm}, must be 1 or 2"),
+    ]
+    broken = [message for holds, message in rules if not holds]
+    if not broken and c.tokens + _FIXED_REGISTERS > c.registers:
+        broken = [f"{c.tokens} tokens do not fit in {c.registers} registers"]
+    return broken
+
+
+def refusal(p: MixedProblem) -> str:
+    if p.held > _MAX_SEGMENTS:
+        return f"{p.held} groups, the kernel's table has room for {_MAX_SEGMENTS}; take them in parts"
+    return f"n is {p.n}, a tile's record has room for {_MAX_N}" if p.n > _MAX_N else ""

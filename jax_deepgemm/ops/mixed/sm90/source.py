@@ -1,0 +1,114 @@
+"""The translation unit of a mixed-input kernel (include/jax_deepgemm/mixed/mixed.cuh)."""
+
+from __future__ import annotations
+
+from jax_deepgemm.jit import KernelSource
+from jax_deepgemm.jit.wgmma import wgmma_wrapper
+from jax_deepgemm.ops.grouped.problem import MASKED_ROWS, ROWS, SHORT
+from jax_deepgemm.ops.mixed.problem import E4M3, FP4, FP4_BF16, INT8, MixedProblem
+from jax_deepgemm.ops.mixed.sm90.config import PRODUCER_REGISTERS, MixedConfig, height, shared_memory
+
+_ONCE_TOKENS = 64  # of a weight that one SM reads
+_TEXT = """\
+#include <jax_deepgemm/mixed/mixed.cuh>
+
+{mma}
+struct Config {{
+  using Mma = ::Mma;
+  using Out = {out};
+  using Scale = {scale};
+  static constexpr jdg::Weights WEIGHTS = jdg::Weights::{weights_in};
+  static constexpr int ROWS = {tokens}, COLS = {height}, DEEP = {deep}, SPLITS = {splits};
+  static constexpr int STAGES = {stages}, TABLE_BYTES = {table}, SHARED_BYTES = {shared};
+  static constexpr bool DENSE = {dense}, ONCE = {once}, HALVES = false;
+  static constexpr bool BATCHES_TOGETHER = false;
+  static constexpr jdg::Grouping GROUPING = jdg::Grouping::{grouping};
+  static constexpr bool SEGMENTED = {segmented}, ZERO_ROWS = {zero_rows}, CHAINED = false;
+  static constexpr bool WHOLE_BLOCKS = false;
+  static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
+}};
+
+extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
+  const jdg::MixedOperands<Config> operands = {{&a_map, {boxes}, {slabs}, {scales}, k_blocks}};
+  const jdg::Groups groups = {{{sizes}, {offset}, total, here, weights, m}};
+  jdg::mixed<Config>(operands, groups, {{m, n, 1, 0, stripe}}, d);
+}}
+"""
+INTEGERS = ("m", "n", "k_blocks", "stripe", "total", "here", "weights")
+_FORMATS = {FP4: "kFp4", FP4_BF16: "kFp4Bf16", INT8: "kInt8", E4M3: "kE4m3"}
+_TYPES = {"float32": "float", "bfloat16": "jdg::bf16"}
+_ENUM = {"dense": "kRows", ROWS: "kRows", MASKED_ROWS: "kMaskedRows"}
+
+
+def _cpp(value: bool) -> str:
+    return str(value).lower()
+
+
+def described(p: MixedProblem) -> tuple[str, ...]:
+    """Operands that say which rows are whose."""
+    return {ROWS: ("group_sizes", "group_offset"), MASKED_ROWS: ("group_sizes",)}.get(p.grouping, ())
+
+
+def _once(p: MixedProblem) -> bool:
+    return p.tokens <= _ONCE_TOKENS
+
+
+def _name(p: MixedProblem, c: MixedConfig) -> str:
+    kind = "mixed" if p.dense else f"{SHORT[p.grouping]}_mixed"
+    types = f"{'e4m3' if p.scaled_tokens else 'bf16'}_{p.weights_in.removesuffix('_bf16')}"
+    parts = ["jdg", kind, types, f"{c.tokens}x{height(p, c)}", f"d{c.deep}", f"s{c.stages}"]
+    parts += [f"k{c.split_k}"] if c.split_k > 1 else []
+    parts += [f"x{c.blocks_per_sm}"] if c.blocks_per_sm > 1 else []
+    parts += ["f32"] if p.out == "float32" else []
+    parts += ["sbf16"] if not p.in_slabs and p.scales == "bfloat16" else []
+    parts += ["once"] if _once(p) else []
+    parts += [] if p.dense else [f"g{p.capacity}"]
+    parts += ["seg"] if p.segmented else []
+    parts += ["zero"] if p.zero_rows else []
+    return "_".join(parts)
+
+
+def mixed_source(p: MixedProblem, c: MixedConfig) -> KernelSource:
+    parts = described(p)
+    out, scale = _TYPES[p.out], "float" if p.in_slabs else _TYPES[p.scales]
+    maps = ["a_map"] if p.in_slabs else ["a_map", "w_map"]
+    parameters = [f"const __grid_constant__ jdg::TensorMap {one}" for one in maps]
+    scaled = p.weights_in != FP4_BF16
+    parameters += [f"const {scale}* scales"] if scaled else []
+    parameters += ["const jdg::u8* slabs"] if p.in_slabs else []
+    parameters += [f"{out}* d"]
+    parameters += [f"const int* {part}" for part in parts]
+    element = "e4m3" if p.scaled_tokens else "bf16"
+    name = _name(p, c)
+    text = _TEXT.format(
+        mma=wgmma_wrapper(c.tokens, element, element, a_in_registers=True),
+        out=out,
+        scale=scale,
+        weights_in=_FORMATS[p.weights_in],
+        boxes="nullptr" if p.in_slabs else "&w_map",
+        slabs="slabs" if p.in_slabs else "nullptr",
+        scales="scales" if scaled else "nullptr",
+        tokens=c.tokens,
+        height=height(p, c),
+        deep=c.deep,
+        splits=c.split_k,
+        stages=c.stages,
+        table=p.table_bytes,
+        shared=shared_memory(p, c),
+        dense=_cpp(p.dense),
+        once=_cpp(_once(p)),
+        grouping=_ENUM[p.grouping],
+        segmented=_cpp(p.segmented),
+        zero_rows=_cpp(p.zero_rows),
+        registers=c.registers,
+        producer_registers=PRODUCER_REGISTERS if c.shares_registers else 0,
+        threads=c.threads,
+        blocks_per_sm=c.blocks_per_sm,
+        name=name,
+        parameters=", ".join([*parameters, *(f"int {x}" for x in INTEGERS)]),
+        sizes=parts[0] if parts else "nullptr",
+        offset=parts[1] if len(parts) > 1 else "nullptr",
+    )
+    fields = ("tokens", "across", "deep", "stages", "split_k", "blocks_per_sm")
+    shown = (("problem", str(p)), *((field, getattr(c, field)) for field in fields))
+    return KernelSource(name, text, shown, shared_memory=shared_memory(p, c))

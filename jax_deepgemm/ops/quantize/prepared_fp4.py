@@ -1,0 +1,317 @@
+"""FP4 weights for products with FP8 activations: half the bytes of FP8 weights, and the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_deepgemm.ops.quantize import slabs as layout
+from jax_deepgemm.ops.quantize.array import QuantizedArray, as_dtype, check_block, scales_spec
+from jax_deepgemm.ops.quantize.fp4 import BLOCK, E2M1, Fp4Array, packed, parts_of, shown
+
+E4M3 = np.dtype(jnp.float8_e4m3fn)
+_ROW_OF_SLABS, _SQUARE, _PER_ROW = (layout.ROWS, layout.COLUMNS), (128, 128), (1, 128)
+_CODES = (np.dtype(jnp.float8_e8m0fnu), np.dtype(np.uint8), np.dtype(np.int8))
+_MOST_APART = layout.LARGEST - layout.SMALLEST
+
+
+def products() -> Any:
+    """The products of these weights. Imported by name: they stand on the products of FP8, which call them."""
+    return importlib.import_module("jax_deepgemm.ops.mixed.api")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PreparedFp4:
+    """A frozen FP4 weight [.., n, k] in the order in which products with FP8 read it, made by `prepare_fp4`.
+
+    >>> from jax_deepgemm.quantization import prepare_fp4, quantize_fp4
+    >>> w = prepare_fp4(quantize_fp4(jnp.ones((3, 128, 320))))
+    >>> w, w.slabs.shape
+    (PreparedFp4(float4_e2m1fn[3,128,384] for float8_e4m3fn), (3, 2, 3, 4368))
+    >>> w[1].shape
+    (128, 384)
+
+    `fp8_gemm_nt`, `m_grouped_fp8_gemm_nt_contiguous` and `.._masked`, `grouped_linear`, `ragged_dot` and the
+    functions of `jax_deepgemm.moe` take it where they take a frozen FP8 weight. It is a pytree with one leaf
+    of bytes, so it goes through `jax.jit`, `jax.lax.scan`, `jax.vmap` and `jax.shard_map`, and has no
+    gradient. Dimensions in front, rows of slabs (64 of n) and columns of slabs (128 of k) may be cut over
+    devices.
+
+    Attributes:
+      slabs: uint8 [.., n / 64, ceil(k / 128), 4368], 64 rows by 128 of k in each (ops/quantize/slabs.py).
+      activations: what it is multiplied with, static.
+
+    An index is one of leading dimensions. Raises nothing; functions that take it call `check`.
+    """
+
+    slabs: jax.Array
+    activations: np.dtype[Any] = dataclasses.field(default=E4M3, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[.., n, k], k rounded up to a multiple of 128."""
+        *lead, rows, columns, _ = self.slabs.shape
+        return (*lead, rows * layout.ROWS, columns * layout.COLUMNS)
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the weight."""
+        return len(self.slabs.shape) - 1
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float4_e2m1fn."""
+        return E2M1
+
+    def __getitem__(self, index: Any) -> PreparedFp4:
+        """The same of some of the leading dimensions.
+
+        Raises:
+          IndexError: an index of rows or columns, which slabs have many of.
+        """
+        parts = index if isinstance(index, tuple) else (index,)
+        used = sum(part is not None for part in parts)
+        if any(part is Ellipsis or getattr(part, "dtype", None) == np.bool_ for part in parts):
+            used = self.ndim
+        if used > self.ndim - 2:
+            raise IndexError(
+                f"PreparedFp4: index {index!r} of a weight {list(self.shape)}: only the "
+                f"{max(self.ndim - 2, 0)} leading dimensions can be indexed (no Ellipsis, no masks). For "
+                "rows or columns index before prepare_fp4."
+            )
+        return PreparedFp4(self.slabs[index], self.activations)
+
+    def fp4(self, k: int | None = None) -> Fp4Array:
+        """The weight as it was before `prepare_fp4`.
+
+        >>> from jax_deepgemm.quantization import dequantize_fp4, prepare_fp4, quantize_fp4
+        >>> w = quantize_fp4(jnp.linspace(-3, 3, 64 * 96).reshape(64, 96))
+        >>> again = prepare_fp4(w).fp4(96)
+        >>> bool(jnp.all(dequantize_fp4(again) == dequantize_fp4(w)))
+        True
+
+        Args:
+          k: columns of it, a multiple of 32; None: all, with the zeros that prepare_fp4 put behind them.
+
+        Returns:
+          An Fp4Array of the same numbers, signs of zeros too, and the same scales but those of blocks of
+          zeros. Of a slab that could not be held (see `prepare_fp4`) all scales are NaN.
+
+        Raises:
+          ValueError: a k that the weight does not have.
+        """
+        k = self._columns("fp4", k)
+        values, codes = layout.unfold(self.slabs)
+        codes = lax.bitcast_convert_type(codes[..., : k // BLOCK], jnp.float8_e8m0fnu)
+        return Fp4Array(values[..., : k // 2], codes)
+
+    def _columns(self, where: str, k: int | None) -> int:
+        most = self.shape[-1]
+        if k is None:
+            return most
+        if k % BLOCK or not most - layout.COLUMNS < k <= most:
+            raise ValueError(
+                f"{where}: k is {k} of a weight {list(self.shape)}, need a multiple of 32 above "
+                f"{most - layout.COLUMNS} and at most {most}: what k was before prepare_fp4."
+            )
+        return k
+
+    def shardings(self, weight: NamedSharding) -> PreparedFp4:
+        """Shardings of the leaves, a pytree of this structure for ``in_shardings`` or ``device_put``.
+
+        Cut as a weight [.., n, k] is where every cut is at the edge of a slab, else replicated.
+
+        >>> from jax_deepgemm.quantization import prepare_fp4, quantize_fp4
+        >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("x",))
+        >>> w = prepare_fp4(quantize_fp4(jnp.ones((128, 256))))
+        >>> w.shardings(NamedSharding(mesh, P("x"))).slabs.spec
+        P('x', None, None)
+        """
+        spec = (*weight.spec, *(None,) * (self.ndim - len(weight.spec)))
+        cut = scales_spec(P(*spec), self.shape, _ROW_OF_SLABS, weight.mesh)
+        placed: Any = NamedSharding(weight.mesh, P(*cut, None))
+        return PreparedFp4(placed, self.activations)
+
+    def check(self, where: str = "PreparedFp4", name: str = "w") -> PreparedFp4:
+        """Returns itself if it is what `prepare_fp4` makes, else raises.
+
+        Args:
+          where: the function to name in the message.
+          name: the argument to name in the message.
+
+        Raises:
+          TypeError, ValueError: slabs of another dtype or shape.
+        """
+        dtype, shape = getattr(self.slabs, "dtype", None), tuple(getattr(self.slabs, "shape", ()))
+        if dtype != np.uint8 or len(shape) < 3 or shape[-1] != layout.BYTES:
+            raise (TypeError if dtype != np.uint8 else ValueError)(
+                f"{where}: slabs of {name} are {shown(self.slabs)}, need uint8 [.., n / 64, k / 128, "
+                f"{layout.BYTES}]. Make them: prepare_fp4({name})."
+            )
+        return self
+
+    def __repr__(self) -> str:
+        if not hasattr(self.slabs, "shape"):
+            return f"PreparedFp4({self.slabs!r})"
+        return f"PreparedFp4({E2M1.name}[{','.join(map(str, self.shape))}] for {self.activations.name})"
+
+
+def prepare_fp4(
+    w: Fp4Array | tuple[ArrayLike, ArrayLike], *, activations: DTypeLike = jnp.float8_e4m3fn
+) -> PreparedFp4:
+    """An FP4 weight in the order in which products with FP8 activations read it.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax_deepgemm import fp8_gemm_nt, quantize
+    >>> from jax_deepgemm.quantization import expand_fp4, prepare_fp4
+    >>> w = quantize(jax.random.normal(jax.random.key(0), (192, 256)), (1, 32), jnp.float4_e2m1fn)
+    >>> x = quantize(jax.random.normal(jax.random.key(1), (4, 256), jnp.bfloat16))
+    >>> prepared = prepare_fp4(w)                        # once, when the weights are loaded
+    >>> y = fp8_gemm_nt(x, prepared)
+    >>> bool((y == fp8_gemm_nt(x, expand_fp4(w))).all())
+    True
+
+    Hopper's tensor cores have no FP4: the kernels make e4m3 of it in registers, exactly. 64 rows by 128 of k
+    share a scale, the base, which is that of an FP8 weight; what the scales of FP4 differ from it goes into
+    the exponents of e4m3. So results are those of the expanded weight, bit for bit, and half the bytes are
+    read.
+
+    Args:
+      w: [.., n, k], k a multiple of 32, n a multiple of 64: an `Fp4Array`, or (values, scales) as checkpoints
+        have them: uint8 or int8 values [.., n, k / 2] with the first number in the lower four bits (DeepSeek
+        V4), or [.., n, k / 32, 16] (MXFP4 of gpt-oss), or float4_e2m1fn [.., n, k]; and scales [.., n,
+        k / 32] as float8_e8m0fnu, or their codes, uint8. Groups of experts, and other leading dimensions, are
+        prepared as they are.
+      activations: float8_e4m3fn.
+
+    Returns:
+      A `PreparedFp4`: 4368 bytes for 64 x 128 numbers, 4.27 bits for each, against 4.25 of w.
+
+    Raises:
+      TypeError: a w that is no FP4, an activations that there is not.
+      ValueError: shapes that do not fit. Scales of numbers other than zero which are more than 2**11 apart in
+        one slab of 64 rows by 128 of k, which the message names; where values are traced, as under `jax.jit`,
+        that cannot raise, and the results that such a slab takes part in are NaN.
+
+    Pure; goes through `jax.jit`, `jax.vmap` and `jax.shard_map`. NaN scales make their slab NaN.
+    """
+    kind = as_dtype("prepare_fp4", "activations", activations, "float8_e4m3fn")
+    if kind != E4M3:
+        raise TypeError(
+            f"prepare_fp4: activations is {kind.name}, need float8_e4m3fn. For products in bfloat16 convert "
+            "the weight: dequantize_fp4(w, jnp.bfloat16)."
+        )
+    values, codes = _checked("prepare_fp4", w)
+    slabs, apart = _fold(values, codes)
+    if not isinstance(apart, jax.core.Tracer) and apart.is_fully_addressable:
+        _check_apart(np.asarray(apart))
+    return PreparedFp4(slabs, kind)
+
+
+_fold = jax.jit(layout.fold)
+
+
+def _check_apart(apart: np.ndarray[Any, Any]) -> None:
+    wrong = np.argwhere(apart > _MOST_APART)
+    if not len(wrong):
+        return
+    *lead, row, column = map(int, wrong[0])
+    where = [f"expert {'.'.join(map(str, lead))}"] * bool(lead)
+    where += [f"row block {row} (rows from {row * layout.ROWS})"]
+    where += [f"k block {column} (k from {column * layout.COLUMNS})"]
+    raise ValueError(
+        f"prepare_fp4: scales in {', '.join(where)} are 2**{apart[tuple(wrong[0])]} apart, need at most "
+        f"2**{_MOST_APART} in 64 rows by 128 of k; {len(wrong)} of {apart.size} such blocks are wider. For "
+        "this weight use FP8 with a scale for each row: expand_fp4(w, (1, 128))."
+    )
+
+
+def expand_fp4(
+    w: Fp4Array | PreparedFp4 | tuple[ArrayLike, ArrayLike],
+    block: tuple[int, int] = (128, 128),
+    *,
+    k: int | None = None,
+) -> QuantizedArray:
+    """An FP4 weight as an FP8 one: the same numbers in twice the bytes.
+
+    >>> from jax_deepgemm.quantization import dequantize, dequantize_fp4, expand_fp4, quantize_fp4
+    >>> w = quantize_fp4(jnp.linspace(-3, 3, 64 * 128).reshape(64, 128))
+    >>> expand_fp4(w)
+    QuantizedArray(float8_e4m3fn[64,128], scales float32[1,1], block=(128, 128))
+    >>> bool(jnp.all(dequantize(expand_fp4(w)) == dequantize_fp4(w)))
+    True
+
+    Args:
+      w: [.., n, k], an `Fp4Array` or values and scales as `prepare_fp4` takes them, n any number; or a
+        `PreparedFp4`.
+      block: (128, 128), or (1, 128) for a scale for each row.
+      k: columns of a PreparedFp4, as in `PreparedFp4.fp4`.
+
+    Returns:
+      A QuantizedArray of float8_e4m3fn. Exact where scales of numbers other than zero are at most 2**14 apart
+      within each block; numbers of smaller ones are rounded to multiples of 2**-15 times the largest scale.
+      Of a PreparedFp4 a row is always exact, and a block of 128 rows where its two slabs allow it.
+
+    Raises:
+      TypeError, ValueError: as `prepare_fp4`; another block.
+    """
+    block = check_block(block, "expand_fp4")
+    if block not in (_SQUARE, _PER_ROW):
+        raise ValueError(f"expand_fp4: block is {block}, need (128, 128), or (1, 128).")
+    if isinstance(w, PreparedFp4):
+        k = w.check("expand_fp4")._columns("expand_fp4", k)
+        values, codes = layout.unfold(w.slabs)
+        values, codes = values[..., : k // 2], codes[..., : k // BLOCK]
+    else:
+        values, codes = _checked("expand_fp4", w, rows=1)
+    numbers, scales = _expand(values, codes, rows=block[0])
+    return QuantizedArray(numbers, scales, block)
+
+
+_expand = functools.partial(jax.jit, static_argnames="rows")(layout.expand)
+
+
+def _checked(where: str, w: Any, rows: int = layout.ROWS) -> tuple[jax.Array, jax.Array]:
+    """Bytes [.., n, k / 2] and codes [.., n, k / 32] of an unprepared weight."""
+    if isinstance(w, PreparedFp4):
+        raise TypeError(f"{where}: w is prepared already: {w!r}. Use it as it is; its values: w.fp4().")
+    parts = parts_of(w)
+    if parts is None:
+        raise TypeError(
+            f"{where}: w is {shown(w)}, need an Fp4Array, or (values, scales) of bytes. Quantise it: "
+            "jax_deepgemm.quantize(w, (1, 32), jnp.float4_e2m1fn)."
+        )
+    values, scales = parts
+    if getattr(scales, "dtype", None) not in _CODES:
+        raise TypeError(
+            f"{where}: scales of w are {shown(scales)}, need float8_e8m0fnu, or their codes in uint8: one "
+            "for 32 numbers of a row. Packed words of int32 become codes with .view(np.uint8)."
+        )
+    if values.shape == (*scales.shape, BLOCK // 2) and values.dtype != E2M1:
+        values = values.reshape(*scales.shape[:-1], -1)
+    values = packed(where, "w", values)
+    need = [*values.shape[:-1], 2 * values.shape[-1] // BLOCK]
+    if values.ndim < 2 or 2 * values.shape[-1] % BLOCK or list(scales.shape) != need:
+        raise ValueError(
+            f"{where}: values of w are {shown(parts[0])} and scales {shown(scales)}, need bytes [.., n, "
+            "k / 2] (or [.., n, k / 32, 16]) and [.., n, k / 32], k a multiple of 32: one scale for 32 "
+            "numbers of a row. Pad k with zeros."
+        )
+    if values.shape[-2] % rows:
+        raise ValueError(
+            f"{where}: w is {[*values.shape[:-1], 2 * values.shape[-1]]}: n is {values.shape[-2]}, need a "
+            "multiple of 64. Pad it with rows of zeros: jnp.pad of values and scales, and leave out the "
+            "columns of the result."
+        )
+    return values, lax.bitcast_convert_type(jnp.asarray(scales), jnp.uint8)

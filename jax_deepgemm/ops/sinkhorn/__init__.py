@@ -1,0 +1,1 @@
+"""Small matrices whose rows and columns have sums of 1."""
