@@ -28,7 +28,9 @@ if TYPE_CHECKING:
         fp8_gemm_tn,
         fp8_gemm_tt,
     )
+    from jax_deepgemm.ops.gemm.epilogue import Epilogue
     from jax_deepgemm.ops.gemm.family import GemmConfig, GemmProblem
+    from jax_deepgemm.ops.gemm.heads import fp8_gemm_nt_skip_head_mid
     from jax_deepgemm.ops.gemm.linear import fp8_linear
     from jax_deepgemm.ops.grouped.api import (
         k_grouped_bf16_gemm_tn_contiguous,
@@ -71,9 +73,11 @@ _HOME = {
     "bf16_gemm_tt": "ops.gemm.api",
     "fp8_gemm_nn": "ops.gemm.api",
     "fp8_gemm_nt": "ops.gemm.api",
+    "fp8_gemm_nt_skip_head_mid": "ops.gemm.heads",
     "fp8_gemm_tn": "ops.gemm.api",
     "fp8_gemm_tt": "ops.gemm.api",
     "fp8_linear": "ops.gemm.linear",
+    "Epilogue": "ops.gemm.epilogue",
     "GemmConfig": "ops.gemm.family",
     "GemmProblem": "ops.gemm.family",
     "Fp4Array": "ops.quantize",
@@ -111,6 +115,7 @@ _HOME = {
 _log.start()
 
 __all__ = [
+    "Epilogue",
     "Fp4Array",
     "GemmConfig",
     "GemmProblem",
@@ -134,6 +139,7 @@ __all__ = [
     "fp8_einsum",
     "fp8_gemm_nn",
     "fp8_gemm_nt",
+    "fp8_gemm_nt_skip_head_mid",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
     "fp8_linear",

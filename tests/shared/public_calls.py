@@ -26,6 +26,7 @@ PER_ROW, BLOCKED, PER_COLUMN = (1, 128), (128, 128), (128, 1)
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 6, 256, 128, 4, 2
 
 WITHOUT_ARRAYS = {
+    "Epilogue",
     "GemmConfig", "GemmProblem", "QuantizedArray", "PreparedWeight", "DEEPSEEK_V3", "DispatchPlan",
     "PreparedFp4",
     "Activation", "ExpertForm", "GPT_OSS", "IndexerConfig",
@@ -124,6 +125,7 @@ def _operands() -> dict[str, Any]:
         "weights": jnp.asarray(np.take_along_axis(scores, ids, 1), jnp.float32),
         "logits": normal(TOKENS, EXPERTS, dtype=jnp.float32),
         "bias": normal(EXPERTS, dtype=jnp.float32),
+        "column_bias": normal(WIDTH, dtype=jnp.float32),
         "expert_sizes": integers(3, 0, 2, 1),
         "row_weights": jnp.asarray(rng.uniform(0.5, 1, TOKENS), jnp.float32),
         "dact": normal(TOKENS, HIDDEN // 2),
@@ -383,11 +385,26 @@ FORWARD = (
     ),
     Call("fp8_gemm_nt", jdg.fp8_gemm_nt, ("q_x", "q_w")),
     Call("fp8_gemm_nt rows, c", jdg.fp8_gemm_nt, ("q_x", "q_w_rows", "c")),
+    Call(
+        "fp8_gemm_nt epilogue",
+        lambda a, b, bias: jdg.fp8_gemm_nt(a, b, epilogue=jdg.Epilogue(0.5, bias, "swiglu")),
+        ("q_x", "q_w", "column_bias"),
+    ),
+    Call(
+        "fp8_gemm_nt_skip_head_mid",
+        lambda a, b: jdg.fp8_gemm_nt_skip_head_mid(a, b, head_splits=(64, 64, 64)),
+        ("q_x", "q_w"),
+    ),
     Call("fp8_gemm_nt vmap", jax.vmap(jdg.fp8_gemm_nt, (0, None)), ("q_xs", "q_w")),
     Call("fp8_gemm_nn", jdg.fp8_gemm_nn, ("q_x", "q_w_t")),
     Call("fp8_gemm_tn", jdg.fp8_gemm_tn, ("q_x_t", "q_w_columns")),
     Call("fp8_gemm_tt", jdg.fp8_gemm_tt, ("q_x_t", "q_w")),
     Call("bf16_gemm_nt", jdg.bf16_gemm_nt, ("x", "w")),
+    Call(
+        "bf16_gemm_nt epilogue",
+        lambda a, b, bias: jdg.bf16_gemm_nt(a, b, epilogue=jdg.Epilogue(0.5, bias, "gelu")),
+        ("x", "w", "column_bias"),
+    ),
     Call("bf16_gemm_nt c", jdg.bf16_gemm_nt, ("x", "w", "c")),
     Call("bf16_gemm_nn", jdg.bf16_gemm_nn, ("x", "w_t")),
     Call("bf16_gemm_tn", with_f32(jdg.bf16_gemm_tn), ("x_t", "w_t")),

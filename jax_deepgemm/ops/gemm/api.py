@@ -6,6 +6,8 @@ The two letters say how A and B are stored: A is [m, k] ("n") or [k, m] ("t"), B
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,9 +17,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.log import note_once
-from jax_deepgemm.ops.gemm import checks
+from jax_deepgemm.ops.gemm import checks, finished
 from jax_deepgemm.ops.gemm import op as ops
 from jax_deepgemm.ops.gemm.config import GemmConfig
+from jax_deepgemm.ops.gemm.epilogue import Checked, Epilogue, check_epilogue
+from jax_deepgemm.ops.gemm.finish import Finish
 from jax_deepgemm.ops.quantize.array import QuantizedLike
 from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4, products
 
@@ -32,6 +36,7 @@ def fp8_gemm_nt(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D = C + A @ B.T with block-scaled FP8 operands.
 
@@ -68,6 +73,7 @@ def fp8_gemm_nt(
         half the bytes and one more rounding per device.
       num_sms: at most so many SMs of the GPU, so that others stay free, for collectives say; None:
         `config.num_sms`.
+      epilogue: an `Epilogue`: alpha, bias and an activation, applied to the float32 sums before C is added.
 
     Returns:
       [m, n] in out_dtype. Any m, n, k >= 0: an empty k gives C, or zeros.
@@ -82,7 +88,7 @@ def fp8_gemm_nt(
     logs a note. Source: DeepGEMM's function of this name; the recipe of scales is that of the DeepSeek-V3
     technical report, section 3.3.
     """
-    return _fp8_gemm("nt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    return _fp8_gemm("nt", a, b, c, epilogue, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def fp8_gemm_nn(
@@ -95,6 +101,7 @@ def fp8_gemm_nn(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D = C + A @ B with block-scaled FP8 operands; B is stored [k, n].
 
@@ -114,7 +121,7 @@ def fp8_gemm_nn(
       b: values [k, n], scales [ceil(k / 128), ceil(n / 128)] (block (128, 128)) or [ceil(k / 128), n] (block
         (128, 1)).
       c: optional [m, n] in out_dtype, as in `fp8_gemm_nt`.
-      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms, epilogue: as in `fp8_gemm_nt`.
 
     Returns:
       [m, n] in out_dtype; an empty k gives C, or zeros.
@@ -124,7 +131,7 @@ def fp8_gemm_nn(
 
     Deterministic, as `fp8_gemm_nt`. Source: DeepGEMM's function of this name.
     """
-    return _fp8_gemm("nn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    return _fp8_gemm("nn", a, b, c, epilogue, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def fp8_gemm_tn(
@@ -137,6 +144,7 @@ def fp8_gemm_tn(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D = C + A.T @ B with block-scaled FP8 operands; A is stored [k, m] and B [k, n].
 
@@ -155,7 +163,7 @@ def fp8_gemm_tn(
       b: values [k, n], scales [ceil(k / 128), ceil(n / 128)] (block (128, 128)) or [ceil(k / 128), n] (block
         (128, 1)).
       c: optional [m, n] in out_dtype, as in `fp8_gemm_nt`.
-      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms, epilogue: as in `fp8_gemm_nt`.
 
     Returns:
       [m, n] in out_dtype; an empty k gives C, or zeros.
@@ -165,7 +173,7 @@ def fp8_gemm_tn(
 
     Deterministic, as `fp8_gemm_nt`. Source: DeepGEMM's function of this name.
     """
-    return _fp8_gemm("tn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    return _fp8_gemm("tn", a, b, c, epilogue, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def fp8_gemm_tt(
@@ -178,6 +186,7 @@ def fp8_gemm_tt(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D = C + A.T @ B.T with block-scaled FP8 operands; A is stored [k, m] and B [n, k].
 
@@ -194,7 +203,7 @@ def fp8_gemm_tt(
       a: values [k, m], scales [ceil(k / 128), m]: block (128, 1).
       b: values [n, k], scales [ceil(n / 128), ceil(k / 128)] or [n, ceil(k / 128)], as in `fp8_gemm_nt`.
       c: optional [m, n] in out_dtype, as in `fp8_gemm_nt`.
-      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `fp8_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms, epilogue: as in `fp8_gemm_nt`.
 
     Returns:
       [m, n] in out_dtype; an empty k gives C, or zeros.
@@ -204,7 +213,7 @@ def fp8_gemm_tt(
 
     Deterministic, as `fp8_gemm_nt`. Source: DeepGEMM's function of this name.
     """
-    return _fp8_gemm("tt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    return _fp8_gemm("tt", a, b, c, epilogue, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def bf16_gemm_nt(
@@ -217,6 +226,7 @@ def bf16_gemm_nt(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D = C + A @ B.T with bfloat16 operands and float32 accumulation.
 
@@ -242,6 +252,7 @@ def bf16_gemm_nt(
         half the bytes and one more rounding per device.
       num_sms: at most so many SMs of the GPU, so that others stay free, for collectives say; None:
         `config.num_sms`.
+      epilogue: an `Epilogue`: alpha, bias and an activation, applied to the float32 sums before C is added.
 
     Returns:
       [m, n] in out_dtype. Any m, n, k >= 0: an empty k gives C, or zeros.
@@ -256,7 +267,7 @@ def bf16_gemm_nt(
     operand whose rows are not whole 16 bytes is copied into padded rows, and a note is logged. Source:
     DeepGEMM's function of this name.
     """
-    return _bf16_gemm("nt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    return _bf16_gemm("nt", a, b, c, epilogue, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def bf16_gemm_nn(
@@ -269,6 +280,7 @@ def bf16_gemm_nn(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D = C + A @ B with bfloat16 operands and float32 accumulation; B is stored [k, n].
 
@@ -285,7 +297,7 @@ def bf16_gemm_nn(
       a: [m, k] bfloat16.
       b: [k, n] bfloat16.
       c: optional [m, n] in out_dtype, as in `bf16_gemm_nt`.
-      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `bf16_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms, epilogue: as in `bf16_gemm_nt`.
 
     Returns:
       [m, n] in out_dtype; an empty k gives C, or zeros.
@@ -295,7 +307,7 @@ def bf16_gemm_nn(
 
     Differentiable and deterministic, as `bf16_gemm_nt`. Source: DeepGEMM's function of this name.
     """
-    return _bf16_gemm("nn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    return _bf16_gemm("nn", a, b, c, epilogue, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def bf16_gemm_tn(
@@ -308,6 +320,7 @@ def bf16_gemm_tn(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D = C + A.T @ B with bfloat16 operands and float32 accumulation; A is stored [k, m] and B [k, n].
 
@@ -324,7 +337,7 @@ def bf16_gemm_tn(
       a: [k, m] bfloat16.
       b: [k, n] bfloat16.
       c: optional [m, n] in out_dtype, as in `bf16_gemm_nt`.
-      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `bf16_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms, epilogue: as in `bf16_gemm_nt`.
 
     Returns:
       [m, n] in out_dtype; an empty k gives C, or zeros.
@@ -334,7 +347,7 @@ def bf16_gemm_tn(
 
     Differentiable and deterministic, as `bf16_gemm_nt`. Source: DeepGEMM's function of this name.
     """
-    return _bf16_gemm("tn", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    return _bf16_gemm("tn", a, b, c, epilogue, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def bf16_gemm_tt(
@@ -347,6 +360,7 @@ def bf16_gemm_tt(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D = C + A.T @ B.T with bfloat16 operands and float32 accumulation; A is stored [k, m] and B [n, k].
 
@@ -362,7 +376,7 @@ def bf16_gemm_tt(
       a: [k, m] bfloat16.
       b: [n, k] bfloat16.
       c: optional [m, n] in out_dtype, as in `bf16_gemm_nt`.
-      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `bf16_gemm_nt`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms, epilogue: as in `bf16_gemm_nt`.
 
     Returns:
       [m, n] in out_dtype; an empty k gives C, or zeros.
@@ -372,7 +386,7 @@ def bf16_gemm_tt(
 
     Differentiable and deterministic, as `bf16_gemm_nt`. Source: DeepGEMM's function of this name.
     """
-    return _bf16_gemm("tt", a, b, c, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    return _bf16_gemm("tt", a, b, c, epilogue, out_dtype, reduce_dtype, out_sharding, config, num_sms)
 
 
 def _k_last(op: str, name: str, x: checks.Quantized, k_first: bool) -> checks.Quantized:
@@ -386,28 +400,51 @@ def _k_last(op: str, name: str, x: checks.Quantized, k_first: bool) -> checks.Qu
     return checks.Quantized(jnp.swapaxes(x.values, 0, 1), jnp.swapaxes(x.scales, 0, 1), x.block)
 
 
-def _fp8_gemm(layout: str, a: Any, b: Any, c: Any, *options: Any) -> jax.Array:
+def _fp8_gemm(layout: str, a: Any, b: Any, c: Any, epilogue: Any, *options: Any) -> jax.Array:
     op, b = f"fp8_gemm_{layout}", unwrapped(b)
     checked = checks.check_options(op, *options, b=b)
     if layout == "nt" and isinstance(b, PreparedFp4):
+        if epilogue is not None:
+            raise NotImplementedError(
+                f"{op}: epilogue was given with a weight in FP4, whose kernels have none. Apply it to the "
+                "result with out_dtype=jnp.float32, in jax.numpy."
+            )
         return products().dense(op, a, b, c, checked)
     left, right, (m, n, k) = checks.check_fp8(op, layout, a, b)
     addend = checks.check_c(op, c, m, n, checked.out_dtype)
+    more = None if epilogue is None else check_epilogue(op, epilogue, n, addend)
     side_a, side_b = checks.sides(layout)
     if 0 in (m, n, k):
         a, b = (x.values.T if side.k_first else x.values for x, side in ((left, side_a), (right, side_b)))
-        return ops.empty_product("mk,nk->mn", a, b, checked) if addend is None else addend
+        return _empty(a, b, addend, more, checked)
     left, right = _k_last(op, "a", left, side_a.k_first), _k_last(op, "b", right, side_b.k_first)
-    return ops.fp8_gemm(left, right, addend, checked)
+    if more is None:
+        return ops.fp8_gemm(left, right, addend, checked)
+    return more.run(functools.partial(finished.fp8_gemm, left, right), addend, checked)
 
 
-def _bf16_gemm(layout: str, a: Any, b: Any, c: Any, *options: Any) -> jax.Array:
+def _bf16_gemm(layout: str, a: Any, b: Any, c: Any, epilogue: Any, *options: Any) -> jax.Array:
     op = f"bf16_gemm_{layout}"
     checked = checks.check_options(op, *options)
     left, right, (m, n, k) = checks.check_bf16(op, layout, a, b)
     addend = checks.check_c(op, c, m, n, checked.out_dtype)
+    more = None if epilogue is None else check_epilogue(op, epilogue, n, addend)
     if 0 in (m, n, k):
         side_a, side_b = checks.sides(layout)
         left, right = (x.T if side.k_first else x for x, side in ((left, side_a), (right, side_b)))
-        return ops.empty_product("mk,nk->mn", left, right, checked) if addend is None else addend
-    return ops.bf16_gemm(layout, left, right, addend, checked)
+        return _empty(left, right, addend, more, checked)
+    if more is None:
+        return ops.bf16_gemm(layout, left, right, addend, checked)
+    return more.run(functools.partial(finished.bf16_gemm, layout, left, right), addend, checked)
+
+
+def _empty(a: jax.Array, b: jax.Array, c: jax.Array | None, more: Checked | None, options: Any) -> jax.Array:
+    """The result if m, n or k is 0."""
+    if more is None:
+        return ops.empty_product("mk,nk->mn", a, b, options) if c is None else c
+    sums = ops.empty_product("mk,nk->mn", a, b, dataclasses.replace(options, out_dtype=checks.FLOAT32))
+
+    def plain(rest: list[jax.Array], last: str, finish: Finish, options: checks.Options) -> jax.Array:
+        return finished.finished(sums, finish, *rest).astype(options.out_dtype)
+
+    return more.run(plain, c, options)

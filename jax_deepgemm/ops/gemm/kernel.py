@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jax_deepgemm.core.family import OpKernel
 from jax_deepgemm.ops.gemm.family import FAMILY
+from jax_deepgemm.ops.gemm.finish import Finish
 from jax_deepgemm.ops.gemm.problem import GemmProblem
 
 _TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "bfloat16": "bf16"}
@@ -70,3 +73,37 @@ fp8_gemm = OpKernel(FAMILY, fp8_problem, ("a", "a_scales", "b", "b_scales", "c")
 """The kernel of `fp8_gemm_block`, `fp8_gemm_row` and their `_add` forms."""
 bf16_gemm = OpKernel(FAMILY, bf16_problem, ("a", "b", "c"))
 """The kernel of `bf16_gemm` and `bf16_gemm_add`."""
+
+
+class _Finished(OpKernel):
+    """Of an op with further operands behind those of the product (finished.py)."""
+
+    def plan(self, avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> Any:
+        more = more_parts(params["finish"])
+        whole = dataclasses.replace(self, parts=(*self.parts, *more))
+        return super(_Finished, whole).plan(avals_in, avals_out, **params)
+
+
+def more_parts(finish: Finish) -> tuple[str, ...]:
+    """What the operands behind those of the product are; the last one may be missing."""
+    given = [name for name in ("alpha", "bias") if getattr(finish, name)]
+    return (*given, "d" if finish.heads is not None else "c")
+
+
+def _finished_problem(product: Any, count: int) -> Any:
+    """The problem of an op whose product has `count` operands."""
+
+    def problem(
+        avals_in: Sequence[Any], avals_out: Sequence[Any], *, finish: Finish, **params: Any
+    ) -> GemmProblem:
+        *lead, columns = avals_out[0].shape
+        sums = jax.ShapeDtypeStruct((*lead, finish.taken(columns)), avals_out[0].dtype)
+        addend = len(avals_in) == count + len(more_parts(finish)) and finish.heads is None
+        return dataclasses.replace(product(avals_in[:count], [sums], **params), finish=finish, add_c=addend)
+
+    return problem
+
+
+fp8_finished = _Finished(FAMILY, _finished_problem(fp8_problem, 4), ("a", "a_scales", "b", "b_scales"))
+bf16_finished = _Finished(FAMILY, _finished_problem(bf16_problem, 2), ("a", "b"))
+"""The kernels of the ops of finished.py."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jax_deepgemm.ops.gemm.finish import AS_IT_IS, Finish
+
 _SLOT_ROW_BYTES = 128  # bytes of k that kernels load at a time: 128 FP8 or 64 BF16 elements
 _HALF_OF_L2 = 24 << 20  # see GemmProblem.batches_together
 _FEW_ROWS, _LONG_K, _MOST_WEIGHTS = 256, 1536, 1 << 28  # see GemmProblem.b_once
@@ -36,6 +38,7 @@ class GemmProblem:
       table_bytes: shared memory that a grouped kernel's table of groups takes (ops/grouped).
       weights: how many matrices B are read in all; 0 where they are read more than once or twice.
       gated: whether B is [gate | up], of whose product only the SwiGLU is written, in FP8 (ops/grouped).
+      finish: what the product becomes before it is stored.
       stored: the dimensions of A, B and D as they are stored, where a batch h does not stand in front of all
         that have it ("mhk,hnk->mhn"), or where k consists of runs r ("rmk,rnk->mn"); `k` is that of one run.
       runs: how many.
@@ -61,6 +64,7 @@ class GemmProblem:
     table_bytes: int = 0
     weights: int = 1
     gated: bool = False
+    finish: Finish = AS_IT_IS
     stored: str = ""
     runs: int = 1
 
@@ -124,6 +128,11 @@ class GemmProblem:
         return self.layout[1] == "t"
 
     @property
+    def columns(self) -> int:
+        """Columns of D and C."""
+        return self.finish.width(self.n)
+
+    @property
     def out_bytes(self) -> int:
         """Bytes of an element of D."""
         return 2 if self.out == "bfloat16" else 4
@@ -133,7 +142,7 @@ class GemmProblem:
         """Whether the product is added in L2 to C: float32 pairs, in memory that D takes over (the op aliases
         equal types)."""
         in_place = not self.batched or self.batched[-1]
-        return self.add_c and self.out == "float32" and self.n % 2 == 0 and in_place
+        return self.add_c and self.out == "float32" and self.columns % 2 == 0 and in_place
 
     @property
     def b_once(self) -> bool:
@@ -157,7 +166,8 @@ class GemmProblem:
     def bytes_moved(self) -> int:
         """Bytes that memory must move at least: every operand once."""
         once = (self.m + self.n) * self.row_bytes
-        written = self.n // 2 if self.gated else self.n * self.out_bytes * (2 if self.add_c else 1)
+        stored = self.n // self.finish.halves * self.out_bytes
+        written = self.n // 2 if self.gated else stored * (2 if self.add_c else 1)
         once += self.m * written
         return self.batches * once
 
@@ -168,4 +178,5 @@ class GemmProblem:
         parts += [f"B scales {'128x128' if self.square_scales else '1x128'}"] if self.is_fp8 else []
         parts += [f"batches={self.batches}"] if self.batches > 1 else []
         parts += [f"runs={self.runs}"] if self.runs > 1 else []
+        parts += self.finish.words
         return " ".join(parts)

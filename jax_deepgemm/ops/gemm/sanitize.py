@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,10 @@ from jax_deepgemm.core.chip import H200
 from jax_deepgemm.core.sanitize import FEW_SMS, Case, on_few
 from jax_deepgemm.ops.gemm import api
 from jax_deepgemm.ops.gemm.api import bf16_gemm_nn, bf16_gemm_nt, fp8_gemm_nt
+from jax_deepgemm.ops.gemm.epilogue import Epilogue
 from jax_deepgemm.ops.gemm.family import FAMILY, GemmConfig, GemmProblem
+from jax_deepgemm.ops.gemm.heads import fp8_gemm_nt_skip_head_mid
+from jax_deepgemm.ops.quantize.activation import Activation
 from jax_deepgemm.ops.quantize.api import quantize
 
 M, N, K = 520, 272, 1088  # tails in every dimension
@@ -53,7 +57,26 @@ def cases() -> Iterator[Case]:
         left = a if layout[0] == "n" else normal(K, M)
         right = b if layout[1] == "t" else normal(K, N)
         yield Case(f"bf16 {layout}", on_few(getattr(api, f"bf16_gemm_{layout}")), (left, right))
+    yield from _finished(qa, qb, qfew, a, b, c)
     yield Case("bf16 batch", jax.vmap(bf16_gemm_nt, in_axes=(0, None)), (normal(3, 40, K), b))
+
+
+def _finished(qa: Any, qb: Any, qfew: Any, a: Any, b: Any, c: Any) -> Iterator[Case]:
+    """Epilogues, and heads with holes, of the persistent kernel and of the one for few rows."""
+    holes = functools.partial(fp8_gemm_nt_skip_head_mid, head_splits=(64, 64, 192))
+    wide = jnp.ones((M, N - 16 + 64), jnp.bfloat16)
+    sixteen_fewer = jax.tree.map(lambda x: x[: N - 16] if x.shape[0] == N else x[:2], qb)
+    for rows, sms in ((qa, FEW_SMS), (qfew, None)):
+        few = f"m={rows.values.shape[0]}"
+        for activation in ("silu", Activation(interleaved=True)):
+            epilogue = Epilogue(0.5, jnp.ones(N), activation)
+            yield Case(f"fp8 {few} {activation}", on_few(fp8_gemm_nt, sms, epilogue=epilogue), (rows, qb))
+        yield Case(f"fp8 {few} holes", on_few(holes, sms), (rows, sixteen_fewer))
+    yield Case("fp8 holes of d", on_few(holes), (qa, sixteen_fewer, wide))
+    added = on_few(bf16_gemm_nt, out_dtype=jnp.float32, epilogue=Epilogue(0.5, jnp.ones(N), "gelu"))
+    yield Case("bf16 gelu + C", added, (a, b, c))
+    odd = on_few(bf16_gemm_nt, epilogue=Epilogue(0.5, jnp.ones(N - 1)))
+    yield Case("bf16 bias, odd n", odd, (a, b[:-1]))
 
 
 def kinds_of_config(problem: GemmProblem) -> list[GemmConfig]:

@@ -30,6 +30,11 @@ def joined(parts: list[jax.Array], activation: Activation) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
+def of_each(x: jax.Array, activation: Activation) -> jax.Array:
+    """f(x) of every number, in float32."""
+    return _of_gate(x, activation)[0]
+
+
 def _of_gate(x: jax.Array, activation: Activation) -> tuple[jax.Array, jax.Array]:
     """f(x) and its slope."""
     if activation.function == "relu2":

@@ -10,7 +10,8 @@
 // D = C + product:
 //   float32, C in D's memory   TMA (or red) adds the product to it in L2; C never enters an SM
 //   otherwise                  an FP8 accumulator begins with C, a BF16 one meets it here (gemm_small_m.cuh:
-//                              where partial products are summed)
+//                              where partial products are summed), as does one that becomes something else
+//                              first (finish.cuh)
 // clang-format on
 // Each element meets one addition, so that bits do not depend on the order of tiles.
 //
@@ -26,6 +27,31 @@ struct Extents {
   int batched_c;  // 0 where all batches share C, else 1
   int stripe;     // row tiles walked together before the next column, for reuse in L2
 };
+
+// What becomes of a product before it is stored: nothing. finish.cuh has what else there is.
+struct AsItIs {
+  static constexpr bool kChanges = false;  // whether its numbers become others
+  template <class C>
+  struct StoredAs {
+    using Type = C;
+  };
+  __device__ __forceinline__ static Extents stored(const Extents& p) { return p; }
+  __device__ __forceinline__ static Tile stored(const Tile& tile) { return tile; }
+  __device__ __forceinline__ static int column(int col) { return col; }
+  __device__ __forceinline__ AsItIs of(int, const Extents&) const { return {}; }
+  template <class C>
+  __device__ __forceinline__ void apply(float (&)[kCols<C> / 2], const Extents&, const Tile&) const {}
+  __device__ __forceinline__ void apply(float (&)[4], const Extents&, int) const {}
+  template <class C>
+  __device__ __forceinline__ static void fill_holes(typename C::Out*, const Extents&, int, const Tile&, int) {
+  }
+  template <class Out>
+  __device__ __forceinline__ static void fill_hole(Out*, int, int) {}
+};
+
+// A configuration whose tiles are D's.
+template <class E, class C>
+using Stored = typename E::template StoredAs<C>::Type;
 
 constexpr int kSlabRows = 8, kSlabBytes = kSlabRows * 128;
 template <class C>
@@ -95,12 +121,12 @@ __device__ __forceinline__ void add_c(float (&acc)[kCols<C> / 2], const typename
 }
 
 // All parts of a tile's accumulator before its first product: C where an FP8 one begins with it, else zeros.
-template <class C>
+template <class C, class E = AsItIs>
 __device__ __forceinline__ void start_accumulator(Accumulator<C>& acc, const typename C::Out* c,
                                                   const Extents& p, const Tile& tile, int first_row) {
 #pragma unroll
   for (int part = 0; part < kParts<C>; ++part) {
-    if constexpr (C::ADD && Layout<C>::kFp8)
+    if constexpr (C::ADD && Layout<C>::kFp8 && !E::kChanges)
       add_c<C, true>(acc[part], c, p, tile, first_row + part * 64);
     else
       clear(acc[part]);
@@ -186,7 +212,7 @@ __device__ __forceinline__ u32 slabs_of_warp(u32 smem) {
   return smem + Layout<C>::kStaging + ptx::thread_index() / 32 * C::SLABS * kSlabBytes;
 }
 
-template <class C>
+template <class C, class E>
 __device__ __forceinline__ void store_slabs(const float (&acc)[kCols<C> / 2], const TensorMap& d_map,
                                             u32 slabs, const Tile& tile, int first_row) {
   constexpr int kWidth = kSlabCols<C>, kSlabs = kCols<C> / kWidth * 2;
@@ -209,7 +235,7 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[kCols<C> / 2], co
     if (ptx::elect()) {
 #pragma unroll
       for (int i = 0; i < kBatch && first + i < end; ++i) {
-        const int x = tile.col + (first + i) / 2 * kWidth, y = row + (first + i) % 2 * kSlabRows;
+        const int x = E::column(tile.col + (first + i) / 2 * kWidth), y = row + (first + i) % 2 * kSlabRows;
         if constexpr (C::REDUCE)
           ptx::tma_reduce_add(d_map, batch + i * kSlabBytes, x, y, tile.batch);
         else
@@ -221,12 +247,13 @@ __device__ __forceinline__ void store_slabs(const float (&acc)[kCols<C> / 2], co
 }
 
 // The end of a tile, d and c its matrices. Rows from p.m on are not written; TMA clips them where they are
-// the last of the matrix too. A BF16 accumulator meets C here, an FP8 one began with it.
-template <class C>
+// the last of the matrix too. A BF16 accumulator meets C here, an FP8 one began with it unless it was
+// changed.
+template <class C, class E = AsItIs>
 __device__ __forceinline__ void store_tile(float (&acc)[kCols<C> / 2], const TensorMap* d_map,
                                            typename C::Out* d, const typename C::Out* c, u32 slabs,
                                            const Extents& p, const Tile& tile, int first_row) {
-  constexpr bool kAdd = C::ADD && !Layout<C>::kFp8;
+  constexpr bool kAdd = C::ADD && (!Layout<C>::kFp8 || E::kChanges);
   if constexpr (kAdd && C::EVEN_N && !C::TMA_STORE) {
     store_sum<C>(acc, d, c, p, tile, first_row);
     return;
@@ -234,7 +261,7 @@ __device__ __forceinline__ void store_tile(float (&acc)[kCols<C> / 2], const Ten
   if constexpr (kAdd && (!C::EVEN_N || C::TMA_STORE)) add_c<C, false>(acc, c, p, tile, first_row);
   if constexpr (C::TMA_STORE) {
     constexpr int kWhole = kCols<C> / kSlabCols<C> * kSlabCols<C>;
-    store_slabs<C>(acc, *d_map, slabs, tile, first_row);
+    store_slabs<C, E>(acc, *d_map, slabs, tile, first_row);
     if constexpr (kWhole < kCols<C>) store_direct<C, kWhole>(acc, d, p, tile, first_row);
   } else if constexpr (!kAdd || !C::EVEN_N) {
     store_direct<C>(acc, d, p, tile, first_row);

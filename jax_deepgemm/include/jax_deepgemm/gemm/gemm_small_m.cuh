@@ -83,35 +83,50 @@ struct Slices {
   }
 };
 
-// Four neighbouring columns of D.
-template <class C>
-__device__ __forceinline__ void store_four(float (&values)[4], typename C::Out* d, const typename C::Out* c,
-                                           const Extents& p, int token, int col) {
+// COUNT neighbouring columns of D.
+template <class C, int COUNT>
+__device__ __forceinline__ void store_neighbours(float (&values)[4], typename C::Out* d,
+                                                 const typename C::Out* c, const Extents& p, int token,
+                                                 int col) {
   const i64 at = static_cast<i64>(token) * row_pitch<C>(p) + col;
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < COUNT; ++i)
     if (C::ADD && col + i < p.n) values[i] += ptx::to_float(c[at + i]);
   if constexpr (C::REDUCE) {
 #pragma unroll
-    for (int i = 0; i < 4; i += 2)
+    for (int i = 0; i < COUNT; i += 2)
       if (col + i < p.n) ptx::reduce_add(d + at + i, values[i], values[i + 1]);
-  } else if (p.n % 4 == 0) {
-    if constexpr (is_same<typename C::Out, float>)
+  } else if (p.n % COUNT == 0) {
+    if constexpr (COUNT == 2)
+      store_pair(d + at, values[0], values[1]);
+    else if constexpr (is_same<typename C::Out, float>)
       *reinterpret_cast<float4*>(d + at) = {values[0], values[1], values[2], values[3]};
     else
       *reinterpret_cast<uint2*>(d + at) = {ptx::pack_bf16(values[0], values[1]),
                                            ptx::pack_bf16(values[2], values[3])};
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < COUNT; ++i)
       if (col + i < p.n) store_one(d + at + i, values[i]);
   }
 }
 
+// Four neighbouring columns of the product.
+template <class C, class E>
+__device__ __forceinline__ void store_four(float (&values)[4], typename C::Out* d, const typename C::Out* c,
+                                           const Extents& p, const E& finish, int token, int col) {
+  constexpr int kCount = 4 * Stored<E, C>::COLS / C::COLS;
+  const Extents out = E::stored(p);
+  finish.apply(values, p, col);
+  store_neighbours<C, kCount>(values, d, c, out, token, E::column(col / (4 / kCount)));
+  E::fill_hole(d + static_cast<i64>(token) * out.n, col, p.n);
+}
+
 // This block's slice of the tile, four neighbouring columns of D by a thread at a time.
-template <class C>
+template <class C, class E>
 __device__ __forceinline__ void store_slice(const Slices<C>& slices, typename C::Out* d,
-                                            const typename C::Out* c, const Extents& p, const Tile& tile) {
+                                            const typename C::Out* c, const Extents& p, const E& finish,
+                                            const Tile& tile) {
   constexpr int kFours = C::COLS / 4, kUnits = Slices<C>::kRows * kFours;
   const int first = tile.row + slices.rank * Slices<C>::kRows;
 #pragma unroll 1
@@ -119,15 +134,16 @@ __device__ __forceinline__ void store_slice(const Slices<C>& slices, typename C:
     const int row = unit / kFours, col = unit % kFours * 4;
     const float2 left = slices.sum(row, col), right = slices.sum(row, col + 2);
     float four[4] = {left.x, left.y, right.x, right.y};
-    if (first + row < p.m && tile.col + col < p.n) store_four<C>(four, d, c, p, first + row, tile.col + col);
+    if (first + row < p.m && tile.col + col < p.n)
+      store_four<C>(four, d, c, p, finish, first + row, tile.col + col);
   }
 }
 
 // The same with SWAP_AB, where columns of D are rows of the tile: two tokens at a time.
-template <class C>
+template <class C, class E>
 __device__ __forceinline__ void store_swapped_slice(const Slices<C>& slices, typename C::Out* d,
                                                     const typename C::Out* c, const Extents& p,
-                                                    const Tile& tile) {
+                                                    const E& finish, const Tile& tile) {
   constexpr int kFours = Slices<C>::kRows / 4, kUnits = kFours * C::COLS / 2;
   const int first = tile.row + slices.rank * Slices<C>::kRows;
 #pragma unroll 1
@@ -142,7 +158,7 @@ __device__ __forceinline__ void store_swapped_slice(const Slices<C>& slices, typ
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (tile.col + token + i < p.m && first + row < p.n)
-        store_four<C>(two[i], d, c, p, tile.col + token + i, first + row);
+        store_four<C>(two[i], d, c, p, finish, tile.col + token + i, first + row);
   }
 }
 
@@ -163,9 +179,10 @@ __device__ __forceinline__ int first_block(int rank, int k_blocks) {
   return min(rank * ceil_div(k_blocks, kQuad) / C::SPLITS * kQuad, k_blocks);
 }
 
-template <GemmConfig C>
+template <GemmConfig C, class E = AsItIs>
 __device__ __forceinline__ void gemm_small_m(const Operands& in, const Extents& p, const TensorMap*,
-                                             typename C::Out* d, const typename C::Out* c) {
+                                             typename C::Out* d, const typename C::Out* c,
+                                             const E& finish = {}) {
   extern __shared__ __align__(1024) char shared[];
   const u32 smem = smem_address(shared);
   constexpr int kConsumers = 128 * C::WARPGROUPS;
@@ -197,12 +214,13 @@ __device__ __forceinline__ void gemm_small_m(const Operands& in, const Extents& 
       ptx::named_barrier<1, kConsumers>();  // the other warpgroup may still read what is overwritten
     slices.send(acc[0], warpgroup);
     slices.wait();
-    typename C::Out* out = matrix_of<C>(d, p, tile.batch);
-    const typename C::Out* addend = matrix_of<C>(c, p, tile.batch * p.batched_c);
+    typename C::Out* out = matrix_of<C>(d, E::stored(p), tile.batch);
+    const typename C::Out* addend = matrix_of<C>(c, E::stored(p), tile.batch * p.batched_c);
+    const E mine = finish.of(tile.batch, p);
     if constexpr (C::SWAP_AB)
-      store_swapped_slice<C>(slices, out, addend, p, tile);
+      store_swapped_slice<C>(slices, out, addend, p, mine, tile);
     else
-      store_slice<C>(slices, out, addend, p, tile);
+      store_slice<C>(slices, out, addend, p, mine, tile);
   }
 }
 

@@ -81,6 +81,25 @@ __device__ __forceinline__ bf16 to_bf16(float v) { return {static_cast<u16>(pack
 __device__ __forceinline__ float to_float(bf16 v) { return __uint_as_float(static_cast<u32>(v.bits) << 16); }
 __device__ __forceinline__ float to_float(float v) { return v; }
 
+// Brings what lies there into L1.
+__device__ __forceinline__ void touch(const float* at) {
+  float unused;
+  asm volatile("ld.global.ca.f32 %0, [%1];" : "=f"(unused) : "l"(__cvta_generic_to_global(at)));
+}
+
+// From global memory, by addresses that might be shared memory's for all that ptxas knows: it moves these
+// loads over no store to shared memory in front of them, which would cost registers.
+__device__ __forceinline__ float load_in_order(const float* at) {
+  float v;
+  asm volatile("ld.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 load_in_order_2(const float* at) {
+  float2 v;
+  asm volatile("ld.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(at) : "memory");
+  return v;
+}
+
 // To global memory: of an address that was a number before, the compiler would not know it.
 __device__ __forceinline__ void store_global(float* to, float v) {
   asm volatile("st.global.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(v) : "memory");

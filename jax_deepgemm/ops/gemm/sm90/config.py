@@ -137,10 +137,23 @@ class SharedMemory:
         return align_up(ring + rest, 128)
 
 
+def stored_columns(p: GemmProblem, c: Sm90Config) -> int:
+    """Columns of D that a warpgroup stores together."""
+    return c.cols // c.across // cuts(p, c) // p.finish.halves
+
+
+def cuts(p: GemmProblem, c: Sm90Config) -> int:
+    """In how many parts a warpgroup's columns become something else and are stored (gemm.cuh)."""
+    if not p.finish.changes or c.one_tile:
+        return 1
+    return 4 if p.is_fp8 and c.cols // c.across == 256 else 3 if c.ping_pong and c.cols == 192 else 1
+
+
 def tma_store(p: GemmProblem, c: Sm90Config) -> bool:
     """Whether D leaves through TMA: from the persistent kernel, if its rows are 16-byte aligned."""
     width = SLAB_ROW_BYTES // p.out_bytes
-    return not (c.one_tile or c.gated) and p.n * p.out_bytes % 16 == 0 and c.cols // c.across >= width
+    aligned = p.columns * p.out_bytes % 16 == 0
+    return not (c.one_tile or c.gated) and aligned and stored_columns(p, c) >= width
 
 
 def passes(p: GemmProblem, c: Sm90Config) -> int:
@@ -204,7 +217,7 @@ def _slab_choices(p: GemmProblem, c: Sm90Config) -> list[int]:
         return [2]  # of 8 rows of 128 features in FP8, stored by the warp itself
     if not tma_store(p, c):
         return [0]
-    whole = c.cols // c.across * p.out_bytes // SLAB_ROW_BYTES * (16 // SLAB_ROWS)  # of a warp's 16 rows
+    whole = stored_columns(p, c) * p.out_bytes // SLAB_ROW_BYTES * (16 // SLAB_ROWS)  # of a warp's 16 rows
     return [n for n in range(min(whole, _MAX_SLABS), 0, -2) if whole % n == 0]
 
 
@@ -239,6 +252,14 @@ def problems_with(p: GemmProblem, c: Sm90Config) -> list[str]:
             not c.gated or (rows in (64, 128) and cols == 256 and not (c.one_tile or c.ping_pong)),
             f"gated tiles are 64x256 or 128x256, not {rows}x{cols}",
         ),
+        (
+            p.finish.heads is None or c.one_tile or cols // c.across % 64 == 0,
+            f"a warpgroup has {cols // c.across} columns, must be a multiple of 64 where D has holes",
+        ),
+        (
+            p.finish.halves == 1 or c.one_tile or cols // c.across % 16 == 0,
+            f"a warpgroup has {cols // c.across} columns, must be a multiple of 16 where pairs become one",
+        ),
         (c.stages >= 2, f"stages is {c.stages}, must be at least 2"),
     ]
     if c.one_tile:
@@ -254,10 +275,22 @@ def _widest(p: GemmProblem, c: Sm90Config) -> int:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
     if not p.is_fp8:
         if c.ping_pong:
-            return 128 if p.add_c and not p.reduces else 192
-        return 176 if p.add_c and p.n % 2 else 256
+            return 128 if p.add_c and not p.reduces else 160 if p.finish.changes and c.cols < 192 else 192
+        return 176 if p.add_c and (p.n % 2 or p.finish.changes) else 256
+    if p.finish.changes and not (c.cols == 256 and p.out == "bfloat16" and not p.add_c):
+        return _widest_changed(p, c)
     if c.across == 2:
         return 256
     if c.rows == 256:  # two parts of 64 rows to a warpgroup, and one product beside them
         return 128
     return 256 if p.square_scales and c.rows <= 128 and passes(p, c) == 2 else 192
+
+
+def _widest_changed(p: GemmProblem, c: Sm90Config) -> int:
+    """The same where sums become something else beside the next tile's first product."""
+    if c.rows > 128:
+        return 0
+    late = p.add_c and not p.reduces
+    if late and p.columns % 2:
+        return 96
+    return 256 if c.across == 2 else 128 if late or p.out == "float32" else 160

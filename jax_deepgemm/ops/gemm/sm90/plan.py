@@ -17,20 +17,24 @@ from jax_deepgemm.ops.gemm.sm90.config import (
     shared_memory,
     tma_store,
 )
-from jax_deepgemm.ops.gemm.sm90.source import integers, kernel_source, reads_c, sides
+from jax_deepgemm.ops.gemm.sm90.source import coefficients, integers, kernel_source, reads_c, sides
 
 _STRIPE_BYTES = 8 << 20  # rows of A that stay in L2 beside B and D; see docs/performance_log.md
 
 
 @dataclass(frozen=True)
 class GemmOperands:
-    """Which operands of the custom call play which part; scales are None for BF16, c without accumulation."""
+    """Which operands of the custom call play which part; scales are None for BF16, c without
+    accumulation. d: what D's memory holds before, where it has holes."""
 
     a: Given
     b: Given
     a_scales: Given | None = None
     b_scales: Given | None = None
     c: Given | None = None
+    d: Given | None = None
+    alpha: Given | None = None
+    bias: Given | None = None
 
 
 def tensor_map(
@@ -84,15 +88,18 @@ def tensor_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands, result: tuple[in
 
 
 def pointers(p: GemmProblem, x: GemmOperands) -> list[Operand | Result]:
-    """D, and C where the kernel reads it."""
-    return [Result(0), *([Operand(x.c.index)] if x.c and reads_c(p) else [])]
+    """D, C where the kernel reads it, and what the product meets before it is stored."""
+    addend = [Operand(x.c.index)] if x.c and reads_c(p) else []
+    return [Result(0), *addend, *(Operand(getattr(x, name).index) for name in coefficients(p))]
 
 
 def copy_of_c(p: GemmProblem, c: Given | None, matrices: int) -> list[Copy]:
     """Where the kernel adds to what lies in D: C comes there, if it is not there already."""
-    if c is None or not p.reduces:
-        return []
-    return [Copy(Operand(c.index), Result(0), matrices * p.m * p.n * p.out_bytes)]
+    return [] if c is None or not p.reduces else [_copy_to_d(p, c, matrices)]
+
+
+def _copy_to_d(p: GemmProblem, x: Given, matrices: int) -> Copy:
+    return Copy(Operand(x.index), Result(0), matrices * p.m * p.columns * p.out_bytes)
 
 
 def stripe_height(p: GemmProblem, c: Sm90Config, chip: Chip) -> int:
@@ -107,7 +114,7 @@ def gemm_plan(p: GemmProblem, c: Sm90Config, chip: Chip, operands: Operands) -> 
     """One launch that computes `p` with `c`."""
     x = GemmOperands(**operands)
     batch = (p.batches,) if p.batches > 1 else ()
-    result = (*batch, p.m, p.n) if p.batch_axes[2] == 0 else (p.m, p.batches, p.n)
+    result = (*batch, p.m, p.columns) if p.batch_axes[2] == 0 else (p.m, p.batches, p.columns)
     maps = tensor_maps(p, c, x, result)
     values = {
         "m": p.m,
@@ -120,6 +127,8 @@ def gemm_plan(p: GemmProblem, c: Sm90Config, chip: Chip, operands: Operands) -> 
         "batched_a_scales": int(x.a_scales is not None and x.a_scales.batched),
         "batched_b_scales": int(x.b_scales is not None and x.b_scales.batched),
         "batched_c": int(x.c is not None and x.c.batched),
+        "batched_alpha": int(x.alpha is not None and x.alpha.batched),
+        "batched_bias": int(x.bias is not None and x.bias.batched),
         "run_blocks": p.k_blocks // p.runs,
     }
     tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * p.batches
@@ -131,4 +140,5 @@ def gemm_plan(p: GemmProblem, c: Sm90Config, chip: Chip, operands: Operands) -> 
         cluster=c.split_k,
         shared_memory=shared_memory(p, c).total,
     )
-    return LaunchPlan((*copy_of_c(p, x.c, p.batches), launch), label=str(p))
+    before = [_copy_to_d(p, x.d, p.batches)] if x.d is not None else copy_of_c(p, x.c, p.batches)
+    return LaunchPlan((*before, launch), label=str(p))

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from jax_deepgemm.jit import KernelSource
 from jax_deepgemm.jit.wgmma import wgmma_wrapper
+from jax_deepgemm.ops.gemm.finish import AS_IT_IS
 from jax_deepgemm.ops.gemm.problem import GemmProblem
 from jax_deepgemm.ops.gemm.sm90.config import Sm90Config, passes, shared_memory, tma_store
+from jax_deepgemm.ops.quantize.activation import SILU
+from jax_deepgemm.ops.quantize.sm90 import activation_text
 
 # include/jax_deepgemm/gemm/config.cuh says what each field means.
 _CONFIG = """\
@@ -33,14 +36,25 @@ struct Config {{
 
 _TEXT = """\
 #include <jax_deepgemm/gemm/{header}.cuh>
-
+{include}
 {mma}
-{config}
+{config}{finish}
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
   const jdg::Operands operands = {{{operands}}};
   const jdg::Extents extents = {{m, n, batches, batched_c, stripe}};
-  jdg::{header}<Config>(operands, extents, {d_map}, d, {c});
+  jdg::{header}<Config>(operands, extents, {d_map}, d, {c}{finished});
 }}
+"""
+
+# include/jax_deepgemm/gemm/finish.cuh says what each field means.
+_FINISH = """\
+{act}
+struct Finish {{
+  using Act = ::Act;
+  static constexpr jdg::Form FORM = jdg::Form::{form};
+  static constexpr bool ALPHA = {alpha}, BIAS = {bias}, FILL = {fill};
+  static constexpr int LEFT = {left}, MID = {mid}, RIGHT = {right};
+}};
 """
 
 _SCALES = {
@@ -69,8 +83,9 @@ def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
     parts += ["inside"] if p.batch_axes[2] == 1 else []
     parts += ["together"] if p.batches_together else []
     parts += ["acc" if p.reduces else "add"] if p.add_c else []
+    parts += p.finish.words
     if not c.one_tile:
-        parts += ["odd"] if p.n % 2 else [] if tma_store(p, c) or c.gated else ["unaligned"]
+        parts += ["odd"] if p.columns % 2 else [] if tma_store(p, c) or c.gated else ["unaligned"]
     return "_".join(parts)
 
 
@@ -144,7 +159,7 @@ def config_text(
         add=as_cpp(reads_c(p)),
         reduce=as_cpp(p.reduces),
         tma_store=as_cpp(tma_store(p, c)),
-        even_n=as_cpp(p.n % 2 == 0),
+        even_n=as_cpp(p.columns % 2 == 0),
         batch_inside=as_cpp(p.batch_axes[2] == 1),
         batches_together=as_cpp(p.batches_together),
         row_scales=_SCALES[rows.scales],
@@ -160,6 +175,30 @@ def product(p: GemmProblem, c: Sm90Config, rows: Side, cols: Side) -> str:
 
 def as_cpp(value: bool) -> str:
     return str(value).lower()
+
+
+def finish_text(p: GemmProblem) -> str:
+    """What the product becomes, as a C++ struct; none if nothing."""
+    finish = p.finish
+    if finish == AS_IT_IS:
+        return ""
+    form = "kNone" if finish.activation is None else "kEach" if finish.each else "kInPairs"
+    left, mid, right = finish.heads or (1, 0, 0)
+    return _FINISH.format(
+        act=activation_text(finish.activation or SILU),
+        form=form,
+        alpha=as_cpp(finish.alpha),
+        bias=as_cpp(finish.bias),
+        fill=as_cpp(finish.fill),
+        left=left,
+        mid=mid,
+        right=right,
+    )
+
+
+def coefficients(p: GemmProblem) -> list[str]:
+    """Parts whose numbers the product meets before it is stored."""
+    return [name for name in ("alpha", "bias") if getattr(p.finish, name)]
 
 
 def reads_c(p: GemmProblem) -> bool:
@@ -182,6 +221,7 @@ def leading_parameters(p: GemmProblem, c: Sm90Config) -> list[str]:
     maps += [f"{map_type} d_map"] if tma_store(p, c) else []
     pointers = [f"{out_type(p)}* d"]
     pointers += [f"const {out_type(p)}* c"] if reads_c(p) else []
+    pointers += [f"const float* {name}" for name in coefficients(p)]
     return maps + pointers
 
 
@@ -201,8 +241,14 @@ def kernel_source(p: GemmProblem, c: Sm90Config) -> KernelSource:
     operands += [f"batched_{side.name}{of}" for of in ("", "_scales") for side in (rows, cols)]
     operands += ["run_blocks"] if p.runs > 1 else []
     name = kernel_name(p, c)
+    given = [name if getattr(p.finish, name) else "nullptr" for name in ("alpha", "bias")]
+    given += [f"batched_{name}" if getattr(p.finish, name) else "0" for name in ("alpha", "bias")]
+    plain = p.finish == AS_IT_IS
     text = _TEXT.format(
         header="gemm_small_m" if c.one_tile else "gemm",
+        include="" if plain else "#include <jax_deepgemm/gemm/finish.cuh>\n",
+        finish=finish_text(p),
+        finished="" if plain else f", jdg::Finish<Finish>{{{', '.join(given)}}}",
         mma=product(p, c, rows, cols),
         config=config_text(p, c, rows, cols),
         d_map="&d_map" if tma_store(p, c) else "nullptr",
@@ -218,5 +264,5 @@ def kernel_source(p: GemmProblem, c: Sm90Config) -> KernelSource:
 
 def integers(p: GemmProblem) -> tuple[str, ...]:
     """The kernel's last parameters."""
-    batched = tuple(f"batched_{part}" for part in ("a", "b", "a_scales", "b_scales", "c"))
+    batched = tuple(f"batched_{part}" for part in ("a", "b", "a_scales", "b_scales", "c", *coefficients(p)))
     return ("m", "n", "batches", "k_blocks", "stripe", *batched, *(("run_blocks",) if p.runs > 1 else ()))

@@ -1,0 +1,171 @@
+"""The dense GEMMs whose product becomes something else before it is stored, as ops, and what it becomes in
+plain jnp.
+
+    D = activation(alpha * A B^T + bias) + C        float32, then one rounding
+
+k is not cut over devices: a sum must be whole before it is anything but added. Where D's columns are not the
+product's, they are cut after it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_deepgemm.core.family import LazyKernel
+from jax_deepgemm.core.op import Op
+from jax_deepgemm.core.sharding import pieces_of_whole
+from jax_deepgemm.ops.gemm import op as ops
+from jax_deepgemm.ops.gemm import padding
+from jax_deepgemm.ops.gemm.checks import BLOCKED, FLOAT32, LAYOUTS, Options, Quantized
+from jax_deepgemm.ops.gemm.finish import Finish, Heads
+from jax_deepgemm.ops.gemm.op import FP8_GRADIENT_HINT, recut_blocks
+from jax_deepgemm.ops.swiglu.reference import act, of_each
+
+# In plain jnp
+
+
+def finished(sums: jax.Array, finish: Finish, *rest: jax.Array) -> jax.Array:
+    """D in float32 of sums [m, n] in float32; rest: alpha [1], bias [n], and C, as far as they are given."""
+    given = iter(rest)
+    if finish.alpha:
+        sums = sums * next(given)[0]
+    if finish.bias:
+        sums = sums + next(given)[None]
+    if finish.activation is not None:
+        sums = of_each(sums, finish.activation) if finish.each else act(sums, None, None, finish.activation)
+    for c in given:
+        sums = sums + c.astype(jnp.float32)
+    return sums
+
+
+def spread(product: jax.Array, heads: Heads, d: jax.Array | None) -> jax.Array:
+    """The product [m, n] between the holes of D, which hold what d holds there, or zeros."""
+    m, n = product.shape
+    count = n // heads.taken
+    by_head = product.reshape(m, count, heads.taken)
+    if d is None:
+        hole = jnp.zeros_like(product, shape=(m, count, heads.mid))
+    else:
+        hole = d.reshape(m, count, sum(heads))[..., heads.left : heads.left + heads.mid]
+    parts = [by_head[..., : heads.left], hole, by_head[..., heads.left :]]
+    return jnp.concatenate(parts, axis=-1).reshape(m, heads.width(n))
+
+
+def _reference(
+    base: Op, *arrays: jax.Array, finish: Finish, out_dtype: Any, **params: Any
+) -> list[jax.Array]:
+    count = len(base.rule.operands)
+    operands, rest = arrays[:count], arrays[count:]
+    if finish.heads is not None:
+        [product] = base.reference(*operands, out_dtype=out_dtype, **params)
+        return [spread(product, finish.heads, rest[0] if rest else None)]
+    [sums] = base.reference(*operands, out_dtype=FLOAT32, **params)
+    return [finished(sums, finish, *rest).astype(out_dtype)]
+
+
+# Ops
+
+
+def _result(base: Op, *shapes: Any, finish: Finish, **params: Any) -> list[Any]:
+    [((m, n), dtype)] = base.result(*shapes[: len(base.rule.operands)], **params)
+    return [((m, finish.width(n)), dtype)]
+
+
+def _whole_d(base: Op, prepare: Any, *arrays: jax.Array, finish: Finish, **params: Any) -> Any:
+    """Operands as the kernel reads them; D's memory with vmap's dimension if the others have it."""
+    count = len(base.rule.operands)
+    operands = prepare(*arrays[:count], **params)
+    rest = list(arrays[count:])
+    if finish.heads is not None and rest and rest[0].ndim == 2:
+        levels = [x.shape[0] for x, own in zip(operands, base.rule.operands) if x.ndim > len(own)]
+        rest = [jnp.broadcast_to(rest[0], (*levels[:1], *rest[0].shape))]
+    return (*operands, *rest)
+
+
+def _bf16_jvp(
+    primals: list[Any], tangents: list[Any], *, layout: str, finish: Finish, out_dtype: Any, **params: Any
+) -> list[jax.Array]:
+    """That of the product in float32, then of what it becomes."""
+    (a, b, *rest), (da, db, *drest) = primals, tangents
+    params |= {"config": None}
+    run = functools.partial(ops.BF16_GEMM[layout], layout=layout, out_dtype=FLOAT32, **params)
+    [sums] = run(a, b)
+    terms = [] if da is None else run(da, b)
+    terms += [] if db is None else run(a, db)
+    dsums = functools.reduce(jnp.add, terms, jnp.zeros_like(sums))
+    drest = [jnp.zeros_like(x) if dx is None else dx for x, dx in zip(rest, drest, strict=True)]
+
+    def function(sums: jax.Array, *rest: jax.Array) -> jax.Array:
+        return finished(sums, finish, *rest).astype(out_dtype)
+
+    return [jax.jvp(function, (sums, *rest), (dsums, *drest))[1]]
+
+
+@functools.cache
+def _op(base: Op, alpha: bool, bias: bool, last: str, columns: str) -> Op:
+    """The op of a product's.
+
+    Args:
+      base: the product.
+      alpha, bias: whether it meets one.
+      last: the operand behind them: "c", "d" (what holes hold), or none, "".
+      columns: the name of D's columns: "n" where they are the product's, else "w".
+    """
+    fp8 = base in (ops.FP8_GEMM_BLOCK, ops.FP8_GEMM_ROW)
+    extra = [*(["o"] if alpha else []), *(["n"] if bias else [])]
+    extra += [f"m {'n' if last == 'c' else 'held'}"] if last else []
+    operands = [" ".join(one) for one in base.rule.operands]
+    words = [*(["alpha"] if alpha else []), *(["bias"] if bias else []), *([last] if last else []), columns]
+    options: dict[str, Any] = {"grad_hint": FP8_GRADIENT_HINT}
+    if not fp8:
+        options = {"jvp": _bf16_jvp}
+    if columns != "n":
+        options["spmd"] = pieces_of_whole(columns)
+    elif fp8:
+        options["spmd"] = lambda plan, local, *arrays: (recut_blocks(plan, *arrays), None)
+    return Op(
+        "_".join([base.name, "finished", *words]),
+        f"{', '.join([*operands, *extra])} -> m {columns}",
+        functools.partial(_result, base),
+        functools.partial(_reference, base),
+        blocks=base.rule.blocks,
+        kernel=LazyKernel(
+            "jax_deepgemm.ops.gemm.kernel", f"{'fp8' if fp8 else 'bf16'}_finished", batched=True
+        ),
+        kernel_prepare=functools.partial(_whole_d, base, padding.fp8_rows if fp8 else padding.bf16_rows),
+        aliases={len(operands) + len(extra) - 1: 0} if last else {},
+        **options,
+    )
+
+
+def _run(base: Op, operands: Any, rest: Any, last: str, finish: Finish, options: Options, **own: Any) -> Any:
+    columns = "n" if finish.halves == 1 and finish.heads is None else "w"
+    run = _op(base, finish.alpha, finish.bias, last, columns)
+    params = {name: value for name, value in vars(options).items() if name != "reduce_dtype"}
+    return run(*operands, *rest, finish=finish, **params, **own)[0]
+
+
+def fp8_gemm(
+    a: Quantized, b: Quantized, rest: list[jax.Array], last: str, finish: Finish, options: Options
+) -> jax.Array:
+    """D of FP8 operands that both have k last; rest: alpha, bias and what `last` names."""
+    base = ops.FP8_GEMM_BLOCK if b.block == BLOCKED else ops.FP8_GEMM_ROW
+    return _run(base, (a.values, a.scales, b.values, b.scales), rest, last, finish, options)
+
+
+def bf16_gemm(
+    layout: str,
+    a: jax.Array,
+    b: jax.Array,
+    rest: list[jax.Array],
+    last: str,
+    finish: Finish,
+    options: Options,
+) -> jax.Array:
+    """D of BF16 operands as they are stored."""
+    assert layout in LAYOUTS
+    return _run(ops.BF16_GEMM[layout], (a, b), rest, last, finish, options, layout=layout)
