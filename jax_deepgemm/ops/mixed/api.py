@@ -1,4 +1,4 @@
-"""What `fp8_gemm_nt`, `m_grouped_fp8_gemm_nt_contiguous`, `m_grouped_fp8_gemm_nt_masked`, and those of bfloat16
+"""What `fp8_gemm_nt`, `m_grouped_fp8_gemm_nt_contiguous`, `m_grouped_fp8_gemm_nt_masked`, and those of bf16
 of like names, call for an FP4 weight (`PreparedFp4.products`); their docstrings say what users need to know.
 """
 
