@@ -3,7 +3,7 @@ those of the grouped ops do (ops/grouped/prepare.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from jax_deepgemm.core.family import OpKernel
 from jax_deepgemm.ops.grouped.problem import MASKED_ROWS, ROWS
 from jax_deepgemm.ops.mixed.family import FAMILY
-from jax_deepgemm.ops.mixed.problem import E4M3, FP4, INT8, MixedProblem
+from jax_deepgemm.ops.mixed.problem import E4M3, FP4, FP4_BF16, INT8, MixedProblem
 
 _PARTS_OF_A_SEGMENT = 3  # starts | ends | groups
 _BYTES = {"int8": INT8, "float8_e4m3fn": E4M3}
@@ -23,7 +23,9 @@ def _sizes(a: Any, avals_out: Sequence[Any]) -> dict[str, Any]:
 
 
 def _weight(w: Any, scales: Any) -> dict[str, Any]:
-    """What a weight in slabs, or in bytes, and its scales are."""
+    """What a weight in slabs, or in bytes, and its scales are; no scales: rows are bfloat16, w in slabs."""
+    if scales is None:
+        return {"weights_in": FP4_BF16}
     weights_in = _BYTES.get(np.dtype(w.dtype).name, FP4)
     return {"weights_in": weights_in, "scales": np.dtype(scales.dtype).name}
 
@@ -78,6 +80,16 @@ def _masked(
     )
 
 
+def _bf16(problem: Callable[..., MixedProblem]) -> Callable[..., MixedProblem]:
+    """Of rows in bfloat16, which have no scales, and slabs."""
+
+    def run(avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> MixedProblem:
+        a, w, *rest = avals_in
+        return problem((a, None, w, *rest), avals_out, **params)
+
+    return run
+
+
 _OPERANDS = ("a", "scales", "w")
 
 mixed_gemm = OpKernel(FAMILY, _dense, _OPERANDS)
@@ -88,3 +100,9 @@ m_grouped_mixed_gemm = OpKernel(FAMILY, _rows, (*_OPERANDS, "group_sizes", "grou
 m_masked_mixed_gemm = OpKernel(FAMILY, _masked, (*_OPERANDS, "group_sizes"))
 """a [g, m, k], its scales [g, m, kb], slabs [weights, n / 64, kb, bytes], masked_m [g]; or the scales of w
 [weights, n], and w [weights, k, n]."""
+mixed_bf16_gemm = OpKernel(FAMILY, _bf16(_dense), ("a", "w"))
+"""a [m, k] bfloat16, slabs [n / 64, kb, bytes]."""
+m_grouped_mixed_bf16_gemm = OpKernel(FAMILY, _bf16(_rows), ("a", "w", "group_sizes", "group_offset"))
+"""a [m, k] bfloat16, slabs [g, n / 64, kb, bytes], sizes or segments, offset."""
+m_masked_mixed_bf16_gemm = OpKernel(FAMILY, _bf16(_masked), ("a", "w", "group_sizes"))
+"""a [g, m, k] bfloat16, slabs [weights, n / 64, kb, bytes], masked_m [g]."""

@@ -1,4 +1,4 @@
-"""Products with FP4 weights in plain jnp: those of FP8, with the weights that the slabs stand for."""
+"""Products with FP4 weights in plain jnp: those of FP8 or BF16, with the weights that the slabs stand for."""
 
 from __future__ import annotations
 
@@ -28,9 +28,25 @@ def _of(product: Callable[..., list[jax.Array]]) -> Callable[..., list[jax.Array
     return run
 
 
+def _of_bf16(product: Callable[..., list[jax.Array]]) -> Callable[..., list[jax.Array]]:
+    """With the weights in float32."""
+
+    def run(a: jax.Array, slabs: jax.Array, *rest: jax.Array, **params: Any) -> list[jax.Array]:
+        numbers, scales = _expanded(slabs, a.shape[-1])
+        return product(a, dense.dequantize_rows(numbers, scales), *rest, layout="nt", **params)
+
+    return run
+
+
 mixed_fp8_gemm = _of(dense.fp8_gemm)
 """[D [m, n]] of a [m, k], scales [m, kb], slabs [n / 64, ks, z]."""
 m_grouped_mixed_fp8_gemm = _of(grouped.m_grouped_fp8_gemm)
 """[D [m, n]] of a [m, k], scales [m, kb], slabs [g, n / 64, ks, z], sizes, offset."""
 m_masked_mixed_fp8_gemm = _of(grouped.m_masked_fp8_gemm)
 """[D [g, m, n]] of a [g, m, k], scales [g, m, kb], slabs [g, n / 64, ks, z], counts."""
+mixed_bf16_gemm = _of_bf16(dense.bf16_gemm)
+"""[D [m, n]] of a [m, k] bfloat16, slabs."""
+m_grouped_mixed_bf16_gemm = _of_bf16(grouped.m_grouped_bf16_gemm)
+"""[D [m, n]] of a [m, k] bfloat16, slabs, sizes, offset."""
+m_masked_mixed_bf16_gemm = _of_bf16(grouped.m_masked_bf16_gemm)
+"""[D [g, m, n]] of a [g, m, k] bfloat16, slabs, counts."""
