@@ -66,11 +66,14 @@ def cut(problem: MixedProblem, which: tuple[int, ...]) -> MixedConfig | None:
 
 
 def kernels() -> Iterator[Any]:
-    for shape in DENSE:
-        yield dense_problem(*shape)
+    for m, n, k in DENSE:
+        yield dense_problem(m, n, k)
+        yield dense_problem(m, n, k, weights_in="fp4_bf16")
     for groups, m, n, k in GROUPED:
         yield grouped_problem(MASKED_ROWS, groups, m, n, k, out="float32")
         yield grouped_problem(ROWS, groups, groups * m, n, k, out="float32")
+        for grouping, rows in ((MASKED_ROWS, m), (ROWS, groups * m)):
+            yield grouped_problem(grouping, groups, rows, n, k, out="float32", weights_in="fp4_bf16")
     for which in CUTS:
         for kind in ("fp4", INT8):
             one = dense_problem(*CUT_DENSE) if kind == "fp4" else None
@@ -188,6 +191,36 @@ def test_the_last_slabs_of_an_operand() -> None:
     a, w = rows(0, 9, 256), weight(1, 320, 256)
     got = jdg.fp8_gemm_nt(a, jdg.prepare_fp4(w), out_dtype=F32, config=config)
     close(got, exact(a) @ exact(expand_fp4(w)).T)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), DENSE)
+def test_dense_bf16(m: int, n: int, k: int) -> None:
+    a, w = normal(m, m, k), weight(n, n, k)
+    got = jdg.bf16_gemm_nt(a, jdg.prepare_fp4(w), out_dtype=F32)
+    close(got, np.asarray(a, np.float64) @ exact(expand_fp4(w)).T)
+    for _ in range(20):
+        np.testing.assert_array_equal(jdg.bf16_gemm_nt(a, jdg.prepare_fp4(w), out_dtype=F32), got)
+
+
+@pytest.mark.parametrize(("groups", "m", "n", "k"), GROUPED)
+def test_groups_bf16(groups: int, m: int, n: int, k: int) -> None:
+    """Rows that do not count are NaN."""
+    w, total = weight(n, groups, n, k), groups * m
+    matrices = exact(expand_fp4(w))
+    counts = np.random.default_rng(m).integers(0, m + 1, groups).astype(np.int32)
+    beyond = np.arange(m)[None, :, None] >= counts[:, None, None]
+    deep = jnp.where(beyond, jnp.nan, normal(m, groups, m, k)).astype(jnp.bfloat16)
+    masked = jdg.m_grouped_bf16_gemm_nt_masked
+    got = masked(deep, jdg.prepare_fp4(w), counts, out_dtype=F32, zero_rows=True)
+    rows = np.where(beyond, 0, np.asarray(deep, np.float64))
+    close(got, np.einsum("gmk,gnk->gmn", rows, matrices))
+    sizes = drawn_sizes(m, groups, total)
+    owner = owners(sizes, total)
+    loose = jnp.where((owner == groups)[:, None], jnp.nan, normal(m, total, k)).astype(jnp.bfloat16)
+    got = jdg.m_grouped_bf16_gemm_nt_contiguous(loose, jdg.prepare_fp4(w), jnp.asarray(sizes), out_dtype=F32)
+    whole = np.concatenate([matrices, np.zeros((1, n, k))])
+    rows = np.where((owner == groups)[:, None], 0, np.asarray(loose, np.float64))
+    close(got, np.stack([row @ whole[g].T for row, g in zip(rows, owner, strict=True)]))
 
 
 # Weights with a scale a channel -----------------------------------------------------------------------------

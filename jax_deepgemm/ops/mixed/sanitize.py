@@ -12,8 +12,13 @@ import numpy as np
 
 from jax_deepgemm.core.chip import H200
 from jax_deepgemm.core.sanitize import FEW_SMS, Case, on_few
-from jax_deepgemm.ops.gemm.api import fp8_gemm_nt
-from jax_deepgemm.ops.grouped.api import m_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_masked
+from jax_deepgemm.ops.gemm.api import bf16_gemm_nt, fp8_gemm_nt
+from jax_deepgemm.ops.grouped.api import (
+    m_grouped_bf16_gemm_nt_contiguous,
+    m_grouped_bf16_gemm_nt_masked,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
+)
 from jax_deepgemm.ops.grouped.sanitize import BAD, GROUPS, SIZES, USED
 from jax_deepgemm.ops.mixed.family import FAMILY
 from jax_deepgemm.ops.mixed.problem import MixedProblem
@@ -44,6 +49,13 @@ def cases() -> Iterator[Case]:
     yield Case("mixed to float32", on_few(fp8_gemm_nt, out_dtype=jnp.float32), (a, weights[1]))
     short = quantize(normal(20, K - 20))
     yield Case("mixed k padded", on_few(fp8_gemm_nt), (short, weights[2]))
+    for m, sms in ((5, None), (100, FEW_SMS)):
+        yield Case(f"mixed bf16 m={m}", on_few(bf16_gemm_nt, sms), (normal(m, K - 8), weights[1]))
+    loose, bf16_grouped = normal(ROWS, K, good=USED), m_grouped_bf16_gemm_nt_contiguous
+    yield Case("mixed bf16 grouped", on_few(bf16_grouped), (loose, weights, jnp.asarray(SIZES)))
+    deep, counts = normal(GROUPS, CAPACITY, K), jnp.asarray([CAPACITY, 0, 3, 70], jnp.int32)
+    zeroing = on_few(m_grouped_bf16_gemm_nt_masked, zero_rows=True)
+    yield Case("mixed bf16 masked zero_rows", zeroing, (deep, weights, counts))
     sizes, poisoned, whole = (
         jnp.asarray(SIZES),
         quantize(normal(ROWS, K, good=USED)),
