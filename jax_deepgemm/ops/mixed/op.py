@@ -1,4 +1,4 @@
-"""Products of FP8 or BF16 rows and FP4 weights as ops: those of ops/gemm and ops/grouped with slabs for B.
+"""Products of FP8 or bfloat16 rows and FP4 weights as ops: those of ops/gemm and ops/grouped, slabs for B.
 
 Slabs are not recut: devices have whole ones, so that n is cut at multiples of 64 and k at multiples of 128.
 """
@@ -18,15 +18,14 @@ from jax_deepgemm.ops.grouped import segments
 from jax_deepgemm.ops.mixed import prepare, reference
 from jax_deepgemm.ops.quantize.slabs import COLUMNS, ROWS
 
-KINDS = ("fp8", "bf16")
-"""Of rows: e4m3 with scales of 1x128, or bfloat16."""
-GRADIENT_HINTS = {
-    "fp8": "Quantised operands have no useful derivative. Use jax_deepgemm.grouped_linear or jax_deepgemm."
-    "moe, which quantise inside and have gradients of the rows, or jax.lax.stop_gradient.",
-    "bf16": "Products of bfloat16 with FP4 weights have no derivative. Take the weight's numbers, which "
-    "bfloat16 holds exactly: dequantize_fp4(w.fp4(k), jnp.bfloat16), or jax.lax.stop_gradient.",
+GRADIENT_HINT = (
+    "Quantised operands have no useful derivative. Use jax_deepgemm.grouped_linear or jax_deepgemm.moe, "
+    "which quantise inside and have gradients of the rows, or jax.lax.stop_gradient."
+)
+_GRIDS: dict[str, Any] = {
+    "blocks": {"kb": ("k", SCALE_BLOCK), "ns": ("n", ROWS), "ks": ("k", COLUMNS)},
+    "edges": ("ns", "ks"),
 }
-_BLOCKS = {"kb": ("k", SCALE_BLOCK), "ns": ("n", ROWS), "ks": ("k", COLUMNS)}
 _KERNELS = "jax_deepgemm.ops.mixed.kernel"
 
 Recut = tuple[tuple[jax.Array, ...], dict[str, Any]]
@@ -54,55 +53,79 @@ def _recut_masked(plan: ShardingPlan, *arrays: jax.Array, **_: Any) -> Recut:
     return (*operands, counts), {}
 
 
-def _op(kind: str, name: str, rows: str, rule: str, reduces: tuple[str, ...], **more: Any) -> Op:
-    """rows: dimensions of rows in front of k."""
-    left = f"{rows} k, {rows} kb" if kind == "fp8" else f"{rows} k"
-    lead = len(rows.split())
-    return Op(
-        f"{name}_{kind}_gemm",
-        f"{left}, {rule}",
-        lambda *shapes, out_dtype, **_: [
-            ((*shapes[0][:lead], _n(shapes[2 if kind == "fp8" else 1])), out_dtype)
-        ],
-        getattr(reference, f"{name}_{kind}_gemm"),
-        reduces=reduces,
-        blocks={grid: data for grid, data in _BLOCKS.items() if grid != "kb" or kind == "fp8"},
-        edges=("ns", "ks"),
-        kernel_prepare=getattr(prepare, name),
-        grad_hint=GRADIENT_HINTS[kind],
-        **more,
-    )
+MIXED_FP8_GEMM: Op = Op(
+    "mixed_fp8_gemm",
+    "m k, m kb, ns ks z -> m n",
+    lambda a, scales, slabs, *, out_dtype, **_: [((a[0], _n(slabs)), out_dtype)],
+    reference.mixed_fp8_gemm,
+    reduces=("k",),
+    kernel=LazyKernel(_KERNELS, "mixed_gemm"),
+    kernel_prepare=prepare.mixed_fp8,
+    grad_hint=GRADIENT_HINT,
+    **_GRIDS,
+)
+M_GROUPED_MIXED_FP8_GEMM: Op = Op(
+    "m_grouped_mixed_fp8_gemm",
+    "m k, m kb, g ns ks z, s, o -> m n",
+    lambda a, scales, slabs, *_, out_dtype, **__: [((a[0], _n(slabs)), out_dtype)],
+    reference.m_grouped_mixed_fp8_gemm,
+    reduces=("k", "g"),
+    kernel=LazyKernel(_KERNELS, "m_grouped_mixed_gemm", batched=True),
+    recut=recut_m_grouped,
+    kernel_prepare=prepare.m_grouped_mixed_fp8,
+    grad_hint=GRADIENT_HINT,
+    **_GRIDS,
+)
+M_MASKED_MIXED_FP8_GEMM: Op = Op(
+    "m_masked_mixed_fp8_gemm",
+    "g m k, g m kb, g ns ks z, g -> g m n",
+    lambda a, scales, slabs, *_, out_dtype, **__: [((*a[:2], _n(slabs)), out_dtype)],
+    reference.m_masked_mixed_fp8_gemm,
+    reduces=("k",),
+    kernel=LazyKernel(_KERNELS, "m_masked_mixed_gemm", batched=True),
+    recut=_recut_masked,
+    kernel_prepare=prepare.m_masked_mixed_fp8,
+    grad_hint=GRADIENT_HINT,
+    **_GRIDS,
+)
 
-
-def _kernel(kind: str, name: str, batched: bool) -> LazyKernel:
-    return LazyKernel(_KERNELS, f"{name}_gemm" if kind == "fp8" else f"{name}_bf16_gemm", batched=batched)
-
-
-MIXED: dict[str, Op] = {
-    kind: _op(kind, "mixed", "m", "ns ks z -> m n", ("k",), kernel=_kernel(kind, "mixed", False))
-    for kind in KINDS
+_BF16: dict[str, Any] = {
+    "blocks": {"ns": ("n", ROWS), "ks": ("k", COLUMNS)},
+    "edges": ("ns", "ks"),
+    "grad_hint": (
+        "FP4 weights have no derivative, and no product for that of the rows. Use dequantize_fp4(w.fp4(k), "
+        "jnp.bfloat16), whose products have gradients, or jax.lax.stop_gradient."
+    ),
 }
-M_GROUPED_MIXED: dict[str, Op] = {
-    kind: _op(
-        kind,
-        "m_grouped_mixed",
-        "m",
-        "g ns ks z, s, o -> m n",
-        ("k", "g"),
-        recut=recut_m_grouped,
-        kernel=_kernel(kind, "m_grouped_mixed", True),
-    )
-    for kind in KINDS
-}
-M_MASKED_MIXED: dict[str, Op] = {
-    kind: _op(
-        kind,
-        "m_masked_mixed",
-        "g m",
-        "g ns ks z, g -> g m n",
-        ("k",),
-        recut=_recut_masked,
-        kernel=_kernel(kind, "m_masked_mixed", True),
-    )
-    for kind in KINDS
-}
+MIXED_BF16_GEMM: Op = Op(
+    "mixed_bf16_gemm",
+    "m k, ns ks z -> m n",
+    lambda a, slabs, *, out_dtype, **_: [((a[0], _n(slabs)), out_dtype)],
+    reference.mixed_bf16_gemm,
+    reduces=("k",),
+    kernel=LazyKernel(_KERNELS, "mixed_bf16_gemm"),
+    kernel_prepare=prepare.mixed_bf16,
+    **_BF16,
+)
+M_GROUPED_MIXED_BF16_GEMM: Op = Op(
+    "m_grouped_mixed_bf16_gemm",
+    "m k, g ns ks z, s, o -> m n",
+    lambda a, slabs, *_, out_dtype, **__: [((a[0], _n(slabs)), out_dtype)],
+    reference.m_grouped_mixed_bf16_gemm,
+    reduces=("k", "g"),
+    kernel=LazyKernel(_KERNELS, "m_grouped_mixed_bf16_gemm", batched=True),
+    recut=recut_m_grouped,
+    kernel_prepare=prepare.m_grouped_mixed_bf16,
+    **_BF16,
+)
+M_MASKED_MIXED_BF16_GEMM: Op = Op(
+    "m_masked_mixed_bf16_gemm",
+    "g m k, g ns ks z, g -> g m n",
+    lambda a, slabs, *_, out_dtype, **__: [((*a[:2], _n(slabs)), out_dtype)],
+    reference.m_masked_mixed_bf16_gemm,
+    reduces=("k",),
+    kernel=LazyKernel(_KERNELS, "m_masked_mixed_bf16_gemm", batched=True),
+    recut=_recut_masked,
+    kernel_prepare=prepare.m_masked_mixed_bf16,
+    **_BF16,
+)
