@@ -208,6 +208,11 @@ def _small_weight(product: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _per_channel(x: jax.Array, ws: jax.Array, sizes: jax.Array) -> Any:
+    w = jdg.PerChannelArray(*jdg.quantize_per_channel(ws))
+    return jdg.ragged_dot(x, w, sizes), jdg.dequantize_per_channel(w)
+
+
 def _scored_fp4(q: jax.Array, keys: jax.Array, *operands: Any) -> Any:
     numbers = indexer.dequantize_fp4(indexer.Fp4Array(*indexer.quantize_fp4(keys)))
     return indexer.mqa_logits(indexer.quantize_fp4(q), indexer.quantize_fp4(numbers), *operands)
@@ -480,6 +485,9 @@ FORWARD = (
     Call("quantize_fp4, dequantize_fp4, Fp4Array: logits", _scored_fp4, ("queries", "keys", *WINDOWS)),
     Call("prepare_fp4: dense", _small_weight(jdg.fp8_gemm_nt), ("q_x", "w_f32")),
     Call("prepare_fp4: groups", _small_weight(jdg.grouped_linear), ("x", "ws_f32", "sizes")),
+    Call(
+        "quantize_per_channel, dequantize_per_channel, PerChannelArray", _per_channel, ("x", "ws_t", "sizes")
+    ),
     Call("expand_fp4", lambda w: quantization.expand_fp4(quantization.quantize_fp4(w)).values, ("w_f32",)),
     Call("paged_mqa_logits", _scored_pages, ("queries", "pages", "page_scales", "head_weights", "k_end")),
     Call(
