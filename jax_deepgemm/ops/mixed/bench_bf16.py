@@ -1,4 +1,4 @@
-"""Rows of the benchmark: products of bfloat16 rows with weights of fewer bits, beside the same in bfloat16."""
+"""Rows of the benchmark: bfloat16 rows times weights of fewer bits, beside the same weights in bfloat16."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def rows(small: bool) -> Iterator[Row]:
 
 TABLES = {
     "mixed_bf16": Table(
-        "bfloat16 rows times FP4 weights (MXFP4, prepared), masked (m expected in each group), beside the same"
-        " weights in bfloat16",
+        "bfloat16 rows times FP4 weights (MXFP4, prepared), masked (m expected in each group), beside the"
+        " same weights in bfloat16",
         ("groups", "m", "n", "k"),
         fp4_rows,
         columns=(*RATES, *BESIDE_BASELINE, CLOCK),
