@@ -21,9 +21,9 @@ _MIN_AMAX = 1e-12
 
 
 def products() -> Any:
-    """The products of these weights. Imported by name: they stand on grouped products, whose layers call
-    them."""
-    return importlib.import_module("jax_deepgemm.ops.mixed.per_channel")
+    """The products of these weights. Imported by a relative name: they stand on products that call them here,
+    and whose programs do not depend on them (core/version.py)."""
+    return importlib.import_module("..mixed.per_channel", __package__)
 
 
 class PerChannelArray(NamedTuple):
