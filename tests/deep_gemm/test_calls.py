@@ -23,10 +23,10 @@ from jax_deepgemm.quantization import (
 )
 from tests.deep_gemm.test_names import NAMES
 from tests.shared.arrays import normal
-from tests.shared.public_calls import _operands
+from tests.shared.public_operands import operands
 
 F32, E4 = jnp.float32, jnp.float8_e4m3fn
-given = functools.cache(lambda name: _operands()[name])
+given = functools.cache(lambda name: operands()[name])
 
 
 near = functools.partial(pytest.approx, rel=1e-3, abs=1e-2)
