@@ -76,8 +76,8 @@ def check_fp4(weights: str, *rows: int, refused: str = "") -> None:
 def instead_of(op: str, weights: str) -> str:
     """What takes such weights if this product does not.
 
-    >>> instead_of("bf16_gemm_nt", "nvfp4"), instead_of("fp8_gemm_nt", "nvfp4"), instead_of("fp8_gemm_nn",
-    "fp4") ('', 'a product in bf16', 'a product nt')
+    >>> [instead_of(op, "nvfp4") for op in ("bf16_gemm_nt", "fp8_gemm_nt", "bf16_gemm_nn")]
+    ['', 'a product in bf16', 'a product nt']
     """
     if "_nt" not in op:
         return "a product nt"
