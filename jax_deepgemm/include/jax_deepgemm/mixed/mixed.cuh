@@ -95,8 +95,8 @@ struct Share {
 
 // --- producer: a whole warp ---
 
-template <class C, class Ring>
-__device__ __forceinline__ void load_token_scales(const Ring& ring, const float* scales, int k_blocks,
+template <class C>
+__device__ __forceinline__ void load_token_scales(const MixedRing<C>& ring, const float* scales, int k_blocks,
                                                   const GroupTile& at, const Extents& p, int matrix) {
 #pragma unroll
   for (int first = 0; first < C::ROWS; first += 32) {

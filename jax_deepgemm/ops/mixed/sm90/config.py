@@ -13,17 +13,22 @@ TOKEN_ROW_BYTES = 128  # of k in a slot
 PRODUCER_REGISTERS = 40
 
 
+SLAB_STAGES, SCALE_STAGES = 4, 2
+"""Of staged kernels: slots of slabs, and of quads of scales."""
+SLAB_ROW_BYTES, SLAB_ROWS, STAGING_SLABS = 128, 8, 4
+STAGING_BYTES = 8 * STAGING_SLABS * SLAB_ROWS * SLAB_ROW_BYTES
+"""Of D, as its epilogue stages it: of each consumer warp so many slabs of 8 rows of 128 bytes."""
+
+
 class StagedRegisters(NamedTuple):
     """Of a thread of each warpgroup; 512 for the four of them."""
 
-    consumer: int = 216
+    consumer: int = 208
     producer: int = 40
-    expander: int = 40
+    expander: int = 56
 
 
 STAGED_REGISTERS = StagedRegisters()
-STAGED_TILES = ((256, 2), (128, 2), (128, 3))
-"""Tokens, and 64 rows of the weight: what registers and shared memory hold."""
 _MAX_SEGMENTS, _MAX_N = 2048, 1 << 22  # see ops/grouped/sm90/rules.py
 _MANY_TOKENS = 96
 
@@ -40,8 +45,8 @@ class MixedConfig:
       split_k: blocks of a cluster that share a tile's k (dense products).
       blocks_per_sm: blocks of threads resident on one SM.
       staged: whether a warpgroup of its own expands FP4 weights into shared memory, for two that multiply
-        them with tokens on the instruction's 64-row side; a tile has 64 rows of the weight for each of
-        `across` then.
+        them with tokens on the instruction's 64-row side: tiles of 256 tokens by 128 rows of the weight, of
+        whose tokens only as many parts of 64 are multiplied as a group has.
     """
 
     tokens: int
@@ -91,38 +96,18 @@ def height(p: MixedProblem, c: MixedConfig) -> int:
     return p.height * c.across
 
 
-SLAB_ROW_BYTES, SLAB_ROWS = 128, 8
-_MOST_SLAB_STAGES, _SM90_BYTES = 6, 232448
-
-
-def staging_slabs(p: MixedProblem, c: MixedConfig) -> int:
-    """Buffers of 8 rows of 128 bytes of D for each consumer warp."""
-    whole = 2 * height(p, c) * (2 if p.out == "bfloat16" else 4) // SLAB_ROW_BYTES  # of a warp's 16 rows
-    return 4 if whole % 4 == 0 else 2
-
-
-def staging_bytes(p: MixedProblem, c: MixedConfig) -> int:
-    return 8 * staging_slabs(p, c) * SLAB_ROWS * SLAB_ROW_BYTES
-
-
-def _staged_bytes(p: MixedProblem, c: MixedConfig, slab_stages: int) -> int:
+def _staged_bytes(p: MixedProblem, c: MixedConfig) -> int:
     slot = (c.tokens + height(p, c)) * TOKEN_ROW_BYTES + 32
-    scales = (c.stages + 1) * (c.tokens * 4 + 16)
-    slabs = slab_stages * (c.across * p.part_bytes + 32)
-    return align_up(c.stages * slot + staging_bytes(p, c) + scales + slabs + p.table_bytes, 128)
-
-
-def slab_stages(p: MixedProblem, c: MixedConfig, capacity: int) -> int:
-    """Slots of slabs: as many as shared memory holds beside the others."""
-    counts = range(_MOST_SLAB_STAGES, 2, -1)
-    return next((n for n in counts if _staged_bytes(p, c, n) <= capacity), 2)
+    scales = SCALE_STAGES * (16 * (c.tokens + 8) + 32) + 16 * (c.stages + 1)
+    slabs = SLAB_STAGES * (c.across * p.part_bytes + 32)
+    return align_up(c.stages * slot + STAGING_BYTES + scales + slabs + p.table_bytes, 128)
 
 
 def shared_memory(p: MixedProblem, c: MixedConfig) -> int:
     """Bytes of shared memory of a configuration; mirrors `MixedLayout` in config.cuh, or `StagedLayout` in
     staged.cuh, which assert it."""
     if c.staged:
-        return _staged_bytes(p, c, slab_stages(p, c, _SM90_BYTES))
+        return _staged_bytes(p, c)
     scales = c.tokens * 4 if p.scaled_tokens else 0
     slot = c.tokens * p.token_bytes + c.across * p.part_bytes + scales + 2 * 8 + 16
     sums = (c.deep - 1 + c.split_k - 1) * c.tokens * height(p, c) * 4
@@ -157,10 +142,10 @@ def broken_rules(p: MixedProblem, c: MixedConfig, chip: Chip) -> list[str]:
 
 
 def _broken_rules_of_staged(p: MixedProblem, c: MixedConfig, chip: Chip) -> list[str]:
-    tiles = [(rows, 64 * across) for rows, across in STAGED_TILES]
+    tile = (c.tokens, c.across)
     rules = [
         (p.scaled_tokens, f"staged is for tokens of float8_e4m3fn and FP4 weights, not {p}"),
-        ((c.tokens, c.across) in STAGED_TILES, f"staged tiles are {tiles}, not {(c.tokens, 64 * c.across)}"),
+        (tile == (256, 2), f"staged tiles have 256 tokens and across 2, not {c.tokens} and {c.across}"),
         ((c.deep, c.split_k, c.blocks_per_sm) == (1, 1, 1), "staged goes with deep, split_k and blocks_per_sm 1"),
         (c.stages >= 2, f"stages is {c.stages}, must be 2 or more"),
         (shared_memory(p, c) <= chip.smem_per_block, f"{c.stages} stages do not fit in shared memory"),

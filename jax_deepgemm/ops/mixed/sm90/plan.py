@@ -25,7 +25,7 @@ def _tokens_map(p: MixedProblem, c: MixedConfig, index: int) -> TensorMap:
     matrices = p.groups if p.grouping == MASKED_ROWS else 1
     dtype, size = ("uint8", 1) if p.scaled_tokens else ("bfloat16", 2)
     strides = (p.k * size, p.m * p.k * size)
-    box = (TOKEN_ROW_BYTES // size, c.tokens, 1)
+    box = (TOKEN_ROW_BYTES // size, 64 if c.staged else c.tokens, 1)
     return TensorMap(Operand(index), dtype, (p.k, p.m, matrices), strides, box, 128)
 
 
@@ -55,7 +55,7 @@ def mixed_plan(p: MixedProblem, c: MixedConfig, chip: Chip, operands: Operands) 
         "m": p.m,
         "n": p.n,
         "k_blocks": p.k_blocks,
-        "stripe": max(1, min(ceil_div(p.m, c.tokens), 8)),
+        "stripe": 1 if c.staged and not p.dense else max(1, min(ceil_div(p.m, c.tokens), 8)),
         "total": p.segments,
         "here": p.groups,
         "weights": p.weights,

@@ -8,13 +8,14 @@ from jax_deepgemm.ops.grouped.problem import MASKED_ROWS, ROWS, SHORT
 from jax_deepgemm.ops.mixed.problem import E4M3, FP4, FP4_BF16, INT8, MixedProblem
 from jax_deepgemm.ops.mixed.sm90.config import (
     PRODUCER_REGISTERS,
+    SCALE_STAGES,
+    SLAB_STAGES,
     STAGED_REGISTERS,
+    STAGING_BYTES,
+    STAGING_SLABS,
     MixedConfig,
     height,
     shared_memory,
-    slab_stages,
-    staging_bytes,
-    staging_slabs,
 )
 
 _ONCE_TOKENS = 64  # of a weight that one SM reads
@@ -53,7 +54,8 @@ struct Config {{
   using Scale = float;
   static constexpr jdg::Weights WEIGHTS = jdg::Weights::kFp4;
   static constexpr int ROWS = {tokens}, COLS = {height}, BLOCK_K = 128, PASSES = 1, DEEP = 1, SPLITS = 1;
-  static constexpr int STAGES = {stages}, SLAB_STAGES = {slab_stages}, WARPGROUPS = 2, ACROSS = 1;
+  static constexpr int STAGES = {stages}, SLAB_STAGES = {slab_stages}, SCALE_STAGES = {scale_stages};
+  static constexpr int WARPGROUPS = 2, ACROSS = 1;
   static constexpr int SLABS = {slabs}, STAGING_BYTES = {staging};
   static constexpr int TABLE_BYTES = {table}, SHARED_BYTES = {shared}, SCALE_SLOTS = 0;
   static constexpr int REGISTERS = {registers}, PRODUCER_REGISTERS = {producer_registers};
@@ -169,9 +171,10 @@ def _staged_source(p: MixedProblem, c: MixedConfig) -> KernelSource:
         tokens=c.tokens,
         height=height(p, c),
         stages=c.stages,
-        slab_stages=slab_stages(p, c, shared_memory(p, c)),
-        slabs=staging_slabs(p, c),
-        staging=staging_bytes(p, c),
+        slab_stages=SLAB_STAGES,
+        scale_stages=SCALE_STAGES,
+        slabs=STAGING_SLABS,
+        staging=STAGING_BYTES,
         table=p.table_bytes,
         shared=shared_memory(p, c),
         registers=c.registers,
