@@ -110,7 +110,6 @@ PREPARE = "need it prepared for the kernels, once: jax_deepgemm.prepare_fp4"
         (TypeError, f"{PREPARE}(w2)", lambda: moe_mlp_decode(X, *IDS, FP4[0], W2)),
         (TypeError, f"{PREPARE}(w)", lambda: grouped_linear(X, W13, SIZES)),
         (TypeError, "jax_deepgemm.prepare_fp4(w)", lambda: grouped_linear(X, tuple(W13), SIZES)),
-        (ValueError, "recipe is 'bf16'", lambda: moe_mlp(X, *IDS, *FP4, recipe="bf16")),
         (
             ValueError,
             "need weight_layout='nk'",

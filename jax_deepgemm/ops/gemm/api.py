@@ -242,7 +242,7 @@ def bf16_gemm_nt(
 
     Args:
       a: [m, k] bfloat16.
-      b: [n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, then without C and gradients.
+      b: [n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, then without C.
       c: optional [m, n] in out_dtype; its buffer becomes the result's if it is donated or not used again.
         In float32 it may be added by the memory system, for which subnormal numbers are zero.
       out_dtype: bfloat16 or float32; one rounding, to nearest even, after C was added in float32.

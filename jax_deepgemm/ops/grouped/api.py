@@ -189,7 +189,7 @@ def m_grouped_bf16_gemm_nt_contiguous(
 
     Args:
       a: [m, k] bfloat16.
-      b: [g, n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, then without gradients.
+      b: [g, n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, which has no gradient.
       group_sizes, m_indices, ends, alignment, group_offset, expected_m, out_dtype, config, out_sharding,
         reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
 
@@ -344,7 +344,7 @@ def m_grouped_bf16_gemm_nt_masked(
 
     Args:
       a: [g, m, k] bfloat16.
-      b: [g, n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, then without gradients.
+      b: [g, n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, which has no gradient.
       masked_m, expected_m, zero_rows: as in `m_grouped_fp8_gemm_nt_masked`.
       out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
 

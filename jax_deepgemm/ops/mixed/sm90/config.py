@@ -146,7 +146,10 @@ def _broken_rules_of_staged(p: MixedProblem, c: MixedConfig, chip: Chip) -> list
     rules = [
         (p.scaled_tokens, f"staged is for tokens of float8_e4m3fn and FP4 weights, not {p}"),
         (tile == (256, 2), f"staged tiles have 256 tokens and across 2, not {c.tokens} and {c.across}"),
-        ((c.deep, c.split_k, c.blocks_per_sm) == (1, 1, 1), "staged goes with deep, split_k and blocks_per_sm 1"),
+        (
+            (c.deep, c.split_k, c.blocks_per_sm) == (1, 1, 1),
+            "staged goes with deep, split_k and blocks_per_sm of 1",
+        ),
         (c.stages >= 2, f"stages is {c.stages}, must be 2 or more"),
         (shared_memory(p, c) <= chip.smem_per_block, f"{c.stages} stages do not fit in shared memory"),
     ]

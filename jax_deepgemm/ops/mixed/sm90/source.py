@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax_deepgemm.jit import KernelSource
 from jax_deepgemm.jit.wgmma import wgmma_wrapper
 from jax_deepgemm.ops.grouped.problem import MASKED_ROWS, ROWS, SHORT
-from jax_deepgemm.ops.mixed.problem import E4M3, FP4, FP4_BF16, INT8, MixedProblem
+from jax_deepgemm.ops.mixed.problem import E4M3, FP4, FP4_BF16, INT8, NVFP4, MixedProblem
 from jax_deepgemm.ops.mixed.sm90.config import (
     PRODUCER_REGISTERS,
     SCALE_STAGES,
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__({threads}, 1) {name}({parameters}) 
 """
 INTEGERS = ("m", "n", "k_blocks", "stripe", "total", "here", "weights")
 _FIELDS = ("tokens", "across", "deep", "stages", "split_k", "blocks_per_sm", "staged")
-_FORMATS = {FP4: "kFp4", FP4_BF16: "kFp4Bf16", INT8: "kInt8", E4M3: "kE4m3"}
+_FORMATS = {FP4: "kFp4", FP4_BF16: "kFp4Bf16", NVFP4: "kNvfp4", INT8: "kInt8", E4M3: "kE4m3"}
 _TYPES = {"float32": "float", "bfloat16": "jdg::bf16"}
 _ENUM = {"dense": "kRows", ROWS: "kRows", MASKED_ROWS: "kMaskedRows"}
 
@@ -119,7 +119,7 @@ def mixed_source(p: MixedProblem, c: MixedConfig) -> KernelSource:
     out, scale = _TYPES[p.out], "float" if p.in_slabs else _TYPES[p.scales]
     maps = ["a_map"] if p.in_slabs else ["a_map", "w_map"]
     parameters = [f"const __grid_constant__ jdg::TensorMap {one}" for one in maps]
-    scaled = p.weights_in != FP4_BF16
+    scaled = p.scaled_tokens or not p.in_slabs
     parameters += [f"const {scale}* scales"] if scaled else []
     parameters += ["const jdg::u8* slabs"] if p.in_slabs else []
     parameters += [f"{out}* d"]
