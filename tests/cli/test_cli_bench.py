@@ -333,6 +333,7 @@ COUNTS = {
     "k_grouped": 12,
     "mixed": 17,
     "mixed_bf16": 6,
+    "nvfp4": 6,
     "per_channel": 10,
     "ragged_dot": 5,
     "quantize": 18,

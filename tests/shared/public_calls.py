@@ -106,11 +106,11 @@ def _scored_tokens(q: Any, values: Any, scales: Any, weights: Any, lens: Any, in
     )
 
 
-def _small_weight(product: Callable[..., Any]) -> Callable[..., Any]:
-    """The product with a weight in FP4."""
+def _small_weight(product: Callable[..., Any], block: int = 32) -> Callable[..., Any]:
+    """The product with a weight in FP4, of a scale for so many numbers."""
 
     def run(x: Any, w: jax.Array, *rest: Any) -> Any:
-        return product(x, jdg.prepare_fp4(jdg.quantize(w, (1, 32), jnp.float4_e2m1fn)), *rest)
+        return product(x, jdg.prepare_fp4(jdg.quantize(w, (1, block), jnp.float4_e2m1fn)), *rest)
 
     return run
 
@@ -391,6 +391,7 @@ FORWARD = (
     Call("bf16_mqa_logits", indexer.bf16_mqa_logits, ("queries", "keys", *WINDOWS)),
     Call("quantize_fp4, dequantize_fp4, Fp4Array: logits", _scored_fp4, ("queries", "keys", *WINDOWS)),
     Call("prepare_fp4: dense", _small_weight(jdg.fp8_gemm_nt), ("q_x", "w_f32")),
+    Call("prepare_fp4: NVFP4", _small_weight(jdg.bf16_gemm_nt, 16), ("x", "w_f32")),
     Call("prepare_fp4: groups", _small_weight(jdg.grouped_linear), ("x", "ws_f32", "sizes")),
     Call(
         "quantize_per_channel, dequantize_per_channel, PerChannelArray", _per_channel, ("x", "ws_t", "sizes")

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jax_deepgemm.core.shapes import BLOCKS, DTYPES, WEIGHTS, Call, CallShape, choice, flag, layer_calls, size
 from jax_deepgemm.ops.gemm import api
 from jax_deepgemm.ops.gemm.linear import fp8_linear
+from jax_deepgemm.ops.quantize import nvfp4_slabs
 from jax_deepgemm.ops.quantize.api import quantize
-from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4
+from jax_deepgemm.ops.quantize.prepared_fp4 import BFLOAT16, E4M3, PreparedFp4
 from jax_deepgemm.ops.quantize.slabs import BYTES, COLUMNS, ROWS
 
-FP8_WEIGHTS = ("fp8", "fp4")
+FROZEN_WEIGHTS = ("fp8", "fp4", "nvfp4")
+_SLABS = {"fp4": BYTES, "nvfp4": nvfp4_slabs.BYTES}
 
 
 def matrix(fp8: bool, shape: tuple[int, ...], k_last: bool, block: tuple[int, int]) -> Any:
@@ -38,25 +40,25 @@ def matrix(fp8: bool, shape: tuple[int, ...], k_last: bool, block: tuple[int, in
 
 def weight(kind: str, shape: tuple[int, ...]) -> Any:
     """The type of a weight [.., n, k]: a master weight, one quantised by blocks of 128x128 ("fp8"), or a
-    PreparedFp4 ("fp4").
+    PreparedFp4 ("fp4", of MXFP4, or "nvfp4").
 
     >>> weight("fp8", (4, 256, 512)).block, weight("float32", (256, 512)).dtype.name
     ((128, 128), 'float32')
     >>> weight("fp4", (4, 256, 512))
     PreparedFp4(float4_e2m1fn[4,256,512] for float8_e4m3fn)
     """
-    if kind == "fp4":
+    if kind in _SLABS:
         *lead, n, k = shape
-        slabs = jax.ShapeDtypeStruct((*lead, n // ROWS, -(-k // COLUMNS), BYTES), jnp.uint8)
-        return PreparedFp4(slabs)  # type: ignore[arg-type]
+        slabs: Any = jax.ShapeDtypeStruct((*lead, n // ROWS, -(-k // COLUMNS), _SLABS[kind]), jnp.uint8)
+        return PreparedFp4(slabs, BFLOAT16 if kind == "nvfp4" else E4M3)
     return matrix(True, shape, True, (128, 128)) if kind == "fp8" else jax.ShapeDtypeStruct(shape, kind)
 
 
 def operand_b(op: str, weights: str, shape: tuple[int, ...], b_block: str) -> Any:
     """The type of B [.., n, k] of a product, as its name says it is stored."""
     form = next(part for part in op.split("_") if part in ("nt", "nn", "tn", "tt"))
-    if weights == "fp4":
-        return weight("fp4", shape)
+    if weights in _SLABS:
+        return weight(weights, shape)
     return matrix("fp8" in op, shape, form[1] == "t", BLOCKS[b_block])
 
 
@@ -64,11 +66,22 @@ def check_fp4(weights: str, *rows: int, refused: str = "") -> None:
     """Raises:
     ValueError: FP4 weights whose rows are no multiples of 64, or where there are none.
     """
-    if weights == "fp4" and refused:
-        raise ValueError(f"weights is 'fp4', need {refused}, or weights fp8")
-    if weights == "fp4" and any(n % ROWS for n in rows):
+    if weights in _SLABS and refused:
+        raise ValueError(f"weights is {weights!r}, need {refused}, or weights fp8")
+    if weights in _SLABS and any(n % ROWS for n in rows):
         shown = " and ".join(map(str, rows))
-        raise ValueError(f"weights is 'fp4' of {shown} rows, need multiples of {ROWS}")
+        raise ValueError(f"weights is {weights!r} of {shown} rows, need multiples of {ROWS}")
+
+
+def instead_of(op: str, weights: str) -> str:
+    """What takes such weights if this product does not.
+
+    >>> instead_of("bf16_gemm_nt", "nvfp4"), instead_of("fp8_gemm_nt", "nvfp4"), instead_of("fp8_gemm_nn",
+    "fp4") ('', 'a product in bf16', 'a product nt')
+    """
+    if "_nt" not in op:
+        return "a product nt"
+    return "a product in bf16" if weights == "nvfp4" and "fp8" in op else ""
 
 
 @dataclass(frozen=True)
@@ -84,10 +97,10 @@ class DenseShape(CallShape):
     out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
     accumulate: bool = flag("with C")
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
-    weights: str = choice("FP8: types of B", *FP8_WEIGHTS, default="fp8")
+    weights: str = choice("types of a quantised B", *FROZEN_WEIGHTS, default="fp8")
 
     def __post_init__(self) -> None:
-        need = "" if self.op == "fp8_gemm_nt" and not self.accumulate else "fp8_gemm_nt without C"
+        need = "a product without C" if self.accumulate else instead_of(self.op, self.weights)
         check_fp4(self.weights, self.n, refused=need)
 
     def calls(self) -> list[Call]:
@@ -110,15 +123,18 @@ class LinearShape(CallShape):
     k: int = size("features of x")
     dtype: str = choice("of x", *DTYPES, default="bfloat16")
     out_dtype: str = choice("of y", *DTYPES, default="bfloat16")
-    weights: str = choice("master weights, or quantised ones", *WEIGHTS, default="bfloat16")
+    weights: str = choice("master weights, or quantised ones", *WEIGHTS, "fp4", default="bfloat16")
     gradients: bool = flag("forward and backward too, not just forward", default=True)
+
+    def __post_init__(self) -> None:
+        check_fp4(self.weights, self.n)
 
     def calls(self) -> list[Call]:
         operands = (
             jax.ShapeDtypeStruct((self.m, self.k), self.dtype),
             weight(self.weights, (self.n, self.k)),
         )
-        trained = (0,) if self.weights == "fp8" else (0, 1)
+        trained = (0,) if self.weights in FROZEN_WEIGHTS else (0, 1)
         forward = functools.partial(fp8_linear, out_dtype=self.out_dtype)
         return layer_calls(forward, operands, trained, self.gradients)
 

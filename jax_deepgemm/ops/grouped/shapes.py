@@ -21,11 +21,11 @@ from jax_deepgemm.core.shapes import (
     layer_calls,
     size,
 )
-from jax_deepgemm.ops.gemm.shapes import FP8_WEIGHTS, check_fp4, matrix, operand_b, weight
+from jax_deepgemm.ops.gemm.shapes import FROZEN_WEIGHTS, check_fp4, instead_of, matrix, operand_b, weight
 from jax_deepgemm.ops.grouped import api
 from jax_deepgemm.ops.grouped.linear import grouped_linear
 
-EXPERT_WEIGHTS = (*WEIGHTS, "fp4")
+EXPERT_WEIGHTS = (*WEIGHTS, "fp4", "nvfp4")
 
 
 def equal_sizes(groups: int, total: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -51,7 +51,7 @@ class ContiguousShape(CallShape):
     expected_m: int | None = size("rows of a typical group, as the call says it (default m / groups)", None)
     out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
-    weights: str = choice("FP8: types of B", *FP8_WEIGHTS, default="fp8")
+    weights: str = choice("types of a quantised B", *FROZEN_WEIGHTS, default="fp8")
 
     def __post_init__(self) -> None:
         check_product(self.weights, self.op, self.n)
@@ -80,7 +80,7 @@ class MaskedShape(CallShape):
     zero_rows: bool = flag("rows that do not count are written as zeros")
     out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
-    weights: str = choice("FP8: types of B", *FP8_WEIGHTS, default="fp8")
+    weights: str = choice("types of a quantised B", *FROZEN_WEIGHTS, default="fp8")
 
     def __post_init__(self) -> None:
         check_product(self.weights, self.op, self.n)
@@ -154,7 +154,7 @@ class GroupedLinearShape(CallShape):
                 x, w, sizes, recipe=self.recipe, expected_m=self.expected_m, out_dtype=self.out_dtype
             )
 
-        trained = (0,) if self.weights in FP8_WEIGHTS else (0, 1)
+        trained = (0,) if self.weights in FROZEN_WEIGHTS else (0, 1)
         return layer_calls(forward, (x, w, equal_sizes(self.groups, self.m)), trained, self.gradients)
 
 
@@ -162,15 +162,17 @@ def check_product(weights: str, op: str, n: int) -> None:
     """Raises:
     ValueError: FP4 weights for a product that has none, or rows of them that make no slabs.
     """
-    check_fp4(weights, n, refused="" if "fp8" in op and "_nt_" in op else "an FP8 product nt")
+    check_fp4(weights, n, refused=instead_of(op, weights))
 
 
 def check_weights(recipe: str, weights: str | None, *rows: int) -> None:
     """Raises:
     ValueError: quantised weights for a recipe that cannot take them; rows of FP4 weights that make no slabs.
     """
-    if recipe == "bf16" and weights in FP8_WEIGHTS:
-        raise ValueError(f"weights is {weights!r} and recipe is 'bf16', need recipe fp8, or weights bfloat16")
+    if recipe == "bf16" and weights == "fp8":
+        raise ValueError("weights is 'fp8' and recipe is 'bf16', need recipe fp8, or weights bfloat16")
+    if recipe == "fp8" and weights == "nvfp4":
+        raise ValueError("weights is 'nvfp4' and recipe is 'fp8', need recipe bf16, or weights fp4")
     check_fp4(weights or "", *rows)
 
 
