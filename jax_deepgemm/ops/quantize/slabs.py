@@ -3,9 +3,10 @@
 Bytes of a slab, for products with float8_e4m3fn (include/jax_deepgemm/mixed/ reads them):
 
     0 .. 4095       words, uint32 with the lowest byte first: word (h * 128 + (t ^ g // 2)) * 4 + j is of
-                    thread t, the half h and the group j of 32 numbers. With t = 32 w + 4 g + q it has eight
-                    numbers of row 16 w + 8 h + g: k = 32 j + 4 q + i, and k = 32 j + 16 + 4 q + i, i = 0 .. 3.
-                    Because of the exclusive or, eight rows' words of one q lie on all banks, too.
+                    thread t, the half h and the group j of 32 numbers. With t = 32 w + 4 g + q it has
+                    eight numbers of row 16 w + 8 h + g: k = 32 j + 4 q + i, and k = 32 j + 16 + 4 q + i,
+                    i = 0 .. 3.
+                    Because of the exclusive or, eight rows' words of one q lie on all banks.
                     Magnitudes of the former are in bits 4 i .., of the latter in bits 16 + 4 i ..;
                     signs of the former in bit 8 i + 7, of the latter in bit 8 i + 3.
     4096 .. 4351    exponents e, one a byte: byte ((w * 8 + g) * 2 + h) * 4 + j is of group j of that row
