@@ -14,7 +14,13 @@ def broken_rules(p: GroupedProblem, c: Sm90Config, chip: Chip) -> list[str]:
     """Why a configuration cannot run a problem: one line for each rule that it breaks."""
     broken = ["swap_ab and split_k are for dense GEMMs"] if c.one_tile else []
     broken += [f"n is {p.n}, a tile's record has room for {_MAX_N}"] if p.n > _MAX_N else []
+    broken += ["rows by an index need a warpgroup to load them: several consumers"] if _alone(p, c) else []
     return broken + problems_with(p.gemm, c)
+
+
+def _alone(p: GroupedProblem, c: Sm90Config) -> bool:
+    """Whether the producer is one warp, where a warpgroup copies rows (gemm/gather.cuh)."""
+    return bool(p.by_index) and not c.shares_registers
 
 
 def refusal(p: GroupedProblem) -> str:
