@@ -132,9 +132,9 @@ def m_grouped_bf16_gemm_nt_gathered(
       ValueError: shapes or dtypes that do not fit; nothing is promoted.
       TypeError: an operand that is not an array; not exactly one of group_sizes, m_indices and ends.
 
-    Differentiable with respect to a and b, as `m_grouped_bf16_gemm_nt_contiguous` is: the gradient of a row of
-    a is the sum of those of the rows it was used for, that of b reads a by the index again. Deterministic but
-    for the order of that sum; bits, mesh and vmap as `m_grouped_fp8_gemm_nt_gathered`. Source: DeepGEMM's
+    Differentiable with respect to a and b, as `m_grouped_bf16_gemm_nt_contiguous` is: the gradient of a row
+    of a is the sum of those of the rows it was used for, that of b reads a by the index again. Deterministic
+    but for the order of that sum; bits, mesh and vmap as `m_grouped_fp8_gemm_nt_gathered`. Source: DeepGEMM's
     `legacy.a_fused_m_grouped_bf16_gemm_nt_contiguous_tl`.
     """
     op = "m_grouped_bf16_gemm_nt_gathered"
@@ -257,12 +257,12 @@ def k_grouped_bf16_gemm_tn_gathered(
     where, count = checks.check_k_groups(op, group_sizes, num_groups, group_offset)
     addend = checks.check_c(op, c, (count, m, n), options.out_dtype)
     if 0 in (m, n, k, left.shape[0], right.shape[0]):
-        pair = [take(x, index)[0] if name == side else x for name, x in (("a", left), ("b", right))]
-        return empty_products("km,kn->mn", *pair, addend, count, options)
-    run = (ops.K_GATHERED_BF16 if addend is None else ops.K_GATHERED_BF16_ADD)[side]
+        left, right = (take(x, index)[0] if x is not other else x for x in (left, right))
+        return empty_products("km,kn->mn", left, right, addend, count, options)
+    added = () if addend is None else (addend,)
+    run = (ops.K_GATHERED_BF16_ADD if added else ops.K_GATHERED_BF16)[side]
     arrays = (left, right, index, where.group_sizes, where.group_offset)
-    arrays += () if addend is None else (addend,)
-    return run(*arrays, rows_format=where.rows_format, num_groups=count, **vars(options))[0]
+    return run(*arrays, *added, rows_format=where.rows_format, num_groups=count, **vars(options))[0]
 
 
 def _m_bf16(

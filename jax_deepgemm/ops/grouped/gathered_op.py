@@ -1,9 +1,9 @@
 """Grouped GEMMs as ops whose rows are named by an index, and read from where they are.
 
 `index` says for each row of the product (m-grouped), or for each value of k (k-grouped), which row of the
-operand it is; a number that is no row is a row of zeros. That operand's rows are whole on each device, and the
-index is cut as what it stands for: the product's rows, or k. Everything else is as in op.py, and so are the
-numbers: those of `take` and the grouped GEMM behind it.
+operand it is; a number that is no row is a row of zeros. That operand's rows are whole on each device, and
+the index is cut as what it stands for: the product's rows, or k. Everything else is as in op.py, and so are
+the numbers: those of `take` and the grouped GEMM behind it.
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ def _m_bf16(layout: str) -> Op:
     return Op(
         f"m_gathered_bf16_gemm_{layout}",
         f"t k, {'g n k' if layout == 'nt' else 'g k n'}, m, s, o -> m n",
-        lambda a, b, index, *_, out_dtype, **__: [
-            ((index[0], b[1 if layout == "nt" else 2]), out_dtype)
-        ],
+        lambda a, b, index, *_, out_dtype, **__: [((index[0], b[1 if layout == "nt" else 2]), out_dtype)],
         _reference(functools.partial(reference.m_grouped_bf16_gemm, layout=layout), 2, (0,)),
         reduces=("k", "g"),
         recut=_recut(ops._recut_m_grouped, 2),

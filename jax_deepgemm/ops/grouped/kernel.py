@@ -245,9 +245,7 @@ k_grouped_bf16_gemm = OpKernel(FAMILY, _k_grouped_bf16, ("a", "b", "group_sizes"
 """a [k, m], b [k, n], sizes or segments, offset(, c)."""
 m_gathered_fp8_gemm = OpKernel(FAMILY, _m_gathered_fp8, (*_SCALED, "index", "group_sizes", "group_offset"))
 """a [t, k], scales [t, kb], b [g, n, k], scales, index [m], sizes or segments, offset."""
-m_gathered_bf16_gemm = OpKernel(
-    FAMILY, _m_gathered_bf16, ("a", "b", "index", "group_sizes", "group_offset")
-)
+m_gathered_bf16_gemm = OpKernel(FAMILY, _m_gathered_bf16, ("a", "b", "index", "group_sizes", "group_offset"))
 """a [t, k], b [g, n, k] (layout "nt") or [g, k, n] ("nn"), index [m], sizes or segments, offset."""
 k_gathered_bf16_gemm = OpKernel(
     FAMILY, _k_gathered_bf16, ("a", "b", "index", "group_sizes", "group_offset", "c")

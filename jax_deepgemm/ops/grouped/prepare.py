@@ -356,5 +356,7 @@ def k_gathered_bf16(
         c = tuple(_spread(x, 3, size) for x in c)
     step = ROW_BYTES // 2
     pair = (sources, others) if side == "a" else (others, sources)
-    a, b = (pad_axis(f"k_gathered_bf16_gemm: {name}", x, -1, step) for name, x in zip("ab", pair, strict=True))
+    a, b = (
+        pad_axis(f"k_gathered_bf16_gemm: {name}", x, -1, step) for name, x in zip("ab", pair, strict=True)
+    )
     return a, b, index, group_sizes, group_offset, *c

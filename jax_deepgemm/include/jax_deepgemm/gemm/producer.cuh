@@ -9,9 +9,9 @@
 //     so that the block in which a group ends is the first
 // clang-format on
 //
-// One thread does all this, or where an index names rows a warpgroup (gather.cuh): then one thread of it loads
-// through TMA and writes records, and all copy rows. Tiles without any k (a group's zeros) take slots without data, as many as keep
-// quads where they belong.
+// One thread does all this, or where an index names rows a warpgroup (gather.cuh): then one thread of it
+// loads through TMA and writes records, and all copy rows. Tiles without any k (a group's zeros) take slots
+// without data, as many as keep quads where they belong.
 #pragma once
 
 #include <jax_deepgemm/gemm/gather.cuh>

@@ -80,10 +80,9 @@ struct Layout {
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
 
   // Bytes that come through TMA.
-  static constexpr u32 kSlotBytes =
-      (C::ROWS_BY_INDEX ? 0 : kRowsBytes) + (C::COLS_BY_INDEX ? 0 : kColsBytes);
-  static constexpr u32 kScaleBytes =
-      (C::ROWS_BY_INDEX ? 0 : kRowScaleBytes) + (kColVector ? C::COLS * kScaleStep * 4 : 0) + kBlocks * kQuad * 4;
+  static constexpr u32 kSlotBytes = (C::ROWS_BY_INDEX ? 0 : kRowsBytes) + (C::COLS_BY_INDEX ? 0 : kColsBytes);
+  static constexpr u32 kScaleBytes = (C::ROWS_BY_INDEX ? 0 : kRowScaleBytes) +
+                                     (kColVector ? C::COLS * kScaleStep * 4 : 0) + kBlocks * kQuad * 4;
 };
 
 // The pipeline and the ring of scales, as seen from one side of them.

@@ -134,8 +134,8 @@ __device__ __forceinline__ int thread_index() {
   return index;
 }
 
-// The same number. What is computed of it is computed here, and not kept from one round of a loop to the next,
-// which would take registers.
+// The same number. What is computed of it is computed here, and not kept from one round of a loop to the
+// next, which would take registers.
 __device__ __forceinline__ int anew(int number) {
   asm volatile("" : "+r"(number));
   return number;

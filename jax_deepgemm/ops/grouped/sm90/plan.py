@@ -13,7 +13,14 @@ from jax_deepgemm.ops.gemm.sm90.config import Sm90Config, shared_memory
 from jax_deepgemm.ops.gemm.sm90.plan import GemmOperands, copy_of_c, pointers, stripe_height, tensor_maps
 from jax_deepgemm.ops.grouped.problem import ROWS, GroupedProblem
 from jax_deepgemm.ops.grouped.sm90.cost import halves
-from jax_deepgemm.ops.grouped.sm90.source import INDEXED_INTEGERS, grouped_source, has_offset, integers, map_names, unmapped
+from jax_deepgemm.ops.grouped.sm90.source import (
+    INDEXED_INTEGERS,
+    grouped_source,
+    has_offset,
+    integers,
+    map_names,
+    unmapped,
+)
 
 _DESCRIBED = ("group_sizes", "group_offset")
 _ROW_WEIGHTS, _BIAS, _INDEX = "row_weights", "bias", "index"
