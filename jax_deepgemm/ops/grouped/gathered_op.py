@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from jax_deepgemm.core.derivatives import Wanted
 from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
@@ -56,6 +58,23 @@ def _recut(function: Callable[..., ops.Recut], at: int) -> Callable[..., ops.Rec
     return recut
 
 
+def _rows_sharding(wanted: Wanted, index: jax.Array) -> PartitionSpec | None:
+    """On Explicit axes, of the cotangents of rows before they are summed."""
+    if wanted.out_sharding is None:
+        return None
+    return PartitionSpec(*jax.typeof(index).sharding.spec, *wanted.out_sharding[1:])
+
+
+def _summed(wanted: Wanted, rows: jax.Array, index: jax.Array) -> jax.Array:
+    """The cotangent of an operand: the sums of those of its rows, all of which each device has."""
+    if wanted.out_sharding is not None:
+        rows = jax.sharding.reshard(rows, PartitionSpec(None, *wanted.out_sharding[1:]))
+        index = jax.sharding.reshard(index, PartitionSpec(None))
+    assert TAKE.transpose is not None
+    found = TAKE.transpose(0, [rows], [wanted, index])
+    return found if wanted.out_sharding is None else jax.sharding.reshard(found, wanted.out_sharding)
+
+
 # Rows in groups
 
 
@@ -89,12 +108,10 @@ def _m_transpose(
     wanted = values[which]
     dd = cotangents[0].astype(wanted.dtype)
     if which == 0:
-        own = ops._cotangent_params(
-            wanted, params, rows_format=rows_format, expected_m=params.get("expected_m"), out_sharding=None
-        )
-        rows = ops.M_GROUPED_BF16[_OTHER[layout]](dd, b, group_sizes, group_offset, **own)
-        assert TAKE.transpose is not None
-        return TAKE.transpose(0, rows, [wanted, index])
+        hints = {"expected_m": params.get("expected_m"), "out_sharding": _rows_sharding(wanted, index)}
+        own = ops._cotangent_params(wanted, params, rows_format=rows_format, **hints)
+        [rows] = ops.M_GROUPED_BF16[_OTHER[layout]](dd, b, group_sizes, group_offset, **own)
+        return _summed(wanted, rows, index)
     groups = wanted.shape[0]
     if rows_format == "segments":
         group_sizes, group_offset = (
@@ -150,10 +167,9 @@ def _k_transpose(
     own = ops._cotangent_params(wanted, params, rows_format=rows_format, expected_m=None)
     if not indexed:
         return M_GATHERED_BF16[layout](other, dd, index, group_sizes, group_offset, **own)[0]
-    own["out_sharding"] = None
-    found = ops.M_GROUPED_BF16[layout](other, dd, group_sizes, group_offset, **own)
-    assert TAKE.transpose is not None
-    return TAKE.transpose(0, found, [wanted, index])
+    own["out_sharding"] = _rows_sharding(wanted, index)
+    [found] = ops.M_GROUPED_BF16[layout](other, dd, group_sizes, group_offset, **own)
+    return _summed(wanted, found, index)
 
 
 def _k_bf16(side: str, base: Op | None = None) -> Op:
