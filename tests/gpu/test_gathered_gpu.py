@@ -63,6 +63,12 @@ def configs(p: GroupedProblem) -> list[GemmConfig]:
     return list(grouped_candidates(p, H200))
 
 
+def name(x: Any) -> str:
+    """Of a parameter, without the slash of a configuration's own."""
+    turns = "pp" if getattr(x, "ping_pong", False) else ""
+    return f"{x.block_m}x{x.block_n}{turns}" if isinstance(x, GemmConfig) else str(x)
+
+
 def kernels() -> Iterator[GroupedProblem]:
     for kind in KINDS:
         yield from (problem(kind, n, k) for n, k in SHAPES)
@@ -121,17 +127,17 @@ def both(kind: str, config: GemmConfig | None, out: str) -> Any:
 
 def check(kind: str, n: int, k: int, config: GemmConfig | None, out: str = "bfloat16") -> None:
     a, b = operands(kind, n, k)
-    for name, sizes in SIZES.items():
+    for what, sizes in SIZES.items():
         rows = with_nan_outside(index(), sizes)
         found, want = both(kind, config, out)(a, b, rows, np.asarray(sizes, np.int32))
-        assert bool(jnp.isfinite(found).all()), name
-        assert same(found, want), name
+        assert bool(jnp.isfinite(found).all()), what
+        assert same(found, want), what
 
 
 CASES = [(kind, n, k, c) for kind in KINDS for n, k in SHAPES[:1] for c in configs(problem(kind, n, k))]
 
 
-@pytest.mark.parametrize(("kind", "n", "k", "config"), CASES, ids=str)
+@pytest.mark.parametrize(("kind", "n", "k", "config"), CASES, ids=name)
 def test_every_configuration(kind, n, k, config):
     check(kind, n, k, config)
 
@@ -195,7 +201,7 @@ K_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("side", "n", "add", "config"), K_CASES, ids=str)
+@pytest.mark.parametrize(("side", "n", "add", "config"), K_CASES, ids=name)
 def test_k_grouped(side, n, add, config):
     check_k(side, n, add, config)
 
@@ -217,17 +223,17 @@ def check_k(side: str, n: int, add: bool, config: GemmConfig) -> None:
         def pair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             return (x, other) if side == "a" else (other, x)
 
-        name = {f"{side}_rows": rows}
-        found = jdg.k_grouped_bf16_gemm_tn_gathered(*pair(named), sizes, c, **name, **options)
+        which = {f"{side}_rows": rows}
+        found = jdg.k_grouped_bf16_gemm_tn_gathered(*pair(named), sizes, c, **which, **options)
         x = take(named, rows)[0]
         return found, jdg.k_grouped_bf16_gemm_tn_contiguous(*pair(x), sizes, c, **options)
 
-    for name, sizes in SIZES.items():
+    for what, sizes in SIZES.items():
         end = min(int(np.clip(np.asarray(sizes, np.int64), 0, None).sum()), M)
         poison = other.at[end:].set(jnp.nan)
         found, want = run(named, poison, with_nan_outside(index(), sizes), np.asarray(sizes, np.int32))
-        assert bool(jnp.isfinite(found).all()), name
-        assert same(found, want), name
+        assert bool(jnp.isfinite(found).all()), what
+        assert same(found, want), what
 
 
 @pytest.mark.parametrize("layout", ["nt", "nn"])
