@@ -3,7 +3,8 @@
 // clang-format off
 //   warp 0                group_sizes -> table of segments in shared memory (group_table.cuh), then all wait
 //   warpgroups 0 .. W-1   consumers, as in persistent.cuh: multiply, promote, epilogue
-//   behind them           the TMA producer: tile number -> segment -> rows, k range
+//   behind them           the TMA producer: tile number -> segment -> rows, k range; where an index names
+//                         rows, a warpgroup that copies them (gemm/gather.cuh)
 //
 //   rows in groups:  tiles begin at each group's first row, whatever it is. Rows of the last tile beyond
 //                    the group are multiplied and not stored; rows beyond all groups are stored as zeros.
