@@ -26,7 +26,7 @@ BROKEN = {
     ),
     "an arrival before the copies": (
         "producer.cuh",
-        "ptx::mbarrier_arrive_after_copies(ring.full());",
+        "ptx::copy_async_arrive(ring.full());",
         "ptx::mbarrier_arrive(ring.full());",
         "values of the tile",
     ),

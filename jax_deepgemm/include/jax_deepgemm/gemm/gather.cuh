@@ -23,6 +23,7 @@
 #pragma once
 
 #include <jax_deepgemm/gemm/ring.cuh>
+#include <jax_deepgemm/ptx/copy.cuh>
 
 namespace jdg {
 
@@ -44,13 +45,14 @@ struct Indexed {
   }
   // 16 bytes of a row into shared memory, or zeros.
   __device__ __forceinline__ void copy(u32 to, int row, int byte) const {
-    row = ptx::anew(row);
+    ptx::forget(row);
     const bool exists = row >= 0 && byte < bytes;
-    ptx::copy_async_16(to, values + static_cast<i64>(exists ? row : 0) * bytes + (exists ? byte : 0), exists);
+    const char* at = values + static_cast<i64>(exists ? row : 0) * bytes + (exists ? byte : 0);
+    ptx::copy_async(to, at, exists ? 16 : 0);
   }
   __device__ __forceinline__ void copy_scales(u32 to, int row, int kb) const {
-    row = ptx::anew(row);
-    ptx::copy_async_16(to, scales + static_cast<i64>(max(row, 0)) * blocks + kb, row >= 0);
+    ptx::forget(row);
+    ptx::copy_async(to, scales + static_cast<i64>(max(row, 0)) * blocks + kb, row >= 0 ? 16 : 0);
   }
 };
 

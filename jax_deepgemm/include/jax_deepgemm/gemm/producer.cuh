@@ -182,7 +182,7 @@ __device__ __forceinline__ void gather_block(const Ring<C>& ring, const Operands
   } else {
     gather_slabs<C, C::COLS>(ring.cols(), in.indexed, tile.col, k, tile.index_end);
   }
-  ptx::mbarrier_arrive_after_copies(ring.full());
+  ptx::copy_async_arrive(ring.full());
 }
 
 // One block of k into the ring's slot; with SCALES those of a whole step of blocks, too.

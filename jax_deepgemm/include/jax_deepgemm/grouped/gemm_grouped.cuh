@@ -62,7 +62,7 @@ __device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, cons
     tile.k_skip = s.start - tile.k_first;
     tile.k_end = s.end > s.start ? ceil_div(s.end - tile.k_first, C::BLOCK_K) : 0;
     tile.k_stop = s.end - tile.k_first - (tile.k_end - 1) * C::BLOCK_K;
-    if constexpr (kByIndex<C>) tile.index_end = s.end;
+    tile.index_end = s.end;
   } else {
     out.rows_end = s.group >= 0 ? s.end : s.start;
     // Rows of a masked group behind its last one may hold anything, so its last warp need not stop at it.
@@ -70,7 +70,7 @@ __device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, cons
                     : C::ZERO_ROWS               ? p.m
                                                  : min(align_up(s.end, 16), p.m);
     tile.k_end = at.row < out.rows_end ? k_blocks : 0;
-    if constexpr (kByIndex<C>) tile.index_end = out.rows_end;
+    tile.index_end = out.rows_end;
   }
   return out;
 }

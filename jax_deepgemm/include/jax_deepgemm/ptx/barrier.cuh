@@ -22,12 +22,6 @@ __device__ __forceinline__ void mbarrier_arrive(u32 bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
-// An arrival that comes when all copies (copy_async_16) that this thread has begun have landed; one of those
-// that the barrier was initialised for.
-__device__ __forceinline__ void mbarrier_arrive_after_copies(u32 bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
-}
-
 // Returns once the phase with this parity has completed. On a fresh barrier parity 1 passes at once.
 __device__ __forceinline__ void mbarrier_wait(u32 bar, u32 parity) {
   asm volatile(

@@ -47,16 +47,6 @@ __device__ __forceinline__ float4 load_shared_4(u32 address) {
   return v;
 }
 
-// 16 bytes of global memory into shared memory, past L1, or zeros: then nothing is read.
-__device__ __forceinline__ void copy_async_16(u32 to, const void* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
-               "r"(exists ? 16 : 0)
-               : "memory");
-}
-
-// Returns when all copies that this thread has begun have landed.
-__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // Into the shared memory of a block of the cluster, counted by an mbarrier there; both addresses come from
 // map_to_rank.
 __device__ __forceinline__ void store_async_2(u32 address, float a, float b, u32 bar) {
@@ -134,12 +124,9 @@ __device__ __forceinline__ int thread_index() {
   return index;
 }
 
-// The same number. What is computed of it is computed here, and not kept from one round of a loop to the
+// What is computed of this number further on is computed there, and not kept from one round of a loop to the
 // next, which would take registers.
-__device__ __forceinline__ int anew(int number) {
-  asm volatile("" : "+r"(number));
-  return number;
-}
+__device__ __forceinline__ void forget(int& number) { asm volatile("" : "+r"(number)); }
 
 template <int REGISTERS>
 __device__ __forceinline__ void raise_registers() {

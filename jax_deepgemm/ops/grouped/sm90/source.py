@@ -52,7 +52,7 @@ INTEGERS = (
 
 
 INDEXED_INTEGERS = ("rows", "row_bytes", "row_blocks")
-_INDEXED = "{{values, {scales}, index, rows, row_bytes, row_blocks}}"
+_INDEXED = "{{source, {scales}, index, rows, row_bytes, row_blocks}}"
 
 
 def integers(p: GroupedProblem) -> tuple[str, ...]:
@@ -75,8 +75,8 @@ def unmapped(p: GroupedProblem) -> tuple[str, ...]:
 def _indexed_parameters(p: GroupedProblem) -> list[str]:
     if not p.by_index:
         return []
-    scales = ["const float* scales"] if p.gemm.is_fp8 else []
-    return ["const char* values", *scales, "const int* index"]
+    scales = ["const float* source_scales"] if p.gemm.is_fp8 else []
+    return ["const char* source", *scales, "const int* index"]
 
 
 def has_offset(p: GroupedProblem) -> bool:
@@ -112,7 +112,7 @@ def grouped_source(p: GroupedProblem, c: Sm90Config) -> KernelSource:
     batched_a, batched_b = int(masked), int(masked or p.grouping == ROWS)
     operands = [*maps.values(), "k_blocks"]
     operands += [str(flag) for flag in (batched_a, batched_b, batched_a, batched_b)]
-    operands += ["0", _INDEXED.format(scales="scales" if p.gemm.is_fp8 else "nullptr")] if p.by_index else []
+    operands += ["0", _INDEXED.format(scales="source_scales" if p.gemm.is_fp8 else "nullptr")] if p.by_index else []
     bias = ["const float* bias"] if p.biased else []
     leading = [one for one in leading_parameters(p.gemm, c) if one.split()[-1] not in unmapped(p)]
     parameters = [*leading, *bias, *_indexed_parameters(p), "const int* sizes"]

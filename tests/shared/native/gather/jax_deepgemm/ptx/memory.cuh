@@ -1,4 +1,4 @@
-// ptx/memory.cuh and ptx/barrier.cuh for CPU threads that copy what an index names: copies are made when
+// ptx/memory.cuh and ptx/copy.cuh for CPU threads that copy what an index names: copies are made when
 // their arrival comes, and reads beside the operand or the index end the program.
 #pragma once
 
@@ -31,14 +31,14 @@ struct Copy {
 };
 inline thread_local std::vector<Copy> copies;
 
-inline void copy_async_16(u32 to, const void* from, bool exists) {
+inline void copy_async(u32 to, const void* from, u32 bytes) {
   if (to % 16 != 0 || reinterpret_cast<unsigned long>(from) % 16 != 0) {
     std::fputs("copied to or from no multiple of 16 bytes\n", stderr);
     std::_Exit(1);
   }
-  copies.push_back({to, from, exists});
+  copies.push_back({to, from, bytes == 16});
 }
-inline void mbarrier_arrive_after_copies(u32 bar) {
+inline void copy_async_arrive(u32 bar) {
   for (const Copy& one : copies) {
     if (one.exists) must_be_readable(one.from, 16);
     if (one.exists)
@@ -50,7 +50,7 @@ inline void mbarrier_arrive_after_copies(u32 bar) {
   mbarrier_arrive(bar);
 }
 
-inline int anew(int number) { return number; }
+inline void forget(int&) {}
 inline bool elect() { return threadIdx.x % 32 == 0; }
 
 }  // namespace jdg::ptx
