@@ -331,6 +331,7 @@ COUNTS = {
     "m_grouped": 48,
     "masked": 32,
     "k_grouped": 12,
+    "gathered": 12,
     "mixed": 17,
     "mixed_bf16": 6,
     "nvfp4": 6,

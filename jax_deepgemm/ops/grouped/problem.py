@@ -37,6 +37,8 @@ class GroupedProblem:
         gives A and its scales, and earlier ones the rest; groups are all here.
       biased: "gated": whether a bias of each group is added to h.
       a, b, layout, out, add_c, b_scales, gated: as in GemmProblem.
+      by_index: the operand whose rows an index names while they are loaded: "a" ("rows": row i of the product
+        is row index[i] of A), "a" or "b" ("inner", BF16: k i of the product is row index[i]), or "".
     """
 
     grouping: str
@@ -59,6 +61,7 @@ class GroupedProblem:
     gated: bool = False
     chained: bool = False
     biased: bool = False
+    by_index: str = ""
 
     @property
     def inner(self) -> bool:
@@ -125,6 +128,7 @@ class GroupedProblem:
         parts += ["whole blocks"] if self.whole_blocks else []
         parts += ["SwiGLU"] if self.gated else []
         parts += ["bias"] if self.biased else []
+        parts += [f"{self.by_index} by index"] if self.by_index else []
         parts += ["chained"] if self.chained else []
         parts += [f"B scales {'128x128' if self.gemm.square_scales else '1x128'}"] if self.gemm.is_fp8 else []
         return " ".join(parts)

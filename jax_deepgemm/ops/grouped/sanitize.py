@@ -26,6 +26,12 @@ from jax_deepgemm.ops.grouped.api import (
     m_grouped_fp8_gemm_nt_masked,
 )
 from jax_deepgemm.ops.grouped.gated import m_grouped_fp8_gemm_swiglu, m_masked_fp8_gemm_swiglu
+from jax_deepgemm.ops.grouped.gathered import (
+    k_grouped_bf16_gemm_tn_gathered,
+    m_grouped_bf16_gemm_nn_gathered,
+    m_grouped_bf16_gemm_nt_gathered,
+    m_grouped_fp8_gemm_nt_gathered,
+)
 from jax_deepgemm.ops.quantize.api import quantize
 
 HALVES = GemmConfig(128, 256, 4, slabs=2)
@@ -53,6 +59,7 @@ def cases() -> Iterator[Case]:
     yield from _masked(normal)
     yield from _gated(normal)
     yield from _k_grouped(normal)
+    yield from _gathered(normal)
 
 
 def _contiguous(normal: Normal) -> Iterator[Case]:
@@ -168,3 +175,31 @@ def _k_grouped(normal: Normal) -> Iterator[Case]:
             yield Case(f"{what}, {name}", gradient, (whole_dy, whole, jnp.asarray(wrong)))
     for name, wrong in BAD.items():
         yield Case(f"k-grouped bf16, {name}", on_few(bf16), (whole, whole_dy, jnp.asarray(wrong)))
+
+
+def _gathered(normal: Normal) -> Iterator[Case]:
+    """Rows that are none, some of them far away; what lies outside all groups is not looked up."""
+    sizes, sources, w, c = jnp.asarray(SIZES), normal(70, K), normal(GROUPS, N, K), jnp.ones((GROUPS, K, N))
+    rng = np.random.default_rng(2)
+    rows = rng.integers(-3, 75, ROWS).astype(np.int32)
+    rows[:3] = np.iinfo(np.int32).max, np.iinfo(np.int32).min, 70
+    index, dy = jnp.asarray(rows), normal(ROWS, N)
+    fp8, bf16 = m_grouped_fp8_gemm_nt_gathered, m_grouped_bf16_gemm_nt_gathered
+    quantised = quantize(sources), quantize(w, (128, 128)), index
+    yield Case("gathered fp8", on_few(fp8), (*quantised, sizes))
+    for name, config in (("halves", HALVES), ("side by side", SIDE_BY_SIDE)):
+        yield Case(f"gathered fp8 {name}", on_few(fp8, config=config), (*quantised, sizes))
+    yield Case("gathered bf16 nt", on_few(bf16), (sources, w, index, sizes))
+    yield Case("gathered bf16 ping-pong", on_few(bf16, config=PING_PONG), (sources, w, index, sizes))
+    yield Case("gathered bf16 nn", on_few(m_grouped_bf16_gemm_nn_gathered), (sources, w.mT, index, sizes))
+    for name, wrong in BAD.items():
+        yield Case(f"gathered fp8, {name}", on_few(fp8), (*quantised, jnp.asarray(wrong)))
+        yield Case(f"gathered bf16, {name}", on_few(bf16), (sources, w, index, jnp.asarray(wrong)))
+    for side in "ab":
+
+        def inner(x: Any, dy: Any, index: Any, sizes: Any, c: Any, side: str = side) -> Any:
+            pair, name = ((x, dy) if side == "a" else (dy, x)), {f"{side}_rows": index}
+            return on_few(k_grouped_bf16_gemm_tn_gathered)(*pair, sizes, c, **name)
+
+        operands = sources, dy, index, sizes, c if side == "a" else c.mT
+        yield Case(f"k-gathered bf16 {side} + C", inner, operands)

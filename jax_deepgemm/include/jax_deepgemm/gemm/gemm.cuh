@@ -5,6 +5,7 @@
 //   config.cuh                 what a kernel is told at compile time
 //   ../pipeline.cuh            slots of shared memory between a producer and consumers
 //   ring.cuh                   where in shared memory things are
+//   gather.cuh                 rows that an index names (grouped products only)
 //   producer.cuh               global memory to slots
 //   consumer.cuh               slots to products: what all main loops have in common
 //   bf16_loop.cuh, fp8_loop.cuh, fp8_slices_loop.cuh     the main loops; mainloop.cuh chooses

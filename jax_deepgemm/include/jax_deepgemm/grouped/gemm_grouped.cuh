@@ -3,7 +3,8 @@
 // clang-format off
 //   warp 0                group_sizes -> table of segments in shared memory (group_table.cuh), then all wait
 //   warpgroups 0 .. W-1   consumers, as in persistent.cuh: multiply, promote, epilogue
-//   behind them           the TMA producer: tile number -> segment -> rows, k range
+//   behind them           the TMA producer: tile number -> segment -> rows, k range; where an index names
+//                         rows, a warpgroup that copies them (gemm/gather.cuh)
 //
 //   rows in groups:  tiles begin at each group's first row, whatever it is. Rows of the last tile beyond
 //                    the group are multiplied and not stored; rows beyond all groups are stored as zeros.
@@ -61,6 +62,7 @@ __device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, cons
     tile.k_skip = s.start - tile.k_first;
     tile.k_end = s.end > s.start ? ceil_div(s.end - tile.k_first, C::BLOCK_K) : 0;
     tile.k_stop = s.end - tile.k_first - (tile.k_end - 1) * C::BLOCK_K;
+    tile.index_end = s.end;
   } else {
     out.rows_end = s.group >= 0 ? s.end : s.start;
     // Rows of a masked group behind its last one may hold anything, so its last warp need not stop at it.
@@ -68,6 +70,7 @@ __device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, cons
                     : C::ZERO_ROWS               ? p.m
                                                  : min(align_up(s.end, 16), p.m);
     tile.k_end = at.row < out.rows_end ? k_blocks : 0;
+    tile.index_end = out.rows_end;
   }
   return out;
 }
@@ -167,6 +170,13 @@ struct GroupedTiles {
     return number;
   }
 
+  __device__ __forceinline__ void load(Ring<C>& ring, const Tile& tile, const TileRecord& at) const {
+    if constexpr (C::ROWS_BY_INDEX && C::ROWS_K_MAJOR)
+      load_blocks<C>(ring, in, IndexedTile<C>(tile, in.indexed), at.row, at.packed, tile.k_end);
+    else
+      load_blocks<C>(ring, in, tile, at.row, at.packed, tile.k_end);
+  }
+
   __device__ __forceinline__ void produce(Ring<C>& ring) const {
     const Rounds<C> rounds(table.tiles);
     int first = blockIdx.x;
@@ -175,7 +185,7 @@ struct GroupedTiles {
       const TileRecord next = nth_tile<C>(table, rounds, number, p);
       const Tile tile = group_tile<C>(table, next, p, in.k_blocks).tile;
       if (tile.k_end > 0)
-        load_blocks<C>(ring, in, tile, next.row, next.packed, tile.k_end);
+        load(ring, tile, next);
       else
         publish_empty_tile<C>(ring, next.row, next.packed, next.half);
     }

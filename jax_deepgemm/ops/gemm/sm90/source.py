@@ -30,6 +30,7 @@ struct Config {{
   static constexpr bool ROWS_ONCE = {rows_once}, COLS_ONCE = {cols_once};
   static constexpr bool ADD = {add}, REDUCE = {reduce}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
   static constexpr bool BATCH_INSIDE = {batch_inside}, BATCHES_TOGETHER = {batches_together};
+  static constexpr bool ROWS_BY_INDEX = {rows_by_index}, COLS_BY_INDEX = {cols_by_index};
   static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
 }};
 """
@@ -122,10 +123,12 @@ def config_text(
     mask_k: bool = False,
     whole_blocks: bool = False,
     halves: bool = False,
+    by_index: str = "",
 ) -> str:
     """The kernel's configuration as a C++ struct.
 
     `halves`: whether the last tiles may be cut in two; their columns are multiplied in two passes.
+    `by_index`: the side whose rows, or values of k, an index names; "": neither.
     """
     memory = shared_memory(p, c)
     return _CONFIG.format(
@@ -162,6 +165,8 @@ def config_text(
         even_n=as_cpp(p.columns % 2 == 0),
         batch_inside=as_cpp(p.batch_axes[2] == 1),
         batches_together=as_cpp(p.batches_together),
+        rows_by_index=as_cpp(by_index == rows.name),
+        cols_by_index=as_cpp(by_index == cols.name),
         row_scales=_SCALES[rows.scales],
         col_scales=_SCALES[cols.scales],
     )
