@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_deepgemm.core.arrays import unwrapped
-from jax_deepgemm.ops.gemm.checks import OUT_DTYPES, Options, describe, is_array
+from jax_deepgemm.ops.gemm.checks import OUT_DTYPES, PER_ROW, Options, describe, is_array
 from jax_deepgemm.ops.gemm.finish import Finish
 from jax_deepgemm.ops.quantize.activation import GATES, Activation, as_activation
+from jax_deepgemm.ops.quantize.api import quantize
 from jax_deepgemm.ops.swiglu.reference import act
 
 _GATED = {"swiglu": Activation("silu"), "geglu": Activation("gelu")}
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["alpha", "bias"], meta_fields=["activation"]
+    jax.tree_util.register_dataclass, data_fields=["alpha", "bias"], meta_fields=["activation", "out_scales"]
 )
 @dataclass(frozen=True)
 class Epilogue:
@@ -48,12 +49,18 @@ class Epilogue:
         `jax_deepgemm.activation.Activation`, as SwiGLU's functions take it: with `interleaved=True` gate and
         up take turns, which is what kernels compute before they store; halves meet in a second pass.
 
+      out_scales: (1, 128): D is a QuantizedArray of this block, values float8_e4m3fn, bit for bit
+        `quantize(D, (1, 128))` of D in float32; None: D is an array of out_dtype. Kernels store it so where
+        D's columns are a multiple of 16 and FP8 operands have no gate; else it is quantised in a pass of its
+        own.
+
     Raises nothing; the functions that take one raise ValueError or TypeError.
     """
 
     alpha: Any = None
     bias: Any = None
     activation: str | Activation | None = None
+    out_scales: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,12 @@ class Checked:
     """alpha [1] and bias [n] in float32, as far as they are given."""
     halves: Activation | None
     """The activation of gate and up in halves, which follows the op."""
+    quantized_after: bool = False
+    """Whether the result is quantised in a pass of its own."""
 
     def run(
-        self, product: Callable[[list[jax.Array], str, Finish, Options], jax.Array], c: Any, options: Options
-    ) -> jax.Array:
+        self, product: Callable[[list[jax.Array], str, Finish, Options], Any], c: Any, options: Options
+    ) -> Any:
         """D. Where gate and up lie in halves, a float32 product comes first, and the activation in a pass of
         its own.
 
@@ -78,10 +87,11 @@ class Checked:
           options: of D.
         """
         rest, last = ([*self.rest, c], "c") if c is not None else (self.rest, "")
-        if self.halves is None:
+        if self.halves is None and not self.quantized_after:
             return product(rest, last, self.finish, options)
-        sums = product(rest, last, self.finish, replace(options, out_dtype=np.dtype(np.float32)))
-        return act(sums, None, None, self.halves).astype(options.out_dtype)
+        d = product(rest, last, self.finish, replace(options, out_dtype=np.dtype(np.float32)))
+        d = d if self.halves is None else act(d, None, None, self.halves)
+        return quantize(d, PER_ROW) if self.quantized_after else d.astype(options.out_dtype)
 
 
 def check_epilogue(op: str, epilogue: Any, n: int, c: Any) -> Checked:
@@ -105,8 +115,32 @@ def check_epilogue(op: str, epilogue: Any, n: int, c: Any) -> Checked:
             "product's columns. Add it to the result."
         )
     halves = activation if activation is not None and gated and not activation.interleaved else None
-    finish = Finish(alpha is not None, bias is not None, None if halves else activation, each)
-    return Checked(finish, [x for x in (alpha, bias) if x is not None], halves)
+    quantized = _out_scales(op, epilogue.out_scales, c)
+    fits = halves is None and (n // 2 if gated else n) % 16 == 0 and not (gated and op.startswith("fp8"))
+    finish = Finish(
+        alpha is not None,
+        bias is not None,
+        None if halves else activation,
+        each,
+        quantized=quantized and fits,
+    )
+    return Checked(finish, [x for x in (alpha, bias) if x is not None], halves, quantized and not fits)
+
+
+def _out_scales(op: str, given: Any, c: Any) -> bool:
+    if given is None:
+        return False
+    if given != PER_ROW:
+        raise ValueError(
+            f"{op}: out_scales is {given!r}, need {PER_ROW}, a scale for each row and 128 columns, or None. "
+            "Other blocks: quantize(D, block) of the float32 result."
+        )
+    if c is not None:
+        raise ValueError(
+            f"{op}: c was given with out_scales={PER_ROW}, whose result is quantised as it is stored. Add c "
+            "to the float32 result, and quantise the sum."
+        )
+    return True
 
 
 def _alpha(op: str, alpha: Any) -> jax.Array | None:

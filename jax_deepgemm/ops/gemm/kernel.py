@@ -97,7 +97,8 @@ def _finished_problem(product: Any, count: int) -> Any:
         avals_in: Sequence[Any], avals_out: Sequence[Any], *, finish: Finish, **params: Any
     ) -> GemmProblem:
         *lead, columns = avals_out[0].shape
-        sums = jax.ShapeDtypeStruct((*lead, finish.taken(columns)), avals_out[0].dtype)
+        dtype = np.dtype("bfloat16") if finish.quantized else avals_out[0].dtype
+        sums = jax.ShapeDtypeStruct((*lead, finish.taken(columns)), dtype)
         addend = len(avals_in) == count + len(more_parts(finish)) and finish.heads is None
         return dataclasses.replace(product(avals_in[:count], [sums], **params), finish=finish, add_c=addend)
 

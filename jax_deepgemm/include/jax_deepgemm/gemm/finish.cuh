@@ -18,6 +18,7 @@
 #pragma once
 
 #include <jax_deepgemm/gemm/epilogue.cuh>
+#include <jax_deepgemm/gemm/quantized.cuh>
 #include <jax_deepgemm/swiglu/activation.cuh>
 
 namespace jdg {
@@ -33,6 +34,7 @@ concept FinishConfig = requires {
   F::ALPHA;                 // bool: whether sums are multiplied by a number
   F::BIAS;                  // bool: whether a number for each column is added
   F::LEFT, F::MID, F::RIGHT;  // columns of a head before, in and behind its hole; MID is 0 without heads
+  F::QUANTIZED;             // bool: whether D is stored in FP8, with a scale for each row and 128 columns
   F::FILL;                  // bool: whether holes become zeros
 };
 // clang-format on
@@ -46,12 +48,15 @@ struct HalfOf : C {
 template <class F>
 struct Finish {
   static constexpr bool kPairs = F::FORM == Form::kInPairs, kHeads = F::MID > 0;
+  static constexpr bool kQuantized = F::QUANTIZED;
   static constexpr bool kChanges = F::ALPHA || F::BIAS || F::FORM != Form::kNone;
   using Of = Activated<typename F::Act>;
 
   const float* alpha;  // of each batch, or one of all
   const float* bias;   // [n], the same
   int batched_alpha, batched_bias;
+  u8* values;     // QUANTIZED: [m, n], n a multiple of 16
+  float* scales;  // [m, n / 128]
 
   template <class C>
   struct StoredAs {
@@ -80,7 +85,12 @@ struct Finish {
   }
 
   __device__ __forceinline__ Finish of(int batch, const Extents& p) const {
-    return {alpha + batch * batched_alpha, bias + static_cast<i64>(batch * batched_bias) * p.n, 0, 0};
+    return {alpha + batch * batched_alpha,
+            bias + static_cast<i64>(batch * batched_bias) * p.n,
+            0,
+            0,
+            values,
+            scales};
   }
 
   __device__ __forceinline__ static float scaled(float sum, float by, float plus) {
@@ -180,6 +190,25 @@ struct Finish {
       else
         values[i] = each(first), values[i + 1] = each(second);
     }
+  }
+
+  // A warp's rows of 128 columns, of D.
+  __device__ __forceinline__ void store_quantized(float (&act)[kTile / 2], u32 slab, const Extents& out,
+                                                  const Tile& tile, int first_row) const {
+    if (tile.col >= out.n) return;
+    const int thread = ptx::thread_index(), lane = thread % 32, row = first_row + thread / 32 % 4 * 16;
+    const int pitch = ceil_div(out.n, kTile), upper = row + lane / 4;
+    const i64 before = static_cast<i64>(tile.batch) * out.m;
+    const TwoRows of_rows = act_scales(act);
+    if (lane % 4 == 0) {
+      float* to = scales + (before + upper) * pitch + tile.col / kTile;
+      if (upper < out.m) *to = of_rows.upper;
+      if (upper + 8 < out.m) to[8 * static_cast<i64>(pitch)] = of_rows.lower;
+    }
+    __syncwarp();  // all lanes have read what the tile before left there
+    fill_act_slab(slab, act, of_rows);
+    __syncwarp();
+    store_act_slab<true>(slab, values + before * out.n, out.n, row, out.m, tile.col);
   }
 
   // Whether a hole lies in front of this column, the first of 64, and where.

@@ -97,8 +97,11 @@ struct DenseTiles {
       if (kCuts<C, E> > 1 && cut.col >= p.n) return;
       finish.of(tile.batch, p).template apply<Cut>(acc, p, cut);
       auto& stored = reinterpret_cast<float (&)[kCols<S> / 2]>(acc);
-      store_tile<S, E>(stored, d_map, to, matrix_of<C>(c, out, tile.batch * p.batched_c), slabs, out,
-                       E::stored(cut), row);
+      if constexpr (E::kQuantized)
+        finish.store_quantized(stored, slabs, out, E::stored(cut), row);
+      else
+        store_tile<S, E>(stored, d_map, to, matrix_of<C>(c, out, tile.batch * p.batched_c), slabs, out,
+                         E::stored(cut), row);
       E::template fill_holes<Cut>(to, out, p.n, cut, row);
     }
   }

@@ -152,6 +152,8 @@ def cuts(p: GemmProblem, c: Sm90Config) -> int:
 def tma_store(p: GemmProblem, c: Sm90Config) -> bool:
     """Whether D leaves through TMA: from the persistent kernel, if its rows are 16-byte aligned."""
     width = SLAB_ROW_BYTES // p.out_bytes
+    if p.finish.quantized:
+        return False
     aligned = p.columns * p.out_bytes % 16 == 0
     return not (c.one_tile or c.gated) and aligned and stored_columns(p, c) >= width
 
@@ -215,6 +217,8 @@ def fit_stages(p: GemmProblem, c: Sm90Config, chip: Chip, limit: int = _MAX_STAG
 def _slab_choices(p: GemmProblem, c: Sm90Config) -> list[int]:
     if c.gated:
         return [2]  # of 8 rows of 128 features in FP8, stored by the warp itself
+    if p.finish.quantized:
+        return [2] if not c.one_tile else [0]  # the same
     if not tma_store(p, c):
         return [0]
     whole = stored_columns(p, c) * p.out_bytes // SLAB_ROW_BYTES * (16 // SLAB_ROWS)  # of a warp's 16 rows
@@ -255,6 +259,10 @@ def problems_with(p: GemmProblem, c: Sm90Config) -> list[str]:
         (
             p.finish.heads is None or c.one_tile or cols // c.across % 64 == 0,
             f"a warpgroup has {cols // c.across} columns, must be a multiple of 64 where D has holes",
+        ),
+        (
+            not p.finish.quantized or (not c.one_tile and stored_columns(p, c) == 128),
+            "a warpgroup of the persistent kernel must store 128 columns together where D is quantised",
         ),
         (
             p.finish.halves == 1 or c.one_tile or cols // c.across % 16 == 0,

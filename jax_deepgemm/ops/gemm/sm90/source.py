@@ -42,7 +42,7 @@ _TEXT = """\
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
   const jdg::Operands operands = {{{operands}}};
   const jdg::Extents extents = {{m, n, batches, batched_c, stripe}};
-  jdg::{header}<Config>(operands, extents, {d_map}, d, {c}{finished});
+  jdg::{header}<Config>(operands, extents, {d_map}, {d}, {c}{finished});
 }}
 """
 
@@ -52,7 +52,7 @@ _FINISH = """\
 struct Finish {{
   using Act = ::Act;
   static constexpr jdg::Form FORM = jdg::Form::{form};
-  static constexpr bool ALPHA = {alpha}, BIAS = {bias}, FILL = {fill};
+  static constexpr bool ALPHA = {alpha}, BIAS = {bias}, FILL = {fill}, QUANTIZED = {quantized};
   static constexpr int LEFT = {left}, MID = {mid}, RIGHT = {right};
 }};
 """
@@ -190,6 +190,7 @@ def finish_text(p: GemmProblem) -> str:
         alpha=as_cpp(finish.alpha),
         bias=as_cpp(finish.bias),
         fill=as_cpp(finish.fill),
+        quantized=as_cpp(finish.quantized),
         left=left,
         mid=mid,
         right=right,
@@ -219,7 +220,7 @@ def leading_parameters(p: GemmProblem, c: Sm90Config) -> list[str]:
     if p.gated:
         return [*maps, "jdg::u8* values", "float* act_scales", "const float* row_weights"]
     maps += [f"{map_type} d_map"] if tma_store(p, c) else []
-    pointers = [f"{out_type(p)}* d"]
+    pointers = ["jdg::u8* values", "float* out_scales"] if p.finish.quantized else [f"{out_type(p)}* d"]
     pointers += [f"const {out_type(p)}* c"] if reads_c(p) else []
     pointers += [f"const float* {name}" for name in coefficients(p)]
     return maps + pointers
@@ -243,11 +244,13 @@ def kernel_source(p: GemmProblem, c: Sm90Config) -> KernelSource:
     name = kernel_name(p, c)
     given = [name if getattr(p.finish, name) else "nullptr" for name in ("alpha", "bias")]
     given += [f"batched_{name}" if getattr(p.finish, name) else "0" for name in ("alpha", "bias")]
+    given += ["values", "out_scales"] if p.finish.quantized else []
     plain = p.finish == AS_IT_IS
     text = _TEXT.format(
         header="gemm_small_m" if c.one_tile else "gemm",
         include="" if plain else "#include <jax_deepgemm/gemm/finish.cuh>\n",
         finish=finish_text(p),
+        d=f"static_cast<{out_type(p)}*>(nullptr)" if p.finish.quantized else "d",
         finished="" if plain else f", jdg::Finish<Finish>{{{', '.join(given)}}}",
         mma=product(p, c, rows, cols),
         config=config_text(p, c, rows, cols),
