@@ -16,7 +16,7 @@ Arguments have DeepGEMM's names and order. What is another way here:
 
 from __future__ import annotations
 
-from jax_deepgemm.deep_gemm import absent, attention, cublas, dense, grouped, knobs, utils
+from jax_deepgemm.deep_gemm import absent, attention, cublas, dense, grouped, knobs, products, utils
 from jax_deepgemm.deep_gemm import legacy as legacy
 from jax_deepgemm.deep_gemm import testing as testing
 from jax_deepgemm.deep_gemm.absent import *  # noqa: F403
@@ -25,7 +25,8 @@ from jax_deepgemm.deep_gemm.cublas import *  # noqa: F403
 from jax_deepgemm.deep_gemm.dense import *  # noqa: F403
 from jax_deepgemm.deep_gemm.grouped import *  # noqa: F403
 from jax_deepgemm.deep_gemm.knobs import *  # noqa: F403
+from jax_deepgemm.deep_gemm.products import *  # noqa: F403
 from jax_deepgemm.deep_gemm.utils import *  # noqa: F403
 
-AREAS = (knobs, dense, cublas, grouped, attention, utils, absent)
+AREAS = (knobs, dense, cublas, grouped, products, attention, utils, absent)
 __all__ = sorted({name for area in AREAS for name in area.__all__} | {"legacy", "testing", "utils"})

@@ -11,8 +11,9 @@ _PEERS = (
 )
 _WEIGHTS = (_PEERS[0], "jax_deepgemm.moe.prepare_weights, or weights as they are")
 _FP4 = (
-    "tensor cores multiply FP4 from compute capability 10 on",
-    "the product of FP8: cast_back_from_fp4, then per_token_cast_to_fp8 and per_block_cast_to_fp8",
+    "tensor cores multiply FP4 by FP4 from compute capability 10 on",
+    "FP8 activations with FP4 weights: fp8_fp4_gemm_nt and its grouped forms, and jax_deepgemm.prepare_fp4 "
+    "for the weights",
 )
 _SPARSE = (
     "its kernels are for compute capability 10",

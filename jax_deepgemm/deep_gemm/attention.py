@@ -38,8 +38,8 @@ def fp8_fp4_mqa_logits(
     """Scores of keys for tokens: `jax_deepgemm.indexer.mqa_logits` as DeepGEMM's users call it.
 
     >>> from jax_deepgemm import deep_gemm
-    >>> q, keys = jnp.ones((2, 8, 64), jnp.float8_e4m3fn), jnp.ones((5, 64), jnp.bfloat16)
-    >>> kv = deep_gemm.utils.per_custom_dims_cast_to_fp8(keys, (0,))
+    >>> q = jnp.ones((2, 8, 64), jnp.float8_e4m3fn)
+    >>> kv = jnp.ones((5, 64), jnp.float8_e4m3fn), jnp.ones(5)
     >>> start, end = jnp.array([0, 1]), jnp.array([2, 5])
     >>> deep_gemm.fp8_fp4_mqa_logits((q, None), kv, jnp.ones((2, 8)), start, end)[0].tolist()
     [512.0, 512.0, -inf, -inf, -inf]
@@ -84,8 +84,8 @@ def fp8_mqa_logits(
     """`fp8_fp4_mqa_logits` of FP8 operands, in float32.
 
     >>> from jax_deepgemm import deep_gemm
-    >>> q, keys = jnp.ones((2, 8, 64), jnp.float8_e4m3fn), jnp.ones((5, 64), jnp.bfloat16)
-    >>> kv = deep_gemm.utils.per_custom_dims_cast_to_fp8(keys, (0,))
+    >>> q = jnp.ones((2, 8, 64), jnp.float8_e4m3fn)
+    >>> kv = jnp.ones((5, 64), jnp.float8_e4m3fn), jnp.ones(5)
     >>> window = jnp.array([0, 1]), jnp.array([2, 5])
     >>> deep_gemm.fp8_mqa_logits(q, kv, jnp.ones((2, 8)), *window, clean_logits=False, max_seqlen_k=4).shape
     (2, 4)

@@ -12,6 +12,7 @@ import numpy as np
 from jax_deepgemm import config
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.deep_gemm.utils.layout import get_tma_aligned_size
+from jax_deepgemm.deep_gemm.weights import prepared
 from jax_deepgemm.ops.gemm.checks import FP8_DTYPES, describe, is_array
 from jax_deepgemm.ops.quantize import QuantizedArray, unpack_ue8m0_from_int
 
@@ -64,14 +65,17 @@ def blocks_of(op: str, recipe: Recipe, recipe_a: Half = None, recipe_b: Half = N
     return recipe_a, recipe_b
 
 
-def operand(op: str, name: str, given: Any, block: Half = None, *, k_last: bool = True) -> Any:
+def operand(
+    op: str, name: str, given: Any, block: Half = None, *, k_last: bool = True, weight: bool = False
+) -> Any:
     """An FP8 operand as the package's own functions take it.
 
     Args:
       op, name: for errors.
-      given: a QuantizedArray, or (values, scales).
+      given: a QuantizedArray, or (values, scales), or what else the product takes.
       block: (rows, k) under one scale, or None.
       k_last: whether k is its last dimension.
+      weight: whether it may be FP4.
     """
     x = unwrapped(given)
     stored = None if block is None else block if k_last else block[::-1]
@@ -86,9 +90,11 @@ def operand(op: str, name: str, given: Any, block: Half = None, *, k_last: bool 
         return x  # refused by the function that takes it, which says what it needs
     values, scales = map(unwrapped, x)
     if values.dtype in (np.dtype(np.int8), np.dtype(np.uint8)):
+        if weight:
+            return prepared(op, name, values, scales, None if block is None else block[1])
         raise NotImplementedError(
-            f"{op}: {name} is {describe(values)}, which is packed FP4: products of FP4 are of compute "
-            "capability 10. Cast it back with cast_back_from_fp4, and to FP8."
+            f"{op}: {name} is {describe(values)}, which is packed FP4: on Hopper it is for b of nt products, "
+            "times FP8. Cast it back with cast_back_from_fp4, and to FP8."
         )
     if k_last and values.dtype in FP8_DTYPES and values.ndim >= 2:
         scales = _as_stored(op, name, values, scales, block)

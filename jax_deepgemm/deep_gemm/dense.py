@@ -18,6 +18,7 @@ from jax_deepgemm.deep_gemm.calls import (
     run,
 )
 from jax_deepgemm.ops.gemm import api as gemm
+from jax_deepgemm.ops.quantize import PreparedFp4
 from jax_deepgemm.ops.quantize.array import QuantizedLike
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
 
 def fp8_fp4_gemm_nt(
     a: QuantizedLike,
-    b: QuantizedLike,
+    b: QuantizedLike | PreparedFp4,
     d: None = None,
     c: ArrayLike | None = None,
     recipe: Recipe = None,
@@ -63,6 +64,9 @@ def fp8_fp4_gemm_nt(
       a: (values [m, k], scales [m, ceil(k / 128)]), or a QuantizedArray. Scales are float32, or int32 words
         of four UE8M0 codes, [m, ceil(k / 512)].
       b: (values [n, k], scales [ceil(n / 128), ceil(k / 128)] or [n, ceil(k / 128)]), or a QuantizedArray.
+        Or FP4, without C: (int8 [n, k / 2], scales [n, ceil(k / 32)] or [n, ceil(k / 128)], powers of two or
+        words of their codes), n a multiple of 64, which is brought into the order of the kernels at each
+        call; a `PreparedFp4` (`jax_deepgemm.prepare_fp4`) is in it already.
       d: None: the value is returned.
       c: [m, n], bfloat16 or float32, added; the result has its type unless out_dtype says another.
       recipe: (rows of a, rows of b, elements of k) that share a scale; None: the shapes tell.
@@ -78,7 +82,7 @@ def fp8_fp4_gemm_nt(
     Raises:
       TypeError: d is given, an operand is not quantised.
       ValueError: shapes, types or recipes that do not fit each other; a recipe that no kernel has.
-      NotImplementedError: packed FP4.
+      NotImplementedError: an a of packed FP4.
 
     Source: DeepGEMM's function of this name. On Hopper it takes C only in float32 and with scales per row,
     and gives bfloat16 only without C; here every pair works.
@@ -214,7 +218,7 @@ def _fp8(
     check_dims(op, compiled_dims)
     block_a, block_b = blocks_of(op, recipe, recipe_a, recipe_b)
     left = operand(op, "a", a, block_a, k_last=layout[0] == "n")
-    right = operand(op, "b", b, block_b, k_last=layout[1] == "t")
+    right = operand(op, "b", b, block_b, k_last=layout[1] == "t", weight=layout == "nt")
     result: jax.Array = run(getattr(gemm, op), left, right, c, **result_dtype(options, c))
     return result
 

@@ -21,6 +21,7 @@ from jax_deepgemm.deep_gemm.calls import (
 )
 from jax_deepgemm.deep_gemm.groups import described, k_groups, side_by_side
 from jax_deepgemm.ops.grouped import api as grouped
+from jax_deepgemm.ops.quantize import PreparedFp4
 from jax_deepgemm.ops.quantize.array import QuantizedLike
 
 __all__ = [
@@ -43,7 +44,7 @@ __all__ = [
 
 def m_grouped_fp8_fp4_gemm_nt_contiguous(
     a: QuantizedLike,
-    b: QuantizedLike,
+    b: QuantizedLike | PreparedFp4,
     d: None = None,
     grouped_layout: ArrayLike | None = None,
     recipe: Recipe = None,
@@ -60,9 +61,8 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import deep_gemm
-    >>> x, w = jnp.ones((6, 128), jnp.bfloat16), jnp.ones((384, 128), jnp.bfloat16)
-    >>> values, scales = deep_gemm.utils.per_block_cast_to_fp8(w)
-    >>> a, b = deep_gemm.utils.per_token_cast_to_fp8(x), (values.reshape(3, 128, 128), scales[:, None])
+    >>> a = jnp.ones((6, 128), jnp.float8_e4m3fn), jnp.ones((6, 1))
+    >>> b = jnp.ones((3, 128, 128), jnp.float8_e4m3fn), jnp.ones((3, 1, 1))
     >>> d = deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, grouped_layout=jnp.array([0, 0, 2, 2, 2, -1]))
     >>> d[:, 0].tolist()
     [128.0, 128.0, 128.0, 128.0, 128.0, 0.0]
@@ -78,7 +78,7 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
     Args:
       a: (values [m, k], scales [m, ceil(k / 128)]), or a QuantizedArray.
       b: (values [g, n, k], scales [g, ceil(n / 128), ceil(k / 128)] or [g, n, ceil(k / 128)]), or a
-        QuantizedArray.
+        QuantizedArray; or FP4, as in `fp8_fp4_gemm_nt`, for each group.
       d: None: the value is returned.
       grouped_layout: integers [m], the group of each row, -1 for none, in which rows of a group stand
         together, in any number; or [g] with use_psum_layout, where each group ends. Then a group starts where
@@ -100,7 +100,7 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
         behind those of another group are zero, and -1 inside a group counts as the group
         (`jax_deepgemm.grouped.check_m_indices` reports both); with ends of another alignment, rows count to
         no group or to a wrong one.
-      NotImplementedError: packed FP4.
+      NotImplementedError: an a of packed FP4.
 
     Source: DeepGEMM's function of this name, whose index layout asks for groups of whole tiles of rows, and
     takes the group of a tile's first row for all of it.
@@ -127,9 +127,9 @@ def m_grouped_fp8_fp4_gemm_nn_contiguous(
     """D = A @ B[g] for the rows of each group g, of FP8 operands, b stored [g, k, n].
 
     >>> import jax.numpy as jnp
-    >>> from jax_deepgemm import deep_gemm, quantize
-    >>> x, w = jnp.ones((3, 128), jnp.bfloat16), jnp.ones((2, 128, 256), jnp.bfloat16)
-    >>> a, b = quantize(x), quantize(w, (128, 128))
+    >>> from jax_deepgemm import deep_gemm
+    >>> a = jnp.ones((3, 128), jnp.float8_e4m3fn), jnp.ones((3, 1))
+    >>> b = jnp.ones((2, 128, 256), jnp.float8_e4m3fn), jnp.ones((2, 1, 2))
     >>> deep_gemm.m_grouped_fp8_gemm_nn_contiguous(a, b, grouped_layout=jnp.array([0, 1, 1])).shape
     (3, 256)
 
@@ -226,7 +226,7 @@ def m_grouped_bf16_gemm_nn_contiguous(
 
 def m_grouped_fp8_fp4_gemm_nt_masked(
     a: QuantizedLike,
-    b: QuantizedLike,
+    b: QuantizedLike | PreparedFp4,
     d: None = None,
     masked_m: ArrayLike | None = None,
     expected_m: int | None = None,
@@ -240,15 +240,16 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     """D[g, :masked_m[g]] = A[g, :masked_m[g]] @ B[g].T of FP8 operands: equal storage for each group.
 
     >>> import jax.numpy as jnp
-    >>> from jax_deepgemm import deep_gemm, quantize
-    >>> a, b = quantize(jnp.ones((2, 4, 128))), quantize(jnp.ones((2, 256, 128)), (128, 128))
+    >>> from jax_deepgemm import deep_gemm
+    >>> a = jnp.ones((2, 4, 128), jnp.float8_e4m3fn), jnp.ones((2, 4, 1))
+    >>> b = jnp.ones((2, 256, 128), jnp.float8_e4m3fn), jnp.ones((2, 2, 1))
     >>> deep_gemm.m_grouped_fp8_gemm_nt_masked(a, b, masked_m=jnp.array([1, 4]), expected_m=2).shape
     (2, 4, 256)
 
     Args:
       a: (values [g, m, k], scales [g, m, ceil(k / 128)]), or a QuantizedArray. Any m.
       b: (values [g, n, k], scales [g, ceil(n / 128), ceil(k / 128)] or [g, n, ceil(k / 128)]), or a
-        QuantizedArray.
+        QuantizedArray; or FP4, as in `fp8_fp4_gemm_nt`, for each group.
       d: None: the value is returned.
       masked_m: integers [g], rows of each group that count.
       expected_m: rows of a typical group, static, or None; changes no number.
@@ -262,7 +263,7 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     Raises:
       TypeError: d is given, masked_m is not, an operand is not quantised.
       ValueError: shapes, types or recipes that do not fit.
-      NotImplementedError: packed FP4.
+      NotImplementedError: an a of packed FP4.
 
     Source: DeepGEMM's function of this name.
     """
@@ -271,7 +272,7 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     check_given(op, masked_m=masked_m)
     check_dims(op, compiled_dims)
     block_a, block_b = blocks_of(op, recipe, recipe_a, recipe_b)
-    left, right = operand(op, "a", a, block_a), operand(op, "b", b, block_b)
+    left, right = operand(op, "a", a, block_a), operand(op, "b", b, block_b, weight=True)
     result: jax.Array = run(
         grouped.m_grouped_fp8_gemm_nt_masked, left, right, masked_m, expected_m, **options
     )
@@ -331,8 +332,9 @@ def k_grouped_fp8_gemm_nt_contiguous(
     """D[g] = C[g] + A[:, columns of g] @ B[:, columns of g].T of FP8 operands: weight gradients of experts.
 
     >>> import jax.numpy as jnp
-    >>> from jax_deepgemm import deep_gemm, quantize
-    >>> a, b = quantize(jnp.ones((8, 384))), quantize(jnp.ones((4, 384)))
+    >>> from jax_deepgemm import deep_gemm
+    >>> a = jnp.ones((8, 384), jnp.float8_e4m3fn), jnp.ones((8, 3))
+    >>> b = jnp.ones((4, 384), jnp.float8_e4m3fn), jnp.ones((4, 3))
     >>> sizes = jnp.array([128, 256])
     >>> deep_gemm.k_grouped_fp8_gemm_nt_contiguous(a, b, grouped_layout=sizes)[:, 0, 0].tolist()
     [128.0, 256.0]
@@ -390,8 +392,9 @@ def k_grouped_fp8_gemm_tn_contiguous(
     """D[g] = C[g] + A[rows of g].T @ B[rows of g] of FP8 operands, stored [k, m] and [k, n].
 
     >>> import jax.numpy as jnp
-    >>> from jax_deepgemm import deep_gemm, quantize
-    >>> a, b = quantize(jnp.ones((384, 8)), (128, 1)), quantize(jnp.ones((384, 4)), (128, 1))
+    >>> from jax_deepgemm import deep_gemm
+    >>> a = jnp.ones((384, 8), jnp.float8_e4m3fn), jnp.ones((3, 8))
+    >>> b = jnp.ones((384, 4), jnp.float8_e4m3fn), jnp.ones((3, 4))
     >>> deep_gemm.k_grouped_fp8_gemm_tn_contiguous(a, b, grouped_layout=jnp.array([128, 256])).shape
     (2, 8, 4)
 
@@ -480,7 +483,10 @@ def _m_grouped_fp8(
     check_not_written(op, d)
     check_dims(op, compiled_dims)
     block_a, block_b = blocks_of(op, recipe, recipe_a, recipe_b)
-    left, right = operand(op, "a", a, block_a), operand(op, "b", b, block_b, k_last=layout == "nt")
+    left, right = (
+        operand(op, "a", a, block_a),
+        operand(op, "b", b, block_b, k_last=layout == "nt", weight=layout == "nt"),
+    )
     groups = described(op, *rows, options)
     result: jax.Array = run(getattr(grouped, op), left, right, **groups, **options)
     return result

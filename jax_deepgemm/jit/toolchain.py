@@ -6,7 +6,7 @@
 | JAX_DEEPGEMM_COMPILER        | nvrtc                    | nvrtc (library, no toolkit needed) or nvcc   |
 | JAX_DEEPGEMM_NVCC            | CUDA_HOME/bin, then PATH | the nvcc to run                              |
 | JAX_DEEPGEMM_CPP_STANDARD    | 20                       | of the kernels' C++: 20 or 23                |
-| JAX_DEEPGEMM_DEBUG           | 0                        | all that the four PRINT_ and VERBOSE do, and |
+| JAX_DEEPGEMM_DEBUG           | 0                        | all that PRINT_ and VERBOSE print, and       |
 |                              |                          | each launch with its parameters              |
 | JAX_DEEPGEMM_LOG             | unset                    | debug, info, warning or error, to stderr     |
 | JAX_DEEPGEMM_PRINT_CONFIGS   | 0                        | print each problem with its configuration    |

@@ -332,6 +332,8 @@ COUNTS = {
     "masked": 32,
     "k_grouped": 12,
     "mixed": 17,
+    "mixed_bf16": 6,
+    "per_channel": 10,
     "ragged_dot": 5,
     "quantize": 18,
     "dispatch": 21,

@@ -139,6 +139,36 @@ def muon() -> list[tuple[Any, Any]]:
     ]
 
 
+def by_letters() -> list[tuple[Any, Any]]:
+    x, w = given("xs"), given("ws")
+    c = normal(6, 6, 128, dtype=F32)
+    expr = "bmk,bnk->mn"
+    exact = np.einsum(expr, np.asarray(x, np.float32), np.asarray(w, np.float32)) + np.asarray(c)
+    heads = jnp.swapaxes(x, 0, 1)
+    return [
+        (deep_gemm.einsum(expr, x, w, c=c), jdg.bf16_einsum(expr, x, w, c, out_dtype=F32)),
+        (deep_gemm.einsum("bhr,hdr->bhd", heads, w), jdg.bf16_einsum("bhr,hdr->bhd", heads, w)),
+        (np.asarray(deep_gemm.einsum(expr, x, w, None, c, use_cublaslt=True)), near(exact)),
+    ]
+
+
+def fp8_by_letters() -> list[tuple[Any, Any]]:
+    heads, w = quantize(jnp.swapaxes(given("xs"), 0, 1)), given("q_ws")
+    want = jdg.fp8_einsum("bhr,hdr->bhd", heads, w)
+    tuples = to_tuple(heads), pair("q_ws")
+    return [
+        (deep_gemm.fp8_einsum("bhr,hdr->bhd", *tuples), want),
+        (deep_gemm.fp8_einsum("bhr,hdr->bhd", *tuples, recipe=(1, 128, 128)), want),
+    ]
+
+
+def prenorm() -> list[tuple[Any, Any]]:
+    x, w = given("x"), given("w_f32")
+    whole, parts = jdg.hc_prenorm_gemm(x, w), jdg.hc_prenorm_gemm(x, w, num_splits=2)
+    found = deep_gemm.tf32_hc_prenorm_gemm(x, w), deep_gemm.tf32_hc_prenorm_gemm(x, w, None, None, 2)
+    return [*zip(found[0], whole), *zip(found[1], parts)]
+
+
 LAYOUTS = ("nt", "nn", "tn", "tt")
 CALLS: dict[str, Callable[[], list[tuple[Any, Any]]]] = {
     **{f"fp8_fp4_gemm_{l}": functools.partial(dense, l) for l in LAYOUTS},
@@ -163,6 +193,9 @@ CALLS: dict[str, Callable[[], list[tuple[Any, Any]]]] = {
     "fp8_fp4_paged_mqa_logits": lambda: paged("fp8_fp4_paged_mqa_logits"),
     "fp8_paged_mqa_logits": lambda: paged("fp8_paged_mqa_logits"),
     "batched_syrk": muon,
+    "einsum": by_letters,
+    "fp8_einsum": fp8_by_letters,
+    "tf32_hc_prenorm_gemm": prenorm,
 }
 
 ALIASES = {
@@ -240,12 +273,44 @@ def test_a_recipe_says_the_block_of_a_tuple_and_must_fit_an_array() -> None:
         deep_gemm.fp8_gemm_nt(pair("q_x"), given("q_w"), recipe=(1, 1, 128))
 
 
+FP4 = jax.jit(deep_gemm.per_token_cast_to_fp4, static_argnums=(1, 2, 3))
+
+
+@pytest.mark.parametrize(("gran", "packed"), [(32, False), (32, True), (128, False), (128, True)])
+def test_fp4_weights_are_those_that_they_stand_for(gran: int, packed: bool) -> None:
+    values, scales = FP4(normal(3, 64, 512), True, gran, packed)
+    a = quantize(normal(4, 5, 512))
+    meant = deep_gemm.cast_back_from_fp4(values, scales, gran, packed)
+    want = jdg.fp8_gemm_nt(a, jdg.prepare_fp4(quantize(meant, (1, 32), jnp.float4_e2m1fn)))
+    for recipes in ({}, {"recipe_a": (1, 128), "recipe_b": (1, gran)}):
+        np.testing.assert_array_equal(
+            deep_gemm.fp8_fp4_gemm_nt(to_tuple(a), (values, scales), **recipes), want
+        )
+    with pytest.raises(
+        ValueError, match=r"scales of b are .*, need float32 or int32 \[64, .*a scale for each row"
+    ):
+        deep_gemm.fp8_fp4_gemm_nt(to_tuple(a), (values, scales[:, :1].repeat(3, 1)))
+
+
+def test_fp4_weights_of_groups() -> None:
+    values, scales = FP4(normal(3, 2 * 64, 256), True, 32)
+    b = values.reshape(2, 64, -1), scales.reshape(2, 64, -1)
+    w = jdg.prepare_fp4((b[0], pack_ue8m0_to_int(b[1]).view(np.uint8)))
+    a, index = quantize(normal(4, 6, 256)), jnp.array([0, 0, 1, 1, 1, -1])
+    got = deep_gemm.m_grouped_fp8_fp4_gemm_nt_contiguous(to_tuple(a), b, None, index)
+    np.testing.assert_array_equal(got, jdg.m_grouped_fp8_gemm_nt_contiguous(a, w, m_indices=index))
+    rows, counts = quantize(normal(5, 2, 3, 256)), jnp.array([1, 3])
+    options = {"expected_m": 2, "zero_rows": True}
+    got = deep_gemm.m_grouped_fp8_fp4_gemm_nt_masked(to_tuple(rows), b, None, counts, **options)
+    np.testing.assert_array_equal(got, jdg.m_grouped_fp8_gemm_nt_masked(rows, w, counts, **options))
+
+
 def test_fp4_operands_say_what_to_do() -> None:
     b = np.zeros((128, 128), np.int8), np.ones((128, 2), np.float32)
     with pytest.raises(
-        NotImplementedError, match=r"b is int8 \[128, 128\], which is packed FP4.*cast_back_from_fp4"
+        NotImplementedError, match=r"a is int8 \[128, 128\], which is packed FP4.*cast_back_from_fp4"
     ):
-        deep_gemm.fp8_gemm_nt(pair("q_x"), b)
+        deep_gemm.fp8_gemm_nt(b, pair("q_w"))
 
 
 def test_operands_that_are_none_are_refused_by_the_product() -> None:

@@ -18,6 +18,8 @@ from jax_deepgemm.jit import CompiledKernel
 from jax_deepgemm.ops.gemm.family import FAMILY, GemmProblem
 from jax_deepgemm.tools.explain import problems
 
+pytestmark = pytest.mark.any_version
+
 A, B = (jax.ShapeDtypeStruct((rows, 7168), jnp.bfloat16) for rows in (4096, 2112))
 
 

@@ -14,6 +14,8 @@ from jax_deepgemm import deep_gemm
 from jax_deepgemm.deep_gemm import testing
 from jax_deepgemm.tools.bench.trace import Event
 
+pytestmark = pytest.mark.any_version
+
 
 def test_whole_numbers() -> None:
     assert [deep_gemm.ceil_div(x, 8) for x in (0, 1, 8, 9)] == [0, 1, 1, 2]

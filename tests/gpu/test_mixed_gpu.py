@@ -18,11 +18,11 @@ import pytest
 import jax_deepgemm as jdg
 from jax_deepgemm.core.chip import H200
 from jax_deepgemm.ops.grouped.problem import MASKED_ROWS, ROWS
-from jax_deepgemm.ops.mixed.problem import E4M3, INT8, MixedProblem
+from jax_deepgemm.ops.mixed.problem import E4M3, FP4, FP4_BF16, INT8, MixedProblem
 from jax_deepgemm.ops.mixed.sm90.config import MixedConfig
 from jax_deepgemm.ops.mixed.sm90.cost import fitted
 from jax_deepgemm.ops.mixed.sm90.source import mixed_source
-from jax_deepgemm.quantization import QuantizedArray, dequantize, expand_fp4
+from jax_deepgemm.quantization import QuantizedArray, dequantize, dequantize_fp4, expand_fp4
 from tests.shared.arrays import normal
 from tests.shared.fp4_numbers import random
 
@@ -36,7 +36,7 @@ CUTS = [
     (16, 1, 4, 2, 1),
     (32, 2, 2, 1, 1),
     (24, 1, 2, 4, 2),
-    (48, 2, 1, 8, 1),
+    (48, 1, 1, 8, 1),
     (96, 2, 1, 1, 1),
     (128, 2, 1, 1, 1),
     (160, 1, 1, 1, 1),
@@ -66,14 +66,15 @@ def cut(problem: MixedProblem, which: tuple[int, ...]) -> MixedConfig | None:
 
 
 def kernels() -> Iterator[Any]:
-    for shape in DENSE:
-        yield dense_problem(*shape)
-    for groups, m, n, k in GROUPED:
-        yield grouped_problem(MASKED_ROWS, groups, m, n, k, out="float32")
-        yield grouped_problem(ROWS, groups, groups * m, n, k, out="float32")
+    for kind in (FP4, FP4_BF16):
+        for shape in DENSE:
+            yield dense_problem(*shape, weights_in=kind)
+        for groups, m, n, k in GROUPED:
+            yield grouped_problem(MASKED_ROWS, groups, m, n, k, out="float32", weights_in=kind)
+            yield grouped_problem(ROWS, groups, groups * m, n, k, out="float32", weights_in=kind)
     for which in CUTS:
-        for kind in ("fp4", INT8):
-            one = dense_problem(*CUT_DENSE) if kind == "fp4" else None
+        for kind in (FP4, FP4_BF16, INT8):
+            one = dense_problem(*CUT_DENSE, weights_in=kind) if kind != INT8 else None
             groups, m, n, k = CUT_GROUPED
             both = (one, grouped_problem(ROWS, groups, groups * m, n, k, out="float32", weights_in=kind))
             for problem in filter(None, both):
@@ -188,6 +189,56 @@ def test_the_last_slabs_of_an_operand() -> None:
     a, w = rows(0, 9, 256), weight(1, 320, 256)
     got = jdg.fp8_gemm_nt(a, jdg.prepare_fp4(w), out_dtype=F32, config=config)
     close(got, exact(a) @ exact(expand_fp4(w)).T)
+
+
+# bfloat16 rows ----------------------------------------------------------------------------------------------
+
+
+def plain_case(m: int, n: int, k: int, *groups: int) -> tuple[jax.Array, Any, np.ndarray]:
+    """Rows, weight, and the weight's numbers."""
+    w = weight(n, *groups, n, k)
+    return normal(m, *groups, m, k), jdg.prepare_fp4(w), np.asarray(dequantize_fp4(w), np.float64)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("m", "n", "k"), DENSE)
+def test_dense_bf16(m: int, n: int, k: int) -> None:
+    a, w, numbers = plain_case(m, n, k)
+    got = jdg.bf16_gemm_nt(a, w, out_dtype=F32)
+    close(got, np.asarray(a, np.float64) @ numbers.T, 1e-5)
+    np.testing.assert_array_equal(jdg.bf16_gemm_nt(a, w), got.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(("groups", "m", "n", "k"), GROUPED)
+def test_grouped_bf16(groups: int, m: int, n: int, k: int) -> None:
+    a, w, numbers = plain_case(m, n, k, groups)
+    counts = np.random.default_rng(m).integers(0, m + 1, groups).astype(np.int32)
+    beyond = np.arange(m)[None, :, None] >= counts[:, None, None]
+    poisoned = jnp.where(beyond, jnp.nan, a)
+    got = jdg.m_grouped_bf16_gemm_nt_masked(poisoned, w, counts, out_dtype=F32, zero_rows=True)
+    want = np.einsum("gmk,gnk->gmn", np.asarray(a, np.float64), numbers)
+    close(got, np.where(beyond, 0, want), 1e-5)
+    rows_of_all, sizes = a.reshape(-1, k), drawn_sizes(m, groups, groups * m)
+    owner = owners(sizes, groups * m)
+    nobody = jnp.asarray(owner == groups)[:, None]
+    product = functools.partial(jdg.m_grouped_bf16_gemm_nt_contiguous, out_dtype=F32)
+    got = product(jnp.where(nobody, jnp.nan, rows_of_all), w, jnp.asarray(sizes))
+    matrices = np.concatenate([numbers, np.zeros((1, n, k))])
+    wide = np.asarray(rows_of_all, np.float64)
+    close(got, np.stack([row @ matrices[g].T for row, g in zip(wide, owner, strict=True)]), 1e-5)
+
+
+@pytest.mark.parametrize("which", CUTS, ids=str)
+def test_every_cut_bf16(which: tuple[int, ...]) -> None:
+    m, n, k = CUT_DENSE
+    config = cut(dense_problem(m, n, k, weights_in=FP4_BF16), which)
+    assert config is not None
+    a, w, numbers = plain_case(m, n, k)
+    run = jax.jit(functools.partial(jdg.bf16_gemm_nt, out_dtype=F32, config=config))
+    got = run(a, w)
+    close(got, np.asarray(a, np.float64) @ numbers.T, 1e-5)
+    for _ in range(20):
+        np.testing.assert_array_equal(run(a, w), got)
 
 
 # Weights with a scale a channel -----------------------------------------------------------------------------

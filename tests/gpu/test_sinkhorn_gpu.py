@@ -80,4 +80,4 @@ def test_a_step_and_its_gradients() -> None:
 
     check(jax.jit(step)(*given), on_cpu(step, *given), 2.0**-7)
     for got, want in zip(jax.jit(gradients)(*given), on_cpu(gradients, *given), strict=True):
-        check(got, want, 1e-2)
+        check(got, want, 2e-2)  # two roundings of bfloat16, sums in another order

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
 from jax_deepgemm import PreparedFp4, prepare_fp4, quantize
-from jax_deepgemm.quantization import QuantizedArray, expand_fp4
+from jax_deepgemm.quantization import QuantizedArray, dequantize_fp4, expand_fp4
 from jax_deepgemm.tools.explain import problems
 from tests.shared import op_checks
 from tests.shared.arrays import normal
@@ -24,7 +24,7 @@ from tests.shared.fp4_numbers import random
 from tests.shared.op_checks import OpCase, Shard
 
 M, N, K, G = 20, 256, 512, 4
-F32 = jnp.float32
+BF16, F32 = jnp.bfloat16, jnp.float32
 ANY_MODE = ("auto", "explicit", "shard_map")
 
 
@@ -71,6 +71,25 @@ def test_masked() -> None:
     a, w, counts = rows(0, G, M, 160), weight(1, G, 128, 160), jnp.array([3, 0, 25, 4], jnp.int32)
     got = same(jdg.m_grouped_fp8_gemm_nt_masked, a, w, counts, zero_rows=True, expected_m=3)
     assert not np.any(np.asarray(got.astype(F32))[0, 3:])
+
+
+@pytest.mark.any_version
+def test_rows_in_bfloat16() -> None:
+    """From the same slabs: the bits of BF16 products with the weight's numbers, which bfloat16 holds."""
+
+    def check(product: Any, a: Any, w: Any, *rest: Any, **options: Any) -> None:
+        got = product(a, prepare_fp4(w), *rest, out_dtype=F32, **options)
+        np.testing.assert_array_equal(
+            got, product(a, dequantize_fp4(w, BF16), *rest, out_dtype=F32, **options)
+        )
+
+    deep, w = normal(0, G, M, 160), weight(1, G, 128, 160)
+    check(jdg.bf16_gemm_nt, deep[0], w[0])
+    check(jdg.m_grouped_bf16_gemm_nt_contiguous, deep[0], w, jnp.array([3, 0, 9, 4], jnp.int32))
+    counts = jnp.array([3, 0, 25, 4], jnp.int32)
+    check(jdg.m_grouped_bf16_gemm_nt_masked, deep, w, counts, zero_rows=True)
+    mapped = jax.vmap(jdg.bf16_gemm_nt, (0, None))(deep, prepare_fp4(w[0]))
+    np.testing.assert_array_equal(mapped[1], jdg.bf16_gemm_nt(deep[1], prepare_fp4(w[0])))
 
 
 @pytest.mark.any_version
@@ -139,6 +158,12 @@ PREPARE = "Prepare it once for the kernels: jax_deepgemm.prepare_fp4(b)"
             NotImplementedError,
             "have gradients of the rows",
             lambda: jax.grad(lambda s: jdg.fp8_gemm_nt((A.values, s), READY).astype(F32).sum())(A.scales),
+        ),
+        (TypeError, "a is a QuantizedArray", lambda: jdg.bf16_gemm_nt(A, READY)),
+        (
+            NotImplementedError,
+            "FP4 weights have no derivative",
+            lambda: jax.grad(lambda x: jdg.bf16_gemm_nt(x, READY).astype(F32).sum())(normal(0, 4, 160)),
         ),
         (ValueError, "say rhs_layout='gnk'", lambda: jdg.ragged_dot(A, SEVERAL, TWO)),
     ],
@@ -272,6 +297,9 @@ def test_problems() -> None:
     assert (of_dense.grouping, of_dense.m, of_dense.n, of_dense.k) == ("dense", 16, N, 512)
     folded = only(jax.vmap(dense, (0, 0, None)), *(jnp.stack([x] * 3) for x in (a, scales)), slabs)
     assert (folded.grouping, folded.m, folded.n) == ("dense", 48, N)
+    x = normal(0, 16, 500)
+    of_bf16 = only(lambda x, slabs: jdg.bf16_gemm_nt(x, PreparedFp4(slabs)), x, slabs)
+    assert (of_bf16.weights_in, of_bf16.m, of_bf16.n, of_bf16.k) == ("fp4_bf16", 16, N, 504)
     of_groups = only(grouped, *grouped_args(0))
     assert (of_groups.groups, of_groups.m, of_groups.segments) == (G, 16, G)
     several = [jnp.stack([x] * 3) for x in grouped_args(0)]

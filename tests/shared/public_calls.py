@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
-from jax_deepgemm import hyperconnection, indexer, moe
+from jax_deepgemm import deep_gemm, hyperconnection, indexer, moe
 from jax_deepgemm.ops import grouped
 from jax_deepgemm.ops import quantize as quantization
 from jax_deepgemm.ops import swiglu as activation
@@ -208,6 +208,11 @@ def _small_weight(product: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _per_channel(x: jax.Array, ws: jax.Array, sizes: jax.Array) -> Any:
+    w = jdg.PerChannelArray(*jdg.quantize_per_channel(ws))
+    return jdg.ragged_dot(x, w, sizes), jdg.dequantize_per_channel(w)
+
+
 def _scored_fp4(q: jax.Array, keys: jax.Array, *operands: Any) -> Any:
     numbers = indexer.dequantize_fp4(indexer.Fp4Array(*indexer.quantize_fp4(keys)))
     return indexer.mqa_logits(indexer.quantize_fp4(q), indexer.quantize_fp4(numbers), *operands)
@@ -222,6 +227,13 @@ def _hyperconnection(x: jax.Array, weight: jax.Array, scale: jax.Array, bias: ja
 
 def _coefficients(x: jax.Array, *parameters: jax.Array) -> Any:
     return hyperconnection.coefficients(hyperconnection.expand(x, 2), *parameters)
+
+
+def _cast_to_fp4(x: jax.Array) -> Any:
+    """Values, scales, the numbers that they stand for, and the values of the transposed matrix."""
+    values, scales = deep_gemm.per_token_cast_to_fp4(x, True, 32)
+    back = deep_gemm.cast_back_from_fp4(values, scales, 32)
+    return values, scales, back, deep_gemm.transpose_packed_fp4(values)
 
 
 def _route(**options: Any) -> Callable[..., Any]:
@@ -362,6 +374,20 @@ FORWARD = (
         ),
         ("scales",),
     ),
+    Call("deep_gemm: casts to FP4", lambda x: _cast_to_fp4(x), ("x",)),
+    Call("deep_gemm: FP4 weights", lambda x, w: deep_gemm.fp8_gemm_nt(x, _cast_to_fp4(w)[:2]), ("q_x", "w")),
+    Call(
+        "deep_gemm: contexts divided",
+        lambda lens: deep_gemm.get_paged_mqa_logits_metadata(lens[:, None], 64, 5),
+        ("k_end",),
+    ),
+    Call(
+        "deep_gemm: rows of k by an index",
+        lambda a, b, index, ends: deep_gemm.legacy.a_fused_k_grouped_bf16_gemm_tn_contiguous_tl(
+            a, b, mappings=(index, ends - 2, ends)
+        ),
+        ("x", "c", "indices", "ends"),
+    ),
     Call("fp8_gemm_nt", jdg.fp8_gemm_nt, ("q_x", "q_w")),
     Call("fp8_gemm_nt rows, c", jdg.fp8_gemm_nt, ("q_x", "q_w_rows", "c")),
     Call(
@@ -459,6 +485,9 @@ FORWARD = (
     Call("quantize_fp4, dequantize_fp4, Fp4Array: logits", _scored_fp4, ("queries", "keys", *WINDOWS)),
     Call("prepare_fp4: dense", _small_weight(jdg.fp8_gemm_nt), ("q_x", "w_f32")),
     Call("prepare_fp4: groups", _small_weight(jdg.grouped_linear), ("x", "ws_f32", "sizes")),
+    Call(
+        "quantize_per_channel, dequantize_per_channel, PerChannelArray", _per_channel, ("x", "ws_t", "sizes")
+    ),
     Call("expand_fp4", lambda w: quantization.expand_fp4(quantization.quantize_fp4(w)).values, ("w_f32",)),
     Call("paged_mqa_logits", _scored_pages, ("queries", "pages", "page_scales", "head_weights", "k_end")),
     Call(

@@ -14,6 +14,7 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.ops.quantize import ceil_to_ue8m0, pack_ue8m0_to_int, reference, unpack_ue8m0_from_int
 from jax_deepgemm.ops.quantize.api import FLOATS
 from jax_deepgemm.ops.quantize.casts import MIN_AMAX
+from jax_deepgemm.ops.quantize.fp4 import decoded
 from jax_deepgemm.ops.quantize.scale_layout import WORD
 
 Pair = tuple[jax.Array, jax.Array]
@@ -105,7 +106,7 @@ def cast_back_from_fp4(
             f"{list(need)}."
         )
     scales = unpack_ue8m0_from_int(sf)[:, :blocks] if use_packed_ue8m0 else sf
-    return _numbers(packed) * reference.expand(scales, shape, (1, gran_k))
+    return decoded(packed) * reference.expand(scales, shape, (1, gran_k))
 
 
 def transpose_packed_fp4(packed: ArrayLike) -> jax.Array:
@@ -166,13 +167,6 @@ def _codes(x: jax.Array) -> jax.Array:
     """uint8 codes, a number each: how many of the middles lie below the magnitude, and the sign."""
     code = sum((jnp.abs(x) > middle).astype(jnp.uint8) for middle in _BETWEEN)
     return code | jnp.where((x < 0) & (code > 0), jnp.uint8(8), jnp.uint8(0))
-
-
-def _numbers(packed: jax.Array) -> jax.Array:
-    codes = _unpacked(packed)
-    table = jnp.asarray([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], jnp.float32)
-    magnitude = table[codes & 7]
-    return jnp.where(codes & 8 != 0, -magnitude, magnitude)
 
 
 def _packed(codes: jax.Array) -> jax.Array:

@@ -219,7 +219,7 @@ def fp8_gemm_tt(
 
 def bf16_gemm_nt(
     a: ArrayLike,
-    b: ArrayLike,
+    b: ArrayLike | PreparedFp4,
     c: ArrayLike | None = None,
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
@@ -243,7 +243,7 @@ def bf16_gemm_nt(
 
     Args:
       a: [m, k] bfloat16.
-      b: [n, k] bfloat16.
+      b: [n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, then without C and gradients.
       c: optional [m, n] in out_dtype; its buffer becomes the result's if it is donated or not used again.
         In float32 it may be added by the memory system, for which subnormal numbers are zero.
       out_dtype: bfloat16 or float32; one rounding, to nearest even, after C was added in float32.
@@ -402,16 +402,20 @@ def _k_last(op: str, name: str, x: checks.Quantized, k_first: bool) -> checks.Qu
     return checks.Quantized(jnp.swapaxes(x.values, 0, 1), jnp.swapaxes(x.scales, 0, 1), x.block)
 
 
+def _fp4_gemm(op: str, a: Any, b: PreparedFp4, c: Any, epilogue: Any, options: checks.Options) -> jax.Array:
+    if epilogue is not None:
+        raise NotImplementedError(
+            f"{op}: epilogue was given with a weight in FP4, whose kernels have none. Apply it to the "
+            "result with out_dtype=jnp.float32, in jax.numpy."
+        )
+    return products().dense(op, a, b, c, options)
+
+
 def _fp8_gemm(layout: str, a: Any, b: Any, c: Any, epilogue: Any, *options: Any) -> jax.Array:
     op, b = f"fp8_gemm_{layout}", unwrapped(b)
     checked = checks.check_options(op, *options, b=b)
     if layout == "nt" and isinstance(b, PreparedFp4):
-        if epilogue is not None:
-            raise NotImplementedError(
-                f"{op}: epilogue was given with a weight in FP4, whose kernels have none. Apply it to the "
-                "result with out_dtype=jnp.float32, in jax.numpy."
-            )
-        return products().dense(op, a, b, c, checked)
+        return _fp4_gemm(op, a, b, c, epilogue, checked)
     left, right, (m, n, k) = checks.check_fp8(op, layout, a, b)
     addend = checks.check_c(op, c, m, n, checked.out_dtype)
     more = None if epilogue is None else check_epilogue(op, epilogue, n, addend)
@@ -426,8 +430,10 @@ def _fp8_gemm(layout: str, a: Any, b: Any, c: Any, epilogue: Any, *options: Any)
 
 
 def _bf16_gemm(layout: str, a: Any, b: Any, c: Any, epilogue: Any, *options: Any) -> jax.Array:
-    op = f"bf16_gemm_{layout}"
-    checked = checks.check_options(op, *options)
+    op, b = f"bf16_gemm_{layout}", unwrapped(b)
+    checked = checks.check_options(op, *options, b=b)
+    if layout == "nt" and isinstance(b, PreparedFp4):
+        return _fp4_gemm(op, a, b, c, epilogue, checked)
     left, right, (m, n, k) = checks.check_bf16(op, layout, a, b)
     addend = checks.check_c(op, c, m, n, checked.out_dtype)
     more = None if epilogue is None else check_epilogue(op, epilogue, n, addend)

@@ -164,7 +164,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
 
 def m_grouped_bf16_gemm_nt_contiguous(
     a: ArrayLike,
-    b: ArrayLike,
+    b: ArrayLike | PreparedFp4,
     group_sizes: ArrayLike | None = None,
     *,
     m_indices: ArrayLike | None = None,
@@ -189,7 +189,7 @@ def m_grouped_bf16_gemm_nt_contiguous(
 
     Args:
       a: [m, k] bfloat16.
-      b: [g, n, k] bfloat16.
+      b: [g, n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, then without gradients.
       group_sizes, m_indices, ends, alignment, group_offset, expected_m, out_dtype, config, out_sharding,
         reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
 
@@ -207,7 +207,7 @@ def m_grouped_bf16_gemm_nt_contiguous(
     DeepGEMM's function of this name.
     """
     op = "m_grouped_bf16_gemm_nt_contiguous"
-    options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms, b=b)
     rows = checks.Rows(group_sizes, m_indices, ends, alignment, group_offset)
     return _m_grouped_bf16(op, "nt", a, b, rows, expected_m, options)
 
@@ -323,7 +323,7 @@ def m_grouped_fp8_gemm_nt_masked(
 
 def m_grouped_bf16_gemm_nt_masked(
     a: ArrayLike,
-    b: ArrayLike,
+    b: ArrayLike | PreparedFp4,
     masked_m: ArrayLike,
     expected_m: int | None = None,
     *,
@@ -344,7 +344,7 @@ def m_grouped_bf16_gemm_nt_masked(
 
     Args:
       a: [g, m, k] bfloat16.
-      b: [g, n, k] bfloat16.
+      b: [g, n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, then without gradients.
       masked_m, expected_m, zero_rows: as in `m_grouped_fp8_gemm_nt_masked`.
       out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
 
@@ -360,10 +360,12 @@ def m_grouped_bf16_gemm_nt_masked(
     name.
     """
     op = "m_grouped_bf16_gemm_nt_masked"
-    options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms, b=b)
+    hints = checks.check_hints(op, zero_rows, expected_m)
+    if isinstance(b, PreparedFp4):
+        return products().masked(op, a, b, masked_m, hints, options)
     left, right, (m, n, k) = checks.check_bf16(op, checks.masked_sides("nt"), a, b)
     counts = checks.check_masked_m(op, masked_m, right.shape[0])
-    hints = checks.check_hints(op, zero_rows, expected_m)
     if 0 in (m, n, k):
         return empty_product("gmk,gnk->gmn", left, right, options)
     return ops.M_MASKED_BF16["nt"](left, right, counts, **hints, **vars(options))[0]
@@ -564,6 +566,8 @@ def _m_grouped_fp8(
 def _m_grouped_bf16(
     op: str, layout: str, a: Any, b: Any, rows: checks.Rows, expected_m: Any, options: Options
 ) -> jax.Array:
+    if layout == "nt" and isinstance(b, PreparedFp4):
+        return products().contiguous(op, a, b, rows, expected_m, options)
     left, right, (m, n, k) = checks.check_bf16(op, checks.m_grouped_sides(layout), a, b)
     where = checks.check_rows(op, rows, m, right.shape[0])
     hint = checks.check_expected_m(op, expected_m)

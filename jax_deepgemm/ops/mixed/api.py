@@ -1,5 +1,6 @@
-"""What `fp8_gemm_nt`, `m_grouped_fp8_gemm_nt_contiguous` and `m_grouped_fp8_gemm_nt_masked` call for an FP4
-weight (`PreparedFp4.products`); their docstrings say what users need to know."""
+"""What `fp8_gemm_nt`, `m_grouped_fp8_gemm_nt_contiguous`, `m_grouped_fp8_gemm_nt_masked`, and those of bf16
+of like names, call for an FP4 weight (`PreparedFp4.products`); their docstrings say what users need to know.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.ops.gemm.checks import (
     Options,
-    Quantized,
     Side,
     check_fp8_parts,
     describe,
@@ -37,12 +38,13 @@ def dense(op: str, a: Any, w: PreparedFp4, c: Any, options: Options) -> jax.Arra
     if c is not None:
         raise ValueError(
             f"{op}: c is {describe(c)} and b is a PreparedFp4, need c=None: products with FP4 weights add no "
-            "C. Add it to the result: fp8_gemm_nt(a, b) + c."
+            f"C. Add it to the result: {op}(a, b) + c."
         )
-    left = _checked(op, sides("nt"), a, w)
-    if 0 in (*left.values.shape, *w.slabs.shape):
-        return _empty((left.values.shape[0], w.shape[-2]), options)
-    return ops.MIXED_FP8_GEMM(left.values, left.scales, w.slabs, **vars(options))[0]
+    rows = _checked(op, sides("nt"), a, w)
+    if 0 in (*rows[0].shape, *w.slabs.shape):
+        return _empty((rows[0].shape[0], w.shape[-2]), options)
+    run = ops.MIXED_FP8_GEMM if len(rows) > 1 else ops.MIXED_BF16_GEMM
+    return run(*rows, w.slabs, **vars(options))[0]
 
 
 def contiguous(
@@ -50,42 +52,53 @@ def contiguous(
 ) -> jax.Array:
     """D [m, n] of a [m, k] and w [g, n, k]."""
     left = _checked(op, checks.m_grouped_sides("nt"), a, w)
-    m, groups = left.values.shape[0], w.shape[0]
+    m, groups = left[0].shape[0], w.shape[0]
     where = checks.check_rows(op, rows, m, groups)
     hint = checks.check_expected_m(op, expected_m)
-    if 0 in (*left.values.shape, *w.slabs.shape):
+    if 0 in (*left[0].shape, *w.slabs.shape):
         return _empty((m, w.shape[-2]), options)
-    arrays = (left.values, left.scales, w.slabs, where.group_sizes, where.group_offset)
+    run = ops.M_GROUPED_MIXED_FP8_GEMM if len(left) > 1 else ops.M_GROUPED_MIXED_BF16_GEMM
     form: dict[str, Any] = {"rows_format": where.rows_format, "expected_m": hint}
-    return ops.M_GROUPED_MIXED_FP8_GEMM(*arrays, **form, **vars(options))[0]
+    return run(*left, w.slabs, where.group_sizes, where.group_offset, **form, **vars(options))[0]
 
 
 def masked(op: str, a: Any, w: PreparedFp4, masked_m: Any, hints: Any, options: Options) -> jax.Array:
     """D [g, m, n] of a [g, m, k] and w [g, n, k]; hints: zero_rows and expected_m, checked."""
     left = _checked(op, checks.masked_sides("nt"), a, w)
     counts = checks.check_masked_m(op, masked_m, w.shape[0])
-    if 0 in (*left.values.shape, *w.slabs.shape):
-        return _empty((*left.values.shape[:2], w.shape[-2]), options)
-    arrays = (left.values, left.scales, w.slabs, counts)
-    return ops.M_MASKED_MIXED_FP8_GEMM(*arrays, **hints, **vars(options))[0]
+    if 0 in (*left[0].shape, *w.slabs.shape):
+        return _empty((*left[0].shape[:2], w.shape[-2]), options)
+    run = ops.M_MASKED_MIXED_FP8_GEMM if len(left) > 1 else ops.M_MASKED_MIXED_BF16_GEMM
+    return run(*left, w.slabs, counts, **hints, **vars(options))[0]
 
 
-def _checked(op: str, both: tuple[Side, Side], a: Any, w: PreparedFp4) -> Quantized:
+def _rows(op: str, side: Side, a: Any) -> tuple[jax.Array, ...]:
+    """bfloat16 rows, or values and scales."""
+    if op.startswith("fp8") or "_fp8_" in op:
+        left = quantized(op, check_fp8_parts(op, side, a))
+        return left.values, left.scales
+    x = unwrapped(a)
+    if getattr(x, "dtype", None) != jnp.bfloat16 or x.ndim != len(side.lead) + 2:
+        raise TypeError(f"{op}: a is {describe(x)}, need bfloat16 {side.dims}: a.astype(jnp.bfloat16).")
+    return (jnp.asarray(x),)
+
+
+def _checked(op: str, both: tuple[Side, Side], a: Any, w: PreparedFp4) -> tuple[jax.Array, ...]:
     """The rows, which fit the weight."""
     side_a, side_b = both
-    left = quantized(op, check_fp8_parts(op, side_a, a))
+    left = _rows(op, side_a, a)
     w.check(op, "b")
     need = len(side_b.lead) + 2
     if w.ndim != need:
         more = w.ndim > need
         way_out = "Use jax.vmap for leading batch dimensions." if more else "Add one of size 1: b[None]."
         raise ValueError(f"{op}: b is {w!r}, need {need} dimensions {side_b.dims}. {way_out}")
-    if left.values.dtype != w.activations:
+    if len(left) > 1 and left[0].dtype != w.activations:
         raise ValueError(
-            f"{op}: values of a are {np.dtype(left.values.dtype).name} and b is prepared for "
+            f"{op}: values of a are {np.dtype(left[0].dtype).name} and b is prepared for "
             f"{w.activations.name}, need the same. Quantise a so: jax_deepgemm.quantize(a, (1, 128))."
         )
-    shape = left.values.shape
+    shape = left[0].shape
     if side_b.lead and not w.shape[0]:
         raise ValueError(f"{op}: b is {w!r}: there are no groups; need at least one.")
     if side_a.lead and shape[0] != w.shape[0]:

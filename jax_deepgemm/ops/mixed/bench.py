@@ -16,7 +16,7 @@ from jax_deepgemm.ops.gemm.bench import SMALL_M, first_rows
 from jax_deepgemm.ops.grouped.api import m_grouped_fp8_gemm_nt_masked
 from jax_deepgemm.ops.grouped.bench import MASKED, NK
 from jax_deepgemm.ops.grouped.bench_rows import draw_sizes
-from jax_deepgemm.ops.mixed import bench_per_channel
+from jax_deepgemm.ops.mixed import bench_bf16
 from jax_deepgemm.ops.quantize.api import quantize
 from jax_deepgemm.ops.quantize.fp4 import quantize_fp4
 from jax_deepgemm.ops.quantize.prepared_fp4 import expand_fp4, prepare_fp4
@@ -114,7 +114,7 @@ def _read_bytes(fields: Fields) -> int | None:
 
 
 TABLES = {
-    **bench_per_channel.TABLES,
+    **bench_bf16.TABLES,
     "mixed": Table(
         "FP8 rows times FP4 weights (MXFP4, prepared), dense and masked (m expected in each group), beside"
         " the same weights in FP8",

@@ -11,7 +11,7 @@ import numpy as np
 from jax_deepgemm.core.family import OpKernel
 from jax_deepgemm.ops.grouped.problem import MASKED_ROWS, ROWS
 from jax_deepgemm.ops.mixed.family import FAMILY
-from jax_deepgemm.ops.mixed.problem import E4M3, FP4, INT8, MixedProblem
+from jax_deepgemm.ops.mixed.problem import E4M3, FP4, FP4_BF16, INT8, MixedProblem
 
 _PARTS_OF_A_SEGMENT = 3  # starts | ends | groups
 _BYTES = {"int8": INT8, "float8_e4m3fn": E4M3}
@@ -22,15 +22,17 @@ def _sizes(a: Any, avals_out: Sequence[Any]) -> dict[str, Any]:
     return {"m": a.shape[-2], "n": out.shape[-1], "k": a.shape[-1], "out": np.dtype(out.dtype).name}
 
 
-def _weight(w: Any, scales: Any) -> dict[str, Any]:
-    """What a weight in slabs, or in bytes, and its scales are."""
+def _weight(w: Any, *scales: Any) -> dict[str, Any]:
+    """What a weight in slabs, or in bytes, and the scales are."""
+    if not scales:
+        return {"weights_in": FP4_BF16}
     weights_in = _BYTES.get(np.dtype(w.dtype).name, FP4)
-    return {"weights_in": weights_in, "scales": np.dtype(scales.dtype).name}
+    return {"weights_in": weights_in, "scales": np.dtype(scales[0].dtype).name}
 
 
 def _dense(avals_in: Sequence[Any], avals_out: Sequence[Any], **_: Any) -> MixedProblem:
-    a, scales, w = avals_in
-    return MixedProblem(**_weight(w, scales), **_sizes(a, avals_out))
+    a, *scales, w = avals_in
+    return MixedProblem(**_weight(w, *scales), **_sizes(a, avals_out))
 
 
 def _rows(
@@ -42,7 +44,7 @@ def _rows(
     expected_m: int | None = None,
     **_: Any,
 ) -> MixedProblem:
-    a, scales, w, sizes, _offset = avals_in
+    a, *scales, w, sizes, _offset = avals_in
     segmented = batch is not None or rows_format == "segments"
     segments = sizes.shape[0] // _PARTS_OF_A_SEGMENT if segmented else sizes.shape[0]
     expected = expected_m or max(1, a.shape[0] // max(1, segments))
@@ -52,7 +54,7 @@ def _rows(
         expected=expected,
         segments=segments,
         segmented=segmented,
-        **_weight(w, scales),
+        **_weight(w, *scales),
         **_sizes(a, avals_out),
     )
 
@@ -65,7 +67,7 @@ def _masked(
     zero_rows: bool = False,
     **_: Any,
 ) -> MixedProblem:
-    a, scales, w, _counts = avals_in
+    a, *scales, w, _counts = avals_in
     return MixedProblem(
         grouping=MASKED_ROWS,
         groups=a.shape[0],
@@ -73,7 +75,7 @@ def _masked(
         segments=a.shape[0],
         weights=w.shape[0],
         zero_rows=zero_rows,
-        **_weight(w, scales),
+        **_weight(w, *scales),
         **_sizes(a, avals_out),
     )
 
@@ -88,3 +90,12 @@ m_grouped_mixed_gemm = OpKernel(FAMILY, _rows, (*_OPERANDS, "group_sizes", "grou
 m_masked_mixed_gemm = OpKernel(FAMILY, _masked, (*_OPERANDS, "group_sizes"))
 """a [g, m, k], its scales [g, m, kb], slabs [weights, n / 64, kb, bytes], masked_m [g]; or the scales of w
 [weights, n], and w [weights, k, n]."""
+
+_PLAIN = ("a", "w")
+
+mixed_bf16_gemm = OpKernel(FAMILY, _dense, _PLAIN)
+"""a bfloat16 [m, k], slabs [n / 64, kb, bytes]."""
+m_grouped_mixed_bf16_gemm = OpKernel(FAMILY, _rows, (*_PLAIN, "group_sizes", "group_offset"))
+"""a bfloat16 [m, k], slabs [g, n / 64, kb, bytes], sizes or segments, offset."""
+m_masked_mixed_bf16_gemm = OpKernel(FAMILY, _masked, (*_PLAIN, "group_sizes"))
+"""a bfloat16 [g, m, k], slabs [weights, n / 64, kb, bytes], masked_m [g]."""

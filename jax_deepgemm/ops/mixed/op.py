@@ -1,4 +1,4 @@
-"""Products of FP8 rows and FP4 weights as ops: those of ops/gemm and ops/grouped with slabs for B.
+"""Products of FP8 or bfloat16 rows and FP4 weights as ops: those of ops/gemm and ops/grouped, slabs for B.
 
 Slabs are not recut: devices have whole ones, so that n is cut at multiples of 64 and k at multiples of 128.
 """
@@ -87,4 +87,45 @@ M_MASKED_MIXED_FP8_GEMM: Op = Op(
     kernel_prepare=prepare.m_masked_mixed_fp8,
     grad_hint=GRADIENT_HINT,
     **_GRIDS,
+)
+
+_BF16: dict[str, Any] = {
+    "blocks": {"ns": ("n", ROWS), "ks": ("k", COLUMNS)},
+    "edges": ("ns", "ks"),
+    "grad_hint": (
+        "FP4 weights have no derivative, and no product for that of the rows. Use dequantize_fp4(w.fp4(k), "
+        "jnp.bfloat16), whose products have gradients, or jax.lax.stop_gradient."
+    ),
+}
+MIXED_BF16_GEMM: Op = Op(
+    "mixed_bf16_gemm",
+    "m k, ns ks z -> m n",
+    lambda a, slabs, *, out_dtype, **_: [((a[0], _n(slabs)), out_dtype)],
+    reference.mixed_bf16_gemm,
+    reduces=("k",),
+    kernel=LazyKernel(_KERNELS, "mixed_bf16_gemm"),
+    kernel_prepare=prepare.mixed_bf16,
+    **_BF16,
+)
+M_GROUPED_MIXED_BF16_GEMM: Op = Op(
+    "m_grouped_mixed_bf16_gemm",
+    "m k, g ns ks z, s, o -> m n",
+    lambda a, slabs, *_, out_dtype, **__: [((a[0], _n(slabs)), out_dtype)],
+    reference.m_grouped_mixed_bf16_gemm,
+    reduces=("k", "g"),
+    kernel=LazyKernel(_KERNELS, "m_grouped_mixed_bf16_gemm", batched=True),
+    recut=recut_m_grouped,
+    kernel_prepare=prepare.m_grouped_mixed_bf16,
+    **_BF16,
+)
+M_MASKED_MIXED_BF16_GEMM: Op = Op(
+    "m_masked_mixed_bf16_gemm",
+    "g m k, g ns ks z, g -> g m n",
+    lambda a, slabs, *_, out_dtype, **__: [((*a[:2], _n(slabs)), out_dtype)],
+    reference.m_masked_mixed_bf16_gemm,
+    reduces=("k",),
+    kernel=LazyKernel(_KERNELS, "m_masked_mixed_bf16_gemm", batched=True),
+    recut=_recut_masked,
+    kernel_prepare=prepare.m_masked_mixed_bf16,
+    **_BF16,
 )

@@ -15,7 +15,7 @@ Arrays = Sequence[jax.Array]
 
 
 def _rows(op: str, a: jax.Array) -> jax.Array:
-    return pad_axis(f"{op}: a", a, -1, ROW_BYTES)
+    return pad_axis(f"{op}: a", a, -1, ROW_BYTES // a.dtype.itemsize)
 
 
 def _matrices(slabs: jax.Array) -> jax.Array:
@@ -53,3 +53,28 @@ def m_masked_mixed_fp8(
 ) -> Arrays:
     (a, scales), (weights,), counts = fold_masked((a, scales), (_matrices(slabs),), counts)
     return _rows("m_grouped_fp8_gemm_nt_masked", a), scales, _slabs(weights, slabs), counts
+
+
+def mixed_bf16(a: jax.Array, slabs: jax.Array, **_: Any) -> Arrays:
+    return _rows("bf16_gemm_nt", a), slabs
+
+
+def m_grouped_mixed_bf16(
+    a: jax.Array,
+    slabs: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    *,
+    rows_format: str,
+    **_: Any,
+) -> Arrays:
+    (a,), (weights,), group_sizes, group_offset = fold_m_grouped(
+        (a,), (_matrices(slabs),), group_sizes, group_offset, rows_format
+    )
+    rows = _rows("m_grouped_bf16_gemm_nt_contiguous", a)
+    return rows, _slabs(weights, slabs), group_sizes, group_offset
+
+
+def m_masked_mixed_bf16(a: jax.Array, slabs: jax.Array, counts: jax.Array, **_: Any) -> Arrays:
+    (a,), (weights,), counts = fold_masked((a,), (_matrices(slabs),), counts)
+    return _rows("m_grouped_bf16_gemm_nt_masked", a), _slabs(weights, slabs), counts

@@ -12,11 +12,15 @@ import numpy as np
 
 from jax_deepgemm.core.chip import H200
 from jax_deepgemm.core.sanitize import FEW_SMS, Case, on_few
-from jax_deepgemm.ops.gemm.api import fp8_gemm_nt
-from jax_deepgemm.ops.grouped.api import m_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_masked
+from jax_deepgemm.ops.gemm.api import bf16_gemm_nt, fp8_gemm_nt
+from jax_deepgemm.ops.grouped.api import (
+    m_grouped_bf16_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
+)
 from jax_deepgemm.ops.grouped.sanitize import BAD, GROUPS, SIZES, USED
 from jax_deepgemm.ops.mixed.family import FAMILY
-from jax_deepgemm.ops.mixed.problem import MixedProblem
+from jax_deepgemm.ops.mixed.problem import FP4_BF16, MixedProblem
 from jax_deepgemm.ops.quantize.api import quantize
 from jax_deepgemm.ops.quantize.fp4 import quantize_fp4
 from jax_deepgemm.ops.quantize.per_channel import quantize_per_channel
@@ -54,6 +58,7 @@ def cases() -> Iterator[Case]:
     yield Case("mixed grouped, few rows", on_few(grouped, expected_m=4), (poisoned, weights, sizes // 16))
     for name, wrong in BAD.items():
         yield Case(f"mixed grouped, {name}", on_few(grouped), (whole, weights, jnp.asarray(wrong)))
+    yield from _bf16(normal(ROWS, K, good=USED), normal(ROWS, K), weights)
     index = jnp.asarray(np.repeat([2, -1, 0, 3, -1], [100, 28, 50, 77, 45]), jnp.int32)
     yield Case("mixed grouped, index", lambda a, w, i: grouped(a, w, m_indices=i), (whole, weights, index))
     yield from _masked(quantize(normal(GROUPS, CAPACITY, K)), weights)
@@ -72,6 +77,16 @@ def _masked(a: Any, weights: Any) -> Iterator[Case]:
     yield Case("mixed masked", valid, (a, weights, counts))
     zeroing = on_few(masked, zero_rows=True, expected_m=8)
     yield Case("mixed masked zero_rows, few rows", zeroing, (a, weights, counts))
+
+
+def _bf16(poisoned: jax.Array, whole: jax.Array, weights: Any) -> Iterator[Case]:
+    """bfloat16 rows."""
+    for config in kinds_of_config(MixedProblem(m=5, n=N, k=K, weights_in=FP4_BF16)):
+        yield Case(f"mixed bf16 {config}", on_few(bf16_gemm_nt, config=config), (whole[:5], weights[0]))
+    grouped, sizes = m_grouped_bf16_gemm_nt_contiguous, jnp.asarray(SIZES)
+    yield Case("mixed bf16 grouped", on_few(grouped), (poisoned, weights, sizes))
+    for name, wrong in BAD.items():
+        yield Case(f"mixed bf16 grouped, {name}", on_few(grouped), (whole, weights, jnp.asarray(wrong)))
 
 
 def _per_channel(poisoned: jax.Array, whole: jax.Array, master: jax.Array) -> Iterator[Case]:

@@ -42,9 +42,9 @@ class PreparedFp4:
     >>> w[1].shape
     (128, 384)
 
-    `fp8_gemm_nt`, `m_grouped_fp8_gemm_nt_contiguous` and `.._masked`, `grouped_linear`, `ragged_dot` and the
-    functions of `jax_deepgemm.moe` take it where they take a frozen FP8 weight. It is a pytree with one leaf
-    of bytes, so it goes through `jax.jit`, `jax.lax.scan`, `jax.vmap` and `jax.shard_map`, and has no
+    `fp8_gemm_nt`, `m_grouped_fp8_gemm_nt_contiguous` and `.._masked`, the same in BF16, `grouped_linear`,
+    `ragged_dot` and the functions of `jax_deepgemm.moe` take it as a frozen weight. It is a pytree with one
+    leaf of bytes, so it goes through `jax.jit`, `jax.lax.scan`, `jax.vmap` and `jax.shard_map`, and has no
     gradient. Dimensions in front, rows of slabs (64 of n) and columns of slabs (128 of k) may be cut over
     devices.
 
@@ -209,8 +209,8 @@ def prepare_fp4(
     kind = as_dtype("prepare_fp4", "activations", activations, "float8_e4m3fn")
     if kind != E4M3:
         raise TypeError(
-            f"prepare_fp4: activations is {kind.name}, need float8_e4m3fn. For products in bfloat16 convert "
-            "the weight: dequantize_fp4(w, jnp.bfloat16)."
+            f"prepare_fp4: activations is {kind.name}, need float8_e4m3fn, or leave it out: bfloat16 "
+            "products take the same bytes."
         )
     values, codes = _checked("prepare_fp4", w)
     slabs, apart = _fold(values, codes)

@@ -83,8 +83,8 @@ __device__ __forceinline__ float to_float(float v) { return v; }
 
 // Brings what lies there into L1.
 __device__ __forceinline__ void touch(const float* at) {
-  float unused;
-  asm volatile("ld.global.ca.f32 %0, [%1];" : "=f"(unused) : "l"(__cvta_generic_to_global(at)));
+  asm volatile(
+      "{\n.reg .f32 unused;\nld.global.ca.f32 unused, [%0];\n}\n" ::"l"(__cvta_generic_to_global(at)));
 }
 
 // From global memory, by addresses that might be shared memory's for all that ptxas knows: it moves these

@@ -1,4 +1,4 @@
-"""Rows of the benchmark: ragged products with weights of a scale a channel, beside the same in bfloat16."""
+"""Rows of the benchmark: bfloat16 rows times weights of fewer bits, beside the same weights in bfloat16."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_deepgemm.core.bench import BESIDE_BASELINE, CLOCK, RATES, Beside, Fields, Row, Table
+from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_masked
+from jax_deepgemm.ops.quantize.fp4 import dequantize_fp4, quantize_fp4
 from jax_deepgemm.ops.quantize.per_channel import dequantize_per_channel, quantize_per_channel
+from jax_deepgemm.ops.quantize.prepared_fp4 import prepare_fp4
+from jax_deepgemm.ops.quantize.slabs import BYTES, COLUMNS, ROWS
 from jax_deepgemm.ops.ragged_dot.api import ragged_dot
 
 GROUPS, ROWS_OF_A_GROUP = 32, (1, 8, 20, 64, 256)
@@ -52,8 +56,45 @@ def _row(m: int, n: int, k: int, sizes: tuple[int, ...]) -> Row:
     )
 
 
+@functools.partial(jax.jit, static_argnums=range(4))
+def _draw_fp4(capacity: int, groups: int, n: int, k: int) -> tuple[Any, Any, Any]:
+    """Rows, weights, and the same weights in bfloat16; standard normal."""
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (groups, capacity, k), jnp.bfloat16)
+    w = quantize_fp4(jax.random.normal(keys[1], (groups, n, k), jnp.bfloat16))
+    return x, prepare_fp4(w), dequantize_fp4(w, jnp.bfloat16)
+
+
+def _fp4_row(m: int, n: int, k: int, sizes: tuple[int, ...]) -> Row:
+    total, groups = sum(sizes), len(sizes)
+    fields: Fields = {"groups": groups, "m": m, "n": n, "k": k, "group_sizes": list(sizes)}
+    product = functools.partial(m_grouped_bf16_gemm_nt_masked, expected_m=m)
+    constants = (np.asarray(sizes, np.int32),)
+    return Row(
+        name=f"mixed bf16 groups={groups} m={m} n={n} k={k}",
+        fields={"type": "bf16", **fields},
+        function=product,
+        draw=functools.partial(_draw_fp4, max(sizes), groups, n, k),
+        flops=2 * total * n * k,
+        bytes=groups * n // ROWS * -(-k // COLUMNS) * BYTES + 2 * total * (k + n),
+        operands=lambda drawn: (drawn[0], drawn[1]),
+        baseline=Beside(BF16, product, lambda drawn: (drawn[0], drawn[2]), ours=True, constants=constants),
+        constants=constants,
+    )
+
+
+def fp4_rows(small: bool) -> Iterator[Row]:
+    """The rows of masked products with FP4 weights."""
+    if small:
+        yield _fp4_row(4, 64, 128, _sizes(3, 4))
+        return
+    for n, k in NK:
+        for m in (1, 20, 64):
+            yield _fp4_row(m, n, k, _sizes(GROUPS, m))
+
+
 def rows(small: bool) -> Iterator[Row]:
-    """The table's rows."""
+    """The rows of ragged products with a scale a channel."""
     if small:
         yield _row(4, 64, 128, _sizes(3, 4))
         return
@@ -63,6 +104,17 @@ def rows(small: bool) -> Iterator[Row]:
 
 
 TABLES = {
+    "mixed_bf16": Table(
+        "bfloat16 rows times FP4 weights (MXFP4, prepared), masked (m expected in each group), beside the"
+        " same weights in bfloat16",
+        ("groups", "m", "n", "k"),
+        fp4_rows,
+        columns=(*RATES, *BESIDE_BASELINE, CLOCK),
+        baseline=BF16,
+        tuned=True,
+        type="bf16",
+        part=lambda fields: "m <= 64",
+    ),
     "per_channel": Table(
         "bfloat16 rows times int8 weights with a scale a channel (ragged_dot; m rows expected in each group),"
         " beside the same weights in bfloat16",
