@@ -175,8 +175,7 @@ def sinkhorn(logits: ArrayLike, *, iterations: int = ITERATIONS, eps: float = EP
       ValueError: no square matrices, or no such number of iterations.
 
     Differentiable, through the iterations, which the backward pass repeats. On CUDA one kernel each way for n
-    up to 8 and up to 32 iterations; jnp elsewhere, beyond, and for tangents. Source: arXiv:2512.24880,
-    section 4.2.
+    up to 8 and up to 32 iterations; jnp elsewhere, beyond, and for tangents. Source: arXiv:2512.24880.
     """
     given = jnp.asarray(unwrapped(logits)).astype(jnp.float32)
     if given.ndim < 2 or given.shape[-1] != given.shape[-2]:

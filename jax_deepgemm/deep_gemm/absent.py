@@ -36,6 +36,10 @@ ABSENT: dict[str, tuple[str, str]] = {
         "jax_deepgemm.moe.route(bf16_gemm_nt(x, weight, out_dtype=jnp.float32), top_k, "
         "score='sqrt_softplus', bias=bias, scale=scale)",
     ),
+    "mega_mhc": (
+        "its kernel is for compute capability 10",
+        "jax_deepgemm.hyperconnection.pre and jax_deepgemm.hyperconnection.post around a layer",
+    ),
     "fp4_gemm_nt": _FP4,
     "m_grouped_fp4_gemm_nt_contiguous": _FP4,
     "m_grouped_fp4_gemm_nt_masked": _FP4,

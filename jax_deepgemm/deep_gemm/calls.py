@@ -14,6 +14,7 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.deep_gemm.utils.layout import get_tma_aligned_size
 from jax_deepgemm.deep_gemm.weights import prepared
 from jax_deepgemm.ops.gemm.checks import FP8_DTYPES, describe, is_array
+from jax_deepgemm.ops.gemm.epilogue import Epilogue
 from jax_deepgemm.ops.quantize import QuantizedArray, unpack_ue8m0_from_int
 
 Recipe: TypeAlias = tuple[int, int, int] | None
@@ -115,6 +116,15 @@ def _as_stored(op: str, name: str, values: Any, scales: Any, block: Half) -> Any
             f"{[*values.shape[:-2], rows, blocks]}. Leave the transform out: kernels read scales as they are."
         )
     return scales
+
+
+def with_alpha(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with `alpha`, which DeepGEMM's products take, as an epilogue."""
+    rest = dict(options)
+    alpha = rest.pop("alpha", None)
+    if alpha is None:
+        return rest
+    return rest | {"epilogue": dataclasses.replace(rest.get("epilogue") or Epilogue(), alpha=alpha)}
 
 
 def run(function: Callable[..., Any], *operands: Any, **options: Any) -> Any:

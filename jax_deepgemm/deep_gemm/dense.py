@@ -12,12 +12,15 @@ from jax_deepgemm.deep_gemm.calls import (
     Recipe,
     blocks_of,
     check_dims,
+    check_given,
     check_not_written,
     operand,
     result_dtype,
     run,
+    with_alpha,
 )
 from jax_deepgemm.ops.gemm import api as gemm
+from jax_deepgemm.ops.gemm import heads
 from jax_deepgemm.ops.quantize import PreparedFp4
 from jax_deepgemm.ops.quantize.array import QuantizedLike
 
@@ -32,6 +35,7 @@ __all__ = [
     "fp8_fp4_gemm_tt",
     "fp8_gemm_nn",
     "fp8_gemm_nt",
+    "fp8_gemm_nt_skip_head_mid",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
 ]
@@ -73,8 +77,8 @@ def fp8_fp4_gemm_nt(
       recipe_a, recipe_b: the same for each operand: (rows, elements of k).
       compiled_dims: letters of "mnk"; changes nothing.
       disable_ue8m0_cast: changes nothing: scales are never rounded here.
-      options: keyword arguments of `jax_deepgemm.fp8_gemm_nt` (out_dtype, config, out_sharding, ..), and
-        settings of `jax_deepgemm.config` for this call (num_sms, block_size_multiple_of, ..).
+      options: alpha, a factor of the product; keyword arguments of `jax_deepgemm.fp8_gemm_nt` (out_dtype,
+        epilogue, config, ..); settings of `jax_deepgemm.config` for this call (num_sms, ..).
 
     Returns:
       [m, n] in bfloat16, or in out_dtype.
@@ -209,6 +213,55 @@ fp8_gemm_nt, fp8_gemm_nn = fp8_fp4_gemm_nt, fp8_fp4_gemm_nn
 fp8_gemm_tn, fp8_gemm_tt = fp8_fp4_gemm_tn, fp8_fp4_gemm_tt
 
 
+def fp8_gemm_nt_skip_head_mid(
+    a: QuantizedLike,
+    b: QuantizedLike,
+    d: ArrayLike | None = None,
+    head_splits: tuple[int, int, int] | None = None,
+    recipe: Recipe = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+    **options: Any,
+) -> jax.Array:
+    """A @ B.T with a hole in the columns of each head: `jax_deepgemm.fp8_gemm_nt_skip_head_mid`.
+
+    >>> import jax.numpy as jnp
+    >>> from jax_deepgemm import deep_gemm
+    >>> a = jnp.ones((4, 128), jnp.float8_e4m3fn), jnp.ones((4, 1))
+    >>> b = jnp.ones((256, 128), jnp.float8_e4m3fn), jnp.ones((2, 1))
+    >>> d = deep_gemm.fp8_gemm_nt_skip_head_mid(a, b, head_splits=(64, 64, 64))
+    >>> d[0, ::64].tolist()
+    [128.0, 0.0, 128.0, 128.0, 0.0, 128.0]
+
+    Args:
+      a: (values [m, k], scales [m, ceil(k / 128)]), or a QuantizedArray.
+      b: (values [n, k], scales [ceil(n / 128), ceil(k / 128)] or [n, ceil(k / 128)]), or a QuantizedArray.
+      d: [m, n + n / (left + right) * mid], whose holes the result keeps; it is not written to, but its memory
+        becomes the result's if it is donated or not used again. None: holes are zeros.
+      head_splits: (left, mid, right): columns of each head before, in and behind its hole.
+      recipe, compiled_dims, disable_ue8m0_cast: as in `fp8_fp4_gemm_nt`.
+      options: keyword arguments of `jax_deepgemm.fp8_gemm_nt_skip_head_mid` (out_dtype, config, ..), and
+        settings of `jax_deepgemm.config` for this call.
+
+    Returns:
+      [m, n + n / (left + right) * mid] in bfloat16, or in out_dtype.
+
+    Raises:
+      TypeError: head_splits are not given, an operand is not quantised.
+      ValueError: shapes, types, recipes or head_splits that do not fit.
+
+    Source: DeepGEMM's function of this name, of releases before 2.8.
+    """
+    op = "fp8_gemm_nt_skip_head_mid"
+    check_given(op, head_splits=head_splits)
+    check_dims(op, compiled_dims)
+    block_a, block_b = blocks_of(op, recipe)
+    left, right = operand(op, "a", a, block_a), operand(op, "b", b, block_b)
+    more = {"head_splits": head_splits} | result_dtype(options, d)
+    result: jax.Array = run(heads.fp8_gemm_nt_skip_head_mid, left, right, d, **more)
+    return result
+
+
 def _fp8(
     layout: str, a: Any, b: Any, d: Any, c: Any, more: tuple[Any, ...], options: dict[str, Any]
 ) -> jax.Array:
@@ -219,7 +272,7 @@ def _fp8(
     block_a, block_b = blocks_of(op, recipe, recipe_a, recipe_b)
     left = operand(op, "a", a, block_a, k_last=layout[0] == "n")
     right = operand(op, "b", b, block_b, k_last=layout[1] == "t", weight=layout == "nt")
-    result: jax.Array = run(getattr(gemm, op), left, right, c, **result_dtype(options, c))
+    result: jax.Array = run(getattr(gemm, op), left, right, c, **with_alpha(result_dtype(options, c)))
     return result
 
 
@@ -245,8 +298,8 @@ def bf16_gemm_nt(
       d: None: the value is returned.
       c: [m, n], bfloat16 or float32, added; the result has its type unless out_dtype says another.
       compiled_dims: letters of "mnk"; changes nothing.
-      options: keyword arguments of `jax_deepgemm.bf16_gemm_nt` (out_dtype, config, out_sharding, ..), and
-        settings of `jax_deepgemm.config` for this call (num_sms, block_size_multiple_of, ..).
+      options: alpha, a factor of the product; keyword arguments of `jax_deepgemm.bf16_gemm_nt` (out_dtype,
+        epilogue, config, ..); settings of `jax_deepgemm.config` for this call (num_sms, ..).
 
     Returns:
       [m, n] in bfloat16, or in out_dtype. C is added before the one rounding; DeepGEMM rounds the product
@@ -360,5 +413,5 @@ def _bf16(
     op = f"bf16_gemm_{layout}"
     check_not_written(op, d)
     check_dims(op, compiled_dims)
-    result: jax.Array = run(getattr(gemm, op), a, b, c, **result_dtype(options, c))
+    result: jax.Array = run(getattr(gemm, op), a, b, c, **with_alpha(result_dtype(options, c)))
     return result

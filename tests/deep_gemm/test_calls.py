@@ -23,10 +23,10 @@ from jax_deepgemm.quantization import (
 )
 from tests.deep_gemm.test_names import NAMES
 from tests.shared.arrays import normal
-from tests.shared.public_calls import _operands
+from tests.shared.public_operands import operands
 
 F32, E4 = jnp.float32, jnp.float8_e4m3fn
-given = functools.cache(lambda name: _operands()[name])
+given = functools.cache(lambda name: operands()[name])
 
 
 near = functools.partial(pytest.approx, rel=1e-3, abs=1e-2)
@@ -169,6 +169,13 @@ def prenorm() -> list[tuple[Any, Any]]:
     return [*zip(found[0], whole), *zip(found[1], parts)]
 
 
+def holes() -> list[tuple[Any, Any]]:
+    splits, d = (64, 8, 0), normal(7, 6, 128 + 2 * 8)
+    own = functools.partial(jdg.fp8_gemm_nt_skip_head_mid, given("q_x"), given("q_w"), head_splits=splits)
+    theirs = functools.partial(deep_gemm.fp8_gemm_nt_skip_head_mid, pair("q_x"), pair("q_w"))
+    return [(theirs(None, splits), own()), (theirs(d, splits, (1, 128, 128)), own(d))]
+
+
 LAYOUTS = ("nt", "nn", "tn", "tt")
 CALLS: dict[str, Callable[[], list[tuple[Any, Any]]]] = {
     **{f"fp8_fp4_gemm_{l}": functools.partial(dense, l) for l in LAYOUTS},
@@ -193,6 +200,7 @@ CALLS: dict[str, Callable[[], list[tuple[Any, Any]]]] = {
     "fp8_fp4_paged_mqa_logits": lambda: paged("fp8_fp4_paged_mqa_logits"),
     "fp8_paged_mqa_logits": lambda: paged("fp8_paged_mqa_logits"),
     "batched_syrk": muon,
+    "fp8_gemm_nt_skip_head_mid": holes,
     "einsum": by_letters,
     "fp8_einsum": fp8_by_letters,
     "tf32_hc_prenorm_gemm": prenorm,
@@ -227,6 +235,17 @@ def test_every_name_is_called_somewhere() -> None:
     assert left == set()
     for alias, name in ALIASES.items():
         assert getattr(deep_gemm, alias) is getattr(deep_gemm, name)
+
+
+def test_alpha_is_a_factor_of_the_product() -> None:
+    x, w, c = given("x"), given("w"), given("c").astype(F32)
+    halved = jdg.Epilogue(alpha=0.5)
+    want = jdg.bf16_gemm_nt(x, w, c, out_dtype=F32, epilogue=halved)
+    np.testing.assert_array_equal(deep_gemm.bf16_gemm_nt(x, w, c=c, alpha=0.5), want)
+    want = jdg.fp8_gemm_nt(given("q_x"), given("q_w"), epilogue=halved)
+    np.testing.assert_array_equal(
+        deep_gemm.fp8_gemm_nt(pair("q_x"), pair("q_w"), alpha=jnp.float32(0.5)), want
+    )
 
 
 # Operands

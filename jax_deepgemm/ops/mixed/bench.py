@@ -114,7 +114,6 @@ def _read_bytes(fields: Fields) -> int | None:
 
 
 TABLES = {
-    **bench_bf16.TABLES,
     "mixed": Table(
         "FP8 rows times FP4 weights (MXFP4, prepared), dense and masked (m expected in each group), beside"
         " the same weights in FP8",
@@ -128,4 +127,5 @@ TABLES = {
         part=lambda fields: f"{fields['op']}, {'m <= 64' if fields['m'] <= SMALL_M else 'm = 256'}",
         readme=(("masked", 32, 20, 6144, 7168), ("dense", 1, 16, 4096, 7168)),
     ),
+    **bench_bf16.TABLES,
 }

@@ -40,7 +40,7 @@ def _reference(
 
     def product(rows: jax.Array, first: jax.Array, group: jax.Array) -> jax.Array:
         numbers = dot(rows.astype(jnp.float32), w[group].astype(jnp.float32), 1, 0)
-        return numbers * scales[group].astype(jnp.float32)
+        return numbers * scales[group].astype(jnp.float32)[None]
 
     found = segments.read(group_sizes, rows_format, a.shape[0])
     return [m_grouped_of(a, found, group_offset, w.shape[0], w.shape[2], product).astype(out_dtype)]

@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
+from jax_deepgemm.ops.quantize.fp4 import shown
 from jax_deepgemm.ops.quantize.interop import is_qwix
 
 INT8, E4M3 = np.dtype(jnp.int8), np.dtype(jnp.float8_e4m3fn)
@@ -21,9 +22,9 @@ _MIN_AMAX = 1e-12
 
 
 def products() -> Any:
-    """The products of these weights. Imported by name: they stand on grouped products, whose layers call
-    them."""
-    return importlib.import_module("jax_deepgemm.ops.mixed.per_channel")
+    """The products of these weights. Imported by a relative name: they stand on products that call them here,
+    and whose programs do not depend on them (core/version.py)."""
+    return importlib.import_module("..mixed.per_channel", __package__)
 
 
 class PerChannelArray(NamedTuple):
@@ -79,7 +80,7 @@ def quantize_per_channel(w: ArrayLike, dtype: DTypeLike = jnp.int8) -> PerChanne
     if kind not in _LARGEST:
         raise ValueError(f"quantize_per_channel: dtype is {kind.name}, need int8 or float8_e4m3fn.")
     if not isinstance(w, (jax.Array, np.ndarray)) or not jnp.issubdtype(w.dtype, jnp.floating) or w.ndim < 2:
-        raise TypeError(f"quantize_per_channel: w is {_shown(w)}, need a floating-point array [.., k, n].")
+        raise TypeError(f"quantize_per_channel: w is {shown(w)}, need a floating-point array [.., k, n].")
     numbers = lax.stop_gradient(jnp.asarray(w)).astype(jnp.float32)
     amax = jnp.maximum(jnp.max(jnp.abs(numbers), axis=-2), _MIN_AMAX)
     scales = amax / _LARGEST[kind]
@@ -129,20 +130,14 @@ def checked(op: str, name: str, given: Any) -> PerChannelArray:
     kind, scales = (np.dtype(getattr(part, "dtype", np.void)) for part in w)
     if kind not in _LARGEST or scales not in _SCALES:
         raise TypeError(
-            f"{op}: {name} has values {_shown(w.values)} and scales {_shown(w.scales)}, need int8 or "
+            f"{op}: {name} has values {shown(w.values)} and scales {shown(w.scales)}, need int8 or "
             f"float8_e4m3fn, and float32 or bfloat16. Quantise it so: "
             f"jax_deepgemm.quantize_per_channel({name})."
         )
     shape = tuple(w.values.shape)
     if len(shape) < 2 or tuple(w.scales.shape) != (*shape[:-2], *shape[-1:]):
         raise ValueError(
-            f"{op}: {name} has values {_shown(w.values)} and scales {_shown(w.scales)}, need values "
+            f"{op}: {name} has values {shown(w.values)} and scales {shown(w.scales)}, need values "
             "[.., k, n] and scales [.., n], one for each column."
         )
     return PerChannelArray(*(jnp.asarray(part) for part in w))
-
-
-def _shown(x: Any) -> str:
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"{np.dtype(x.dtype).name} {list(x.shape)}"
-    return f"a {type(x).__name__}"

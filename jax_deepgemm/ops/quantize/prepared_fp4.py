@@ -26,8 +26,9 @@ _MOST_APART = layout.LARGEST - layout.SMALLEST
 
 
 def products() -> Any:
-    """The products of these weights. Imported by name: they stand on the products of FP8, which call them."""
-    return importlib.import_module("jax_deepgemm.ops.mixed.api")
+    """The products of these weights. Imported by a relative name: they stand on products that call them here,
+    and whose programs do not depend on them (core/version.py)."""
+    return importlib.import_module("..mixed.api", __package__)
 
 
 @jax.tree_util.register_dataclass
