@@ -20,7 +20,7 @@ from jax_deepgemm.log import note_once
 from jax_deepgemm.ops.gemm import checks, finished
 from jax_deepgemm.ops.gemm import op as ops
 from jax_deepgemm.ops.gemm.config import GemmConfig
-from jax_deepgemm.ops.gemm.epilogue import Checked, Epilogue, check_epilogue
+from jax_deepgemm.ops.gemm.epilogue import Checked, Epilogue, check_epilogue, no_epilogue
 from jax_deepgemm.ops.gemm.finish import Finish
 from jax_deepgemm.ops.quantize.array import QuantizedArray, QuantizedLike
 from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4, products
@@ -403,11 +403,7 @@ def _k_last(op: str, name: str, x: checks.Quantized, k_first: bool) -> checks.Qu
 
 
 def _fp4_gemm(op: str, a: Any, b: PreparedFp4, c: Any, epilogue: Any, options: checks.Options) -> jax.Array:
-    if epilogue is not None:
-        raise NotImplementedError(
-            f"{op}: epilogue was given with a weight in FP4, whose kernels have none. Apply it to the "
-            "result with out_dtype=jnp.float32, in jax.numpy."
-        )
+    no_epilogue(op, epilogue)
     return products().dense(op, a, b, c, options)
 
 

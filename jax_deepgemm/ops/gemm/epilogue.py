@@ -43,7 +43,8 @@ class Epilogue:
 
     Attributes:
       alpha: a number, or float32 [] or [1]; None: 1.
-      bias: [n], bfloat16 or float32, for the columns of the product; None: 0.
+      bias: [n], bfloat16 or float32, for the columns of the product, and [g, n] for those of each group of a
+        grouped one; None: 0.
       activation: of every number "silu", "gelu" (the tanh form) or "relu2"; of gate and up, so that D has
         n / 2 columns, "swiglu" or "geglu" (gate is the first half of the columns), or a
         `jax_deepgemm.activation.Activation`, as SwiGLU's functions take it: with `interleaved=True` gate and
@@ -94,14 +95,14 @@ class Checked:
         return quantize(d, PER_ROW) if self.quantized_after else d.astype(options.out_dtype)
 
 
-def check_epilogue(op: str, epilogue: Any, n: int, c: Any) -> Checked:
-    """The epilogue of a product of n columns."""
+def check_epilogue(op: str, epilogue: Any, n: int, c: Any, groups: int = 0) -> Checked:
+    """The epilogue of a product of n columns, or of one for each of some groups."""
     if not isinstance(epilogue, Epilogue):
         raise TypeError(
             f"{op}: epilogue is {epilogue!r}, need a jax_deepgemm.Epilogue or None. "
             "Write Epilogue(alpha=.., bias=.., activation=..)."
         )
-    alpha, bias = _alpha(op, epilogue.alpha), _bias(op, epilogue.bias, n)
+    alpha, bias = _alpha(op, epilogue.alpha), _bias(op, epilogue.bias, (groups, n) if groups else (n,))
     activation, each = _activation(op, epilogue.activation)
     gated = activation is not None and not each
     if gated and n % 2:
@@ -116,7 +117,7 @@ def check_epilogue(op: str, epilogue: Any, n: int, c: Any) -> Checked:
         )
     halves = activation if activation is not None and gated and not activation.interleaved else None
     quantized = _out_scales(op, epilogue.out_scales, c)
-    fits = halves is None and (n // 2 if gated else n) % 16 == 0 and not (gated and op.startswith("fp8"))
+    fits = halves is None and (n // 2 if gated else n) % 16 == 0 and not (gated and "fp8" in op)
     finish = Finish(
         alpha is not None,
         bias is not None,
@@ -125,6 +126,17 @@ def check_epilogue(op: str, epilogue: Any, n: int, c: Any) -> Checked:
         quantized=quantized and fits,
     )
     return Checked(finish, [x for x in (alpha, bias) if x is not None], halves, quantized and not fits)
+
+
+def no_epilogue(op: str, epilogue: Any) -> None:
+    """Raises:
+    NotImplementedError: if there is one.
+    """
+    if epilogue is not None:
+        raise NotImplementedError(
+            f"{op}: epilogue was given with a weight in FP4, whose kernels have none. Apply it to the "
+            "result with out_dtype=jnp.float32, in jax.numpy."
+        )
 
 
 def _out_scales(op: str, given: Any, c: Any) -> bool:
@@ -157,15 +169,16 @@ def _alpha(op: str, alpha: Any) -> jax.Array | None:
     return jnp.asarray(alpha, jnp.float32).reshape(1)
 
 
-def _bias(op: str, bias: Any, n: int) -> jax.Array | None:
+def _bias(op: str, bias: Any, shape: tuple[int, ...]) -> jax.Array | None:
     bias = unwrapped(bias)
     if bias is None:
         return None
-    if not is_array(bias) or tuple(bias.shape) != (n,) or np.dtype(bias.dtype) not in OUT_DTYPES:
+    if not is_array(bias) or tuple(bias.shape) != shape or np.dtype(bias.dtype) not in OUT_DTYPES:
         given = describe(bias) if is_array(bias) else repr(bias)
+        way_out = "What differs by row is c." if len(shape) == 1 else "One bias for all: jnp.broadcast_to it."
         raise ValueError(
-            f"{op}: bias is {given}, need bfloat16 or float32 [{n}], a number for each column of the "
-            "product, or None. What differs by row is c."
+            f"{op}: bias is {given}, need bfloat16 or float32 {list(shape)}, a number for each column of the "
+            f"product{'' if len(shape) == 1 else ' of each group'}, or None. {way_out}"
         )
     return jnp.asarray(bias).astype(jnp.float32)
 

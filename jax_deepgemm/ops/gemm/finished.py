@@ -31,7 +31,7 @@ from jax_deepgemm.ops.swiglu.reference import act, of_each
 
 E4M3 = np.dtype(jnp.float8_e4m3fn)
 
-_QUANTIZED_HINT = (
+QUANTIZED_HINT = (
     "A quantised result has no useful derivative. Leave out_scales out, and quantise the result in a layer "
     "that has gradients, or use jax.lax.stop_gradient."
 )
@@ -40,12 +40,16 @@ _QUANTIZED_HINT = (
 
 
 def finished(sums: jax.Array, finish: Finish, *rest: jax.Array) -> jax.Array:
-    """D in float32 of sums [m, n] in float32; rest: alpha [1], bias [n], and C, as far as they are given."""
+    """D in float32 of sums [.., m, n] in float32.
+
+    rest: alpha [1], bias [n], or one with dimensions in front, and C, as far as they are given.
+    """
     given = iter(rest)
     if finish.alpha:
         sums = sums * next(given)[0]
     if finish.bias:
-        sums = sums + next(given)[None]
+        bias = next(given)
+        sums = sums + (bias[None] if bias.ndim < sums.ndim else bias)
     if finish.activation is not None:
         sums = of_each(sums, finish.activation) if finish.each else act(sums, None, None, finish.activation)
     for c in given:
@@ -145,7 +149,7 @@ def _op(base: Op, alpha: bool, bias: bool, last: str, columns: str, quantized: b
     words += ["quantized"] if quantized else []
     options: dict[str, Any] = {"grad_hint": FP8_GRADIENT_HINT}
     if not fp8:
-        options = {"grad_hint": _QUANTIZED_HINT} if quantized else {"jvp": _bf16_jvp}
+        options = {"grad_hint": QUANTIZED_HINT} if quantized else {"jvp": _bf16_jvp}
     if columns != "n":
         options["spmd"] = pieces_of_whole(columns, "wb")
     elif fp8:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from jax_deepgemm.ops.gemm.finish import AS_IT_IS, Finish
 from jax_deepgemm.ops.gemm.problem import GemmProblem
 
 ROWS, MASKED_ROWS, INNER, MASKED_INNER = "rows", "masked_rows", "inner", "masked_inner"
@@ -36,7 +37,7 @@ class GroupedProblem:
       chained: "rows": whether this is a launch of a chain (core/chain.py), in which the one right before it
         gives A and its scales, and earlier ones the rest; groups are all here.
       biased: "gated": whether a bias of each group is added to h.
-      a, b, layout, out, add_c, b_scales, gated: as in GemmProblem.
+      a, b, layout, out, add_c, b_scales, gated, finish: as in GemmProblem; a bias is [groups, n].
     """
 
     grouping: str
@@ -59,6 +60,7 @@ class GroupedProblem:
     gated: bool = False
     chained: bool = False
     biased: bool = False
+    finish: Finish = AS_IT_IS
 
     @property
     def inner(self) -> bool:
@@ -97,6 +99,7 @@ class GroupedProblem:
             table_bytes=(self.capacity + head_end_and_totals) * _SEGMENT_BYTES,
             weights=self._weights_read_once,
             gated=self.gated,
+            finish=self.finish,
         )
 
     @property
@@ -127,4 +130,5 @@ class GroupedProblem:
         parts += ["bias"] if self.biased else []
         parts += ["chained"] if self.chained else []
         parts += [f"B scales {'128x128' if self.gemm.square_scales else '1x128'}"] if self.gemm.is_fp8 else []
+        parts += self.finish.words
         return " ".join(parts)

@@ -52,7 +52,7 @@ struct Finish {
   static constexpr bool kChanges = F::ALPHA || F::BIAS || F::FORM != Form::kNone;
   using Of = Activated<typename F::Act>;
 
-  const float* alpha;  // of each batch, or one of all
+  const float* alpha;  // of each batch or group, or one of all
   const float* bias;   // [n], the same
   int batched_alpha, batched_bias;
   u8* values;     // QUANTIZED: [m, n], n a multiple of 16
@@ -192,13 +192,13 @@ struct Finish {
     }
   }
 
-  // A warp's rows of 128 columns, of D.
+  // A warp's rows of 128 columns, of a matrix D with `before` rows of others in front of it; rows from out.m
+  // on are not written.
   __device__ __forceinline__ void store_quantized(float (&act)[kTile / 2], u32 slab, const Extents& out,
-                                                  const Tile& tile, int first_row) const {
+                                                  const Tile& tile, int first_row, i64 before) const {
     if (tile.col >= out.n) return;
     const int thread = ptx::thread_index(), lane = thread % 32, row = first_row + thread / 32 % 4 * 16;
     const int pitch = ceil_div(out.n, kTile), upper = row + lane / 4;
-    const i64 before = static_cast<i64>(tile.batch) * out.m;
     const TwoRows of_rows = act_scales(act);
     if (lane % 4 == 0) {
       float* to = scales + (before + upper) * pitch + tile.col / kTile;

@@ -98,7 +98,7 @@ struct DenseTiles {
       finish.of(tile.batch, p).template apply<Cut>(acc, p, cut);
       auto& stored = reinterpret_cast<float (&)[kCols<S> / 2]>(acc);
       if constexpr (E::kQuantized)
-        finish.store_quantized(stored, slabs, out, E::stored(cut), row);
+        finish.store_quantized(stored, slabs, out, E::stored(cut), row, static_cast<i64>(tile.batch) * out.m);
       else
         store_tile<S, E>(stored, d_map, to, matrix_of<C>(c, out, tile.batch * p.batched_c), slabs, out,
                          E::stored(cut), row);

@@ -141,7 +141,7 @@ template <class C>
   requires GemmConfig<C> && GroupedConfig<C>
 __device__ __forceinline__ void gemm_grouped_swiglu(const Operands& in, const Groups& groups,
                                                     const Extents& p, const SwigluResult& to) {
-  persistent<C>(SwigluTiles<C>{{in, groups, p, nullptr, nullptr, nullptr, {}}, to});
+  persistent<C>(SwigluTiles<C>{{in, groups, p, nullptr, nullptr, nullptr, {}, {}}, to});
 }
 
 }  // namespace jdg

@@ -197,6 +197,24 @@ def finish_text(p: GemmProblem) -> str:
     )
 
 
+def finish_include(p: GemmProblem) -> str:
+    return "" if p.finish == AS_IT_IS else "#include <jax_deepgemm/gemm/finish.cuh>\n"
+
+
+def finish_argument(p: GemmProblem, batched: list[str]) -> str:
+    """The last argument of a kernel whose product becomes something; what moves with a batch as given."""
+    if p.finish == AS_IT_IS:
+        return ""
+    given = [name if getattr(p.finish, name) else "nullptr" for name in ("alpha", "bias")]
+    given += [*batched, *(["values", "out_scales"] if p.finish.quantized else [])]
+    return f", jdg::Finish<Finish>{{{', '.join(given)}}}"
+
+
+def written(p: GemmProblem) -> str:
+    """D as the kernel's argument; none where values and scales are written."""
+    return f"static_cast<{out_type(p)}*>(nullptr)" if p.finish.quantized else "d"
+
+
 def coefficients(p: GemmProblem) -> list[str]:
     """Parts whose numbers the product meets before it is stored."""
     return [name for name in ("alpha", "bias") if getattr(p.finish, name)]
@@ -242,16 +260,13 @@ def kernel_source(p: GemmProblem, c: Sm90Config) -> KernelSource:
     operands += [f"batched_{side.name}{of}" for of in ("", "_scales") for side in (rows, cols)]
     operands += ["run_blocks"] if p.runs > 1 else []
     name = kernel_name(p, c)
-    given = [name if getattr(p.finish, name) else "nullptr" for name in ("alpha", "bias")]
-    given += [f"batched_{name}" if getattr(p.finish, name) else "0" for name in ("alpha", "bias")]
-    given += ["values", "out_scales"] if p.finish.quantized else []
-    plain = p.finish == AS_IT_IS
+    batched = [f"batched_{name}" if getattr(p.finish, name) else "0" for name in ("alpha", "bias")]
     text = _TEXT.format(
         header="gemm_small_m" if c.one_tile else "gemm",
-        include="" if plain else "#include <jax_deepgemm/gemm/finish.cuh>\n",
+        include=finish_include(p),
         finish=finish_text(p),
-        d=f"static_cast<{out_type(p)}*>(nullptr)" if p.finish.quantized else "d",
-        finished="" if plain else f", jdg::Finish<Finish>{{{', '.join(given)}}}",
+        d=written(p),
+        finished=finish_argument(p, batched),
         mma=product(p, c, rows, cols),
         config=config_text(p, c, rows, cols),
         d_map="&d_map" if tma_store(p, c) else "nullptr",

@@ -21,10 +21,10 @@ _ROW_WEIGHTS, _BIAS = "row_weights", "bias"
 
 def grouped_plan(p: GroupedProblem, c: Sm90Config, chip: Chip, operands: Operands) -> LaunchPlan:
     """One launch that computes `p` with `c`."""
-    beside = (*_DESCRIBED, _ROW_WEIGHTS, _BIAS)
+    beside = (*_DESCRIBED, _ROW_WEIGHTS, *((_BIAS,) if p.gated else ()))
     x = GemmOperands(**{part: one for part, one in operands.items() if part not in beside})
     lead = () if p.grouping == ROWS else (p.groups,)
-    maps = tensor_maps(p.gemm, c, x, (*lead, p.m, p.n))
+    maps = tensor_maps(p.gemm, c, x, (*lead, p.m, p.gemm.columns))
     buffers: list[Operand | Result] = [*pointers(p.gemm, x)]
     if p.gated:
         maps = _gated_maps(maps)

@@ -9,12 +9,16 @@ from jax_deepgemm.ops.gemm.sm90.source import (
     as_cpp,
     config_text,
     described,
+    finish_argument,
+    finish_include,
+    finish_text,
     kernel_name,
     leading_parameters,
     out_type,
     product,
     reads_c,
     sides,
+    written,
 )
 from jax_deepgemm.ops.grouped.problem import INNER, MASKED_INNER, MASKED_ROWS, ROWS, SHORT, GroupedProblem
 from jax_deepgemm.ops.grouped.sm90.cost import halves
@@ -22,9 +26,9 @@ from jax_deepgemm.ops.grouped.sm90.cost import halves
 _ENUM = {ROWS: "kRows", MASKED_ROWS: "kMaskedRows", INNER: "kInner", MASKED_INNER: "kMaskedInner"}
 _TEXT = """\
 #include <jax_deepgemm/grouped/{header}.cuh>
-
+{include}
 {mma}
-{config}
+{config}{finish}
 struct GroupedConfig : Config {{
   static constexpr jdg::Grouping GROUPING = jdg::Grouping::{grouping};
   static constexpr bool SEGMENTED = {segmented}, ZERO_ROWS = {zero_rows}, CHAINED = {chained};
@@ -85,10 +89,13 @@ def grouped_source(p: GroupedProblem, c: Sm90Config) -> KernelSource:
     parameters = [*leading_parameters(p.gemm, c), *bias, "const int* sizes"]
     d_map = "&d_map" if tma_store(p.gemm, c) else "nullptr"
     addend = "c" if reads_c(p.gemm) else f"static_cast<const {out_type(p.gemm)}*>(nullptr)"
+    finished = finish_argument(p.gemm, ["0", "1"])  # a bias of each group
     parameters += ["const int* offset"] if has_offset(p) else []
     name = grouped_name(p, c)
     text = _TEXT.format(
         header="gemm_grouped_swiglu" if p.gated else "gemm_grouped",
+        include=finish_include(p.gemm),
+        finish=finish_text(p.gemm),
         mma=product(p.gemm, c, a, b),
         config=config_text(
             p.gemm,
@@ -109,6 +116,6 @@ def grouped_source(p: GroupedProblem, c: Sm90Config) -> KernelSource:
         parameters=", ".join([*parameters, *(f"int {x}" for x in INTEGERS)]),
         operands=", ".join(operands),
         offset="offset" if has_offset(p) else "nullptr",
-        result=_swiglu_result(p) if p.gated else f"{d_map}, d, {addend}",
+        result=_swiglu_result(p) if p.gated else f"{d_map}, {written(p.gemm)}, {addend}{finished}",
     )
     return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p.gemm, c).total)
