@@ -24,7 +24,7 @@ from jax_deepgemm.ops.gemm.family import GemmConfig
 from jax_deepgemm.ops.grouped.problem import GroupedProblem
 from jax_deepgemm.quantization import QuantizedArray
 from tests.shared import grouped_cases as cases
-from tests.shared import grouped_oracle as oracle
+from tests.shared import grouped_products as oracle
 from tests.shared.epilogue_oracle import with_epilogue
 from tests.shared.gpu_programs import program
 from tests.shared.moe_oracle import normal
@@ -164,7 +164,7 @@ def test_bits_of_a_float32_product_of_the_same_tiles(tile, kind, shape):
         np.testing.assert_array_equal(bits(got), bits(jnp.asarray(want).astype(BF16)), name)
 
 
-@pytest.mark.parametrize(("shape", "activation", "kind", "out"), cases_in_float64(), ids=str)
+@pytest.mark.parametrize(("shape", "activation", "kind", "out"), list(cases_in_float64()), ids=str)
 def test_in_float64(shape, activation, kind, out):
     """Every kind of operand and result in turn, with drawn sizes of groups."""
     groups, rows, n, _ = shape
