@@ -34,16 +34,18 @@ PAIRS = Activation(interleaved=True)
 ALPHA = 0.25  # a power of two, so that it does not matter whether its product is rounded
 # groups, rows, n, k: one group, tails in every dimension, unaligned and odd rows of D, few rows, many groups.
 SHAPES = (
-    (1, 65, 128, 128),
+    (1, 65, 256, 128),
     (4, 333, 264, 448),
     (8, 1031, 400, 640),
     (3, 300, 257, 130),
-    (64, 70, 320, 512),
+    (64, 70, 512, 512),
     (7, 900, 1040, 200),
 )
 ACTIVATIONS = (None, "silu", "gelu", "relu2", "swiglu", PAIRS, GPT_OSS)
 KINDS = ("fp8", "rows", "nt", "nn")
 BF16_TYPES = {"a": "bf16", "b": "bf16", "b_scales": "none"}
+CLIPPED = Activation(limit=7.0, alpha=1.702, shift=1.0)
+HALVES = {height: GemmConfig(height, 256, 4, slabs=2, gated=True) for height in (64, 128)}
 TILES = {
     "128x256": GemmConfig(128, 256, 4, slabs=2),
     "64x256": GemmConfig(64, 256, 4, slabs=2),
@@ -65,7 +67,9 @@ def kernels() -> Iterator[GroupedProblem]:
     """What the chosen configurations of `test_in_float64` need (kernels.py)."""
     for (groups, rows, n, k), activation, kind, out in cases_in_float64():
         fp8 = kind in ("fp8", "rows")
-        checked = check_epilogue("fp8" if fp8 else "bf16", _epilogue(n, activation, groups), n, None, groups)
+        apart = kind == "nt" or (kind == "fp8" and n % 256 == 0)
+        epilogue = Epilogue(ALPHA, jnp.zeros((groups, n)), activation)
+        checked = check_epilogue("fp8" if fp8 else "bf16", epilogue, n, None, groups, apart=apart)
         types = (
             {"b_scales": "vector" if kind == "rows" else "block"} if fp8 else dict(BF16_TYPES, layout=kind)
         )
@@ -80,12 +84,9 @@ def kernels() -> Iterator[GroupedProblem]:
             segments=groups,
             out="float32" if checked.halves else jnp.dtype(out).name,
             finish=checked.finish,
+            gated=checked.finish.apart,
             **types,
         )
-
-
-def _epilogue(n: int, activation: Any, groups: int) -> Epilogue:
-    return Epilogue(ALPHA, jnp.zeros((groups, n)), activation)
 
 
 def bits(x: Any) -> np.ndarray:
@@ -211,6 +212,9 @@ def assert_near(got: Any, want: np.ndarray, sums: float, activation: Any, kind: 
         ("fp8", 400, None, GemmConfig(64, 256, 4, slabs=2)),
         ("nt", 400, "gelu", GemmConfig(128, 128, 4, slabs=2)),
         ("nt", 416, PAIRS, GemmConfig(128, 256, 4, slabs=2)),
+        ("nt", 416, "swiglu", HALVES[128]),
+        ("fp8", 512, "geglu", HALVES[128]),
+        ("fp8", 768, CLIPPED, HALVES[64]),
     ],
     ids=str,
 )
@@ -244,14 +248,18 @@ def test_quantised_results(kind, n, activation, tile):
         ("fp8", PAIRS, None),
         ("nt", GPT_OSS, None),
         ("nt", PAIRS, (1, 128)),
+        ("nt", "swiglu", None),
+        ("fp8", CLIPPED, None),
+        ("fp8", "swiglu", (1, 128)),
         ("fp8", "gelu", (1, 128)),
     ],
     ids=str,
 )
 def test_masked(kind, activation, scales, zero_rows):
     """The bits of the contiguous product of the same rows, group by group."""
-    groups, rows, n, k = 5, 100, 288, 320
-    tile = GemmConfig(128, 256 if kind == "nt" and activation in (PAIRS, GPT_OSS) else 128, 4, slabs=2)
+    groups, rows, n, k = 5, 100, 512, 320
+    wide = "128x256" if kind == "nt" and activation in (PAIRS, GPT_OSS) else "128x128"
+    tile = HALVES[64] if activation in ("swiglu", CLIPPED) else TILES[wide]
     a, b = operands(kind, groups, rows, n, k, True)
     step = into_nan(
         lambda a, b, counts, bias: gemm(kind, True)(
@@ -299,6 +307,27 @@ def test_twenty_runs_with_few_sms_give_the_same_bits():
             step = into_nan(functools.partial(run, num_sms=sms))
             for _ in range(20):
                 np.testing.assert_array_equal(bits(step(*given)), bits(want))
+
+
+@pytest.mark.parametrize("height", HALVES)
+@pytest.mark.parametrize(("kind", "n"), [("fp8", 768), ("nt", 402), ("nt", 328)])
+def test_gate_and_up_in_halves(kind, n, height):
+    """Within an exponential's error of the float32 product of other tiles; 201 features are odd rows of D."""
+    groups, rows, k = 8, 1031, 640
+    a, b = operands(kind, groups, rows, n, k)
+    tile = HALVES[height] if n // 2 * 2 % 16 == 0 else dataclasses.replace(HALVES[height], slabs=0)
+    run = functools.partial(gemm(kind), config=tile)
+    step = into_nan(lambda a, b, s, bias: run(a, b, s, epilogue=Epilogue(0.03, bias, CLIPPED)))
+    whole = program(functools.partial(gemm(kind), out_dtype=F32))
+    for name, sizes in cases.patterns(groups, rows).items():
+        index, bias = group_of_rows(sizes, rows), bias_of(groups, n, sizes)
+        got = step(poisoned(a, jnp.asarray(index >= 0)), b, jnp.asarray(sizes), bias)
+        sums = np.asarray(whole(a, b, jnp.asarray(sizes)), np.float64)
+        plus = np.where(index[:, None] < 0, 0, np.asarray(bias, np.float64)[index])
+        want = np.where(index[:, None] < 0, 0, with_epilogue(sums, 0.03, plus, CLIPPED))
+        error = np.abs(np.asarray(got, np.float64) - want)
+        assert np.all(error <= 2.0**-8 * np.abs(want) + 1e-3), (name, error.max())
+        assert not np.asarray(got, np.float32)[index < 0].any()
 
 
 def test_a_batch_has_its_own_biases():

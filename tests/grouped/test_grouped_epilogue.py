@@ -16,7 +16,7 @@ import jax_deepgemm as jdg
 from jax_deepgemm import Epilogue
 from jax_deepgemm.activation import GPT_OSS, Activation
 from jax_deepgemm.core.chip import H200
-from jax_deepgemm.core.launch import Launch, Operand, Result
+from jax_deepgemm.core.launch import Launch, Operand, Result, TensorMap
 from jax_deepgemm.ops.gemm.finish import Finish
 from jax_deepgemm.ops.grouped import kernel
 from jax_deepgemm.ops.grouped.problem import GroupedProblem
@@ -361,6 +361,25 @@ def test_parameters_of_a_finished_product(quantized):
     assert buffers == [*results, Operand(4), Operand(5), Operand(2), Operand(3)]
 
 
+@pytest.mark.any_version
+def test_a_box_has_gate_and_up_of_the_same_features():
+    """Of FP8 and its scales; where features do not fill blocks of scales the activation is a second pass."""
+    pytest.importorskip("cuda.core")
+    shape, finish = jax.ShapeDtypeStruct, Finish(bias=True, activation=Activation(), quantized=True)
+    ins = [shape((512, 256), FP8), shape((512, 4), F32), shape((6, 512, 256), FP8), shape((6, 4, 4), F32)]
+    ins += [shape((6,), I32), shape((1,), I32), shape((6, 512), F32)]
+    outs = [shape((512, 256), FP8), shape((512, 2), F32)]
+    one = kernel.m_grouped_fp8_finished
+    [launch] = one.plan(ins, outs, batch=None, chip=H200, rows_format="sizes", finish=finish).steps
+    assert isinstance(launch, Launch)
+    maps = [param for param in launch.params if isinstance(param, TensorMap)]
+    assert [m.dims for m in maps] == [(256, 512, 1), (256, 256, 2, 6), (4, 512, 1), (4, 2, 2, 6)]
+    assert [m.box[1:] for m in maps[1::2]] == [(128, 2, 1), (1, 2, 1)]
+    for n, fused in ((512, True), (320, False)):
+        text = str(jax.make_jaxpr(functools.partial(run_fp8, activation="swiglu"))(*fp8_args(0, n=n)))
+        assert ("finished_alpha_bias_w" in text) == fused
+
+
 def problem(grouping: str, finish: Finish, **options: Any) -> GroupedProblem:
     sizes: dict[str, Any] = {"groups": 8, "m": 4096, "n": 4096, "k": 4096, "expected": 512, "segments": 8}
     return GroupedProblem(grouping, **{**sizes, "weights": 8, "finish": finish, **options})
@@ -368,6 +387,7 @@ def problem(grouping: str, finish: Finish, **options: Any) -> GroupedProblem:
 
 WHOLE = Finish(alpha=True, bias=True)
 GELU = WHOLE._replace(activation=Activation("gelu"), each=True)
+IN_HALVES = WHOLE._replace(activation=Activation())
 OF_PAIRS = WHOLE._replace(activation=GPT_OSS)
 BF16_TYPES = {"a": "bf16", "b": "bf16", "b_scales": "none"}
 
@@ -379,6 +399,8 @@ BF16_TYPES = {"a": "bf16", "b": "bf16", "b_scales": "none"}
         (problem("rows", OF_PAIRS), (128, 256)),
         (problem("rows", GELU._replace(quantized=True)), (128, 128)),
         (problem("masked_rows", OF_PAIRS._replace(quantized=True), **BF16_TYPES), (128, 256)),
+        (problem("rows", IN_HALVES, gated=True), (64, 256)),
+        (problem("masked_rows", IN_HALVES._replace(quantized=True), gated=True), (128, 256)),
     ],
     ids=str,
 )

@@ -48,12 +48,12 @@ class Epilogue:
       activation: of every number "silu", "gelu" (the tanh form) or "relu2"; of gate and up, so that D has
         n / 2 columns, "swiglu" or "geglu" (gate is the first half of the columns), or a
         `jax_deepgemm.activation.Activation`, as SwiGLU's functions take it: with `interleaved=True` gate and
-        up take turns, which is what kernels compute before they store; halves meet in a second pass.
-
+        up take turns, which is what kernels compute before they store. Halves meet in a second pass, except
+        in grouped products "nt" of bfloat16, or of FP8 with 128x128 scales and n / 2 a multiple of 128.
       out_scales: (1, 128): D is a QuantizedArray of this block, values float8_e4m3fn, bit for bit
         `quantize(D, (1, 128))` of D in float32; None: D is an array of out_dtype. Kernels store it so where
-        D's columns are a multiple of 16 and FP8 operands have no gate; else it is quantised in a pass of its
-        own.
+        D's columns are a multiple of 16 and gate and up, if there are any, do not take turns in FP8; else it
+        is quantised in a pass of its own.
 
     Raises nothing; the functions that take one raise ValueError or TypeError.
     """
@@ -95,8 +95,13 @@ class Checked:
         return quantize(d, PER_ROW) if self.quantized_after else d.astype(options.out_dtype)
 
 
-def check_epilogue(op: str, epilogue: Any, n: int, c: Any, groups: int = 0) -> Checked:
-    """The epilogue of a product of n columns, or of one for each of some groups."""
+def check_epilogue(
+    op: str, epilogue: Any, n: int, c: Any, groups: int = 0, *, apart: bool = False
+) -> Checked:
+    """The epilogue of a product of n columns, or of one for each of some groups.
+
+    apart: whether kernels take gate and up in halves.
+    """
     if not isinstance(epilogue, Epilogue):
         raise TypeError(
             f"{op}: epilogue is {epilogue!r}, need a jax_deepgemm.Epilogue or None. "
@@ -115,9 +120,12 @@ def check_epilogue(op: str, epilogue: Any, n: int, c: Any, groups: int = 0) -> C
             f"{op}: c was given with the activation {epilogue.activation!r}, whose result has half of the "
             "product's columns. Add it to the result."
         )
-    halves = activation if activation is not None and gated and not activation.interleaved else None
+    in_halves = activation is not None and gated and not activation.interleaved
+    halves = activation if in_halves and not apart else None
     quantized = _out_scales(op, epilogue.out_scales, c)
-    fits = halves is None and (n // 2 if gated else n) % 16 == 0 and not (gated and "fp8" in op)
+    fits = (
+        halves is None and (n // 2 if gated else n) % 16 == 0 and (in_halves or not (gated and "fp8" in op))
+    )
     finish = Finish(
         alpha is not None,
         bias is not None,

@@ -54,6 +54,11 @@ class Finish(NamedTuple):
         return 2 if self.activation is not None and not self.each else 1
 
     @property
+    def apart(self) -> bool:
+        """Whether gate and up are halves of the product's columns."""
+        return self.activation is not None and not self.each and not self.activation.interleaved
+
+    @property
     def changes(self) -> bool:
         """Whether numbers become others."""
         return self.alpha or self.bias or self.quantized or self.activation is not None

@@ -98,7 +98,9 @@ def finished_problem(product: Any, count: int) -> Any:
         dtype = np.dtype("bfloat16") if finish.quantized else avals_out[0].dtype
         sums = jax.ShapeDtypeStruct((*lead, finish.taken(columns)), dtype)
         addend = len(avals_in) == count + len(more_parts(finish)) and finish.heads is None
-        return dataclasses.replace(product(avals_in[:count], [sums], **params), finish=finish, add_c=addend)
+        return dataclasses.replace(
+            product(avals_in[:count], [sums], **params), finish=finish, gated=finish.apart, add_c=addend
+        )
 
     return problem
 

@@ -223,6 +223,15 @@ def _run(
     return QuantizedArray(results[0], results[1], PER_ROW) if finish.quantized else results[0]
 
 
+def _takes_halves(base: Op, n: int) -> bool:
+    """Whether tiles can have gate and up of the same features: of FP8, rows of B that begin with a block of
+    scales."""
+    if _is_fp8(base):
+        whole = n % (2 * SCALE_BLOCK) == 0
+        return whole and base in (ops.M_GROUPED_FP8_BLOCK, ops.M_MASKED_FP8_BLOCK)
+    return n > 0 and base.name.endswith("nt")
+
+
 def gemm(
     op: str,
     base: Op,
@@ -236,5 +245,5 @@ def gemm(
     """D of a product of n columns, or what an epilogue makes of it."""
     if epilogue is None:
         return base(*operands, **own, **vars(options))[0]
-    checked = check_epilogue(op, epilogue, n, None, groups)
+    checked = check_epilogue(op, epilogue, n, None, groups, apart=_takes_halves(base, n))
     return checked.run(functools.partial(_run, base, operands, own), None, options)

@@ -36,7 +36,7 @@ class GroupedProblem:
       zero_rows: "masked_rows": whether rows beyond those that count are stored as zeros.
       chained: "rows": whether this is a launch of a chain (core/chain.py), in which the one right before it
         gives A and its scales, and earlier ones the rest; groups are all here.
-      biased: "gated": whether a bias of each group is added to h.
+      biased: "swiglu": whether a bias of each group is added to h.
       a, b, layout, out, add_c, b_scales, gated, finish: as in GemmProblem; a bias is [groups, n].
     """
 
@@ -61,6 +61,11 @@ class GroupedProblem:
     chained: bool = False
     biased: bool = False
     finish: Finish = AS_IT_IS
+
+    @property
+    def swiglu(self) -> bool:
+        """Whether the kernel is the one that is fused with SwiGLU."""
+        return self.gated and self.finish == AS_IT_IS
 
     @property
     def inner(self) -> bool:
@@ -126,7 +131,7 @@ class GroupedProblem:
         parts += [f"m={self.m} n={self.n} k={self.k} expected={self.expected} -> {self.out}"]
         parts += ["+C"] if self.add_c else []
         parts += ["whole blocks"] if self.whole_blocks else []
-        parts += ["SwiGLU"] if self.gated else []
+        parts += ["SwiGLU"] if self.swiglu else []
         parts += ["bias"] if self.biased else []
         parts += ["chained"] if self.chained else []
         parts += [f"B scales {'128x128' if self.gemm.square_scales else '1x128'}"] if self.gemm.is_fp8 else []

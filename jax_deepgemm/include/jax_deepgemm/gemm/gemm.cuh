@@ -36,9 +36,10 @@ __device__ __forceinline__ Tile tile_at(int index, const Extents& p, int k_block
 // How many parts a warpgroup's columns are finished and stored in (`cuts` in ops/gemm/sm90/config.py): beside
 // the widest accumulators no registers are left for what all columns need.
 template <class C>
-constexpr int kWidestCuts = Layout<C>::kFp8 && kCols<C> == 256 ? 4
-                            : C::PING_PONG && kCols<C> == 192  ? 3
-                                                               : 1;
+constexpr int kWidestCuts = C::GATED                             ? 1
+                            : Layout<C>::kFp8 && kCols<C> == 256 ? 4
+                            : C::PING_PONG && kCols<C> == 192    ? 3
+                                                                 : 1;
 template <class C, class E>
 constexpr int kCuts = E::kChanges ? kWidestCuts<C> : 1;
 template <class C, int CUTS>

@@ -85,7 +85,7 @@ def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
     parts += ["acc" if p.reduces else "add"] if p.add_c else []
     parts += p.finish.words
     if not c.one_tile:
-        parts += ["odd"] if p.columns % 2 else [] if tma_store(p, c) or c.gated else ["unaligned"]
+        parts += ["odd"] if p.columns % 2 else [] if tma_store(p, c) or p.swiglu else ["unaligned"]
     return "_".join(parts)
 
 
@@ -182,7 +182,8 @@ def finish_text(p: GemmProblem) -> str:
     finish = p.finish
     if finish == AS_IT_IS:
         return ""
-    form = "kNone" if finish.activation is None else "kEach" if finish.each else "kInPairs"
+    gated = "kInHalves" if finish.apart else "kInPairs"
+    form = "kNone" if finish.activation is None else "kEach" if finish.each else gated
     left, mid, right = finish.heads or (1, 0, 0)
     return _FINISH.format(
         act=activation_text(finish.activation or SILU),
@@ -235,7 +236,7 @@ def leading_parameters(p: GemmProblem, c: Sm90Config) -> list[str]:
     a, b = sides(p)
     maps = [f"{map_type} {side.name}_map" for side in (a, b)]
     maps += [f"{map_type} {side.name}_scale_map" for side in (a, b) if side.has_scale_map]
-    if p.gated:
+    if p.swiglu:
         return [*maps, "jdg::u8* values", "float* act_scales", "const float* row_weights"]
     maps += [f"{map_type} d_map"] if tma_store(p, c) else []
     pointers = ["jdg::u8* values", "float* out_scales"] if p.finish.quantized else [f"{out_type(p)}* d"]

@@ -69,7 +69,7 @@ def grouped_name(p: GroupedProblem, c: Sm90Config) -> str:
     """The name that profilers show."""
     base = kernel_name(p.gemm, c).removeprefix("jdg_sm90_")
     parts = ["jdg_sm90", SHORT[p.grouping], base, f"g{p.capacity}"]
-    parts += ["swiglu"] if p.gated else []
+    parts += ["swiglu"] if p.swiglu else []
     parts += ["bias"] if p.biased else []
     parts += ["seg"] if p.segmented else []
     parts += ["zero"] if p.zero_rows else []
@@ -93,7 +93,7 @@ def grouped_source(p: GroupedProblem, c: Sm90Config) -> KernelSource:
     parameters += ["const int* offset"] if has_offset(p) else []
     name = grouped_name(p, c)
     text = _TEXT.format(
-        header="gemm_grouped_swiglu" if p.gated else "gemm_grouped",
+        header="gemm_grouped_swiglu" if p.swiglu else "gemm_grouped",
         include=finish_include(p.gemm),
         finish=finish_text(p.gemm),
         mma=product(p.gemm, c, a, b),
@@ -116,6 +116,6 @@ def grouped_source(p: GroupedProblem, c: Sm90Config) -> KernelSource:
         parameters=", ".join([*parameters, *(f"int {x}" for x in INTEGERS)]),
         operands=", ".join(operands),
         offset="offset" if has_offset(p) else "nullptr",
-        result=_swiglu_result(p) if p.gated else f"{d_map}, {written(p.gemm)}, {addend}{finished}",
+        result=_swiglu_result(p) if p.swiglu else f"{d_map}, {written(p.gemm)}, {addend}{finished}",
     )
     return KernelSource(name, text, described(p, c), shared_memory=shared_memory(p.gemm, c).total)
