@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,12 +12,22 @@ import jax.numpy as jnp
 
 from jax_deepgemm.core.shapes import BLOCKS, DTYPES, WEIGHTS, Call, CallShape, choice, flag, layer_calls, size
 from jax_deepgemm.ops.gemm import api
+from jax_deepgemm.ops.gemm.checks import PER_ROW
+from jax_deepgemm.ops.gemm.epilogue import Epilogue
 from jax_deepgemm.ops.gemm.linear import fp8_linear
+from jax_deepgemm.ops.quantize.activation import Activation
 from jax_deepgemm.ops.quantize.api import quantize
 from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4
 from jax_deepgemm.ops.quantize.slabs import BYTES, COLUMNS, ROWS
 
 FP8_WEIGHTS = ("fp8", "fp4")
+ACTIVATIONS: dict[str, str | Activation | None] = {
+    "none": None,
+    **{name: name for name in ("silu", "gelu", "relu2", "swiglu", "geglu")},
+    "swiglu_pairs": Activation(interleaved=True),
+    "geglu_pairs": Activation("gelu", interleaved=True),
+}
+"""Of epilogues; of pairs: gate and up take turns."""
 
 
 def matrix(fp8: bool, shape: tuple[int, ...], k_last: bool, block: tuple[int, int]) -> Any:
@@ -71,6 +82,34 @@ def check_fp4(weights: str, *rows: int, refused: str = "") -> None:
         raise ValueError(f"weights is 'fp4' of {shown} rows, need multiples of {ROWS}")
 
 
+def _has_epilogue(shape: Any) -> bool:
+    return shape.activation != "none" or shape.bias or shape.quantised
+
+
+def check_ends(shape: Any) -> None:
+    """Raises:
+    ValueError: an epilogue of a product with FP4 weights.
+    """
+    if shape.weights == "fp4" and _has_epilogue(shape):
+        raise ValueError("weights is 'fp4', whose products have no epilogue: need weights fp8")
+
+
+def with_epilogue(
+    product: Callable[..., Any], shape: Any, bias_shape: tuple[int, ...]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A product that ends as `activation`, `bias` and `quantised` of a shape say, and the bias, its last
+    operand, if it has one."""
+    how = ACTIVATIONS[shape.activation]
+    if not _has_epilogue(shape):
+        return product, ()
+
+    def run(*operands: Any) -> Any:
+        given, bias = (operands[:-1], operands[-1]) if shape.bias else (operands, None)
+        return product(*given, epilogue=Epilogue(None, bias, how, PER_ROW if shape.quantised else None))
+
+    return run, (jax.ShapeDtypeStruct(bias_shape, jnp.float32),) if shape.bias else ()
+
+
 @dataclass(frozen=True)
 class DenseShape(CallShape):
     """Dense GEMMs: D[m, n] = A[m, k] x B[k, n], with C if it accumulates."""
@@ -85,18 +124,23 @@ class DenseShape(CallShape):
     accumulate: bool = flag("with C")
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
     weights: str = choice("FP8: types of B", *FP8_WEIGHTS, default="fp8")
+    activation: str = choice("epilogue", *ACTIVATIONS, default="none")
+    bias: bool = flag("epilogue: with a bias")
+    quantised: bool = flag("epilogue: D in FP8 with 1x128 scales")
 
     def __post_init__(self) -> None:
         need = "" if self.op == "fp8_gemm_nt" and not self.accumulate else "fp8_gemm_nt without C"
         check_fp4(self.weights, self.n, refused=need)
+        check_ends(self)
 
     def calls(self) -> list[Call]:
         fp8, form = self.op.startswith("fp8"), self.op[-2:]
         a = matrix(fp8, (self.m, self.k), form[0] == "n", (1, 128))
         b = operand_b(self.op, self.weights, (self.n, self.k), self.b_block)
         c = jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype) if self.accumulate else None
-        function = functools.partial(getattr(api, self.op), out_dtype=jax.numpy.dtype(self.out_dtype))
-        return [Call(self.op, function, (a, b, c), carry=2 if self.accumulate else None)]
+        product = functools.partial(getattr(api, self.op), out_dtype=jax.numpy.dtype(self.out_dtype))
+        function, bias = with_epilogue(product, self, (self.n,))
+        return [Call(self.op, function, (a, b, c, *bias), carry=2 if self.accumulate else None)]
 
 
 @dataclass(frozen=True)
