@@ -99,7 +99,7 @@ def _row(op: str, kind: str, name: str, sizes: tuple[int, ...], m: int, n: int, 
     fields: Fields = {"op": op, "type": kind, "epilogue": name, "groups": groups or 1, "m": m, "n": n, "k": k}
     beside = Beside("product, then XLA", functools.partial(_apart, op, product, name), constants=constants)
     return Row(
-        name=f"epilogue {op} {kind} {name} groups={groups or 1} m={m} n={n} k={k}",
+        name=f"epilogue {kind}, {op}, {name} groups={groups or 1} m={m} n={n} k={k}",
         fields={**fields, "group_sizes": list(sizes)},
         function=functools.partial(_fused, product, name),
         draw=functools.partial(_draw, kind, rows, weights),
