@@ -353,6 +353,7 @@ COUNTS = {
     "moe_step": 4,
     "moe_shared": 12,
     "shapes": 24,
+    "epilogue": 60,
     "k_drawn": 17,
     "skew": 14,
     "sustained": 1,

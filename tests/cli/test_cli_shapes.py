@@ -93,6 +93,29 @@ def test_each_op_is_one_gemm(op: str) -> None:
         assert problem.expected == sizes["expected_m"]
 
 
+@pytest.mark.parametrize(
+    ("op", "fields", "words"),
+    [
+        ("bf16_gemm_nt", {"activation": "gelu", "bias": True}, ("bias", "gelu")),
+        (
+            "m_grouped_fp8_gemm_nt_contiguous",
+            {"activation": "swiglu", "quantised": 1},
+            ("gated_silu", "quantized"),
+        ),
+        ("m_grouped_bf16_gemm_nt_masked", {"activation": "swiglu_pairs"}, ("gated_interleaved",)),
+    ],
+)
+def test_products_with_an_epilogue(op: str, fields: dict[str, Any], words: tuple[str, ...]) -> None:
+    from jax_deepgemm.tools.explain import problems
+
+    sizes = {"m": 20, "n": 256, "k": 256} | ({"groups": 3} if "grouped" in op else {})
+    [call] = shapes.shape_of({"op": op} | sizes | fields).calls()
+    [(problem, _)] = problems(call.function, *call.operands)
+    assert problem.finish.words == words
+    with pytest.raises(ValueError, match="have no epilogue"):
+        shapes.shape_of({"op": "fp8_gemm_nt", "weights": "fp4", "m": 20, "n": 256, "k": 256} | fields)
+
+
 def test_sizes_of_groups_are_not_what_is_compiled_for(quick: Path) -> None:
     """The kernel of a shape is that of a program with any group sizes."""
     row = {"op": "m_grouped_bf16_gemm_nt_contiguous", "groups": 6, "m": 256, "n": 384, "k": 512}
@@ -241,6 +264,9 @@ def test_explain_as_json_is_typed(quick: Path, capsys: pytest.CaptureFixture[str
         "accumulate": False,
         "b_block": "128x128",
         "weights": "fp8",
+        "activation": "none",
+        "bias": False,
+        "quantised": False,
     }
     [function] = one["functions"]
     [call] = function["calls"]

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jax_deepgemm.core.family import OpKernel
-from jax_deepgemm.ops.gemm.kernel import type_name
+from jax_deepgemm.ops.gemm.kernel import Finished, finished_problem, type_name
 from jax_deepgemm.ops.grouped.family import FAMILY
 from jax_deepgemm.ops.grouped.problem import INNER, MASKED_INNER, MASKED_ROWS, ROWS, GroupedProblem
 
@@ -239,6 +239,15 @@ m_masked_fp8_gemm_swiglu = OpKernel(
 """a [g, m, k], scales [g, m, kb], b [weights, 2 f, k], scales, row weights [g, m], masked_m [g](, bias)."""
 m_masked_bf16_gemm = OpKernel(FAMILY, _m_masked_bf16, ("a", "b", "group_sizes"))
 """a [g, m, k], b [weights, n, k] or [weights, k, n], masked_m [g]."""
+m_grouped_fp8_finished = Finished(
+    FAMILY, finished_problem(_m_grouped_fp8, 6), (*_SCALED, "group_sizes", "group_offset")
+)
+m_grouped_bf16_finished = Finished(
+    FAMILY, finished_problem(_m_grouped_bf16, 4), ("a", "b", "group_sizes", "group_offset")
+)
+m_masked_fp8_finished = Finished(FAMILY, finished_problem(_m_masked_fp8, 5), (*_SCALED, "group_sizes"))
+m_masked_bf16_finished = Finished(FAMILY, finished_problem(_m_masked_bf16, 3), ("a", "b", "group_sizes"))
+"""The kernels of the ops of finished.py: the same, then alpha [1] and a bias [groups of b, n]."""
 k_grouped_fp8_gemm = OpKernel(FAMILY, _k_grouped_fp8, (*_SCALED, "group_sizes", "group_offset", "c"))
 """a [m, k], scales [kb, m], b [n, k], scales [kb, n] or [kb, nb], sizes or segments, offset(, c)."""
 k_grouped_bf16_gemm = OpKernel(FAMILY, _k_grouped_bf16, ("a", "b", "group_sizes", "group_offset", "c"))

@@ -59,6 +59,13 @@ def _merged_segments(parts: segments.Segments, rows: int, size: int, groups: jax
     return segments.write(segments.Segments(*(x.reshape(-1) for x in whole)))
 
 
+def beside(x: jax.Array, weights: Arrays) -> jax.Array:
+    """x [g, n], a row for each matrix of b, as the weights will be, b and its scales: with vmap's dimension
+    merged where they have it."""
+    size = _batch_of(weights, (3,) * len(weights))
+    return x if size is None else _merged(x, 2, size)
+
+
 def fold_m_grouped(
     rows: Arrays, weights: Arrays, group_sizes: jax.Array, group_offset: jax.Array, rows_format: str
 ) -> tuple[list[jax.Array], list[jax.Array], jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +22,17 @@ from jax_deepgemm.core.shapes import (
     layer_calls,
     size,
 )
-from jax_deepgemm.ops.gemm.shapes import FROZEN_WEIGHTS, check_fp4, instead_of, matrix, operand_b, weight
+from jax_deepgemm.ops.gemm.shapes import (
+    ACTIVATIONS,
+    FROZEN_WEIGHTS,
+    check_ends,
+    check_fp4,
+    instead_of,
+    matrix,
+    operand_b,
+    weight,
+    with_epilogue,
+)
 from jax_deepgemm.ops.grouped import api, gathered
 from jax_deepgemm.ops.grouped.linear import grouped_linear
 
@@ -52,19 +63,22 @@ class ContiguousShape(CallShape):
     out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
     weights: str = choice("types of a quantised B", *FROZEN_WEIGHTS, default="fp8")
+    activation: str = choice("epilogue", *ACTIVATIONS, default="none")
+    bias: bool = flag("epilogue: with a bias of each group")
+    quantised: bool = flag("epilogue: D in FP8 with 1x128 scales")
 
     def __post_init__(self) -> None:
         check_product(self.weights, self.op, self.n)
+        check_ends(self)
 
     def calls(self) -> list[Call]:
         fp8, op = "fp8" in self.op, getattr(api, self.op)
         a = matrix(fp8, (self.m, self.k), True, (1, 128))
         b = operand_b(self.op, self.weights, (self.groups, self.n, self.k), self.b_block)
 
-        def function(a: Any, b: Any, sizes: Any) -> Any:
-            return op(a, b, sizes, expected_m=self.expected_m, out_dtype=self.out_dtype)
-
-        return [Call(self.op, function, (a, b, equal_sizes(self.groups, self.m)))]
+        product = functools.partial(op, expected_m=self.expected_m, out_dtype=self.out_dtype)
+        function, bias = with_epilogue(product, self, (self.groups, self.n))
+        return [Call(self.op, function, (a, b, equal_sizes(self.groups, self.m), *bias))]
 
 
 @dataclass(frozen=True)
@@ -81,9 +95,13 @@ class MaskedShape(CallShape):
     out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
     weights: str = choice("types of a quantised B", *FROZEN_WEIGHTS, default="fp8")
+    activation: str = choice("epilogue", *ACTIVATIONS, default="none")
+    bias: bool = flag("epilogue: with a bias of each group")
+    quantised: bool = flag("epilogue: D in FP8 with 1x128 scales")
 
     def __post_init__(self) -> None:
         check_product(self.weights, self.op, self.n)
+        check_ends(self)
 
     def calls(self) -> list[Call]:
         fp8, op = "fp8" in self.op, getattr(api, self.op)
@@ -91,10 +109,10 @@ class MaskedShape(CallShape):
         b = operand_b(self.op, self.weights, (self.groups, self.n, self.k), self.b_block)
         counts = np.full(self.groups, min(self.m, self.expected_m or self.m), np.int32)
 
-        def function(a: Any, b: Any, counts: Any) -> Any:
-            return op(a, b, counts, self.expected_m, zero_rows=self.zero_rows, out_dtype=self.out_dtype)
-
-        return [Call(self.op, function, (a, b, counts))]
+        hints = {"expected_m": self.expected_m, "zero_rows": self.zero_rows}
+        product = functools.partial(op, **hints, out_dtype=self.out_dtype)
+        function, bias = with_epilogue(product, self, (self.groups, self.n))
+        return [Call(self.op, function, (a, b, counts, *bias))]
 
 
 @dataclass(frozen=True)

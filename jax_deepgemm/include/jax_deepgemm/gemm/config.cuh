@@ -30,7 +30,7 @@ concept GemmConfig = requires {
   C::COL_SCALES;           // Scale: the scales of the columns
   C::SWAP_AB;              // bool: whether rows are B's and columns A's, so that D is stored transposed
   C::GATED;                // bool: whether a tile's columns are rows of gate and, behind them, those of up
-                           // of the same features (grouped/gemm_grouped_swiglu.cuh)
+                           // of the same features (grouped/gemm_grouped_swiglu.cuh, finish.cuh)
   C::MASK_K;               // bool: whether a tile's k may begin or end inside a block (k in groups)
   C::RUNS;                 // bool: whether k is several runs of whole blocks, which lie as batches do (einsum)
   C::WHOLE_BLOCKS;         // bool: whether groups of k begin with a block, and the last one holds zeros behind

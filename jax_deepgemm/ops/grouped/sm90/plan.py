@@ -28,13 +28,14 @@ _ROW_WEIGHTS, _BIAS, _INDEX = "row_weights", "bias", "index"
 
 def grouped_plan(p: GroupedProblem, c: Sm90Config, chip: Chip, operands: Operands) -> LaunchPlan:
     """One launch that computes `p` with `c`."""
-    beside = (*_DESCRIBED, _ROW_WEIGHTS, _BIAS, _INDEX)
+    beside = (*_DESCRIBED, _ROW_WEIGHTS, _INDEX, *((_BIAS,) if p.swiglu else ()))
     x = GemmOperands(**{part: one for part, one in operands.items() if part not in beside})
     lead = () if p.grouping == ROWS else (p.groups,)
-    maps = tensor_maps(p.gemm, c, x, (*lead, p.m, p.n))
+    maps = tensor_maps(p.gemm, c, x, (*lead, p.m, p.gemm.columns))
     buffers: list[Operand | Result] = [*pointers(p.gemm, x)]
     if p.gated:
-        maps = _gated_maps(maps)
+        maps = _gated_maps(maps, p.gemm.is_fp8)
+    if p.swiglu:
         given = (_ROW_WEIGHTS, _BIAS) if p.biased else (_ROW_WEIGHTS,)
         buffers = [Result(0), Result(1), *(Operand(operands[part].index) for part in given)]
     rows: dict[str, int] = {}
@@ -79,11 +80,11 @@ def _by_index(
     return left, [Operand(one.index) for one in parts], dict(zip(INDEXED_INTEGERS, sizes, strict=True))
 
 
-def _gated_maps(maps: list[TensorMap]) -> list[TensorMap]:
+def _gated_maps(maps: list[TensorMap], scaled: bool) -> list[TensorMap]:
     """The maps with gate | up as a dimension of its own in those of B and its scales: a box has as many
     features of each half."""
-    a, b, a_scales, b_scales = maps
-    return [a, _in_halves(b), a_scales, _in_halves(b_scales)]
+    of_b = (1, 3) if scaled else (1,)
+    return [_in_halves(one) if i in of_b else one for i, one in enumerate(maps)]
 
 
 def _in_halves(whole: TensorMap) -> TensorMap:
