@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax_deepgemm.core.chip import H200
 from jax_deepgemm.ops.grouped.problem import MASKED_ROWS, ROWS
 from jax_deepgemm.ops.mixed.problem import E4M3, FP4, FP4_BF16, INT8, NVFP4, MixedProblem
 from jax_deepgemm.ops.mixed.sm90.config import MixedConfig
-from jax_deepgemm.ops.mixed.sm90.cost import fitted
+from jax_deepgemm.ops.mixed.sm90.cost import STAGED, fitted
 from jax_deepgemm.ops.mixed.sm90.source import mixed_source
 from jax_deepgemm.quantization import QuantizedArray, dequantize, dequantize_fp4, expand_fp4
 from tests.shared.arrays import normal
@@ -42,6 +43,10 @@ CUTS = [
     (160, 1, 1, 1, 1),
 ]
 """tokens, across, deep, split_k, blocks_per_sm."""
+MANY = [(1, 128, 128), (5, 192, 384), (129, 576, 1536), (300, 1088, 640), (700, 512, 2880)]
+MANY_GROUPED = [(4, 300, 256, 512), (3, 640, 192, 1280), (6, 520, 1024, 2048)]
+"""Rows, n, k of staged kernels: tiles with one to four parts of 64 rows, half a tile of n, k of less than
+a quad of scales."""
 CUT_DENSE, CUT_GROUPED = (70, 704, 2176), (5, 90, 448, 1664)
 CHANNELS = [(1, 5, 16, 8), (4, 37, 208, 520), (6, 300, 1296, 1032), (3, 64, 4096, 2880)]
 """Groups, rows, n, k."""
@@ -65,6 +70,12 @@ def cut(problem: MixedProblem, which: tuple[int, ...]) -> MixedConfig | None:
     return fitted(problem, MixedConfig(tokens, across, deep, 0, split_k, resident), H200)
 
 
+def staged(problem: MixedProblem) -> MixedConfig:
+    config = fitted(problem, STAGED, H200)
+    assert config is not None
+    return config
+
+
 def kernels() -> Iterator[Any]:
     for kind in (FP4, FP4_BF16, NVFP4):
         for shape in DENSE:
@@ -72,6 +83,11 @@ def kernels() -> Iterator[Any]:
         for groups, m, n, k in GROUPED:
             yield grouped_problem(MASKED_ROWS, groups, m, n, k, out="float32", weights_in=kind)
             yield grouped_problem(ROWS, groups, groups * m, n, k, out="float32", weights_in=kind)
+    for out in ("float32", "bfloat16"):
+        yield from (staged_of(dense_problem(*shape), out) for shape in MANY)
+        for groups, m, n, k in MANY_GROUPED:
+            yield staged_of(grouped_problem(MASKED_ROWS, groups, m, n, k), out)
+            yield staged_of(grouped_problem(ROWS, groups, groups * m, n, k), out)
     for which in CUTS:
         for kind in (FP4, FP4_BF16, NVFP4, INT8):
             one = dense_problem(*CUT_DENSE, weights_in=kind) if kind != INT8 else None
@@ -81,6 +97,11 @@ def kernels() -> Iterator[Any]:
                 config = cut(problem, which)
                 if config is not None:
                     yield mixed_source(problem, config)
+
+
+def staged_of(problem: MixedProblem, out: str) -> Any:
+    problem = replace(problem, out=out)
+    return mixed_source(problem, staged(problem))
 
 
 def rows(seed: int, *shape: int) -> QuantizedArray:
@@ -138,6 +159,50 @@ def test_masked(groups: int, m: int, n: int, k: int) -> None:
     close(got, np.where(beyond, 0, np.einsum("gmk,gnk->gmn", exact(a), exact(expand_fp4(w)))))
     zeros = run(jdg.prepare_fp4(w), zero_rows=True)
     np.testing.assert_array_equal(zeros, got)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("m", "n", "k"), MANY)
+@pytest.mark.parametrize("out", [F32, jnp.bfloat16])
+def test_many_rows(m: int, n: int, k: int, out: Any) -> None:
+    """Of kernels that expand weights in shared memory: the order of k is that of few rows' kernels."""
+    a, w = rows(m, m, k), jdg.prepare_fp4(weight(n, n, k))
+    config = staged(dense_problem(m, n, k))
+    got = [jdg.fp8_gemm_nt(a, w, out_dtype=out, config=config) for _ in range(20)]
+    assert all(bool(jnp.array_equal(got[0], one)) for one in got)
+    few = fitted(dense_problem(m, n, k), MixedConfig(32, 2, 1, 0), H200)
+    np.testing.assert_array_equal(got[0], jdg.fp8_gemm_nt(a, w, out_dtype=out, config=few))
+
+
+@pytest.mark.parametrize(("groups", "m", "n", "k"), MANY_GROUPED)
+def test_many_rows_in_groups(groups: int, m: int, n: int, k: int) -> None:
+    """NaN beside all groups; empty, full and drawn ones; rows beside them are zeros."""
+    sizes = drawn_sizes(m, groups, groups * m)
+    nobody = jnp.asarray(owners(sizes, groups * m) == groups)[:, None]
+    a, w = rows(m, groups * m, k), jdg.prepare_fp4(weight(n, groups, n, k))
+    nan = jnp.asarray(np.nan, jnp.float8_e4m3fn)
+    poisoned = QuantizedArray(jnp.where(nobody, nan, a.values), jnp.where(nobody, jnp.nan, a.scales), a.block)
+
+    def contiguous(config: MixedConfig | None) -> jax.Array:
+        return jdg.m_grouped_fp8_gemm_nt_contiguous(poisoned, w, sizes, config=config)
+
+    problem = grouped_problem(ROWS, groups, groups * m, n, k)
+    few = fitted(problem, MixedConfig(32, 2, 1, 0), H200)
+    want = np.where(nobody, 0, contiguous(few).astype(F32))
+    for _ in range(20):
+        np.testing.assert_array_equal(contiguous(staged(problem)).astype(F32), want)
+    counts = np.minimum(sizes, m).astype(np.int32)
+    counts[1] = m
+    masked = functools.partial(
+        jdg.m_grouped_fp8_gemm_nt_masked,
+        jax.tree.map(lambda x: x.reshape(groups, m, x.shape[-1]), a),
+        w,
+        masked_m=counts,
+        zero_rows=True,
+    )
+    problem = grouped_problem(MASKED_ROWS, groups, m, n, k, zero_rows=True)
+    few = fitted(problem, MixedConfig(32, 2, 1, 0), H200)
+    np.testing.assert_array_equal(masked(config=staged(problem)), masked(config=few))
 
 
 @pytest.mark.parametrize(("groups", "m", "n", "k"), GROUPED)

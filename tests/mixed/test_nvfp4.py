@@ -99,7 +99,7 @@ def test_every_byte() -> None:
         for k in range(96):
             j, upper, beyond, lane, i = k // 32, k % 32 // 16, k % 16 // 8, k % 8 // 2, k % 2
             i += 2 * beyond
-            word = int(words[(h * 128 + 32 * w + 4 * g + lane) * 4 + j])
+            word = int(words[(h * 128 + (32 * w + 4 * g + lane ^ g // 2)) * 4 + j])
             number = word >> (16 * upper + 4 * i) & 7 | (word >> 8 * i + (3 if upper else 7) & 1) << 3
             assert number == values[row, k // 2] >> 4 * (k % 2) & (15 if scales[row, k // 16] else 8)
             c = int(codes[k // 64, w * 8 + g, h, k % 64 // 16])
@@ -129,7 +129,8 @@ def test_the_kernels_expansion() -> None:
     for half in range(2):
         scales = slab[4096 + half * 256 :][:256].view(np.uint32).reshape(32, 2)[thread // 4]
         for h in range(2):
-            words = slab[h * 2048 :][:2048].view(np.uint32).reshape(128, 4)[:, 2 * half : 2 * half + 2]
+            words = slab[h * 2048 :][:2048].view(np.uint32).reshape(128, 4)
+            words = words[thread ^ thread // 8 % 4, 2 * half : 2 * half + 2]
             row = thread // 32 * 16 + 8 * h + thread % 32 // 4
             for j in range(2):
                 for odd in range(2):

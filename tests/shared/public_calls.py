@@ -342,6 +342,20 @@ FORWARD = (
     ),
     Call("m_grouped_bf16_gemm_nt_contiguous", jdg.m_grouped_bf16_gemm_nt_contiguous, ("x", "ws", "sizes")),
     Call("m_grouped_bf16_gemm_nn_contiguous", jdg.m_grouped_bf16_gemm_nn_contiguous, ("x", "ws_t", "sizes")),
+    Call(
+        "m_grouped_fp8_gemm_nt_gathered", jdg.m_grouped_fp8_gemm_nt_gathered, ("q_x", "q_ws", "rows", "sizes")
+    ),
+    Call(
+        "m_grouped_bf16_gemm_nt_gathered", jdg.m_grouped_bf16_gemm_nt_gathered, ("x", "ws", "rows", "sizes")
+    ),
+    Call(
+        "m_grouped_bf16_gemm_nn_gathered", jdg.m_grouped_bf16_gemm_nn_gathered, ("x", "ws_t", "rows", "sizes")
+    ),
+    Call(
+        "k_grouped_bf16_gemm_tn_gathered",
+        lambda a, b, rows, sizes: jdg.k_grouped_bf16_gemm_tn_gathered(a, b, sizes, b_rows=rows),
+        ("x", "w_t", "k_rows", "sizes"),
+    ),
     Call("m_grouped_fp8_gemm_nt_masked", jdg.m_grouped_fp8_gemm_nt_masked, ("q_xs", "q_ws", "counts")),
     Call("m_grouped_bf16_gemm_nt_masked", jdg.m_grouped_bf16_gemm_nt_masked, ("xs", "ws", "counts")),
     Call(
@@ -457,6 +471,11 @@ GRADIENTS = (
         "m_grouped_bf16_gemm_nt_contiguous",
         _gradient(jdg.m_grouped_bf16_gemm_nt_contiguous, 0, 1),
         ("x", "ws", "sizes"),
+    ),
+    Call(
+        "m_grouped_bf16_gemm_nt_gathered",
+        _gradient(jdg.m_grouped_bf16_gemm_nt_gathered, 0, 1),
+        ("x", "ws", "rows", "sizes"),
     ),
     Call(
         "m_grouped_bf16_gemm_nt_masked",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,14 +12,24 @@ import jax.numpy as jnp
 
 from jax_deepgemm.core.shapes import BLOCKS, DTYPES, WEIGHTS, Call, CallShape, choice, flag, layer_calls, size
 from jax_deepgemm.ops.gemm import api
+from jax_deepgemm.ops.gemm.checks import PER_ROW
+from jax_deepgemm.ops.gemm.epilogue import Epilogue
 from jax_deepgemm.ops.gemm.linear import fp8_linear
 from jax_deepgemm.ops.quantize import nvfp4_slabs
+from jax_deepgemm.ops.quantize.activation import Activation
 from jax_deepgemm.ops.quantize.api import quantize
 from jax_deepgemm.ops.quantize.prepared_fp4 import BFLOAT16, E4M3, PreparedFp4
 from jax_deepgemm.ops.quantize.slabs import BYTES, COLUMNS, ROWS
 
 FROZEN_WEIGHTS = ("fp8", "fp4", "nvfp4")
 _SLABS = {"fp4": BYTES, "nvfp4": nvfp4_slabs.BYTES}
+ACTIVATIONS: dict[str, str | Activation | None] = {
+    "none": None,
+    **{name: name for name in ("silu", "gelu", "relu2", "swiglu", "geglu")},
+    "swiglu_pairs": Activation(interleaved=True),
+    "geglu_pairs": Activation("gelu", interleaved=True),
+}
+"""Of epilogues; of pairs: gate and up take turns."""
 
 
 def matrix(fp8: bool, shape: tuple[int, ...], k_last: bool, block: tuple[int, int]) -> Any:
@@ -84,6 +95,34 @@ def instead_of(op: str, weights: str) -> str:
     return "a product in bf16" if weights == "nvfp4" and "fp8" in op else ""
 
 
+def _has_epilogue(shape: Any) -> bool:
+    return shape.activation != "none" or shape.bias or shape.quantised
+
+
+def check_ends(shape: Any) -> None:
+    """Raises:
+    ValueError: an epilogue of a product with FP4 weights.
+    """
+    if shape.weights in _SLABS and _has_epilogue(shape):
+        raise ValueError(f"weights is {shape.weights!r}, whose products have no epilogue: need weights fp8")
+
+
+def with_epilogue(
+    product: Callable[..., Any], shape: Any, bias_shape: tuple[int, ...]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A product that ends as `activation`, `bias` and `quantised` of a shape say, and the bias, its last
+    operand, if it has one."""
+    how = ACTIVATIONS[shape.activation]
+    if not _has_epilogue(shape):
+        return product, ()
+
+    def run(*operands: Any) -> Any:
+        given, bias = (operands[:-1], operands[-1]) if shape.bias else (operands, None)
+        return product(*given, epilogue=Epilogue(None, bias, how, PER_ROW if shape.quantised else None))
+
+    return run, (jax.ShapeDtypeStruct(bias_shape, jnp.float32),) if shape.bias else ()
+
+
 @dataclass(frozen=True)
 class DenseShape(CallShape):
     """Dense GEMMs: D[m, n] = A[m, k] x B[k, n], with C if it accumulates."""
@@ -98,18 +137,23 @@ class DenseShape(CallShape):
     accumulate: bool = flag("with C")
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
     weights: str = choice("types of a quantised B", *FROZEN_WEIGHTS, default="fp8")
+    activation: str = choice("epilogue", *ACTIVATIONS, default="none")
+    bias: bool = flag("epilogue: with a bias")
+    quantised: bool = flag("epilogue: D in FP8 with 1x128 scales")
 
     def __post_init__(self) -> None:
         need = "a product without C" if self.accumulate else instead_of(self.op, self.weights)
         check_fp4(self.weights, self.n, refused=need)
+        check_ends(self)
 
     def calls(self) -> list[Call]:
         fp8, form = self.op.startswith("fp8"), self.op[-2:]
         a = matrix(fp8, (self.m, self.k), form[0] == "n", (1, 128))
         b = operand_b(self.op, self.weights, (self.n, self.k), self.b_block)
         c = jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype) if self.accumulate else None
-        function = functools.partial(getattr(api, self.op), out_dtype=jax.numpy.dtype(self.out_dtype))
-        return [Call(self.op, function, (a, b, c), carry=2 if self.accumulate else None)]
+        product = functools.partial(getattr(api, self.op), out_dtype=jax.numpy.dtype(self.out_dtype))
+        function, bias = with_epilogue(product, self, (self.n,))
+        return [Call(self.op, function, (a, b, c, *bias), carry=2 if self.accumulate else None)]
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,12 @@ def cases() -> Iterator[Case]:
     grouped = m_grouped_fp8_gemm_nt_contiguous
     yield Case("mixed grouped", on_few(grouped), (poisoned, weights, sizes))
     yield Case("mixed grouped, few rows", on_few(grouped, expected_m=4), (poisoned, weights, sizes // 16))
+    staged = on_few(grouped, expected_m=256)
+    yield Case("mixed grouped, many rows", staged, (poisoned, weights, sizes))
+    alone = jnp.where(jnp.arange(GROUPS) == 1, ROWS, 0)  # rows of two tiles, of four and of one part
+    yield Case("mixed grouped, all rows in one", staged, (whole, weights, alone))
+    for name, wrong in BAD.items():
+        yield Case(f"mixed grouped, many rows, {name}", staged, (whole, weights, jnp.asarray(wrong)))
     for name, wrong in BAD.items():
         yield Case(f"mixed grouped, {name}", on_few(grouped), (whole, weights, jnp.asarray(wrong)))
     nvfp4: Any = quantize(master, (1, 16), jnp.float4_e2m1fn)
@@ -84,6 +90,9 @@ def _masked(name: str, masked: Any, a: Any, weights: Any) -> Iterator[Case]:
     yield Case(f"mixed {name}", valid, (a, weights, counts))
     zeroing = on_few(masked, zero_rows=True, expected_m=8)
     yield Case(f"mixed {name} zero_rows, few rows", zeroing, (a, weights, counts))
+    yield Case(
+        f"mixed {name}, many rows", on_few(masked, zero_rows=True, expected_m=256), (a, weights, counts)
+    )
 
 
 def _bf16(name: str, kind: str, poisoned: jax.Array, whole: jax.Array, weights: Any) -> Iterator[Case]:
@@ -112,6 +121,6 @@ def kinds_of_config(problem: MixedProblem) -> list[Any]:
     """The cheapest configuration of each kind: warpgroups side by side, in turns, cluster, blocks per SM."""
     cheapest: dict[tuple[Any, ...], Any] = {}
     for config, _ in FAMILY.ranked(problem, H200):
-        kind = (config.across, config.deep, config.split_k > 1, config.blocks_per_sm)
+        kind = (config.across, config.deep, config.split_k > 1, config.blocks_per_sm, config.staged)
         cheapest.setdefault(kind, config)
     return list(cheapest.values())

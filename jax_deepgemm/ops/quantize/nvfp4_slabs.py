@@ -3,8 +3,9 @@ fragments.
 
 Bytes of a slab, for products with bfloat16 (include/jax_deepgemm/mixed/nvfp4_loop.cuh reads them):
 
-    0 .. 4095       words as in slabs.py, of other numbers: word (h * 128 + t) * 4 + j of thread t = 32 w + 4
-                    g + q has eight numbers of row 16 w + 8 h + g: k = 32 j + 2 q + {0, 1, 8, 9}, and 16 more
+    0 .. 4095       words as in slabs.py, of other numbers: word (h * 128 + (t ^ g // 2)) * 4 + j of thread
+                    t = 32 w + 4 g + q has eight numbers of row 16 w + 8 h + g: k = 32 j + 2 q + {0, 1, 8, 9},
+                    and 16 more
     4096 .. 4607    codes c of scales, one a byte: byte ((i * 32 + w * 8 + g) * 2 + h) * 4 + s is that of k
                     from 64 i + 16 s on, of that row
     4608 .. 4611    float32 global scale of the matrix

@@ -2,9 +2,11 @@
 
 Bytes of a slab, for products with float8_e4m3fn (include/jax_deepgemm/mixed/ reads them):
 
-    0 .. 4095       words, uint32 with the lowest byte first: word (h * 128 + t) * 4 + j is of thread t, the
-                    half h and the group j of 32 numbers. With t = 32 w + 4 g + q it has eight numbers of row
-                    16 w + 8 h + g: k = 32 j + 4 q + i, and k = 32 j + 16 + 4 q + i, i = 0 .. 3.
+    0 .. 4095       words, uint32 with the lowest byte first: word (h * 128 + (t ^ g // 2)) * 4 + j is of
+                    thread t, the half h and the group j of 32 numbers. With t = 32 w + 4 g + q it has
+                    eight numbers of row 16 w + 8 h + g: k = 32 j + 4 q + i, and k = 32 j + 16 + 4 q + i,
+                    i = 0 .. 3.
+                    Because of the exclusive or, eight rows' words of one q lie on all banks.
                     Magnitudes of the former are in bits 4 i .., of the latter in bits 16 + 4 i ..;
                     signs of the former in bit 8 i + 7, of the latter in bit 8 i + 3.
     4096 .. 4351    exponents e, one a byte: byte ((w * 8 + g) * 2 + h) * 4 + j is of group j of that row
@@ -24,6 +26,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_deepgemm.ops.quantize.fp4 import BIAS, BLOCK, MAGNITUDES, MANTISSA, NAN, decoded
@@ -119,16 +122,23 @@ def words_of(pairs: jax.Array, lead: int) -> jax.Array:
     quads = _quads(pairs)
     lower, upper = quads[..., 0, :], quads[..., 1, :]
     words = lower & _MAGNITUDES | (upper & _MAGNITUDES) << 16 | _spread(lower) << 4 | _spread(upper)
-    return ordered(words, lead, "Nwhgkjq", "Nkhwgqj")
+    return _on_all_banks(ordered(words, lead, "Nwhgkjq", "Nkhwgqj"))
 
 
 def words_to_pairs(words: jax.Array, lead: int) -> jax.Array:
     """The inverse, of uint8 [.., n / 64, k / 128, 4096]."""
     words = lax.bitcast_convert_type(words.reshape(*words.shape[:-1], 2, 4, 8, 4, 4, 4), jnp.uint32)
+    words = _on_all_banks(words)
     lower = words & _MAGNITUDES | _gathered(words >> 4)
     upper = words >> 16 & _MAGNITUDES | _gathered(words)
     quads = ordered(jnp.stack([lower, upper], axis=-1), lead, "Nkhwgqju", "Nwhgkjuq")
     return lax.bitcast_convert_type(quads.astype(jnp.uint16), jnp.uint8)
+
+
+def _on_all_banks(words: jax.Array) -> jax.Array:
+    """Words [.., g, q, j] with q at q ^ g // 2, or back."""
+    g = np.arange(8)[:, None]
+    return words[..., g, np.arange(4) ^ g // 2, :]
 
 
 def padded(x: jax.Array, columns: int) -> jax.Array:

@@ -9,6 +9,10 @@
 
 namespace jdg {
 
+// Where, in units of 16 bytes, the words of thread t = 32 w + 4 g + q of a half of a slab are: q ^ g / 2, so
+// that eight rows' words of one q lie on all banks, as those of two rows do.
+__device__ __forceinline__ int slab_unit(int t) { return t ^ t / 8 % 4; }
+
 struct Fp4Table {
   u32 low, high;  // e4m3 of 0, 0.5, 1, 1.5 and of 2, 3, 4, 6, times 2^(e - 6)
 

@@ -80,10 +80,10 @@ struct MixedTiles {
 };
 
 template <class C>
-__device__ __forceinline__ MixedTiles<C> make_tiles(const Groups& groups, const Extents& p, u32 smem) {
+__device__ __forceinline__ MixedTiles<C> make_tiles(const Groups& groups, const Extents& p, u32 table) {
   MixedTiles<C> out{p, ceil_div(p.m, C::ROWS) * ceil_div(p.n, C::COLS), {}};
   if constexpr (!C::DENSE) {
-    out.table = make_table<C>(groups, p, smem + MixedLayout<C>::kTable);
+    out.table = make_table<C>(groups, p, table);
     out.tiles = out.table.tiles;
   }
   return out;
@@ -186,7 +186,7 @@ __device__ __forceinline__ void mixed(const MixedOperands<C>& in, const Groups& 
   }
   if constexpr (C::SPLITS > 1) ptx::cluster_arrive();
   ptx::wait_for_previous_kernel();
-  const MixedTiles<C> tiles = make_tiles<C>(groups, p, smem);
+  const MixedTiles<C> tiles = make_tiles<C>(groups, p, smem + L::kTable);
   __syncthreads();
   if constexpr (C::SPLITS > 1) ptx::cluster_wait();
 
