@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.options import Sharding
 from jax_deepgemm.log import note_once
-from jax_deepgemm.ops.gemm.checks import BLOCKED, Options, Quantized, check_options
+from jax_deepgemm.ops.gemm.checks import Options, Quantized, check_options, with_fine_blocks
 from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.gemm.op import empty_product
 from jax_deepgemm.ops.grouped import checks
@@ -312,13 +312,12 @@ def m_grouped_fp8_gemm_nt_masked(
     hints = checks.check_hints(op, zero_rows, expected_m)
     if isinstance(b, PreparedFp4):
         return products().masked(op, a, b, masked_m, hints, options)
-    left, right, (m, n, k) = checks.check_fp8(op, checks.masked_sides("nt"), a, b)
+    left, right, (m, n, k) = checks.check_fp8(op, with_fine_blocks(checks.masked_sides("nt")), a, b)
     counts = checks.check_masked_m(op, masked_m, right.values.shape[0])
     if 0 in (m, n, k):
         return empty_product("gmk,gnk->gmn", left.values, right.values, options)
-    run = ops.M_MASKED_FP8_BLOCK if right.block == BLOCKED else ops.M_MASKED_FP8_ROW
     arrays = (left.values, left.scales, right.values, right.scales, counts)
-    return run(*arrays, **hints, **vars(options))[0]
+    return ops.M_MASKED_FP8[right.block](*arrays, **hints, **vars(options))[0]
 
 
 def m_grouped_bf16_gemm_nt_masked(
@@ -546,7 +545,7 @@ def _m_grouped_fp8(
 ) -> jax.Array:
     if layout == "nt" and isinstance(b, PreparedFp4):
         return products().contiguous(op, a, b, rows, expected_m, options)
-    left, right, (m, n, k) = checks.check_fp8(op, checks.m_grouped_sides(layout), a, b)
+    left, right, (m, n, k) = checks.check_fp8(op, with_fine_blocks(checks.m_grouped_sides(layout)), a, b)
     where = checks.check_rows(op, rows, m, right.values.shape[0])
     hint = checks.check_expected_m(op, expected_m)
     if 0 in (m, n, k):
@@ -558,9 +557,8 @@ def _m_grouped_fp8(
             op, "b", right, f"Store b [g, n, k] and use {op.replace('nn', 'nt')} to avoid the pass."
         )
         scales = jnp.swapaxes(scales, -1, -2)
-    run = ops.M_GROUPED_FP8_BLOCK if right.block == BLOCKED else ops.M_GROUPED_FP8_ROW
     arrays = (left.values, left.scales, values, scales, where.group_sizes, where.group_offset)
-    return run(*arrays, rows_format=where.rows_format, expected_m=hint, **vars(options))[0]
+    return ops.M_GROUPED_FP8[right.block](*arrays, rows_format=where.rows_format, expected_m=hint, **vars(options))[0]
 
 
 def _m_grouped_bf16(

@@ -126,5 +126,5 @@ class GroupedProblem:
         parts += ["SwiGLU"] if self.gated else []
         parts += ["bias"] if self.biased else []
         parts += ["chained"] if self.chained else []
-        parts += [f"B scales {'128x128' if self.gemm.square_scales else '1x128'}"] if self.gemm.is_fp8 else []
+        parts += [f"B scales {self.gemm.b_block}"] if self.gemm.is_fp8 else []
         return " ".join(parts)

@@ -21,7 +21,7 @@ from jax_deepgemm.core.shapes import (
     layer_calls,
     size,
 )
-from jax_deepgemm.ops.gemm.shapes import FP8_WEIGHTS, check_fp4, matrix, operand_b, weight
+from jax_deepgemm.ops.gemm.shapes import FP8_WEIGHTS, a_block, check_fp4, matrix, operand_b, weight
 from jax_deepgemm.ops.grouped import api
 from jax_deepgemm.ops.grouped.linear import grouped_linear
 
@@ -58,7 +58,7 @@ class ContiguousShape(CallShape):
 
     def calls(self) -> list[Call]:
         fp8, op = "fp8" in self.op, getattr(api, self.op)
-        a = matrix(fp8, (self.m, self.k), True, (1, 128))
+        a = matrix(fp8, (self.m, self.k), True, a_block(self.b_block))
         b = operand_b(self.op, self.weights, (self.groups, self.n, self.k), self.b_block)
 
         def function(a: Any, b: Any, sizes: Any) -> Any:
@@ -87,7 +87,7 @@ class MaskedShape(CallShape):
 
     def calls(self) -> list[Call]:
         fp8, op = "fp8" in self.op, getattr(api, self.op)
-        a = matrix(fp8, (self.groups, self.m, self.k), True, (1, 128))
+        a = matrix(fp8, (self.groups, self.m, self.k), True, a_block(self.b_block))
         b = operand_b(self.op, self.weights, (self.groups, self.n, self.k), self.b_block)
         counts = np.full(self.groups, min(self.m, self.expected_m or self.m), np.int32)
 
