@@ -331,6 +331,7 @@ COUNTS = {
     "m_grouped": 48,
     "masked": 32,
     "k_grouped": 12,
+    "fine": 16,
     "mixed": 17,
     "mixed_bf16": 6,
     "per_channel": 10,

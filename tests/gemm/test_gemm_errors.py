@@ -170,7 +170,7 @@ BAD = (
     ),
     fp8(
         "block-b",
-        "b has one scale per block (128, 1), need (128, 128) or (1, 128) for b stored [n, k]",
+        "b has one scale per block (128, 1), need (128, 128) or (1, 128) or (32, 32) or (1, 32) for b",
         b=quantized((300, 256), (3, 256), (128, 1)),
     ),
     fp8(

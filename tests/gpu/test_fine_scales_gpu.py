@@ -1,4 +1,4 @@
-"""FP8 products with scales for 32 of k on an H200: bits where the order of sums is defined, float64 elsewhere,
+"""FP8 products with scales for 32 of k on an H200: bits where sums have an order, else float64;
 groups, batches, poison, equal reruns.
 
 Run: pytest -m gpu tests/gpu/test_fine_scales_gpu.py        (seconds, besides compiling)
@@ -148,13 +148,16 @@ def test_groups_have_the_bits_of_products(b_scales):
     masked = poisoned(masked, np.arange(ROWS)[None] < np.asarray(COUNTS)[:, None])
     sizes, counts = jnp.asarray(SIZES, jnp.int32), jnp.asarray(COUNTS, jnp.int32)
 
+    starts = np.cumsum((0, *SIZES))
     for tile in (None, PLAIN, GemmConfig(64, 64, 6, slabs=2), GemmConfig(64, 128, 4, slabs=2)):
         contiguous = functools.partial(jdg.m_grouped_fp8_gemm_nt_contiguous, out_dtype=F32, config=tile)
         of_masked = functools.partial(
             jdg.m_grouped_fp8_gemm_nt_masked, out_dtype=F32, config=tile, zero_rows=True
         )
-        got, got_masked = np.asarray(program(contiguous)(rows, b, sizes)), program(of_masked)(masked, b, counts)
-        starts = np.cumsum((0, *SIZES))
+        got, got_masked = (
+            np.asarray(program(contiguous)(rows, b, sizes)),
+            program(of_masked)(masked, b, counts),
+        )
         for g in range(GROUPS):
             mine = jax.tree.map(lambda x, g=g: x[starts[g] : starts[g + 1]], rows)
             assert np.array_equal(got[starts[g] : starts[g + 1]], fused(mine, b[g])), (tile, g)
@@ -169,7 +172,9 @@ def test_twenty_runs_give_the_same_bits(b_scales):
     block, rng = BLOCKS[b_scales], np.random.default_rng(4)
     for m, n, k in ((1, 2112, 7168), (64, 576, 7168), (1000, 1032, 4096)):
         a, b = normal(rng, (m, k), ROW), normal(rng, (n, k), block)
-        step = program(lambda a, b: lax.bitcast_convert_type(jdg.fp8_gemm_nt(a, b, out_dtype=F32), jnp.uint32))
+        step = program(
+            lambda a, b: lax.bitcast_convert_type(jdg.fp8_gemm_nt(a, b, out_dtype=F32), jnp.uint32)
+        )
         first = step(a, b)
         assert all(bool(jnp.array_equal(step(a, b), first)) for _ in range(20))
 

@@ -1,7 +1,7 @@
 """Products whose scales are for 32 of k: operands, and what they must give, in NumPy.
 
-`fused` adds as the kernels do, one block of 32 after the other, each of them multiplied by (scale of the row *
-scale of the column) and added in one rounding. Where the products of a block are exact, because values are
+`fused` adds as the kernels do, one block of 32 after the other, each of them multiplied by (scale of the row
+* scale of the column) and added in one rounding. Where the products of a block are exact, because values are
 small integers, a kernel's float32 result has its bits.
 """
 
@@ -20,7 +20,11 @@ F32 = np.float32
 
 
 def operand(
-    rng: np.random.Generator, shape: tuple[int, ...], block: tuple[int, int], power: bool = False, dtype: Any = None
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    block: tuple[int, int],
+    power: bool = False,
+    dtype: Any = None,
 ) -> QuantizedArray:
     """Small integers, whose products of 32 are exact, with scales of any bits, or powers of two."""
     *lead, rows, cols = shape
@@ -35,7 +39,9 @@ def normal(
 ) -> QuantizedArray:
     """Standard normal numbers, rounded, with scales of any bits."""
     q = operand(rng, shape, block)
-    return QuantizedArray(jnp.asarray(rng.standard_normal(shape), dtype or jnp.float8_e4m3fn), q.scales, block)
+    return QuantizedArray(
+        jnp.asarray(rng.standard_normal(shape), dtype or jnp.float8_e4m3fn), q.scales, block
+    )
 
 
 def scale_rows(q: QuantizedArray) -> np.ndarray[Any, Any]:

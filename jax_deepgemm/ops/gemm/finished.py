@@ -154,7 +154,9 @@ def fp8_gemm(
     a: Quantized, b: Quantized, rest: list[jax.Array], last: str, finish: Finish, options: Options
 ) -> jax.Array:
     """D of FP8 operands that both have k last; rest: alpha, bias and what `last` names."""
-    return _run(ops.FP8_GEMM[b.block][0], (a.values, a.scales, b.values, b.scales), rest, last, finish, options)
+    return _run(
+        ops.FP8_GEMM[b.block][0], (a.values, a.scales, b.values, b.scales), rest, last, finish, options
+    )
 
 
 def bf16_gemm(

@@ -36,8 +36,10 @@ def fp8_problem(
     step: int = SCALE_BLOCK,
     **_: Any,
 ) -> GemmProblem:
-    """The problem of operands (a, a scales, b, b scales[, c]) as the kernel sees them, padded for TMA; a scale
-    for `step` of k."""
+    """The problem of operands (a, a scales, b, b scales[, c]) as the kernel sees them, padded for TMA.
+
+    A scale is for `step` of k.
+    """
     a, _, b, sb = avals_in[:4]
     *batches, m, n = avals_out[0].shape
     per_row = sb.shape[-2] == n and n > 1

@@ -184,7 +184,11 @@ class GemmProblem:
         """Bytes that memory must move at least: every operand once."""
         once = (self.m + self.n) * self.row_bytes
         if self.fine:  # four bytes for 32
-            once += (self.m + (self.n if self.b_scales == "vector_32" else ceil_div(self.n, 32))) * self.row_bytes // 8
+            once += (
+                (self.m + (self.n if self.b_scales == "vector_32" else ceil_div(self.n, 32)))
+                * self.row_bytes
+                // 8
+            )
         stored = self.n // self.finish.halves * self.out_bytes
         written = self.n // 2 if self.gated else stored * (2 if self.add_c else 1)
         once += self.m * written

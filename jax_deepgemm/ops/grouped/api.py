@@ -558,7 +558,9 @@ def _m_grouped_fp8(
         )
         scales = jnp.swapaxes(scales, -1, -2)
     arrays = (left.values, left.scales, values, scales, where.group_sizes, where.group_offset)
-    return ops.M_GROUPED_FP8[right.block](*arrays, rows_format=where.rows_format, expected_m=hint, **vars(options))[0]
+    return ops.M_GROUPED_FP8[right.block](
+        *arrays, rows_format=where.rows_format, expected_m=hint, **vars(options)
+    )[0]
 
 
 def _m_grouped_bf16(

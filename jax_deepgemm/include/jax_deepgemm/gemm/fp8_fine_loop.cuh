@@ -1,6 +1,6 @@
 // FP8 with scales for 32 of k, which is one instruction along k: the product of each instruction goes to an
-// accumulator of its own and is promoted from there, acc += (scale of the row * scale of the column) * product,
-// k ascending. Scales of a row or a column (kVector32), or of 32 of them (kBlock32).
+// accumulator of its own and is promoted from there, acc += (scale of the row * scale of the column) *
+// product, k ascending. Scales of a row or a column (kVector32), or of 32 of them (kBlock32).
 //
 // clang-format off
 //   begin()    issue the first TOGETHER instructions of block 0
@@ -14,10 +14,10 @@
 //                promote, scales of columns being read on the way
 // clang-format on
 //
-// TOGETHER: 4, 2 or 1 products at a time, as many as registers allow. A wait costs about 100 cycles beside the
-// promotion, which takes as many issue slots (a multiplication and addition for each element) as the tensor
-// core takes cycles for an instruction, and twice as many where both scales are vectors. So issue slots are
-// what large products are bound by, and other warpgroups multiply meanwhile.
+// TOGETHER: 4, 2 or 1 products at a time, as many as registers allow. A wait costs about 100 cycles beside
+// the promotion, which takes as many issue slots (a multiplication and addition for each element) as the
+// tensor core takes cycles for an instruction, and twice as many where both scales are vectors. So issue
+// slots are what large products are bound by, and other warpgroups multiply meanwhile.
 //
 // Hazard: scales are read behind the release of their slot, as their ring allows (ring.cuh).
 #pragma once
@@ -64,9 +64,8 @@ struct FineLoop : BegunLoop<C, kTogether<C>> {
             L::kColVector ? ring.col_scales() + (col + mine.col) * 16 : ring.block_scales() + col / 32 * 16};
   }
 
-  __device__ __forceinline__ float (&products())[kCount][kSums] {
-    return reinterpret_cast<float (&)[kCount][kSums]>(temp);
-  }
+  __device__ __forceinline__ float (&products())
+      [kCount][kSums] { return reinterpret_cast<float (&)[kCount][kSums]>(temp); }
 
   // Products of a part's instructions from `first` on.
   __device__ __forceinline__ void issue(const Slot<C>& operands, int part, int first) {
@@ -120,7 +119,8 @@ struct FineLoop : BegunLoop<C, kTogether<C>> {
       Scales block;
       load_scales_of(block, cols + run * 16);
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) uppers[run][j] = upper[j] * block[j], lowers[run][j] = lower[j] * block[j];
+      for (int j = 0; j < kCount; ++j)
+        uppers[run][j] = upper[j] * block[j], lowers[run][j] = lower[j] * block[j];
     }
   }
 
@@ -129,8 +129,7 @@ struct FineLoop : BegunLoop<C, kTogether<C>> {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
 #pragma unroll
-      for (int i = 0; i < kSums; ++i)
-        sums[i] += (i % 4 < 2 ? uppers : lowers)[i / 16][j] * products()[j][i];
+      for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? uppers : lowers)[i / 16][j] * products()[j][i];
   }
 
   __device__ __forceinline__ void promote_columns(float (&sums)[kSums], const Scales& upper,

@@ -1,6 +1,6 @@
 // The main loop of every Hopper GEMM kernel here: what a consumer warpgroup does with the slots of the ring
-// (ring.cuh). There are four: bf16_loop.cuh, fp8_loop.cuh (scales in quads), fp8_slices_loop.cuh (scales stored
-// by block of k) and fp8_fine_loop.cuh (scales of 32 of k). A kernel drives them alike, tile by tile:
+// (ring.cuh). There are four: bf16_loop.cuh, fp8_loop.cuh (scales in quads), fp8_slices_loop.cuh (scales
+// stored by block of k) and fp8_fine_loop.cuh (scales of 32 of k). A kernel drives them alike, tile by tile:
 //
 // clang-format off
 //   begin(tile)    when the first slot of the tile is full. FP8 issues its product, so that the tensor

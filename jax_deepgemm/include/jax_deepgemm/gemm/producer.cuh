@@ -104,7 +104,8 @@ __device__ __forceinline__ void load_scales(const Ring<C>& ring, const Operands&
                                             int kb) {
   using L = Layout<C>;
   load_scale_box<C>(L::kRowVector ? ring.row_scales() : ring.block_scales(), *in.row_scales, ring.full(),
-                    L::kRowVector ? tile.row : tile.row / L::kScaledRows, kb, tile.batch * in.batched_row_scales);
+                    L::kRowVector ? tile.row : tile.row / L::kScaledRows, kb,
+                    tile.batch * in.batched_row_scales);
   if constexpr (C::GATED)
     load_gated<false>(ring.block_scales(), *in.col_scales, ring.full(), kb, tile.col / 2 / 128,
                       tile.col_batch * in.batched_col_scales);

@@ -53,7 +53,8 @@ struct Layout {
   static constexpr u32 kColsBytes = (C::COLS_K_MAJOR ? C::COLS : align_up(C::COLS, 64)) * kSlotRowBytes;
   static constexpr bool kFp8 = C::ROW_SCALES != Scale::kNone, kByBlock = C::ROW_SCALES == Scale::kSlices;
   static constexpr bool kSliced = C::COL_SCALES == Scale::kSlices, kDown = kByBlock && !kSliced;
-  static constexpr bool kFineRows = C::ROW_SCALES == Scale::kVector32, kFineCols = C::COL_SCALES == Scale::kVector32;
+  static constexpr bool kFineRows = C::ROW_SCALES == Scale::kVector32,
+                        kFineCols = C::COL_SCALES == Scale::kVector32;
   static constexpr bool kFine = kFineRows || C::ROW_SCALES == Scale::kBlock32;  // of 32 of k
   static constexpr int kScaledRows = kFine ? 32 : 128;                          // under one scale of a block
   static constexpr int kScalesOfBlock = kFine ? 4 : 1;                          // of k
@@ -65,12 +66,12 @@ struct Layout {
   static constexpr u32 kRowScaleBytes = kRowVector ? C::ROWS * kScaleWidth : 0;
   static constexpr u32 kColScaleBytes = kColVector ? align_up(C::COLS * kScaleWidth, 128) : 0;
   static constexpr bool kBlocksOfRows = C::ROW_SCALES == Scale::kBlock;
-  static constexpr int kBlocks = kBlocksOfRows                        ? 1
-                                 : kDown                              ? 4
-                                 : C::ROW_SCALES == Scale::kBlock32   ? C::ROWS / 32
-                                 : C::COL_SCALES == Scale::kBlock32   ? C::COLS / 32
-                                 : C::COL_SCALES == Scale::kBlock     ? touched_blocks(C::COLS)
-                                                                      : 0;  // whose scales are loaded
+  static constexpr int kBlocks = kBlocksOfRows                      ? 1
+                                 : kDown                            ? 4
+                                 : C::ROW_SCALES == Scale::kBlock32 ? C::ROWS / 32
+                                 : C::COL_SCALES == Scale::kBlock32 ? C::COLS / 32
+                                 : C::COL_SCALES == Scale::kBlock   ? touched_blocks(C::COLS)
+                                                                    : 0;  // whose scales are loaded
   static constexpr u32 kBlockScaleBytes = align_up(kBlocks * kQuad * 4, 128);
   static_assert(!kBlocksOfRows || 128 % C::ROWS == 0, "all of a tile's rows are in one 128-block");
   static_assert(kByBlock == (kSliced || C::COL_SCALES == Scale::kBlockSlices), "operands store them alike");
