@@ -71,7 +71,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         scales [m, ceil(k / 128)] float32; the number meant is stored * scale.
       b: values [g, n, k] float8_e4m3fn or float8_e5m2 (A and B may differ), and scales [g, ceil(n / 128),
         ceil(k / 128)] (block (128, 128)) or [g, n, ceil(k / 128)] (block (1, 128)). Of a bare tuple, the
-        scales' shape tells which. Or an FP4 weight, a `PreparedFp4`, with A in float8_e4m3fn.
+        scales' shape tells which. Scales for 32 of k as in `fp8_gemm_nt`; an FP4 weight is a `PreparedFp4`.
       group_sizes: int32 [g], as in jax.lax.ragged_dot: rows of each group, one group after the other. Their
         sum may be less than m. int64 is converted.
       m_indices: int32 [m], instead: the group of each row, -1 (or any number that is no group) for none. Rows
@@ -288,7 +288,7 @@ def m_grouped_fp8_gemm_nt_masked(
     Args:
       a: values [g, m, k], scales [g, m, ceil(k / 128)]: block (1, 128). Any m.
       b: values [g, n, k], scales [g, ceil(n / 128), ceil(k / 128)] (block (128, 128)) or [g, n, ceil(k /
-        128)] (block (1, 128)); or an FP4 weight, a `PreparedFp4`, with A in float8_e4m3fn.
+        128)] (block (1, 128)); or for 32 of k as in `fp8_gemm_nt`; or an FP4 weight, a `PreparedFp4`.
       masked_m: int32 [g], rows of each group that count; cut at 0 and at m.
       expected_m: rows of a typical group, static; helps to choose the configuration, and changes no number.
       zero_rows: True writes zeros to the other rows, static.
