@@ -19,10 +19,10 @@ from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.gemm.reference import FINE_BLOCK, SCALE_BLOCK
 from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, QuantizedArray
 from jax_deepgemm.ops.quantize.array import as_dtype
-from jax_deepgemm.ops.quantize.fp4 import parts_of
+from jax_deepgemm.ops.quantize.fp4 import nvfp4_parts, parts_of
 from jax_deepgemm.ops.quantize.interop import is_qwix
 from jax_deepgemm.ops.quantize.per_channel import is_per_channel
-from jax_deepgemm.ops.quantize.prepared_fp4 import products
+from jax_deepgemm.ops.quantize.prepared_fp4 import NO_FP8, products
 
 FP8_DTYPES = tuple(np.dtype(d) for d in (jnp.float8_e4m3fn, jnp.float8_e5m2))
 BFLOAT16, FLOAT32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
@@ -142,25 +142,38 @@ def pieces(op: str, side: Side, x: Any) -> tuple[Any, Any, tuple[int, int] | Non
     raise_type_error(op, side.name, x, "a QuantizedArray or a (values, scales) tuple", way_out)
 
 
-FP4_PRODUCTS = "fp8_gemm_nt, m_grouped_fp8_gemm_nt_contiguous and m_grouped_fp8_gemm_nt_masked"
-"""What takes a `PreparedFp4`, as b."""
+def _fp4_products(kind: str) -> str:
+    """What takes a `PreparedFp4`, as b."""
+    grouped = f"m_grouped_{kind}_gemm_nt_contiguous and m_grouped_{kind}_gemm_nt_masked"
+    return f"{kind}_gemm_nt, {grouped}"
 
 
 def _is_fp4(x: Any) -> bool:
     """Whether an operand is values and scales of FP4."""
     parts = parts_of(x)
-    return parts is not None and getattr(parts[1], "dtype", None) == np.dtype(jnp.float8_e8m0fnu)
+    mxfp4 = parts is not None and getattr(parts[1], "dtype", None) == np.dtype(jnp.float8_e8m0fnu)
+    return mxfp4 or isinstance(x, Fp4Array)
 
 
 def _from_fp4(op: str, side: Side, x: Any) -> str:
-    if side.name == "a":
+    name, kind = side.name, "bf16" if "bf16" in op else "fp8"
+    prepared, nvfp4 = isinstance(x, PreparedFp4), nvfp4_parts(x) is not None
+    if kind == "fp8" and (x.is_nvfp4 if prepared else nvfp4):
+        return f"{NO_FP8} Prepare it, and use {_fp4_products('bf16')}, as b."
+    if kind == "fp8" and name == "a":
         return f"Quantise a to FP8: jax_deepgemm.quantize(a, {side.stored(side.blocks[0])})."
-    if isinstance(x, PreparedFp4) or ("gemm" in op and op not in FP4_PRODUCTS):
-        return (
-            f"Prepared FP4 weights are taken by {FP4_PRODUCTS}, as b stored [.., n, k]. Elsewhere use FP8: "
-            f"jax_deepgemm.quantization.expand_fp4({side.name})."
+    if prepared or name == "a" or ("gemm" in op and op not in _fp4_products(kind)):
+        numbers = f"{name}.fp4()" if prepared else name
+        instead = (
+            f"FP8: jax_deepgemm.quantization.expand_fp4({name})"
+            if kind == "fp8"
+            else f"bfloat16: jax_deepgemm.quantization.dequantize_fp4({numbers}, jnp.bfloat16)"
         )
-    return f"Prepare it once for the kernels: jax_deepgemm.prepare_fp4({side.name})."
+        return (
+            f"Prepared FP4 weights are taken by {_fp4_products(kind)}, as b stored [.., n, k]. Elsewhere use "
+            f"{instead}."
+        )
+    return f"Prepare it once for the kernels: jax_deepgemm.prepare_fp4({name})."
 
 
 def _from_qwix(name: str) -> str:
@@ -317,6 +330,7 @@ def check_bf16_operand(op: str, side: Side, x: Any) -> jax.Array:
     x = unwrapped(x)
     if not is_array(x):
         way_out = f"Quantised operands go to {op.replace('bf16', 'fp8')}."
+        way_out = _from_fp4(op, side, x) if _is_fp4(x) or isinstance(x, PreparedFp4) else way_out
         raise_type_error(op, side.name, x, f"a bfloat16 array {side.dims}", way_out)
     check_rank(op, side.name, x, side.dims)
     if np.dtype(x.dtype) != BFLOAT16:

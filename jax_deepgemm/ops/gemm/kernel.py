@@ -89,13 +89,13 @@ bf16_gemm = OpKernel(FAMILY, bf16_problem, ("a", "b", "c"))
 """The kernel of `bf16_gemm` and `bf16_gemm_add`."""
 
 
-class _Finished(OpKernel):
+class Finished(OpKernel):
     """Of an op with further operands behind those of the product (finished.py)."""
 
     def plan(self, avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> Any:
         more = more_parts(params["finish"])
         whole = dataclasses.replace(self, parts=(*self.parts, *more))
-        return super(_Finished, whole).plan(avals_in, avals_out, **params)
+        return super(Finished, whole).plan(avals_in, avals_out, **params)
 
 
 def more_parts(finish: Finish) -> tuple[str, ...]:
@@ -104,20 +104,21 @@ def more_parts(finish: Finish) -> tuple[str, ...]:
     return (*given, "d" if finish.heads is not None else "c")
 
 
-def _finished_problem(product: Any, count: int) -> Any:
-    """The problem of an op whose product has `count` operands."""
+def finished_problem(product: Any, count: int) -> Any:
+    """The problem of an op whose product, dense or grouped, has `count` operands."""
 
-    def problem(
-        avals_in: Sequence[Any], avals_out: Sequence[Any], *, finish: Finish, **params: Any
-    ) -> GemmProblem:
+    def problem(avals_in: Sequence[Any], avals_out: Sequence[Any], *, finish: Finish, **params: Any) -> Any:
         *lead, columns = avals_out[0].shape
-        sums = jax.ShapeDtypeStruct((*lead, finish.taken(columns)), avals_out[0].dtype)
+        dtype = np.dtype("bfloat16") if finish.quantized else avals_out[0].dtype
+        sums = jax.ShapeDtypeStruct((*lead, finish.taken(columns)), dtype)
         addend = len(avals_in) == count + len(more_parts(finish)) and finish.heads is None
-        return dataclasses.replace(product(avals_in[:count], [sums], **params), finish=finish, add_c=addend)
+        return dataclasses.replace(
+            product(avals_in[:count], [sums], **params), finish=finish, gated=finish.apart, add_c=addend
+        )
 
     return problem
 
 
-fp8_finished = _Finished(FAMILY, _finished_problem(fp8_problem, 4), ("a", "a_scales", "b", "b_scales"))
-bf16_finished = _Finished(FAMILY, _finished_problem(bf16_problem, 2), ("a", "b"))
+fp8_finished = Finished(FAMILY, finished_problem(fp8_problem, 4), ("a", "a_scales", "b", "b_scales"))
+bf16_finished = Finished(FAMILY, finished_problem(bf16_problem, 2), ("a", "b"))
 """The kernels of the ops of finished.py."""

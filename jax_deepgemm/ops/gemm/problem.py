@@ -38,7 +38,8 @@ class GemmProblem:
       batched: for each operand in the op's order, whether it has a batch dimension.
       table_bytes: shared memory that a grouped kernel's table of groups takes (ops/grouped).
       weights: how many matrices B are read in all; 0 where they are read more than once or twice.
-      gated: whether B is [gate | up], of whose product only the SwiGLU is written, in FP8 (ops/grouped).
+      gated: whether B is [gate | up], and tiles have both of the same features (ops/grouped); without
+        `finish` only the product's SwiGLU is written, in FP8.
       finish: what the product becomes before it is stored.
       stored: the dimensions of A, B and D as they are stored, where a batch h does not stand in front of all
         that have it ("mhk,hnk->mhn"), or where k consists of runs r ("rmk,rnk->mn"); `k` is that of one run.
@@ -175,6 +176,11 @@ class GemmProblem:
         return 0 < size <= _MOST_WEIGHTS and not shared and self.m <= _FEW_ROWS and self.k >= _LONG_K
 
     @property
+    def swiglu(self) -> bool:
+        """Whether the kernel is the one that is fused with SwiGLU."""
+        return self.gated and self.finish == AS_IT_IS
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions."""
         return 2 * self.batches * self.m * self.n * self.runs * self.k
@@ -190,7 +196,7 @@ class GemmProblem:
                 // 8
             )
         stored = self.n // self.finish.halves * self.out_bytes
-        written = self.n // 2 if self.gated else stored * (2 if self.add_c else 1)
+        written = self.n // 2 if self.swiglu else stored * (2 if self.add_c else 1)
         once += self.m * written
         return self.batches * once
 

@@ -82,8 +82,14 @@ def check_fp8(op: str, sides: Sides, a: Any, b: Any) -> tuple[Quantized, Quantiz
 
 def check_bf16(op: str, sides: Sides, a: Any, b: Any) -> tuple[jax.Array, jax.Array, tuple[int, int, int]]:
     """Both BF16 operands and (m, n, k)."""
-    left, right = (check_bf16_operand(op, side, x) for side, x in zip(sides, (a, b), strict=True))
+    left, right = bf16_pair(op, sides, a, b)
     return left, right, _check_sizes(op, sides, left, right)
+
+
+def bf16_pair(op: str, sides: Sides, a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
+    """Both BF16 operands; their sizes are not compared."""
+    left, right = (check_bf16_operand(op, side, x) for side, x in zip(sides, (a, b), strict=True))
+    return left, right
 
 
 def _check_sizes(op: str, sides: Sides, a: Any, b: Any) -> tuple[int, int, int]:

@@ -10,10 +10,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jax_deepgemm.core.family import OpKernel
-from jax_deepgemm.ops.gemm.kernel import scales_of, type_name
+from jax_deepgemm.ops.gemm.kernel import Finished, finished_problem, scales_of, type_name
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped.family import FAMILY
 from jax_deepgemm.ops.grouped.problem import INNER, MASKED_INNER, MASKED_ROWS, ROWS, GroupedProblem
@@ -198,6 +199,31 @@ def _m_masked_swiglu(avals_in: Sequence[Any], avals_out: Sequence[Any], **params
     return _gated(_m_masked_fp8((*scaled, counts), avals_out, **params), bias)
 
 
+def _named(x: Any, index: Any) -> Any:
+    """The type of rows that an index names."""
+    return jax.ShapeDtypeStruct((*index.shape, *x.shape[1:]), x.dtype)
+
+
+def _m_gathered_fp8(avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> GroupedProblem:
+    a, sa, b, sb, index, *groups = avals_in
+    plain = _m_grouped_fp8((_named(a, index), sa, b, sb, *groups), avals_out, **params)
+    return dataclasses.replace(plain, by_index="a")
+
+
+def _m_gathered_bf16(avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> GroupedProblem:
+    a, b, index, *groups = avals_in
+    plain = _m_grouped_bf16((_named(a, index), b, *groups), avals_out, **params)
+    return dataclasses.replace(plain, by_index="a")
+
+
+def _k_gathered_bf16(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, side: str, **params: Any
+) -> GroupedProblem:
+    a, b, index, *groups = avals_in
+    plain = _k_grouped_bf16((_named(a, index), b, *groups), avals_out, **params)
+    return dataclasses.replace(plain, by_index=side)
+
+
 _SCALED = ("a", "a_scales", "b", "b_scales")
 
 m_grouped_fp8_gemm = OpKernel(FAMILY, _m_grouped_fp8, (*_SCALED, "group_sizes", "group_offset"))
@@ -217,9 +243,27 @@ m_masked_fp8_gemm_swiglu = OpKernel(
 """a [g, m, k], scales [g, m, kb], b [weights, 2 f, k], scales, row weights [g, m], masked_m [g](, bias)."""
 m_masked_bf16_gemm = OpKernel(FAMILY, _m_masked_bf16, ("a", "b", "group_sizes"))
 """a [g, m, k], b [weights, n, k] or [weights, k, n], masked_m [g]."""
+m_grouped_fp8_finished = Finished(
+    FAMILY, finished_problem(_m_grouped_fp8, 6), (*_SCALED, "group_sizes", "group_offset")
+)
+m_grouped_bf16_finished = Finished(
+    FAMILY, finished_problem(_m_grouped_bf16, 4), ("a", "b", "group_sizes", "group_offset")
+)
+m_masked_fp8_finished = Finished(FAMILY, finished_problem(_m_masked_fp8, 5), (*_SCALED, "group_sizes"))
+m_masked_bf16_finished = Finished(FAMILY, finished_problem(_m_masked_bf16, 3), ("a", "b", "group_sizes"))
+"""The kernels of the ops of finished.py: the same, then alpha [1] and a bias [groups of b, n]."""
 k_grouped_fp8_gemm = OpKernel(FAMILY, _k_grouped_fp8, (*_SCALED, "group_sizes", "group_offset", "c"))
 """a [m, k], scales [kb, m], b [n, k], scales [kb, n] or [kb, nb], sizes or segments, offset(, c)."""
 k_grouped_bf16_gemm = OpKernel(FAMILY, _k_grouped_bf16, ("a", "b", "group_sizes", "group_offset", "c"))
 """a [k, m], b [k, n], sizes or segments, offset(, c)."""
+m_gathered_fp8_gemm = OpKernel(FAMILY, _m_gathered_fp8, (*_SCALED, "index", "group_sizes", "group_offset"))
+"""a [t, k], scales [t, kb], b [g, n, k], scales, index [m], sizes or segments, offset."""
+m_gathered_bf16_gemm = OpKernel(FAMILY, _m_gathered_bf16, ("a", "b", "index", "group_sizes", "group_offset"))
+"""a [t, k], b [g, n, k] (layout "nt") or [g, k, n] ("nn"), index [m], sizes or segments, offset."""
+k_gathered_bf16_gemm = OpKernel(
+    FAMILY, _k_gathered_bf16, ("a", "b", "index", "group_sizes", "group_offset", "c")
+)
+"""a [r, m] and b [k, n] (side "a"), or a [k, m] and b [r, n] ("b"), index [k], sizes or segments,
+offset(, c)."""
 k_masked_bf16_gemm = OpKernel(FAMILY, _k_masked_bf16, ("a", "b", "group_sizes"))
 """a [g, k, m], b [g, k, n], sizes [g]."""

@@ -43,7 +43,7 @@ def _blocks(rule: str, step: int = SCALE_BLOCK) -> dict[str, tuple[str, int]]:
 # One device's piece
 
 
-def _recut_m_grouped(plan: ShardingPlan, *arrays: jax.Array, rows_format: str, **_: Any) -> Recut:
+def recut_m_grouped(plan: ShardingPlan, *arrays: jax.Array, rows_format: str, **_: Any) -> Recut:
     """m: my rows' part of each group. g: I have the groups from an offset on."""
     *operands, group_sizes, group_offset = arrays
     if len(operands) == 4:
@@ -113,7 +113,7 @@ def _m_grouped_fp8(block: tuple[int, int]) -> Op:
         functools.partial(reference.m_grouped_fp8_gemm, **scale_step(step)),
         reduces=("k", "g"),
         blocks=_blocks(rule, step),
-        recut=_recut_m_grouped,
+        recut=recut_m_grouped,
         kernel=_kernel("m_grouped_fp8_gemm", **scale_step(step)),
         kernel_prepare=prepare.m_grouped_fp8,
         grad_hint=FP8_GRADIENT_HINT,
@@ -267,7 +267,7 @@ def _m_grouped_bf16(layout: str) -> Op:
         lambda a, b, *_, out_dtype, **__: [((a[0], b[1 if layout == "nt" else 2]), out_dtype)],
         functools.partial(reference.m_grouped_bf16_gemm, layout=layout),
         reduces=("k", "g"),
-        recut=_recut_m_grouped,
+        recut=recut_m_grouped,
         kernel=_kernel("m_grouped_bf16_gemm", layout=layout),
         kernel_prepare=functools.partial(prepare.m_grouped_bf16, layout=layout),
         jvp=functools.partial(_jvp, lambda: M_GROUPED_BF16[layout]),

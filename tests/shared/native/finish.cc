@@ -32,7 +32,7 @@ template <jdg::Form OF, jdg::Function KIND, bool HEADS = false>
 struct Plan {
   using Act = ::Act<KIND>;
   static constexpr jdg::Form FORM = OF;
-  static constexpr bool ALPHA = true, BIAS = true, FILL = HEADS;
+  static constexpr bool ALPHA = true, BIAS = true, FILL = HEADS, QUANTIZED = false;
   static constexpr int LEFT = 128, MID = HEADS ? 64 : 0, RIGHT = 64;
 };
 using Each = jdg::Finish<Plan<jdg::Form::kEach, jdg::Function::kReluSquared>>;
@@ -60,7 +60,7 @@ void warps(Lane lane) {
 template <class F>
 void apply(const Case& at, const float* alpha, const float* bias, const float* tile, std::vector<float>& d) {
   constexpr int kCols = Config::COLS, kStored = F::kPairs ? kCols / 2 : kCols;
-  const F finish{alpha, bias, 1, 1};
+  const F finish{alpha, bias, 1, 1, nullptr, nullptr};
   d.assign(64 * kStored, 0.0f);
   warps([&](unsigned row, unsigned col) {
     float acc[kCols / 2];

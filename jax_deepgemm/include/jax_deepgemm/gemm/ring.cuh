@@ -92,9 +92,10 @@ struct Layout {
   static constexpr u32 kBytes = kTable + C::TABLE_BYTES;
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
 
-  static constexpr u32 kSlotBytes = kRowsBytes + kColsBytes;
-  static constexpr u32 kScaleBytes =
-      kRowScaleBytes + (kColVector ? C::COLS * kScaleWidth : 0) + kBlocks * kQuad * 4;
+  // Bytes that come through TMA.
+  static constexpr u32 kSlotBytes = (C::ROWS_BY_INDEX ? 0 : kRowsBytes) + (C::COLS_BY_INDEX ? 0 : kColsBytes);
+  static constexpr u32 kScaleBytes = (C::ROWS_BY_INDEX ? 0 : kRowScaleBytes) +
+                                     (kColVector ? C::COLS * kScaleWidth : 0) + kBlocks * kQuad * 4;
 };
 
 // The pipeline and the ring of scales, as seen from one side of them.
@@ -119,6 +120,11 @@ struct Ring : Pipeline<C::STAGES, Layout<C>::kPipeline> {
   __device__ __forceinline__ u32 block_scales() const {
     return smem + L::kBlockScales + scale_slot * L::kBlockScaleBytes;
   }
+  // Hazard: what an index names is written through the generic proxy, and read by wgmma (gather.cuh).
+  __device__ __forceinline__ void wait_full(int ahead = 0) const {
+    Base::wait_full(ahead);
+    if constexpr (kByIndex<C>) ptx::fence_proxy_async();
+  }
   __device__ __forceinline__ void advance_scales() {
     if (++scale_slot == C::SCALE_SLOTS) scale_slot = 0;
   }
@@ -137,7 +143,7 @@ template <class C>
 __device__ __forceinline__ void init_barriers(u32 smem) {
   const Ring<C> ring(smem);
   if (threadIdx.x == 0) {
-    ring.init(4 * kSharers<C>);
+    ring.init(4 * kSharers<C>, kByIndex<C> ? 1 + kGatherers : 1);
     if (C::PING_PONG) Turns<Layout<C>::kTurns>::init(smem);
     ptx::fence_mbarrier_init();
   }

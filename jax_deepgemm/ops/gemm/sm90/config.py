@@ -43,7 +43,7 @@ class Sm90Config(GemmConfig):
       ping_pong: whether each of two warpgroups has whole tiles of 128 rows, in turn, so that one multiplies
         while the other stores (BF16 only).
       gated: whether the columns of a tile are those of gate and of up of the same features, 128 each, of
-        which the kernel writes the quantised SwiGLU (m-grouped FP8 products fused with it, and no others).
+        which the kernel writes what they become together (m-grouped products, of gate and up in halves).
     """
 
     block_m: int
@@ -144,7 +144,7 @@ def stored_columns(p: GemmProblem, c: Sm90Config) -> int:
 
 def cuts(p: GemmProblem, c: Sm90Config) -> int:
     """In how many parts a warpgroup's columns become something else and are stored (gemm.cuh)."""
-    if not p.finish.changes or c.one_tile:
+    if not p.finish.changes or c.one_tile or c.gated:
         return 1
     return 4 if p.is_fp8 and c.cols // c.across == 256 else 3 if c.ping_pong and c.cols == 192 else 1
 
@@ -152,8 +152,10 @@ def cuts(p: GemmProblem, c: Sm90Config) -> int:
 def tma_store(p: GemmProblem, c: Sm90Config) -> bool:
     """Whether D leaves through TMA: from the persistent kernel, if its rows are 16-byte aligned."""
     width = SLAB_ROW_BYTES // p.out_bytes
+    if p.finish.quantized:
+        return False
     aligned = p.columns * p.out_bytes % 16 == 0
-    return not (c.one_tile or c.gated) and aligned and stored_columns(p, c) >= width
+    return not (c.one_tile or p.swiglu) and aligned and stored_columns(p, c) >= width
 
 
 def passes(p: GemmProblem, c: Sm90Config) -> int:
@@ -216,8 +218,10 @@ def fit_stages(p: GemmProblem, c: Sm90Config, chip: Chip, limit: int = _MAX_STAG
 
 
 def _slab_choices(p: GemmProblem, c: Sm90Config) -> list[int]:
-    if c.gated:
+    if p.swiglu:
         return [2]  # of 8 rows of 128 features in FP8, stored by the warp itself
+    if p.finish.quantized:
+        return [2] if not c.one_tile else [0]  # the same
     if not tma_store(p, c):
         return [0]
     whole = stored_columns(p, c) * p.out_bytes // SLAB_ROW_BYTES * (16 // SLAB_ROWS)  # of a warp's 16 rows
@@ -254,7 +258,7 @@ def problems_with(p: GemmProblem, c: Sm90Config) -> list[str]:
             takes_turns or not c.ping_pong,
             f"ping_pong is for BF16 operands and 128 rows, without {few}",
         ),
-        (c.gated == p.gated, "gated is for products that are fused with SwiGLU, and for all of them"),
+        (c.gated == p.gated, "gated is for products of which gate and up meet, and for all of them"),
         (
             not c.gated or (rows in (64, 128) and cols == 256 and not (c.one_tile or c.ping_pong)),
             f"gated tiles are 64x256 or 128x256, not {rows}x{cols}",
@@ -262,6 +266,10 @@ def problems_with(p: GemmProblem, c: Sm90Config) -> list[str]:
         (
             p.finish.heads is None or c.one_tile or cols // c.across % 64 == 0,
             f"a warpgroup has {cols // c.across} columns, must be a multiple of 64 where D has holes",
+        ),
+        (
+            not p.finish.quantized or (not c.one_tile and stored_columns(p, c) == 128),
+            "a warpgroup of the persistent kernel must store 128 columns together where D is quantised",
         ),
         (
             p.finish.halves == 1 or c.one_tile or cols // c.across % 16 == 0,
@@ -286,6 +294,8 @@ def _widest(p: GemmProblem, c: Sm90Config) -> int:
         if c.ping_pong:
             return 128 if p.add_c and not p.reduces else 160 if p.finish.changes and c.cols < 192 else 192
         return 176 if p.add_c and (p.n % 2 or p.finish.changes) else 256
+    if c.gated and p.finish.changes:
+        return 128 if p.out == "float32" and c.rows == 128 else 256
     if p.finish.changes and not (c.cols == 256 and p.out == "bfloat16" and not p.add_c):
         return _widest_changed(p, c)
     if c.across == 2:

@@ -163,7 +163,7 @@ Tiles = Mapping[tuple[int, int], float]
 def kind_of(p: GemmProblem, ping_pong: bool) -> str:
     """The key of a persistent kernel in the tables of constants."""
     if p.gated:
-        return "fp8 gated"
+        return "fp8 gated" if p.is_fp8 else "bf16 gated"
     return f"fp8 {p.b_scales}" if p.is_fp8 else "bf16 ping-pong" if ping_pong else "bf16"
 
 
@@ -177,7 +177,7 @@ def persistent_tiles(measured: Mapping[str, Tiles], p: GemmProblem) -> list[Sm90
     """The tiles in such a table that are for a problem, without stages."""
     return [
         Sm90Config(rows, cols, 0, ping_pong=turns, gated=p.gated)
-        for turns in ((False,) if p.is_fp8 else (False, True))
+        for turns in ((False,) if p.is_fp8 or p.gated else (False, True))
         for rows, cols in measured[kind_of(p, turns)]
     ]
 

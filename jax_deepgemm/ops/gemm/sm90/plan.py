@@ -90,7 +90,8 @@ def tensor_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands, result: tuple[in
 def pointers(p: GemmProblem, x: GemmOperands) -> list[Operand | Result]:
     """D, C where the kernel reads it, and what the product meets before it is stored."""
     addend = [Operand(x.c.index)] if x.c and reads_c(p) else []
-    return [Result(0), *addend, *(Operand(getattr(x, name).index) for name in coefficients(p))]
+    results = [Result(0), Result(1)] if p.finish.quantized else [Result(0)]
+    return [*results, *addend, *(Operand(getattr(x, name).index) for name in coefficients(p))]
 
 
 def copy_of_c(p: GemmProblem, c: Given | None, matrices: int) -> list[Copy]:

@@ -1,0 +1,2 @@
+// See memory.cuh.
+#pragma once
