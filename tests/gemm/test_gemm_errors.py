@@ -175,7 +175,7 @@ BAD = (
     ),
     fp8(
         "block-stored",
-        "a has one scale per block (1, 128), need (128, 1) for a stored [k, m]",
+        "a has one scale per block (1, 128), need (128, 1) or (32, 1) for a stored [k, m]",
         op="tn",
         a=quantized((256, 4), (256, 1), (1, 128)),
         b=pair((256, 300), (2, 3)),
