@@ -141,8 +141,9 @@ struct Finish {
     static_assert(C::GATED, "a thread has gate and up of the same features");
     constexpr int kHalf = kCols<C> / 4;
     const Fragment mine;
-    // FP8 scales of B are of whole blocks of features, so none of a tile's is beyond the last one.
-    constexpr bool kWhole = C::COL_SCALES != Scale::kNone;
+    // FP8, in two passes: scales of B are of whole blocks of features, so none of a tile's is beyond the
+    // last.
+    constexpr bool kWhole = C::PASSES == 2;
     const int width = p.n / 2, feature = tile.col / 2 + mine.col;
     const float* of_gate = bias + feature;
     const float* of_up = of_gate + width;
