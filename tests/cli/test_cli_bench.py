@@ -332,6 +332,7 @@ COUNTS = {
     "masked": 32,
     "k_grouped": 12,
     "gathered": 12,
+    "fine": 16,
     "mixed": 17,
     "mixed_bf16": 6,
     "nvfp4": 6,

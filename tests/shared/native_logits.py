@@ -125,7 +125,7 @@ def run(
         arguments=", ".join(arguments),
     )
     (folder / "logits.cc").write_text(text)
-    flags = ["-std=c++20", "-O2", "-pthread", "-fsanitize=address", "-fno-sanitize-recover"]
+    flags = ["-std=c++20", "-Og", "-pthread", "-fsanitize=address", "-fno-sanitize-recover"]
     include = [f"-I{NATIVE}", f"-I{DEVICE_CODE}"]
     subprocess.run([compiler, *flags, *include, folder / "logits.cc", "-o", folder / "logits"], check=True)
     for i, array in enumerate(operands):

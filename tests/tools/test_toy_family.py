@@ -168,8 +168,10 @@ def test_bench_measures_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_its_case_for_the_sanitizer_is_found() -> None:
-    found = {case[0]: case for module in registry.parts("sanitize") for case in module.cases()}
-    _, function, (x, w) = found["toy scale"]
+    *_, module = registry.parts("sanitize")
+    assert module.__name__ == f"{FOLDER}.sanitize"
+    [(name, function, (x, w))] = module.cases()
+    assert name == "toy scale"
     np.testing.assert_array_equal(function(x, w), np.asarray(x) * np.asarray(w))
 
 

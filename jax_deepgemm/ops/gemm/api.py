@@ -62,8 +62,8 @@ def fp8_gemm_nt(
         scales [m, ceil(k / 128)] float32; the number meant is stored * scale.
       b: values [n, k] float8_e4m3fn or float8_e5m2 (A and B may differ), and scales [ceil(n / 128), ceil(k /
         128)] (block (128, 128)) or [n, ceil(k / 128)] (block (1, 128)). Of a bare tuple, the scales' shape
-        tells which. Or an FP4 weight, a `PreparedFp4` (`prepare_fp4`), then without C, and A in
-        float8_e4m3fn.
+        tells which. Or scales for 32 of k: A of block (1, 32), B of (32, 32) or (1, 32), as MXFP8 has it.
+        Or an FP4 weight, a `PreparedFp4` (`prepare_fp4`), then without C, and A in float8_e4m3fn.
       c: optional [m, n] in out_dtype; its buffer becomes the result's if it is donated or not used again.
         In float32 it may be added by the memory system, for which subnormal numbers are zero.
       out_dtype: bfloat16 or float32; one rounding, to nearest even, after float32 accumulation.

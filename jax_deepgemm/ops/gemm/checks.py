@@ -5,7 +5,7 @@ Each error says what was given, the rule, and the way out. Nothing here changes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.options import config_option, num_sms_option, sharding_option
 from jax_deepgemm.ops.gemm.config import GemmConfig
-from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
+from jax_deepgemm.ops.gemm.reference import FINE_BLOCK, SCALE_BLOCK
 from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, QuantizedArray
 from jax_deepgemm.ops.quantize.array import as_dtype
 from jax_deepgemm.ops.quantize.fp4 import nvfp4_parts, parts_of
@@ -31,6 +31,8 @@ LAYOUTS = ("nt", "nn", "tn", "tt")
 
 BLOCKED = (SCALE_BLOCK, SCALE_BLOCK)
 PER_ROW = (1, SCALE_BLOCK)
+B_BLOCKS = (BLOCKED, PER_ROW, (FINE_BLOCK, FINE_BLOCK), (1, FINE_BLOCK))
+"""What may share a scale of B, rows and k, in products whose A has a scale per row and as many of k."""
 WEIGHT_GRADIENTS = ("1x128", "128x128")
 
 
@@ -64,6 +66,12 @@ def sides(layout: str) -> tuple[Side, Side]:
         Side("a", "m", layout[0] == "t", (PER_ROW,)),
         Side("b", "n", layout[1] == "n", (BLOCKED, PER_ROW)),
     )
+
+
+def with_fine_blocks(sides: tuple[Side, Side]) -> tuple[Side, Side]:
+    """The same, where a scale may also be for 32 of k."""
+    a, b = sides
+    return replace(a, blocks=(PER_ROW, (1, FINE_BLOCK))), replace(b, blocks=B_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -291,6 +299,32 @@ def quantized(op: str, parts: Parts) -> Quantized:
     return Quantized(jnp.asarray(values), jnp.asarray(scales), resolve_block(op, *parts))
 
 
+def quantized_pair(op: str, left: Parts, right: Parts) -> tuple[Quantized, Quantized]:
+    """Both operands, whose scales must be for equally many elements of k. Scales of a bare tuple with few of
+    them fit several blocks: the one that fits the other operand counts."""
+    a, b = quantized(op, left), quantized(op, right)
+    for wanted in sorted({a.block[1], b.block[1]}):
+        pair = [_with_step(op, parts, wanted) for parts in (left, right)]
+        if all(pair):
+            return pair[0], pair[1]  # type: ignore[return-value]
+    (side_a, *_), (side_b, *_) = left, right
+    raise ValueError(
+        f"{op}: a has a scale for {a.block[1]} elements of k and b for {b.block[1]}, need equally many. "
+        f"Quantise them alike: jax_deepgemm.quantize(b, {side_b.stored((1, a.block[1]))}), or "
+        f"jax_deepgemm.quantize(a, {side_a.stored((1, b.block[1]))})."
+    )
+
+
+def _with_step(op: str, parts: Parts, step: int) -> Quantized | None:
+    """The operand, if its scales can be for `step` elements of k."""
+    side, values, scales, block = parts
+    allowed = tuple(one for one in side.blocks if one[1] == step)
+    if block is not None and side.stored(block)[1] != step:
+        return None
+    fits = any(list(scales.shape) == _scale_shape(side, values, one) for one in allowed)
+    return quantized(op, (replace(side, blocks=allowed), values, scales, block)) if fits else None
+
+
 def check_bf16_operand(op: str, side: Side, x: Any) -> jax.Array:
     """One BF16 operand; its sizes are not looked at."""
     x = unwrapped(x)
@@ -312,9 +346,10 @@ def check_bf16_operand(op: str, side: Side, x: Any) -> jax.Array:
 
 def check_fp8(op: str, layout: str, a: Any, b: Any) -> tuple[Quantized, Quantized, tuple[int, int, int]]:
     """Both FP8 operands and (m, n, k)."""
-    left, right = (check_fp8_parts(op, side, x) for side, x in zip(sides(layout), (a, b), strict=True))
+    both = with_fine_blocks(sides(layout))
+    left, right = (check_fp8_parts(op, side, x) for side, x in zip(both, (a, b), strict=True))
     sizes = _check_k(op, layout, left[1], right[1])
-    return quantized(op, left), quantized(op, right), sizes
+    return *quantized_pair(op, left, right), sizes
 
 
 def check_bf16(op: str, layout: str, a: Any, b: Any) -> tuple[jax.Array, jax.Array, tuple[int, int, int]]:

@@ -21,7 +21,7 @@ from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import pieces_of_whole
 from jax_deepgemm.ops.gemm import op as ops
 from jax_deepgemm.ops.gemm import padding
-from jax_deepgemm.ops.gemm.checks import BLOCKED, FLOAT32, LAYOUTS, PER_ROW, Options, Quantized
+from jax_deepgemm.ops.gemm.checks import FLOAT32, LAYOUTS, PER_ROW, Options, Quantized
 from jax_deepgemm.ops.gemm.finish import Finish, Heads
 from jax_deepgemm.ops.gemm.op import FP8_GRADIENT_HINT, recut_blocks
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
@@ -141,7 +141,8 @@ def _op(base: Op, alpha: bool, bias: bool, last: str, columns: str, quantized: b
       columns: the name of D's columns: "n" where they are the product's, else "w".
       quantized: whether D has scales.
     """
-    fp8 = base in (ops.FP8_GEMM_BLOCK, ops.FP8_GEMM_ROW)
+    fp8 = base not in ops.BF16_GEMM.values()
+    form = ops.scale_step(base.rule.blocks["kb"][1]) if fp8 else {}
     extra = [*(["o"] if alpha else []), *(["n"] if bias else [])]
     extra += [f"m {'n' if last == 'c' else 'held'}"] if last else []
     operands = [" ".join(one) for one in base.rule.operands]
@@ -161,7 +162,7 @@ def _op(base: Op, alpha: bool, bias: bool, last: str, columns: str, quantized: b
         functools.partial(_reference, base),
         blocks={**base.rule.blocks, **({"wb": ("w", SCALE_BLOCK)} if quantized else {})},
         kernel=LazyKernel(
-            "jax_deepgemm.ops.gemm.kernel", f"{'fp8' if fp8 else 'bf16'}_finished", batched=True
+            "jax_deepgemm.ops.gemm.kernel", f"{'fp8' if fp8 else 'bf16'}_finished", batched=True, **form
         ),
         kernel_prepare=functools.partial(_whole_d, base, padding.fp8_rows if fp8 else padding.bf16_rows),
         aliases={len(operands) + len(extra) - 1: 0} if last else {},
@@ -181,8 +182,9 @@ def fp8_gemm(
     a: Quantized, b: Quantized, rest: list[jax.Array], last: str, finish: Finish, options: Options
 ) -> jax.Array:
     """D of FP8 operands that both have k last; rest: alpha, bias and what `last` names."""
-    base = ops.FP8_GEMM_BLOCK if b.block == BLOCKED else ops.FP8_GEMM_ROW
-    return _run(base, (a.values, a.scales, b.values, b.scales), rest, last, finish, options)
+    return _run(
+        ops.FP8_GEMM[b.block][0], (a.values, a.scales, b.values, b.scales), rest, last, finish, options
+    )
 
 
 def bf16_gemm(

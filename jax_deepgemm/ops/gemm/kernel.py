@@ -13,6 +13,7 @@ from jax_deepgemm.core.family import OpKernel
 from jax_deepgemm.ops.gemm.family import FAMILY
 from jax_deepgemm.ops.gemm.finish import Finish
 from jax_deepgemm.ops.gemm.problem import GemmProblem
+from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 
 _TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "bfloat16": "bf16"}
 
@@ -22,10 +23,23 @@ def type_name(aval: Any) -> str:
     return _TYPES[np.dtype(aval.dtype).name]
 
 
+def scales_of(per_row: bool, step: int) -> str:
+    """The scales of B as problems name them."""
+    return ("vector" if per_row else "block") + ("" if step == SCALE_BLOCK else f"_{step}")
+
+
 def fp8_problem(
-    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: tuple[bool, ...] | None, **_: Any
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    batch: tuple[bool, ...] | None,
+    step: int = SCALE_BLOCK,
+    **_: Any,
 ) -> GemmProblem:
-    """The problem of operands (a, a scales, b, b scales[, c]) as the kernel sees them: padded for TMA."""
+    """The problem of operands (a, a scales, b, b scales[, c]) as the kernel sees them, padded for TMA.
+
+    A scale is for `step` of k.
+    """
     a, _, b, sb = avals_in[:4]
     *batches, m, n = avals_out[0].shape
     per_row = sb.shape[-2] == n and n > 1
@@ -37,7 +51,7 @@ def fp8_problem(
         b=type_name(b),
         out=np.dtype(avals_out[0].dtype).name,
         add_c=len(avals_in) > 4,
-        b_scales="vector" if per_row else "block",
+        b_scales=scales_of(per_row, step),
         batches=batches[0] if batches else 1,
         batched=batch or (),
     )

@@ -38,6 +38,11 @@ def cases() -> Iterator[Case]:
         rows = len(left)
         for config in kinds_of_config(GemmProblem(rows, N, K)):
             yield Case(f"fp8 m={rows} {config}", on_few(fp8_gemm_nt, sms, config=config), (quantised, qb))
+        for config in kinds_of_config(GemmProblem(rows, N, K, b_scales="block_32")):
+            fine = quantize(left, (1, 32)), quantize(b, (32, 32))
+            yield Case(f"fp8 32x32 m={rows} {config}", on_few(fp8_gemm_nt, sms, config=config), fine)
+        fine = quantize(left, (1, 32)), quantize(b, (1, 32))
+        yield Case(f"fp8 B 1x32 m={rows}", on_few(fp8_gemm_nt, sms), fine)
         for config in kinds_of_config(GemmProblem(rows, N, K, "bf16", "bf16", b_scales="none")):
             yield Case(f"bf16 m={rows} {config}", on_few(bf16_gemm_nt, sms, config=config), (left, b))
     yield Case("bf16 ping-pong", on_few(bf16_gemm_nt, config=PING_PONG), (a, b))

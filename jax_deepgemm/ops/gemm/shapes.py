@@ -65,6 +65,11 @@ def weight(kind: str, shape: tuple[int, ...]) -> Any:
     return matrix(True, shape, True, (128, 128)) if kind == "fp8" else jax.ShapeDtypeStruct(shape, kind)
 
 
+def a_block(b_block: str) -> tuple[int, int]:
+    """What shares a scale of A beside such a B."""
+    return (1, BLOCKS[b_block][1])
+
+
 def operand_b(op: str, weights: str, shape: tuple[int, ...], b_block: str) -> Any:
     """The type of B [.., n, k] of a product, as its name says it is stored."""
     form = next(part for part in op.split("_") if part in ("nt", "nn", "tn", "tt"))
@@ -148,7 +153,7 @@ class DenseShape(CallShape):
 
     def calls(self) -> list[Call]:
         fp8, form = self.op.startswith("fp8"), self.op[-2:]
-        a = matrix(fp8, (self.m, self.k), form[0] == "n", (1, 128))
+        a = matrix(fp8, (self.m, self.k), form[0] == "n", a_block(self.b_block))
         b = operand_b(self.op, self.weights, (self.n, self.k), self.b_block)
         c = jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype) if self.accumulate else None
         product = functools.partial(getattr(api, self.op), out_dtype=jax.numpy.dtype(self.out_dtype))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.options import Sharding
-from jax_deepgemm.ops.gemm.checks import BLOCKED, Options, check_options
+from jax_deepgemm.ops.gemm.checks import Options, check_options, with_fine_blocks
 from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.gemm.epilogue import Epilogue, no_epilogue
 from jax_deepgemm.ops.gemm.op import empty_product
@@ -73,7 +73,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         scales [m, ceil(k / 128)] float32; the number meant is stored * scale.
       b: values [g, n, k] float8_e4m3fn or float8_e5m2 (A and B may differ), and scales [g, ceil(n / 128),
         ceil(k / 128)] (block (128, 128)) or [g, n, ceil(k / 128)] (block (1, 128)). Of a bare tuple, the
-        scales' shape tells which. Or an FP4 weight, a `PreparedFp4`, with A in float8_e4m3fn.
+        scales' shape tells which. Scales for 32 of k as in `fp8_gemm_nt`; an FP4 weight is a `PreparedFp4`.
       group_sizes: int32 [g], as in jax.lax.ragged_dot: rows of each group, one group after the other. Their
         sum may be less than m. int64 is converted.
       m_indices: int32 [m], instead: the group of each row, -1 (or any number that is no group) for none. Rows
@@ -296,7 +296,7 @@ def m_grouped_fp8_gemm_nt_masked(
     Args:
       a: values [g, m, k], scales [g, m, ceil(k / 128)]: block (1, 128). Any m.
       b: values [g, n, k], scales [g, ceil(n / 128), ceil(k / 128)] (block (128, 128)) or [g, n, ceil(k /
-        128)] (block (1, 128)); or an FP4 weight, a `PreparedFp4`, with A in float8_e4m3fn.
+        128)] (block (1, 128)); or for 32 of k as in `fp8_gemm_nt`; or an FP4 weight, a `PreparedFp4`.
       masked_m: int32 [g], rows of each group that count; cut at 0 and at m.
       expected_m: rows of a typical group, static; helps to choose the configuration, and changes no number.
       zero_rows: True writes zeros to the other rows, static.
@@ -322,13 +322,13 @@ def m_grouped_fp8_gemm_nt_masked(
     if isinstance(b, PreparedFp4):
         no_epilogue(op, epilogue)
         return products().masked(op, a, b, masked_m, hints, options)
-    left, right, (m, n, k) = checks.check_fp8(op, checks.masked_sides("nt"), a, b)
+    left, right, (m, n, k) = checks.check_fp8(op, with_fine_blocks(checks.masked_sides("nt")), a, b)
     counts = checks.check_masked_m(op, masked_m, right.values.shape[0])
     if 0 in (m, n, k) and epilogue is None:
         return empty_product("gmk,gnk->gmn", left.values, right.values, options)
-    run = ops.M_MASKED_FP8_BLOCK if right.block == BLOCKED else ops.M_MASKED_FP8_ROW
     arrays = (left.values, left.scales, right.values, right.scales, counts)
-    return finished.gemm(op, run, arrays, epilogue, right.values.shape[0], n, options, **hints)
+    base = ops.M_MASKED_FP8[right.block]
+    return finished.gemm(op, base, arrays, epilogue, right.values.shape[0], n, options, **hints)
 
 
 def m_grouped_bf16_gemm_nt_masked(
@@ -552,7 +552,7 @@ def _m_grouped_fp8(
     if layout == "nt" and isinstance(b, PreparedFp4):
         no_epilogue(op, epilogue)
         return products().contiguous(op, a, b, rows, expected_m, options)
-    left, right, (m, n, k) = checks.check_fp8(op, checks.m_grouped_sides(layout), a, b)
+    left, right, (m, n, k) = checks.check_fp8(op, with_fine_blocks(checks.m_grouped_sides(layout)), a, b)
     where = checks.check_rows(op, rows, m, right.values.shape[0])
     hint = checks.check_expected_m(op, expected_m)
     if 0 in (m, n, k) and epilogue is None:
@@ -564,11 +564,10 @@ def _m_grouped_fp8(
             op, "b", right, f"Store b [g, n, k] and use {op.replace('nn', 'nt')} to avoid the pass."
         )
         scales = jnp.swapaxes(scales, -1, -2)
-    run = ops.M_GROUPED_FP8_BLOCK if right.block == BLOCKED else ops.M_GROUPED_FP8_ROW
     arrays = (left.values, left.scales, values, scales, where.group_sizes, where.group_offset)
+    base, groups = ops.M_GROUPED_FP8[right.block], right.values.shape[0]
     own: dict[str, Any] = {"rows_format": where.rows_format, "expected_m": hint}
-    groups = right.values.shape[0]
-    return finished.gemm(op, run, arrays, epilogue, groups, n, options, **own)
+    return finished.gemm(op, base, arrays, epilogue, groups, n, options, **own)
 
 
 def _m_grouped_bf16(

@@ -18,7 +18,7 @@ from typing import Any
 
 from jax_deepgemm.core.bench import BESIDE_PEER, CLOCK, RATES, Fields, Row, Table, every_row, recorded_rows
 from jax_deepgemm.ops.gemm.bench import OTHER_SHAPES
-from jax_deepgemm.ops.grouped import bench_drawn, bench_epilogue, bench_gathered, bench_skew
+from jax_deepgemm.ops.grouped import bench_drawn, bench_epilogue, bench_fine, bench_gathered, bench_skew
 from jax_deepgemm.ops.grouped.bench_rows import UNIT, contiguous, draw_sizes, k_grouped, masked, padded
 
 GROUPED_KEYS = ("type", "groups", "m", "n", "k")
@@ -149,6 +149,7 @@ TABLES = {
         ),
     ),
     "gathered": bench_gathered.TABLE,
+    "fine": bench_fine.TABLE,
     "shapes": replace(OTHER_SHAPES, rows=_other_shapes),
     "epilogue": bench_epilogue.TABLE,
     "k_drawn": bench_drawn.TABLE,

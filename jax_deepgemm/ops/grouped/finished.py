@@ -19,17 +19,18 @@ import jax.numpy as jnp
 from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan, pieces_of_whole
-from jax_deepgemm.ops.gemm.checks import FLOAT32, PER_ROW, Options
+from jax_deepgemm.ops.gemm.checks import BLOCKED, FLOAT32, PER_ROW, Options
 from jax_deepgemm.ops.gemm.epilogue import check_epilogue
 from jax_deepgemm.ops.gemm.finish import Finish
 from jax_deepgemm.ops.gemm.finished import E4M3, QUANTIZED_HINT, finished, stored
+from jax_deepgemm.ops.gemm.op import scale_step
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped import op as ops
 from jax_deepgemm.ops.grouped import prepare, segments
 from jax_deepgemm.ops.grouped.group_rows import GROUP_ROWS, rows_of
 from jax_deepgemm.ops.quantize.array import QuantizedArray
 
-MASKED = (ops.M_MASKED_FP8_BLOCK, ops.M_MASKED_FP8_ROW, *ops.M_MASKED_BF16.values())
+MASKED = (*ops.M_MASKED_FP8.values(), *ops.M_MASKED_BF16.values())
 
 # In plain jnp
 
@@ -119,6 +120,11 @@ def _is_fp8(base: Op) -> bool:
     return "fp8" in base.name
 
 
+def _form(base: Op) -> dict[str, Any]:
+    """What the kernel must know of the product."""
+    return scale_step(base.rule.blocks["kb"][1]) if _is_fp8(base) else {"layout": base.name[-2:]}
+
+
 def _result(base: Op, *shapes: Any, finish: Finish, **params: Any) -> list[Any]:
     [((*lead, n), dtype)] = base.result(*shapes[: len(base.rule.operands)], **params)
     width = finish.width(n)
@@ -195,7 +201,7 @@ def _op(base: Op, alpha: bool, bias: bool, columns: str, quantized: bool) -> Op:
             "jax_deepgemm.ops.grouped.kernel",
             f"{'m_masked' if base in MASKED else 'm_grouped'}_{'fp8' if _is_fp8(base) else 'bf16'}_finished",
             batched=_takes(base, alpha, bias),
-            **({} if _is_fp8(base) else {"layout": base.name[-2:]}),
+            **_form(base),
         ),
         kernel_prepare=functools.partial(_prepare, base),
         **options,
@@ -228,7 +234,7 @@ def _takes_halves(base: Op, n: int) -> bool:
     scales."""
     if _is_fp8(base):
         whole = n % (2 * SCALE_BLOCK) == 0
-        return whole and base in (ops.M_GROUPED_FP8_BLOCK, ops.M_MASKED_FP8_BLOCK)
+        return whole and base in (ops.M_GROUPED_FP8[BLOCKED], ops.M_MASKED_FP8[BLOCKED])
     return n > 0 and base.name.endswith("nt")
 
 

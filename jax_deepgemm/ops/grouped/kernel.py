@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from jax_deepgemm.core.family import OpKernel
-from jax_deepgemm.ops.gemm.kernel import Finished, finished_problem, type_name
+from jax_deepgemm.ops.gemm.kernel import Finished, finished_problem, scales_of, type_name
+from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped.family import FAMILY
 from jax_deepgemm.ops.grouped.problem import INNER, MASKED_INNER, MASKED_ROWS, ROWS, GroupedProblem
 
@@ -31,10 +32,10 @@ def _out(avals_out: Sequence[Any]) -> dict[str, Any]:
     return {"out": np.dtype(avals_out[0].dtype).name}
 
 
-def _fp8(a: Any, b: Any, sb: Any) -> dict[str, Any]:
-    """Scales of 1x128 have a row for each of B's; where both forms have one row they mean the same."""
+def _fp8(a: Any, b: Any, sb: Any, step: int = SCALE_BLOCK) -> dict[str, Any]:
+    """Scales of one row have a row for each of B's; where both forms have one row they mean the same."""
     per_row = sb.shape[-2] == b.shape[-2] and b.shape[-2] > 1
-    return {"a": type_name(a), "b": type_name(b), "b_scales": "vector" if per_row else "block"}
+    return {"a": type_name(a), "b": type_name(b), "b_scales": scales_of(per_row, step)}
 
 
 def _bf16(layout: str) -> dict[str, Any]:
@@ -60,10 +61,12 @@ def _m_grouped_fp8(
     batch: Any,
     rows_format: str = "sizes",
     expected_m: int | None = None,
+    step: int = SCALE_BLOCK,
     **_: Any,
 ) -> GroupedProblem:
     a, _sa, b, sb, sizes, _offset = avals_in
-    return _rows_problem(a, b, avals_out, expected_m, _segments(sizes, rows_format, batch) | _fp8(a, b, sb))
+    described = _segments(sizes, rows_format, batch) | _fp8(a, b, sb, step)
+    return _rows_problem(a, b, avals_out, expected_m, described)
 
 
 def _m_grouped_bf16(
@@ -112,11 +115,12 @@ def _m_masked_fp8(
     batch: Any,
     expected_m: int | None = None,
     zero_rows: bool = False,
+    step: int = SCALE_BLOCK,
     **_: Any,
 ) -> GroupedProblem:
     del batch
     a, _sa, b, sb, _masked = avals_in
-    return _masked_problem(a, b, avals_out, expected_m, zero_rows, _fp8(a, b, sb))
+    return _masked_problem(a, b, avals_out, expected_m, zero_rows, _fp8(a, b, sb, step))
 
 
 def _m_masked_bf16(

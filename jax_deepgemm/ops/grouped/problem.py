@@ -138,6 +138,6 @@ class GroupedProblem:
         parts += ["bias"] if self.biased else []
         parts += [f"{self.by_index} by index"] if self.by_index else []
         parts += ["chained"] if self.chained else []
-        parts += [f"B scales {'128x128' if self.gemm.square_scales else '1x128'}"] if self.gemm.is_fp8 else []
+        parts += [f"B scales {self.gemm.b_block}"] if self.gemm.is_fp8 else []
         parts += self.finish.words
         return " ".join(parts)

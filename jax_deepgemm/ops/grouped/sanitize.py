@@ -75,6 +75,9 @@ def _contiguous(normal: Normal) -> Iterator[Case]:
     for sms in (3, 8):  # four tiles
         yield Case(f"grouped fp8 halves, {sms} SMs", on_few(fp8, sms, config=HALVES), (qa, qw, sizes))
     yield Case("grouped fp8 two parts", on_few(fp8, config=TWO_PARTS), (qa, qw, sizes))
+    for block in ((32, 32), (1, 32)):
+        fine = quantize(a, (1, 32)), quantize(w, block), sizes
+        yield Case(f"grouped fp8 B {block}", on_few(fp8), fine)
     yield Case("grouped bf16 nt", on_few(bf16), (a, w, sizes))
     yield Case("grouped bf16 nt, few rows", on_few(bf16, expected_m=4), (a, w, sizes // 16))
     yield Case("grouped bf16 ping-pong", on_few(bf16, config=PING_PONG), (a, w, sizes))
@@ -100,6 +103,7 @@ def _masked(normal: Normal) -> Iterator[Case]:
 
     for kind, function, a, b in (
         ("fp8", fp8, quantize(deep), quantize(w, (128, 128))),
+        ("fp8 32x32", fp8, quantize(deep, (1, 32)), quantize(w, (32, 32))),
         ("bf16", bf16, deep, w),
     ):
         run, zeroing = on_few(function, zero_rows=False), on_few(function, zero_rows=True)

@@ -25,6 +25,7 @@ from jax_deepgemm.core.shapes import (
 from jax_deepgemm.ops.gemm.shapes import (
     ACTIVATIONS,
     FROZEN_WEIGHTS,
+    a_block,
     check_ends,
     check_fp4,
     instead_of,
@@ -73,7 +74,7 @@ class ContiguousShape(CallShape):
 
     def calls(self) -> list[Call]:
         fp8, op = "fp8" in self.op, getattr(api, self.op)
-        a = matrix(fp8, (self.m, self.k), True, (1, 128))
+        a = matrix(fp8, (self.m, self.k), True, a_block(self.b_block))
         b = operand_b(self.op, self.weights, (self.groups, self.n, self.k), self.b_block)
 
         product = functools.partial(op, expected_m=self.expected_m, out_dtype=self.out_dtype)
@@ -105,7 +106,7 @@ class MaskedShape(CallShape):
 
     def calls(self) -> list[Call]:
         fp8, op = "fp8" in self.op, getattr(api, self.op)
-        a = matrix(fp8, (self.groups, self.m, self.k), True, (1, 128))
+        a = matrix(fp8, (self.groups, self.m, self.k), True, a_block(self.b_block))
         b = operand_b(self.op, self.weights, (self.groups, self.n, self.k), self.b_block)
         counts = np.full(self.groups, min(self.m, self.expected_m or self.m), np.int32)
 

@@ -16,6 +16,8 @@ enum class Scale {
   kBlock,   // one factor for each 128 rows (columns) and 128 of k, stored [rows/128, k/128]
   // The same of columns, stored [k/128, columns/128], beside rows that are kSlices.
   kBlockSlices,
+  kVector32,  // one factor for each row (column) and 32 of k, stored [rows, k/32]
+  kBlock32,   // one factor for each 32 rows (columns) and 32 of k, stored [rows/32, k/32]
 };
 
 // clang-format off

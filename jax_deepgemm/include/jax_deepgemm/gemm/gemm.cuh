@@ -8,7 +8,8 @@
 //   gather.cuh                 rows that an index names (grouped products only)
 //   producer.cuh               global memory to slots
 //   consumer.cuh               slots to products: what all main loops have in common
-//   bf16_loop.cuh, fp8_loop.cuh, fp8_slices_loop.cuh     the main loops; mainloop.cuh chooses
+//   bf16_loop.cuh, fp8_loop.cuh, fp8_slices_loop.cuh, fp8_fine_loop.cuh     the main
+//                              loops; mainloop.cuh chooses
 //   epilogue.cuh               accumulators to D; finish.cuh, what may become of them before
 //   persistent.cuh             which warps do what, and when
 // clang-format on

@@ -98,7 +98,7 @@ __device__ __forceinline__ void load_scale_box(u32 slot, const TensorMap& map, u
   if constexpr (Layout<C>::kByBlock)
     ptx::tma_load(slot, map, bar, first, kb, batch);
   else
-    ptx::tma_load(slot, map, bar, kb, first, batch);
+    ptx::tma_load(slot, map, bar, kb * Layout<C>::kScalesOfBlock, first, batch);
 }
 
 // A tile's columns, or their scales, of a map [batch, gate or up, feature, k]: both halves in one box.
@@ -115,7 +115,7 @@ __device__ __forceinline__ void load_gated(u32 slot, const TensorMap& map, u32 b
 template <class C>
 __device__ __forceinline__ int first_col_scale(const Tile& tile) {
   if constexpr (Layout<C>::kDown) return tile.col / 128 / 4 * 4;
-  return Layout<C>::kColVector ? tile.col : tile.col / 128;
+  return Layout<C>::kColVector ? tile.col : tile.col / Layout<C>::kScaledRows;
 }
 
 // The scales of one step of blocks of k, of both operands.
@@ -125,7 +125,8 @@ __device__ __forceinline__ void load_scales(const Ring<C>& ring, const Operands&
   using L = Layout<C>;
   if constexpr (!C::ROWS_BY_INDEX)
     load_scale_box<C>(L::kRowVector ? ring.row_scales() : ring.block_scales(), *in.row_scales, ring.full(),
-                      L::kRowVector ? tile.row : tile.row / 128, kb, tile.batch * in.batched_row_scales);
+                      L::kRowVector ? tile.row : tile.row / L::kScaledRows, kb,
+                      tile.batch * in.batched_row_scales);
   if constexpr (C::GATED)
     load_gated<false>(ring.block_scales(), *in.col_scales, ring.full(), kb, tile.col / 2 / 128,
                       tile.col_batch * in.batched_col_scales);
@@ -256,7 +257,7 @@ __device__ __forceinline__ void load_blocks(Ring<C>& ring, const Operands& in, c
     }
   } else {
 #pragma unroll(kByIndex<C> ? 1 : 4)
-    for (int kb = tile.k_begin; kb < tile.k_end; ++kb) load_block<C, Layout<C>::kSliced>(ring, in, tile, kb);
+    for (int kb = tile.k_begin; kb < tile.k_end; ++kb) load_block<C, Layout<C>::kFp8>(ring, in, tile, kb);
   }
 }
 

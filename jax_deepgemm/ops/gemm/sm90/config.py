@@ -163,24 +163,25 @@ def passes(p: GemmProblem, c: Sm90Config) -> int:
 
     An FP8 accumulator needs a product beside it; in two passes a 128x256 tile has registers for both.
     """
-    return 2 if p.is_fp8 and c.cols // c.across == 256 else 1
+    return 2 if p.is_fp8 and not p.fine and c.cols // c.across == 256 else 1
 
 
 def shared_memory(p: GemmProblem, c: Sm90Config) -> SharedMemory:
     rows_k_major, cols_k_major = (p.b_k_major, p.a_k_major) if c.swap_ab else (p.a_k_major, p.b_k_major)
-    vectors = (p.is_fp8, p.b_scales in ("vector", "slices"))
+    vectors = (p.is_fp8, p.b_scales in ("vector", "slices", "vector_32"))
     row_vector, col_vector = reversed(vectors) if c.swap_ab else vectors
-    step = 1 if p.b_scales == "slices" else _QUAD
-    height = c.rows if rows_k_major else align_up(c.rows, 64)
-    width = c.cols if cols_k_major else align_up(c.cols, 64)
-    scale_slot = (c.rows if row_vector else 0) * 4 * step
-    scale_slot += align_up(c.cols * 4 * step, 128) if col_vector else 0
-    if p.square_scales:
-        scale_slot += align_up(scale_blocks(p, c) * 4 * step, 128)
+    step = 1 if p.b_scales == "slices" or p.fine else _QUAD
+    width = 4 * (1 if p.b_scales == "slices" else _QUAD)  # bytes of a row's scales
+    rows = c.rows if rows_k_major else align_up(c.rows, 64)
+    cols = c.cols if cols_k_major else align_up(c.cols, 64)
+    scale_slot = (c.rows if row_vector else 0) * width
+    scale_slot += align_up(c.cols * width, 128) if col_vector else 0
+    if p.square_scales or p.b_scales == "block_32":
+        scale_slot += align_up(scale_blocks(p, c) * width, 128)
     staging = 4 * c.warpgroups * c.slabs * SLAB_ROWS * SLAB_ROW_BYTES
     if c.split_k > 1:  # what the ranks of a cluster send each other, and its barrier
         staging = align_up(_partial_bytes(c) + 16, 128)
-    slot, turn = (height + width) * _SLOT_ROW_BYTES, 32 if c.ping_pong else 0
+    slot, turn = (rows + cols) * _SLOT_ROW_BYTES, 32 if c.ping_pong else 0
     return SharedMemory(slot, scale_slot, staging, c.stages, step, p.table_bytes, turn)
 
 
@@ -191,7 +192,9 @@ def _partial_bytes(c: Sm90Config) -> int:
 
 def scale_blocks(p: GemmProblem, c: Sm90Config) -> int:
     """How many scales of 128 rows of B a tile loads: of as many blocks as it can touch, as tiles start at
-    multiples of their width; stored side by side, of whole 16 bytes."""
+    multiples of their width; stored side by side, of whole 16 bytes. Of 32 rows: those of whole blocks."""
+    if p.fine:
+        return c.block_n // 32
     if p.slices:
         return _QUAD
     return ceil_div(128 - math.gcd(c.block_n, 128) + c.block_n, 128)
@@ -245,6 +248,10 @@ def problems_with(p: GemmProblem, c: Sm90Config) -> list[str]:
             p.b_scales != "block_slices" or cols in (128, 256),
             f"the other side is {cols}, must be 128 or 256 where scales of 128x128 lie side by side",
         ),
+        (
+            p.b_scales != "block_32" or c.block_n % 32 == 0,
+            f"block_n is {c.block_n}, must be a multiple of 32 where scales of B are of 32x32",
+        ),
         (c.split_k <= ceil_div(p.k_blocks, _QUAD), f"split_k is {c.split_k}, more than the quads of k"),
         (c.slabs in _slab_choices(p, c), f"slabs is {c.slabs}, must be one of {_slab_choices(p, c)}"),
         (
@@ -281,6 +288,8 @@ def _widest(p: GemmProblem, c: Sm90Config) -> int:
     """Widest tile that is allowed; all candidates fit in registers, others may spill."""
     if c.one_tile:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
+    if p.fine:
+        return 256 if c.across == 2 else 128
     if not p.is_fp8:
         if c.ping_pong:
             return 128 if p.add_c and not p.reduces else 160 if p.finish.changes and c.cols < 192 else 192

@@ -68,8 +68,8 @@ def scale_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands) -> list[TensorMap
     parts = zip(sides(p), (x.a_scales, x.b_scales), (c.block_m, c.block_n), p.batch_axes, strict=False)
     for side, scales, tile, axis in parts:
         if scales is not None:
-            blocks = 4 if p.b_scales != "slices" else 1  # of k
-            extent = scale_blocks(p, c) if side.scales in ("block", "block_slices") else tile
+            blocks = 4 if p.b_scales != "slices" else 1  # along k
+            extent = scale_blocks(p, c) if side.scales in ("block", "block_slices", "block_32") else tile
             box = (extent, blocks) if p.slices else (blocks, extent)
             maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, box, 0, axis))
     return maps

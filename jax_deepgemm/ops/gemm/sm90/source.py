@@ -63,8 +63,11 @@ _SCALES = {
     "slices": "kSlices",
     "block": "kBlock",
     "block_slices": "kBlockSlices",
+    "vector_32": "kVector32",
+    "block_32": "kBlock32",
     "none": "kNone",
 }
+_SCALES_NAMED = {"vector": "sb1", "block_slices": "sb128", "vector_32": "sb1x32", "block_32": "sb32x32"}
 
 
 def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
@@ -77,7 +80,7 @@ def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
     parts += [f"k{c.split_k}"] if c.one_tile else []
     parts += ["pp"] if c.ping_pong else []
     parts += [f"x{c.blocks_per_sm}"] if c.blocks_per_sm > 1 else []
-    parts += ["sb1"] if p.b_scales == "vector" else ["sb128"] if p.b_scales == "block_slices" else []
+    parts += [_SCALES_NAMED[p.b_scales]] if p.b_scales in _SCALES_NAMED else []
     parts += ["f32"] if p.out == "float32" else []
     parts += ["once"] if p.b_once else []
     parts += ["runs"] if p.runs > 1 else []
@@ -110,7 +113,8 @@ class Side:
 
 def sides(p: GemmProblem) -> tuple[Side, Side]:
     """A and B."""
-    a_scales = {"none": "none"}.get(p.b_scales, "slices" if p.slices else "vector")
+    of_a = "slices" if p.slices else "vector_32" if p.fine else "vector"
+    a_scales = "none" if p.b_scales == "none" else of_a
     return Side("a", p.a, p.a_k_major, a_scales), Side("b", p.b, p.b_k_major, p.b_scales)
 
 

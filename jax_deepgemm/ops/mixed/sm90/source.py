@@ -66,6 +66,7 @@ struct Config {{
   static constexpr bool PING_PONG = false, ROWS_ONCE = false, COLS_ONCE = false, ONCE = false;
   static constexpr bool ADD = false, REDUCE = false, TMA_STORE = true, EVEN_N = true;
   static constexpr bool BATCH_INSIDE = false, BATCHES_TOGETHER = false;
+  static constexpr bool ROWS_BY_INDEX = false, COLS_BY_INDEX = false;
   static constexpr bool DENSE = {dense}, SEGMENTED = {segmented}, ZERO_ROWS = {zero_rows}, CHAINED = false;
   static constexpr jdg::Grouping GROUPING = jdg::Grouping::{grouping};
 }};
