@@ -39,7 +39,7 @@ def run(folder: Path, *included: Path) -> subprocess.CompletedProcess[str]:
     if compiler is None:
         pytest.skip("no C++ compiler")
     target = folder / "gather"
-    folders = (*included, *(NATIVE / name for name in ("gather", "tiles", "warps")), DEVICE_CODE)
+    folders = (*included, *(NATIVE / name for name in ("tiles", "warps")), DEVICE_CODE)
     include = [f"-I{path}" for path in folders]
     flags = ["-std=c++20", "-O1", "-pthread", "-Wno-attributes"]
     subprocess.run([compiler, *flags, *include, NATIVE / "gather.cc", "-o", target], check=True)

@@ -1,10 +1,10 @@
-// ptx/memory.cuh and ptx/copy.cuh for CPU threads that copy what an index names: copies are made when
-// their arrival comes, and reads beside the operand or the index end the program.
+// ptx/copy.cuh for CPU threads: copies are made when their arrival comes, and reads beside what is readable
+// end the program.
 #pragma once
 
 #include <cstdio>
 #include <cstdlib>
-#include_next <jax_deepgemm/ptx/memory.cuh>
+#include <jax_deepgemm/ptx/memory.cuh>
 #include <vector>
 
 namespace jdg::ptx {
@@ -49,9 +49,6 @@ inline void copy_async_arrive(u32 bar) {
   copies.clear();
   mbarrier_arrive(bar);
 }
-
-inline void forget(int&) {}
-inline bool elect() { return threadIdx.x % 32 == 0; }
 
 }  // namespace jdg::ptx
 

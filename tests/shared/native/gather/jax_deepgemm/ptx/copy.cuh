@@ -1,2 +1,0 @@
-// See memory.cuh.
-#pragma once
