@@ -103,7 +103,7 @@ struct FineLoop : BegunLoop<C, kTogether<C>> {
       }
       ptx::wgmma_wait<0>();
       ptx::pin(temp);
-      if (final && threadIdx.x % 32 == 0) ring.release(empty);
+      if (final) ring.release(empty);
       if constexpr (L::kColVector)
         promote_columns(acc[part], upper, L::kRowVector ? lower : upper, at.cols + first * 4);
       else

@@ -125,6 +125,17 @@ struct Ring : Pipeline<C::STAGES, Layout<C>::kPipeline> {
     Base::wait_full(ahead);
     if constexpr (kByIndex<C>) ptx::fence_proxy_async();
   }
+  // A warp's arrival, by one of its lanes. Scales that cp.async has written are handed back by each lane that
+  // has read some, which is what compute-sanitizer can follow.
+  static constexpr int kReleases = C::ROWS_BY_INDEX && L::kFp8 ? 32 : 1;
+  __device__ __forceinline__ static void release(u32 empty) {
+    if (kReleases == 32 || threadIdx.x % 32 == 0) Base::release(empty);
+  }
+  __device__ __forceinline__ void pass(int ahead = 0) const {
+    Base::wait_full(ahead);
+    __syncwarp();  // as Pipeline::pass says
+    release(Base::empty(ahead));
+  }
   __device__ __forceinline__ void advance_scales() {
     if (++scale_slot == C::SCALE_SLOTS) scale_slot = 0;
   }
@@ -143,7 +154,7 @@ template <class C>
 __device__ __forceinline__ void init_barriers(u32 smem) {
   const Ring<C> ring(smem);
   if (threadIdx.x == 0) {
-    ring.init(4 * kSharers<C>, kByIndex<C> ? 1 + kGatherers : 1);
+    ring.init(4 * kSharers<C> * Ring<C>::kReleases, kByIndex<C> ? 1 + kGatherers : 1);
     if (C::PING_PONG) Turns<Layout<C>::kTurns>::init(smem);
     ptx::fence_mbarrier_init();
   }
