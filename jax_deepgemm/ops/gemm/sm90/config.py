@@ -289,7 +289,8 @@ def _widest(p: GemmProblem, c: Sm90Config) -> int:
     if c.one_tile:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
     if p.fine:
-        return 256 if c.across == 2 else 128
+        changed = 0 if c.rows > 128 else 64  # beside the next tile's first products
+        return c.across * (changed if p.finish.changes else 128)
     if not p.is_fp8:
         if c.ping_pong:
             return 128 if p.add_c and not p.reduces else 160 if p.finish.changes and c.cols < 192 else 192
