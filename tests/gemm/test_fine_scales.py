@@ -56,6 +56,16 @@ def test_dense(shape, block):
     close(run(a, b, epilogue=jdg.Epilogue(2.0, jnp.ones(shape[1]))), 2 * want + 1)
 
 
+def test_no_kernel_writes_fp8_with_them():
+    a, b = drawn(8, 256, 128, SQUARE)
+    epilogue = jdg.Epilogue(0.5, out_scales=(1, 128))
+    [(found, _)] = problems(functools.partial(jdg.fp8_gemm_nt, epilogue=epilogue), a, b)[:1]
+    assert not found.finish.quantized
+    got = jdg.fp8_gemm_nt(a, b, epilogue=epilogue)
+    want = jdg.quantize(jdg.fp8_gemm_nt(a, b, out_dtype=F32, epilogue=jdg.Epilogue(0.5)))
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), got, want))
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_groups(block):
     a, b = drawn(64, 40, 200, block, 3)

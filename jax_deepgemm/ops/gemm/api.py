@@ -414,7 +414,8 @@ def _fp8_gemm(layout: str, a: Any, b: Any, c: Any, epilogue: Any, *options: Any)
         return _fp4_gemm(op, a, b, c, epilogue, checked)
     left, right, (m, n, k) = checks.check_fp8(op, layout, a, b)
     addend = checks.check_c(op, c, m, n, checked.out_dtype)
-    more = None if epilogue is None else check_epilogue(op, epilogue, n, addend)
+    fine = right.block[1] != checks.PER_ROW[1]
+    more = None if epilogue is None else check_epilogue(op, epilogue, n, addend, fine=fine)
     side_a, side_b = checks.sides(layout)
     if 0 in (m, n, k):
         a, b = (x.values.T if side.k_first else x.values for x, side in ((left, side_a), (right, side_b)))

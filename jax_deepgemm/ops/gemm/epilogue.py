@@ -96,11 +96,12 @@ class Checked:
 
 
 def check_epilogue(
-    op: str, epilogue: Any, n: int, c: Any, groups: int = 0, *, apart: bool = False
+    op: str, epilogue: Any, n: int, c: Any, groups: int = 0, *, apart: bool = False, fine: bool = False
 ) -> Checked:
     """The epilogue of a product of n columns, or of one for each of some groups.
 
-    apart: whether kernels take gate and up in halves.
+    apart: whether kernels take gate and up in halves. fine: whether scales are for 32 of k, with which no
+    kernel writes FP8.
     """
     if not isinstance(epilogue, Epilogue):
         raise TypeError(
@@ -123,7 +124,7 @@ def check_epilogue(
     in_halves = activation is not None and gated and not activation.interleaved
     halves = activation if in_halves and not apart else None
     quantized = _out_scales(op, epilogue.out_scales, c)
-    fits = (
+    fits = not fine and (
         halves is None and (n // 2 if gated else n) % 16 == 0 and (in_halves or not (gated and "fp8" in op))
     )
     finish = Finish(

@@ -251,5 +251,6 @@ def gemm(
     """D of a product of n columns, or what an epilogue makes of it."""
     if epilogue is None:
         return base(*operands, **own, **vars(options))[0]
-    checked = check_epilogue(op, epilogue, n, None, groups, apart=_takes_halves(base, n))
+    fine = base.rule.blocks.get("kb", ("k", SCALE_BLOCK))[1] != SCALE_BLOCK
+    checked = check_epilogue(op, epilogue, n, None, groups, apart=_takes_halves(base, n), fine=fine)
     return checked.run(functools.partial(_run, base, operands, own), None, options)
