@@ -43,6 +43,12 @@ if TYPE_CHECKING:
         m_grouped_fp8_gemm_nt_contiguous,
         m_grouped_fp8_gemm_nt_masked,
     )
+    from jax_deepgemm.ops.grouped.gathered import (
+        k_grouped_bf16_gemm_tn_gathered,
+        m_grouped_bf16_gemm_nn_gathered,
+        m_grouped_bf16_gemm_nt_gathered,
+        m_grouped_fp8_gemm_nt_gathered,
+    )
     from jax_deepgemm.ops.grouped.linear import grouped_linear
     from jax_deepgemm.ops.hc_prenorm import hc_prenorm_gemm
     from jax_deepgemm.ops.quantize import (
@@ -93,13 +99,17 @@ _HOME = {
     "quantize": "ops.quantize",
     "dequantize": "ops.quantize",
     "k_grouped_bf16_gemm_tn_contiguous": "ops.grouped.api",
+    "k_grouped_bf16_gemm_tn_gathered": "ops.grouped.gathered",
     "k_grouped_fp8_gemm_nt_contiguous": "ops.grouped.api",
     "k_grouped_fp8_gemm_tn_contiguous": "ops.grouped.api",
     "m_grouped_bf16_gemm_nn_contiguous": "ops.grouped.api",
+    "m_grouped_bf16_gemm_nn_gathered": "ops.grouped.gathered",
     "m_grouped_bf16_gemm_nt_contiguous": "ops.grouped.api",
+    "m_grouped_bf16_gemm_nt_gathered": "ops.grouped.gathered",
     "m_grouped_bf16_gemm_nt_masked": "ops.grouped.api",
     "m_grouped_fp8_gemm_nn_contiguous": "ops.grouped.api",
     "m_grouped_fp8_gemm_nt_contiguous": "ops.grouped.api",
+    "m_grouped_fp8_gemm_nt_gathered": "ops.grouped.gathered",
     "m_grouped_fp8_gemm_nt_masked": "ops.grouped.api",
     "grouped_linear": "ops.grouped.linear",
     "hc_prenorm_gemm": "ops.hc_prenorm",
@@ -146,13 +156,17 @@ __all__ = [
     "grouped_linear",
     "hc_prenorm_gemm",
     "k_grouped_bf16_gemm_tn_contiguous",
+    "k_grouped_bf16_gemm_tn_gathered",
     "k_grouped_fp8_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_tn_contiguous",
     "m_grouped_bf16_gemm_nn_contiguous",
+    "m_grouped_bf16_gemm_nn_gathered",
     "m_grouped_bf16_gemm_nt_contiguous",
+    "m_grouped_bf16_gemm_nt_gathered",
     "m_grouped_bf16_gemm_nt_masked",
     "m_grouped_fp8_gemm_nn_contiguous",
     "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_gathered",
     "m_grouped_fp8_gemm_nt_masked",
     "precompile",
     "prepare_fp4",

@@ -19,7 +19,7 @@ MOST_GROUPS = 1 << 20
 DTYPES = ("bfloat16", "float32")
 WEIGHTS = (*DTYPES, "fp8")
 RECIPES = ("fp8", "bf16")
-BLOCKS = {"128x128": (128, 128), "1x128": (1, 128)}
+BLOCKS = {"128x128": (128, 128), "1x128": (1, 128), "32x32": (32, 32), "1x32": (1, 32)}
 _FLAGS = {"0": False, "1": True, "false": False, "true": True}
 _SHOWN = 80  # characters of something wrong
 

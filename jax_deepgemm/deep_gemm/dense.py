@@ -73,7 +73,8 @@ def fp8_fp4_gemm_nt(
         call; a `PreparedFp4` (`jax_deepgemm.prepare_fp4`) is in it already.
       d: None: the value is returned.
       c: [m, n], bfloat16 or float32, added; the result has its type unless out_dtype says another.
-      recipe: (rows of a, rows of b, elements of k) that share a scale; None: the shapes tell.
+      recipe: (rows of a, rows of b, elements of k) that share a scale, (1, 128, 128), (1, 1, 128), (1, 32,
+        32) or (1, 1, 32); None: the shapes tell.
       recipe_a, recipe_b: the same for each operand: (rows, elements of k).
       compiled_dims: letters of "mnk"; changes nothing.
       disable_ue8m0_cast: changes nothing: scales are never rounded here.

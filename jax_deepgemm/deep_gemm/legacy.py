@@ -1,8 +1,5 @@
-"""DeepGEMM's older grouped products, of which some take rows by an index.
-
-There a kernel gathers the rows while it loads them. Here `jax_deepgemm.ops.rows` copies them into a row of
-their own first: a pass over those rows, which reads and writes each of them once more.
-"""
+"""DeepGEMM's older grouped products, of which some take rows by an index: the kernel reads them from where
+they are, as there (`jax_deepgemm.m_grouped_bf16_gemm_nt_gathered` and its like)."""
 
 from __future__ import annotations
 
@@ -19,9 +16,8 @@ from jax_deepgemm.deep_gemm.grouped import (
     m_grouped_bf16_gemm_nt_contiguous,
 )
 from jax_deepgemm.ops.gemm.checks import describe
-from jax_deepgemm.ops.grouped import api as grouped
+from jax_deepgemm.ops.grouped import gathered
 from jax_deepgemm.ops.grouped.layouts import Ranges
-from jax_deepgemm.ops.rows.api import move_rows
 
 __all__ = [
     "a_fused_k_grouped_bf16_gemm_tn_contiguous_tl",
@@ -93,8 +89,6 @@ def a_fused_m_grouped_bf16_gemm_nt_contiguous_tl(
 ) -> jax.Array:
     """D[i] = A[row of i] @ B[g].T for the rows i of each group g: A's rows are taken by an index.
 
-    The rows are gathered in a pass of its own, and multiplied then.
-
     >>> x, w = jnp.array([[1.0] * 16, [2.0] * 16], jnp.bfloat16), jnp.ones((2, 8, 16), jnp.bfloat16)
     >>> mappings = jnp.array([0, 0, 1, 1]), jnp.array([1, 0, 1, -1])
     >>> a_fused_m_grouped_bf16_gemm_nt_contiguous_tl(x, w, mappings=mappings)[:, 0].tolist()
@@ -124,8 +118,6 @@ def a_fused_m_grouped_bf16_gemm_nn_contiguous_tl(
     a: ArrayLike, b: ArrayLike, d: None = None, mappings: Index | None = None, **options: Any
 ) -> jax.Array:
     """D[i] = A[row of i] @ B[g] for the rows i of each group g: A's rows are taken by an index.
-
-    The rows are gathered in a pass of its own, and multiplied then.
 
     >>> x, w = jnp.ones((2, 16), jnp.bfloat16), jnp.ones((2, 16, 8), jnp.bfloat16)
     >>> mappings = jnp.array([0, 0, 1, 1]), jnp.array([1, 0, 1, -1])
@@ -158,8 +150,6 @@ def a_fused_k_grouped_bf16_gemm_tn_contiguous_tl(
     **options: Any,
 ) -> jax.Array:
     """D[g] = C[g] + sum of the outer products of A[row of i] and B[i] over i in the range of group g.
-
-    The rows of A are gathered in a pass of its own, and multiplied then.
 
     >>> x, dy = jnp.ones((2, 4), jnp.bfloat16), jnp.ones((5, 8), jnp.bfloat16)
     >>> mappings = jnp.array([0, 1, -1, 1, 1]), jnp.array([0, 3]), jnp.array([3, 5])
@@ -200,8 +190,6 @@ def b_fused_k_grouped_bf16_gemm_tn_contiguous_tl(
 ) -> jax.Array:
     """D[g] = C[g] + sum of the outer products of A[i] and B[row of i] over i in the range of group g.
 
-    The rows of B are gathered in a pass of its own, and multiplied then.
-
     >>> dy, x = jnp.ones((5, 4), jnp.bfloat16), jnp.ones((2, 8), jnp.bfloat16)
     >>> mappings = jnp.array([0, 1, -1, 1, 1]), jnp.array([0, 3]), jnp.array([3, 5])
     >>> b_fused_k_grouped_bf16_gemm_tn_contiguous_tl(dy, x, mappings=mappings)[:, 0, 0].tolist()
@@ -232,9 +220,8 @@ def _a_fused(layout: str, a: Any, b: Any, d: Any, mappings: Any, options: dict[s
     op = f"a_fused_m_grouped_bf16_gemm_{layout}_contiguous_tl"
     check_not_written(op, d)
     m_indices, rows = _taken(op, mappings, "(m_indices, m_row_indices)", 2)
-    gathered = _gathered(op, "a", a, rows)
-    product = getattr(grouped, f"m_grouped_bf16_gemm_{layout}_contiguous")
-    result: jax.Array = run(product, gathered, b, m_indices=m_indices, **options)
+    product = getattr(gathered, f"m_grouped_bf16_gemm_{layout}_gathered")
+    result: jax.Array = run(product, a, b, rows, m_indices=m_indices, **options)
     return result
 
 
@@ -248,11 +235,9 @@ def _k_fused(
             f"{op}: acc is {acc} and c is {describe(unwrapped(c))}, need acc=True with c, or neither."
         )
     rows, starts, ends = _taken(op, mappings, "(k_indices, k_start, k_end)", 3)
-    pair = {"a": a, "b": b}
-    pair[side] = _gathered(op, side, pair[side], rows)
-    groups = Ranges(starts, ends)
-    product = grouped.k_grouped_bf16_gemm_tn_contiguous
-    result: jax.Array = run(product, pair["a"], pair["b"], groups, c, **result_dtype(options, c))
+    product, groups = gathered.k_grouped_bf16_gemm_tn_gathered, Ranges(starts, ends)
+    named = {f"{side}_rows": rows}
+    result: jax.Array = run(product, a, b, groups, c, **named, **result_dtype(options, c))
     return result
 
 
@@ -261,13 +246,3 @@ def _taken(op: str, mappings: Any, need: str, count: int) -> list[jax.Array]:
     if not isinstance(mappings, (tuple, list)) or len(mappings) != count:
         raise ValueError(f"{op}: mappings are {describe(mappings)}, need {need}.")
     return [jnp.asarray(unwrapped(one)).astype(jnp.int32) for one in mappings]
-
-
-def _gathered(op: str, name: str, given: Any, rows: jax.Array) -> jax.Array:
-    x = jnp.asarray(unwrapped(given))
-    if x.ndim != 2 or rows.ndim != 1:
-        raise ValueError(
-            f"{op}: {name} is {describe(x)} and its row indices are {describe(rows)}, need a matrix and a "
-            "vector of integers."
-        )
-    return move_rows(x, rows)

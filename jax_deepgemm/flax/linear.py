@@ -18,7 +18,8 @@ from jax_deepgemm.ops.gemm.api import bf16_gemm_nt
 from jax_deepgemm.ops.gemm.checks import check_weight_gradient
 from jax_deepgemm.ops.gemm.linear import fp8_linear
 from jax_deepgemm.ops.gemm.tokens import Tokens
-from jax_deepgemm.ops.quantize import QuantizedArray
+from jax_deepgemm.ops.grouped.linear import in_bf16
+from jax_deepgemm.ops.quantize import PreparedFp4, QuantizedArray
 from jax_deepgemm.ops.quantize.activation import SILU, Activation, as_activation
 from jax_deepgemm.ops.swiglu import swiglu
 
@@ -52,7 +53,8 @@ class Linear(nnx.Module):
       kernel_init: initialiser of the weight, called with (key, (in_features, out_features), param_dtype) as
         `nnx.Linear` does, so that its fan-in is in_features; the result is stored transposed.
       bias_init: initialiser of the bias, called with (key, (out_features,), param_dtype).
-      recipe: "fp8" (`fp8_linear`) or "bf16" (`bf16_gemm_nt`); a quantised weight is used in FP8 either way.
+      recipe: "fp8" (`fp8_linear`) or "bf16" (`bf16_gemm_nt`); a weight in FP8 is used in FP8 either way, one
+        in NVFP4 with x in bfloat16.
       weight_gradient: with "fp8", "1x128" or the faster "128x128": see `fp8_linear`.
       sharding: PartitionSpec of the weight [out, in]; the bias is cut as its first dimension. Under
         `jax.set_mesh` each device makes its part only (`kernel_init` is traced for that). It is kept as
@@ -157,10 +159,13 @@ class Linear(nnx.Module):
         Raises:
           ValueError: the weight is quantised.
         """
-        if isinstance(self.weight.get_value(), QuantizedArray):
+        if isinstance(self.weight.get_value(), QuantizedArray | PreparedFp4):
+            fp4 = isinstance(self.weight.get_value(), PreparedFp4)
+            numbers = "quantization.dequantize_fp4" if fp4 else "dequantize"
+            value = f"layer.weight.get_value(){f'.fp4({self.in_features})' if fp4 else ''}"
             raise ValueError(
                 "Linear.to_nnx: the weight is quantised, need a master weight. Make one first: "
-                "layer.weight = nnx.Param(jax_deepgemm.dequantize(layer.weight.get_value(), jnp.float32))."
+                f"layer.weight = nnx.Param(jax_deepgemm.{numbers}({value}, jnp.float32))."
             )
         linear = nnx.eval_shape(
             lambda: nnx.Linear(
@@ -259,7 +264,8 @@ def linear(
     recipe: str, x: jax.Array, w: Any, out_sharding: Any = None, weight_gradient: str = "1x128"
 ) -> jax.Array:
     """x [.., k] @ w.T in the dtype of x, for w [n, k], a master weight, prepared or quantised."""
-    if recipe == "fp8" or isinstance(w, QuantizedArray):
+    nvfp4 = isinstance(w, PreparedFp4) and w.is_nvfp4
+    if (recipe == "fp8" and not nvfp4) or isinstance(w, QuantizedArray):
         options: dict[str, Any] = {"out_sharding": out_sharding, "weight_gradient": weight_gradient}
         return fp8_linear(x, w, out_dtype=x.dtype, **options)
     spec = out_sharding.spec if isinstance(out_sharding, NamedSharding) else out_sharding
@@ -270,7 +276,7 @@ def linear(
     if spec is not None:
         features = entries(spec, x.ndim)[-1]
         flat_spec = tokens.flat_spec(tuple(axis for axis in features if axis not in tokens.axes))
-    y = bf16_gemm_nt(as_bf16(tokens.flatten(x)), as_bf16(w), out_dtype=x.dtype, out_sharding=flat_spec)
+    y = bf16_gemm_nt(as_bf16(tokens.flatten(x)), in_bf16(w), out_dtype=x.dtype, out_sharding=flat_spec)
     y = tokens.unflatten(y)
     if spec is not None and jax.typeof(y).sharding.mesh.explicit_axes:
         y = jax.sharding.reshard(y, out_sharding)

@@ -21,7 +21,7 @@ from jax_deepgemm.flax.variables import as_input, check_dtype, check_recipe
 from jax_deepgemm.flax.weights import GateUp, Initializer, draw, lecun_normal
 from jax_deepgemm.moe import ExpertForm, expert_parallel_moe, moe_layer, moe_mlp, moe_mlp_decode, route
 from jax_deepgemm.ops.gemm.tokens import Tokens
-from jax_deepgemm.ops.quantize import QuantizedArray
+from jax_deepgemm.ops.quantize import PreparedFp4, QuantizedArray
 
 _PLAIN = ExpertForm()
 
@@ -92,7 +92,8 @@ class MoE(nnx.Module):
       form: how the experts are built, `jax_deepgemm.moe.ExpertForm`: activation (of the shared expert too),
         layout of w13 and w2, where routing weights multiply, format of the scales, scales of weight gradients
         (of the shared expert too).
-      recipe: "fp8" or "bf16", of all products but the router's; quantised weights are used in FP8 either way.
+      recipe: "fp8" or "bf16", of all products but the router's; weights in FP8 are used in FP8 either way,
+        those in NVFP4 with tokens in bfloat16.
       score, num_groups, top_groups, scale: as in `jax_deepgemm.moe.route`.
       renormalize: as in `route`. None: where top_k > 1; a single weight divided by itself would leave the
         router without a gradient.
@@ -305,7 +306,10 @@ class MoE(nnx.Module):
         return y, jnp.zeros((), jnp.int32)
 
     def _recipe(self) -> str:
-        return "fp8" if isinstance(self.w13.get_value(), QuantizedArray) else self.recipe
+        w13 = self.w13.get_value()
+        if isinstance(w13, PreparedFp4) and w13.is_nvfp4:
+            return "bf16"
+        return "fp8" if isinstance(w13, QuantizedArray) else self.recipe
 
     def _route(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = _logits(tokens, self.gate.get_value())

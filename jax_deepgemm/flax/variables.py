@@ -1,4 +1,4 @@
-"""Frozen FP8 weights as Flax variables, and shardings of variables."""
+"""Frozen FP8 and FP4 weights as Flax variables, and shardings of variables."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
-from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, QuantizedArray, prepare_fp4, quantize
+from jax_deepgemm.ops.quantize.array import as_dtype
 
+FROZEN = QuantizedArray | PreparedFp4
 RECIPES = ("fp8", "bf16")
+_FORMS = (("float8_e4m3fn", (128, 128)), ("float4_e2m1fn", (1, 32)), ("float4_e2m1fn", (1, 16)))
 DTYPES = ("bfloat16", "float32")
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 class QuantizedParam(nnx.Variable):
-    """A frozen FP8 weight: its value is a `QuantizedArray`.
+    """A frozen weight: its value is a `QuantizedArray`, or a `PreparedFp4`.
 
     It is no `nnx.Param`, so `nnx.grad` (whose default is `wrt=nnx.Param`) and optimizers made with
     `wrt=nnx.Param` leave it as it is. It goes through `nnx.jit`, `nnx.split` and checkpoints as a pair of
-    arrays, values and scales. Raises nothing itself: `QuantizedArray` checks its parts.
+    arrays, values and scales (FP4: as one). Raises nothing itself: the values check their parts.
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm import quantize
@@ -36,8 +40,10 @@ class QuantizedParam(nnx.Variable):
         return self.get_value() if index is Ellipsis else super().__getitem__(index)
 
 
-def quantize_module(module: Module) -> Module:
-    """A copy for inference: the weights of every `Linear` and `MoE` in FP8, as `QuantizedParam`.
+def quantize_module(
+    module: Module, dtype: DTypeLike = jnp.float8_e4m3fn, block: tuple[int, int] = (128, 128)
+) -> Module:
+    """A copy for inference: the weights of every `Linear` and `MoE` in FP8 or FP4, as `QuantizedParam`.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
@@ -47,25 +53,32 @@ def quantize_module(module: Module) -> Module:
     QuantizedArray(float8_e4m3fn[128,256], scales float32[1,2], block=(128, 128))
     >>> frozen(jnp.ones((4, 256), jnp.bfloat16)).shape
     (4, 128)
+    >>> quantize_module(Linear(256, 128, rngs=nnx.Rngs(0)), jnp.float4_e2m1fn, (1, 16)).weight.get_value()
+    PreparedFp4(float4_e2m1fn[128,256] for bfloat16)
 
     Args:
       module: any module that holds such layers, at any depth, or is one. It is not changed, and what is not
         quantised (norms, embeddings, routers) is shared with it.
+      dtype, block: float8_e4m3fn and (128, 128); or float4_e2m1fn and (1, 32), MXFP4, or (1, 16), NVFP4, for
+        weights whose rows are multiples of 64 (`jax_deepgemm.prepare_fp4`).
 
     Returns:
       A module of the same class. Inputs still have gradients; the quantised weights have none. For an
       abstract one, to restore a checkpoint into: `nnx.eval_shape(lambda: quantize_module(...))`.
 
     Raises:
-      ValueError: nothing to quantise: no `Linear` or `MoE` with `nnx.Param` weights inside.
+      ValueError: nothing to quantise: no `Linear` or `MoE` with `nnx.Param` weights inside; a dtype or block
+        that layers do not take; sizes or a layout of weights that FP4 does not have.
     """
+    fp4 = _is_fp4(dtype, tuple(block))
     copy = nnx.merge(*nnx.split(module))
     quantized = 0
     for _, part in nnx.iter_graph(copy):
         for name in getattr(type(part), "quantized_weights", ()):
             weight = getattr(part, name)
             if isinstance(weight, nnx.Param):
-                setattr(part, name, _frozen(weight))
+                _check_layout(part, fp4)
+                setattr(part, name, _frozen(weight, dtype, block))
                 quantized += 1
     if not quantized:
         raise ValueError(
@@ -75,8 +88,25 @@ def quantize_module(module: Module) -> Module:
     return copy
 
 
-def _frozen(weight: nnx.Param) -> QuantizedParam:
-    value = quantize(weight.get_value(), (128, 128))
+def _is_fp4(dtype: Any, block: tuple[int, ...]) -> bool:
+    given = as_dtype("quantize_module", "dtype", dtype, "float8_e4m3fn or float4_e2m1fn").name
+    if (given, block) not in _FORMS:
+        forms = ", or ".join(f"{name} and {shape}" for name, shape in _FORMS)
+        raise ValueError(f"quantize_module: dtype is {given} and block {block}, need {forms}.")
+    return given != "float8_e4m3fn"
+
+
+def _check_layout(layer: nnx.Module, fp4: bool) -> None:
+    if fp4 and getattr(getattr(layer, "form", None), "weight_layout", "nk") != "nk":
+        raise ValueError(
+            "quantize_module: a MoE has weight_layout 'kn' and dtype is float4_e2m1fn, whose scales lie "
+            "along k; need weight_layout 'nk', or float8_e4m3fn."
+        )
+
+
+def _frozen(weight: nnx.Param, dtype: Any, block: tuple[int, int]) -> QuantizedParam:
+    value: Any = quantize(weight.get_value(), block, dtype)
+    value = prepare_fp4(value) if isinstance(value, Fp4Array) else value
     return QuantizedParam(value, **sharding_metadata(weight.get_metadata().get("out_sharding")))
 
 
@@ -120,7 +150,7 @@ def named_shardings(state: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, P())
         sharding = NamedSharding(mesh, partition_spec(variable) or P())
         value = variable.get_value()
-        return variable.replace(value.shardings(sharding) if isinstance(value, QuantizedArray) else sharding)
+        return variable.replace(value.shardings(sharding) if isinstance(value, FROZEN) else sharding)
 
     return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 

@@ -17,6 +17,9 @@ from jax_deepgemm.ops.quantize.prepared import Copies
 
 def one_weight(where: str, w13: Any, form: ExpertForm) -> Any:
     """w13 [e, 2 * i, h], where it is two arrays or [e, 2, i, h]."""
+    for w in w13 if isinstance(w13, tuple | list) else [w13]:
+        if isinstance(w, Fp4Array) and w.global_scale is not None:  # which parts need not have in common
+            linear.check_weight(where, "w13", w, "bf16")
     if not isinstance(w13, tuple | list):
         w13 = unwrapped(w13)
         return merged(where, w13, form) if getattr(w13, "ndim", 3) == 4 else w13

@@ -36,6 +36,7 @@ from jax_deepgemm.ops.gemm.checks import PER_ROW, check_options
 from jax_deepgemm.ops.grouped import gated
 from jax_deepgemm.ops.grouped import recipe as fp8
 from jax_deepgemm.ops.grouped.api import m_grouped_bf16_gemm_nt_masked, m_grouped_fp8_gemm_nt_masked
+from jax_deepgemm.ops.grouped.linear import in_bf16
 from jax_deepgemm.ops.grouped.op import M_MASKED_BF16
 from jax_deepgemm.ops.quantize import PreparedWeight, QuantizedArray, quantize
 from jax_deepgemm.ops.rows.api import move_rows
@@ -215,13 +216,14 @@ def _bf16(
     experts = w13.shape[0]
 
     def gemm(a: jax.Array, w: Weight, out_dtype: DTypeLike) -> jax.Array:
-        assert not isinstance(w, PreparedWeight | fp8.Frozen)
+        assert not isinstance(w, PreparedWeight | QuantizedArray)
         a = a.reshape(experts, row_weights.shape[0] // experts, a.shape[-1])
         if form.weight_layout == "kn":
+            assert isinstance(w, jax.Array)
             return _masked_nn(a, w.astype(jnp.bfloat16), plan.group_sizes, gemms, out_dtype)
         return m_grouped_bf16_gemm_nt_masked(
             a,
-            w.astype(jnp.bfloat16),
+            in_bf16(w),
             plan.group_sizes,
             gemms.expected_m,
             out_dtype=out_dtype,

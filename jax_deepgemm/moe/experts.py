@@ -299,10 +299,10 @@ def _bf16(
         expected_m=gemms.expected_m,
         num_sms=gemms.num_sms,
     )
-    hidden = with_bias(gemm(rows.astype(jnp.bfloat16), w13.astype(jnp.bfloat16)), b13, groups)
+    hidden = with_bias(gemm(rows.astype(jnp.bfloat16), linear.in_bf16(w13)), b13, groups)
     hidden = checkpoint_name(hidden, MOE_HIDDEN)
     act = swiglu(hidden, row_weights, activation=form.act)
-    return gemm(act, w2.astype(jnp.bfloat16), out_dtype=rows.dtype)
+    return gemm(act, linear.in_bf16(w2), out_dtype=rows.dtype)
 
 
 def apply(

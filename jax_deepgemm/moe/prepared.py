@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jax_deepgemm.moe.experts import one_weight
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
-from jax_deepgemm.ops.quantize import Fp4Array, prepare_fp4, prepare_weight
+from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, prepare_fp4, prepare_weight
 
 
 def prepare_weights(
@@ -35,8 +35,8 @@ def prepare_weights(
 
     Args:
       w13: [.., e, 2 * i, h] gate and up projections, bfloat16 or float32.
-        Or two arrays, (gate, up), which are joined here: the gradients are theirs. Or an `Fp4Array` (or two),
-        which has no gradient.
+        Or two arrays, (gate, up), which are joined here: the gradients are theirs. Or an `Fp4Array` (or two,
+        in NVFP4 with global scales of their own), which has no gradient.
       w2: [.., e, h, i] down projections, likewise.
       form: as in `expert_mlp`.
 
@@ -47,9 +47,17 @@ def prepare_weights(
     Raises:
       TypeError, ValueError: as `prepare_weight` and `prepare_fp4`.
     """
-    one, form = one_weight("prepare_weights", w13, form), form.checked("prepare_weights")
-    first, second = (
-        prepare_fp4(w) if isinstance(w, Fp4Array) else prepare_weight(w, scale_format=form.scale_format)
-        for w in (one, w2)
-    )
-    return first, second
+    parts: Any = tuple(map(_nvfp4, w13)) if isinstance(w13, tuple | list) else _nvfp4(w13)
+    one, form = one_weight("prepare_weights", parts, form), form.checked("prepare_weights")
+    return _prepared(one, form), _prepared(w2, form)
+
+
+def _nvfp4(w: Any) -> Any:
+    """A part of NVFP4 prepared, whose slabs are joined with others where global scales are not."""
+    return prepare_fp4(w) if isinstance(w, Fp4Array) and w.global_scale is not None else w
+
+
+def _prepared(w: Any, form: ExpertForm) -> Any:
+    if isinstance(w, PreparedFp4):
+        return w
+    return prepare_fp4(w) if isinstance(w, Fp4Array) else prepare_weight(w, scale_format=form.scale_format)

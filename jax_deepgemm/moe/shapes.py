@@ -21,7 +21,7 @@ from jax_deepgemm.core.shapes import (
 )
 from jax_deepgemm.moe.decode import moe_mlp_decode
 from jax_deepgemm.moe.layer import moe_mlp
-from jax_deepgemm.ops.gemm.shapes import FP8_WEIGHTS, weight
+from jax_deepgemm.ops.gemm.shapes import FROZEN_WEIGHTS, weight
 from jax_deepgemm.ops.grouped.shapes import EXPERT_WEIGHTS, check_weights
 
 
@@ -54,7 +54,7 @@ class LayerShape(_Experts):
         def forward(x: Any, ids: Any, weights: Any, w13: Any, w2: Any) -> Any:
             return moe_mlp(x, ids, weights, w13, w2, recipe=self.recipe)
 
-        trained = (0, 2) if self.weights in FP8_WEIGHTS else (0, 2, 3, 4)
+        trained = (0, 2) if self.weights in FROZEN_WEIGHTS else (0, 2, 3, 4)
         return layer_calls(forward, operands(self), trained, self.gradients)
 
 

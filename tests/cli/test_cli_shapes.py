@@ -27,6 +27,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "m_grouped_bf16_gemm_nn_contiguous": {"groups": 3, "m": 20, "n": 64, "k": 256, "expected_m": 4},
     "m_grouped_fp8_gemm_nt_masked": {"groups": 3, "m": 20, "n": 64, "k": 256, "zero_rows": True},
     "m_grouped_bf16_gemm_nt_masked": {"groups": 3, "m": 20, "n": 64, "k": 256, "expected_m": 4},
+    "m_grouped_fp8_gemm_nt_gathered": {"groups": 3, "tokens": 7, "m": 20, "n": 64, "k": 256},
+    "m_grouped_bf16_gemm_nt_gathered": {"groups": 3, "tokens": 7, "m": 20, "n": 64, "k": 256},
+    "m_grouped_bf16_gemm_nn_gathered": {"groups": 3, "tokens": 7, "m": 20, "n": 64, "k": 256},
+    "k_grouped_bf16_gemm_tn_gathered": {"groups": 3, "tokens": 7, "m": 8, "n": 64, "k": 256},
     "k_grouped_fp8_gemm_nt_contiguous": {"groups": 3, "m": 8, "n": 64, "k": 256, "accumulate": True},
     "k_grouped_fp8_gemm_tn_contiguous": {"groups": 3, "m": 8, "n": 64, "k": 256},
     "k_grouped_bf16_gemm_tn_contiguous": {"groups": 3, "m": 8, "n": 64, "k": 256},
@@ -87,6 +91,29 @@ def test_each_op_is_one_gemm(op: str) -> None:
     assert (problem.n, problem.add_c) == (sizes["n"], sizes.get("accumulate", False))
     if "expected_m" in sizes:
         assert problem.expected == sizes["expected_m"]
+
+
+@pytest.mark.parametrize(
+    ("op", "fields", "words"),
+    [
+        ("bf16_gemm_nt", {"activation": "gelu", "bias": True}, ("bias", "gelu")),
+        (
+            "m_grouped_fp8_gemm_nt_contiguous",
+            {"activation": "swiglu", "quantised": 1},
+            ("gated_silu", "quantized"),
+        ),
+        ("m_grouped_bf16_gemm_nt_masked", {"activation": "swiglu_pairs"}, ("gated_interleaved",)),
+    ],
+)
+def test_products_with_an_epilogue(op: str, fields: dict[str, Any], words: tuple[str, ...]) -> None:
+    from jax_deepgemm.tools.explain import problems
+
+    sizes = {"m": 20, "n": 256, "k": 256} | ({"groups": 3} if "grouped" in op else {})
+    [call] = shapes.shape_of({"op": op} | sizes | fields).calls()
+    [(problem, _)] = problems(call.function, *call.operands)
+    assert problem.finish.words == words
+    with pytest.raises(ValueError, match="have no epilogue"):
+        shapes.shape_of({"op": "fp8_gemm_nt", "weights": "fp4", "m": 20, "n": 256, "k": 256} | fields)
 
 
 def test_sizes_of_groups_are_not_what_is_compiled_for(quick: Path) -> None:
@@ -237,6 +264,9 @@ def test_explain_as_json_is_typed(quick: Path, capsys: pytest.CaptureFixture[str
         "accumulate": False,
         "b_block": "128x128",
         "weights": "fp8",
+        "activation": "none",
+        "bias": False,
+        "quantised": False,
     }
     [function] = one["functions"]
     [call] = function["calls"]

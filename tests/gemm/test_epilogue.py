@@ -210,6 +210,24 @@ def test_without_elements():
     )
 
 
+@pytest.mark.parametrize(
+    ("n", "activation"), [(272, "silu"), (264, None), (576, Activation(interleaved=True))]
+)
+@pytest.mark.parametrize("fp8", [True, False])
+def test_quantised_results(n, activation, fp8):
+    """The bits of the float32 result, quantised."""
+    case = Case(20, n, 256, "float32")
+    given = oracle.fp8_operands(case) if fp8 else oracle.bf16_operands(case)
+    operands = [tuple(given[:2]), tuple(given[2:])] if fp8 else given
+    function = jdg.fp8_gemm_nt if fp8 else jdg.bf16_gemm_nt
+    bias = jnp.asarray(drawn(case)[1])
+    got = function(*operands, epilogue=Epilogue(None, bias, activation, (1, 128)))
+    want = jdg.quantize(function(*operands, out_dtype=F32, epilogue=Epilogue(None, bias, activation)))
+    assert got.block == (1, 128)
+    np.testing.assert_array_equal(np.asarray(got.values, np.float32), np.asarray(want.values, np.float32))
+    np.testing.assert_array_equal(got.scales, want.scales)
+
+
 # What is refused
 
 X, W = jnp.ones((4, 256), BF16), jnp.ones((8, 256), BF16)
@@ -227,6 +245,16 @@ BAD = {
     "name": (lambda: jdg.bf16_gemm_nt(X, W, epilogue=Epilogue(activation="tanh")), ValueError, "'geglu'"),
     "odd": (lambda: jdg.bf16_gemm_nt(X, W[:7], epilogue=Epilogue(activation="swiglu")), ValueError, "Pad b"),
     "c": (lambda: jdg.bf16_gemm_nt(X, W, C, epilogue=Epilogue(activation=GPT_OSS)), ValueError, "Add it to"),
+    "scales": (
+        lambda: jdg.bf16_gemm_nt(X, W, epilogue=Epilogue(out_scales=(128, 128))),
+        ValueError,
+        "Other blocks",
+    ),
+    "c of scales": (
+        lambda: jdg.bf16_gemm_nt(X, W, C, epilogue=Epilogue(out_scales=(1, 128))),
+        ValueError,
+        "Add c",
+    ),
     "splits": (lambda: jdg.fp8_gemm_nt_skip_head_mid(*Q, head_splits=(4, 4)), TypeError, "three ints"),
     "heads": (lambda: jdg.fp8_gemm_nt_skip_head_mid(*Q, head_splits=(4, 4, 1)), ValueError, "divide them"),
     "d": (

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.any_version
 
 NATIVE = Path(__file__).parents[1] / "shared" / "native"
 DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
-COLS, EACH, PAIRS, PLAIN, HOLES = 128, 0, 1, 2, 3
+COLS, EACH, PAIRS, PLAIN, HOLES, HALVES = 128, 0, 1, 2, 3, 4
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,9 @@ def run(program: Path, given: bytes) -> bytes:
         (PAIRS, 256, 128, 0),
         (PAIRS, 150, 128, 1),
         (PLAIN, 131, 128, 2),
+        (HALVES, 256, 128, 1),
+        (HALVES, 150, 128, 2),
+        (HALVES, 302, 256, 0),
     ],
 )
 def test_every_number_meets_its_bias_and_goes_where_it_belongs(program: Path, kind, n, col, batch) -> None:
@@ -60,13 +63,18 @@ def test_every_number_meets_its_bias_and_goes_where_it_belongs(program: Path, ki
     got = run(program, b"".join(x.tobytes() for x in (numbers, alpha, bias, tile)))
     got = np.frombuffer(got, np.float32).reshape(64, -1)
     plus = np.zeros(COLS)
-    inside = bias[batch, col : col + COLS]
-    plus[: inside.size] = inside
+    if kind == HALVES:  # 64 features from col / 2 on, fewer where these are the last
+        for half, of_half in enumerate(np.split(bias[batch], 2)):
+            mine = of_half[col // 2 : col // 2 + COLS // 2]
+            plus[half * COLS // 2 :][: mine.size] = mine
+    else:
+        inside = bias[batch, col : col + COLS]
+        plus[: inside.size] = inside
     want = tile.astype(np.float64) * alpha[batch] + plus
     if kind == EACH:
         want = np.maximum(want, 0) ** 2
-    if kind == PAIRS:
-        gate, up = want[:, 0::2], want[:, 1::2]
+    if kind in (PAIRS, HALVES):
+        gate, up = (want[:, 0::2], want[:, 1::2]) if kind == PAIRS else np.split(want, 2, axis=1)
         want = gate / (1 + np.exp(-gate)) * up
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

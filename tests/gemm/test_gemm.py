@@ -235,5 +235,5 @@ def test_ops_have_the_documented_names():
     x = QuantizedArray(jnp.ones((2, 128), jnp.float8_e4m3fn), jnp.ones((2, 1)), (1, 128))
     text = str(jax.make_jaxpr(lambda: jdg.fp8_gemm_nt(x, x, jnp.ones((2, 2), jnp.bfloat16)))())
     assert "fp8_gemm_row_add" in text
-    assert ops.FP8_GEMM_BLOCK.name == "fp8_gemm_block"
+    assert ops.FP8_GEMM[128, 128][0].name == "fp8_gemm_block"
     assert ops.BF16_GEMM["tn"].name == "bf16_gemm_tn"

@@ -151,8 +151,15 @@ BAD = (
     ),
     fp8("scale-transposed", "scales of b are [2, 3], need [3, 2]", b=pair((300, 256), (2, 3))),
     fp8(
-        "block-32",
-        "a has one scale per block (1, 32), need (1, 128)",
+        "block-64",
+        "a has one scale per block (1, 64), need (1, 128) or (1, 32) for a stored [m, k]",
+        "quantize(a, (1, 128))",
+        a=quantized((4, 256), (4, 4), (1, 64)),
+    ),
+    fp8(
+        "block-32-by-128",
+        "a has a scale for 32 elements of k and b for 128, need equally many",
+        "quantize(b, (1, 32))",
         "quantize(a, (1, 128))",
         a=quantized((4, 256), (4, 8), (1, 32)),
     ),
@@ -163,12 +170,12 @@ BAD = (
     ),
     fp8(
         "block-b",
-        "b has one scale per block (128, 1), need (128, 128) or (1, 128) for b stored [n, k]",
+        "b has one scale per block (128, 1), need (128, 128) or (1, 128) or (32, 32) or (1, 32) for b",
         b=quantized((300, 256), (3, 256), (128, 1)),
     ),
     fp8(
         "block-stored",
-        "a has one scale per block (1, 128), need (128, 1) for a stored [k, m]",
+        "a has one scale per block (1, 128), need (128, 1) or (32, 1) for a stored [k, m]",
         op="tn",
         a=quantized((256, 4), (256, 1), (1, 128)),
         b=pair((256, 300), (2, 3)),

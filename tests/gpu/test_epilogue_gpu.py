@@ -53,6 +53,12 @@ HEADS = (
     (4100, (128, 64, 128), "bfloat16"),
     (4100, (256, 64, 64), "float32"),
 )
+QUANTIZED = (
+    (5, 272, 512, "silu"),
+    (300, 1024, 1000, None),
+    (2100, 400, 384, "gelu"),
+    (64, 128, 256, "relu2"),
+)
 KINDS = ("fp8", "fp8 rows", "bf16", "bf16 nn")
 ADDED = [(shape, ("bfloat16", "float32")[i % 2], i // 2 % 2 == 0) for i, shape in enumerate(SHAPES * 2)]
 
@@ -224,6 +230,28 @@ def test_no_row_meets_another_and_reruns_are_equal():
     np.testing.assert_array_equal(bits(got)[others], bits(clean)[others])
     for _ in range(20):
         np.testing.assert_array_equal(bits(run((a, sa), b, bias_of(328))), bits(clean))
+
+
+@pytest.mark.parametrize(("m", "n", "k", "activation"), QUANTIZED, ids=str)
+@pytest.mark.parametrize("fp8", [True, False])
+def test_quantised_results(m, n, k, activation, fp8):
+    """The bits of the float32 result of one configuration, quantised, in buffers of NaN."""
+    case = Case(m, n, k)
+    given, bias = operands(case, fp8), bias_of(n)
+    run = gemm(case, fp8)
+    epilogue = functools.partial(Epilogue, 0.5, activation=activation)
+    config, plain = GemmConfig(128, 128, 4, slabs=2), GemmConfig(128, 128, 4, slabs=2 if n % 4 == 0 else 0)
+
+    def both(given: Any, bias: Any) -> Any:
+        got = run(*given, epilogue=epilogue(bias=bias, out_scales=(1, 128)), config=config)
+        d = run(*given, epilogue=epilogue(bias=bias), config=plain, out_dtype=F32)
+        return got, jdg.quantize(d)
+
+    got, want = program(both)(given, bias)
+    np.testing.assert_array_equal(
+        np.asarray(got.values).view(np.uint8), np.asarray(want.values).view(np.uint8)
+    )
+    np.testing.assert_array_equal(bits(got.scales), bits(want.scales))
 
 
 @pytest.mark.smoke

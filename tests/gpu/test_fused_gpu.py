@@ -23,7 +23,7 @@ from jax_deepgemm.ops.quantize.problem import QuantizeProblem
 from jax_deepgemm.ops.swiglu import reference as swiglu_reference
 
 F32 = jnp.float32
-BLOCKS = ((1, 128), (128, 128), (128, 1))
+BLOCKS = ((1, 128), (128, 128), (128, 1), (1, 32), (32, 32))
 DTYPES = ("float8_e4m3fn", "float8_e5m2")
 FORMATS = ("f32", "ue8m0")
 INPUTS = ("bfloat16", "float16", "float32")

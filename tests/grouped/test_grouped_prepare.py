@@ -106,7 +106,7 @@ MASKED = {"zero_rows": True, "expected_m": None, "out_dtype": F32}
 CASES = [
     Case(
         "m-fp8",
-        ops.M_GROUPED_FP8_BLOCK,
+        ops.M_GROUPED_FP8[128, 128],
         m_fp8,
         M_PARAMS,
         ((Y, Y, X, X, Y, X), (Y,) * 6, (X, X, Y, X, X, Y), (X, X, X, X, Y, X)),
@@ -122,7 +122,7 @@ CASES = [
         {**M_PARAMS, "rows_format": "segments"},
         ((Y, X, Y, Y), (X, Y, X, Y)),
     ),
-    Case("masked-fp8", ops.M_MASKED_FP8_ROW, masked_fp8, MASKED, ((Y, Y, X, X, Y), (X, X, Y, Y, X))),
+    Case("masked-fp8", ops.M_MASKED_FP8[1, 128], masked_fp8, MASKED, ((Y, Y, X, X, Y), (X, X, Y, Y, X))),
     Case("masked-nt", ops.M_MASKED_BF16["nt"], functools.partial(masked_bf16, "nt"), MASKED, ((X, X, Y),)),
     Case("masked-nn", ops.M_MASKED_BF16["nn"], functools.partial(masked_bf16, "nn"), MASKED, ((Y, Y, X),)),
     Case("k-masked", ops.K_MASKED_BF16, k_masked, {"out_dtype": F32}, ((Y, X, Y),)),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jax_deepgemm import Fp4Array, grouped_linear, prepare_fp4, quantize
+from jax_deepgemm import Fp4Array, fp8_linear, grouped_linear, prepare_fp4, quantize
 from jax_deepgemm.activation import GPT_OSS, Activation
 from jax_deepgemm.moe import (
     ExpertForm,
@@ -25,7 +25,7 @@ from jax_deepgemm.moe import (
     route,
 )
 from jax_deepgemm.moe.checks import one_weight
-from jax_deepgemm.quantization import expand_fp4
+from jax_deepgemm.quantization import dequantize_fp4, expand_fp4
 from tests.shared.arrays import normal
 from tests.shared.op_checks import make_mesh
 
@@ -86,6 +86,45 @@ def test_gradients() -> None:
     equal(gradients(FP4), gradients(FP8))
 
 
+def nvfp4(seed: int, *shape: int) -> Fp4Array:
+    q: Any = quantize(normal(seed, *shape, dtype=F32) / 12, (1, 16), jnp.float4_e2m1fn)
+    return q
+
+
+def test_products_in_bfloat16() -> None:
+    """The bits of layers with the weights in bfloat16, gradients too."""
+
+    @jax.jit
+    def run(w13: Any, w2: Any) -> Any:
+        def loss(x: jax.Array) -> jax.Array:
+            return jnp.sum(moe_mlp(x, *IDS, w13, w2, recipe="bf16", **BIASES).astype(F32))
+
+        few = moe_mlp_decode(X, *IDS, w13, w2, recipe="bf16", form=ExpertForm("gelu", weights_first=True))
+        return *jax.value_and_grad(loss)(X), few
+
+    equal(run(*FP4), run(*(dequantize_fp4(w, jnp.bfloat16) for w in (W13, W2))))
+
+
+def test_gate_and_up_with_global_scales_of_their_own() -> None:
+    gate, up, w2 = nvfp4(0, E, I, H), nvfp4(6, E, I, H), nvfp4(1, E, H, I)
+    w13, _ = prepare_weights((gate, up), w2)
+    y = grouped_linear(X, w13, SIZES, recipe="bf16")
+    for part, columns in ((gate, y[:, :I]), (up, y[:, I:])):
+        equal(columns, grouped_linear(X, prepare_fp4(part), SIZES, recipe="bf16"))
+    with pytest.raises(ValueError, match="joined of parts with global scales of their own"):
+        w13.fp4(H)
+
+
+def test_linear() -> None:
+    """fp8_linear, of a k that is no multiple of 128; its gradient expands the weight."""
+
+    @jax.jit
+    def run(w: Any) -> Any:
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.square(fp8_linear(x, w).astype(F32))))(X[None])
+
+    equal(run(prepare_fp4(W13[0])), run(expand_fp4(W13[0])))
+
+
 def test_experts_on_a_mesh() -> None:
     """Experts cut over one axis, their inner size over another: partial sums are added."""
     mesh = make_mesh("auto", (2, 2), ("expert", "tensor"))
@@ -100,6 +139,7 @@ def test_experts_on_a_mesh() -> None:
     np.testing.assert_allclose(y.astype(F32), want, atol=0.02 * float(jnp.abs(want).max()))
 
 
+NVFP4 = nvfp4(0, E, 640, H)
 PREPARE = "need it prepared for the kernels, once: jax_deepgemm.prepare_fp4"
 
 
@@ -110,12 +150,20 @@ PREPARE = "need it prepared for the kernels, once: jax_deepgemm.prepare_fp4"
         (TypeError, f"{PREPARE}(w2)", lambda: moe_mlp_decode(X, *IDS, FP4[0], W2)),
         (TypeError, f"{PREPARE}(w)", lambda: grouped_linear(X, W13, SIZES)),
         (TypeError, "jax_deepgemm.prepare_fp4(w)", lambda: grouped_linear(X, tuple(W13), SIZES)),
-        (ValueError, "recipe is 'bf16'", lambda: moe_mlp(X, *IDS, *FP4, recipe="bf16")),
         (
             ValueError,
             "need weight_layout='nk'",
             lambda: moe_mlp(X, *IDS, *FP4, form=ExpertForm(GPT_OSS, "kn")),
         ),
+        (
+            ValueError,
+            "Use recipe='bf16'",
+            lambda: moe_mlp(X, *IDS, *prepare_weights(nvfp4(0, E, 640, H), W2)),
+        ),
+        (TypeError, f"{PREPARE}(w13)", lambda: moe_mlp_decode(X, *IDS, NVFP4, FP4[1])),
+        (TypeError, f"{PREPARE}(w)", lambda: fp8_linear(X, W13[0])),
+        (TypeError, "Use bf16_gemm_nt", lambda: fp8_linear(X, prepare_fp4(nvfp4(0, 64, H)))),
+        (ValueError, "with the same k", lambda: fp8_linear(X[:, :100], prepare_fp4(W13[0]))),
         (ValueError, "a frozen weight has no gradient", lambda: moe_mlp(X, *IDS, *FP4, with_weights=True)),
         (ValueError, "need x [m, k] and w", lambda: grouped_linear(X[:, :100], FP4[0], SIZES)),
         (

@@ -140,7 +140,7 @@ def loss(x: jax.Array) -> jax.Array:
 @pytest.mark.any_version
 @pytest.mark.parametrize(
     ("kind", "cut"),
-    [(FP4, (32, 4, 1)), (FP4, (160, 2, 1)), (INT8, (32, 2, 1, 1, 2)), (E4M3, (96, 2, 1))],
+    [(FP4, (32, 4, 1)), (FP4, (256, 2, 1, 1, 1, True)), (INT8, (32, 2, 1, 1, 2)), (E4M3, (96, 2, 1))],
     ids=str,
 )
 def test_ptxas_is_content(kind: str, cut: tuple[int, ...]) -> None:

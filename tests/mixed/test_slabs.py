@@ -57,6 +57,32 @@ def test_every_byte(top):
     assert (got.shape, got.slabs.shape, got.dtype) == ((128, 384), (2, 3, layout.BYTES), E2M1)
 
 
+def test_rows_as_staged_kernels_expand_them():
+    """`Expander` in staged.cuh in NumPy: a thread of each row, and how many of eight lanes share banks."""
+    [[slab]] = np.asarray(prepare_fp4(drawn(3, 64, 128)).slabs)
+    words, exponents = slab[:4096].view(np.uint32).reshape(256, 4), slab[4096:4352].reshape(64, 4)
+    row = np.arange(64)
+    warp, half, g = row // 16, row // 8 % 2, row % 8
+    slot = np.zeros(64 * 128, np.uint8)
+    for q in range(4):
+        unit = half * 128 + warp * 32 + g * 4 + (q ^ g // 2)
+        assert all(len(set(unit[i : i + 8] % 8)) == 8 for i in range(0, 64, 8))
+        for j in range(4):
+            word, e = words[unit, j], exponents[(warp * 8 + g) * 2 + half, j].astype(np.int32)
+            for upper in range(2):
+                chunk = row * 128 + (2 * j + upper ^ row % 8) * 16 + 4 * q
+                for i in range(4):
+                    code, sign = word >> 16 * upper + 4 * i & 7, word >> 8 * i + (3 if upper else 7) & 1
+                    number = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[code] * 2.0 ** (e - 6) * (1 - 2.0 * sign)
+                    slot[chunk + i] = number.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    swizzled = slot.reshape(64, 8, 16)[row[:, None], np.arange(8) ^ row[:, None] % 8].reshape(64, 128)
+    expanded = expand_fp4(prepare_fp4(drawn(3, 64, 128)))
+    want = np.asarray(dequantize(expanded, jnp.float32))
+    np.testing.assert_array_equal(
+        swizzled.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * slab[4352:4356].view(np.float32), want
+    )
+
+
 def test_the_way_back():
     """Also of scales down to 2**-127, whose base is a subnormal number."""
     for top in (2, TOP):

@@ -34,6 +34,16 @@ def random(seed: int, *shape: int, lowest: int = 120, highest: int = 134) -> Fp4
     return Fp4Array(jnp.asarray(values), scales_of(codes))
 
 
+def random_nvfp4(seed: int, *shape: int) -> Fp4Array:
+    """Any four bits, any scales but NaN and negative ones, and a global scale a matrix."""
+    rng = np.random.default_rng(seed)
+    *lead, depth = shape
+    values = rng.integers(0, 256, (*lead, depth // 2)).astype(np.uint8)
+    scales = rng.integers(0, 127, (*lead, depth // 16)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+    whole = rng.uniform(0.001, 0.1, lead[:-1]).astype(np.float32)
+    return Fp4Array(jnp.asarray(values), jnp.asarray(scales), jnp.asarray(whole))
+
+
 def scales_of(codes: np.ndarray) -> jax.Array:
     """float8_e8m0fnu of uint8."""
     return jnp.asarray(np.ascontiguousarray(codes).view(ml_dtypes.float8_e8m0fnu))

@@ -106,11 +106,11 @@ def _scored_tokens(q: Any, values: Any, scales: Any, weights: Any, lens: Any, in
     )
 
 
-def _small_weight(product: Callable[..., Any]) -> Callable[..., Any]:
-    """The product with a weight in FP4."""
+def _small_weight(product: Callable[..., Any], block: int = 32) -> Callable[..., Any]:
+    """The product with a weight in FP4, of a scale for so many numbers."""
 
     def run(x: Any, w: jax.Array, *rest: Any) -> Any:
-        return product(x, jdg.prepare_fp4(jdg.quantize(w, (1, 32), jnp.float4_e2m1fn)), *rest)
+        return product(x, jdg.prepare_fp4(jdg.quantize(w, (1, block), jnp.float4_e2m1fn)), *rest)
 
     return run
 
@@ -342,6 +342,20 @@ FORWARD = (
     ),
     Call("m_grouped_bf16_gemm_nt_contiguous", jdg.m_grouped_bf16_gemm_nt_contiguous, ("x", "ws", "sizes")),
     Call("m_grouped_bf16_gemm_nn_contiguous", jdg.m_grouped_bf16_gemm_nn_contiguous, ("x", "ws_t", "sizes")),
+    Call(
+        "m_grouped_fp8_gemm_nt_gathered", jdg.m_grouped_fp8_gemm_nt_gathered, ("q_x", "q_ws", "rows", "sizes")
+    ),
+    Call(
+        "m_grouped_bf16_gemm_nt_gathered", jdg.m_grouped_bf16_gemm_nt_gathered, ("x", "ws", "rows", "sizes")
+    ),
+    Call(
+        "m_grouped_bf16_gemm_nn_gathered", jdg.m_grouped_bf16_gemm_nn_gathered, ("x", "ws_t", "rows", "sizes")
+    ),
+    Call(
+        "k_grouped_bf16_gemm_tn_gathered",
+        lambda a, b, rows, sizes: jdg.k_grouped_bf16_gemm_tn_gathered(a, b, sizes, b_rows=rows),
+        ("x", "w_t", "k_rows", "sizes"),
+    ),
     Call("m_grouped_fp8_gemm_nt_masked", jdg.m_grouped_fp8_gemm_nt_masked, ("q_xs", "q_ws", "counts")),
     Call("m_grouped_bf16_gemm_nt_masked", jdg.m_grouped_bf16_gemm_nt_masked, ("xs", "ws", "counts")),
     Call(
@@ -391,6 +405,7 @@ FORWARD = (
     Call("bf16_mqa_logits", indexer.bf16_mqa_logits, ("queries", "keys", *WINDOWS)),
     Call("quantize_fp4, dequantize_fp4, Fp4Array: logits", _scored_fp4, ("queries", "keys", *WINDOWS)),
     Call("prepare_fp4: dense", _small_weight(jdg.fp8_gemm_nt), ("q_x", "w_f32")),
+    Call("prepare_fp4: NVFP4", _small_weight(jdg.bf16_gemm_nt, 16), ("x", "w_f32")),
     Call("prepare_fp4: groups", _small_weight(jdg.grouped_linear), ("x", "ws_f32", "sizes")),
     Call(
         "quantize_per_channel, dequantize_per_channel, PerChannelArray", _per_channel, ("x", "ws_t", "sizes")
@@ -456,6 +471,11 @@ GRADIENTS = (
         "m_grouped_bf16_gemm_nt_contiguous",
         _gradient(jdg.m_grouped_bf16_gemm_nt_contiguous, 0, 1),
         ("x", "ws", "sizes"),
+    ),
+    Call(
+        "m_grouped_bf16_gemm_nt_gathered",
+        _gradient(jdg.m_grouped_bf16_gemm_nt_gathered, 0, 1),
+        ("x", "ws", "rows", "sizes"),
     ),
     Call(
         "m_grouped_bf16_gemm_nt_masked",

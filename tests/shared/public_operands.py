@@ -73,6 +73,8 @@ def operands() -> dict[str, Any]:
         "long_sizes": integers(100, 0, 130),
         "indices": integers(0, 0, 2, 2, 2, -1),
         "ends": integers(2, 4, 6),
+        "rows": integers(5, 0, 0, 6, 3),
+        "k_rows": integers(200, 0, -1, 7, 7, 256),
         "counts": integers(1, 0, 6),
         "ids": jnp.asarray(ids, jnp.int32),
         "weights": jnp.asarray(np.take_along_axis(scores, ids, 1), jnp.float32),

@@ -18,7 +18,7 @@ def slab(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
             t = 32 * w + 4 * g + q
             word = (number & 7) << 16 * upper + 4 * i
             word |= (number >> 3) << 8 * i + (3 if upper else 7)
-            words[(h * 128 + t) * 4 + j] |= word
+            words[(h * 128 + (t ^ g // 2)) * 4 + j] |= word
     counts = np.array(
         [[any(b & 0x77 for b in row[16 * j : 16 * j + 16]) for j in range(4)] for row in values]
     )

@@ -76,6 +76,7 @@ def test_only_few_rows_of_a_are_timed_after_reading() -> None:
     assert {name: some for name, some in chosen.items() if some} == {
         "fp8": {1, 16, 64},
         "bf16": {1},
+        "fine": {1, 16, 64},
         "mixed": {1, 16, 64},
         "shapes": {1, 64},
         "route": {1, 64, 4096, 16384},  # a choice reads its logits and does little else

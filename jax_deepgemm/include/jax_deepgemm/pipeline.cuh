@@ -93,6 +93,8 @@ struct Pipeline {
   // --- consumers ---
   __device__ __forceinline__ void wait_full(int ahead = 0) const { ptx::mbarrier_wait(full(ahead), phase); }
 
+  __device__ __forceinline__ bool is_full() const { return ptx::mbarrier_test(full(), phase); }
+
   // By one lane of each warp. The slot is named by its empty barrier, because a consumer has often moved on
   // before it may release it.
   __device__ __forceinline__ static void release(u32 empty) { ptx::mbarrier_arrive(empty); }

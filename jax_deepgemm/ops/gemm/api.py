@@ -20,9 +20,9 @@ from jax_deepgemm.log import note_once
 from jax_deepgemm.ops.gemm import checks, finished
 from jax_deepgemm.ops.gemm import op as ops
 from jax_deepgemm.ops.gemm.config import GemmConfig
-from jax_deepgemm.ops.gemm.epilogue import Checked, Epilogue, check_epilogue
+from jax_deepgemm.ops.gemm.epilogue import Checked, Epilogue, check_epilogue, no_epilogue
 from jax_deepgemm.ops.gemm.finish import Finish
-from jax_deepgemm.ops.quantize.array import QuantizedLike
+from jax_deepgemm.ops.quantize.array import QuantizedArray, QuantizedLike
 from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4, products
 
 
@@ -62,8 +62,8 @@ def fp8_gemm_nt(
         scales [m, ceil(k / 128)] float32; the number meant is stored * scale.
       b: values [n, k] float8_e4m3fn or float8_e5m2 (A and B may differ), and scales [ceil(n / 128), ceil(k /
         128)] (block (128, 128)) or [n, ceil(k / 128)] (block (1, 128)). Of a bare tuple, the scales' shape
-        tells which. Or an FP4 weight, a `PreparedFp4` (`prepare_fp4`), then without C, and A in
-        float8_e4m3fn.
+        tells which. Or scales for 32 of k: A of block (1, 32), B of (32, 32) or (1, 32), as MXFP8 has it.
+        Or an FP4 weight, a `PreparedFp4` (`prepare_fp4`), then without C, and A in float8_e4m3fn.
       c: optional [m, n] in out_dtype; its buffer becomes the result's if it is donated or not used again.
         In float32 it may be added by the memory system, for which subnormal numbers are zero.
       out_dtype: bfloat16 or float32; one rounding, to nearest even, after float32 accumulation.
@@ -73,7 +73,8 @@ def fp8_gemm_nt(
         half the bytes and one more rounding per device.
       num_sms: at most so many SMs of the GPU, so that others stay free, for collectives say; None:
         `config.num_sms`.
-      epilogue: an `Epilogue`: alpha, bias and an activation, applied to the float32 sums before C is added.
+      epilogue: an `Epilogue`: alpha, bias and an activation, applied to the float32 sums before C is added;
+        with its `out_scales` the result is a QuantizedArray.
 
     Returns:
       [m, n] in out_dtype. Any m, n, k >= 0: an empty k gives C, or zeros.
@@ -242,7 +243,7 @@ def bf16_gemm_nt(
 
     Args:
       a: [m, k] bfloat16.
-      b: [n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, then without C and gradients.
+      b: [n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, then without C.
       c: optional [m, n] in out_dtype; its buffer becomes the result's if it is donated or not used again.
         In float32 it may be added by the memory system, for which subnormal numbers are zero.
       out_dtype: bfloat16 or float32; one rounding, to nearest even, after C was added in float32.
@@ -252,7 +253,8 @@ def bf16_gemm_nt(
         half the bytes and one more rounding per device.
       num_sms: at most so many SMs of the GPU, so that others stay free, for collectives say; None:
         `config.num_sms`.
-      epilogue: an `Epilogue`: alpha, bias and an activation, applied to the float32 sums before C is added.
+      epilogue: an `Epilogue`: alpha, bias and an activation, applied to the float32 sums before C is added;
+        with its `out_scales` the result is a QuantizedArray.
 
     Returns:
       [m, n] in out_dtype. Any m, n, k >= 0: an empty k gives C, or zeros.
@@ -401,11 +403,7 @@ def _k_last(op: str, name: str, x: checks.Quantized, k_first: bool) -> checks.Qu
 
 
 def _fp4_gemm(op: str, a: Any, b: PreparedFp4, c: Any, epilogue: Any, options: checks.Options) -> jax.Array:
-    if epilogue is not None:
-        raise NotImplementedError(
-            f"{op}: epilogue was given with a weight in FP4, whose kernels have none. Apply it to the "
-            "result with out_dtype=jnp.float32, in jax.numpy."
-        )
+    no_epilogue(op, epilogue)
     return products().dense(op, a, b, c, options)
 
 
@@ -450,7 +448,8 @@ def _empty(a: jax.Array, b: jax.Array, c: jax.Array | None, more: Checked | None
         return ops.empty_product("mk,nk->mn", a, b, options) if c is None else c
     sums = ops.empty_product("mk,nk->mn", a, b, dataclasses.replace(options, out_dtype=checks.FLOAT32))
 
-    def plain(rest: list[jax.Array], last: str, finish: Finish, options: checks.Options) -> jax.Array:
-        return finished.finished(sums, finish, *rest).astype(options.out_dtype)
+    def plain(rest: list[jax.Array], last: str, finish: Finish, options: checks.Options) -> Any:
+        results = finished.stored(finished.finished(sums, finish, *rest), finish, options.out_dtype)
+        return QuantizedArray(results[0], results[1], checks.PER_ROW) if finish.quantized else results[0]
 
     return more.run(plain, c, options)

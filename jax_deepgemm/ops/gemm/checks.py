@@ -5,7 +5,7 @@ Each error says what was given, the rule, and the way out. Nothing here changes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import jax
@@ -16,13 +16,13 @@ from jax.sharding import PartitionSpec
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.core.options import config_option, num_sms_option, sharding_option
 from jax_deepgemm.ops.gemm.config import GemmConfig
-from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
+from jax_deepgemm.ops.gemm.reference import FINE_BLOCK, SCALE_BLOCK
 from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, QuantizedArray
 from jax_deepgemm.ops.quantize.array import as_dtype
-from jax_deepgemm.ops.quantize.fp4 import parts_of
+from jax_deepgemm.ops.quantize.fp4 import nvfp4_parts, parts_of
 from jax_deepgemm.ops.quantize.interop import is_qwix
 from jax_deepgemm.ops.quantize.per_channel import is_per_channel
-from jax_deepgemm.ops.quantize.prepared_fp4 import products
+from jax_deepgemm.ops.quantize.prepared_fp4 import NO_FP8, products
 
 FP8_DTYPES = tuple(np.dtype(d) for d in (jnp.float8_e4m3fn, jnp.float8_e5m2))
 BFLOAT16, FLOAT32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
@@ -31,6 +31,8 @@ LAYOUTS = ("nt", "nn", "tn", "tt")
 
 BLOCKED = (SCALE_BLOCK, SCALE_BLOCK)
 PER_ROW = (1, SCALE_BLOCK)
+B_BLOCKS = (BLOCKED, PER_ROW, (FINE_BLOCK, FINE_BLOCK), (1, FINE_BLOCK))
+"""What may share a scale of B, rows and k, in products whose A has a scale per row and as many of k."""
 WEIGHT_GRADIENTS = ("1x128", "128x128")
 
 
@@ -64,6 +66,12 @@ def sides(layout: str) -> tuple[Side, Side]:
         Side("a", "m", layout[0] == "t", (PER_ROW,)),
         Side("b", "n", layout[1] == "n", (BLOCKED, PER_ROW)),
     )
+
+
+def with_fine_blocks(sides: tuple[Side, Side]) -> tuple[Side, Side]:
+    """The same, where a scale may also be for 32 of k."""
+    a, b = sides
+    return replace(a, blocks=(PER_ROW, (1, FINE_BLOCK))), replace(b, blocks=B_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -134,25 +142,38 @@ def pieces(op: str, side: Side, x: Any) -> tuple[Any, Any, tuple[int, int] | Non
     raise_type_error(op, side.name, x, "a QuantizedArray or a (values, scales) tuple", way_out)
 
 
-FP4_PRODUCTS = "fp8_gemm_nt, m_grouped_fp8_gemm_nt_contiguous and m_grouped_fp8_gemm_nt_masked"
-"""What takes a `PreparedFp4`, as b."""
+def _fp4_products(kind: str) -> str:
+    """What takes a `PreparedFp4`, as b."""
+    grouped = f"m_grouped_{kind}_gemm_nt_contiguous and m_grouped_{kind}_gemm_nt_masked"
+    return f"{kind}_gemm_nt, {grouped}"
 
 
 def _is_fp4(x: Any) -> bool:
     """Whether an operand is values and scales of FP4."""
     parts = parts_of(x)
-    return parts is not None and getattr(parts[1], "dtype", None) == np.dtype(jnp.float8_e8m0fnu)
+    mxfp4 = parts is not None and getattr(parts[1], "dtype", None) == np.dtype(jnp.float8_e8m0fnu)
+    return mxfp4 or isinstance(x, Fp4Array)
 
 
 def _from_fp4(op: str, side: Side, x: Any) -> str:
-    if side.name == "a":
+    name, kind = side.name, "bf16" if "bf16" in op else "fp8"
+    prepared, nvfp4 = isinstance(x, PreparedFp4), nvfp4_parts(x) is not None
+    if kind == "fp8" and (x.is_nvfp4 if prepared else nvfp4):
+        return f"{NO_FP8} Prepare it, and use {_fp4_products('bf16')}, as b."
+    if kind == "fp8" and name == "a":
         return f"Quantise a to FP8: jax_deepgemm.quantize(a, {side.stored(side.blocks[0])})."
-    if isinstance(x, PreparedFp4) or ("gemm" in op and op not in FP4_PRODUCTS):
-        return (
-            f"Prepared FP4 weights are taken by {FP4_PRODUCTS}, as b stored [.., n, k]. Elsewhere use FP8: "
-            f"jax_deepgemm.quantization.expand_fp4({side.name})."
+    if prepared or name == "a" or ("gemm" in op and op not in _fp4_products(kind)):
+        numbers = f"{name}.fp4()" if prepared else name
+        instead = (
+            f"FP8: jax_deepgemm.quantization.expand_fp4({name})"
+            if kind == "fp8"
+            else f"bfloat16: jax_deepgemm.quantization.dequantize_fp4({numbers}, jnp.bfloat16)"
         )
-    return f"Prepare it once for the kernels: jax_deepgemm.prepare_fp4({side.name})."
+        return (
+            f"Prepared FP4 weights are taken by {_fp4_products(kind)}, as b stored [.., n, k]. Elsewhere use "
+            f"{instead}."
+        )
+    return f"Prepare it once for the kernels: jax_deepgemm.prepare_fp4({name})."
 
 
 def _from_qwix(name: str) -> str:
@@ -278,11 +299,38 @@ def quantized(op: str, parts: Parts) -> Quantized:
     return Quantized(jnp.asarray(values), jnp.asarray(scales), resolve_block(op, *parts))
 
 
+def quantized_pair(op: str, left: Parts, right: Parts) -> tuple[Quantized, Quantized]:
+    """Both operands, whose scales must be for equally many elements of k. Scales of a bare tuple with few of
+    them fit several blocks: the one that fits the other operand counts."""
+    a, b = quantized(op, left), quantized(op, right)
+    for wanted in sorted({a.block[1], b.block[1]}):
+        pair = [_with_step(op, parts, wanted) for parts in (left, right)]
+        if all(pair):
+            return pair[0], pair[1]  # type: ignore[return-value]
+    (side_a, *_), (side_b, *_) = left, right
+    raise ValueError(
+        f"{op}: a has a scale for {a.block[1]} elements of k and b for {b.block[1]}, need equally many. "
+        f"Quantise them alike: jax_deepgemm.quantize(b, {side_b.stored((1, a.block[1]))}), or "
+        f"jax_deepgemm.quantize(a, {side_a.stored((1, b.block[1]))})."
+    )
+
+
+def _with_step(op: str, parts: Parts, step: int) -> Quantized | None:
+    """The operand, if its scales can be for `step` elements of k."""
+    side, values, scales, block = parts
+    allowed = tuple(one for one in side.blocks if one[1] == step)
+    if block is not None and side.stored(block)[1] != step:
+        return None
+    fits = any(list(scales.shape) == _scale_shape(side, values, one) for one in allowed)
+    return quantized(op, (replace(side, blocks=allowed), values, scales, block)) if fits else None
+
+
 def check_bf16_operand(op: str, side: Side, x: Any) -> jax.Array:
     """One BF16 operand; its sizes are not looked at."""
     x = unwrapped(x)
     if not is_array(x):
         way_out = f"Quantised operands go to {op.replace('bf16', 'fp8')}."
+        way_out = _from_fp4(op, side, x) if _is_fp4(x) or isinstance(x, PreparedFp4) else way_out
         raise_type_error(op, side.name, x, f"a bfloat16 array {side.dims}", way_out)
     check_rank(op, side.name, x, side.dims)
     if np.dtype(x.dtype) != BFLOAT16:
@@ -298,9 +346,10 @@ def check_bf16_operand(op: str, side: Side, x: Any) -> jax.Array:
 
 def check_fp8(op: str, layout: str, a: Any, b: Any) -> tuple[Quantized, Quantized, tuple[int, int, int]]:
     """Both FP8 operands and (m, n, k)."""
-    left, right = (check_fp8_parts(op, side, x) for side, x in zip(sides(layout), (a, b), strict=True))
+    both = with_fine_blocks(sides(layout))
+    left, right = (check_fp8_parts(op, side, x) for side, x in zip(both, (a, b), strict=True))
     sizes = _check_k(op, layout, left[1], right[1])
-    return quantized(op, left), quantized(op, right), sizes
+    return *quantized_pair(op, left, right), sizes
 
 
 def check_bf16(op: str, layout: str, a: Any, b: Any) -> tuple[jax.Array, jax.Array, tuple[int, int, int]]:

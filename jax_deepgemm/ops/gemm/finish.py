@@ -37,6 +37,7 @@ class Finish(NamedTuple):
       each: of every number, instead of gate and up.
       heads: where D has holes.
       fill: whether the holes become zeros; they keep what D's memory holds otherwise.
+      quantized: whether D is float8_e4m3fn, with a scale for each row and 128 columns.
     """
 
     alpha: bool = False
@@ -45,6 +46,7 @@ class Finish(NamedTuple):
     each: bool = False
     heads: Heads | None = None
     fill: bool = False
+    quantized: bool = False
 
     @property
     def halves(self) -> int:
@@ -52,9 +54,14 @@ class Finish(NamedTuple):
         return 2 if self.activation is not None and not self.each else 1
 
     @property
+    def apart(self) -> bool:
+        """Whether gate and up are halves of the product's columns."""
+        return self.activation is not None and not self.each and not self.activation.interleaved
+
+    @property
     def changes(self) -> bool:
         """Whether numbers become others."""
-        return self.alpha or self.bias or self.activation is not None
+        return self.alpha or self.bias or self.quantized or self.activation is not None
 
     def width(self, n: int) -> int:
         """Columns of D of a product of n."""
@@ -76,7 +83,7 @@ class Finish(NamedTuple):
         if self.heads is not None:
             said.append(f"heads{'_'.join(map(str, self.heads))}")
             said += ["zeros"] if self.fill else []
-        return tuple(said)
+        return (*said, "quantized") if self.quantized else tuple(said)
 
 
 AS_IT_IS = Finish()

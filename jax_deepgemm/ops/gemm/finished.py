@@ -14,32 +14,54 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import pieces_of_whole
 from jax_deepgemm.ops.gemm import op as ops
 from jax_deepgemm.ops.gemm import padding
-from jax_deepgemm.ops.gemm.checks import BLOCKED, FLOAT32, LAYOUTS, Options, Quantized
+from jax_deepgemm.ops.gemm.checks import FLOAT32, LAYOUTS, PER_ROW, Options, Quantized
 from jax_deepgemm.ops.gemm.finish import Finish, Heads
 from jax_deepgemm.ops.gemm.op import FP8_GRADIENT_HINT, recut_blocks
+from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
+from jax_deepgemm.ops.quantize.array import QuantizedArray
+from jax_deepgemm.ops.quantize.reference import quantize_float32
 from jax_deepgemm.ops.swiglu.reference import act, of_each
+
+E4M3 = np.dtype(jnp.float8_e4m3fn)
+
+QUANTIZED_HINT = (
+    "A quantised result has no useful derivative. Leave out_scales out, and quantise the result in a layer "
+    "that has gradients, or use jax.lax.stop_gradient."
+)
 
 # In plain jnp
 
 
 def finished(sums: jax.Array, finish: Finish, *rest: jax.Array) -> jax.Array:
-    """D in float32 of sums [m, n] in float32; rest: alpha [1], bias [n], and C, as far as they are given."""
+    """D in float32 of sums [.., m, n] in float32.
+
+    rest: alpha [1], bias [n], or one with dimensions in front, and C, as far as they are given.
+    """
     given = iter(rest)
     if finish.alpha:
         sums = sums * next(given)[0]
     if finish.bias:
-        sums = sums + next(given)[None]
+        bias = next(given)
+        sums = sums + (bias[None] if bias.ndim < sums.ndim else bias)
     if finish.activation is not None:
         sums = of_each(sums, finish.activation) if finish.each else act(sums, None, None, finish.activation)
     for c in given:
         sums = sums + c.astype(jnp.float32)
     return sums
+
+
+def stored(d: jax.Array, finish: Finish, out_dtype: Any) -> list[jax.Array]:
+    """D rounded once, or its values and scales."""
+    if finish.quantized:
+        return quantize_float32(d, block=PER_ROW, dtype=E4M3, scale_format="f32")
+    return [d.astype(out_dtype)]
 
 
 def spread(product: jax.Array, heads: Heads, d: jax.Array | None) -> jax.Array:
@@ -64,7 +86,7 @@ def _reference(
         [product] = base.reference(*operands, out_dtype=out_dtype, **params)
         return [spread(product, finish.heads, rest[0] if rest else None)]
     [sums] = base.reference(*operands, out_dtype=FLOAT32, **params)
-    return [finished(sums, finish, *rest).astype(out_dtype)]
+    return stored(finished(sums, finish, *rest), finish, out_dtype)
 
 
 # Ops
@@ -72,7 +94,10 @@ def _reference(
 
 def _result(base: Op, *shapes: Any, finish: Finish, **params: Any) -> list[Any]:
     [((m, n), dtype)] = base.result(*shapes[: len(base.rule.operands)], **params)
-    return [((m, finish.width(n)), dtype)]
+    width = finish.width(n)
+    if finish.quantized:
+        return [((m, width), E4M3), ((m, -(-width // SCALE_BLOCK)), FLOAT32)]
+    return [((m, width), dtype)]
 
 
 def _whole_d(base: Op, prepare: Any, *arrays: jax.Array, finish: Finish, **params: Any) -> Any:
@@ -106,7 +131,7 @@ def _bf16_jvp(
 
 
 @functools.cache
-def _op(base: Op, alpha: bool, bias: bool, last: str, columns: str) -> Op:
+def _op(base: Op, alpha: bool, bias: bool, last: str, columns: str, quantized: bool) -> Op:
     """The op of a product's.
 
     Args:
@@ -114,27 +139,30 @@ def _op(base: Op, alpha: bool, bias: bool, last: str, columns: str) -> Op:
       alpha, bias: whether it meets one.
       last: the operand behind them: "c", "d" (what holes hold), or none, "".
       columns: the name of D's columns: "n" where they are the product's, else "w".
+      quantized: whether D has scales.
     """
-    fp8 = base in (ops.FP8_GEMM_BLOCK, ops.FP8_GEMM_ROW)
+    fp8 = base not in ops.BF16_GEMM.values()
+    form = ops.scale_step(base.rule.blocks["kb"][1]) if fp8 else {}
     extra = [*(["o"] if alpha else []), *(["n"] if bias else [])]
     extra += [f"m {'n' if last == 'c' else 'held'}"] if last else []
     operands = [" ".join(one) for one in base.rule.operands]
     words = [*(["alpha"] if alpha else []), *(["bias"] if bias else []), *([last] if last else []), columns]
+    words += ["quantized"] if quantized else []
     options: dict[str, Any] = {"grad_hint": FP8_GRADIENT_HINT}
     if not fp8:
-        options = {"jvp": _bf16_jvp}
+        options = {"grad_hint": QUANTIZED_HINT} if quantized else {"jvp": _bf16_jvp}
     if columns != "n":
-        options["spmd"] = pieces_of_whole(columns)
+        options["spmd"] = pieces_of_whole(columns, "wb")
     elif fp8:
         options["spmd"] = lambda plan, local, *arrays: (recut_blocks(plan, *arrays), None)
     return Op(
         "_".join([base.name, "finished", *words]),
-        f"{', '.join([*operands, *extra])} -> m {columns}",
+        f"{', '.join([*operands, *extra])} -> m {columns}" + (", m wb" if quantized else ""),
         functools.partial(_result, base),
         functools.partial(_reference, base),
-        blocks=base.rule.blocks,
+        blocks={**base.rule.blocks, **({"wb": ("w", SCALE_BLOCK)} if quantized else {})},
         kernel=LazyKernel(
-            "jax_deepgemm.ops.gemm.kernel", f"{'fp8' if fp8 else 'bf16'}_finished", batched=True
+            "jax_deepgemm.ops.gemm.kernel", f"{'fp8' if fp8 else 'bf16'}_finished", batched=True, **form
         ),
         kernel_prepare=functools.partial(_whole_d, base, padding.fp8_rows if fp8 else padding.bf16_rows),
         aliases={len(operands) + len(extra) - 1: 0} if last else {},
@@ -143,18 +171,20 @@ def _op(base: Op, alpha: bool, bias: bool, last: str, columns: str) -> Op:
 
 
 def _run(base: Op, operands: Any, rest: Any, last: str, finish: Finish, options: Options, **own: Any) -> Any:
-    columns = "n" if finish.halves == 1 and finish.heads is None else "w"
-    run = _op(base, finish.alpha, finish.bias, last, columns)
+    same = finish.halves == 1 and finish.heads is None and not finish.quantized
+    run = _op(base, finish.alpha, finish.bias, last, "n" if same else "w", finish.quantized)
     params = {name: value for name, value in vars(options).items() if name != "reduce_dtype"}
-    return run(*operands, *rest, finish=finish, **params, **own)[0]
+    results = run(*operands, *rest, finish=finish, **params, **own)
+    return QuantizedArray(results[0], results[1], PER_ROW) if finish.quantized else results[0]
 
 
 def fp8_gemm(
     a: Quantized, b: Quantized, rest: list[jax.Array], last: str, finish: Finish, options: Options
 ) -> jax.Array:
     """D of FP8 operands that both have k last; rest: alpha, bias and what `last` names."""
-    base = ops.FP8_GEMM_BLOCK if b.block == BLOCKED else ops.FP8_GEMM_ROW
-    return _run(base, (a.values, a.scales, b.values, b.scales), rest, last, finish, options)
+    return _run(
+        ops.FP8_GEMM[b.block][0], (a.values, a.scales, b.values, b.scales), rest, last, finish, options
+    )
 
 
 def bf16_gemm(

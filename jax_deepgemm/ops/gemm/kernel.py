@@ -13,6 +13,7 @@ from jax_deepgemm.core.family import OpKernel
 from jax_deepgemm.ops.gemm.family import FAMILY
 from jax_deepgemm.ops.gemm.finish import Finish
 from jax_deepgemm.ops.gemm.problem import GemmProblem
+from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 
 _TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "bfloat16": "bf16"}
 
@@ -22,10 +23,23 @@ def type_name(aval: Any) -> str:
     return _TYPES[np.dtype(aval.dtype).name]
 
 
+def scales_of(per_row: bool, step: int) -> str:
+    """The scales of B as problems name them."""
+    return ("vector" if per_row else "block") + ("" if step == SCALE_BLOCK else f"_{step}")
+
+
 def fp8_problem(
-    avals_in: Sequence[Any], avals_out: Sequence[Any], *, batch: tuple[bool, ...] | None, **_: Any
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    *,
+    batch: tuple[bool, ...] | None,
+    step: int = SCALE_BLOCK,
+    **_: Any,
 ) -> GemmProblem:
-    """The problem of operands (a, a scales, b, b scales[, c]) as the kernel sees them: padded for TMA."""
+    """The problem of operands (a, a scales, b, b scales[, c]) as the kernel sees them, padded for TMA.
+
+    A scale is for `step` of k.
+    """
     a, _, b, sb = avals_in[:4]
     *batches, m, n = avals_out[0].shape
     per_row = sb.shape[-2] == n and n > 1
@@ -37,7 +51,7 @@ def fp8_problem(
         b=type_name(b),
         out=np.dtype(avals_out[0].dtype).name,
         add_c=len(avals_in) > 4,
-        b_scales="vector" if per_row else "block",
+        b_scales=scales_of(per_row, step),
         batches=batches[0] if batches else 1,
         batched=batch or (),
     )
@@ -75,13 +89,13 @@ bf16_gemm = OpKernel(FAMILY, bf16_problem, ("a", "b", "c"))
 """The kernel of `bf16_gemm` and `bf16_gemm_add`."""
 
 
-class _Finished(OpKernel):
+class Finished(OpKernel):
     """Of an op with further operands behind those of the product (finished.py)."""
 
     def plan(self, avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> Any:
         more = more_parts(params["finish"])
         whole = dataclasses.replace(self, parts=(*self.parts, *more))
-        return super(_Finished, whole).plan(avals_in, avals_out, **params)
+        return super(Finished, whole).plan(avals_in, avals_out, **params)
 
 
 def more_parts(finish: Finish) -> tuple[str, ...]:
@@ -90,20 +104,21 @@ def more_parts(finish: Finish) -> tuple[str, ...]:
     return (*given, "d" if finish.heads is not None else "c")
 
 
-def _finished_problem(product: Any, count: int) -> Any:
-    """The problem of an op whose product has `count` operands."""
+def finished_problem(product: Any, count: int) -> Any:
+    """The problem of an op whose product, dense or grouped, has `count` operands."""
 
-    def problem(
-        avals_in: Sequence[Any], avals_out: Sequence[Any], *, finish: Finish, **params: Any
-    ) -> GemmProblem:
+    def problem(avals_in: Sequence[Any], avals_out: Sequence[Any], *, finish: Finish, **params: Any) -> Any:
         *lead, columns = avals_out[0].shape
-        sums = jax.ShapeDtypeStruct((*lead, finish.taken(columns)), avals_out[0].dtype)
+        dtype = np.dtype("bfloat16") if finish.quantized else avals_out[0].dtype
+        sums = jax.ShapeDtypeStruct((*lead, finish.taken(columns)), dtype)
         addend = len(avals_in) == count + len(more_parts(finish)) and finish.heads is None
-        return dataclasses.replace(product(avals_in[:count], [sums], **params), finish=finish, add_c=addend)
+        return dataclasses.replace(
+            product(avals_in[:count], [sums], **params), finish=finish, gated=finish.apart, add_c=addend
+        )
 
     return problem
 
 
-fp8_finished = _Finished(FAMILY, _finished_problem(fp8_problem, 4), ("a", "a_scales", "b", "b_scales"))
-bf16_finished = _Finished(FAMILY, _finished_problem(bf16_problem, 2), ("a", "b"))
+fp8_finished = Finished(FAMILY, finished_problem(fp8_problem, 4), ("a", "a_scales", "b", "b_scales"))
+bf16_finished = Finished(FAMILY, finished_problem(bf16_problem, 2), ("a", "b"))
 """The kernels of the ops of finished.py."""

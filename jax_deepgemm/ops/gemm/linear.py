@@ -12,7 +12,7 @@ are read once each for their two copies.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, overload
 
 import jax
@@ -41,8 +41,9 @@ from jax_deepgemm.ops.gemm.checks import (
     layer_weight,
 )
 from jax_deepgemm.ops.gemm.config import GemmConfig
+from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.gemm.tokens import Tokens
-from jax_deepgemm.ops.quantize import QuantizedArray, quantize
+from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, QuantizedArray, expand_fp4, quantize
 from jax_deepgemm.ops.quantize.fused import quantize_both
 from jax_deepgemm.ops.quantize.prepared import (
     Bits,
@@ -52,6 +53,7 @@ from jax_deepgemm.ops.quantize.prepared import (
     check_trained,
     master_and_copies,
 )
+from jax_deepgemm.ops.quantize.prepared_fp4 import NO_FP8
 
 LINEAR_OUT = "jdg_linear_out"
 """checkpoint_name of the layer's result."""
@@ -81,6 +83,8 @@ class _Recipe:
     """dtype and, on Explicit axes, spec of x, for its gradient; likewise w."""
     w: tuple[np.dtype[Any], PartitionSpec | None]
     with_weight: bool
+    features: int
+    """k."""
 
     def quantize(self, x: jax.Array, block: tuple[int, int], dtype: Any = E4M3) -> QuantizedArray:
         return quantize(x, block, dtype, self.scale_format)
@@ -117,7 +121,7 @@ class _Recipe:
 @overload
 def fp8_linear(
     x: jax.Array,
-    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    w: jax.Array | PreparedWeight | QuantizedArray | PreparedFp4 | tuple[jax.Array, jax.Array],
     *,
     out_dtype: DTypeLike = ...,
     grad_dtype: DTypeLike = ...,
@@ -134,7 +138,7 @@ def fp8_linear(
 @overload
 def fp8_linear(
     x: jax.Array,
-    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    w: jax.Array | PreparedWeight | QuantizedArray | PreparedFp4 | tuple[jax.Array, jax.Array],
     *,
     out_dtype: DTypeLike = ...,
     grad_dtype: DTypeLike = ...,
@@ -150,7 +154,7 @@ def fp8_linear(
 
 def fp8_linear(
     x: jax.Array,
-    w: jax.Array | PreparedWeight | QuantizedArray | tuple[jax.Array, jax.Array],
+    w: jax.Array | PreparedWeight | QuantizedArray | PreparedFp4 | tuple[jax.Array, jax.Array],
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
     grad_dtype: DTypeLike = jnp.float8_e4m3fn,
@@ -183,12 +187,14 @@ def fp8_linear(
     `prepare_weight`: a PreparedWeight as w gives the same bits, and the gradient goes to its master.
 
     A QuantizedArray as w is a frozen weight: it is used as it is, and only x has a gradient (its own is
-    zero). Keep it out of the differentiated arguments: FP8 leaves count as floating point in `jax.grad`.
+    zero). Keep it out of the differentiated arguments: FP8 leaves count as floating point in `jax.grad`. So
+    is an FP4 weight, a `PreparedFp4`, which the gradient of x expands to FP8 at each call (`expand_fp4`).
 
     Args:
       x: [.., k] bfloat16 or float32. The leading dimensions are tokens; any of them may be 0.
       w: [n, k] bfloat16 or float32 master weight, or a PreparedWeight of one, or a QuantizedArray or (values,
-        scales) tuple [n, k] of block (128, 128). Block (1, 128) works in the forward pass only.
+        scales) tuple [n, k] of block (128, 128). Block (1, 128) works in the forward pass only. Or an FP4
+        weight, a PreparedFp4 of MXFP4.
       out_dtype: dtype of y, bfloat16 or float32. dx and dw have the dtypes of x and w.
       grad_dtype: dtype of the quantised dy, float8_e4m3fn or float8_e5m2.
       scale_format: "f32", or "ue8m0" for scales that are powers of two; those of a PreparedWeight are as
@@ -245,8 +251,9 @@ def fp8_linear(
         x=_like(flat),
         w=_like(jax.tree.leaves(w)[0]),
         with_weight=with_weight,
+        features=x.shape[-1],
     )
-    if isinstance(w, QuantizedArray):
+    if isinstance(w, QuantizedArray | PreparedFp4):
         y = _frozen_linear(recipe, flat, w)
     else:
         y = _linear(recipe, flat, *master_and_copies(w))
@@ -271,13 +278,24 @@ def _check_shapes(x: Any, w: Any) -> None:
             f"fp8_linear: x is {given}, need a bfloat16 or float32 array: the layer quantises it. "
             "For operands that are quantised already use fp8_gemm_nt."
         )
-    if not isinstance(w, QuantizedArray) and (not hasattr(w, "dtype") or np.dtype(w.dtype) not in OUT_DTYPES):
+    if isinstance(w, Fp4Array):
+        raise TypeError(
+            f"fp8_linear: w is an Fp4Array {list(w.shape)}, need it prepared for the kernels, once: "
+            "jax_deepgemm.prepare_fp4(w)."
+        )
+    frozen = isinstance(w, QuantizedArray | PreparedFp4)
+    if not frozen and (not hasattr(w, "dtype") or np.dtype(w.dtype) not in OUT_DTYPES):
         given = np.dtype(w.dtype).name if hasattr(w, "dtype") else type(w).__name__
         raise TypeError(
             f"fp8_linear: w is {given}, need a bfloat16 or float32 master weight or a PreparedWeight, "
             "or a QuantizedArray or (values, scales) tuple for a frozen one."
         )
-    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[-1]:
+    if isinstance(w, PreparedFp4) and w.check("fp8_linear", "w").is_nvfp4:
+        raise TypeError(
+            f"fp8_linear: w is NVFP4, {w!r}, and x is quantised to FP8. {NO_FP8} Use bf16_gemm_nt(x, w) of "
+            "rows in bfloat16, which has gradients of x."
+        )
+    if x.ndim < 1 or w.ndim != 2 or not _same_k(x, w):
         raise ValueError(
             f"fp8_linear: x is {list(x.shape)} and w is {list(w.shape)}, "
             "need x [.., k] and w [n, k] with the same k. "
@@ -290,6 +308,13 @@ def _check_shapes(x: Any, w: Any) -> None:
             f"fp8_linear: w has one scale per block {w.block}, need (128, 128), "
             "or (1, 128) without gradients. Quantise it so: jax_deepgemm.quantize(w, (128, 128))."
         )
+
+
+def _same_k(x: Any, w: Any) -> bool:
+    """That of an FP4 weight is only known up to 127 zeros."""
+    if isinstance(w, PreparedFp4):
+        return bool(-(-x.shape[-1] // SCALE_BLOCK) == w.slabs.shape[-2])
+    return bool(x.shape[-1] == w.shape[-1])
 
 
 def _like(x: jax.Array) -> tuple[np.dtype[Any], PartitionSpec | None]:
@@ -323,7 +348,7 @@ def _swapped(q: QuantizedArray) -> QuantizedArray:
     return QuantizedArray(q.values.T, q.scales.T, (q.block[1], q.block[0]))
 
 
-def _forward(recipe: _Recipe, x: QuantizedArray, w: QuantizedArray) -> jax.Array:
+def _forward(recipe: _Recipe, x: QuantizedArray, w: QuantizedArray | PreparedFp4) -> jax.Array:
     return fp8_gemm_nt(
         x,
         w,
@@ -371,11 +396,16 @@ _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 @_first_order
-def _frozen_linear(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> jax.Array:
+def _frozen_linear(recipe: _Recipe, x: jax.Array, w: QuantizedArray | PreparedFp4) -> jax.Array:
     return _forward(recipe, recipe.quantize(x, PER_ROW), w)
 
 
-def _frozen_fwd(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> tuple[jax.Array, _Bytes]:
+def _frozen_fwd(
+    recipe: _Recipe, x: jax.Array, w: QuantizedArray | PreparedFp4
+) -> tuple[jax.Array, _Bytes | PreparedFp4]:
+    if isinstance(w, PreparedFp4):
+        kept = replace(w, slabs=checkpoint_name(w.slabs, WEIGHT_FP8))
+        return _forward(recipe, recipe.quantize(x, PER_ROW), w), kept
     if tuple(w.block) != BLOCKED:
         raise ValueError(
             f"fp8_linear: the gradient of x needs w with one scale per block (128, 128), and this frozen "
@@ -385,9 +415,13 @@ def _frozen_fwd(recipe: _Recipe, x: jax.Array, w: QuantizedArray) -> tuple[jax.A
     return _forward(recipe, recipe.quantize(x, PER_ROW), w), _keep(w, WEIGHT_FP8)
 
 
-def _frozen_bwd(recipe: _Recipe, w: _Bytes, dy: jax.Array) -> tuple[jax.Array, None]:
+def _frozen_bwd(recipe: _Recipe, w: _Bytes | PreparedFp4, dy: jax.Array) -> tuple[jax.Array, None]:
     quantized = recipe.quantize(dy, PER_ROW, recipe.grad_dtype)
-    return recipe.gradient(quantized, _swapped(_kept(w, BLOCKED, recipe.w[0])), recipe.x), None
+    if isinstance(w, PreparedFp4):
+        weight = expand_fp4(w, k=recipe.features)
+    else:
+        weight = _kept(w, BLOCKED, recipe.w[0])
+    return recipe.gradient(quantized, _swapped(weight), recipe.x), None
 
 
 _frozen_linear.defvjp(_frozen_fwd, _frozen_bwd)

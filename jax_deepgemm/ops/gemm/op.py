@@ -1,6 +1,6 @@
 """The dense GEMMs as ops: shapes, sharding, derivatives, and what runs where.
 
-Blocks of scales are global: a device whose rows or columns start inside a 128-block keeps the numbers of the
+Blocks of scales are global: a device whose rows or columns start inside a block keeps the numbers of the
 unsharded call (`recut_blocks`).
 """
 
@@ -17,7 +17,7 @@ from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.gemm import padding, reference
-from jax_deepgemm.ops.gemm.checks import BLOCKED, LAYOUTS, Options, Quantized
+from jax_deepgemm.ops.gemm.checks import B_BLOCKS, LAYOUTS, Options, Quantized
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 
 FP8_GRADIENT_HINT = (
@@ -35,15 +35,16 @@ def recut_blocks(plan: ShardingPlan, *arrays: jax.Array) -> tuple[jax.Array, ...
     """
     a, sa, b, sb, *rest = arrays
     _, scales_of_a, _, scales_of_b, *_ = plan.rule.operands
+    _, step = plan.rule.blocks["kb"]
     if "nb" in scales_of_b and plan.cut("n") and not plan.cut("nb"):
         row = plan.offset("n") + jnp.arange(plan.local_size("n"))
-        sb = jnp.take(sb, row // SCALE_BLOCK, axis=scales_of_b.index("nb"))
+        sb = jnp.take(sb, row // step, axis=scales_of_b.index("nb"))
     if plan.cut("k") and not plan.cut("kb"):
         first, size = plan.offset("k"), plan.local_size("k")
-        blocks = -(-(size + SCALE_BLOCK - 1) // SCALE_BLOCK)
-        a, b = (_shift_columns(x, first % SCALE_BLOCK, blocks * SCALE_BLOCK) for x in (a, b))
-        sa = _take_blocks(sa, first // SCALE_BLOCK, blocks, scales_of_a.index("kb"))
-        sb = _take_blocks(sb, first // SCALE_BLOCK, blocks, scales_of_b.index("kb"))
+        blocks = -(-(size + step - 1) // step)
+        a, b = (_shift_columns(x, first % step, blocks * step) for x in (a, b))
+        sa = _take_blocks(sa, first // step, blocks, scales_of_a.index("kb"))
+        sb = _take_blocks(sb, first // step, blocks, scales_of_b.index("kb"))
     return (a, sa, b, sb, *rest)
 
 
@@ -64,21 +65,26 @@ def _bf16_result(a: Any, b: Any, *_: Any, layout: str, out_dtype: Any, **__: Any
     return [((a[layout[0] == "t"], b[layout[1] == "n"]), out_dtype)]
 
 
-def _kernel(name: str) -> LazyKernel:
-    return LazyKernel("jax_deepgemm.ops.gemm.kernel", name, batched=True)
+def _kernel(name: str, **form: Any) -> LazyKernel:
+    return LazyKernel("jax_deepgemm.ops.gemm.kernel", name, batched=True, **form)
 
 
-def _fp8_op(name: str, rule: str, base: Op | None = None) -> Op:
-    blocks = {"kb": ("k", SCALE_BLOCK), "nb": ("n", SCALE_BLOCK)}
+def scale_step(step: int) -> dict[str, Any]:
+    """The parameter of references and problems of products with a scale for so many elements of k."""
+    return {} if step == SCALE_BLOCK else {"step": step}
+
+
+def _fp8_op(name: str, rule: str, step: int, base: Op | None = None) -> Op:
+    blocks = {"kb": ("k", step), "nb": ("n", step)}
     return Op(
         name if base is None else f"{name}_add",
         rule + (" -> m n" if base is None else ", m n -> m n"),
         _fp8_result,
-        reference.fp8_gemm,
+        functools.partial(reference.fp8_gemm, **scale_step(step)),
         reduces=("k",),
         blocks={grid: data for grid, data in blocks.items() if grid in rule.split()},
         spmd=lambda plan, local, *arrays: (recut_blocks(plan, *arrays), None),
-        kernel=_kernel("fp8_gemm"),
+        kernel=_kernel("fp8_gemm", **scale_step(step)),
         kernel_prepare=padding.fp8_rows,
         aliases={} if base is None else {4: 0},
         addend=None if base is None else 4,
@@ -87,13 +93,16 @@ def _fp8_op(name: str, rule: str, base: Op | None = None) -> Op:
     )
 
 
-def _fp8_pair(name: str, rule: str) -> tuple[Op, Op]:
-    plain = _fp8_op(name, rule)
-    return plain, _fp8_op(name, rule, base=plain)
+def _fp8_pair(block: tuple[int, int]) -> tuple[Op, Op]:
+    rows, step = block
+    name = f"fp8_gemm_{'row' if rows == 1 else 'block'}{'' if step == SCALE_BLOCK else f'_{step}'}"
+    rule = f"m k, m kb, n k, {'n' if rows == 1 else 'nb'} kb"
+    plain = _fp8_op(name, rule, step)
+    return plain, _fp8_op(name, rule, step, base=plain)
 
 
-FP8_GEMM_BLOCK, FP8_GEMM_BLOCK_ADD = _fp8_pair("fp8_gemm_block", "m k, m kb, n k, nb kb")
-FP8_GEMM_ROW, FP8_GEMM_ROW_ADD = _fp8_pair("fp8_gemm_row", "m k, m kb, n k, n kb")
+FP8_GEMM = {block: _fp8_pair(block) for block in B_BLOCKS}
+"""By what shares a scale of B: the product, and that with C."""
 
 
 # bfloat16: the derivatives are GEMMs of the other layouts
@@ -165,10 +174,7 @@ BF16_GEMM_ADD = {layout: _bf16_op(layout, BF16_GEMM[layout]) for layout in LAYOU
 
 def fp8_gemm(a: Quantized, b: Quantized, c: jax.Array | None, options: Options) -> jax.Array:
     """D of FP8 operands that both have k last."""
-    if b.block == BLOCKED:
-        op = FP8_GEMM_BLOCK if c is None else FP8_GEMM_BLOCK_ADD
-    else:
-        op = FP8_GEMM_ROW if c is None else FP8_GEMM_ROW_ADD
+    op = FP8_GEMM[b.block][c is not None]
     arrays = (a.values, a.scales, b.values, b.scales, *(() if c is None else (c,)))
     return op(*arrays, **vars(options))[0]
 

@@ -32,12 +32,14 @@ class GemmProblem:
       add_c: whether C is added.
       b_scales: "block" (128x128), "vector" (1x128) or "none" (BF16). A's scales are always 1x128. "slices":
         1x128 too, and the scales of both operands are stored by block of k, [k / 128, m] and [k / 128, n].
-        "block_slices": so stored, A's 1x128 and B's 128x128, [k / 128, n / 128].
+        "block_slices": so stored, A's 1x128 and B's 128x128, [k / 128, n / 128]. "block_32" and "vector_32":
+        A's scales are 1x32, and B's 32x32 or 1x32.
       batches: products of this size in one launch (`jax.vmap`).
       batched: for each operand in the op's order, whether it has a batch dimension.
       table_bytes: shared memory that a grouped kernel's table of groups takes (ops/grouped).
       weights: how many matrices B are read in all; 0 where they are read more than once or twice.
-      gated: whether B is [gate | up], of whose product only the SwiGLU is written, in FP8 (ops/grouped).
+      gated: whether B is [gate | up], and tiles have both of the same features (ops/grouped); without
+        `finish` only the product's SwiGLU is written, in FP8.
       finish: what the product becomes before it is stored.
       stored: the dimensions of A, B and D as they are stored, where a batch h does not stand in front of all
         that have it ("mhk,hnk->mhn"), or where k consists of runs r ("rmk,rnk->mn"); `k` is that of one run.
@@ -82,6 +84,22 @@ class GemmProblem:
     def square_scales(self) -> bool:
         """Whether B has a scale for 128x128 elements."""
         return self.b_scales in ("block", "block_slices")
+
+    @property
+    def fine(self) -> bool:
+        """Whether there is a scale for 32 of k."""
+        return self.b_scales in ("block_32", "vector_32")
+
+    @property
+    def b_block(self) -> str:
+        """What shares a scale of B.
+
+        >>> GemmProblem(64, 128, 512, b_scales="block_32").b_block
+        '32x32'
+        """
+        if self.fine:
+            return "32x32" if self.b_scales == "block_32" else "1x32"
+        return "128x128" if self.square_scales else "1x128"
 
     @property
     def block_k(self) -> int:
@@ -158,6 +176,11 @@ class GemmProblem:
         return 0 < size <= _MOST_WEIGHTS and not shared and self.m <= _FEW_ROWS and self.k >= _LONG_K
 
     @property
+    def swiglu(self) -> bool:
+        """Whether the kernel is the one that is fused with SwiGLU."""
+        return self.gated and self.finish == AS_IT_IS
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions."""
         return 2 * self.batches * self.m * self.n * self.runs * self.k
@@ -166,8 +189,14 @@ class GemmProblem:
     def bytes_moved(self) -> int:
         """Bytes that memory must move at least: every operand once."""
         once = (self.m + self.n) * self.row_bytes
+        if self.fine:  # four bytes for 32
+            once += (
+                (self.m + (self.n if self.b_scales == "vector_32" else ceil_div(self.n, 32)))
+                * self.row_bytes
+                // 8
+            )
         stored = self.n // self.finish.halves * self.out_bytes
-        written = self.n // 2 if self.gated else stored * (2 if self.add_c else 1)
+        written = self.n // 2 if self.swiglu else stored * (2 if self.add_c else 1)
         once += self.m * written
         return self.batches * once
 
@@ -175,7 +204,7 @@ class GemmProblem:
         layout = self.stored or self.layout
         parts = [f"{self.a}x{self.b} {layout} m={self.m} n={self.n} k={self.k} -> {self.out}"]
         parts += ["+C"] if self.add_c else []
-        parts += [f"B scales {'128x128' if self.square_scales else '1x128'}"] if self.is_fp8 else []
+        parts += [f"B scales {self.b_block}"] if self.is_fp8 else []
         parts += [f"batches={self.batches}"] if self.batches > 1 else []
         parts += [f"runs={self.runs}"] if self.runs > 1 else []
         parts += self.finish.words

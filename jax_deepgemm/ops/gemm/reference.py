@@ -1,7 +1,7 @@
 """Dense GEMMs in plain jnp with float32 accumulation: what runs off the GPU, and what the kernels are
 compared with.
 
-FP8, with b over the 128-wide blocks of k (the last one may be shorter):
+FP8, with b over the blocks of k, 128 or 32 wide (the last one may be shorter):
 
     D = C + sum_b (A_b @ B_b.T) * (sa[:, b, None] * sb[None, rows, b])
 
@@ -18,22 +18,22 @@ import jax.numpy as jnp
 
 from jax_deepgemm.core import products
 
-SCALE_BLOCK = 128
-"""Elements of k under one scale; also the rows under one scale of a 128x128 block."""
+SCALE_BLOCK, FINE_BLOCK = 128, 32
+"""Elements of k under one scale; also the rows under one scale of a square block."""
 
 
-def _repeat_scales(scales: jax.Array, size: int, axis: int) -> jax.Array:
-    return jnp.take(scales, jnp.arange(size) // SCALE_BLOCK, axis=axis)
+def _repeat_scales(scales: jax.Array, size: int, axis: int, step: int) -> jax.Array:
+    return jnp.take(scales, jnp.arange(size) // step, axis=axis)
 
 
-def dequantize_rows(values: jax.Array, scales: jax.Array) -> jax.Array:
-    """float32 of values [.., k] with scales [.., ceil(k / 128)]: one scale per row and 128 of k."""
-    return values.astype(jnp.float32) * _repeat_scales(scales, values.shape[-1], -1)
+def dequantize_rows(values: jax.Array, scales: jax.Array, step: int = SCALE_BLOCK) -> jax.Array:
+    """float32 of values [.., k] with scales [.., ceil(k / step)]: one scale per row and step of k."""
+    return values.astype(jnp.float32) * _repeat_scales(scales, values.shape[-1], -1, step)
 
 
-def dequantize_blocks(values: jax.Array, scales: jax.Array) -> jax.Array:
-    """float32 of values [n, k] with scales [ceil(n / 128), ceil(k / 128)]: one scale per 128x128 block."""
-    return dequantize_rows(values, _repeat_scales(scales, values.shape[-2], -2))
+def dequantize_blocks(values: jax.Array, scales: jax.Array, step: int = SCALE_BLOCK) -> jax.Array:
+    """float32 of values [n, k] with scales [ceil(n / step), ceil(k / step)]: one scale per square block."""
+    return dequantize_rows(values, _repeat_scales(scales, values.shape[-2], -2, step), step)
 
 
 def finish(product: jax.Array, c: jax.Array | None, out_dtype: Any) -> jax.Array:
@@ -53,14 +53,15 @@ def fp8_gemm(
     c: jax.Array | None = None,
     *,
     out_dtype: Any,
+    step: int = SCALE_BLOCK,
     **_: Any,
 ) -> list[jax.Array]:
-    """[C + A @ B.T] for a [m, k], b [n, k].
+    """[C + A @ B.T] for a [m, k], b [n, k], a scale for `step` of k.
 
-    sb has one row per 128 rows of B or one per row; where both are of one shape (n = 1), both mean the same.
+    sb has one row per step rows of B or one per row; where both are of one shape (n = 1), both mean the same.
     """
     dequantize_b = dequantize_rows if sb.shape[0] == b.shape[0] else dequantize_blocks
-    return [finish(dot(dequantize_rows(a, sa), dequantize_b(b, sb), 1, 1), c, out_dtype)]
+    return [finish(dot(dequantize_rows(a, sa, step), dequantize_b(b, sb, step), 1, 1), c, out_dtype)]
 
 
 def bf16_gemm(

@@ -38,6 +38,11 @@ def cases() -> Iterator[Case]:
         rows = len(left)
         for config in kinds_of_config(GemmProblem(rows, N, K)):
             yield Case(f"fp8 m={rows} {config}", on_few(fp8_gemm_nt, sms, config=config), (quantised, qb))
+        for config in kinds_of_config(GemmProblem(rows, N, K, b_scales="block_32")):
+            fine = quantize(left, (1, 32)), quantize(b, (32, 32))
+            yield Case(f"fp8 32x32 m={rows} {config}", on_few(fp8_gemm_nt, sms, config=config), fine)
+        fine = quantize(left, (1, 32)), quantize(b, (1, 32))
+        yield Case(f"fp8 B 1x32 m={rows}", on_few(fp8_gemm_nt, sms), fine)
         for config in kinds_of_config(GemmProblem(rows, N, K, "bf16", "bf16", b_scales="none")):
             yield Case(f"bf16 m={rows} {config}", on_few(bf16_gemm_nt, sms, config=config), (left, b))
     yield Case("bf16 ping-pong", on_few(bf16_gemm_nt, config=PING_PONG), (a, b))
@@ -77,6 +82,15 @@ def _finished(qa: Any, qb: Any, qfew: Any, a: Any, b: Any, c: Any) -> Iterator[C
     yield Case("bf16 gelu + C", added, (a, b, c))
     odd = on_few(bf16_gemm_nt, epilogue=Epilogue(0.5, jnp.ones(N - 1)))
     yield Case("bf16 bias, odd n", odd, (a, b[:-1]))
+    for kind, function, pair in (("fp8", fp8_gemm_nt, (qa, qb)), ("bf16", bf16_gemm_nt, (a, b))):
+        run = on_few(function, epilogue=Epilogue(0.5, jnp.ones(N), "silu", out_scales=(1, 128)))
+        yield Case(f"{kind} quantised", functools.partial(_scales, run), pair)
+
+
+def _scales(run: Any, *operands: Any) -> jax.Array:
+    """A value may be another number of FP8 where a sum is rounded otherwise."""
+    found: jax.Array = run(*operands).scales
+    return found
 
 
 def kinds_of_config(problem: GemmProblem) -> list[GemmConfig]:

@@ -13,6 +13,12 @@ from jax_deepgemm.ops.grouped.api import (
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
 )
+from jax_deepgemm.ops.grouped.gathered import (
+    k_grouped_bf16_gemm_tn_gathered,
+    m_grouped_bf16_gemm_nn_gathered,
+    m_grouped_bf16_gemm_nt_gathered,
+    m_grouped_fp8_gemm_nt_gathered,
+)
 from jax_deepgemm.ops.grouped.layouts import (
     check_group_sizes,
     check_m_indices,
@@ -43,13 +49,17 @@ __all__ = [
     "indices_to_ends",
     "indices_to_group_sizes",
     "k_grouped_bf16_gemm_tn_contiguous",
+    "k_grouped_bf16_gemm_tn_gathered",
     "k_grouped_fp8_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_tn_contiguous",
     "m_grouped_bf16_gemm_nn_contiguous",
+    "m_grouped_bf16_gemm_nn_gathered",
     "m_grouped_bf16_gemm_nt_contiguous",
+    "m_grouped_bf16_gemm_nt_gathered",
     "m_grouped_bf16_gemm_nt_masked",
     "m_grouped_fp8_gemm_nn_contiguous",
     "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_gathered",
     "m_grouped_fp8_gemm_nt_masked",
     "set_mk_alignment_for_contiguous_layout",
 ]

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.options import Sharding
-from jax_deepgemm.log import note_once
-from jax_deepgemm.ops.gemm.checks import BLOCKED, Options, Quantized, check_options
+from jax_deepgemm.ops.gemm.checks import Options, check_options, with_fine_blocks
 from jax_deepgemm.ops.gemm.config import GemmConfig
+from jax_deepgemm.ops.gemm.epilogue import Epilogue, no_epilogue
 from jax_deepgemm.ops.gemm.op import empty_product
-from jax_deepgemm.ops.grouped import checks
+from jax_deepgemm.ops.grouped import checks, finished
 from jax_deepgemm.ops.grouped import op as ops
+from jax_deepgemm.ops.grouped.along_k import k_grouped_fp8, k_last
 from jax_deepgemm.ops.quantize.array import QuantizedLike
 from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4, products
 
@@ -44,6 +45,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D = A @ B[g].T for the rows of each group g, with block-scaled FP8 operands.
 
@@ -71,7 +73,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         scales [m, ceil(k / 128)] float32; the number meant is stored * scale.
       b: values [g, n, k] float8_e4m3fn or float8_e5m2 (A and B may differ), and scales [g, ceil(n / 128),
         ceil(k / 128)] (block (128, 128)) or [g, n, ceil(k / 128)] (block (1, 128)). Of a bare tuple, the
-        scales' shape tells which. Or an FP4 weight, a `PreparedFp4`, with A in float8_e4m3fn.
+        scales' shape tells which. Scales for 32 of k as in `fp8_gemm_nt`; an FP4 weight is a `PreparedFp4`.
       group_sizes: int32 [g], as in jax.lax.ragged_dot: rows of each group, one group after the other. Their
         sum may be less than m. int64 is converted.
       m_indices: int32 [m], instead: the group of each row, -1 (or any number that is no group) for none. Rows
@@ -89,6 +91,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
         for half the bytes and one more rounding per device.
       num_sms: at most so many SMs of the GPU, so that others stay free, for collectives say; None:
         `config.num_sms`.
+      epilogue: an `Epilogue`: alpha, a bias [g, n] of each group, and an activation, applied to the float32
+        sums; with its `out_scales` the result is a QuantizedArray. Not with FP4 weights.
 
     Returns:
       [m, n] in out_dtype. Every row is defined: those of no group (gaps, padding, the tail) are exactly zero,
@@ -107,7 +111,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     op = "m_grouped_fp8_gemm_nt_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms, b=b)
     rows = checks.Rows(group_sizes, m_indices, ends, alignment, group_offset)
-    return _m_grouped_fp8(op, "nt", a, b, rows, expected_m, options)
+    return _m_grouped_fp8(op, "nt", a, b, rows, expected_m, epilogue, options)
 
 
 def m_grouped_fp8_gemm_nn_contiguous(
@@ -125,6 +129,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D = A @ B[g] for the rows of each group g, with block-scaled FP8 operands; B is stored [g, k, n].
 
@@ -145,7 +150,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
       b: values [g, k, n], scales [g, ceil(k / 128), ceil(n / 128)] (block (128, 128)) or [g, ceil(k / 128),
         n] (block (128, 1)).
       group_sizes, m_indices, ends, alignment, group_offset, expected_m, out_dtype, config, out_sharding,
-        reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
+        reduce_dtype, num_sms, epilogue: as in `m_grouped_fp8_gemm_nt_contiguous`.
 
     Returns:
       [m, n] in out_dtype; rows of no group are exactly zero, whatever a holds there.
@@ -159,7 +164,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
     op = "m_grouped_fp8_gemm_nn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
     rows = checks.Rows(group_sizes, m_indices, ends, alignment, group_offset)
-    return _m_grouped_fp8(op, "nn", a, b, rows, expected_m, options)
+    return _m_grouped_fp8(op, "nn", a, b, rows, expected_m, epilogue, options)
 
 
 def m_grouped_bf16_gemm_nt_contiguous(
@@ -177,6 +182,7 @@ def m_grouped_bf16_gemm_nt_contiguous(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D = A @ B[g].T for the rows of each group g, with bfloat16 operands and float32 accumulation.
 
@@ -189,9 +195,9 @@ def m_grouped_bf16_gemm_nt_contiguous(
 
     Args:
       a: [m, k] bfloat16.
-      b: [g, n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, then without gradients.
+      b: [g, n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, which has no gradient.
       group_sizes, m_indices, ends, alignment, group_offset, expected_m, out_dtype, config, out_sharding,
-        reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
+        reduce_dtype, num_sms, epilogue: as in `m_grouped_fp8_gemm_nt_contiguous`.
 
     Returns:
       [m, n] in out_dtype; rows of no group are exactly zero, whatever a holds there.
@@ -209,7 +215,7 @@ def m_grouped_bf16_gemm_nt_contiguous(
     op = "m_grouped_bf16_gemm_nt_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms, b=b)
     rows = checks.Rows(group_sizes, m_indices, ends, alignment, group_offset)
-    return _m_grouped_bf16(op, "nt", a, b, rows, expected_m, options)
+    return _m_grouped_bf16(op, "nt", a, b, rows, expected_m, epilogue, options)
 
 
 def m_grouped_bf16_gemm_nn_contiguous(
@@ -227,6 +233,7 @@ def m_grouped_bf16_gemm_nn_contiguous(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D = A @ B[g] for the rows of each group g, with bfloat16 operands; B is stored [g, k, n].
 
@@ -243,7 +250,7 @@ def m_grouped_bf16_gemm_nn_contiguous(
       a: [m, k] bfloat16.
       b: [g, k, n] bfloat16.
       group_sizes, m_indices, ends, alignment, group_offset, expected_m, out_dtype, config, out_sharding,
-        reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
+        reduce_dtype, num_sms, epilogue: as in `m_grouped_fp8_gemm_nt_contiguous`.
 
     Returns:
       [m, n] in out_dtype; rows of no group are exactly zero, whatever a holds there.
@@ -257,7 +264,7 @@ def m_grouped_bf16_gemm_nn_contiguous(
     op = "m_grouped_bf16_gemm_nn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
     rows = checks.Rows(group_sizes, m_indices, ends, alignment, group_offset)
-    return _m_grouped_bf16(op, "nn", a, b, rows, expected_m, options)
+    return _m_grouped_bf16(op, "nn", a, b, rows, expected_m, epilogue, options)
 
 
 def m_grouped_fp8_gemm_nt_masked(
@@ -272,6 +279,7 @@ def m_grouped_fp8_gemm_nt_masked(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D[g, :masked_m[g]] = A[g, :masked_m[g]] @ B[g].T for each group g, with block-scaled FP8 operands.
 
@@ -288,11 +296,12 @@ def m_grouped_fp8_gemm_nt_masked(
     Args:
       a: values [g, m, k], scales [g, m, ceil(k / 128)]: block (1, 128). Any m.
       b: values [g, n, k], scales [g, ceil(n / 128), ceil(k / 128)] (block (128, 128)) or [g, n, ceil(k /
-        128)] (block (1, 128)); or an FP4 weight, a `PreparedFp4`, with A in float8_e4m3fn.
+        128)] (block (1, 128)); or for 32 of k as in `fp8_gemm_nt`; or an FP4 weight, a `PreparedFp4`.
       masked_m: int32 [g], rows of each group that count; cut at 0 and at m.
       expected_m: rows of a typical group, static; helps to choose the configuration, and changes no number.
       zero_rows: True writes zeros to the other rows, static.
-      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms, epilogue: as in
+        `m_grouped_fp8_gemm_nt_contiguous`.
 
     Returns:
       [g, m, n] in out_dtype. Rows from masked_m[g] on are undefined unless zero_rows: writing them would cost
@@ -311,14 +320,15 @@ def m_grouped_fp8_gemm_nt_masked(
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms, b=b)
     hints = checks.check_hints(op, zero_rows, expected_m)
     if isinstance(b, PreparedFp4):
+        no_epilogue(op, epilogue)
         return products().masked(op, a, b, masked_m, hints, options)
-    left, right, (m, n, k) = checks.check_fp8(op, checks.masked_sides("nt"), a, b)
+    left, right, (m, n, k) = checks.check_fp8(op, with_fine_blocks(checks.masked_sides("nt")), a, b)
     counts = checks.check_masked_m(op, masked_m, right.values.shape[0])
-    if 0 in (m, n, k):
+    if 0 in (m, n, k) and epilogue is None:
         return empty_product("gmk,gnk->gmn", left.values, right.values, options)
-    run = ops.M_MASKED_FP8_BLOCK if right.block == BLOCKED else ops.M_MASKED_FP8_ROW
     arrays = (left.values, left.scales, right.values, right.scales, counts)
-    return run(*arrays, **hints, **vars(options))[0]
+    base = ops.M_MASKED_FP8[right.block]
+    return finished.gemm(op, base, arrays, epilogue, right.values.shape[0], n, options, **hints)
 
 
 def m_grouped_bf16_gemm_nt_masked(
@@ -333,6 +343,7 @@ def m_grouped_bf16_gemm_nt_masked(
     out_sharding: Sharding = None,
     reduce_dtype: DTypeLike = jnp.float32,
     num_sms: int | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
     """D[g, :masked_m[g]] = A[g, :masked_m[g]] @ B[g].T for each group g, with bfloat16 operands.
 
@@ -344,9 +355,10 @@ def m_grouped_bf16_gemm_nt_masked(
 
     Args:
       a: [g, m, k] bfloat16.
-      b: [g, n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, then without gradients.
+      b: [g, n, k] bfloat16, or an FP4 weight, a `PreparedFp4`, which has no gradient.
       masked_m, expected_m, zero_rows: as in `m_grouped_fp8_gemm_nt_masked`.
-      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `m_grouped_fp8_gemm_nt_contiguous`.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms, epilogue: as in
+        `m_grouped_fp8_gemm_nt_contiguous`.
 
     Returns:
       [g, m, n] in out_dtype; rows from masked_m[g] on are undefined unless zero_rows.
@@ -363,12 +375,14 @@ def m_grouped_bf16_gemm_nt_masked(
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms, b=b)
     hints = checks.check_hints(op, zero_rows, expected_m)
     if isinstance(b, PreparedFp4):
+        no_epilogue(op, epilogue)
         return products().masked(op, a, b, masked_m, hints, options)
     left, right, (m, n, k) = checks.check_bf16(op, checks.masked_sides("nt"), a, b)
     counts = checks.check_masked_m(op, masked_m, right.shape[0])
-    if 0 in (m, n, k):
+    if 0 in (m, n, k) and epilogue is None:
         return empty_product("gmk,gnk->gmn", left, right, options)
-    return ops.M_MASKED_BF16["nt"](left, right, counts, **hints, **vars(options))[0]
+    run, arrays = ops.M_MASKED_BF16["nt"], (left, right, counts)
+    return finished.gemm(op, run, arrays, epilogue, right.shape[0], n, options, **hints)
 
 
 def k_grouped_fp8_gemm_nt_contiguous(
@@ -429,7 +443,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
     """
     op = "k_grouped_fp8_gemm_nt_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
-    return _k_grouped_fp8(op, "nt", a, b, c, (group_sizes, num_groups, group_offset), options)
+    return k_grouped_fp8(op, "nt", a, b, c, (group_sizes, num_groups, group_offset), options)
 
 
 def k_grouped_fp8_gemm_tn_contiguous(
@@ -476,7 +490,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
     """
     op = "k_grouped_fp8_gemm_tn_contiguous"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
-    return _k_grouped_fp8(op, "tn", a, b, c, (group_sizes, num_groups, group_offset), options)
+    return k_grouped_fp8(op, "tn", a, b, c, (group_sizes, num_groups, group_offset), options)
 
 
 def k_grouped_bf16_gemm_tn_contiguous(
@@ -532,68 +546,43 @@ def k_grouped_bf16_gemm_tn_contiguous(
     return run(*arrays, rows_format=where.rows_format, num_groups=count, **vars(options))[0]
 
 
-def _k_last(op: str, name: str, x: Quantized, way_out: str) -> jax.Array:
-    """The values with k as their last dimension."""
-    note_once(
-        f"{op}: {name} {list(x.values.shape)}: FP8 tensor cores read along k, which is not the last "
-        f"dimension, so the bytes are transposed at each call. {way_out}"
-    )
-    return jnp.swapaxes(x.values, -1, -2)
-
-
 def _m_grouped_fp8(
-    op: str, layout: str, a: Any, b: Any, rows: checks.Rows, expected_m: Any, options: Options
-) -> jax.Array:
+    op: str, layout: str, a: Any, b: Any, rows: checks.Rows, expected_m: Any, epilogue: Any, options: Options
+) -> Any:
     if layout == "nt" and isinstance(b, PreparedFp4):
+        no_epilogue(op, epilogue)
         return products().contiguous(op, a, b, rows, expected_m, options)
-    left, right, (m, n, k) = checks.check_fp8(op, checks.m_grouped_sides(layout), a, b)
+    left, right, (m, n, k) = checks.check_fp8(op, with_fine_blocks(checks.m_grouped_sides(layout)), a, b)
     where = checks.check_rows(op, rows, m, right.values.shape[0])
     hint = checks.check_expected_m(op, expected_m)
-    if 0 in (m, n, k):
+    if 0 in (m, n, k) and epilogue is None:
         subscripts = "mk,gnk->mn" if layout == "nt" else "mk,gkn->mn"
         return empty_product(subscripts, left.values, right.values, options)
     values, scales = right.values, right.scales
     if layout == "nn":
-        values = _k_last(
+        values = k_last(
             op, "b", right, f"Store b [g, n, k] and use {op.replace('nn', 'nt')} to avoid the pass."
         )
         scales = jnp.swapaxes(scales, -1, -2)
-    run = ops.M_GROUPED_FP8_BLOCK if right.block == BLOCKED else ops.M_GROUPED_FP8_ROW
     arrays = (left.values, left.scales, values, scales, where.group_sizes, where.group_offset)
-    return run(*arrays, rows_format=where.rows_format, expected_m=hint, **vars(options))[0]
+    base, groups = ops.M_GROUPED_FP8[right.block], right.values.shape[0]
+    own: dict[str, Any] = {"rows_format": where.rows_format, "expected_m": hint}
+    return finished.gemm(op, base, arrays, epilogue, groups, n, options, **own)
 
 
 def _m_grouped_bf16(
-    op: str, layout: str, a: Any, b: Any, rows: checks.Rows, expected_m: Any, options: Options
-) -> jax.Array:
+    op: str, layout: str, a: Any, b: Any, rows: checks.Rows, expected_m: Any, epilogue: Any, options: Options
+) -> Any:
     if layout == "nt" and isinstance(b, PreparedFp4):
+        no_epilogue(op, epilogue)
         return products().contiguous(op, a, b, rows, expected_m, options)
     left, right, (m, n, k) = checks.check_bf16(op, checks.m_grouped_sides(layout), a, b)
     where = checks.check_rows(op, rows, m, right.shape[0])
     hint = checks.check_expected_m(op, expected_m)
-    if 0 in (m, n, k):
+    if 0 in (m, n, k) and epilogue is None:
         return empty_product("mk,gnk->mn" if layout == "nt" else "mk,gkn->mn", left, right, options)
     run = ops.M_GROUPED_BF16[layout]
     arrays = (left, right, where.group_sizes, where.group_offset)
-    return run(*arrays, rows_format=where.rows_format, expected_m=hint, **vars(options))[0]
-
-
-def _k_grouped_fp8(
-    op: str, layout: str, a: Any, b: Any, c: Any, groups: tuple[Any, ...], options: Options
-) -> jax.Array:
-    left, right, (m, n, k) = checks.check_fp8(op, checks.k_grouped_sides(layout), a, b)
-    where, count = checks.check_k_groups(op, *groups)
-    addend = checks.check_c(op, c, (count, m, n), options.out_dtype)
-    if 0 in (m, n, k):
-        subscripts = "mk,nk->mn" if layout == "nt" else "km,kn->mn"
-        return ops.empty_products(subscripts, left.values, right.values, addend, count, options)
-    pair = []
-    for name, x in (("a", left), ("b", right)):
-        if layout == "tn":
-            way_out = f"Quantise the transposed matrix and use {op.replace('tn', 'nt')} to avoid the pass."
-            pair += [_k_last(op, name, x, way_out), x.scales]
-        else:
-            pair += [x.values, x.scales.T]
-    run = ops.K_GROUPED_FP8 if addend is None else ops.K_GROUPED_FP8_ADD
-    arrays = (*pair, where.group_sizes, where.group_offset, *(() if addend is None else (addend,)))
-    return run(*arrays, rows_format=where.rows_format, num_groups=count, **vars(options))[0]
+    own: dict[str, Any] = {"rows_format": where.rows_format, "expected_m": hint}
+    groups = right.shape[0]
+    return finished.gemm(op, run, arrays, epilogue, groups, n, options, **own)

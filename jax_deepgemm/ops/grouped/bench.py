@@ -18,7 +18,7 @@ from typing import Any
 
 from jax_deepgemm.core.bench import BESIDE_PEER, CLOCK, RATES, Fields, Row, Table, every_row, recorded_rows
 from jax_deepgemm.ops.gemm.bench import OTHER_SHAPES
-from jax_deepgemm.ops.grouped import bench_drawn, bench_skew
+from jax_deepgemm.ops.grouped import bench_drawn, bench_epilogue, bench_fine, bench_gathered, bench_skew
 from jax_deepgemm.ops.grouped.bench_rows import UNIT, contiguous, draw_sizes, k_grouped, masked, padded
 
 GROUPED_KEYS = ("type", "groups", "m", "n", "k")
@@ -148,7 +148,10 @@ TABLES = {
             ("bf16", 8, 4096, 7168, 4096),
         ),
     ),
+    "gathered": bench_gathered.TABLE,
+    "fine": bench_fine.TABLE,
     "shapes": replace(OTHER_SHAPES, rows=_other_shapes),
+    "epilogue": bench_epilogue.TABLE,
     "k_drawn": bench_drawn.TABLE,
     "skew": Table(
         "Groups of very different sizes beside as many rows spread evenly: one group with half of all m rows"

@@ -25,7 +25,7 @@ from jax_deepgemm.ops.gemm.checks import (
     check_fp8_parts,
     describe,
     is_array,
-    quantized,
+    quantized_pair,
     raise_type_error,
 )
 from jax_deepgemm.ops.grouped import layouts, segments
@@ -77,13 +77,19 @@ def check_fp8(op: str, sides: Sides, a: Any, b: Any) -> tuple[Quantized, Quantiz
     """Both FP8 operands and (m, n, k)."""
     left, right = (check_fp8_parts(op, side, x) for side, x in zip(sides, (a, b), strict=True))
     sizes = _check_sizes(op, sides, left[1], right[1])
-    return quantized(op, left), quantized(op, right), sizes
+    return *quantized_pair(op, left, right), sizes
 
 
 def check_bf16(op: str, sides: Sides, a: Any, b: Any) -> tuple[jax.Array, jax.Array, tuple[int, int, int]]:
     """Both BF16 operands and (m, n, k)."""
-    left, right = (check_bf16_operand(op, side, x) for side, x in zip(sides, (a, b), strict=True))
+    left, right = bf16_pair(op, sides, a, b)
     return left, right, _check_sizes(op, sides, left, right)
+
+
+def bf16_pair(op: str, sides: Sides, a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
+    """Both BF16 operands; their sizes are not compared."""
+    left, right = (check_bf16_operand(op, side, x) for side, x in zip(sides, (a, b), strict=True))
+    return left, right
 
 
 def _check_sizes(op: str, sides: Sides, a: Any, b: Any) -> tuple[int, int, int]:

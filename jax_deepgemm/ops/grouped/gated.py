@@ -234,10 +234,7 @@ def _m_grouped_reference(
 ) -> list[jax.Array]:
     sizes = (group_sizes, group_offset)
     [h] = reference.m_grouped_fp8_gemm(a, sa, b, sb, *sizes, rows_format=rows_format, out_dtype=jnp.bfloat16)
-    starts, ends, groups = segments.read(group_sizes, rows_format, a.shape[0])
-    here = segments.local_groups(groups, group_offset, b.shape[0]) + 1  # 0: none of them
-    edges = jnp.zeros_like(here, shape=(a.shape[0] + 1,)).at[starts].add(here).at[ends].add(-here)
-    group = jnp.cumsum(edges)[:-1] - 1
+    group = segments.by_index(group_sizes, rows_format, a.shape[0], group_offset, b.shape[0])
     for one in bias:
         index = jnp.where(group < 0, one.shape[0], group)  # behind the last one: none
         h = _plus(h, jnp.take(one, index, axis=0, mode="fill", fill_value=0))

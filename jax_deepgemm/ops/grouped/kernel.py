@@ -10,10 +10,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jax_deepgemm.core.family import OpKernel
-from jax_deepgemm.ops.gemm.kernel import type_name
+from jax_deepgemm.ops.gemm.kernel import Finished, finished_problem, scales_of, type_name
+from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped.family import FAMILY
 from jax_deepgemm.ops.grouped.problem import INNER, MASKED_INNER, MASKED_ROWS, ROWS, GroupedProblem
 
@@ -30,10 +32,10 @@ def _out(avals_out: Sequence[Any]) -> dict[str, Any]:
     return {"out": np.dtype(avals_out[0].dtype).name}
 
 
-def _fp8(a: Any, b: Any, sb: Any) -> dict[str, Any]:
-    """Scales of 1x128 have a row for each of B's; where both forms have one row they mean the same."""
+def _fp8(a: Any, b: Any, sb: Any, step: int = SCALE_BLOCK) -> dict[str, Any]:
+    """Scales of one row have a row for each of B's; where both forms have one row they mean the same."""
     per_row = sb.shape[-2] == b.shape[-2] and b.shape[-2] > 1
-    return {"a": type_name(a), "b": type_name(b), "b_scales": "vector" if per_row else "block"}
+    return {"a": type_name(a), "b": type_name(b), "b_scales": scales_of(per_row, step)}
 
 
 def _bf16(layout: str) -> dict[str, Any]:
@@ -59,10 +61,12 @@ def _m_grouped_fp8(
     batch: Any,
     rows_format: str = "sizes",
     expected_m: int | None = None,
+    step: int = SCALE_BLOCK,
     **_: Any,
 ) -> GroupedProblem:
     a, _sa, b, sb, sizes, _offset = avals_in
-    return _rows_problem(a, b, avals_out, expected_m, _segments(sizes, rows_format, batch) | _fp8(a, b, sb))
+    described = _segments(sizes, rows_format, batch) | _fp8(a, b, sb, step)
+    return _rows_problem(a, b, avals_out, expected_m, described)
 
 
 def _m_grouped_bf16(
@@ -111,11 +115,12 @@ def _m_masked_fp8(
     batch: Any,
     expected_m: int | None = None,
     zero_rows: bool = False,
+    step: int = SCALE_BLOCK,
     **_: Any,
 ) -> GroupedProblem:
     del batch
     a, _sa, b, sb, _masked = avals_in
-    return _masked_problem(a, b, avals_out, expected_m, zero_rows, _fp8(a, b, sb))
+    return _masked_problem(a, b, avals_out, expected_m, zero_rows, _fp8(a, b, sb, step))
 
 
 def _m_masked_bf16(
@@ -194,6 +199,31 @@ def _m_masked_swiglu(avals_in: Sequence[Any], avals_out: Sequence[Any], **params
     return _gated(_m_masked_fp8((*scaled, counts), avals_out, **params), bias)
 
 
+def _named(x: Any, index: Any) -> Any:
+    """The type of rows that an index names."""
+    return jax.ShapeDtypeStruct((*index.shape, *x.shape[1:]), x.dtype)
+
+
+def _m_gathered_fp8(avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> GroupedProblem:
+    a, sa, b, sb, index, *groups = avals_in
+    plain = _m_grouped_fp8((_named(a, index), sa, b, sb, *groups), avals_out, **params)
+    return dataclasses.replace(plain, by_index="a")
+
+
+def _m_gathered_bf16(avals_in: Sequence[Any], avals_out: Sequence[Any], **params: Any) -> GroupedProblem:
+    a, b, index, *groups = avals_in
+    plain = _m_grouped_bf16((_named(a, index), b, *groups), avals_out, **params)
+    return dataclasses.replace(plain, by_index="a")
+
+
+def _k_gathered_bf16(
+    avals_in: Sequence[Any], avals_out: Sequence[Any], *, side: str, **params: Any
+) -> GroupedProblem:
+    a, b, index, *groups = avals_in
+    plain = _k_grouped_bf16((_named(a, index), b, *groups), avals_out, **params)
+    return dataclasses.replace(plain, by_index=side)
+
+
 _SCALED = ("a", "a_scales", "b", "b_scales")
 
 m_grouped_fp8_gemm = OpKernel(FAMILY, _m_grouped_fp8, (*_SCALED, "group_sizes", "group_offset"))
@@ -213,9 +243,27 @@ m_masked_fp8_gemm_swiglu = OpKernel(
 """a [g, m, k], scales [g, m, kb], b [weights, 2 f, k], scales, row weights [g, m], masked_m [g](, bias)."""
 m_masked_bf16_gemm = OpKernel(FAMILY, _m_masked_bf16, ("a", "b", "group_sizes"))
 """a [g, m, k], b [weights, n, k] or [weights, k, n], masked_m [g]."""
+m_grouped_fp8_finished = Finished(
+    FAMILY, finished_problem(_m_grouped_fp8, 6), (*_SCALED, "group_sizes", "group_offset")
+)
+m_grouped_bf16_finished = Finished(
+    FAMILY, finished_problem(_m_grouped_bf16, 4), ("a", "b", "group_sizes", "group_offset")
+)
+m_masked_fp8_finished = Finished(FAMILY, finished_problem(_m_masked_fp8, 5), (*_SCALED, "group_sizes"))
+m_masked_bf16_finished = Finished(FAMILY, finished_problem(_m_masked_bf16, 3), ("a", "b", "group_sizes"))
+"""The kernels of the ops of finished.py: the same, then alpha [1] and a bias [groups of b, n]."""
 k_grouped_fp8_gemm = OpKernel(FAMILY, _k_grouped_fp8, (*_SCALED, "group_sizes", "group_offset", "c"))
 """a [m, k], scales [kb, m], b [n, k], scales [kb, n] or [kb, nb], sizes or segments, offset(, c)."""
 k_grouped_bf16_gemm = OpKernel(FAMILY, _k_grouped_bf16, ("a", "b", "group_sizes", "group_offset", "c"))
 """a [k, m], b [k, n], sizes or segments, offset(, c)."""
+m_gathered_fp8_gemm = OpKernel(FAMILY, _m_gathered_fp8, (*_SCALED, "index", "group_sizes", "group_offset"))
+"""a [t, k], scales [t, kb], b [g, n, k], scales, index [m], sizes or segments, offset."""
+m_gathered_bf16_gemm = OpKernel(FAMILY, _m_gathered_bf16, ("a", "b", "index", "group_sizes", "group_offset"))
+"""a [t, k], b [g, n, k] (layout "nt") or [g, k, n] ("nn"), index [m], sizes or segments, offset."""
+k_gathered_bf16_gemm = OpKernel(
+    FAMILY, _k_gathered_bf16, ("a", "b", "index", "group_sizes", "group_offset", "c")
+)
+"""a [r, m] and b [k, n] (side "a"), or a [k, m] and b [r, n] ("b"), index [k], sizes or segments,
+offset(, c)."""
 k_masked_bf16_gemm = OpKernel(FAMILY, _k_masked_bf16, ("a", "b", "group_sizes"))
 """a [g, k, m], b [g, k, n], sizes [g]."""

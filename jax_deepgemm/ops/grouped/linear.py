@@ -41,6 +41,7 @@ from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, PreparedWeight, Qua
 from jax_deepgemm.ops.quantize.api import SCALE_FORMATS
 from jax_deepgemm.ops.quantize.per_channel import PerChannelArray, is_per_channel, products
 from jax_deepgemm.ops.quantize.prepared import Bits, Copies, as_it_came, check_trained, master_and_copies
+from jax_deepgemm.ops.quantize.prepared_fp4 import NO_FP8
 
 GROUPED_OUT = "jdg_grouped_out"
 """checkpoint_name of the layer's result."""
@@ -48,6 +49,12 @@ GROUPED_ACT_FP8 = "jdg_grouped_act_fp8"
 """checkpoint_name of the FP8 activations kept for the weight gradient."""
 GROUPED_WEIGHT_FP8 = "jdg_grouped_weight_fp8"
 """checkpoint_name of the FP8 weights kept for the input gradient."""
+
+
+def in_bf16(w: Any) -> Any:
+    """A weight for products in bfloat16, which take FP4 as it is."""
+    return w if isinstance(w, PreparedFp4) else w.astype(jnp.bfloat16)
+
 
 BF16_GEMMS = {"nk": m_grouped_bf16_gemm_nt_contiguous, "kn": m_grouped_bf16_gemm_nn_contiguous}
 """The product of rows with weights of each layout; its derivatives read and write the same layout."""
@@ -155,14 +162,14 @@ def grouped_linear(
 
     A QuantizedArray as w is a frozen weight: only x has a gradient, for which its bytes are transposed. Keep
     it out of the differentiated arguments: FP8 leaves count as floating point in `jax.grad`. So is an FP4
-    weight, a `PreparedFp4`, which the gradient of x expands to FP8 at each call (`expand_fp4`).
+    weight, a `PreparedFp4`, which the gradient of x expands at each call, to FP8 (`expand_fp4`) or bfloat16.
 
     Args:
       x: [m, k] bfloat16 or float32; the rows of group 0, then those of group 1, and so on.
       w: [g, n, k] bfloat16 or float32 master weights, or for "fp8" a PreparedWeight of them, or a
         QuantizedArray or (values, scales) tuple [g, n, k] of block (128, 128). Block (1, 128) works in the
-        forward pass only. Or an FP4 weight, a PreparedFp4. For "bf16" and weight_layout "kn" a
-        PerChannelArray [g, k, n], which has no derivative.
+        forward pass only. Or an FP4 weight, a PreparedFp4, of NVFP4 for "bf16". For that and weight_layout
+        "kn" a PerChannelArray [g, k, n], which has no derivative.
       group_sizes: integer [g_all], g_all >= g. Any sizes; negative ones count as 0.
       recipe: "fp8" or "bf16".
       weight_layout: "nk", or "kn" for masters and prepared weights [g, k, n], with gradients [g, k, n]. No
@@ -218,10 +225,9 @@ def grouped_linear(
         check_trained("grouped_linear", w=weight)
     options = check_options("grouped_linear", out_dtype, reduce_dtype, out_sharding, None, num_sms)
     if recipe == "bf16":
-        assert not isinstance(weight, Frozen)
         y = BF16_GEMMS[weight_layout](
             x.astype(jnp.bfloat16),
-            weight.astype(jnp.bfloat16),
+            in_bf16(weight),
             group_sizes,
             group_offset=0 if group_offset is None else group_offset,
             expected_m=expected_m,
@@ -311,7 +317,7 @@ def covers(w: Any, layout: str, k: int) -> bool:
 
 
 def check_weight(where: str, name: str, w: Any, recipe: str) -> None:
-    """w is [groups, n, k], a master weight or, for "fp8", a prepared or frozen one."""
+    """w is [groups, n, k], a master weight, an FP4 one or, for "fp8", a prepared or frozen one."""
     if isinstance(w, PreparedWeight):
         w.check(where, name)
         if recipe == "bf16":
@@ -321,10 +327,9 @@ def check_weight(where: str, name: str, w: Any, recipe: str) -> None:
             )
     elif isinstance(w, PreparedFp4):
         w.check(where, name)
-        if recipe == "bf16":
+        if recipe == "fp8" and w.is_nvfp4:
             raise ValueError(
-                f"{where}: {name} is {w!r} and recipe is 'bf16'. Use recipe='fp8', or "
-                f"dequantize_fp4({name}.fp4(k), jnp.bfloat16)."
+                f"{where}: {name} is NVFP4, {w!r}, and recipe is 'fp8'. {NO_FP8} Use recipe='bf16'."
             )
     elif isinstance(w, Fp4Array):
         raise TypeError(

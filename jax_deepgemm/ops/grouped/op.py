@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
-from jax_deepgemm.ops.gemm.checks import Options
-from jax_deepgemm.ops.gemm.op import recut_blocks
+from jax_deepgemm.ops.gemm.checks import B_BLOCKS, Options
+from jax_deepgemm.ops.gemm.op import recut_blocks, scale_step
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped import prepare, reference, segments
 
@@ -29,21 +29,21 @@ FP8_GRADIENT_HINT = (
     "Quantised operands have no useful derivative. Use jax_deepgemm.grouped_linear, which quantises inside "
     "and has FP8 gradients, or jax.lax.stop_gradient."
 )
-_BLOCKS = {"kb": ("k", SCALE_BLOCK), "nb": ("n", SCALE_BLOCK)}
 
 
-def _kernel(name: str, **layout: str) -> LazyKernel:
-    return LazyKernel("jax_deepgemm.ops.grouped.kernel", name, batched=True, **layout)
+def _kernel(name: str, **form: Any) -> LazyKernel:
+    return LazyKernel("jax_deepgemm.ops.grouped.kernel", name, batched=True, **form)
 
 
-def _blocks(rule: str) -> dict[str, tuple[str, int]]:
-    return {grid: data for grid, data in _BLOCKS.items() if grid in rule.replace(",", " ").split()}
+def _blocks(rule: str, step: int = SCALE_BLOCK) -> dict[str, tuple[str, int]]:
+    blocks = {"kb": ("k", step), "nb": ("n", step)}
+    return {grid: data for grid, data in blocks.items() if grid in rule.replace(",", " ").split()}
 
 
 # One device's piece
 
 
-def _recut_m_grouped(plan: ShardingPlan, *arrays: jax.Array, rows_format: str, **_: Any) -> Recut:
+def recut_m_grouped(plan: ShardingPlan, *arrays: jax.Array, rows_format: str, **_: Any) -> Recut:
     """m: my rows' part of each group. g: I have the groups from an offset on."""
     *operands, group_sizes, group_offset = arrays
     if len(operands) == 4:
@@ -95,33 +95,44 @@ def _recut_k_grouped(
 # FP8: no derivatives
 
 
-def _m_grouped_fp8(name: str, scales_of_b: str) -> Op:
+def _of_blocks(name: str, block: tuple[int, int]) -> tuple[str, str]:
+    """The name of an op, and B's scales, by what shares one."""
+    rows, step = block
+    words = ["row" if rows == 1 else "block", *([] if step == SCALE_BLOCK else [str(step)])]
+    return "_".join([name, *words]), f"g {'n' if rows == 1 else 'nb'} kb"
+
+
+def _m_grouped_fp8(block: tuple[int, int]) -> Op:
+    step = block[1]
+    name, scales_of_b = _of_blocks("m_grouped_fp8_gemm", block)
     rule = f"m k, m kb, g n k, {scales_of_b}, s, o -> m n"
     return Op(
         name,
         rule,
         lambda a, sa, b, *_, out_dtype, **__: [((a[0], b[1]), out_dtype)],
-        reference.m_grouped_fp8_gemm,
+        functools.partial(reference.m_grouped_fp8_gemm, **scale_step(step)),
         reduces=("k", "g"),
-        blocks=_blocks(rule),
-        recut=_recut_m_grouped,
-        kernel=_kernel("m_grouped_fp8_gemm"),
+        blocks=_blocks(rule, step),
+        recut=recut_m_grouped,
+        kernel=_kernel("m_grouped_fp8_gemm", **scale_step(step)),
         kernel_prepare=prepare.m_grouped_fp8,
         grad_hint=FP8_GRADIENT_HINT,
     )
 
 
-def _m_masked_fp8(name: str, scales_of_b: str) -> Op:
+def _m_masked_fp8(block: tuple[int, int]) -> Op:
+    step = block[1]
+    name, scales_of_b = _of_blocks("m_masked_fp8_gemm", block)
     rule = f"g m k, g m kb, g n k, {scales_of_b}, g -> g m n"
     return Op(
         name,
         rule,
         lambda a, sa, b, *_, out_dtype, **__: [((*a[:2], b[1]), out_dtype)],
-        reference.m_masked_fp8_gemm,
+        functools.partial(reference.m_masked_fp8_gemm, **scale_step(step)),
         reduces=("k",),
-        blocks=_blocks(rule),
+        blocks=_blocks(rule, step),
         recut=_recut_masked("m"),
-        kernel=_kernel("m_masked_fp8_gemm"),
+        kernel=_kernel("m_masked_fp8_gemm", **scale_step(step)),
         kernel_prepare=prepare.m_masked_fp8,
         grad_hint=FP8_GRADIENT_HINT,
     )
@@ -146,10 +157,9 @@ def _k_grouped_fp8(name: str, scales_of_b: str, base: Op | None = None) -> Op:
     )
 
 
-M_GROUPED_FP8_BLOCK = _m_grouped_fp8("m_grouped_fp8_gemm_block", "g nb kb")
-M_GROUPED_FP8_ROW = _m_grouped_fp8("m_grouped_fp8_gemm_row", "g n kb")
-M_MASKED_FP8_BLOCK = _m_masked_fp8("m_masked_fp8_gemm_block", "g nb kb")
-M_MASKED_FP8_ROW = _m_masked_fp8("m_masked_fp8_gemm_row", "g n kb")
+M_GROUPED_FP8 = {block: _m_grouped_fp8(block) for block in B_BLOCKS}
+M_MASKED_FP8 = {block: _m_masked_fp8(block) for block in B_BLOCKS}
+"""By what shares a scale of B."""
 K_GROUPED_FP8 = _k_grouped_fp8("k_grouped_fp8_gemm", "kb n")
 K_GROUPED_FP8_ADD = _k_grouped_fp8("k_grouped_fp8_gemm", "kb n", K_GROUPED_FP8)
 K_GROUPED_FP8_BLOCK = _k_grouped_fp8("k_grouped_fp8_gemm_block", "kb nb")
@@ -257,7 +267,7 @@ def _m_grouped_bf16(layout: str) -> Op:
         lambda a, b, *_, out_dtype, **__: [((a[0], b[1 if layout == "nt" else 2]), out_dtype)],
         functools.partial(reference.m_grouped_bf16_gemm, layout=layout),
         reduces=("k", "g"),
-        recut=_recut_m_grouped,
+        recut=recut_m_grouped,
         kernel=_kernel("m_grouped_bf16_gemm", layout=layout),
         kernel_prepare=functools.partial(prepare.m_grouped_bf16, layout=layout),
         jvp=functools.partial(_jvp, lambda: M_GROUPED_BF16[layout]),

@@ -12,6 +12,8 @@ Traced on local shapes in front of the kernel, on CUDA only. What a kernel sees 
                begin with a block, else one for each column); group_sizes "segments", segment i for group i
                of B * num_groups;
                group_offset zeros. C and D are [B, num_groups, m, n].
+    gathered   as these; the operand that the index is of is [B * t, ..], or [t, ..] where it is shared; index
+               [B * m] or [B * k], a row of that operand or no row.
 
 So `rows_format` counts only where there was no batch. k, and what else is contiguous, may be padded with
 zeros, and then exceeds D's m and n, which are the true ones. An operand that is the same for the whole batch
@@ -55,6 +57,13 @@ def _merged_segments(parts: segments.Segments, rows: int, size: int, groups: jax
     first = rows * jnp.arange(size, dtype=jnp.int32)[:, None]
     whole = segments.Segments(parts.starts + first, parts.ends + first, groups)
     return segments.write(segments.Segments(*(x.reshape(-1) for x in whole)))
+
+
+def beside(x: jax.Array, weights: Arrays) -> jax.Array:
+    """x [g, n], a row for each matrix of b, as the weights will be, b and its scales: with vmap's dimension
+    merged where they have it."""
+    size = _batch_of(weights, (3,) * len(weights))
+    return x if size is None else _merged(x, 2, size)
 
 
 def fold_m_grouped(
@@ -273,3 +282,88 @@ def k_grouped_fp8(
         sa, sb = (_merged(x, 2, size) for x in (sa, sb))
         c = tuple(_spread(x, 3, size) for x in c)
     return *_pad_fp8("k_grouped_fp8_gemm", a, sa, b, sb), group_sizes, group_offset, *c
+
+
+# Rows that an index names
+
+
+def _fold_sources(x: Arrays, index: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    """Operands [B, t, ..] as [B * t, ..], and the index into them, [B, m]; shared ones stay."""
+    if x[0].ndim == 2:
+        return list(x), index
+    size, rows = x[0].shape[:2]
+    first = rows * jnp.arange(size, dtype=jnp.int32)[:, None]
+    index = jnp.where((index >= 0) & (index < rows), index + first, -1)
+    return [one.reshape(size * rows, *one.shape[2:]) for one in x], index
+
+
+def m_gathered_fp8(
+    a: jax.Array,
+    sa: jax.Array,
+    b: jax.Array,
+    sb: jax.Array,
+    index: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    *,
+    rows_format: str,
+    **_: Any,
+) -> Arrays:
+    if a.ndim > 2 or sa.ndim > 2:
+        size = max(a.shape[0] if a.ndim > 2 else 1, sa.shape[0] if sa.ndim > 2 else 1)
+        a, sa = _spread(a, 2, size), _spread(sa, 2, size)
+    (a, sa), index = _fold_sources((a, sa), index)
+    (index,), (b, sb), group_sizes, group_offset = fold_m_grouped(
+        (index[..., None],), (b, sb), group_sizes, group_offset, rows_format
+    )
+    padded = _pad_fp8("m_gathered_fp8_gemm", a, sa, b, sb)
+    return *padded, index[:, 0], group_sizes, group_offset
+
+
+def m_gathered_bf16(
+    a: jax.Array,
+    b: jax.Array,
+    index: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    *,
+    layout: str,
+    rows_format: str,
+    **_: Any,
+) -> Arrays:
+    (a,), index = _fold_sources((a,), index)
+    (index,), (b,), group_sizes, group_offset = fold_m_grouped(
+        (index[..., None],), (b,), group_sizes, group_offset, rows_format
+    )
+    return *_pad_bf16("m_gathered_bf16_gemm", a, b, layout), index[:, 0], group_sizes, group_offset
+
+
+def k_gathered_bf16(
+    a: jax.Array,
+    b: jax.Array,
+    index: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    *c: jax.Array,
+    side: str,
+    rows_format: str,
+    num_groups: int,
+    **_: Any,
+) -> Arrays:
+    sources, others = (a, b) if side == "a" else (b, a)
+    (sources,), index = _fold_sources((sources,), index)
+    ranks = (2, 1, 1, 1, 3)[: 4 + len(c)]
+    size = _batch_of((others, index, group_sizes, group_offset, *c), ranks)
+    if size is not None:
+        k = others.shape[-2]
+        group_sizes, group_offset = _fold_k_groups(
+            group_sizes, group_offset, rows_format, k, k, num_groups, size
+        )
+        others, index = _merged(others, 2, size), _merged(index, 1, size)
+        c = tuple(_spread(x, 3, size) for x in c)
+    step = ROW_BYTES // 2
+    pair = (sources, others) if side == "a" else (others, sources)
+    a, b = (
+        pad_axis(f"k_gathered_bf16_gemm: {name}", x, -1, step) for name, x in zip("ab", pair, strict=True)
+    )
+    return a, b, index, group_sizes, group_offset, *c

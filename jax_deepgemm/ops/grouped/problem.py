@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from jax_deepgemm.ops.gemm.finish import AS_IT_IS, Finish
 from jax_deepgemm.ops.gemm.problem import GemmProblem
 
 ROWS, MASKED_ROWS, INNER, MASKED_INNER = "rows", "masked_rows", "inner", "masked_inner"
@@ -35,8 +36,10 @@ class GroupedProblem:
       zero_rows: "masked_rows": whether rows beyond those that count are stored as zeros.
       chained: "rows": whether this is a launch of a chain (core/chain.py), in which the one right before it
         gives A and its scales, and earlier ones the rest; groups are all here.
-      biased: "gated": whether a bias of each group is added to h.
-      a, b, layout, out, add_c, b_scales, gated: as in GemmProblem.
+      biased: "swiglu": whether a bias of each group is added to h.
+      a, b, layout, out, add_c, b_scales, gated, finish: as in GemmProblem; a bias is [groups, n].
+      by_index: the operand whose rows an index names while they are loaded: "a" ("rows": row i of the product
+        is row index[i] of A), "a" or "b" ("inner", BF16: k i of the product is row index[i]), or "".
     """
 
     grouping: str
@@ -59,6 +62,13 @@ class GroupedProblem:
     gated: bool = False
     chained: bool = False
     biased: bool = False
+    by_index: str = ""
+    finish: Finish = AS_IT_IS
+
+    @property
+    def swiglu(self) -> bool:
+        """Whether the kernel is the one that is fused with SwiGLU."""
+        return self.gated and self.finish == AS_IT_IS
 
     @property
     def inner(self) -> bool:
@@ -97,6 +107,7 @@ class GroupedProblem:
             table_bytes=(self.capacity + head_end_and_totals) * _SEGMENT_BYTES,
             weights=self._weights_read_once,
             gated=self.gated,
+            finish=self.finish,
         )
 
     @property
@@ -123,8 +134,10 @@ class GroupedProblem:
         parts += [f"m={self.m} n={self.n} k={self.k} expected={self.expected} -> {self.out}"]
         parts += ["+C"] if self.add_c else []
         parts += ["whole blocks"] if self.whole_blocks else []
-        parts += ["SwiGLU"] if self.gated else []
+        parts += ["SwiGLU"] if self.swiglu else []
         parts += ["bias"] if self.biased else []
+        parts += [f"{self.by_index} by index"] if self.by_index else []
         parts += ["chained"] if self.chained else []
-        parts += [f"B scales {'128x128' if self.gemm.square_scales else '1x128'}"] if self.gemm.is_fp8 else []
+        parts += [f"B scales {self.gemm.b_block}"] if self.gemm.is_fp8 else []
+        parts += self.finish.words
         return " ".join(parts)

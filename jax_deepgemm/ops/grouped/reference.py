@@ -89,17 +89,18 @@ def m_grouped_fp8_gemm(
     *,
     rows_format: str,
     out_dtype: Any,
+    step: int = SCALE_BLOCK,
     **_: Any,
 ) -> list[jax.Array]:
-    """[D [m, n]] of a [m, k], b [g, n, k]; sb has one row per 128 rows of b, or one per row."""
+    """[D [m, n]] of a [m, k], b [g, n, k]; sb has one row per `step` rows of b, or one per row."""
     segments = read(group_sizes, rows_format, a.shape[0])
     size = _tile_size(segments, a.shape[0])
     dequantize_b = dequantize_rows if sb.shape[1] == b.shape[1] else dequantize_blocks
     scales = jnp.pad(sa, ((0, size), (0, 0)))
 
     def product(rows: jax.Array, first: jax.Array, group: jax.Array) -> jax.Array:
-        left = dequantize_rows(rows, lax.dynamic_slice_in_dim(scales, first, size))
-        return dot(left, dequantize_b(b[group], sb[group]), 1, 1)
+        left = dequantize_rows(rows, lax.dynamic_slice_in_dim(scales, first, size), step)
+        return dot(left, dequantize_b(b[group], sb[group], step), 1, 1)
 
     return [m_grouped_of(a, segments, group_offset, b.shape[0], b.shape[1], product).astype(out_dtype)]
 
@@ -135,14 +136,22 @@ def _masked(counts: jax.Array, rows: int, d: jax.Array) -> jax.Array:
 
 
 def m_masked_fp8_gemm(
-    a: jax.Array, sa: jax.Array, b: jax.Array, sb: jax.Array, counts: jax.Array, *, out_dtype: Any, **_: Any
+    a: jax.Array,
+    sa: jax.Array,
+    b: jax.Array,
+    sb: jax.Array,
+    counts: jax.Array,
+    *,
+    out_dtype: Any,
+    step: int = SCALE_BLOCK,
+    **_: Any,
 ) -> list[jax.Array]:
     """[D [g, m, n]]; rows from counts[g] on are zero, whatever `zero_rows` asks."""
     dequantize_b = dequantize_rows if sb.shape[1] == b.shape[1] else dequantize_blocks
 
     def group(args: tuple[jax.Array, ...]) -> jax.Array:
         a, sa, b, sb, count = args
-        d = dot(dequantize_rows(a, sa), dequantize_b(b, sb), 1, 1)
+        d = dot(dequantize_rows(a, sa, step), dequantize_b(b, sb, step), 1, 1)
         return _masked(count, a.shape[0], d).astype(out_dtype)
 
     return [lax.map(group, (a, sa, b, sb, counts))]

@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_deepgemm.core.sanitize import FEW_SMS, Case, on_few
 from jax_deepgemm.ops.gemm.checks import WEIGHT_GRADIENTS
+from jax_deepgemm.ops.gemm.epilogue import Epilogue
 from jax_deepgemm.ops.gemm.family import GemmConfig
 from jax_deepgemm.ops.gemm.sanitize import PING_PONG
 from jax_deepgemm.ops.grouped import recipe
@@ -26,6 +27,13 @@ from jax_deepgemm.ops.grouped.api import (
     m_grouped_fp8_gemm_nt_masked,
 )
 from jax_deepgemm.ops.grouped.gated import m_grouped_fp8_gemm_swiglu, m_masked_fp8_gemm_swiglu
+from jax_deepgemm.ops.grouped.gathered import (
+    k_grouped_bf16_gemm_tn_gathered,
+    m_grouped_bf16_gemm_nn_gathered,
+    m_grouped_bf16_gemm_nt_gathered,
+    m_grouped_fp8_gemm_nt_gathered,
+)
+from jax_deepgemm.ops.quantize.activation import Activation
 from jax_deepgemm.ops.quantize.api import quantize
 
 HALVES = GemmConfig(128, 256, 4, slabs=2)
@@ -52,7 +60,9 @@ def cases() -> Iterator[Case]:
     yield from _contiguous(normal)
     yield from _masked(normal)
     yield from _gated(normal)
+    yield from _finished(normal)
     yield from _k_grouped(normal)
+    yield from _gathered(normal)
 
 
 def _contiguous(normal: Normal) -> Iterator[Case]:
@@ -65,6 +75,9 @@ def _contiguous(normal: Normal) -> Iterator[Case]:
     for sms in (3, 8):  # four tiles
         yield Case(f"grouped fp8 halves, {sms} SMs", on_few(fp8, sms, config=HALVES), (qa, qw, sizes))
     yield Case("grouped fp8 two parts", on_few(fp8, config=TWO_PARTS), (qa, qw, sizes))
+    for block in ((32, 32), (1, 32)):
+        fine = quantize(a, (1, 32)), quantize(w, block), sizes
+        yield Case(f"grouped fp8 B {block}", on_few(fp8), fine)
     yield Case("grouped bf16 nt", on_few(bf16), (a, w, sizes))
     yield Case("grouped bf16 nt, few rows", on_few(bf16, expected_m=4), (a, w, sizes // 16))
     yield Case("grouped bf16 ping-pong", on_few(bf16, config=PING_PONG), (a, w, sizes))
@@ -90,6 +103,7 @@ def _masked(normal: Normal) -> Iterator[Case]:
 
     for kind, function, a, b in (
         ("fp8", fp8, quantize(deep), quantize(w, (128, 128))),
+        ("fp8 32x32", fp8, quantize(deep, (1, 32)), quantize(w, (32, 32))),
         ("bf16", bf16, deep, w),
     ):
         run, zeroing = on_few(function, zero_rows=False), on_few(function, zero_rows=True)
@@ -136,6 +150,41 @@ def _gated(normal: Normal) -> Iterator[Case]:
     yield Case("masked swiglu", masked, (deep, w, mask, jnp.ones((GROUPS, capacity))))
 
 
+def _finished(normal: Normal) -> Iterator[Case]:
+    """Epilogues; of quantised results the scales are compared, as in `_gated`."""
+    sizes, a, w, whole = jnp.asarray(SIZES), normal(ROWS, K, good=USED), normal(GROUPS, N, K), normal(ROWS, K)
+    fp8, bf16, bias = m_grouped_fp8_gemm_nt_contiguous, m_grouped_bf16_gemm_nt_contiguous, normal(GROUPS, N)
+    qa, qw, pairs = quantize(a), quantize(w, (128, 128)), Activation(interleaved=True)
+    for said, activation in (("gelu", "gelu"), ("pairs", pairs)):
+        epilogue = functools.partial(Epilogue, 0.1, activation=activation)
+
+        def run(function: Any, a: Any, w: Any, s: Any, b: Any, epilogue: Any = epilogue, **more: Any) -> Any:
+            return on_few(function, epilogue=epilogue(bias=b), **more)(a, w, s)
+
+        for kind, function, pair in (("fp8", fp8, (qa, qw)), ("bf16", bf16, (a, w))):
+            case = functools.partial(run, function)
+            yield Case(f"grouped {kind} {said}", case, (*pair, sizes, bias))
+        config = GemmConfig(128, 256, 4, slabs=0 if activation == pairs else 2)
+        halves = functools.partial(run, fp8, config=config)
+        yield Case(f"grouped fp8 halves {said}", halves, (qa, qw, sizes, bias))
+        for name, wrong in BAD.items():
+            operands = (quantize(whole), qw, jnp.asarray(wrong), bias)
+            yield Case(f"grouped fp8 {said}, {name}", functools.partial(run, fp8), operands)
+    wide, capacity, mask = normal(GROUPS, 144, K), 100, jnp.asarray([100, 0, 3, 70], jnp.int32)
+    deep = normal(GROUPS, capacity, K)
+
+    def scales(a: Any, w: Any, s: Any) -> Any:
+        return on_few(fp8, epilogue=Epilogue(0.1, None, "silu", (1, 128)))(a, w, s).scales
+
+    def masked(a: Any, w: Any, m: Any) -> Any:
+        epilogue = Epilogue(0.1, None, "silu", (1, 128))
+        found = on_few(m_grouped_bf16_gemm_nt_masked, epilogue=epilogue)(a, w, m).scales
+        return jnp.where(jnp.arange(capacity)[:, None] < m[:, None, None], found, 0)
+
+    yield Case("grouped fp8 quantised", scales, (qa, quantize(wide, (128, 128)), sizes))
+    yield Case("masked bf16 quantised", masked, (deep, wide, mask))
+
+
 def _weight_gradient(scales: str, dy: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
     """As layers compute it, with blocks that begin with each group."""
     options = recipe.LayerOptions(num_sms=FEW_SMS, weight_gradient=scales)
@@ -168,3 +217,31 @@ def _k_grouped(normal: Normal) -> Iterator[Case]:
             yield Case(f"{what}, {name}", gradient, (whole_dy, whole, jnp.asarray(wrong)))
     for name, wrong in BAD.items():
         yield Case(f"k-grouped bf16, {name}", on_few(bf16), (whole, whole_dy, jnp.asarray(wrong)))
+
+
+def _gathered(normal: Normal) -> Iterator[Case]:
+    """Rows that are none, some of them far away; what lies outside all groups is not looked up."""
+    sizes, sources, w, c = jnp.asarray(SIZES), normal(70, K), normal(GROUPS, N, K), jnp.ones((GROUPS, K, N))
+    rng = np.random.default_rng(2)
+    rows = rng.integers(-3, 75, ROWS).astype(np.int32)
+    rows[:3] = np.iinfo(np.int32).max, np.iinfo(np.int32).min, 70
+    index, dy = jnp.asarray(rows), normal(ROWS, N)
+    fp8, bf16 = m_grouped_fp8_gemm_nt_gathered, m_grouped_bf16_gemm_nt_gathered
+    quantised = quantize(sources), quantize(w, (128, 128)), index
+    yield Case("gathered fp8", on_few(fp8), (*quantised, sizes))
+    for name, config in (("halves", HALVES), ("side by side", SIDE_BY_SIDE)):
+        yield Case(f"gathered fp8 {name}", on_few(fp8, config=config), (*quantised, sizes))
+    yield Case("gathered bf16 nt", on_few(bf16), (sources, w, index, sizes))
+    yield Case("gathered bf16 ping-pong", on_few(bf16, config=PING_PONG), (sources, w, index, sizes))
+    yield Case("gathered bf16 nn", on_few(m_grouped_bf16_gemm_nn_gathered), (sources, w.mT, index, sizes))
+    for name, wrong in BAD.items():
+        yield Case(f"gathered fp8, {name}", on_few(fp8), (*quantised, jnp.asarray(wrong)))
+        yield Case(f"gathered bf16, {name}", on_few(bf16), (sources, w, index, jnp.asarray(wrong)))
+    for side in "ab":
+
+        def inner(x: Any, dy: Any, index: Any, sizes: Any, c: Any, side: str = side) -> Any:
+            pair, name = ((x, dy) if side == "a" else (dy, x)), {f"{side}_rows": index}
+            return on_few(k_grouped_bf16_gemm_tn_gathered)(*pair, sizes, c, **name)
+
+        operands = sources, dy, index, sizes, c if side == "a" else c.mT
+        yield Case(f"k-gathered bf16 {side} + C", inner, operands)

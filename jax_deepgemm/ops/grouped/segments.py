@@ -74,6 +74,18 @@ def local_groups(groups: jax.Array, offset: jax.Array, count: int) -> jax.Array:
     return jnp.where((index >= 0) & (index < count), index, -1)
 
 
+def by_index(group_sizes: jax.Array, rows_format: str, rows: int, offset: jax.Array, count: int) -> jax.Array:
+    """int32 [rows]: index of each row's group among `count` groups from `offset` on; -1 for none of them.
+
+    >>> by_index(jnp.array([2, 0, 1]), "sizes", 4, jnp.array([1]), 2).tolist()
+    [-1, -1, 1, -1]
+    """
+    starts, ends, groups = read(group_sizes, rows_format, rows)
+    here = local_groups(groups, offset, count) + 1  # 0: none of them
+    edges = jnp.zeros_like(here, shape=(rows + 1,)).at[starts].add(here).at[ends].add(-here)
+    return jnp.cumsum(edges)[:-1] - 1
+
+
 def take_groups(segments: Segments, offset: jax.Array, count: int) -> Segments:
     """Segments [offset, offset + count), where segment i is group i: empty ones where there are none.
 

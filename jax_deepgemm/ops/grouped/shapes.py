@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,11 +22,22 @@ from jax_deepgemm.core.shapes import (
     layer_calls,
     size,
 )
-from jax_deepgemm.ops.gemm.shapes import FP8_WEIGHTS, check_fp4, matrix, operand_b, weight
-from jax_deepgemm.ops.grouped import api
+from jax_deepgemm.ops.gemm.shapes import (
+    ACTIVATIONS,
+    FROZEN_WEIGHTS,
+    a_block,
+    check_ends,
+    check_fp4,
+    instead_of,
+    matrix,
+    operand_b,
+    weight,
+    with_epilogue,
+)
+from jax_deepgemm.ops.grouped import api, gathered
 from jax_deepgemm.ops.grouped.linear import grouped_linear
 
-EXPERT_WEIGHTS = (*WEIGHTS, "fp4")
+EXPERT_WEIGHTS = (*WEIGHTS, "fp4", "nvfp4")
 
 
 def equal_sizes(groups: int, total: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -51,20 +63,23 @@ class ContiguousShape(CallShape):
     expected_m: int | None = size("rows of a typical group, as the call says it (default m / groups)", None)
     out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
-    weights: str = choice("FP8: types of B", *FP8_WEIGHTS, default="fp8")
+    weights: str = choice("types of a quantised B", *FROZEN_WEIGHTS, default="fp8")
+    activation: str = choice("epilogue", *ACTIVATIONS, default="none")
+    bias: bool = flag("epilogue: with a bias of each group")
+    quantised: bool = flag("epilogue: D in FP8 with 1x128 scales")
 
     def __post_init__(self) -> None:
         check_product(self.weights, self.op, self.n)
+        check_ends(self)
 
     def calls(self) -> list[Call]:
         fp8, op = "fp8" in self.op, getattr(api, self.op)
-        a = matrix(fp8, (self.m, self.k), True, (1, 128))
+        a = matrix(fp8, (self.m, self.k), True, a_block(self.b_block))
         b = operand_b(self.op, self.weights, (self.groups, self.n, self.k), self.b_block)
 
-        def function(a: Any, b: Any, sizes: Any) -> Any:
-            return op(a, b, sizes, expected_m=self.expected_m, out_dtype=self.out_dtype)
-
-        return [Call(self.op, function, (a, b, equal_sizes(self.groups, self.m)))]
+        product = functools.partial(op, expected_m=self.expected_m, out_dtype=self.out_dtype)
+        function, bias = with_epilogue(product, self, (self.groups, self.n))
+        return [Call(self.op, function, (a, b, equal_sizes(self.groups, self.m), *bias))]
 
 
 @dataclass(frozen=True)
@@ -80,21 +95,25 @@ class MaskedShape(CallShape):
     zero_rows: bool = flag("rows that do not count are written as zeros")
     out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
     b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
-    weights: str = choice("FP8: types of B", *FP8_WEIGHTS, default="fp8")
+    weights: str = choice("types of a quantised B", *FROZEN_WEIGHTS, default="fp8")
+    activation: str = choice("epilogue", *ACTIVATIONS, default="none")
+    bias: bool = flag("epilogue: with a bias of each group")
+    quantised: bool = flag("epilogue: D in FP8 with 1x128 scales")
 
     def __post_init__(self) -> None:
         check_product(self.weights, self.op, self.n)
+        check_ends(self)
 
     def calls(self) -> list[Call]:
         fp8, op = "fp8" in self.op, getattr(api, self.op)
-        a = matrix(fp8, (self.groups, self.m, self.k), True, (1, 128))
+        a = matrix(fp8, (self.groups, self.m, self.k), True, a_block(self.b_block))
         b = operand_b(self.op, self.weights, (self.groups, self.n, self.k), self.b_block)
         counts = np.full(self.groups, min(self.m, self.expected_m or self.m), np.int32)
 
-        def function(a: Any, b: Any, counts: Any) -> Any:
-            return op(a, b, counts, self.expected_m, zero_rows=self.zero_rows, out_dtype=self.out_dtype)
-
-        return [Call(self.op, function, (a, b, counts))]
+        hints = {"expected_m": self.expected_m, "zero_rows": self.zero_rows}
+        product = functools.partial(op, **hints, out_dtype=self.out_dtype)
+        function, bias = with_epilogue(product, self, (self.groups, self.n))
+        return [Call(self.op, function, (a, b, counts, *bias))]
 
 
 @dataclass(frozen=True)
@@ -126,6 +145,57 @@ class InnerShape(CallShape):
 
 
 @dataclass(frozen=True)
+class GatheredShape(CallShape):
+    """Groups of rows that an index names: D[i] = A[rows[i]] x B[g], with row i in group g."""
+
+    OPS: ClassVar = tuple(
+        f"m_grouped_{form}_gathered" for form in ("fp8_gemm_nt", "bf16_gemm_nt", "bf16_gemm_nn")
+    )
+    groups: int = size("groups, each with its own B", most=MOST_GROUPS)
+    tokens: int = size("rows of A")
+    m: int = size("rows of D, of all groups together: uses of rows of A")
+    n: int = size("columns of each B and of D")
+    k: int = size("columns of A, rows of each B")
+    expected_m: int | None = size("rows of a typical group, as the call says it (default m / groups)", None)
+    out_dtype: str = choice("of D", *DTYPES, default="bfloat16")
+    b_block: str = choice("FP8: elements of B (n x k) per scale", *BLOCKS, default="128x128")
+
+    def calls(self) -> list[Call]:
+        fp8, op = "fp8" in self.op, getattr(gathered, self.op)
+        a = matrix(fp8, (self.tokens, self.k), True, (1, 128))
+        b = operand_b(self.op, "fp8", (self.groups, self.n, self.k), self.b_block)
+        rows = np.arange(self.m, dtype=np.int32) % max(1, self.tokens)
+
+        def function(a: Any, b: Any, rows: Any, sizes: Any) -> Any:
+            return op(a, b, rows, sizes, expected_m=self.expected_m, out_dtype=self.out_dtype)
+
+        return [Call(self.op, function, (a, b, rows, equal_sizes(self.groups, self.m)))]
+
+
+@dataclass(frozen=True)
+class GatheredInnerShape(CallShape):
+    """Groups of k of which an index names A's rows: D[g] = A[rows of g] x B[k of g]."""
+
+    OPS: ClassVar = ("k_grouped_bf16_gemm_tn_gathered",)
+    groups: int = size("groups, each with its own D", most=MOST_GROUPS)
+    tokens: int = size("rows of A")
+    m: int = size("rows of each D")
+    n: int = size("columns of each D")
+    k: int = size("the extent that is summed over, of all groups together: uses of rows of A")
+    out_dtype: str = choice("of D", *DTYPES, default="float32")
+
+    def calls(self) -> list[Call]:
+        a, b = (matrix(False, shape, False, (1, 128)) for shape in ((self.m, self.tokens), (self.n, self.k)))
+        rows = np.arange(self.k, dtype=np.int32) % max(1, self.tokens)
+
+        def function(a: Any, b: Any, rows: Any, sizes: Any) -> Any:
+            op = gathered.k_grouped_bf16_gemm_tn_gathered
+            return op(a, b, sizes, a_rows=rows, out_dtype=self.out_dtype)
+
+        return [Call(self.op, function, (a, b, rows, equal_sizes(self.groups, self.k)))]
+
+
+@dataclass(frozen=True)
 class GroupedLinearShape(CallShape):
     """A linear layer for each group of rows, with the quantising and, by default, the gradients."""
 
@@ -154,7 +224,7 @@ class GroupedLinearShape(CallShape):
                 x, w, sizes, recipe=self.recipe, expected_m=self.expected_m, out_dtype=self.out_dtype
             )
 
-        trained = (0,) if self.weights in FP8_WEIGHTS else (0, 1)
+        trained = (0,) if self.weights in FROZEN_WEIGHTS else (0, 1)
         return layer_calls(forward, (x, w, equal_sizes(self.groups, self.m)), trained, self.gradients)
 
 
@@ -162,16 +232,18 @@ def check_product(weights: str, op: str, n: int) -> None:
     """Raises:
     ValueError: FP4 weights for a product that has none, or rows of them that make no slabs.
     """
-    check_fp4(weights, n, refused="" if "fp8" in op and "_nt_" in op else "an FP8 product nt")
+    check_fp4(weights, n, refused=instead_of(op, weights))
 
 
 def check_weights(recipe: str, weights: str | None, *rows: int) -> None:
     """Raises:
     ValueError: quantised weights for a recipe that cannot take them; rows of FP4 weights that make no slabs.
     """
-    if recipe == "bf16" and weights in FP8_WEIGHTS:
-        raise ValueError(f"weights is {weights!r} and recipe is 'bf16', need recipe fp8, or weights bfloat16")
+    if recipe == "bf16" and weights == "fp8":
+        raise ValueError("weights is 'fp8' and recipe is 'bf16', need recipe fp8, or weights bfloat16")
+    if recipe == "fp8" and weights == "nvfp4":
+        raise ValueError("weights is 'nvfp4' and recipe is 'fp8', need recipe bf16, or weights fp4")
     check_fp4(weights or "", *rows)
 
 
-SHAPES = (ContiguousShape, MaskedShape, InnerShape, GroupedLinearShape)
+SHAPES = (ContiguousShape, MaskedShape, InnerShape, GatheredShape, GatheredInnerShape, GroupedLinearShape)

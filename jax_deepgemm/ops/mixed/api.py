@@ -22,7 +22,7 @@ from jax_deepgemm.ops.gemm.checks import (
 from jax_deepgemm.ops.grouped import checks
 from jax_deepgemm.ops.mixed import op as ops
 from jax_deepgemm.ops.mixed.family import FAMILY
-from jax_deepgemm.ops.quantize.prepared_fp4 import PreparedFp4
+from jax_deepgemm.ops.quantize.prepared_fp4 import NO_FP8, PreparedFp4
 from jax_deepgemm.ops.quantize.slabs import COLUMNS
 
 
@@ -93,6 +93,12 @@ def _checked(op: str, both: tuple[Side, Side], a: Any, w: PreparedFp4) -> tuple[
         more = w.ndim > need
         way_out = "Use jax.vmap for leading batch dimensions." if more else "Add one of size 1: b[None]."
         raise ValueError(f"{op}: b is {w!r}, need {need} dimensions {side_b.dims}. {way_out}")
+    if len(left) > 1 and w.is_nvfp4:
+        raise TypeError(
+            f"{op}: a is FP8 and b is NVFP4, {w!r}. {NO_FP8} Use {op.replace('fp8', 'bf16')} with rows in "
+            "bfloat16, whose products are exact, or quantise the weight anew: "
+            "jax_deepgemm.quantize(dequantize_fp4(w), (128, 128))."
+        )
     if len(left) > 1 and left[0].dtype != w.activations:
         raise ValueError(
             f"{op}: values of a are {np.dtype(left[0].dtype).name} and b is prepared for "

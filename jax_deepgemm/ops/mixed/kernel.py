@@ -11,7 +11,7 @@ import numpy as np
 from jax_deepgemm.core.family import OpKernel
 from jax_deepgemm.ops.grouped.problem import MASKED_ROWS, ROWS
 from jax_deepgemm.ops.mixed.family import FAMILY
-from jax_deepgemm.ops.mixed.problem import E4M3, FP4, FP4_BF16, INT8, MixedProblem
+from jax_deepgemm.ops.mixed.problem import E4M3, FP4, FP4_BF16, INT8, NVFP4, NVFP4_SLAB_BYTES, MixedProblem
 
 _PARTS_OF_A_SEGMENT = 3  # starts | ends | groups
 _BYTES = {"int8": INT8, "float8_e4m3fn": E4M3}
@@ -25,7 +25,7 @@ def _sizes(a: Any, avals_out: Sequence[Any]) -> dict[str, Any]:
 def _weight(w: Any, *scales: Any) -> dict[str, Any]:
     """What a weight in slabs, or in bytes, and the scales are."""
     if not scales:
-        return {"weights_in": FP4_BF16}
+        return {"weights_in": NVFP4 if w.shape[-1] == NVFP4_SLAB_BYTES else FP4_BF16}
     weights_in = _BYTES.get(np.dtype(w.dtype).name, FP4)
     return {"weights_in": weights_in, "scales": np.dtype(scales[0].dtype).name}
 

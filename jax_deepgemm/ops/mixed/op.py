@@ -1,10 +1,12 @@
 """Products of FP8 or bfloat16 rows and FP4 weights as ops: those of ops/gemm and ops/grouped, slabs for B.
 
 Slabs are not recut: devices have whole ones, so that n is cut at multiples of 64 and k at multiples of 128.
+Those of NVFP4 are longer; the ops of bfloat16 rows know them by that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,8 +15,10 @@ import jax.numpy as jnp
 from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
+from jax_deepgemm.ops.gemm.op import BF16_GEMM
 from jax_deepgemm.ops.gemm.reference import SCALE_BLOCK
 from jax_deepgemm.ops.grouped import segments
+from jax_deepgemm.ops.grouped.op import M_GROUPED_BF16, M_MASKED_BF16
 from jax_deepgemm.ops.mixed import prepare, reference
 from jax_deepgemm.ops.quantize.slabs import COLUMNS, ROWS
 
@@ -89,13 +93,27 @@ M_MASKED_MIXED_FP8_GEMM: Op = Op(
     **_GRIDS,
 )
 
+# bfloat16 rows: their derivatives are those of products with the weight in bfloat16
+
+
+def _derivatives(mixed: Callable[[], Op], plain: Op, **form: str) -> dict[str, Any]:
+    """Of a product that is linear in its rows; plain: the product of a weight in bfloat16 [.., n, k]."""
+
+    def jvp(primals: list[Any], tangents: list[Any], **params: Any) -> list[jax.Array]:
+        return mixed()(tangents[0], *primals[1:], **params)
+
+    def transpose(index: int, cotangents: list[jax.Array], operands: list[Any], **params: Any) -> jax.Array:
+        rows, slabs, *groups = operands
+        weight = reference.rounded(slabs, rows.shape[-1])
+        assert plain.transpose is not None
+        return plain.transpose(index, cotangents, [rows, weight, *groups], **params, **form)
+
+    return {"jvp": jvp, "transpose": transpose}
+
+
 _BF16: dict[str, Any] = {
     "blocks": {"ns": ("n", ROWS), "ks": ("k", COLUMNS)},
     "edges": ("ns", "ks"),
-    "grad_hint": (
-        "FP4 weights have no derivative, and no product for that of the rows. Use dequantize_fp4(w.fp4(k), "
-        "jnp.bfloat16), whose products have gradients, or jax.lax.stop_gradient."
-    ),
 }
 MIXED_BF16_GEMM: Op = Op(
     "mixed_bf16_gemm",
@@ -105,6 +123,7 @@ MIXED_BF16_GEMM: Op = Op(
     reduces=("k",),
     kernel=LazyKernel(_KERNELS, "mixed_bf16_gemm"),
     kernel_prepare=prepare.mixed_bf16,
+    **_derivatives(lambda: MIXED_BF16_GEMM, BF16_GEMM["nt"], layout="nt"),
     **_BF16,
 )
 M_GROUPED_MIXED_BF16_GEMM: Op = Op(
@@ -116,6 +135,7 @@ M_GROUPED_MIXED_BF16_GEMM: Op = Op(
     kernel=LazyKernel(_KERNELS, "m_grouped_mixed_bf16_gemm", batched=True),
     recut=recut_m_grouped,
     kernel_prepare=prepare.m_grouped_mixed_bf16,
+    **_derivatives(lambda: M_GROUPED_MIXED_BF16_GEMM, M_GROUPED_BF16["nt"]),
     **_BF16,
 )
 M_MASKED_MIXED_BF16_GEMM: Op = Op(
@@ -127,5 +147,6 @@ M_MASKED_MIXED_BF16_GEMM: Op = Op(
     kernel=LazyKernel(_KERNELS, "m_masked_mixed_bf16_gemm", batched=True),
     recut=_recut_masked,
     kernel_prepare=prepare.m_masked_mixed_bf16,
+    **_derivatives(lambda: M_MASKED_MIXED_BF16_GEMM, M_MASKED_BF16["nt"]),
     **_BF16,
 )

@@ -8,9 +8,9 @@ from jax_deepgemm.ops.gemm.problem import ceil_div
 from jax_deepgemm.ops.grouped.problem import MASKED_ROWS, ROWS, SHORT
 
 DENSE = "dense"
-FP4, FP4_BF16, INT8, E4M3 = "fp4", "fp4_bf16", "int8", "e4m3"
-SLAB_ROWS, SLAB_K, SLAB_BYTES = 64, 128, 4368
-"""A slab of a prepared FP4 weight (ops/quantize/fp4.py)."""
+FP4, FP4_BF16, NVFP4, INT8, E4M3 = "fp4", "fp4_bf16", "nvfp4", "int8", "e4m3"
+SLAB_ROWS, SLAB_K, SLAB_BYTES, NVFP4_SLAB_BYTES = 64, 128, 4368, 4624
+"""A slab of a prepared FP4 weight (ops/quantize/slabs.py, nvfp4_slabs.py)."""
 BOX_ROWS, BOX_K = 128, 64
 """What a warpgroup multiplies at a time of a weight in bytes."""
 _SEGMENT_BYTES, _HEAD_END_AND_TOTALS = 16, 3
@@ -22,7 +22,8 @@ class MixedProblem:
 
     Attributes:
       weights_in: "fp4": W in slabs, A of e4m3 with scales of 1x128. "fp4_bf16": W in slabs, A of bfloat16.
-        "int8", "e4m3": W [k, n] with a scale for each of n, A of bfloat16.
+        "nvfp4": W in slabs of NVFP4, A of bfloat16. "int8", "e4m3": W [k, n] with a scale for each of n, A of
+        bfloat16.
       grouping: "dense", "rows" or "masked_rows", as in GroupedProblem.
       m: rows of A and D in all ("dense", "rows"), or of one group.
       n: rows of W, a multiple of 64 (FP4) or 16.
@@ -64,7 +65,7 @@ class MixedProblem:
     @property
     def in_slabs(self) -> bool:
         """Whether W is FP4 in slabs."""
-        return self.weights_in in (FP4, FP4_BF16)
+        return self.weights_in in (FP4, FP4_BF16, NVFP4)
 
     @property
     def scaled_tokens(self) -> bool:
@@ -74,7 +75,7 @@ class MixedProblem:
     @property
     def token_bytes(self) -> int:
         """Bytes of an A's row in a slot."""
-        return 256 if self.weights_in == FP4_BF16 else 128
+        return 256 if self.in_slabs and not self.scaled_tokens else 128
 
     @property
     def tokens(self) -> int:
@@ -99,7 +100,8 @@ class MixedProblem:
     @property
     def part_bytes(self) -> int:
         """Bytes of W that a warpgroup multiplies at a time."""
-        return SLAB_BYTES if self.in_slabs else BOX_ROWS * BOX_K
+        slab = NVFP4_SLAB_BYTES if self.weights_in == NVFP4 else SLAB_BYTES
+        return slab if self.in_slabs else BOX_ROWS * BOX_K
 
     @property
     def held(self) -> int:

@@ -46,15 +46,17 @@ def quantize(
       block: rows and cols that share a scale: (1, 128) for activations, (128, 128) for weights, (128, 1) for
         the operands of weight gradients, (1, 32) as in MX formats; or any other pair. The last blocks may be
         ragged.
-      dtype: float8_e4m3fn or float8_e5m2; or float4_e2m1fn, of which the block is (1, 32), and the scale amax
-        / 6 rounded up to a power of two, in either format.
+      dtype: float8_e4m3fn or float8_e5m2; or float4_e2m1fn, with block (1, 32) for MXFP4, whose scale is amax
+        / 6 rounded up to a power of two, in either format; or with (1, 16) for NVFP4, of a matrix or several
+        [.., rows, cols]. Its global scale is amax of the matrix / (6 * 448), and a block's scale amax / 6 /
+        global scale, rounded to float8_e4m3fn (at least 2**-9; 1 of zeros): the formula of NVIDIA's ModelOpt.
       scale_format: "f32", or "ue8m0" for powers of two. Both are held in float32.
       min_amax: what the amax of a block counts as at least. 1e-4 gives the bits of DeepGEMM's casts, in which
         blocks of numbers far below that lose digits and become zeros.
 
     Returns:
       QuantizedArray with values of x's shape and scales [.., ceil(rows / block[0]), ceil(cols / block[1])].
-      With float4_e2m1fn an `Fp4Array` (see `quantize_fp4`).
+      With float4_e2m1fn an `Fp4Array` (see `quantize_fp4`), float32 global scales [..] in it with NVFP4.
 
     Raises:
       TypeError, ValueError: types, ranks, blocks or formats outside the above.
@@ -82,13 +84,22 @@ def quantize(
 
 def _fp4(x: Any, block: Any, scale_format: str, min_amax: Any) -> Any:
     """An Fp4Array; typed as what the other dtypes give."""
-    if check_block(block, "quantize") != (1, fp4.BLOCK):
+    block = check_block(block, "quantize")
+    if block not in ((1, fp4.BLOCK), (1, fp4.NVFP4_BLOCK)):
         raise ValueError(
-            f"quantize: block is {block} and dtype is float4_e2m1fn, need (1, 32), as MXFP4 has it: "
-            "quantize(x, (1, 32), jnp.float4_e2m1fn)."
+            f"quantize: block is {block} and dtype is float4_e2m1fn, need (1, 32), as MXFP4 has it, or (1, "
+            f"16), "
+            "as NVFP4: quantize(x, (1, 32), jnp.float4_e2m1fn)."
         )
     _check_format("quantize", scale_format)
-    return fp4.encode("quantize", x, _checked_amax(min_amax))
+    if block == (1, fp4.BLOCK):
+        return fp4.encode("quantize", x, _checked_amax(min_amax))
+    if scale_format != "f32":
+        raise ValueError(
+            f"quantize: scale_format is {scale_format!r} and block is (1, 16): scales of NVFP4 are "
+            "float8_e4m3fn. Leave scale_format out, or take MXFP4: block (1, 32)."
+        )
+    return fp4.encode_nvfp4("quantize", x, _checked_amax(min_amax))
 
 
 def dequantize(q: QuantizedArray, dtype: DTypeLike = jnp.float32) -> jax.Array:

@@ -24,7 +24,7 @@ from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.quantize import reference
 from jax_deepgemm.ops.quantize.array import Block, scales_shape
 
-KERNEL_BLOCKS = ((1, 128), (128, 128), (128, 1))
+KERNEL_BLOCKS = ((1, 128), (128, 128), (128, 1), (1, 32), (32, 32))
 """Blocks for which there is a CUDA kernel; others run as jnp."""
 KERNELS = "jax_deepgemm.ops.quantize.kernel"
 

@@ -1,4 +1,4 @@
-"""FP4 weights for products with FP8 activations: half the bytes of FP8 weights, and the same numbers."""
+"""FP4 weights in the order in which kernels read them: half the bytes of FP8, and the same numbers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,28 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_deepgemm.ops.quantize import nvfp4_slabs
 from jax_deepgemm.ops.quantize import slabs as layout
 from jax_deepgemm.ops.quantize.array import QuantizedArray, as_dtype, check_block, scales_spec
-from jax_deepgemm.ops.quantize.fp4 import BLOCK, E2M1, Fp4Array, packed, parts_of, shown
+from jax_deepgemm.ops.quantize.fp4 import (
+    BLOCK,
+    E2M1,
+    E4M3,
+    NVFP4_BLOCK,
+    Fp4Array,
+    checked_nvfp4,
+    nvfp4_parts,
+    packed,
+    parts_of,
+    shown,
+)
 
-E4M3 = np.dtype(jnp.float8_e4m3fn)
+BFLOAT16 = np.dtype(jnp.bfloat16)
+NO_FP8 = (
+    "A number of e2m1 times its scale of e4m3 has five bits behind its first one and float8_e4m3fn three, "
+    "so no product in FP8 takes NVFP4 as it is."
+)
+"""Why NVFP4 has no products with FP8, for errors."""
 _ROW_OF_SLABS, _SQUARE, _PER_ROW = (layout.ROWS, layout.COLUMNS), (128, 128), (1, 128)
 _CODES = (np.dtype(jnp.float8_e8m0fnu), np.dtype(np.uint8), np.dtype(np.int8))
 _MOST_APART = layout.LARGEST - layout.SMALLEST
@@ -34,7 +51,7 @@ def products() -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PreparedFp4:
-    """A frozen FP4 weight [.., n, k] in the order in which products with FP8 read it, made by `prepare_fp4`.
+    """A frozen FP4 weight [.., n, k] in the order in which products read it, made by `prepare_fp4`.
 
     >>> from jax_deepgemm.quantization import prepare_fp4, quantize_fp4
     >>> w = prepare_fp4(quantize_fp4(jnp.ones((3, 128, 320))))
@@ -47,11 +64,13 @@ class PreparedFp4:
     `ragged_dot` and the functions of `jax_deepgemm.moe` take it as a frozen weight. It is a pytree with one
     leaf of bytes, so it goes through `jax.jit`, `jax.lax.scan`, `jax.vmap` and `jax.shard_map`, and has no
     gradient. Dimensions in front, rows of slabs (64 of n) and columns of slabs (128 of k) may be cut over
-    devices.
+    devices. In NVFP4 it is for products in BF16 only.
 
     Attributes:
-      slabs: uint8 [.., n / 64, ceil(k / 128), 4368], 64 rows by 128 of k in each (ops/quantize/slabs.py).
-      activations: what it is multiplied with, static.
+      slabs: uint8 [.., n / 64, ceil(k / 128), 4368], 64 rows by 128 of k in each (ops/quantize/slabs.py); of
+        NVFP4 [.., 4624] (ops/quantize/nvfp4_slabs.py).
+      activations: what it is multiplied with, static: float8_e4m3fn, which is bfloat16 too; of NVFP4
+        bfloat16.
 
     An index is one of leading dimensions. Raises nothing; functions that take it call `check`.
     """
@@ -74,6 +93,11 @@ class PreparedFp4:
     def dtype(self) -> np.dtype[Any]:
         """float4_e2m1fn."""
         return E2M1
+
+    @property
+    def is_nvfp4(self) -> bool:
+        """Whether it is NVFP4, and else MXFP4."""
+        return bool(self.slabs.shape[-1] == nvfp4_slabs.BYTES)
 
     def __getitem__(self, index: Any) -> PreparedFp4:
         """The same of some of the leading dimensions.
@@ -103,27 +127,33 @@ class PreparedFp4:
         True
 
         Args:
-          k: columns of it, a multiple of 32; None: all, with the zeros that prepare_fp4 put behind them.
+          k: columns of it, a multiple of 32, or 16 in NVFP4; None: all, with the zeros that prepare_fp4 put
+            behind them.
 
         Returns:
           An Fp4Array of the same numbers, signs of zeros too, and the same scales but those of blocks of
-          zeros. Of a slab that could not be held (see `prepare_fp4`) all scales are NaN.
+          zeros. Of a slab that could not be held (see `prepare_fp4`) all scales are NaN. In NVFP4 scales of
+          zero are 2**-9, and those below zero positive.
 
         Raises:
-          ValueError: a k that the weight does not have.
+          ValueError: a k that the weight does not have; an NVFP4 weight joined of parts whose global scales
+            differ, which traced ones are not asked for.
         """
         k = self._columns("fp4", k)
+        if self.is_nvfp4:
+            values, scales, whole = nvfp4_slabs.unfold(self.slabs)
+            return Fp4Array(values[..., : k // 2], scales[..., : k // NVFP4_BLOCK], _one_scale(whole))
         values, codes = layout.unfold(self.slabs)
         codes = lax.bitcast_convert_type(codes[..., : k // BLOCK], jnp.float8_e8m0fnu)
         return Fp4Array(values[..., : k // 2], codes)
 
     def _columns(self, where: str, k: int | None) -> int:
-        most = self.shape[-1]
+        most, block = self.shape[-1], NVFP4_BLOCK if self.is_nvfp4 else BLOCK
         if k is None:
             return most
-        if k % BLOCK or not most - layout.COLUMNS < k <= most:
+        if k % block or not most - layout.COLUMNS < k <= most:
             raise ValueError(
-                f"{where}: k is {k} of a weight {list(self.shape)}, need a multiple of 32 above "
+                f"{where}: k is {k} of a weight {list(self.shape)}, need a multiple of {block} above "
                 f"{most - layout.COLUMNS} and at most {most}: what k was before prepare_fp4."
             )
         return k
@@ -155,10 +185,10 @@ class PreparedFp4:
           TypeError, ValueError: slabs of another dtype or shape.
         """
         dtype, shape = getattr(self.slabs, "dtype", None), tuple(getattr(self.slabs, "shape", ()))
-        if dtype != np.uint8 or len(shape) < 3 or shape[-1] != layout.BYTES:
+        if dtype != np.uint8 or len(shape) < 3 or shape[-1] not in (layout.BYTES, nvfp4_slabs.BYTES):
             raise (TypeError if dtype != np.uint8 else ValueError)(
                 f"{where}: slabs of {name} are {shown(self.slabs)}, need uint8 [.., n / 64, k / 128, "
-                f"{layout.BYTES}]. Make them: prepare_fp4({name})."
+                f"{layout.BYTES}], or {nvfp4_slabs.BYTES} of NVFP4. Make them: prepare_fp4({name})."
             )
         return self
 
@@ -168,10 +198,8 @@ class PreparedFp4:
         return f"PreparedFp4({E2M1.name}[{','.join(map(str, self.shape))}] for {self.activations.name})"
 
 
-def prepare_fp4(
-    w: Fp4Array | tuple[ArrayLike, ArrayLike], *, activations: DTypeLike = jnp.float8_e4m3fn
-) -> PreparedFp4:
-    """An FP4 weight in the order in which products with FP8 activations read it.
+def prepare_fp4(w: Fp4Array | tuple[ArrayLike, ...], *, activations: DTypeLike | None = None) -> PreparedFp4:
+    """An FP4 weight in the order in which products with FP8 or BF16 activations read it.
 
     >>> import jax, jax.numpy as jnp
     >>> from jax_deepgemm import fp8_gemm_nt, quantize
@@ -183,36 +211,48 @@ def prepare_fp4(
     >>> bool((y == fp8_gemm_nt(x, expand_fp4(w))).all())
     True
 
-    Hopper's tensor cores have no FP4: the kernels make e4m3 of it in registers, exactly. 64 rows by 128 of k
-    share a scale, the base, which is that of an FP8 weight; what the scales of FP4 differ from it goes into
-    the exponents of e4m3. So results are those of the expanded weight, bit for bit, and half the bytes are
-    read.
+    Hopper's tensor cores have no FP4: the kernels make e4m3 or bfloat16 of it in registers, exactly. Of MXFP4
+    64 rows by 128 of k share a scale, the base, which is that of an FP8 weight; what the scales of FP4 differ
+    from it goes into the exponents of e4m3. So results are those of the expanded weight, bit for bit, and
+    half the bytes are read. A number of NVFP4 times its scale is one of bfloat16; the product of these is
+    multiplied by the global scale in float32, before it is rounded.
 
     Args:
-      w: [.., n, k], k a multiple of 32, n a multiple of 64: an `Fp4Array`, or (values, scales) as checkpoints
-        have them: uint8 or int8 values [.., n, k / 2] with the first number in the lower four bits (DeepSeek
-        V4), or [.., n, k / 32, 16] (MXFP4 of gpt-oss), or float4_e2m1fn [.., n, k]; and scales [.., n,
-        k / 32] as float8_e8m0fnu, or their codes, uint8. Groups of experts, and other leading dimensions, are
-        prepared as they are.
-      activations: float8_e4m3fn.
+      w: [.., n, k], k a multiple of 32 (NVFP4: 16), n a multiple of 64: an `Fp4Array`, or its parts as
+        checkpoints have them. Values: uint8 or int8 [.., n, k / 2] with the first number in the lower four
+        bits (DeepSeek V4, ModelOpt), or [.., n, k / 32, 16] (MXFP4 of gpt-oss), or float4_e2m1fn [.., n, k].
+        Scales: [.., n, k / 32] as float8_e8m0fnu, or their codes, uint8; or of NVFP4 float8_e4m3fn [.., n, k
+        / 16] and a third part, float32 [..]. Groups of experts, and other leading dimensions, are prepared as
+        they are.
+      activations: None: float8_e4m3fn, or of NVFP4 bfloat16. Products in bfloat16 take both.
 
     Returns:
-      A `PreparedFp4`: 4368 bytes for 64 x 128 numbers, 4.27 bits for each, against 4.25 of w.
+      A `PreparedFp4`: 4368 bytes for 64 x 128 numbers, 4.27 bits for each, against 4.25 of w; of NVFP4 4624
+      bytes, 4.52 bits against 4.5.
 
     Raises:
       TypeError: a w that is no FP4, an activations that there is not.
-      ValueError: shapes that do not fit. Scales of numbers other than zero which are more than 2**11 apart in
-        one slab of 64 rows by 128 of k, which the message names; where values are traced, as under `jax.jit`,
-        that cannot raise, and the results that such a slab takes part in are NaN.
+      ValueError: shapes that do not fit. Scales of MXFP4 of numbers other than zero which are more than 2**11
+        apart in one slab of 64 rows by 128 of k, which the message names; where values are traced, as under
+        `jax.jit`, that cannot raise, and the results that such a slab takes part in are NaN.
 
-    Pure; goes through `jax.jit`, `jax.vmap` and `jax.shard_map`. NaN scales make their slab NaN.
+    Pure; goes through `jax.jit`, `jax.vmap` and `jax.shard_map`. NaN scales make their slab NaN, and of NVFP4
+    the results of their row.
     """
-    kind = as_dtype("prepare_fp4", "activations", activations, "float8_e4m3fn")
-    if kind != E4M3:
+    nvfp4 = nvfp4_parts(w)
+    kind = BFLOAT16 if nvfp4 else E4M3
+    if activations is not None:
+        kind = as_dtype("prepare_fp4", "activations", activations, "float8_e4m3fn, or of NVFP4 bfloat16")
+    if kind != (BFLOAT16 if nvfp4 else E4M3):
         raise TypeError(
-            f"prepare_fp4: activations is {kind.name}, need float8_e4m3fn, or leave it out: bfloat16 "
-            "products take the same bytes."
+            f"prepare_fp4: activations is {kind.name} and w is {'NVFP4' if nvfp4 else 'MXFP4'}, need "
+            f"{'bfloat16' if nvfp4 else 'float8_e4m3fn'}, or leave it out. "
+            + (NO_FP8 if nvfp4 else "Products in bfloat16 take the same bytes.")
         )
+    if nvfp4:
+        values, scales, whole = checked_nvfp4("prepare_fp4", "w", nvfp4)
+        _check_rows("prepare_fp4", values, layout.ROWS)
+        return PreparedFp4(_fold_nvfp4(values, scales, whole), kind)
     values, codes = _checked("prepare_fp4", w)
     slabs, apart = _fold(values, codes)
     if not isinstance(apart, jax.core.Tracer) and apart.is_fully_addressable:
@@ -220,6 +260,7 @@ def prepare_fp4(
     return PreparedFp4(slabs, kind)
 
 
+_fold_nvfp4 = jax.jit(nvfp4_slabs.fold)
 _fold = jax.jit(layout.fold)
 
 
@@ -236,6 +277,22 @@ def _check_apart(apart: np.ndarray[Any, Any]) -> None:
         f"2**{_MOST_APART} in 64 rows by 128 of k; {len(wrong)} of {apart.size} such blocks are wider. For "
         "this weight use FP8 with a scale for each row: expand_fp4(w, (1, 128))."
     )
+
+
+def _one_scale(of_slabs: jax.Array) -> jax.Array:
+    """The global scales [..] of those of slabs [.., n / 64, k / 128]."""
+    *lead, down, across = of_slabs.shape
+    if not down * across:
+        return jnp.ones(lead, jnp.float32)
+    whole = of_slabs[..., 0, 0]
+    if not isinstance(of_slabs, jax.core.Tracer) and of_slabs.is_fully_addressable:
+        each, first = np.asarray(of_slabs), np.asarray(whole)[..., None, None]
+        if not np.array_equal(each, np.broadcast_to(first, each.shape), equal_nan=True):
+            raise ValueError(
+                "fp4: the weight was joined of parts with global scales of their own; an Fp4Array has one "
+                "for a matrix. Take its rows apart first: dataclasses.replace(w, slabs=w.slabs[:, :half])."
+            )
+    return whole
 
 
 def expand_fp4(
@@ -265,9 +322,15 @@ def expand_fp4(
       Of a PreparedFp4 a row is always exact, and a block of 128 rows where its two slabs allow it.
 
     Raises:
-      TypeError, ValueError: as `prepare_fp4`; another block.
+      TypeError, ValueError: as `prepare_fp4`; another block; a weight in NVFP4, whose numbers FP8 does not
+        hold.
     """
     block = check_block(block, "expand_fp4")
+    if nvfp4_parts(w) or (isinstance(w, PreparedFp4) and w.is_nvfp4):
+        raise TypeError(
+            f"expand_fp4: w is NVFP4, need MXFP4. {NO_FP8} Use bfloat16, dequantize_fp4(w, jnp.bfloat16), or "
+            "quantise that anew: jax_deepgemm.quantize(.., (128, 128))."
+        )
     if block not in (_SQUARE, _PER_ROW):
         raise ValueError(f"expand_fp4: block is {block}, need (128, 128), or (1, 128).")
     if isinstance(w, PreparedFp4):
@@ -309,10 +372,14 @@ def _checked(where: str, w: Any, rows: int = layout.ROWS) -> tuple[jax.Array, ja
             "k / 2] (or [.., n, k / 32, 16]) and [.., n, k / 32], k a multiple of 32: one scale for 32 "
             "numbers of a row. Pad k with zeros."
         )
+    _check_rows(where, values, rows)
+    return values, lax.bitcast_convert_type(jnp.asarray(scales), jnp.uint8)
+
+
+def _check_rows(where: str, values: jax.Array, rows: int) -> None:
     if values.shape[-2] % rows:
         raise ValueError(
             f"{where}: w is {[*values.shape[:-1], 2 * values.shape[-1]]}: n is {values.shape[-2]}, need a "
             "multiple of 64. Pad it with rows of zeros: jnp.pad of values and scales, and leave out the "
             "columns of the result."
         )
-    return values, lax.bitcast_convert_type(jnp.asarray(scales), jnp.uint8)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jax_deepgemm.ops.quantize.activation import SILU, Activation
 
-TILE = 128
+TILE, FINE = 128, 32
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class QuantizeProblem:
       rows, cols: of the quantised matrix.
       x: dtype of what is read.
       fp8: dtype of what is written.
-      block: elements per scale, (1, 128), (128, 1) or (128, 128).
+      block: elements per scale, (1, 128), (128, 1) or (128, 128); of x as it lies also (1, 32) or (32, 32).
       transposed: write the transposed copy too; with block (1, 128) it has scales of its own, (128, 1).
       square_t: those scales are of (128, 128).
       ue8m0: scales are powers of two.
@@ -71,6 +71,11 @@ class QuantizeProblem:
     def flops(self) -> int:
         """None that count: these kernels move bytes."""
         return 0
+
+    @property
+    def fine(self) -> bool:
+        """Whether blocks have 32 columns."""
+        return self.block[1] == FINE
 
     @property
     def width(self) -> int:

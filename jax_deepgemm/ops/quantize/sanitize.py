@@ -14,6 +14,7 @@ from jax_deepgemm.ops.quantize.api import quantize
 from jax_deepgemm.ops.quantize.blocks import row_blocks
 from jax_deepgemm.ops.quantize.fused import quantize_both, quantize_weight
 from jax_deepgemm.ops.quantize.groups import quantize_groups, quantize_rows
+from jax_deepgemm.ops.quantize.op import KERNEL_BLOCKS
 
 M, N = 520, 272  # tails in both dimensions
 ROWS = 300  # that are valid, where a kernel is told
@@ -27,7 +28,7 @@ def cases() -> Iterator[Case]:
     rng, rows = np.random.default_rng(0), jnp.int32(ROWS)
     for shape in ((M, N), (M + 1, N + 3)):
         x = jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
-        for block in ((1, 128), (128, 128), (128, 1)):
+        for block in KERNEL_BLOCKS:
             yield Case(f"quantize {block} {x.shape}", functools.partial(_values, block), (x,))
         for block_t in BLOCKS_T:
             both = functools.partial(_both, block_t, rows)

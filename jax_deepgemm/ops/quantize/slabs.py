@@ -2,9 +2,11 @@
 
 Bytes of a slab, for products with float8_e4m3fn (include/jax_deepgemm/mixed/ reads them):
 
-    0 .. 4095       words, uint32 with the lowest byte first: word (h * 128 + t) * 4 + j is of thread t, the
-                    half h and the group j of 32 numbers. With t = 32 w + 4 g + q it has eight numbers of row
-                    16 w + 8 h + g: k = 32 j + 4 q + i, and k = 32 j + 16 + 4 q + i, i = 0 .. 3.
+    0 .. 4095       words, uint32 with the lowest byte first: word (h * 128 + (t ^ g // 2)) * 4 + j is of
+                    thread t, the half h and the group j of 32 numbers. With t = 32 w + 4 g + q it has
+                    eight numbers of row 16 w + 8 h + g: k = 32 j + 4 q + i, and k = 32 j + 16 + 4 q + i,
+                    i = 0 .. 3.
+                    Because of the exclusive or, eight rows' words of one q lie on all banks.
                     Magnitudes of the former are in bits 4 i .., of the latter in bits 16 + 4 i ..;
                     signs of the former in bit 8 i + 7, of the latter in bit 8 i + 3.
     4096 .. 4351    exponents e, one a byte: byte ((w * 8 + g) * 2 + h) * 4 + j is of group j of that row
@@ -24,6 +26,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_deepgemm.ops.quantize.fp4 import BIAS, BLOCK, MAGNITUDES, MANTISSA, NAN, decoded
@@ -50,18 +53,16 @@ def fold(values: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     *lead, n, half = values.shape
     across = -(-2 * half // COLUMNS)
-    values, codes = (_padded(x, across * step) for x, step in ((values, COLUMNS // 2), (codes, 4)))
-    quads = _quads(values.reshape(*lead, n // ROWS, 4, 2, 8, across, 4, 2, 4, 2))
-    lower, upper = quads[..., 0, :], quads[..., 1, :]
-    words = lower & _MAGNITUDES | (upper & _MAGNITUDES) << 16 | _spread(lower) << 4 | _spread(upper)
-    words = _ordered(words, len(lead), "Nwhgkjq", "Nkhwgqj")
+    values, codes = (padded(x, across * step) for x, step in ((values, COLUMNS // 2), (codes, 4)))
+    pairs = values.reshape(*lead, n // ROWS, 4, 2, 8, across, 4, 2, 4, 2)
+    words = words_of(pairs, len(lead))
     each = codes.reshape(*lead, n // ROWS, 4, 2, 8, across, 4).astype(jnp.int32)
-    counts = jnp.any(quads & _MAGNITUDES != 0, axis=(-1, -2)) & (each != NAN)
+    counts = jnp.any(pairs & MAGNITUDES != 0, axis=(-1, -2, -3)) & (each != NAN)
     some = [len(lead) + i for i in (1, 2, 3, 5)]
     largest = jnp.max(jnp.where(counts, each, -1), axis=some, keepdims=True)
     apart = jnp.max(jnp.where(counts, largest - each, 0), axis=some)
     exponents = jnp.where(counts, jnp.clip(each - largest + LARGEST, SMALLEST, LARGEST), SMALLEST)
-    exponents = _ordered(exponents.astype(jnp.uint8), len(lead), "Nwhgkj", "Nkwghj")
+    exponents = ordered(exponents.astype(jnp.uint8), len(lead), "Nwhgkj", "Nkwghj")
     base = jnp.where(largest < 0, 1.0, power_of_two(largest - LARGEST_SHIFT)).reshape(apart.shape)
     wrong = jnp.any(each == NAN, axis=some) | (apart > LARGEST - SMALLEST)
     base = lax.bitcast_convert_type(jnp.where(wrong, jnp.nan, base).astype(jnp.float32), jnp.uint8)
@@ -78,18 +79,13 @@ def unfold(slabs: jax.Array) -> tuple[jax.Array, jax.Array]:
     whose base is NaN are those of NaN.
     """
     *lead, down, across, _ = slabs.shape
-    words = slabs[..., :_WORDS].reshape(*lead, down, across, 2, 4, 8, 4, 4, 4)
-    words = lax.bitcast_convert_type(words, jnp.uint32)
-    lower = words & _MAGNITUDES | _gathered(words >> 4)
-    upper = words >> 16 & _MAGNITUDES | _gathered(words)
-    quads = _ordered(jnp.stack([lower, upper], axis=-1), len(lead), "Nkhwgqju", "Nwhgkjuq")
-    values = lax.bitcast_convert_type(quads.astype(jnp.uint16), jnp.uint8)
+    values = words_to_pairs(slabs[..., :_WORDS], len(lead))
     exponents = slabs[..., _WORDS : _WORDS + _EXPONENTS].reshape(*lead, down, across, 4, 8, 2, 4)
     base = lax.bitcast_convert_type(slabs[..., _WORDS + _EXPONENTS :][..., :_BASE], jnp.uint32)
     biased = jnp.where(base >> MANTISSA > 0, base >> MANTISSA, 9 - lax.clz(base)).astype(jnp.int32)
     biased = biased[..., None, None, None, None]
     codes = jnp.clip(biased + exponents.astype(jnp.int32) + (LARGEST_SHIFT - LARGEST), 0, NAN - 1)
-    codes = _ordered(jnp.where(biased == NAN, NAN, codes).astype(jnp.uint8), len(lead), "Nkwghj", "Nwhgkj")
+    codes = ordered(jnp.where(biased == NAN, NAN, codes).astype(jnp.uint8), len(lead), "Nkwghj", "Nwhgkj")
     n = down * ROWS
     return values.reshape(*lead, n, across * COLUMNS // 2), codes.reshape(*lead, n, across * 4)
 
@@ -121,7 +117,32 @@ def power_of_two(biased: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(jnp.where(biased > 0, normal, below), jnp.float32)
 
 
-def _padded(x: jax.Array, columns: int) -> jax.Array:
+def words_of(pairs: jax.Array, lead: int) -> jax.Array:
+    """Words in the order of a slab, of bytes [.., n / 64, w, h, g, k / 128, j, lower or upper, q, 2]."""
+    quads = _quads(pairs)
+    lower, upper = quads[..., 0, :], quads[..., 1, :]
+    words = lower & _MAGNITUDES | (upper & _MAGNITUDES) << 16 | _spread(lower) << 4 | _spread(upper)
+    return _on_all_banks(ordered(words, lead, "Nwhgkjq", "Nkhwgqj"))
+
+
+def words_to_pairs(words: jax.Array, lead: int) -> jax.Array:
+    """The inverse, of uint8 [.., n / 64, k / 128, 4096]."""
+    words = lax.bitcast_convert_type(words.reshape(*words.shape[:-1], 2, 4, 8, 4, 4, 4), jnp.uint32)
+    words = _on_all_banks(words)
+    lower = words & _MAGNITUDES | _gathered(words >> 4)
+    upper = words >> 16 & _MAGNITUDES | _gathered(words)
+    quads = ordered(jnp.stack([lower, upper], axis=-1), lead, "Nkhwgqju", "Nwhgkjuq")
+    return lax.bitcast_convert_type(quads.astype(jnp.uint16), jnp.uint8)
+
+
+def _on_all_banks(words: jax.Array) -> jax.Array:
+    """Words [.., g, q, j] with q at q ^ g // 2, or back."""
+    g = np.arange(8)[:, None]
+    return words[..., g, np.arange(4) ^ g // 2, :]
+
+
+def padded(x: jax.Array, columns: int) -> jax.Array:
+    """With zeros behind the last dimension."""
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, columns - x.shape[-1]),))
 
 
@@ -141,6 +162,6 @@ def _gathered(words: jax.Array) -> jax.Array:
     return functools.reduce(jnp.bitwise_or, [words >> 4 * i & (8 << 4 * i) for i in range(4)])
 
 
-def _ordered(x: jax.Array, lead: int, given: Sequence[str], wanted: Sequence[str]) -> jax.Array:
+def ordered(x: jax.Array, lead: int, given: Sequence[str], wanted: Sequence[str]) -> jax.Array:
     """x, whose dimensions behind the leading ones are named, in another order."""
     return jnp.transpose(x, (*range(lead), *(lead + given.index(name) for name in wanted)))

@@ -1,7 +1,7 @@
 """The memory-bound kernels that make FP8: problem -> source text and LaunchPlan.
 
 One tile of 128 x 128 per block of threads, or lower ones side by side; include/jax_deepgemm/quantize/
-quantize_tile.cuh says how.
+quantize_tile.cuh says how, and fine.cuh of blocks of 32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jax_deepgemm.core.family import Kernels, Operands
 from jax_deepgemm.core.launch import Launch, LaunchPlan, Operand, Param, Result, Scalar, Scratch
 from jax_deepgemm.jit import KernelSource, compile_kernel
 from jax_deepgemm.ops.quantize.activation import Activation
-from jax_deepgemm.ops.quantize.problem import TILE, QuantizeProblem
+from jax_deepgemm.ops.quantize.problem import FINE, TILE, QuantizeProblem
 
 SUM_THREADS = 256
 STRIPE_BYTES, STRIPE_TILES = 8 << 20, 8
@@ -70,6 +70,7 @@ _BODIES = {
     "quantize_copies": "const jdg::Copies copies = {{position, slots, rows, share}};\n  "
     "jdg::quantize_copies<Config>({{x, index, sources, 0, 1}}, copies, to);",
     "quantize": _ROWS + "jdg::quantize<Config>({{x, {index}, {sources}, batched_x, {stripe}}}, counted, to);",
+    "quantize_fine": "jdg::quantize_fine<Config>(x, batched_x, to);",
     "quantize_stream": _ROWS
     + "jdg::quantize_stream<Config>({{x, {index}, {sources}, 0, {stripe}}}, counted, to, tiles);",
     "swiglu": _INPUTS + "jdg::swiglu<Config, Act>(in, counted, to);",
@@ -81,6 +82,7 @@ _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 _FP8 = {"float8_e4m3fn": "E4m3", "float8_e5m2": "E5m2"}
 _FUNCTIONS = {"silu": "kSilu", "gelu": "kGelu", "relu2": "kReluSquared"}
 _SCALES = {(1, TILE): "kRow", (TILE, 1): "kColumn", (TILE, TILE): "kBlock"}
+_SCALES |= {(1, FINE): "kRow", (FINE, FINE): "kBlock"}
 
 
 class Cut(NamedTuple):
@@ -123,6 +125,8 @@ def cut_of(p: QuantizeProblem) -> Cut:
     if p.pairs:
         return Cut(512, 4, 1, 1)
     quick = p.aligned and (p.aligned_t or not p.transposed)
+    if p.fine:
+        return Cut(128, 4, 1, 4 if p.x == "float32" or not p.aligned else 8)
     if p.kind != "quantize":
         return Cut(256, 8, 1, 2 if quick and p.x != "float32" else 1)
     few = p.x == "float32" or p.fp8 != "float8_e4m3fn" or not quick
@@ -161,8 +165,8 @@ def shared_memory(p: QuantizeProblem) -> int:
 
 
 def _body(p: QuantizeProblem) -> str:
-    form = "_pairs" if p.pairs else "_stream" if p.streamed else "_copies" if p.copied else ""
-    return p.kind + form
+    forms = {"_pairs": p.pairs, "_stream": p.streamed, "_copies": p.copied > 0, "_fine": p.fine}
+    return p.kind + next((form for form, on in forms.items() if on), "")
 
 
 def kernel_name(p: QuantizeProblem) -> str:
@@ -243,7 +247,7 @@ def activation_text(a: Activation) -> str:
 def _header(p: QuantizeProblem) -> str:
     if p.kind != "quantize":
         return "swiglu/swiglu"
-    return "quantize/copies" if p.copied else "quantize/quantize"
+    return "quantize/fine" if p.fine else "quantize/copies" if p.copied else "quantize/quantize"
 
 
 def kernel_source(p: QuantizeProblem) -> KernelSource:

@@ -94,7 +94,8 @@ def ragged_dot(
     Args:
       lhs: [m, k], or a QuantizedArray of block (1, 128).
       rhs: [g, k, n] (see `rhs_layout`), or a QuantizedArray; or an FP4 weight, a `PreparedFp4` [g, n, k],
-        with which an lhs that is not quantised is quantised here, one scale for 128 of a row.
+        with which an lhs that is not quantised is quantised here, one scale for 128 of a row; with NVFP4 lhs
+        is bfloat16 and stays that.
       group_sizes: [g] integers. Rows after the last group give zeros, and what they hold is not read.
         Negative sizes count as zero; groups end with lhs.
       precision: as in jax.lax.ragged_dot; the kernels' products of bfloat16 are exact and summed in float32,

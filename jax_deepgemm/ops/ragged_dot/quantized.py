@@ -48,6 +48,8 @@ def quantized_dot(
     lhs: Any, rhs: Any, group_sizes: Any, rhs_layout: str, allow_transpose: bool, **options: Any
 ) -> jax.Array:
     fp4 = isinstance(rhs, PreparedFp4 | Fp4Array)
+    if isinstance(rhs, PreparedFp4) and rhs.is_nvfp4 and not is_quantized(lhs):
+        return _nvfp4_dot(as_array("ragged_dot", "lhs", lhs), rhs, group_sizes, rhs_layout, options)
     if fp4 and not is_quantized(lhs):
         lhs = quantize(lhs)
     for what, x, other in (("lhs", lhs, "rhs"), ("rhs", rhs, "lhs")):
@@ -57,16 +59,10 @@ def quantized_dot(
                 f"ragged_dot: {other} is quantised and {what} is not, need both or neither. Quantise it: "
                 f"jax_deepgemm.quantize({what}, {block})."
             )
-    sizes = as_array("ragged_dot", "group_sizes", group_sizes)
-    if not jnp.issubdtype(sizes.dtype, jnp.integer):
-        raise TypeError(f"ragged_dot: group_sizes are {sizes.dtype.name}, need integers.")
     values = lhs.values if isinstance(lhs, QuantizedArray) else lhs[0]
-    sizes = sizes_of_rows(sizes, values.shape[:1] or (0,))
-    if fp4 and rhs_layout != "gnk":
-        raise ValueError(
-            f"ragged_dot: rhs is FP4 {list(rhs.shape)} and rhs_layout is 'gkn'. FP4 weights are stored "
-            "[g, n, k]: say rhs_layout='gnk'."
-        )
+    sizes = _checked_sizes(group_sizes, values.shape[:1] or (0,))
+    if fp4:
+        _check_layout(rhs, rhs_layout)
     if rhs_layout == "gnk":
         return api.m_grouped_fp8_gemm_nt_contiguous(lhs, rhs, sizes, **options)
     if allow_transpose:
@@ -76,6 +72,30 @@ def quantized_dot(
         "[g, n, k], as quantize(rhs.mT, (128, 128)), and say rhs_layout='gnk'; or accept that its bytes are "
         "transposed at each call: allow_transpose=True."
     )
+
+
+def _checked_sizes(group_sizes: Any, rows: Sequence[int]) -> jax.Array:
+    sizes = as_array("ragged_dot", "group_sizes", group_sizes)
+    if not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise TypeError(f"ragged_dot: group_sizes are {sizes.dtype.name}, need integers.")
+    return sizes_of_rows(sizes, rows)
+
+
+def _check_layout(rhs: PreparedFp4 | Fp4Array, rhs_layout: str) -> None:
+    if rhs_layout != "gnk":
+        raise ValueError(
+            f"ragged_dot: rhs is FP4 {list(rhs.shape)} and rhs_layout is 'gkn'. FP4 weights are stored "
+            "[g, n, k]: say rhs_layout='gnk'."
+        )
+
+
+def _nvfp4_dot(
+    lhs: jax.Array, rhs: PreparedFp4, group_sizes: Any, rhs_layout: str, options: dict[str, Any]
+) -> jax.Array:
+    """Rows stay in bfloat16."""
+    _check_layout(rhs, rhs_layout)
+    sizes = _checked_sizes(group_sizes, lhs.shape[:1] or (0,))
+    return api.m_grouped_bf16_gemm_nt_contiguous(lhs, rhs, sizes, **options)
 
 
 def per_channel_dot(

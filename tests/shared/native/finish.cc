@@ -4,9 +4,9 @@
 // Reads cases from standard input, seven integers each:
 //   kind, columns of the product n, first column of the tile, batch, rows of D, first row of the tile,
 //   batches
-// then, of kinds 0 to 2 (a function of each number, pairs, alpha and bias alone), alpha and bias of every
-// batch and the tile [64][COLS], and writes the tile of D [64][COLS or COLS / 2]; of kind 3, nothing, and
-// writes D as bytes, of which holes that belong to the tile are zeros and all others 0xAA.
+// then, of kinds 0 to 2 and 4 (a function of each number, pairs, alpha and bias alone, halves), alpha and
+// bias of every batch and the tile [64][COLS], and writes the tile of D [64][COLS or COLS / 2]; of kind 3,
+// nothing, and writes D as bytes, of which holes that belong to the tile are zeros and all others 0xAA.
 
 #include <cuda.h>
 
@@ -18,7 +18,8 @@
 struct Config {
   using Out = jdg::bf16;
   static constexpr int COLS = 128;
-  static constexpr bool EVEN_N = false;
+  static constexpr bool EVEN_N = false, GATED = true;
+  static constexpr int PASSES = 1;
 };
 
 template <jdg::Function KIND>
@@ -32,11 +33,12 @@ template <jdg::Form OF, jdg::Function KIND, bool HEADS = false>
 struct Plan {
   using Act = ::Act<KIND>;
   static constexpr jdg::Form FORM = OF;
-  static constexpr bool ALPHA = true, BIAS = true, FILL = HEADS;
+  static constexpr bool ALPHA = true, BIAS = true, FILL = HEADS, QUANTIZED = false;
   static constexpr int LEFT = 128, MID = HEADS ? 64 : 0, RIGHT = 64;
 };
 using Each = jdg::Finish<Plan<jdg::Form::kEach, jdg::Function::kReluSquared>>;
 using Pairs = jdg::Finish<Plan<jdg::Form::kInPairs, jdg::Function::kSilu>>;
+using Halves = jdg::Finish<Plan<jdg::Form::kInHalves, jdg::Function::kSilu>>;
 using Plain = jdg::Finish<Plan<jdg::Form::kNone, jdg::Function::kSilu>>;
 using Heads = jdg::Finish<Plan<jdg::Form::kNone, jdg::Function::kSilu, true>>;
 
@@ -59,8 +61,8 @@ void warps(Lane lane) {
 
 template <class F>
 void apply(const Case& at, const float* alpha, const float* bias, const float* tile, std::vector<float>& d) {
-  constexpr int kCols = Config::COLS, kStored = F::kPairs ? kCols / 2 : kCols;
-  const F finish{alpha, bias, 1, 1};
+  constexpr int kCols = Config::COLS, kStored = F::kGated ? kCols / 2 : kCols;
+  const F finish{alpha, bias, 1, 1, nullptr, nullptr};
   d.assign(64 * kStored, 0.0f);
   warps([&](unsigned row, unsigned col) {
     float acc[kCols / 2];
@@ -101,7 +103,10 @@ int main() {
     const auto alpha = read(at.batches), bias = read(static_cast<std::size_t>(at.batches) * at.n);
     const auto tile = read(64 * Config::COLS);
     std::vector<float> d;
-    const auto run = at.kind == 0 ? apply<Each> : at.kind == 1 ? apply<Pairs> : apply<Plain>;
+    const auto run = at.kind == 0   ? apply<Each>
+                     : at.kind == 1 ? apply<Pairs>
+                     : at.kind == 4 ? apply<Halves>
+                                    : apply<Plain>;
     run(at, alpha.data(), bias.data(), tile.data(), d);
     std::fwrite(d.data(), 4, d.size(), stdout);
   }

@@ -24,6 +24,7 @@ struct Config {
   static constexpr bool ROWS_K_MAJOR = true, COLS_K_MAJOR = true, SWAP_AB = false, GATED = false;
   static constexpr bool MASK_K = false, WHOLE_BLOCKS = true, HALVES = false, PING_PONG = false;
   static constexpr bool ROWS_ONCE = false, COLS_ONCE = false, RUNS = false;
+  static constexpr bool ROWS_BY_INDEX = false, COLS_BY_INDEX = false;
   static constexpr Scale ROW_SCALES = Scale::kSlices, COL_SCALES = Scale::kBlockSlices;
   static constexpr int ROWS = HEIGHT, COLS = WIDTH, BLOCK_K = 128, STAGES = SLOTS, SPLITS = 1;
   static constexpr int ACROSS = HEIGHT == 64 ? 2 : 1, PASSES = WIDTH / ACROSS == 256 ? 2 : 1;

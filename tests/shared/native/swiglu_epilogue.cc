@@ -37,7 +37,7 @@ void run(const Case& at, const std::vector<float>& h, const jdg::SwigluResult& t
       }
       const jdg::GroupTile tile{
           {at.first_row, 2 * at.feature, at.matrix, at.matrix}, at.rows_end, at.zeros_end};
-      const jdg::SwigluTiles<C> tiles{{{0}, {}, {at.rows}, nullptr, nullptr, nullptr, {tile}}, to};
+      const jdg::SwigluTiles<C> tiles{{{0}, {}, {at.rows}, nullptr, nullptr, nullptr, {}, {tile}}, to};
       tiles.store(loop, {at.first_row});
     };
     std::vector<std::thread> threads;

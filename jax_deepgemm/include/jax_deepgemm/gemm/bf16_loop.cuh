@@ -34,14 +34,14 @@ struct Bf16Loop : PlainLoop<C> {
       for (int part = 0; part < kParts<C>; ++part) Slot<C>(ring, warpgroup).multiply(acc[part], false, part);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
-      if (kb > tile.k_begin && threadIdx.x % 32 == 0) ring.release(previous);
+      if (kb > tile.k_begin) ring.release(previous);
       previous = ring.empty();
       ring.advance();
     }
     ring.pass_turn(warpgroup);
     ptx::wgmma_wait<0>();
     pin();
-    if (tile.k_begin < tile.k_end && threadIdx.x % 32 == 0) ring.release(previous);
+    if (tile.k_begin < tile.k_end) ring.release(previous);
   }
 };
 

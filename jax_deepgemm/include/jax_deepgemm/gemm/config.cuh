@@ -16,6 +16,8 @@ enum class Scale {
   kBlock,   // one factor for each 128 rows (columns) and 128 of k, stored [rows/128, k/128]
   // The same of columns, stored [k/128, columns/128], beside rows that are kSlices.
   kBlockSlices,
+  kVector32,  // one factor for each row (column) and 32 of k, stored [rows, k/32]
+  kBlock32,   // one factor for each 32 rows (columns) and 32 of k, stored [rows/32, k/32]
 };
 
 // clang-format off
@@ -30,7 +32,7 @@ concept GemmConfig = requires {
   C::COL_SCALES;           // Scale: the scales of the columns
   C::SWAP_AB;              // bool: whether rows are B's and columns A's, so that D is stored transposed
   C::GATED;                // bool: whether a tile's columns are rows of gate and, behind them, those of up
-                           // of the same features (grouped/gemm_grouped_swiglu.cuh)
+                           // of the same features (grouped/gemm_grouped_swiglu.cuh, finish.cuh)
   C::MASK_K;               // bool: whether a tile's k may begin or end inside a block (k in groups)
   C::RUNS;                 // bool: whether k is several runs of whole blocks, which lie as batches do (einsum)
   C::WHOLE_BLOCKS;         // bool: whether groups of k begin with a block, and the last one holds zeros behind
@@ -68,8 +70,15 @@ concept GemmConfig = requires {
   C::EVEN_N;               // bool: whether n is even, so that two elements of D are loaded and stored at once
   C::BATCH_INSIDE;         // bool: whether D and C are stored [row, batch, column]; else [batch, row, column]
   C::BATCHES_TOGETHER;     // bool: whether the tiles of all batches come before the next rows
+  C::ROWS_BY_INDEX;        // bool: whether an index names the rows (K-major) or their values of k (gather.cuh)
+  C::COLS_BY_INDEX;        // bool: whether it names values of k of the columns (MN-major)
 };
 // clang-format on
+
+// Whether a warpgroup produces: its threads copy what an index names, and one of them loads the rest.
+template <class C>
+constexpr bool kByIndex = C::ROWS_BY_INDEX || C::COLS_BY_INDEX;
+constexpr int kGatherers = 128;
 
 // Warpgroups that share a tile (in ping-pong they have whole tiles, in turn): one below the other, or ACROSS
 // of them side by side. Each multiplies its share in parts of 64 rows by kCols columns.

@@ -130,12 +130,12 @@ struct PlainLoop {
 //
 // Hazard: from issue to wait the tensor core writes `temp`. ptxas would serialise (C7510, C7514) if anything
 // in between touched it.
-template <class C>
+template <class C, int PRODUCTS = 1>
 struct BegunLoop : PlainLoop<C> {
   using PlainLoop<C>::ring, PlainLoop<C>::PlainLoop;
 
   const Fragment mine;
-  float temp[kCols<C> / C::PASSES / 2];  // the product
+  float temp[PRODUCTS * kCols<C> / C::PASSES / 2];  // the product, or several
 
   __device__ __forceinline__ void drop() {
     ptx::wgmma_wait<0>();

@@ -30,7 +30,8 @@ struct Extents {
 
 // What becomes of a product before it is stored: nothing. finish.cuh has what else there is.
 struct AsItIs {
-  static constexpr bool kChanges = false;  // whether its numbers become others
+  static constexpr bool kChanges = false;    // whether its numbers become others
+  static constexpr bool kQuantized = false;  // whether D is FP8, with scales
   template <class C>
   struct StoredAs {
     using Type = C;

@@ -4,25 +4,27 @@
 //   x = ALPHA * sum + BIAS[column]        one fused multiply-add where there are both
 //   x = f(x)                              EACH        (swiglu/activation.cuh)
 //   x = f(gate) * (up + SHIFT)            IN_PAIRS    columns gate up gate up ..      D has half of the columns
+//                                         IN_HALVES   gate | up, of tiles that are GATED
 //   D = C + x
 //   D[column + holes before it] = ..      HEADS       LEFT columns, a hole of MID columns, RIGHT columns, LEFT ..
 // clang-format on
 //
 // In the persistent kernels that happens in the accumulator, whose first elements are then D's (IN_PAIRS),
 // laid out as wgmma lays out an accumulator of D's columns: a thread has gate and up of the same feature, but
-// every fourth feature of a row, and gets a neighbour's by shuffles. In gemm_small_m.cuh a thread has four
-// neighbours.
+// every fourth feature of a row, and gets a neighbour's by shuffles. IN_HALVES it has them in the same place
+// of both halves of the accumulator. In gemm_small_m.cuh a thread has four neighbours.
 //
 // Holes have what lay in D before or, with FILL, become zeros: a warp writes those of its rows that lie in
 // front of a slab of its columns.
 #pragma once
 
 #include <jax_deepgemm/gemm/epilogue.cuh>
+#include <jax_deepgemm/gemm/quantized.cuh>
 #include <jax_deepgemm/swiglu/activation.cuh>
 
 namespace jdg {
 
-enum class Form { kNone, kEach, kInPairs };
+enum class Form { kNone, kEach, kInPairs, kInHalves };
 
 // What a kernel is told at compile time; ops/gemm/sm90/source.py writes it as `struct Finish`.
 // clang-format off
@@ -33,6 +35,7 @@ concept FinishConfig = requires {
   F::ALPHA;                 // bool: whether sums are multiplied by a number
   F::BIAS;                  // bool: whether a number for each column is added
   F::LEFT, F::MID, F::RIGHT;  // columns of a head before, in and behind its hole; MID is 0 without heads
+  F::QUANTIZED;             // bool: whether D is stored in FP8, with a scale for each row and 128 columns
   F::FILL;                  // bool: whether holes become zeros
 };
 // clang-format on
@@ -45,32 +48,36 @@ struct HalfOf : C {
 
 template <class F>
 struct Finish {
-  static constexpr bool kPairs = F::FORM == Form::kInPairs, kHeads = F::MID > 0;
+  static constexpr bool kPairs = F::FORM == Form::kInPairs, kHalves = F::FORM == Form::kInHalves;
+  static constexpr bool kGated = kPairs || kHalves, kHeads = F::MID > 0;
+  static constexpr bool kQuantized = F::QUANTIZED;
   static constexpr bool kChanges = F::ALPHA || F::BIAS || F::FORM != Form::kNone;
   using Of = Activated<typename F::Act>;
 
-  const float* alpha;  // of each batch, or one of all
+  const float* alpha;  // of each batch or group, or one of all
   const float* bias;   // [n], the same
   int batched_alpha, batched_bias;
+  u8* values;     // QUANTIZED: [m, n], n a multiple of 16
+  float* scales;  // [m, n / 128]
 
   template <class C>
   struct StoredAs {
     using Type = C;
   };
   template <class C>
-    requires(kPairs && sizeof(C) > 0)
+    requires(kGated && sizeof(C) > 0)
   struct StoredAs<C> {
     using Type = HalfOf<C>;
   };
 
   // D's matrix of a product's.
   __device__ __forceinline__ static Extents stored(Extents p) {
-    if constexpr (kPairs) p.n /= 2;
+    if constexpr (kGated) p.n /= 2;
     if constexpr (kHeads) p.n += p.n / (F::LEFT + F::RIGHT) * F::MID;
     return p;
   }
   __device__ __forceinline__ static Tile stored(Tile tile) {
-    if constexpr (kPairs) tile.col /= 2;
+    if constexpr (kGated) tile.col /= 2;
     return tile;
   }
   // Of the first of 64 columns, or of one of them.
@@ -80,7 +87,12 @@ struct Finish {
   }
 
   __device__ __forceinline__ Finish of(int batch, const Extents& p) const {
-    return {alpha + batch * batched_alpha, bias + static_cast<i64>(batch * batched_bias) * p.n, 0, 0};
+    return {alpha + batch * batched_alpha,
+            bias + static_cast<i64>(batch * batched_bias) * p.n,
+            0,
+            0,
+            values,
+            scales};
   }
 
   __device__ __forceinline__ static float scaled(float sum, float by, float plus) {
@@ -122,10 +134,51 @@ struct Finish {
     if (F::BIAS && col < min(first + COLS, n)) ptx::touch(bias + col);
   }
 
+  // Of gate and, behind it, up of the same features, into the first half of the accumulator.
+  template <class C>
+  __device__ __forceinline__ void apply_halves(float (&acc)[kCols<C> / 2], const Extents& p,
+                                               const Tile& tile) const {
+    static_assert(C::GATED, "a thread has gate and up of the same features");
+    constexpr int kHalf = kCols<C> / 4;
+    const Fragment mine;
+    // FP8, in two passes: scales of B are of whole blocks of features, so none of a tile's is beyond the
+    // last.
+    constexpr bool kWhole = C::PASSES == 2;
+    const int width = p.n / 2, feature = tile.col / 2 + mine.col;
+    const float* of_gate = bias + feature;
+    const float* of_up = of_gate + width;
+    if constexpr (F::BIAS) {  // half of the lanes that of gate, the others that of up
+      const int lane = ptx::thread_index() % 32, at = tile.col / 2 + lane % 16 * 8;
+      if (lane % 16 * 8 < kCols<C> / 2 && at < width) ptx::touch(bias + at + lane / 16 * width);
+    }
+#pragma unroll
+    for (int i = 0; i < kHalf; i += 4) {
+      __syncwarp();  // as below
+      float by = 1.0f;
+      if constexpr (F::ALPHA) by = ptx::load_in_order(alpha);  // no register is free for it all the time
+      float2 first = {0.0f, 0.0f}, second = {0.0f, 0.0f};
+      if constexpr (F::BIAS && kWhole) {
+        first = ptx::load_in_order_2(of_gate + 2 * i), second = ptx::load_in_order_2(of_up + 2 * i);
+      } else if constexpr (F::BIAS) {
+        first = bias_of<C::EVEN_N>(feature + 2 * i, width);
+        second = bias_of<C::EVEN_N>(feature + 2 * i < width ? width + feature + 2 * i : p.n, p.n);
+      }
+#pragma unroll
+      for (int j = i; j < i + 4; j += 2) {
+        acc[j] = pair(scaled(acc[j], by, first.x), scaled(acc[kHalf + j], by, second.x));
+        acc[j + 1] = pair(scaled(acc[j + 1], by, first.y), scaled(acc[kHalf + j + 1], by, second.y));
+      }
+    }
+  }
+
   // A tile's accumulator, in place; `tile` begins with this warpgroup's first column.
   template <class C>
   __device__ __forceinline__ void apply(float (&acc)[kCols<C> / 2], const Extents& p,
                                         const Tile& tile) const {
+    if constexpr (kHalves) {
+      apply_halves<C>(acc, p, tile);
+      return;
+    }
     const Fragment mine;
     const float by = factor();
     touch_bias<kCols<C>>(tile.col, p.n);
@@ -180,6 +233,25 @@ struct Finish {
       else
         values[i] = each(first), values[i + 1] = each(second);
     }
+  }
+
+  // A warp's rows of 128 columns, of a matrix D with `before` rows of others in front of it; rows from out.m
+  // on are not written.
+  __device__ __forceinline__ void store_quantized(float (&act)[kTile / 2], u32 slab, const Extents& out,
+                                                  const Tile& tile, int first_row, i64 before) const {
+    if (tile.col >= out.n) return;
+    const int thread = ptx::thread_index(), lane = thread % 32, row = first_row + thread / 32 % 4 * 16;
+    const int pitch = ceil_div(out.n, kTile), upper = row + lane / 4;
+    const TwoRows of_rows = act_scales(act);
+    if (lane % 4 == 0) {
+      float* to = scales + (before + upper) * pitch + tile.col / kTile;
+      if (upper < out.m) *to = of_rows.upper;
+      if (upper + 8 < out.m) to[8 * static_cast<i64>(pitch)] = of_rows.lower;
+    }
+    __syncwarp();  // all lanes have read what the tile before left there
+    fill_act_slab(slab, act, of_rows);
+    __syncwarp();
+    store_act_slab<true>(slab, values + before * out.n, out.n, row, out.m, tile.col);
   }
 
   // Whether a hole lies in front of this column, the first of 64, and where.

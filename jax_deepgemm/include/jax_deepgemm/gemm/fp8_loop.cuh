@@ -208,7 +208,7 @@ struct Fp8Loop : BegunLoop<C> {
       }
       ptx::wgmma_wait<0>();
       ptx::pin(temp);
-      if (final && threadIdx.x % 32 == 0) ring.release(empty);
+      if (final) ring.release(empty);
       promote(j, acc[part], pass, factor, uppers, lowers);
     }
     if (last) {

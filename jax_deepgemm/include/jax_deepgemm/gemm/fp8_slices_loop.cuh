@@ -76,7 +76,7 @@ struct SlicedLoop : BegunLoop<C> {
 
       ptx::wgmma_wait<0>();
       ptx::pin(temp);
-      if (final && threadIdx.x % 32 == 0) ring.release(empty);
+      if (final) ring.release(empty);
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
         const float2 scale = i < kHeld ? held[i] : ptx::load_shared_2(cols + i * 8 * 4);

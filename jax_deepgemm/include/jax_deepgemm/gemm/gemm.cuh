@@ -5,9 +5,11 @@
 //   config.cuh                 what a kernel is told at compile time
 //   ../pipeline.cuh            slots of shared memory between a producer and consumers
 //   ring.cuh                   where in shared memory things are
+//   gather.cuh                 rows that an index names (grouped products only)
 //   producer.cuh               global memory to slots
 //   consumer.cuh               slots to products: what all main loops have in common
-//   bf16_loop.cuh, fp8_loop.cuh, fp8_slices_loop.cuh     the main loops; mainloop.cuh chooses
+//   bf16_loop.cuh, fp8_loop.cuh, fp8_slices_loop.cuh, fp8_fine_loop.cuh     the main
+//                              loops; mainloop.cuh chooses
 //   epilogue.cuh               accumulators to D; finish.cuh, what may become of them before
 //   persistent.cuh             which warps do what, and when
 // clang-format on
@@ -36,9 +38,10 @@ __device__ __forceinline__ Tile tile_at(int index, const Extents& p, int k_block
 // How many parts a warpgroup's columns are finished and stored in (`cuts` in ops/gemm/sm90/config.py): beside
 // the widest accumulators no registers are left for what all columns need.
 template <class C>
-constexpr int kWidestCuts = Layout<C>::kFp8 && kCols<C> == 256 ? 4
-                            : C::PING_PONG && kCols<C> == 192  ? 3
-                                                               : 1;
+constexpr int kWidestCuts = C::GATED                             ? 1
+                            : Layout<C>::kFp8 && kCols<C> == 256 ? 4
+                            : C::PING_PONG && kCols<C> == 192    ? 3
+                                                                 : 1;
 template <class C, class E>
 constexpr int kCuts = E::kChanges ? kWidestCuts<C> : 1;
 template <class C, int CUTS>
@@ -97,8 +100,11 @@ struct DenseTiles {
       if (kCuts<C, E> > 1 && cut.col >= p.n) return;
       finish.of(tile.batch, p).template apply<Cut>(acc, p, cut);
       auto& stored = reinterpret_cast<float (&)[kCols<S> / 2]>(acc);
-      store_tile<S, E>(stored, d_map, to, matrix_of<C>(c, out, tile.batch * p.batched_c), slabs, out,
-                       E::stored(cut), row);
+      if constexpr (E::kQuantized)
+        finish.store_quantized(stored, slabs, out, E::stored(cut), row, static_cast<i64>(tile.batch) * out.m);
+      else
+        store_tile<S, E>(stored, d_map, to, matrix_of<C>(c, out, tile.batch * p.batched_c), slabs, out,
+                         E::stored(cut), row);
       E::template fill_holes<Cut>(to, out, p.n, cut, row);
     }
   }

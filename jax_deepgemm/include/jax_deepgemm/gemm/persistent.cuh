@@ -4,7 +4,7 @@
 // clang-format off
 //   warpgroups 0 .. W-1    consumers: each its share of a tile, 64 rows of it or more, or half of its columns
 //   behind them            a warp, or a warpgroup where it gives registers away: one thread of it is the
-//                          producer, a tile ahead during the epilogue
+//                          producer (all, where an index names rows), a tile ahead during the epilogue
 //
 //   producer:    for each tile of this block:  produce (record, blocks of k)          then kNoTile
 //   consumer:    receive, begin
@@ -46,9 +46,10 @@ __device__ __forceinline__ void persistent(Tiles tiles) {
 
   if (warpgroup == C::WARPGROUPS) {
     if constexpr (C::WARPGROUPS > 1) ptx::lower_registers<C::PRODUCER_REGISTERS>();
-    if (warp_index() % 4 == 0 && ptx::elect()) {
+    if (kByIndex<C> || (warp_index() % 4 == 0 && ptx::elect())) {
       tiles.produce(ring);
       publish_end<C>(ring);
+      if constexpr (kByIndex<C>) ptx::copy_async_wait();
     }
   } else {
     if constexpr (C::WARPGROUPS > 1) ptx::raise_registers<C::REGISTERS>();

@@ -9,11 +9,12 @@
 //     so that the block in which a group ends is the first
 // clang-format on
 //
-// One thread does all this. Tiles without any k (a group's zeros) take slots without data, as many as keep
-// quads where they belong.
+// One thread does all this, or where an index names rows a warpgroup (gather.cuh): then one thread of it
+// loads through TMA and writes records, and all copy rows. Tiles without any k (a group's zeros) take slots
+// without data, as many as keep quads where they belong.
 #pragma once
 
-#include <jax_deepgemm/gemm/ring.cuh>
+#include <jax_deepgemm/gemm/gather.cuh>
 #include <jax_deepgemm/ptx/tma.cuh>
 
 namespace jdg {
@@ -27,7 +28,25 @@ struct Tile {
   int k_skip = 0;           // elements of the first block that do not count, and ...
   int k_stop = 0x7FFFFFFF;  // ... elements of the last block up to which they count
   bool half = false;        // only the first half of the columns, the first of two passes; all are loaded
+  int index_end = 0;        // where the group's part of the index ends
 };
+
+// The same with the rows that an index names.
+template <class C>
+struct IndexedTile : Tile {
+  RowSources<C> sources;
+  __device__ __forceinline__ IndexedTile(const Tile& tile, const Indexed& from)
+      : Tile(tile), sources(from, tile.row, tile.index_end) {}
+};
+
+// Whether this thread is the one that loads through TMA, by all threads that produce.
+template <class C>
+__device__ __forceinline__ bool leads() {
+  if constexpr (kByIndex<C>)
+    return warp_index() % 4 == 0 && ptx::elect();
+  else
+    return true;
+}
 
 // In a record's place of a row: there are no more tiles.
 constexpr int kNoTile = -1;
@@ -50,6 +69,7 @@ struct Operands {
   int k_blocks;
   int batched_rows, batched_cols, batched_row_scales, batched_col_scales;  // 0 or 1
   int run_blocks = 0;                                                      // RUNS: blocks of k in each
+  Indexed indexed = {};                                                    // instead of a map of rows or cols
 };
 
 template <bool ONCE>
@@ -78,7 +98,7 @@ __device__ __forceinline__ void load_scale_box(u32 slot, const TensorMap& map, u
   if constexpr (Layout<C>::kByBlock)
     ptx::tma_load(slot, map, bar, first, kb, batch);
   else
-    ptx::tma_load(slot, map, bar, kb, first, batch);
+    ptx::tma_load(slot, map, bar, kb * Layout<C>::kScalesOfBlock, first, batch);
 }
 
 // A tile's columns, or their scales, of a map [batch, gate or up, feature, k]: both halves in one box.
@@ -95,7 +115,7 @@ __device__ __forceinline__ void load_gated(u32 slot, const TensorMap& map, u32 b
 template <class C>
 __device__ __forceinline__ int first_col_scale(const Tile& tile) {
   if constexpr (Layout<C>::kDown) return tile.col / 128 / 4 * 4;
-  return Layout<C>::kColVector ? tile.col : tile.col / 128;
+  return Layout<C>::kColVector ? tile.col : tile.col / Layout<C>::kScaledRows;
 }
 
 // The scales of one step of blocks of k, of both operands.
@@ -103,8 +123,10 @@ template <class C>
 __device__ __forceinline__ void load_scales(const Ring<C>& ring, const Operands& in, const Tile& tile,
                                             int kb) {
   using L = Layout<C>;
-  load_scale_box<C>(L::kRowVector ? ring.row_scales() : ring.block_scales(), *in.row_scales, ring.full(),
-                    L::kRowVector ? tile.row : tile.row / 128, kb, tile.batch * in.batched_row_scales);
+  if constexpr (!C::ROWS_BY_INDEX)
+    load_scale_box<C>(L::kRowVector ? ring.row_scales() : ring.block_scales(), *in.row_scales, ring.full(),
+                      L::kRowVector ? tile.row : tile.row / L::kScaledRows, kb,
+                      tile.batch * in.batched_row_scales);
   if constexpr (C::GATED)
     load_gated<false>(ring.block_scales(), *in.col_scales, ring.full(), kb, tile.col / 2 / 128,
                       tile.col_batch * in.batched_col_scales);
@@ -113,13 +135,23 @@ __device__ __forceinline__ void load_scales(const Ring<C>& ring, const Operands&
                       first_col_scale<C>(tile), kb, tile.col_batch * in.batched_col_scales);
 }
 
+template <class C>
+__device__ __forceinline__ void publish(const Ring<C>& ring, int x, int y, int z, bool flag = false) {
+  if (leads<C>()) ring.publish(x, y, z, flag);
+}
+template <class C>
+__device__ __forceinline__ void fill_with_nothing(const Ring<C>& ring) {
+  if (leads<C>()) ring.fill_with_nothing();
+  if constexpr (kByIndex<C>) ring.fill_with_nothing();
+}
+
 // Slots without data.
 template <class C>
 __device__ __forceinline__ void pass_on(Ring<C>& ring, int slots) {
 #pragma unroll 1
   for (int i = 0; i < slots; ++i) {
     ring.wait_empty();
-    ring.fill_with_nothing();
+    fill_with_nothing<C>(ring);
     ring.advance();
   }
 }
@@ -140,34 +172,49 @@ __device__ __forceinline__ void load_cols(const Ring<C>& ring, const Operands& i
                                                          tile.col_batch * in.batched_cols);
 }
 
+// What an index names of a block of k, by all threads that produce.
+template <class C, bool SCALES, class T>
+__device__ __forceinline__ void gather_block(const Ring<C>& ring, const Operands& in, const T& tile, int k) {
+  if constexpr (C::ROWS_BY_INDEX && C::ROWS_K_MAJOR) {
+    tile.sources.load(ring.rows(), in.indexed, k / C::BLOCK_K * kSlotRowBytes);
+    if constexpr (SCALES) tile.sources.load_scales(ring.row_scales(), in.indexed, k / C::BLOCK_K);
+  } else if constexpr (C::ROWS_BY_INDEX) {
+    gather_slabs<C, C::ROWS>(ring.rows(), in.indexed, tile.row, k, tile.index_end);
+  } else {
+    gather_slabs<C, C::COLS>(ring.cols(), in.indexed, tile.col, k, tile.index_end);
+  }
+  ptx::copy_async_arrive(ring.full());
+}
+
 // One block of k into the ring's slot; with SCALES those of a whole step of blocks, too.
-template <class C, bool SCALES>
-__device__ __forceinline__ void load_block(Ring<C>& ring, const Operands& in, const Tile& tile, int kb) {
+template <class C, bool SCALES, class T>
+__device__ __forceinline__ void load_block(Ring<C>& ring, const Operands& in, const T& tile, int kb) {
   using L = Layout<C>;
   const int k = tile.k_first + kb * C::BLOCK_K;
   ring.wait_empty();
-  ring.expect(L::kSlotBytes + (SCALES ? L::kScaleBytes : 0));
-  if constexpr (C::RUNS) {
-    static_assert(!L::kFp8, "runs have no scales");
-    Tile run = tile;
-    run.batch = run.col_batch = kb / in.run_blocks;
-    load_rows<C>(ring, in, run, kb % in.run_blocks * C::BLOCK_K);
-    load_cols<C>(ring, in, run, kb % in.run_blocks * C::BLOCK_K);
-  } else {
-    load_rows<C>(ring, in, tile, k);
-    load_cols<C>(ring, in, tile, k);
+  if (leads<C>()) {
+    ring.expect(L::kSlotBytes + (SCALES ? L::kScaleBytes : 0));
+    if constexpr (C::RUNS) {
+      static_assert(!L::kFp8, "runs have no scales");
+      Tile run = tile;
+      run.batch = run.col_batch = kb / in.run_blocks;
+      load_rows<C>(ring, in, run, kb % in.run_blocks * C::BLOCK_K);
+      load_cols<C>(ring, in, run, kb % in.run_blocks * C::BLOCK_K);
+    } else {
+      if constexpr (!C::ROWS_BY_INDEX) load_rows<C>(ring, in, tile, k);
+      if constexpr (!C::COLS_BY_INDEX) load_cols<C>(ring, in, tile, k);
+    }
+    if constexpr (SCALES) load_scales<C>(ring, in, tile, k / C::BLOCK_K - (L::kDown ? kQuad - 1 : 0));
   }
-  if constexpr (SCALES) {
-    load_scales<C>(ring, in, tile, k / C::BLOCK_K - (L::kDown ? kQuad - 1 : 0));
-    ring.advance_scales();
-  }
+  if constexpr (kByIndex<C>) gather_block<C, SCALES>(ring, in, tile, k);
+  if constexpr (SCALES) ring.advance_scales();
   ring.advance();
 }
 
 // A tile's blocks of k from the last one down; scales of blocks in front of a quad's are loaded with it, also
 // where these are another group's, or none, and not looked at.
-template <class C>
-__device__ __forceinline__ void load_blocks_down(Ring<C>& ring, const Operands& in, const Tile& tile) {
+template <class C, class T>
+__device__ __forceinline__ void load_blocks_down(Ring<C>& ring, const Operands& in, const T& tile) {
   const int partial = (tile.k_end - tile.k_begin) % kQuad;
   int kb = tile.k_end - 1;
   if (partial > 0) {
@@ -187,11 +234,11 @@ __device__ __forceinline__ void load_blocks_down(Ring<C>& ring, const Operands& 
 // A tile's blocks of k. `record`, three integers, is published with the first one.
 //
 // Hazard: TMA boxes begin at multiples of 16 bytes, those of scales at every fourth block of k; others fault.
-template <class C, class... Words>
-__device__ __forceinline__ void load_blocks(Ring<C>& ring, const Operands& in, const Tile& tile,
+template <class C, class T, class... Words>
+__device__ __forceinline__ void load_blocks(Ring<C>& ring, const Operands& in, const T& tile,
                                             Words... record) {
   ring.wait_empty();
-  ring.publish(record..., tile.half);
+  publish<C>(ring, record..., tile.half);
   if constexpr (Layout<C>::kDown) {
     load_blocks_down<C>(ring, in, tile);
   } else if constexpr (Layout<C>::kQuads) {
@@ -209,8 +256,8 @@ __device__ __forceinline__ void load_blocks(Ring<C>& ring, const Operands& in, c
       for (int j = 1; j < kQuad; ++j) load_block<C, false>(ring, in, tile, kb + j);
     }
   } else {
-#pragma unroll 4
-    for (int kb = tile.k_begin; kb < tile.k_end; ++kb) load_block<C, Layout<C>::kSliced>(ring, in, tile, kb);
+#pragma unroll(kByIndex<C> ? 1 : 4)
+    for (int kb = tile.k_begin; kb < tile.k_end; ++kb) load_block<C, Layout<C>::kFp8>(ring, in, tile, kb);
   }
 }
 
@@ -275,7 +322,7 @@ constexpr int kEmptySlots = Layout<C>::kFp8 ? Layout<C>::kScaleStep : 1;
 template <class C>
 __device__ __forceinline__ void publish_empty_tile(Ring<C>& ring, int row, int packed, bool half) {
   ring.wait_empty();
-  ring.publish(row, packed, 0, half);
+  publish<C>(ring, row, packed, 0, half);
   pass_on<C>(ring, kEmptySlots<C>);
 }
 
@@ -293,8 +340,8 @@ __device__ __forceinline__ void skip_empty_tile(Ring<C>& ring) {
 template <class C>
 __device__ __forceinline__ void publish_end(const Ring<C>& ring) {
   ring.wait_empty();
-  ring.publish(kNoTile, 0, 0);
-  ring.fill_with_nothing();
+  publish<C>(ring, kNoTile, 0, 0);
+  fill_with_nothing<C>(ring);
 }
 
 }  // namespace jdg

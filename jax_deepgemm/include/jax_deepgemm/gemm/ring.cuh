@@ -20,6 +20,9 @@
 // 4 blocks of k} of the rows' scales, and {4, 4 blocks of k} of those of the columns, as boxes begin at
 // multiples of 16 bytes.
 //
+// kVector32, kBlock32: a block of k has four scales of its own for each row, column or 32 of them, which come
+// with it, in boxes {4, rows}.
+//
 // Scales have no barriers of their own. They arrive with the first block of their quad, counted by its
 // barrier. They are read until promotion, when that slot is released already. Their ring has
 // ceil(STAGES / 4) + 1 slots: a quad is read before its warpgroup releases the first block of the next one,
@@ -50,20 +53,30 @@ struct Layout {
   static constexpr u32 kColsBytes = (C::COLS_K_MAJOR ? C::COLS : align_up(C::COLS, 64)) * kSlotRowBytes;
   static constexpr bool kFp8 = C::ROW_SCALES != Scale::kNone, kByBlock = C::ROW_SCALES == Scale::kSlices;
   static constexpr bool kSliced = C::COL_SCALES == Scale::kSlices, kDown = kByBlock && !kSliced;
-  static constexpr bool kRowVector = kByBlock || C::ROW_SCALES == Scale::kVector;
-  static constexpr bool kColVector = kSliced || C::COL_SCALES == Scale::kVector;
-  static constexpr bool kQuads = kFp8 && !kSliced;
-  static constexpr int kScaleStep = kSliced ? 1 : kQuad;  // blocks of k whose scales travel together
-  static constexpr u32 kRowScaleBytes = kRowVector ? C::ROWS * kScaleStep * 4 : 0;
-  static constexpr u32 kColScaleBytes = kColVector ? align_up(C::COLS * kScaleStep * 4, 128) : 0;
+  static constexpr bool kFineRows = C::ROW_SCALES == Scale::kVector32,
+                        kFineCols = C::COL_SCALES == Scale::kVector32;
+  static constexpr bool kFine = kFineRows || C::ROW_SCALES == Scale::kBlock32;  // of 32 of k
+  static constexpr int kScaledRows = kFine ? 32 : 128;                          // under one scale of a block
+  static constexpr int kScalesOfBlock = kFine ? 4 : 1;                          // of k
+  static constexpr bool kRowVector = kByBlock || kFineRows || C::ROW_SCALES == Scale::kVector;
+  static constexpr bool kColVector = kSliced || kFineCols || C::COL_SCALES == Scale::kVector;
+  static constexpr bool kQuads = kFp8 && !kSliced && !kFine;
+  static constexpr int kScaleStep = kSliced || kFine ? 1 : kQuad;  // blocks of k whose scales travel together
+  static constexpr u32 kScaleWidth = kScaleStep * kScalesOfBlock * 4;  // bytes of a row's scales for them
+  static constexpr u32 kRowScaleBytes = kRowVector ? C::ROWS * kScaleWidth : 0;
+  static constexpr u32 kColScaleBytes = kColVector ? align_up(C::COLS * kScaleWidth, 128) : 0;
   static constexpr bool kBlocksOfRows = C::ROW_SCALES == Scale::kBlock;
-  static constexpr int kBlocks = kBlocksOfRows                    ? 1
-                                 : kDown                          ? 4
-                                 : C::COL_SCALES == Scale::kBlock ? touched_blocks(C::COLS)
-                                                                  : 0;  // 128-blocks whose scales are loaded
+  static constexpr int kBlocks = kBlocksOfRows                      ? 1
+                                 : kDown                            ? 4
+                                 : C::ROW_SCALES == Scale::kBlock32 ? C::ROWS / 32
+                                 : C::COL_SCALES == Scale::kBlock32 ? C::COLS / 32
+                                 : C::COL_SCALES == Scale::kBlock   ? touched_blocks(C::COLS)
+                                                                    : 0;  // whose scales are loaded
   static constexpr u32 kBlockScaleBytes = align_up(kBlocks * kQuad * 4, 128);
   static_assert(!kBlocksOfRows || 128 % C::ROWS == 0, "all of a tile's rows are in one 128-block");
   static_assert(kByBlock == (kSliced || C::COL_SCALES == Scale::kBlockSlices), "operands store them alike");
+  static_assert(C::COL_SCALES != Scale::kBlock32 || C::COLS % 32 == 0, "whole blocks of columns");
+  static_assert(kFine == (kFineCols || C::COL_SCALES == Scale::kBlock32), "operands are scaled alike");
   static_assert(!kDown || (C::COLS % 128 == 0 && 512 % C::COLS == 0), "whole blocks, of four neighbours");
   static_assert(!kFp8 || C::SCALE_SLOTS == ceil_div(C::STAGES, kScaleStep) + 1, "see the head of this file");
 
@@ -79,9 +92,10 @@ struct Layout {
   static constexpr u32 kBytes = kTable + C::TABLE_BYTES;
   static_assert(kBytes <= C::SHARED_BYTES, "the host computed less shared memory than the kernel uses");
 
-  static constexpr u32 kSlotBytes = kRowsBytes + kColsBytes;
-  static constexpr u32 kScaleBytes =
-      kRowScaleBytes + (kColVector ? C::COLS * kScaleStep * 4 : 0) + kBlocks * kQuad * 4;
+  // Bytes that come through TMA.
+  static constexpr u32 kSlotBytes = (C::ROWS_BY_INDEX ? 0 : kRowsBytes) + (C::COLS_BY_INDEX ? 0 : kColsBytes);
+  static constexpr u32 kScaleBytes = (C::ROWS_BY_INDEX ? 0 : kRowScaleBytes) +
+                                     (kColVector ? C::COLS * kScaleWidth : 0) + kBlocks * kQuad * 4;
 };
 
 // The pipeline and the ring of scales, as seen from one side of them.
@@ -106,6 +120,22 @@ struct Ring : Pipeline<C::STAGES, Layout<C>::kPipeline> {
   __device__ __forceinline__ u32 block_scales() const {
     return smem + L::kBlockScales + scale_slot * L::kBlockScaleBytes;
   }
+  // Hazard: what an index names is written through the generic proxy, and read by wgmma (gather.cuh).
+  __device__ __forceinline__ void wait_full(int ahead = 0) const {
+    Base::wait_full(ahead);
+    if constexpr (kByIndex<C>) ptx::fence_proxy_async();
+  }
+  // A warp's arrival, by one of its lanes. Scales that cp.async has written are handed back by each lane that
+  // has read some, which is what compute-sanitizer can follow.
+  static constexpr int kReleases = C::ROWS_BY_INDEX && L::kFp8 ? 32 : 1;
+  __device__ __forceinline__ static void release(u32 empty) {
+    if (kReleases == 32 || threadIdx.x % 32 == 0) Base::release(empty);
+  }
+  __device__ __forceinline__ void pass(int ahead = 0) const {
+    Base::wait_full(ahead);
+    __syncwarp();  // as Pipeline::pass says
+    release(Base::empty(ahead));
+  }
   __device__ __forceinline__ void advance_scales() {
     if (++scale_slot == C::SCALE_SLOTS) scale_slot = 0;
   }
@@ -124,7 +154,7 @@ template <class C>
 __device__ __forceinline__ void init_barriers(u32 smem) {
   const Ring<C> ring(smem);
   if (threadIdx.x == 0) {
-    ring.init(4 * kSharers<C>);
+    ring.init(4 * kSharers<C> * Ring<C>::kReleases, kByIndex<C> ? 1 + kGatherers : 1);
     if (C::PING_PONG) Turns<Layout<C>::kTurns>::init(smem);
     ptx::fence_mbarrier_init();
   }

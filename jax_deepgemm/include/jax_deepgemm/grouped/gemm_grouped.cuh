@@ -3,7 +3,8 @@
 // clang-format off
 //   warp 0                group_sizes -> table of segments in shared memory (group_table.cuh), then all wait
 //   warpgroups 0 .. W-1   consumers, as in persistent.cuh: multiply, promote, epilogue
-//   behind them           the TMA producer: tile number -> segment -> rows, k range
+//   behind them           the TMA producer: tile number -> segment -> rows, k range; where an index names
+//                         rows, a warpgroup that copies them (gemm/gather.cuh)
 //
 //   rows in groups:  tiles begin at each group's first row, whatever it is. Rows of the last tile beyond
 //                    the group are multiplied and not stored; rows beyond all groups are stored as zeros.
@@ -61,6 +62,7 @@ __device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, cons
     tile.k_skip = s.start - tile.k_first;
     tile.k_end = s.end > s.start ? ceil_div(s.end - tile.k_first, C::BLOCK_K) : 0;
     tile.k_stop = s.end - tile.k_first - (tile.k_end - 1) * C::BLOCK_K;
+    tile.index_end = s.end;
   } else {
     out.rows_end = s.group >= 0 ? s.end : s.start;
     // Rows of a masked group behind its last one may hold anything, so its last warp need not stop at it.
@@ -68,6 +70,7 @@ __device__ __forceinline__ GroupTile group_tile(const GroupTable<C>& table, cons
                     : C::ZERO_ROWS               ? p.m
                                                  : min(align_up(s.end, 16), p.m);
     tile.k_end = at.row < out.rows_end ? k_blocks : 0;
+    tile.index_end = out.rows_end;
   }
   return out;
 }
@@ -135,7 +138,7 @@ __device__ __forceinline__ void store_group_tile(float (&acc)[kCols<C> / 2], con
     store_tile<C>(acc, d_map, out, matrix_of<C>(c, p, tile.batch), slabs, bounded, tile, first_row);
 }
 
-template <class C>
+template <class C, class E = AsItIs>
 struct GroupedTiles {
   using Work = TileRecord;
   const Operands in;
@@ -144,6 +147,7 @@ struct GroupedTiles {
   const TensorMap* d_map;
   typename C::Out* d;
   const typename C::Out* c;
+  const E finish;
   GroupTable<C> table;
 
   __device__ __forceinline__ void prepare(u32 smem) {
@@ -167,6 +171,13 @@ struct GroupedTiles {
     return number;
   }
 
+  __device__ __forceinline__ void load(Ring<C>& ring, const Tile& tile, const TileRecord& at) const {
+    if constexpr (C::ROWS_BY_INDEX && C::ROWS_K_MAJOR)
+      load_blocks<C>(ring, in, IndexedTile<C>(tile, in.indexed), at.row, at.packed, tile.k_end);
+    else
+      load_blocks<C>(ring, in, tile, at.row, at.packed, tile.k_end);
+  }
+
   __device__ __forceinline__ void produce(Ring<C>& ring) const {
     const Rounds<C> rounds(table.tiles);
     int first = blockIdx.x;
@@ -175,7 +186,7 @@ struct GroupedTiles {
       const TileRecord next = nth_tile<C>(table, rounds, number, p);
       const Tile tile = group_tile<C>(table, next, p, in.k_blocks).tile;
       if (tile.k_end > 0)
-        load_blocks<C>(ring, in, tile, next.row, next.packed, tile.k_end);
+        load(ring, tile, next);
       else
         publish_empty_tile<C>(ring, next.row, next.packed, next.half);
     }
@@ -214,18 +225,51 @@ struct GroupedTiles {
 #pragma unroll
     for (int part = 0; part < kParts<C>; ++part) {
       const int first_row = record.row + (first_part<C>(ptx::thread_index() / 128) + part) * 64;
-      if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(loop.acc[part], first_row, mine.rows_end);
-      store_group_tile<C>(loop.acc[part], d_map, d, c, slabs, p, mine, first_row);
+      if constexpr (E::kChanges || E::kQuantized) {
+        store_finished(loop.acc[part], slabs, mine, first_row);
+      } else {
+        if constexpr (!GroupTable<C>::kInner) clear_rows_from<C>(loop.acc[part], first_row, mine.rows_end);
+        store_group_tile<C>(loop.acc[part], d_map, d, c, slabs, p, mine, first_row);
+      }
+    }
+  }
+
+  // A part of 64 rows that becomes something else first, with its group's bias, in cuts (gemm.cuh). Rows that
+  // hold no products are zeros whatever the bias is.
+  __device__ __forceinline__ void store_finished(float (&acc)[kCols<C> / 2], u32 slabs, const GroupTile& mine,
+                                                 int first_row) const {
+    using Cut = CutOf<C, kCuts<C, E>>;
+    using S = Stored<E, Cut>;
+    if (whole_warp(first_row + ptx::thread_index() / 32 % 4 * 16 >= mine.zeros_end)) return;
+    Extents out = E::stored(p);
+#pragma unroll
+    for (int i = 0; i < kCuts<C, E>; ++i) {
+      GroupTile cut = mine;
+      cut.tile.col += i * kCols<Cut>, cut.tile.half = false;
+      const bool behind = mine.tile.half && i >= kCuts<C, E> / 2;
+      if (kCuts<C, E> > 1 && whole_warp(behind || cut.tile.col >= p.n)) return;
+      auto& whole = reinterpret_cast<float (&)[kCols<Cut> / 2]>(acc[i * kCols<Cut> / 2]);
+      finish.of(max(mine.tile.col_batch, 0), p).template apply<Cut>(whole, p, cut.tile);
+      auto& stored = reinterpret_cast<float (&)[kCols<S> / 2]>(whole);
+      clear_rows_from<S>(stored, first_row, mine.rows_end);
+      cut.tile = E::stored(cut.tile);
+      if constexpr (E::kQuantized) {
+        out.m = mine.zeros_end;
+        const i64 before = GroupTable<C>::kRowsInGroups ? 0 : static_cast<i64>(cut.tile.batch) * p.m;
+        finish.store_quantized(stored, slabs, out, cut.tile, first_row, before);
+      } else {
+        store_group_tile<S>(stored, d_map, d, c, slabs, out, cut, first_row);
+      }
     }
   }
 };
 
-template <class C>
+template <class C, class E = AsItIs>
   requires GemmConfig<C> && GroupedConfig<C>
 __device__ __forceinline__ void gemm_grouped(const Operands& in, const Groups& groups, const Extents& p,
                                              const TensorMap* d_map, typename C::Out* d,
-                                             const typename C::Out* c) {
-  persistent<C>(GroupedTiles<C>{in, groups, p, d_map, d, c, {}});
+                                             const typename C::Out* c, const E& finish = {}) {
+  persistent<C>(GroupedTiles<C, E>{in, groups, p, d_map, d, c, finish, {}});
 }
 
 }  // namespace jdg

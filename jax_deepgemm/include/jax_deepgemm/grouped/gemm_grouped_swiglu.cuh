@@ -25,6 +25,7 @@
 // bit for bit.
 #pragma once
 
+#include <jax_deepgemm/gemm/quantized.cuh>
 #include <jax_deepgemm/grouped/gemm_grouped.cuh>
 #include <jax_deepgemm/swiglu/activation.cuh>
 
@@ -52,13 +53,6 @@ __device__ __forceinline__ float weight_of(const SwigluResult& to, int row) {
   return __uint_as_float(ptx::load_shared_by_blocks(reinterpret_cast<const int*>(to.weights + row)));
 }
 
-// How scales are made of maxima (quantize_tile.cuh).
-struct ActScales {
-  using Fp8 = E4m3;
-  static constexpr float MIN_AMAX = 0.0f;
-  static constexpr bool UE8M0 = false;
-};
-
 // What becomes of h (activation.cuh).
 struct PlainSilu {
   static constexpr Function FUNCTION = Function::kSilu;
@@ -71,12 +65,6 @@ __device__ __forceinline__ float2 rounded(const float* pair) {
   const u32 packed = ptx::pack_bf16(pair[0], pair[1]);
   return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000u)};
 }
-
-// A number for each of a thread's two rows, `upper` and, eight further on, `lower`.
-struct TwoRows {
-  float upper, lower;
-  __device__ __forceinline__ float of(int i) const { return i / 2 % 2 ? lower : upper; }
-};
 
 // The same plus a bias, rounded again.
 __device__ __forceinline__ float2 biased(const float2& pair, const float2& bias) {
@@ -103,67 +91,6 @@ __device__ __forceinline__ void activate(float (&acc)[COUNT], const TwoRows& wei
     const bool counts = i / 2 % 2 ? lower_counts : upper_counts;
     acc[i] = counts ? Activated<PlainSilu>(gate.x).value * up.x * weight.of(i) : 0.0f;
     acc[i + 1] = counts ? Activated<PlainSilu>(gate.y).value * up.y * weight.of(i) : 0.0f;
-  }
-}
-
-template <int COUNT>
-__device__ __forceinline__ TwoRows maxima(const float (&act)[COUNT]) {
-  TwoRows top = {0.0f, 0.0f};
-#pragma unroll
-  for (int i = 0; i < COUNT / 2; ++i) {
-    float& of_row = i / 2 % 2 ? top.lower : top.upper;
-    of_row = fmaxf(of_row, fabsf(act[i]));
-  }
-  return top;
-}
-
-// The scale of a row, of a quad's maxima.
-__device__ __forceinline__ float quad_scale(float amax) {
-  amax = fmaxf(amax, __shfl_xor_sync(kEveryLane, amax, 1));
-  amax = fmaxf(amax, __shfl_xor_sync(kEveryLane, amax, 2));
-  return scale_of<ActScales>(amax);
-}
-
-// The scales of a thread's rows. E4M3 has no infinity: it becomes NaN, which does not count.
-template <int COUNT>
-__device__ __forceinline__ TwoRows act_scales(float (&act)[COUNT]) {
-  TwoRows top = maxima(act);
-  if (__any_sync(kEveryLane, fmaxf(top.upper, top.lower) == kInfinity)) {
-#pragma unroll
-    for (int i = 0; i < COUNT / 2; ++i)
-      if (fabsf(act[i]) == kInfinity) act[i] = __uint_as_float(0x7FC00000);
-    top = maxima(act);
-  }
-  return {quad_scale(top.upper), quad_scale(top.lower)};
-}
-
-// A warp's 16 rows of act into its slab: bytes of row r in chunks of 16 that are exchanged by r % 8.
-template <int COUNT>
-__device__ __forceinline__ void fill_act_slab(u32 slab, const float (&act)[COUNT], const TwoRows& scales) {
-  const int lane = ptx::thread_index() % 32, row = lane / 4;
-  const TwoRows inverse = {ptx::rcp_rn(scales.upper), ptx::rcp_rn(scales.lower)};
-  const u32 line = slab + row * kTile + lane % 4 * 2;
-  const auto put = [&](u32 at, const float* two, float by) {
-    ptx::store_shared_pair(at, ptx::pack_e4m3(ptx::mul_ftz(two[0], by), ptx::mul_ftz(two[1], by)));
-  };
-#pragma unroll
-  for (int eight = 0; eight < kTile / 8; ++eight) {
-    const u32 at = line + (eight / 2 ^ row) * 16 + eight % 2 * 8;
-    put(at, act + eight * 4, inverse.upper);
-    put(at + kSlabBytes, act + eight * 4 + 2, inverse.lower);
-  }
-}
-
-// A warp's slab to memory, of rows up to `rows_end`.
-__device__ __forceinline__ void store_act_slab(u32 slab, const SwigluResult& to, int first_row, int rows_end,
-                                               int feature) {
-  const int lane = ptx::thread_index() % 32;
-#pragma unroll
-  for (int i = 0; i < 2 * kSlabRows * (kTile / 16) / 32; ++i) {
-    const int row = i * 4 + lane / 8, chunk = lane % 8;
-    const uint4 bytes = ptx::load_shared_16(slab + row * kTile + (chunk ^ row % 8) * 16);
-    u8* at = to.values + static_cast<i64>(first_row + row) * to.width + feature + chunk * 16;
-    if (first_row + row < rows_end) *reinterpret_cast<uint4*>(at) = bytes;
   }
 }
 
@@ -206,7 +133,7 @@ struct SwigluTiles : GroupedTiles<C> {
     __syncwarp();  // all lanes have read what the tile before left there
     fill_act_slab(slab, acc, scales);
     __syncwarp();
-    store_act_slab(slab, to, first_row, mine.zeros_end, feature);
+    store_act_slab<false>(slab, to.values, to.width, first_row, mine.zeros_end, feature);
   }
 };
 
@@ -214,7 +141,7 @@ template <class C>
   requires GemmConfig<C> && GroupedConfig<C>
 __device__ __forceinline__ void gemm_grouped_swiglu(const Operands& in, const Groups& groups,
                                                     const Extents& p, const SwigluResult& to) {
-  persistent<C>(SwigluTiles<C>{{in, groups, p, nullptr, nullptr, nullptr, {}}, to});
+  persistent<C>(SwigluTiles<C>{{in, groups, p, nullptr, nullptr, nullptr, {}, {}}, to});
 }
 
 }  // namespace jdg

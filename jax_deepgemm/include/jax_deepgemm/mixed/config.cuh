@@ -10,6 +10,7 @@ namespace jdg {
 enum class Weights {
   kFp4,      // slabs of FP4 (ops/quantize/slabs.py), for tokens of e4m3 with scales of 1x128
   kFp4Bf16,  // the same slabs, for tokens of bf16
+  kNvfp4,    // slabs of NVFP4 (ops/quantize/nvfp4_slabs.py), for tokens of bf16
   kInt8,     // [k, n] of int8, for tokens of bf16; a scale for each of n
   kE4m3,     // the same of e4m3
 };
@@ -45,14 +46,21 @@ concept MixedConfig = requires {
 // A slab is 64 rows by 128 of k of an FP4 weight, a box 64 of k by 128 rows of one in bytes: what a warpgroup
 // multiplies at a time, with tokens whose rows in a slot are 128 bytes.
 constexpr int kSlabBytes4 = 4368, kSlabExponents = 4096, kSlabBase = 4352;
+constexpr int kSlabBytes16 = 4624, kSlabScales16 = 4096, kSlabBase16 = 4608;  // of NVFP4
 constexpr int kBoxBytes = 64 * 128;
 
 template <class C>
 constexpr bool kScaledTokens = C::WEIGHTS == Weights::kFp4;
 template <class C>
-constexpr bool kInSlabs = kScaledTokens<C> || C::WEIGHTS == Weights::kFp4Bf16;
+constexpr bool kPlainSlabs = C::WEIGHTS == Weights::kFp4Bf16 || C::WEIGHTS == Weights::kNvfp4;
 template <class C>
-constexpr int kTokenTiles = C::WEIGHTS == Weights::kFp4Bf16 ? 2 : 1;  // of 128 bytes of k, in a slot
+constexpr bool kInSlabs = kScaledTokens<C> || kPlainSlabs<C>;
+template <class C>
+constexpr int kPartBytes = !kInSlabs<C>                    ? kBoxBytes
+                           : C::WEIGHTS == Weights::kNvfp4 ? kSlabBytes16
+                                                           : kSlabBytes4;  // of the weight, of a warpgroup
+template <class C>
+constexpr int kTokenTiles = kPlainSlabs<C> ? 2 : 1;  // of 128 bytes of k, in a slot
 template <class C>
 constexpr int kHeight = kInSlabs<C> ? 64 : 128;  // rows of the weight of a warpgroup
 template <class C>
@@ -74,7 +82,7 @@ constexpr int kWarpgroups = kAcross<C> * C::DEEP;
 template <class C>
 struct MixedLayout {
   static constexpr u32 kTokenTileBytes = C::ROWS * 128, kTokenBytes = kTokenTiles<C> * kTokenTileBytes;
-  static constexpr u32 kWeightBytes = kInSlabs<C> ? kSlabBytes4 : kBoxBytes;  // of a warpgroup
+  static constexpr u32 kWeightBytes = kPartBytes<C>;
   static constexpr u32 kWeightsBytes = kAcross<C> * kWeightBytes;
   static constexpr u32 kScaleBytes = kScaledTokens<C> ? C::ROWS * 4 : 0, kTileBytes = C::ROWS * C::COLS * 4;
   static constexpr int kScaleSlots = C::STAGES + C::DEEP;

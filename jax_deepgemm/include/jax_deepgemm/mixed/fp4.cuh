@@ -9,6 +9,10 @@
 
 namespace jdg {
 
+// Where, in units of 16 bytes, the words of thread t = 32 w + 4 g + q of a half of a slab are: q ^ g / 2, so
+// that eight rows' words of one q lie on all banks, as those of two rows do.
+__device__ __forceinline__ int slab_unit(int t) { return t ^ t / 8 % 4; }
+
 struct Fp4Table {
   u32 low, high;  // e4m3 of 0, 0.5, 1, 1.5 and of 2, 3, 4, 6, times 2^(e - 6)
 
@@ -30,18 +34,33 @@ __device__ __forceinline__ void expand_fp4(u32 word, const Fp4Table& table, u32&
 
 // bf16 of e2m1, in two tables as it has two bytes; their scale is a multiplication.
 struct Bf16Table {
-  u32 factor;  // 2^(e - 6), twice
+  static constexpr u32 kUpperLow = 0x3F3F3F00u,
+                       kUpperHigh = 0x40404040u;  // upper bytes of 0 .. 1.5 and of 2 .. 6
+  u32 factor;                                     // 2^(e - 6), twice
 
   __device__ __forceinline__ Bf16Table(u32 exponents, int which) {
     factor = ptx::permute(exponents, 0, 0x4440 + which) * 0x00800080u + 121 * 0x00800080u;
   }
 };
 
+// The same of NVFP4. A scale's code has five bits of exponent and three of mantissa, as e4m3 has with its
+// subnormal numbers made normal. Magnitudes are 2^-118 times theirs, and the scale 2^118 times its own, so
+// that the code of NaN is a NaN.
+struct Nvfp4Table {
+  static constexpr u32 kUpperLow = 0x04040400u, kUpperHigh = 0x05050505u;
+  u32 factor;
+
+  __device__ __forceinline__ Nvfp4Table(u32 scales, int which) {
+    factor = ptx::permute(scales, 0, 0x4440 + which) * 0x00100010u + 0x76007600u;
+  }
+};
+
 // Four numbers by their magnitudes, nibbles, and signs, the highest bits of bytes; as two pairs.
-__device__ __forceinline__ void expand_fp4_to_bf16(u32 which, u32 signs, const Bf16Table& table, u32& first,
+template <class Table>
+__device__ __forceinline__ void expand_fp4_to_bf16(u32 which, u32 signs, const Table& table, u32& first,
                                                    u32& second) {
   const u32 low = ptx::permute(0xC0800000u, 0xC0804000u, which);
-  const u32 high = ptx::permute(0x3F3F3F00u, 0x40404040u, which) | (signs & 0x80808080u);
+  const u32 high = ptx::permute(Table::kUpperLow, Table::kUpperHigh, which) | (signs & 0x80808080u);
   first = ptx::multiply_pairs(ptx::permute(low, high, 0x5140), table.factor);
   second = ptx::multiply_pairs(ptx::permute(low, high, 0x7362), table.factor);
 }

@@ -42,7 +42,7 @@ struct Fp4Bf16Loop : SlabSums<C> {
   template <int HALF>
   __device__ __forceinline__ void expand(Expanded& to) const {
     const int thread = threadIdx.x % 128;
-    const u32 slab = ring.weights(across), words = slab + thread * 16 + HALF * 8;
+    const u32 slab = ring.weights(across), words = slab + slab_unit(thread) * 16 + HALF * 8;
     const float2 upper = ptx::load_shared_2(words), lower = ptx::load_shared_2(words + 2048);
     const float2 exponents = ptx::load_shared_2(slab + kSlabExponents + thread / 4 * 8);
     const float up[2] = {upper.x, upper.y}, low[2] = {lower.x, lower.y};

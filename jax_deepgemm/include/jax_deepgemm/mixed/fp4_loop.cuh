@@ -28,8 +28,8 @@ struct Fp4Loop : SlabSums<C> {
   __device__ __forceinline__ void expand(Expanded& to, float& slab_base) const {
     const int thread = threadIdx.x % 128;
     const u32 slab = ring.weights(across);
-    const float4 upper = ptx::load_shared_4(slab + thread * 16);
-    const float4 lower = ptx::load_shared_4(slab + 2048 + thread * 16);
+    const float4 upper = ptx::load_shared_4(slab + slab_unit(thread) * 16);
+    const float4 lower = ptx::load_shared_4(slab + 2048 + slab_unit(thread) * 16);
     const float2 exponents = ptx::load_shared_2(slab + kSlabExponents + thread / 4 * 8);
     slab_base = ptx::load_shared(slab + kSlabBase);
     const float up[4] = {upper.x, upper.y, upper.z, upper.w}, low[4] = {lower.x, lower.y, lower.z, lower.w};

@@ -3,8 +3,8 @@
 // of them on their way.
 //
 // clang-format off
-//   warpgroups 0 .. W-1   consumers (fp4_loop.cuh, fp4_bf16_loop.cuh, byte_loop.cuh): ACROSS side by side, kHeight rows of W each,
-//                         times DEEP, which take a tile's blocks of k in turn
+//   warpgroups 0 .. W-1   consumers (fp4_loop.cuh, fp4_bf16_loop.cuh, nvfp4_loop.cuh, byte_loop.cuh): ACROSS side by side,
+//                         kHeight rows of W each, times DEEP, which take a tile's blocks of k in turn
 //   a warp behind them    the producer (of a warpgroup where it gives registers away), a block of k a slot:
 //                         tokens by TMA; slabs of FP4 by bulk copies, with the tokens' scales by cp.async, which
 //                         takes rows of any length; boxes of bytes by TMA
@@ -24,6 +24,7 @@
 #include <jax_deepgemm/mixed/byte_loop.cuh>
 #include <jax_deepgemm/mixed/fp4_bf16_loop.cuh>
 #include <jax_deepgemm/mixed/fp4_loop.cuh>
+#include <jax_deepgemm/mixed/nvfp4_loop.cuh>
 #include <jax_deepgemm/ptx/bulk.cuh>
 #include <jax_deepgemm/ptx/fp8.cuh>
 
@@ -33,7 +34,7 @@ template <class C>
 struct MixedOperands {
   const TensorMap* tokens;
   const TensorMap* boxes;           // bytes: [groups, k, n]
-  const u8* slabs;                  // FP4: [groups, n / 64, k_blocks][kSlabBytes4]
+  const u8* slabs;                  // FP4: [groups, n / 64, k_blocks][kPartBytes]
   const typename C::Scale* scales;  // kFp4: [rows of all groups, k_blocks] of tokens; else [groups, n] of W
   int k_blocks;
 };
@@ -49,6 +50,10 @@ struct MixedLoopOf<C, Weights::kFp4> {
 template <class C>
 struct MixedLoopOf<C, Weights::kFp4Bf16> {
   using Type = Fp4Bf16Loop<C>;
+};
+template <class C>
+struct MixedLoopOf<C, Weights::kNvfp4> {
+  using Type = Nvfp4Loop<C>;
 };
 
 // The tiles of a block of threads: those of a matrix, or of groups.
@@ -75,10 +80,10 @@ struct MixedTiles {
 };
 
 template <class C>
-__device__ __forceinline__ MixedTiles<C> make_tiles(const Groups& groups, const Extents& p, u32 smem) {
+__device__ __forceinline__ MixedTiles<C> make_tiles(const Groups& groups, const Extents& p, u32 table) {
   MixedTiles<C> out{p, ceil_div(p.m, C::ROWS) * ceil_div(p.n, C::COLS), {}};
   if constexpr (!C::DENSE) {
-    out.table = make_table<C>(groups, p, smem + MixedLayout<C>::kTable);
+    out.table = make_table<C>(groups, p, table);
     out.tiles = out.table.tiles;
   }
   return out;
@@ -114,11 +119,11 @@ __device__ __forceinline__ void load_slabs(const MixedRing<C>& ring, const Mixed
 #pragma unroll
   for (int i = 0; i < kAcross<C>; ++i) {
     const i64 height = static_cast<i64>(weight) * heights + min(col / 64 + i, heights - 1);
-    const u8* slab = in.slabs + (height * in.k_blocks + kb) * kSlabBytes4;
+    const u8* slab = in.slabs + (height * in.k_blocks + kb) * kPartBytes<C>;
     if constexpr (C::ONCE)
-      ptx::bulk_load_once(ring.weights(i), slab, kSlabBytes4, ring.full());
+      ptx::bulk_load_once(ring.weights(i), slab, kPartBytes<C>, ring.full());
     else
-      ptx::bulk_load(ring.weights(i), slab, kSlabBytes4, ring.full());
+      ptx::bulk_load(ring.weights(i), slab, kPartBytes<C>, ring.full());
   }
 }
 
@@ -181,7 +186,7 @@ __device__ __forceinline__ void mixed(const MixedOperands<C>& in, const Groups& 
   }
   if constexpr (C::SPLITS > 1) ptx::cluster_arrive();
   ptx::wait_for_previous_kernel();
-  const MixedTiles<C> tiles = make_tiles<C>(groups, p, smem);
+  const MixedTiles<C> tiles = make_tiles<C>(groups, p, smem + L::kTable);
   __syncthreads();
   if constexpr (C::SPLITS > 1) ptx::cluster_wait();
 

@@ -35,6 +35,21 @@ __device__ __forceinline__ void mbarrier_wait(u32 bar, u32 parity) {
       : "memory");
 }
 
+// Whether it has, without waiting.
+__device__ __forceinline__ bool mbarrier_test(u32 bar, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(bar), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // For bytes that come from other blocks of the cluster.
 __device__ __forceinline__ void mbarrier_wait_cluster(u32 bar, u32 parity) {
   asm volatile(

@@ -1,7 +1,7 @@
 // Copies of plain bytes into shared memory, counted by an mbarrier (PTX ISA 9.7.9.25 and 9.7.13.15.16).
 #pragma once
 
-#include <jax_deepgemm/ptx/types.cuh>
+#include <jax_deepgemm/ptx/copy.cuh>
 
 namespace jdg::ptx {
 
@@ -22,17 +22,6 @@ __device__ __forceinline__ void bulk_load_once(u32 smem, const void* from, u32 b
       "[%3], %4;" ::"r"(smem),
       "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(bar), "l"(policy)
       : "memory");
-}
-
-// Four bytes, by this thread.
-__device__ __forceinline__ void copy_async_4(u32 smem, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem), "l"(__cvta_generic_to_global(from))
-               : "memory");
-}
-
-// Arrives at the barrier when all earlier copies of this thread are done; one of its expected arrivals.
-__device__ __forceinline__ void copy_async_arrive(u32 bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 
 }  // namespace jdg::ptx

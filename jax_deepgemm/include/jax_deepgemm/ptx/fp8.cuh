@@ -2,7 +2,7 @@
 // asynchronous copies into shared memory (PTX ISA 9.7.3, 9.7.9).
 #pragma once
 
-#include <jax_deepgemm/ptx/types.cuh>
+#include <jax_deepgemm/ptx/copy.cuh>
 
 namespace jdg {
 using u8 = unsigned char;
@@ -117,16 +117,6 @@ __device__ __forceinline__ uint4 load_shared_16(u32 address) {
                : "memory");
   return v;
 }
-
-// 16 bytes into shared memory, the first `bytes` of them from global memory, the others zero.
-__device__ __forceinline__ void copy_async(u32 shared, const void* global, u32 bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until this thread's copies have landed; it may then read them, other threads after a barrier.
-__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 // Makes the compiler compute v up to here, and what follows from it anew instead of keeping it.
 __device__ __forceinline__ void forget(u32& v) { asm volatile("" : "+r"(v)); }

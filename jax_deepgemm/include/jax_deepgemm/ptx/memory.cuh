@@ -124,6 +124,10 @@ __device__ __forceinline__ int thread_index() {
   return index;
 }
 
+// What is computed of this number further on is computed there, and not kept from one round of a loop to the
+// next, which would take registers.
+__device__ __forceinline__ void forget(int& number) { asm volatile("" : "+r"(number)); }
+
 template <int REGISTERS>
 __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));

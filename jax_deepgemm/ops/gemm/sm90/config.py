@@ -43,7 +43,7 @@ class Sm90Config(GemmConfig):
       ping_pong: whether each of two warpgroups has whole tiles of 128 rows, in turn, so that one multiplies
         while the other stores (BF16 only).
       gated: whether the columns of a tile are those of gate and of up of the same features, 128 each, of
-        which the kernel writes the quantised SwiGLU (m-grouped FP8 products fused with it, and no others).
+        which the kernel writes what they become together (m-grouped products, of gate and up in halves).
     """
 
     block_m: int
@@ -144,7 +144,7 @@ def stored_columns(p: GemmProblem, c: Sm90Config) -> int:
 
 def cuts(p: GemmProblem, c: Sm90Config) -> int:
     """In how many parts a warpgroup's columns become something else and are stored (gemm.cuh)."""
-    if not p.finish.changes or c.one_tile:
+    if not p.finish.changes or c.one_tile or c.gated:
         return 1
     return 4 if p.is_fp8 and c.cols // c.across == 256 else 3 if c.ping_pong and c.cols == 192 else 1
 
@@ -152,8 +152,10 @@ def cuts(p: GemmProblem, c: Sm90Config) -> int:
 def tma_store(p: GemmProblem, c: Sm90Config) -> bool:
     """Whether D leaves through TMA: from the persistent kernel, if its rows are 16-byte aligned."""
     width = SLAB_ROW_BYTES // p.out_bytes
+    if p.finish.quantized:
+        return False
     aligned = p.columns * p.out_bytes % 16 == 0
-    return not (c.one_tile or c.gated) and aligned and stored_columns(p, c) >= width
+    return not (c.one_tile or p.swiglu) and aligned and stored_columns(p, c) >= width
 
 
 def passes(p: GemmProblem, c: Sm90Config) -> int:
@@ -161,24 +163,25 @@ def passes(p: GemmProblem, c: Sm90Config) -> int:
 
     An FP8 accumulator needs a product beside it; in two passes a 128x256 tile has registers for both.
     """
-    return 2 if p.is_fp8 and c.cols // c.across == 256 else 1
+    return 2 if p.is_fp8 and not p.fine and c.cols // c.across == 256 else 1
 
 
 def shared_memory(p: GemmProblem, c: Sm90Config) -> SharedMemory:
     rows_k_major, cols_k_major = (p.b_k_major, p.a_k_major) if c.swap_ab else (p.a_k_major, p.b_k_major)
-    vectors = (p.is_fp8, p.b_scales in ("vector", "slices"))
+    vectors = (p.is_fp8, p.b_scales in ("vector", "slices", "vector_32"))
     row_vector, col_vector = reversed(vectors) if c.swap_ab else vectors
-    step = 1 if p.b_scales == "slices" else _QUAD
-    height = c.rows if rows_k_major else align_up(c.rows, 64)
-    width = c.cols if cols_k_major else align_up(c.cols, 64)
-    scale_slot = (c.rows if row_vector else 0) * 4 * step
-    scale_slot += align_up(c.cols * 4 * step, 128) if col_vector else 0
-    if p.square_scales:
-        scale_slot += align_up(scale_blocks(p, c) * 4 * step, 128)
+    step = 1 if p.b_scales == "slices" or p.fine else _QUAD
+    width = 4 * (1 if p.b_scales == "slices" else _QUAD)  # bytes of a row's scales
+    rows = c.rows if rows_k_major else align_up(c.rows, 64)
+    cols = c.cols if cols_k_major else align_up(c.cols, 64)
+    scale_slot = (c.rows if row_vector else 0) * width
+    scale_slot += align_up(c.cols * width, 128) if col_vector else 0
+    if p.square_scales or p.b_scales == "block_32":
+        scale_slot += align_up(scale_blocks(p, c) * width, 128)
     staging = 4 * c.warpgroups * c.slabs * SLAB_ROWS * SLAB_ROW_BYTES
     if c.split_k > 1:  # what the ranks of a cluster send each other, and its barrier
         staging = align_up(_partial_bytes(c) + 16, 128)
-    slot, turn = (height + width) * _SLOT_ROW_BYTES, 32 if c.ping_pong else 0
+    slot, turn = (rows + cols) * _SLOT_ROW_BYTES, 32 if c.ping_pong else 0
     return SharedMemory(slot, scale_slot, staging, c.stages, step, p.table_bytes, turn)
 
 
@@ -189,7 +192,9 @@ def _partial_bytes(c: Sm90Config) -> int:
 
 def scale_blocks(p: GemmProblem, c: Sm90Config) -> int:
     """How many scales of 128 rows of B a tile loads: of as many blocks as it can touch, as tiles start at
-    multiples of their width; stored side by side, of whole 16 bytes."""
+    multiples of their width; stored side by side, of whole 16 bytes. Of 32 rows: those of whole blocks."""
+    if p.fine:
+        return c.block_n // 32
     if p.slices:
         return _QUAD
     return ceil_div(128 - math.gcd(c.block_n, 128) + c.block_n, 128)
@@ -213,8 +218,10 @@ def fit_stages(p: GemmProblem, c: Sm90Config, chip: Chip, limit: int = _MAX_STAG
 
 
 def _slab_choices(p: GemmProblem, c: Sm90Config) -> list[int]:
-    if c.gated:
+    if p.swiglu:
         return [2]  # of 8 rows of 128 features in FP8, stored by the warp itself
+    if p.finish.quantized:
+        return [2] if not c.one_tile else [0]  # the same
     if not tma_store(p, c):
         return [0]
     whole = stored_columns(p, c) * p.out_bytes // SLAB_ROW_BYTES * (16 // SLAB_ROWS)  # of a warp's 16 rows
@@ -241,13 +248,17 @@ def problems_with(p: GemmProblem, c: Sm90Config) -> list[str]:
             p.b_scales != "block_slices" or cols in (128, 256),
             f"the other side is {cols}, must be 128 or 256 where scales of 128x128 lie side by side",
         ),
+        (
+            p.b_scales != "block_32" or c.block_n % 32 == 0,
+            f"block_n is {c.block_n}, must be a multiple of 32 where scales of B are of 32x32",
+        ),
         (c.split_k <= ceil_div(p.k_blocks, _QUAD), f"split_k is {c.split_k}, more than the quads of k"),
         (c.slabs in _slab_choices(p, c), f"slabs is {c.slabs}, must be one of {_slab_choices(p, c)}"),
         (
             takes_turns or not c.ping_pong,
             f"ping_pong is for BF16 operands and 128 rows, without {few}",
         ),
-        (c.gated == p.gated, "gated is for products that are fused with SwiGLU, and for all of them"),
+        (c.gated == p.gated, "gated is for products of which gate and up meet, and for all of them"),
         (
             not c.gated or (rows in (64, 128) and cols == 256 and not (c.one_tile or c.ping_pong)),
             f"gated tiles are 64x256 or 128x256, not {rows}x{cols}",
@@ -255,6 +266,10 @@ def problems_with(p: GemmProblem, c: Sm90Config) -> list[str]:
         (
             p.finish.heads is None or c.one_tile or cols // c.across % 64 == 0,
             f"a warpgroup has {cols // c.across} columns, must be a multiple of 64 where D has holes",
+        ),
+        (
+            not p.finish.quantized or (not c.one_tile and stored_columns(p, c) == 128),
+            "a warpgroup of the persistent kernel must store 128 columns together where D is quantised",
         ),
         (
             p.finish.halves == 1 or c.one_tile or cols // c.across % 16 == 0,
@@ -273,10 +288,15 @@ def _widest(p: GemmProblem, c: Sm90Config) -> int:
     """Widest tile that is allowed; all candidates fit in registers, others may spill."""
     if c.one_tile:
         return 64 if c.blocks_per_sm * c.warpgroups > 2 else 128
+    if p.fine:
+        changed = 0 if c.rows > 128 else 64  # beside the next tile's first products
+        return c.across * (changed if p.finish.changes else 128)
     if not p.is_fp8:
         if c.ping_pong:
             return 128 if p.add_c and not p.reduces else 160 if p.finish.changes and c.cols < 192 else 192
         return 176 if p.add_c and (p.n % 2 or p.finish.changes) else 256
+    if c.gated and p.finish.changes:
+        return 128 if p.out == "float32" and c.rows == 128 else 256
     if p.finish.changes and not (c.cols == 256 and p.out == "bfloat16" and not p.add_c):
         return _widest_changed(p, c)
     if c.across == 2:

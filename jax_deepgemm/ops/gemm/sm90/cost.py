@@ -44,6 +44,21 @@ _PER_BLOCK = {
         (192, 128): 0.7007,
         (256, 128): 0.9507,
     },
+    "fp8 block_32": {
+        (64, 64): 0.24,
+        (64, 128): 0.28,
+        (64, 256): 0.47,
+        (128, 64): 0.26,
+        (128, 128): 0.45,
+        (192, 128): 0.68,
+    },
+    "fp8 vector_32": {
+        (64, 64): 0.3,
+        (64, 128): 0.4,
+        (64, 256): 0.82,
+        (128, 64): 0.38,
+        (128, 128): 0.8,
+    },
     "bf16": {
         (64, 64): 0.09759,
         (64, 128): 0.1629,
@@ -71,6 +86,8 @@ _PER_BLOCK = {
 _PER_TILE = {
     "fp8 block": (0.3264, 2.744e-05),
     "fp8 vector": (0.0972, 6.536e-05),
+    "fp8 block_32": (0.3264, 2.744e-05),
+    "fp8 vector_32": (0.3264, 2.744e-05),
     "bf16": (0.002059, 5.792e-05),
     "bf16 ping-pong": (0.01162, 2.136e-05),
 }
@@ -95,6 +112,10 @@ _SMALL_M = {
     "fp8 swap-AB": _SmallM(
         3.15, (0.03576, 0.002284), 0.004344, 1.629e05, (1.056, 0.01105), 2.679, 3.385e06, 1.429
     ),
+    "fp8 32 swap-AB": _SmallM(
+        3.15, (0.055, 0.0035), 0.0085, 1.629e05, (1.056, 0.01105), 2.679, 3.385e06, 1.429
+    ),
+    "fp8 32": _SmallM(1.687, (0.1, 0.002), 0.005, 1.158e05, (1.635, 0.01906), 0.9684, 2.665e06, 1.276),
     "bf16 swap-AB": _SmallM(
         2.895, (0.04293, 0.001097), 0.002501, 1.328e05, (1.581, 2.793e-05), 2.092, 3.961e06, 0.2407
     ),
@@ -142,7 +163,7 @@ Tiles = Mapping[tuple[int, int], float]
 def kind_of(p: GemmProblem, ping_pong: bool) -> str:
     """The key of a persistent kernel in the tables of constants."""
     if p.gated:
-        return "fp8 gated"
+        return "fp8 gated" if p.is_fp8 else "bf16 gated"
     return f"fp8 {p.b_scales}" if p.is_fp8 else "bf16 ping-pong" if ping_pong else "bf16"
 
 
@@ -156,7 +177,7 @@ def persistent_tiles(measured: Mapping[str, Tiles], p: GemmProblem) -> list[Sm90
     """The tiles in such a table that are for a problem, without stages."""
     return [
         Sm90Config(rows, cols, 0, ping_pong=turns, gated=p.gated)
-        for turns in ((False,) if p.is_fp8 else (False, True))
+        for turns in ((False,) if p.is_fp8 or p.gated else (False, True))
         for rows, cols in measured[kind_of(p, turns)]
     ]
 
@@ -176,7 +197,8 @@ def _persistent(p: GemmProblem, c: Sm90Config, chip: Chip) -> Cost:
 
 
 def _small_m(p: GemmProblem, c: Sm90Config, chip: Chip) -> Cost:
-    k = _SMALL_M[("fp8" if p.is_fp8 else "bf16") + (" swap-AB" if c.swap_ab else "")]
+    kind = "fp8 32" if p.fine else "fp8" if p.is_fp8 else "bf16"
+    k = _SMALL_M[kind + (" swap-AB" if c.swap_ab else "")]
     tiles = _tiles(p, c)
     clusters = max(1, _RESIDENT_CLUSTERS[c.blocks_per_sm][c.split_k] * chip.num_sms // H200.num_sms)
     waves = ceil_div(tiles, clusters)

@@ -68,8 +68,8 @@ def scale_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands) -> list[TensorMap
     parts = zip(sides(p), (x.a_scales, x.b_scales), (c.block_m, c.block_n), p.batch_axes, strict=False)
     for side, scales, tile, axis in parts:
         if scales is not None:
-            blocks = 4 if p.b_scales != "slices" else 1  # of k
-            extent = scale_blocks(p, c) if side.scales in ("block", "block_slices") else tile
+            blocks = 4 if p.b_scales != "slices" else 1  # along k
+            extent = scale_blocks(p, c) if side.scales in ("block", "block_slices", "block_32") else tile
             box = (extent, blocks) if p.slices else (blocks, extent)
             maps.append(tensor_map(Operand(scales.index), scales.shape, "float32", 4, box, 0, axis))
     return maps
@@ -90,7 +90,8 @@ def tensor_maps(p: GemmProblem, c: Sm90Config, x: GemmOperands, result: tuple[in
 def pointers(p: GemmProblem, x: GemmOperands) -> list[Operand | Result]:
     """D, C where the kernel reads it, and what the product meets before it is stored."""
     addend = [Operand(x.c.index)] if x.c and reads_c(p) else []
-    return [Result(0), *addend, *(Operand(getattr(x, name).index) for name in coefficients(p))]
+    results = [Result(0), Result(1)] if p.finish.quantized else [Result(0)]
+    return [*results, *addend, *(Operand(getattr(x, name).index) for name in coefficients(p))]
 
 
 def copy_of_c(p: GemmProblem, c: Given | None, matrices: int) -> list[Copy]:

@@ -30,6 +30,7 @@ struct Config {{
   static constexpr bool ROWS_ONCE = {rows_once}, COLS_ONCE = {cols_once};
   static constexpr bool ADD = {add}, REDUCE = {reduce}, TMA_STORE = {tma_store}, EVEN_N = {even_n};
   static constexpr bool BATCH_INSIDE = {batch_inside}, BATCHES_TOGETHER = {batches_together};
+  static constexpr bool ROWS_BY_INDEX = {rows_by_index}, COLS_BY_INDEX = {cols_by_index};
   static constexpr jdg::Scale ROW_SCALES = jdg::Scale::{row_scales}, COL_SCALES = jdg::Scale::{col_scales};
 }};
 """
@@ -42,7 +43,7 @@ _TEXT = """\
 extern "C" __global__ void __launch_bounds__({threads}, {blocks_per_sm}) {name}({parameters}) {{
   const jdg::Operands operands = {{{operands}}};
   const jdg::Extents extents = {{m, n, batches, batched_c, stripe}};
-  jdg::{header}<Config>(operands, extents, {d_map}, d, {c}{finished});
+  jdg::{header}<Config>(operands, extents, {d_map}, {d}, {c}{finished});
 }}
 """
 
@@ -52,7 +53,7 @@ _FINISH = """\
 struct Finish {{
   using Act = ::Act;
   static constexpr jdg::Form FORM = jdg::Form::{form};
-  static constexpr bool ALPHA = {alpha}, BIAS = {bias}, FILL = {fill};
+  static constexpr bool ALPHA = {alpha}, BIAS = {bias}, FILL = {fill}, QUANTIZED = {quantized};
   static constexpr int LEFT = {left}, MID = {mid}, RIGHT = {right};
 }};
 """
@@ -62,8 +63,11 @@ _SCALES = {
     "slices": "kSlices",
     "block": "kBlock",
     "block_slices": "kBlockSlices",
+    "vector_32": "kVector32",
+    "block_32": "kBlock32",
     "none": "kNone",
 }
+_SCALES_NAMED = {"vector": "sb1", "block_slices": "sb128", "vector_32": "sb1x32", "block_32": "sb32x32"}
 
 
 def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
@@ -76,7 +80,7 @@ def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
     parts += [f"k{c.split_k}"] if c.one_tile else []
     parts += ["pp"] if c.ping_pong else []
     parts += [f"x{c.blocks_per_sm}"] if c.blocks_per_sm > 1 else []
-    parts += ["sb1"] if p.b_scales == "vector" else ["sb128"] if p.b_scales == "block_slices" else []
+    parts += [_SCALES_NAMED[p.b_scales]] if p.b_scales in _SCALES_NAMED else []
     parts += ["f32"] if p.out == "float32" else []
     parts += ["once"] if p.b_once else []
     parts += ["runs"] if p.runs > 1 else []
@@ -85,7 +89,7 @@ def kernel_name(p: GemmProblem, c: Sm90Config) -> str:
     parts += ["acc" if p.reduces else "add"] if p.add_c else []
     parts += p.finish.words
     if not c.one_tile:
-        parts += ["odd"] if p.columns % 2 else [] if tma_store(p, c) or c.gated else ["unaligned"]
+        parts += ["odd"] if p.columns % 2 else [] if tma_store(p, c) or p.swiglu else ["unaligned"]
     return "_".join(parts)
 
 
@@ -109,7 +113,8 @@ class Side:
 
 def sides(p: GemmProblem) -> tuple[Side, Side]:
     """A and B."""
-    a_scales = {"none": "none"}.get(p.b_scales, "slices" if p.slices else "vector")
+    of_a = "slices" if p.slices else "vector_32" if p.fine else "vector"
+    a_scales = "none" if p.b_scales == "none" else of_a
     return Side("a", p.a, p.a_k_major, a_scales), Side("b", p.b, p.b_k_major, p.b_scales)
 
 
@@ -122,10 +127,12 @@ def config_text(
     mask_k: bool = False,
     whole_blocks: bool = False,
     halves: bool = False,
+    by_index: str = "",
 ) -> str:
     """The kernel's configuration as a C++ struct.
 
     `halves`: whether the last tiles may be cut in two; their columns are multiplied in two passes.
+    `by_index`: the side whose rows, or values of k, an index names; "": neither.
     """
     memory = shared_memory(p, c)
     return _CONFIG.format(
@@ -162,6 +169,8 @@ def config_text(
         even_n=as_cpp(p.columns % 2 == 0),
         batch_inside=as_cpp(p.batch_axes[2] == 1),
         batches_together=as_cpp(p.batches_together),
+        rows_by_index=as_cpp(by_index == rows.name),
+        cols_by_index=as_cpp(by_index == cols.name),
         row_scales=_SCALES[rows.scales],
         col_scales=_SCALES[cols.scales],
     )
@@ -182,7 +191,8 @@ def finish_text(p: GemmProblem) -> str:
     finish = p.finish
     if finish == AS_IT_IS:
         return ""
-    form = "kNone" if finish.activation is None else "kEach" if finish.each else "kInPairs"
+    gated = "kInHalves" if finish.apart else "kInPairs"
+    form = "kNone" if finish.activation is None else "kEach" if finish.each else gated
     left, mid, right = finish.heads or (1, 0, 0)
     return _FINISH.format(
         act=activation_text(finish.activation or SILU),
@@ -190,10 +200,29 @@ def finish_text(p: GemmProblem) -> str:
         alpha=as_cpp(finish.alpha),
         bias=as_cpp(finish.bias),
         fill=as_cpp(finish.fill),
+        quantized=as_cpp(finish.quantized),
         left=left,
         mid=mid,
         right=right,
     )
+
+
+def finish_include(p: GemmProblem) -> str:
+    return "" if p.finish == AS_IT_IS else "#include <jax_deepgemm/gemm/finish.cuh>\n"
+
+
+def finish_argument(p: GemmProblem, batched: list[str]) -> str:
+    """The last argument of a kernel whose product becomes something; what moves with a batch as given."""
+    if p.finish == AS_IT_IS:
+        return ""
+    given = [name if getattr(p.finish, name) else "nullptr" for name in ("alpha", "bias")]
+    given += [*batched, *(["values", "out_scales"] if p.finish.quantized else [])]
+    return f", jdg::Finish<Finish>{{{', '.join(given)}}}"
+
+
+def written(p: GemmProblem) -> str:
+    """D as the kernel's argument; none where values and scales are written."""
+    return f"static_cast<{out_type(p)}*>(nullptr)" if p.finish.quantized else "d"
 
 
 def coefficients(p: GemmProblem) -> list[str]:
@@ -216,10 +245,10 @@ def leading_parameters(p: GemmProblem, c: Sm90Config) -> list[str]:
     a, b = sides(p)
     maps = [f"{map_type} {side.name}_map" for side in (a, b)]
     maps += [f"{map_type} {side.name}_scale_map" for side in (a, b) if side.has_scale_map]
-    if p.gated:
+    if p.swiglu:
         return [*maps, "jdg::u8* values", "float* act_scales", "const float* row_weights"]
     maps += [f"{map_type} d_map"] if tma_store(p, c) else []
-    pointers = [f"{out_type(p)}* d"]
+    pointers = ["jdg::u8* values", "float* out_scales"] if p.finish.quantized else [f"{out_type(p)}* d"]
     pointers += [f"const {out_type(p)}* c"] if reads_c(p) else []
     pointers += [f"const float* {name}" for name in coefficients(p)]
     return maps + pointers
@@ -241,14 +270,13 @@ def kernel_source(p: GemmProblem, c: Sm90Config) -> KernelSource:
     operands += [f"batched_{side.name}{of}" for of in ("", "_scales") for side in (rows, cols)]
     operands += ["run_blocks"] if p.runs > 1 else []
     name = kernel_name(p, c)
-    given = [name if getattr(p.finish, name) else "nullptr" for name in ("alpha", "bias")]
-    given += [f"batched_{name}" if getattr(p.finish, name) else "0" for name in ("alpha", "bias")]
-    plain = p.finish == AS_IT_IS
+    batched = [f"batched_{name}" if getattr(p.finish, name) else "0" for name in ("alpha", "bias")]
     text = _TEXT.format(
         header="gemm_small_m" if c.one_tile else "gemm",
-        include="" if plain else "#include <jax_deepgemm/gemm/finish.cuh>\n",
+        include=finish_include(p),
         finish=finish_text(p),
-        finished="" if plain else f", jdg::Finish<Finish>{{{', '.join(given)}}}",
+        d=written(p),
+        finished=finish_argument(p, batched),
         mma=product(p, c, rows, cols),
         config=config_text(p, c, rows, cols),
         d_map="&d_map" if tma_store(p, c) else "nullptr",

@@ -8,13 +8,21 @@ from jax_deepgemm.ops.grouped.problem import INNER, MASKED_INNER, MASKED_ROWS, R
 
 _MAX_SEGMENTS = 2048  # a tile's record has 12 bits for its segment, ...
 _MAX_N = 1 << 22  # ... and 19 for its column, in eights
+_MOST_INDEXED = 128
 
 
 def broken_rules(p: GroupedProblem, c: Sm90Config, chip: Chip) -> list[str]:
     """Why a configuration cannot run a problem: one line for each rule that it breaks."""
     broken = ["swap_ab and split_k are for dense GEMMs"] if c.one_tile else []
     broken += [f"n is {p.n}, a tile's record has room for {_MAX_N}"] if p.n > _MAX_N else []
-    return broken + problems_with(p.gemm, c)
+    return broken + (_index_rules(c) if p.by_index else []) + problems_with(p.gemm, c)
+
+
+def _index_rules(c: Sm90Config) -> list[str]:
+    """A warpgroup copies the rows (gemm/gather.cuh), and keeps in registers which ones they are."""
+    few = f"{c.warpgroups} consumer warpgroup, must be 2 or more where an index names rows"
+    many = f"block_m is {c.block_m}, must be at most {_MOST_INDEXED} where an index names rows"
+    return [few] * (not c.shares_registers) + [many] * (c.block_m > _MOST_INDEXED)
 
 
 def refusal(p: GroupedProblem) -> str:

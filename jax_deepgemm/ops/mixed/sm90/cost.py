@@ -23,6 +23,8 @@ _MAX_STAGES = 24
 _TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160)
 _WARPS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))  # across, deep
 _SLABS_WARPS = (*_WARPS, (4, 1))  # boxes are twice as large, and leave few slots then
+STAGED = MixedConfig(tokens=256, across=2, deep=1, stages=0, staged=True)
+_FEW_TOKENS = 32  # up to which no staged tile is worth looking at
 _SPREAD = tuple(0.7 + 0.05 * i for i in range(13))  # of group sizes around the expected one
 
 
@@ -67,6 +69,17 @@ _BOXES = _Model(
 )
 
 
+class _StagedModel(NamedTuple):
+    """Microseconds, as above."""
+
+    start: float = 4.0
+    block: tuple[float, float] = (0.4, 0.13)  # of k of a tile: fixed, a part of 64 tokens
+    end: float = 2.5
+
+
+_STAGED = _StagedModel()
+
+
 @dataclass(frozen=True)
 class MixedCost:
     """Microseconds; `total` is what configurations are compared by.
@@ -96,11 +109,32 @@ def _tall(tiles: list[int]) -> float:
     return 0.75 * sum(tiles) / len(tiles) + 0.25 * max(tiles)
 
 
+def _sizes(p: MixedProblem) -> list[int]:
+    """Tokens of a group, as they may be drawn."""
+    return [p.tokens] if p.dense else [max(1, round(p.tokens * factor)) for factor in _SPREAD]
+
+
+def _staged_cost(p: MixedProblem, c: MixedConfig, chip: Chip) -> MixedCost:
+    """Tiles cost what their parts of tokens do; some SMs have a costly one more."""
+    heights = [min(c.tokens, size - first) for size in _sizes(p) for first in range(0, size, c.tokens)]
+    across, each = ceil_div(p.n, height(p, c)), p.hit / len(_sizes(p))
+    block, part = _STAGED.block
+    costs = [p.k_blocks * (block + part * ceil_div(rows, 64)) + _STAGED.end for rows in heights]
+    tiles = len(heights) * each * across
+    waves = tiles / chip.num_sms
+    mean = sum(costs) / len(costs)
+    compute = max(costs) * math.ceil(waves) if waves <= 4 else mean * waves + max(costs) / 2
+    reads = p.weight_bytes / _SLABS.memory
+    return MixedCost(_STAGED.start + _SLABS.overlap * min(compute, reads), compute, reads)
+
+
 def cost(p: MixedProblem, c: MixedConfig, chip: Chip, model_of: _Model | None = None) -> MixedCost:
     """What a configuration costs on a problem: the share of an SM that its warpgroups need, or how long one
     of them takes for a block of k by itself."""
+    if c.staged:
+        return _staged_cost(p, c, chip)
     model = model_of or (_SLABS if p.in_slabs else _BOXES)
-    sizes = [p.tokens] if p.dense else [max(1, round(p.tokens * factor)) for factor in _SPREAD]
+    sizes = _sizes(p)
     tall = _tall([ceil_div(size, c.tokens) for size in sizes])
     tiles = p.hit * tall * ceil_div(p.n, height(p, c))
     resident = max(1, chip.num_sms * c.blocks_per_sm // c.split_k)
@@ -123,6 +157,9 @@ def cost(p: MixedProblem, c: MixedConfig, chip: Chip, model_of: _Model | None = 
 def fitted(p: MixedProblem, c: MixedConfig, chip: Chip) -> MixedConfig | None:
     """With as many stages as shared memory holds."""
     capacity = chip.smem_per_block
+    if c.staged:
+        staged = (replace(c, stages=stages) for stages in (3, 2))
+        return next((one for one in staged if not broken_rules(p, one, chip)), None)
     if c.blocks_per_sm > 1:
         capacity = (chip.smem_per_block + _RESERVED_BYTES) // c.blocks_per_sm - _RESERVED_BYTES
     for stages in range(_MAX_STAGES // c.deep * c.deep, max(3, c.deep) - 1, -c.deep):
@@ -138,6 +175,9 @@ def candidates(p: MixedProblem, chip: Chip) -> Iterator[MixedConfig]:
     splits = (1, 2, 4, 8) if p.dense else (1,)
     enough = next(t for t in _TOKENS if t >= most)
     warps = _SLABS_WARPS if p.in_slabs else _WARPS
+    staged = fitted(p, STAGED, chip)
+    if staged is not None and most > _FEW_TOKENS:
+        yield staged
     for tokens, (across, deep), split_k, resident in product(_TOKENS, warps, splits, (1, 2)):
         if tokens <= enough:
             one = fitted(p, MixedConfig(tokens, across, deep, 0, split_k, resident), chip)

@@ -9,7 +9,14 @@ from jax_deepgemm.jit import compile_kernel
 from jax_deepgemm.ops.gemm.problem import ceil_div
 from jax_deepgemm.ops.grouped.problem import MASKED_ROWS, ROWS
 from jax_deepgemm.ops.mixed.problem import BOX_K, BOX_ROWS, MixedProblem
-from jax_deepgemm.ops.mixed.sm90.config import TOKEN_ROW_BYTES, MixedConfig, height, shared_memory
+from jax_deepgemm.ops.mixed.sm90.config import (
+    SLAB_ROW_BYTES,
+    SLAB_ROWS,
+    TOKEN_ROW_BYTES,
+    MixedConfig,
+    height,
+    shared_memory,
+)
 from jax_deepgemm.ops.mixed.sm90.source import INTEGERS, described, mixed_source
 
 
@@ -18,7 +25,7 @@ def _tokens_map(p: MixedProblem, c: MixedConfig, index: int) -> TensorMap:
     matrices = p.groups if p.grouping == MASKED_ROWS else 1
     dtype, size = ("uint8", 1) if p.scaled_tokens else ("bfloat16", 2)
     strides = (p.k * size, p.m * p.k * size)
-    box = (TOKEN_ROW_BYTES // size, c.tokens, 1)
+    box = (TOKEN_ROW_BYTES // size, 64 if c.staged else c.tokens, 1)
     return TensorMap(Operand(index), dtype, (p.k, p.m, matrices), strides, box, 128)
 
 
@@ -27,6 +34,13 @@ def _boxes_map(p: MixedProblem, index: int) -> TensorMap:
     matrices = {ROWS: p.groups, MASKED_ROWS: p.weights}.get(p.grouping, 1)
     strides = (p.n, p.n * p.k)
     return TensorMap(Operand(index), "uint8", (p.n, p.k, matrices), strides, (BOX_ROWS, BOX_K, 1), 128)
+
+
+def _result_map(p: MixedProblem) -> TensorMap:
+    """A map (n, rows, groups) of D, of boxes of what a warp stores at a time."""
+    matrices, size = (p.groups if p.grouping == MASKED_ROWS else 1), (2 if p.out == "bfloat16" else 4)
+    strides, box = (p.n * size, p.m * p.n * size), (SLAB_ROW_BYTES // size, SLAB_ROWS, 1)
+    return TensorMap(Result(0), p.out, (p.n, p.m, matrices), strides, box, 128)
 
 
 def _grid(p: MixedProblem, c: MixedConfig, chip: Chip) -> int:
@@ -41,13 +55,14 @@ def mixed_plan(p: MixedProblem, c: MixedConfig, chip: Chip, operands: Operands) 
         "m": p.m,
         "n": p.n,
         "k_blocks": p.k_blocks,
-        "stripe": max(1, min(ceil_div(p.m, c.tokens), 8)),
+        "stripe": 1 if c.staged and not p.dense else max(1, min(ceil_div(p.m, c.tokens), 8)),
         "total": p.segments,
         "here": p.groups,
         "weights": p.weights,
     }
     index = {part: given.index for part, given in operands.items()}
     maps = [_tokens_map(p, c, index["a"]), *([] if p.in_slabs else [_boxes_map(p, index["w"])])]
+    maps += [_result_map(p)] if c.staged else []
     parts = (*(("scales",) if "scales" in index else ()), *(("w",) if p.in_slabs else ()))
     pointers = [Operand(index[part]) for part in parts]
     groups = [Operand(index[part]) for part in described(p)]

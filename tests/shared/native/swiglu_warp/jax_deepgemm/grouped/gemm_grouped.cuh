@@ -50,6 +50,8 @@ struct GroupedTiles {
   const void* d_map;
   void* d;
   const void* c;
+  struct {
+  } finish;
   GroupTable<C> table;
 };
 

@@ -29,6 +29,8 @@ inline float4 load_shared_4(u32 at) {
   return {load_shared(at), load_shared(at + 4), load_shared(at + 8), load_shared(at + 12)};
 }
 
+inline void forget(int&) {}
+inline bool elect() { return threadIdx.x % 32 == 0; }
 inline void fence_mbarrier_init() {}
 inline void fence_proxy_async() {}
 inline void warpgroup_barrier(int) {}

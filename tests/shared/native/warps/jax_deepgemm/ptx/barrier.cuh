@@ -63,6 +63,12 @@ inline void mbarrier_wait(u32 bar, u32 parity) {
   at.completed.wait(lock, [&] { return at.parity != parity; });
 }
 
+inline bool mbarrier_test(u32 bar, u32 parity) {
+  Mbarrier& at = barriers.at(bar);
+  const std::lock_guard lock(at.mutex);
+  return at.parity != parity;
+}
+
 inline void wait_for_previous_kernel() {}  // there is none, and no next one
 inline void let_next_kernel_start() {}
 
