@@ -175,6 +175,7 @@ def result(failed: bool = False) -> dict[str, Any]:
     }
 
 
+@pytest.mark.any_version
 def test_report_compares_with_recorded_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "h200.json"
     write(path, result())
@@ -217,6 +218,7 @@ def grouped_result() -> dict[str, Any]:
     return result() | {"rows": rows}
 
 
+@pytest.mark.any_version
 def test_report_of_grouped_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "h200.json"
     write(path, grouped_result())
@@ -243,6 +245,7 @@ def test_failed_rows_are_shown_as_failed(tmp_path: Path, capsys: pytest.CaptureF
     assert "failed" in capsys.readouterr().out
 
 
+@pytest.mark.any_version
 def test_documents_are_made_from_results(tmp_path: Path) -> None:
     path = tmp_path / "h200.json"
     write(path, result())
@@ -268,6 +271,7 @@ def test_plots_that_are_kept_are_small() -> None:
     assert not [path for path in kept if path.stat().st_size > most[path.suffix]]
 
 
+@pytest.mark.any_version
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     target = tmp_path / "plot.png"
@@ -289,13 +293,15 @@ def test_other_files_are_refused(content: str, tmp_path: Path, capsys: pytest.Ca
     ("arguments", "tables"),
     [
         (["--rows", "m=1 ", "--tables", "fp8,fp8_wgrad,bf16"], ["fp8", "fp8_wgrad", "bf16"]),
-        (
+        pytest.param(
             ["--rows", "m_grouped fp8 padded|masked bf16|k_grouped bf16|ragged_dot bf16|fp8 layer (?!128)"],
             ["m_grouped", "masked", "k_grouped", "ragged_dot", "k_drawn"],
+            marks=pytest.mark.any_version,
         ),
-        (
+        pytest.param(
             ["--rows", "moe bf16 forward:|swiglu_quantize|linear forward, FP8|moe_mlp, bf16"],
             ["quantize", "linear", "moe", "moe_step"],
+            marks=pytest.mark.any_version,
         ),
     ],
     ids=("dense", "grouped", "layers"),

@@ -19,6 +19,7 @@ from jax_deepgemm.tools.precompile import compile_many
 from tests.shared.jit_kernels import HOPPER, LOCAL_MEMORY, fill, forget, python
 
 
+@pytest.mark.any_version
 def test_second_process_reads_from_disk(cache_dir: Path) -> None:
     kernel = jit.compile_kernel(fill())
     assert cache.cache_dir() == cache_dir
@@ -88,6 +89,7 @@ def test_options_are_in_the_key(monkeypatch: pytest.MonkeyPatch, count: list[str
     assert b".debug_line" in with_lines.cubin
 
 
+@pytest.mark.any_version
 def test_sixteen_processes_compile_once(tmp_path: Path) -> None:
     script = f"""
 import os, time
