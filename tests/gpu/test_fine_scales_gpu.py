@@ -38,7 +38,7 @@ DIFFERENT = ((264, 392, 400), (17, 264, 1536))  # of other operand types
 GROUPS, ROWS, N, K = 4, 160, 264, 336
 SIZES = (37, 0, 100, 3)
 COUNTS = (160, 0, 17, 64)
-PLAIN = GemmConfig(128, 128, 4, slabs=2)
+PLAIN, NARROW = GemmConfig(128, 128, 4, slabs=2), GemmConfig(128, 64, 4, slabs=2)
 
 
 def problem(shape: tuple[int, int, int], b_scales: str, **options: Any) -> GemmProblem:
@@ -120,7 +120,8 @@ def test_batches_layouts_and_epilogues_have_the_bits_of_products(b_scales):
         each = jnp.stack([run(a[i], b) for i in range(3)])
         batch = jax.vmap(run, in_axes=(0, None))(a, b)
         nn = jdg.fp8_gemm_nn(a[0], turned, **options)
-        doubled = run(a[0], b, epilogue=jdg.Epilogue(2.0, jnp.ones(264, F32)))
+        ends = {"epilogue": jdg.Epilogue(2.0, jnp.ones(264, F32)), "config": NARROW}
+        doubled = jdg.fp8_gemm_nt(a[0], b, out_dtype=F32, **ends)
         return each, batch, nn, doubled
 
     each, batch, nn, doubled = map(np.asarray, program(all_of)(a, b))
