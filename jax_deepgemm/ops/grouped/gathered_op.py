@@ -103,7 +103,8 @@ def _m_transpose(
     rows_format: str,
     **params: Any,
 ) -> jax.Array:
-    """da: rows of dd @ b, summed where they came from one; db = dd.T @ a, its rows by the index again."""
+    """da: rows of dd @ b, summed where they came from one; db = dd.T @ a, of copies of its rows: reading them
+    by the index once for each of db's tiles takes longer (docs/performance.md)."""
     a, b, index, group_sizes, group_offset = values
     wanted = values[which]
     dd = cotangents[0].astype(wanted.dtype)
@@ -119,8 +120,9 @@ def _m_transpose(
             jnp.zeros_like(group_offset),
         )
     own = ops._cotangent_params(wanted, params, rows_format=rows_format, num_groups=groups)
-    pair, side = ((dd, a), "b") if layout == "nt" else ((a, dd), "a")
-    return K_GATHERED_BF16[side](*pair, index, group_sizes, group_offset, **own)[0]
+    [rows] = TAKE(a, index, dtypes=(a.dtype,))
+    pair = (dd, rows) if layout == "nt" else (rows, dd)
+    return ops.K_GROUPED_BF16(*pair, group_sizes, group_offset, **own)[0]
 
 
 def _m_bf16(layout: str) -> Op:
