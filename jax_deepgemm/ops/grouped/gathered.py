@@ -4,8 +4,10 @@ of the rows, one for each use, is made in front of it. In a mixture of experts t
     m_grouped ..gathered   D[i] = A[rows[i]] @ B[g], with row i in group g
     k_grouped ..gathered   D[g] = sum over i in group g of A[a_rows[i]] and B[i], or A[i] and B[b_rows[i]]
 
-The numbers are those of `jnp.take` (zeros for no row) and the product behind it. An index is never trusted: a
-number that is no row of its operand is a row of zeros.
+The numbers are those of `jnp.take` (zeros for no row) and the product behind it, and so is the time, or more
+along k (docs/performance.md): what is saved is the memory of the copy. An index is never trusted: a number
+that is no row of its operand is a row of zeros. FP8 along k has no such product, as its operands have k last,
+where an index names single bytes: `quantize_groups` gathers, quantises and transposes in one pass.
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ def m_grouped_bf16_gemm_nt_gathered(
       TypeError: an operand that is not an array; not exactly one of group_sizes, m_indices and ends.
 
     Differentiable with respect to a and b, as `m_grouped_bf16_gemm_nt_contiguous` is: the gradient of a row
-    of a is the sum of those of the rows it was used for, that of b reads a by the index again. Deterministic
+    of a is the sum of those of the rows it was used for, that of b copies the rows. Deterministic
     but for the order of that sum; bits, mesh and vmap as `m_grouped_fp8_gemm_nt_gathered`. Source: DeepGEMM's
     `legacy.a_fused_m_grouped_bf16_gemm_nt_contiguous_tl`.
     """
