@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jax_deepgemm.moe.experts import one_weight
 from jax_deepgemm.moe.form import PLAIN, ExpertForm
 from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, prepare_fp4, prepare_weight
+from jax_deepgemm.ops.quantize.fp4 import nvfp4_parts
 
 
 def prepare_weights(
@@ -47,14 +48,27 @@ def prepare_weights(
     Raises:
       TypeError, ValueError: as `prepare_weight` and `prepare_fp4`.
     """
+    _check_one_format(w13)
     parts: Any = tuple(map(_nvfp4, w13)) if isinstance(w13, tuple | list) else _nvfp4(w13)
     one, form = one_weight("prepare_weights", parts, form), form.checked("prepare_weights")
     return _prepared(one, form), _prepared(w2, form)
 
 
+def _check_one_format(w13: Any) -> None:
+    if isinstance(w13, tuple | list) and len({_is_nvfp4(part) for part in w13}) > 1:
+        raise TypeError(
+            "prepare_weights: one of gate and up is NVFP4 and the other is not, need one format. Quantise "
+            "both alike: quantize(w, (1, 16), float4_e2m1fn)."
+        )
+
+
+def _is_nvfp4(w: Any) -> bool:
+    return isinstance(w, Fp4Array) and nvfp4_parts(w) is not None
+
+
 def _nvfp4(w: Any) -> Any:
     """A part of NVFP4 prepared, whose slabs are joined with others where global scales are not."""
-    return prepare_fp4(w) if isinstance(w, Fp4Array) and w.global_scale is not None else w
+    return prepare_fp4(w) if _is_nvfp4(w) else w
 
 
 def _prepared(w: Any, form: ExpertForm) -> Any:

@@ -190,7 +190,7 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "an index of each row's group": (
         ValueError,
-        r"m_indices is int32 \[3\], need int32 \[4\]: the group of each row of a",
+        r"m_indices is int32 \[3\], need int32 \[4\]: the group of each row of the product",
         lambda: jdg.m_grouped_bf16_gemm_nt_gathered(X, W, INDEX, m_indices=INDEX[:3]),
     ),
     "another k": (

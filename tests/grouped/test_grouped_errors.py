@@ -104,7 +104,7 @@ BAD = (
     m_bf16(
         "index length",
         "m_indices is int32 [3], need int32 [4]",
-        "the group of each row of a",
+        "the group of each row of the product",
         group_sizes=None,
         m_indices=S,
     ),

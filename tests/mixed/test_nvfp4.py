@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
 from jax_deepgemm import Fp4Array, PreparedFp4, prepare_fp4, quantize
+from jax_deepgemm.moe import prepare_weights
 from jax_deepgemm.quantization import dequantize_fp4, expand_fp4
 from jax_deepgemm.tools.explain import problems
 from tests.shared import op_checks
@@ -260,6 +262,9 @@ def test_refused() -> None:
     q, a = random_nvfp4(0, 64, 96), quantize(normal(0, 4, 96))
     w, many, sizes = prepare_fp4(q), prepare_fp4(random_nvfp4(0, 2, 64, 96)), jnp.array([1, 2])
     bits = "five bits behind its first one and float8_e4m3fn"
+    mx: Any = quantize(jnp.ones((64, 96)), (1, 32), E2M1)
+    scaled = replace(mx, global_scale=jnp.float32(3))
+    unprepared = random_nvfp4(0, 2, 64, 96)
     for error, text, call in [
         (TypeError, bits, lambda: jdg.fp8_gemm_nt(a, w)),
         (TypeError, "Use bf16_gemm_nt with rows in bfloat16", lambda: jdg.fp8_gemm_nt(a, w)),
@@ -272,6 +277,20 @@ def test_refused() -> None:
         (TypeError, "jax_deepgemm.prepare_fp4(b)", lambda: jdg.bf16_gemm_nt(normal(0, 4, 96), q)),
         (ValueError, "Use recipe='bf16'", lambda: jdg.grouped_linear(normal(0, 4, 96), many, sizes)),
         (TypeError, bits, lambda: jdg.ragged_dot(a, many, sizes, rhs_layout="gnk")),
+        (
+            TypeError,
+            "Prepare it once: prepare_fp4(rhs)",
+            lambda: jdg.ragged_dot(normal(0, 4, 96), unprepared, sizes, rhs_layout="gnk"),
+        ),
+        (
+            TypeError,
+            "lhs is float32 [4, 96] and rhs is NVFP4",
+            lambda: jdg.ragged_dot(jnp.ones((4, 96)), many, sizes, rhs_layout="gnk"),
+        ),
+        (TypeError, "a global_scale, which only NVFP4 has", lambda: prepare_fp4(scaled)),
+        (TypeError, "a global_scale, which only NVFP4 has", lambda: dequantize_fp4(scaled)),
+        (TypeError, "need one format", lambda: prepare_weights((unprepared, mx), unprepared)),
+        (TypeError, "Of a PreparedFp4 w that is w.fp4(k)", lambda: dequantize_fp4(w)),
         (TypeError, "w is NVFP4, need MXFP4", lambda: expand_fp4(q)),
         (TypeError, "w is NVFP4, need MXFP4", lambda: expand_fp4(w)),
         (TypeError, "activations is float8_e4m3fn and w is NVFP4", lambda: prepare_fp4(q, activations=E4M3)),

@@ -152,9 +152,11 @@ def test_remat_and_scan_over_layers():
         assert relative(one, other) < 1e-2
 
 
-def test_no_tokens():
+@pytest.mark.parametrize("recipe", ["fp8", "bf16"])
+def test_no_tokens(recipe):
     _, _, w13, w2 = operands()
-    layer = lambda x, w13: moe_mlp(x, jnp.zeros((0, K), jnp.int32), jnp.zeros((0, K)), w13, w2)  # noqa: E731
+    none = jnp.zeros((0, K), jnp.int32), jnp.zeros((0, K))
+    layer = lambda x, w13: moe_mlp(x, *none, w13, w2, recipe=recipe)  # noqa: E731
     empty = jnp.zeros((0, H), BF16)
     y, dx, dw13 = pull_stepwise(layer, empty, w13, by=empty)
     assert (y.shape, dx.shape) == ((0, H), (0, H))

@@ -30,7 +30,7 @@ class GemmProblem:
         "tt": both.
       out: "bfloat16" or "float32".
       add_c: whether C is added.
-      b_scales: "block" (128x128), "vector" (1x128) or "none" (BF16). A's scales are always 1x128. "slices":
+      b_scales: "block" (128x128), "vector" (1x128) or "none" (BF16). A's scales are 1x128. "slices":
         1x128 too, and the scales of both operands are stored by block of k, [k / 128, m] and [k / 128, n].
         "block_slices": so stored, A's 1x128 and B's 128x128, [k / 128, n / 128]. "block_32" and "vector_32":
         A's scales are 1x32, and B's 32x32 or 1x32.

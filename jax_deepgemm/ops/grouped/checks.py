@@ -175,7 +175,9 @@ def check_rows(op: str, rows: Rows, m: int, groups: int) -> Where:
     some = rows.group_offset is not None
     every = "one number per group" + (", also for groups that b does not have" if some else "")
     if rows.m_indices is not None:
-        index = _check_vector(op, "m_indices", rows.m_indices, m, "the group of each row of a, -1 for none")
+        index = _check_vector(
+            op, "m_indices", rows.m_indices, m, "the group of each row of the product, -1 for none"
+        )
         return Where(layouts.segments_of_indices(_whole(index), groups, o), o, "segments")
     if rows.ends is not None:
         default = layouts.get_mk_alignment_for_contiguous_layout()

@@ -97,7 +97,7 @@ def _checked(op: str, both: tuple[Side, Side], a: Any, w: PreparedFp4) -> tuple[
         raise TypeError(
             f"{op}: a is FP8 and b is NVFP4, {w!r}. {NO_FP8} Use {op.replace('fp8', 'bf16')} with rows in "
             "bfloat16, whose products are exact, or quantise the weight anew: "
-            "jax_deepgemm.quantize(dequantize_fp4(w), (128, 128))."
+            "jax_deepgemm.quantize(dequantize_fp4(w.fp4(k)), (128, 128))."
         )
     if len(left) > 1 and left[0].dtype != w.activations:
         raise ValueError(

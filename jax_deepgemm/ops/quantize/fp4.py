@@ -221,7 +221,10 @@ def dequantize_fp4(q: Fp4Array | tuple[ArrayLike, ...], dtype: DTypeLike = jnp.f
         return (nvfp4_numbers(values, of_blocks) * whole[..., None, None]).astype(dtype)
     parts = parts_of(q)
     if parts is None:
-        raise TypeError(f"dequantize_fp4: q is {shown(q)}, need an Fp4Array, or (values, scales).")
+        raise TypeError(
+            f"dequantize_fp4: q is {shown(q)}, need an Fp4Array, or (values, scales). Of a PreparedFp4 w "
+            "that is w.fp4(k)."
+        )
     values = packed("dequantize_fp4", "q", parts[0])
     depth = 2 * values.shape[-1]
     codes = codes_of("dequantize_fp4", "q", parts[1], values.shape[:-1], depth)
@@ -250,7 +253,16 @@ def nvfp4_numbers(values: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def parts_of(x: Any) -> tuple[Any, Any] | None:
-    """Values and scales of an operand whose values are FP4 or bytes; None of another."""
+    """Values and scales of an operand whose values are FP4 or bytes; None of another.
+
+    Raises:
+      TypeError: an Fp4Array of MXFP4 with a global scale, which only NVFP4 has.
+    """
+    if isinstance(x, Fp4Array) and x.global_scale is not None and nvfp4_parts(x) is None:
+        raise TypeError(
+            f"an Fp4Array has scales {shown(x.scales)} and a global_scale, which only NVFP4 has: scales of "
+            "float8_e4m3fn for 16 numbers. Multiply the scales, or the product, by it."
+        )
     pair = (x.values, x.scales) if isinstance(x, Fp4Array) else x
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         return None

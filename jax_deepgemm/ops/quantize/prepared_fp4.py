@@ -211,7 +211,7 @@ def prepare_fp4(w: Fp4Array | tuple[ArrayLike, ...], *, activations: DTypeLike |
     >>> bool((y == fp8_gemm_nt(x, expand_fp4(w))).all())
     True
 
-    Hopper's tensor cores have no FP4: the kernels make e4m3 or bfloat16 of it in registers, exactly. Of MXFP4
+    Hopper's tensor cores have no FP4: the kernels make e4m3 or bfloat16 of it, exactly. Of MXFP4
     64 rows by 128 of k share a scale, the base, which is that of an FP8 weight; what the scales of FP4 differ
     from it goes into the exponents of e4m3. So results are those of the expanded weight, bit for bit, and
     half the bytes are read. A number of NVFP4 times its scale is one of bfloat16; the product of these is
@@ -290,7 +290,8 @@ def _one_scale(of_slabs: jax.Array) -> jax.Array:
         if not np.array_equal(each, np.broadcast_to(first, each.shape), equal_nan=True):
             raise ValueError(
                 "fp4: the weight was joined of parts with global scales of their own; an Fp4Array has one "
-                "for a matrix. Take its rows apart first: dataclasses.replace(w, slabs=w.slabs[:, :half])."
+                "for a matrix. Take its rows apart first, `half` of them in slabs of 64: "
+                "dataclasses.replace(w, slabs=w.slabs[..., :half, :, :])."
             )
     return whole
 

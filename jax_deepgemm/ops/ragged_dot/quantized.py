@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_deepgemm.core.arrays import unwrapped
-from jax_deepgemm.ops.gemm.checks import Options, is_qwix
+from jax_deepgemm.ops.gemm.checks import Options, describe, is_qwix
 from jax_deepgemm.ops.grouped import api
 from jax_deepgemm.ops.grouped.checks import Rows
 from jax_deepgemm.ops.quantize import Fp4Array, PreparedFp4, quantize
 from jax_deepgemm.ops.quantize.array import QuantizedArray
+from jax_deepgemm.ops.quantize.fp4 import nvfp4_parts
 from jax_deepgemm.ops.quantize.per_channel import products
 
 
@@ -50,6 +51,8 @@ def quantized_dot(
     fp4 = isinstance(rhs, PreparedFp4 | Fp4Array)
     if isinstance(rhs, PreparedFp4) and rhs.is_nvfp4 and not is_quantized(lhs):
         return _nvfp4_dot(as_array("ragged_dot", "lhs", lhs), rhs, group_sizes, rhs_layout, options)
+    if isinstance(rhs, Fp4Array) and nvfp4_parts(rhs) is not None:
+        raise TypeError("ragged_dot: rhs is NVFP4 and not prepared. Prepare it once: prepare_fp4(rhs).")
     if fp4 and not is_quantized(lhs):
         lhs = quantize(lhs)
     for what, x, other in (("lhs", lhs, "rhs"), ("rhs", rhs, "lhs")):
@@ -93,6 +96,10 @@ def _nvfp4_dot(
     lhs: jax.Array, rhs: PreparedFp4, group_sizes: Any, rhs_layout: str, options: dict[str, Any]
 ) -> jax.Array:
     """Rows stay in bfloat16."""
+    if lhs.dtype != jnp.bfloat16:
+        raise TypeError(
+            f"ragged_dot: lhs is {describe(lhs)} and rhs is NVFP4, need bfloat16: lhs.astype(jnp.bfloat16)."
+        )
     _check_layout(rhs, rhs_layout)
     sizes = _checked_sizes(group_sizes, lhs.shape[:1] or (0,))
     return api.m_grouped_bf16_gemm_nt_contiguous(lhs, rhs, sizes, **options)

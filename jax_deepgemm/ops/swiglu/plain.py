@@ -9,6 +9,7 @@ grad      h[, weight], the gradient of act -> those of h[ and weight], a kernel 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ def _apart(h: jax.Array, activation: Activation) -> jax.Array:
 
 
 def _together(h: jax.Array) -> jax.Array:
-    return h.reshape(h.shape[0], -1)
+    return h.reshape(h.shape[0], math.prod(h.shape[1:]))
 
 
 @functools.cache
