@@ -311,9 +311,9 @@ def _check_shapes(x: Any, w: Any) -> None:
 
 
 def _same_k(x: Any, w: Any) -> bool:
-    """That of an FP4 weight is only known up to 127 zeros."""
+    """That of an FP4 weight, a multiple of 32, is only known up to 127 zeros."""
     if isinstance(w, PreparedFp4):
-        return bool(-(-x.shape[-1] // SCALE_BLOCK) == w.slabs.shape[-2])
+        return bool(-(-x.shape[-1] // SCALE_BLOCK) == w.slabs.shape[-2] and x.shape[-1] % 32 == 0)
     return bool(x.shape[-1] == w.shape[-1])
 
 
