@@ -208,7 +208,8 @@ class _Loading:
         if self.kind == "fp4":
             steps = ((1, 2), self.block)
             cut = [scales_spec(spec, shape, step, sharding.mesh) for step in steps]
-            return [*cut, P(*whole[:-2])][: len(self.parts)]
+            values = spec if cut[0] == P(*whole) else cut[0]
+            return [values, cut[1], P(*whole[:-2])][: len(self.parts)]
         return [spec]
 
 
@@ -264,7 +265,7 @@ def _loading(grid: list[list[Stored]], stacked: bool, first: Stored) -> _Loading
         scales = part and first.kind != "fp4"
         dtype = np.dtype(np.float32) if scales or part == 2 else first.parts[part].dtype
         if part == 2:
-            return _Assembly(tuple((_Piece(row[0].parts[2]),) for row in grid), axis, stacked, dtype)
+            return _Assembly(tuple((_Piece(row[0].parts[2]),) for row in grid), -1, stacked, dtype)
         pieces = tuple(tuple(piece(one, part) for one in row) for row in grid)
         return _Assembly(pieces, axis, stacked, dtype)
 
