@@ -156,8 +156,7 @@ class _Assembly:
             return jnp.asarray(self.read((slice(None),) * len(self.shape)))
         parts: dict[Any, np.ndarray] = {}  # copies on several devices are read once
 
-        def read(index: tuple[slice, ...] | None) -> np.ndarray:
-            index = (slice(None),) * len(self.shape) if index is None else index
+        def read(index: Any) -> np.ndarray:
             key = tuple((part.start, part.stop) for part in index)
             return parts[key] if key in parts else parts.setdefault(key, self.read(index))
 

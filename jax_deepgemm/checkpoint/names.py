@@ -54,8 +54,8 @@ def hugging_face_names(config: Mapping[str, Any], layers: Iterable[int] | None =
     ('model.layers.0.mlp.experts.{}.down_proj.weight',)
 
     Args:
-      config: the checkpoint's config.json, as a map. Of model_type "deepseek_v3" (V3, R1), "qwen3_moe" or
-        "gpt_oss".
+      config: the checkpoint's config.json, as a map. Of model_type "deepseek_v3" (V3, V3.1, R1),
+        "deepseek_v32", "qwen3_moe" or "gpt_oss".
       layers: numbers of the layers that are wanted; None for all.
 
     Returns:
@@ -104,7 +104,7 @@ def _gated(at: str, experts: int | None = None) -> Names:
 
 
 def _deepseek_v3(config: Mapping[str, Any], layer: int, attn: str, mlp: str) -> tuple[Names, Names]:
-    attention = {
+    attention: Names = {
         "kv_a": f"{attn}.kv_a_proj_with_mqa.weight",
         "kv_a_norm": f"{attn}.kv_a_layernorm.weight",
         "kv_b": f"{attn}.kv_b_proj.weight",
@@ -115,6 +115,10 @@ def _deepseek_v3(config: Mapping[str, Any], layer: int, attn: str, mlp: str) -> 
     else:
         attention |= {"q_a": f"{attn}.q_a_proj.weight", "q_a_norm": f"{attn}.q_a_layernorm.weight"}
         attention["q_b"] = f"{attn}.q_b_proj.weight"
+    if config["model_type"] == "deepseek_v32":
+        parts = {"q_b": "wq_b.weight", "k": "wk.weight", "weights": "weights_proj.weight"}
+        parts |= {"k_norm": "k_norm.weight", "k_norm_bias": "k_norm.bias"}
+        attention["indexer"] = {part: f"{attn}.indexer.{name}" for part, name in parts.items()}
     dense = layer < config["first_k_dense_replace"] or layer % config.get("moe_layer_freq", 1)
     if dense:
         return attention, _gated(mlp)
@@ -159,6 +163,7 @@ def _gpt_oss(config: Mapping[str, Any], layer: int, attn: str, mlp: str) -> tupl
 
 MODELS: dict[str, Callable[..., tuple[Names, Names]]] = {
     "deepseek_v3": _deepseek_v3,
+    "deepseek_v32": _deepseek_v3,
     "qwen3_moe": _qwen3_moe,
     "gpt_oss": _gpt_oss,
 }

@@ -54,6 +54,10 @@ def find(tensors: Mapping[str, np.ndarray], name: str, block: tuple[int, int]) -
     values = tensors[name]
     if values.dtype.itemsize > 1 or values.dtype == np.bool_:
         return Stored("plain", (values,))
+    if values.ndim < 2 and any(f"{name}{end}" in tensors for end in ("_scale_inv", "_scale", "_scale_2")):
+        raise ValueError(
+            f"load_quantized: {name} is a vector {list(values.shape)} with scales, need [.., n, k]."
+        )
     if f"{name}_scale_inv" in tensors:
         return _square(f"{name}_scale_inv", values, tensors[f"{name}_scale_inv"], block)
     if f"{name}_scale_2" in tensors:

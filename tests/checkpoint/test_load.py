@@ -24,7 +24,7 @@ from jax_deepgemm import (
     quantize,
 )
 from jax_deepgemm.checkpoint import Checkpoint, Weight, load_quantized, save_safetensors
-from jax_deepgemm.quantization import concatenate, dequantize_fp4, expand_fp4
+from jax_deepgemm.quantization import concatenate, expand_fp4
 
 Stored = dict[str, tuple[str, np.ndarray]]
 """Tensor -> (dtype in the words of the format, bytes or numbers)."""
@@ -218,6 +218,13 @@ def of_fp4(values: np.ndarray) -> np.ndarray:
     return np.where(codes & 8, -1, 1) * E2M1[codes & 7]
 
 
+def fp4_numbers(q: Fp4Array) -> np.ndarray:
+    """float64 of what an Fp4Array holds."""
+    scales = np.asarray(q.scales).astype(float)
+    whole = 1.0 if q.global_scale is None else np.asarray(q.global_scale, float)[..., None, None]
+    return of_fp4(np.asarray(q.values)) * np.repeat(scales, q.shape[-1] // scales.shape[-1], -1) * whole
+
+
 def test_gpt_oss_experts(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     blocks = random.integers(0, 256, (4, 64, 4, 16), np.uint8)
@@ -234,7 +241,7 @@ def test_gpt_oss_experts(tmp_path: Path) -> None:
     got = load_quantized(path, at)
     assert isinstance(got, Fp4Array)
     want = of_fp4(blocks).reshape(4, 64, 128) * np.repeat(2.0 ** (scales.astype(float) - 127), 32, -1)
-    assert np.array_equal(np.asarray(dequantize_fp4(got)), want)
+    assert np.array_equal(fp4_numbers(got), want)
     for spec in (
         P("expert"),
         P("expert", "model"),
@@ -245,7 +252,7 @@ def test_gpt_oss_experts(tmp_path: Path) -> None:
         assert cut.values.sharding.spec == spec
         assert np.asarray(cut.values).tobytes() == blocks.tobytes()
         assert np.asarray(cut.scales).tobytes() == scales.tobytes()
-    assert np.array_equal(np.asarray(dequantize_fp4(prepare_fp4(got).fp4(128))), want)
+    assert np.array_equal(fp4_numbers(prepare_fp4(got).fp4(128)), want)
     assert np.array_equal(numbers(expand_fp4(got)), want)
 
 
@@ -280,7 +287,7 @@ def test_nvfp4_of_modelopt(tmp_path: Path) -> None:
         for name in "ab"
     ]
     assert got.global_scale.shape == ()
-    assert np.array_equal(np.asarray(dequantize_fp4(got)), np.concatenate(want))
+    assert np.array_equal(fp4_numbers(got), np.concatenate(want))
     with pytest.raises(ValueError, match=r"global scales \[0.25, 0.5\].*prepare_weights"):
         load_quantized(path, Weight("a.weight", "c.weight"))
 
@@ -332,9 +339,7 @@ def test_deepseeks_own_names(tmp_path: Path) -> None:
     got = load_quantized(by_hand(tmp_path / "x.safetensors", tensors), {"q": "wq.weight", "w1": "w1.weight"})
     powers = 2.0 ** (codes.astype(float) - 127)
     assert np.array_equal(numbers(got["q"]), expanded(values, powers[:1, :2]))
-    assert np.array_equal(
-        np.asarray(dequantize_fp4(got["w1"])), of_fp4(values[:, :128]) * np.repeat(powers, 32, -1)
-    )
+    assert np.array_equal(fp4_numbers(got["w1"]), of_fp4(values[:, :128]) * np.repeat(powers, 32, -1))
 
 
 def test_round_trip_of_every_kind(tmp_path: Path) -> None:
@@ -385,6 +390,8 @@ BAD: Stored = {
     "n.weight_scale_2": ("F32", np.float32(1)),
     "m_blocks": ("U8", drawn(4, 2, 16)),
     "m_scales": ("U8", drawn(4, 3)),
+    "v.weight": ("I8", drawn(4)),
+    "v.weight_scale": ("F32", scales_of(1)),
     "a": ("F32", np.ones((2, 3), np.float32)),
     "b": ("F32", np.ones((2, 4), np.float32)),
     "h": ("BF16", np.ones((2, 3), BF16)),
@@ -399,6 +406,7 @@ BAD: Stored = {
         ("bare.weight", r"no scales are beside it: looked for bare.weight_scale_inv.*Checkpoint\(path\)"),
         ("c.weight", r"c.weight_scale is float32 \[4\] .*need \[4, 1\], \[1\] or \[\]"),
         ("z.weight", "has a zero point"),
+        ("v.weight", r"v.weight is a vector \[4\] with scales"),
         ("n.weight", r"n.weight_scale is float8_e4m3fn \[4, 1\].*e4m3 for 16 numbers"),
         ("m", r"m_scales is uint8 \[4, 3\].*a byte of UE8M0 for 32"),
         ("wide", r"a tensor is int64 \[2\], which JAX holds with .*x64"),

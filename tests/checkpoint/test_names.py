@@ -62,6 +62,9 @@ def test_deepseek_v3() -> None:
     want |= layers(58, *(f"mlp.shared_experts.{part}" for part in GATED))
     want |= layers(58 * 256, *(f"mlp.experts.#.{part}" for part in GATED))
     assert patterns(hugging_face_names(DEEPSEEK_V3)) == want
+    parts = "wq_b.weight wk.weight weights_proj.weight k_norm.weight k_norm.bias"
+    want |= layers(61, *(f"self_attn.indexer.{part}" for part in parts.split()))
+    assert patterns(hugging_face_names(DEEPSEEK_V3 | {"model_type": "deepseek_v32"})) == want
     without = hugging_face_names(DEEPSEEK_V3 | {"q_lora_rank": None}, layers=[0])
     assert without["layers"][0]["attention"]["q"] == "model.layers.0.self_attn.q_proj.weight"
 

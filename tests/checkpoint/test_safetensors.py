@@ -6,6 +6,7 @@ import json
 import re
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -294,6 +295,7 @@ def test_a_folder_says_what_it_lacks(tmp_path: Path) -> None:
         ({"x": np.array(["a"])}, {}, "'x' is <U1, which the format does not know"),
         ({"x": np.ones(2, ml_dtypes.float6_e2m3fn)}, {}, "Pack it and give its type: dtypes="),
         ({"x": np.ones(3, ml_dtypes.float4_e2m1fn)}, {}, "need rows of pairs"),
+        ({"x": SimpleNamespace(is_fully_addressable=False)}, {}, "devices of other processes. Gather it"),
         ({"__metadata__": np.ones(3)}, {}, "give the tensor another name"),
         ({"x": np.ones(3)}, {"metadata": {"a": 1}}, "need a map of strings"),
         ({"x": np.ones(3)}, {"dtypes": {"y": "F4"}}, r"dtypes names \['y'\]"),
