@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -58,6 +57,7 @@ def load_quantized(
     Each device's part is read from the mapped file when it is made, and nothing else is.
 
     >>> import tempfile
+    >>> import jax.numpy as jnp
     >>> from jax_deepgemm import quantize
     >>> from jax_deepgemm.checkpoint import Weight, load_quantized, save_safetensors
     >>> path = tempfile.mkdtemp() + "/small.safetensors"
@@ -104,6 +104,13 @@ class _Piece:
         return self.array[chosen]
 
 
+def _copy(out: np.ndarray, source: np.ndarray) -> None:
+    """Converts, or copies as plain integers: numpy moves types of ml_dtypes one number at a time."""
+    if out.dtype == source.dtype:
+        out, source = (array.view(f"u{array.dtype.itemsize}") for array in (out, source))
+    out[...] = source
+
+
 @dataclass(frozen=True)
 class _Assembly:
     """One array made of many: experts (rows of the grid) stacked in front, pieces joined along an axis."""
@@ -131,7 +138,7 @@ class _Assembly:
 
     def _read_one(self, pieces: Sequence[_Piece], out: np.ndarray, bounds: list[tuple[int, int]]) -> None:
         if not bounds:
-            out[...] = pieces[0][()]
+            _copy(out, pieces[0][()])
             return
         start, stop = bounds[self.axis]
         offset = 0
@@ -142,7 +149,7 @@ class _Assembly:
                 source, target = [slice(*bound) for bound in bounds], [slice(None)] * len(bounds)
                 source[self.axis] = slice(low, high)
                 target[self.axis] = slice(low + offset - start, high + offset - start)
-                out[tuple(target)] = piece[tuple(source)]
+                _copy(out[tuple(target)], piece[tuple(source)])
             offset += size
 
     def placed(self, sharding: Sharding | None) -> jax.Array:
@@ -153,7 +160,7 @@ class _Assembly:
                 "Checkpoint(path)[name]."
             )
         if sharding is None:
-            return jnp.asarray(self.read((slice(None),) * len(self.shape)))
+            return jax.device_put(self.read((slice(None),) * len(self.shape)))
         parts: dict[Any, np.ndarray] = {}  # copies on several devices are read once
 
         def read(index: Any) -> np.ndarray:
