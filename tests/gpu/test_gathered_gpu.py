@@ -238,7 +238,7 @@ def check_k(side: str, n: int, add: bool, config: GemmConfig) -> None:
 
 @pytest.mark.parametrize("layout", ["nt", "nn"])
 def test_gradients(layout):
-    """Of a, a sum in the order of a scatter; of b, a product that reads a by the index again."""
+    """Of a, a sum in the order of a scatter; of b, the product of copies of its rows."""
     gathered, contiguous = KINDS[f"bf16 {layout}"]
     n, k = SHAPES[0]
     a, w, sizes = normal(1, T, k), normal(2, GROUPS, n, k), np.asarray(SIZES["drawn"], np.int32)

@@ -12,6 +12,8 @@ struct SlicedLoop : BegunLoop<C> {
   using BegunLoop<C>::acc, BegunLoop<C>::ring, BegunLoop<C>::warpgroup, BegunLoop<C>::BegunLoop;
   using BegunLoop<C>::mine, BegunLoop<C>::temp;
 
+  static_assert(!kByIndex<C>, "begin() passes no proxy fence");
+
   // Of this thread's pairs of column scales, those that it holds through all parts.
   static constexpr int kPairs = kCols<C> / 8;
   static constexpr int kHeld = kParts<C> > 1 ? smaller(kPairs, kSpare<C> / 2) : 0;

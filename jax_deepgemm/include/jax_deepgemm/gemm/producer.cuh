@@ -269,7 +269,7 @@ template <class C>
 __device__ __forceinline__ void load_first_blocks(Ring<C>& ring, const Operands& in, const Tile& tile,
                                                   int row, int packed, int blocks) {
   using L = Layout<C>;
-  static_assert(L::kQuads, "the order of slots");
+  static_assert(L::kQuads && !kByIndex<C>, "the order of slots, one thread that loads");
   const int partial = blocks % kQuad, slots = align_up(blocks, kQuad), early = min(slots, C::STAGES);
   // The block of k in a slot; -1: none.
   const auto block_in = [&](int slot) {

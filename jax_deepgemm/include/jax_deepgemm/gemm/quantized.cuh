@@ -32,6 +32,7 @@ struct TwoRows {
 
 template <int COUNT>
 __device__ __forceinline__ TwoRows maxima(const float (&act)[COUNT]) {
+  static_assert(COUNT >= kTile / 2, "a block of scales");
   TwoRows top = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < kTile / 2; ++i) {

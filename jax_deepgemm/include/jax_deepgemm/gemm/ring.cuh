@@ -26,7 +26,7 @@
 // Scales have no barriers of their own. They arrive with the first block of their quad, counted by its
 // barrier. They are read until promotion, when that slot is released already. Their ring has
 // ceil(STAGES / 4) + 1 slots: a quad is read before its warpgroup releases the first block of the next one,
-// and the producer is at most STAGES blocks ahead.
+// and the producer is at most STAGES blocks ahead. Where every block has its own scales there are STAGES + 1.
 //
 // Hazard: the one slot more is needed because a load may be under way when its warp arrives at a barrier
 // (pipeline.cuh). With it, the promotion, which uses the scales, stands in between.

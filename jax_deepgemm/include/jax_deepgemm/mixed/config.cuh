@@ -1,6 +1,7 @@
 // What a kernel of mixed-input products is told at compile time (ops/mixed/sm90 writes it as
 // `struct Config`), and what follows from it. The weight's rows lie on wgmma's 64-row side and come from
-// registers, where they are expanded; tokens lie on its narrow side and come from shared memory.
+// registers, where they are expanded; tokens lie on its narrow side and come from shared memory. In
+// staged.cuh it is the other way round, and both come from shared memory.
 #pragma once
 
 #include <jax_deepgemm/grouped/gemm_grouped.cuh>
@@ -18,14 +19,14 @@ enum class Weights {
 // clang-format off
 template <class C>
 concept MixedConfig = requires {
-  typename C::Mma;    // wgmma of width ROWS with A in registers (jit/wgmma.py)
+  typename C::Mma;    // wgmma of width ROWS with A in registers (jit/wgmma.py); staged: of width COLS
   typename C::Out;    // elements of D: bf16 or float
   typename C::Scale;  // of the scales: of tokens (kFp4, float), or of the weight: bf16 or float
   C::WEIGHTS;         // Weights
   C::DENSE;           // bool: whether there are no groups; else GroupedConfig (grouped/group_table.cuh)
 
   // The tile
-  C::ROWS;          // tokens: a multiple of 8, the width of the instruction
+  C::ROWS;          // tokens: a multiple of 8, the width of the instruction (staged: 256)
   C::COLS;          // rows of the weight: kHeight for each of the warpgroups side by side
   C::DEEP;          // warpgroups that take the blocks of k of a tile in turn, each with sums of its own
   C::SPLITS;        // blocks of a cluster that share a tile's k, of which the grid then has one a tile

@@ -19,10 +19,11 @@
 //
 //   tokens[STAGES]          ROWS rows of 128 bytes, swizzled        filled by warp 0; as many parts as count
 //   weights[STAGES]         COLS rows of 128 bytes, swizzled        filled by the expander
-//   bases[STAGES + 1]       a float for each 64 of COLS             the same
+//   staging                 of D (gemm/epilogue.cuh)
 //   slabs[SLAB_STAGES]      a slab for each 64 of COLS              filled by warp 1
-//   scales[SCALE_STAGES]           quads of blocks of k, [4][ROWS]         filled by warp 2
-//   staging | pipelines of slots, of slabs, of scales | table of groups
+//   scales[SCALE_STAGES]    quads of blocks of k, [4][ROWS]         filled by warp 2
+//   bases[STAGES + 1]       a float for each 64 of COLS             filled by the expander
+//   pipelines of slots, of slabs, of scales | table of groups
 // clang-format on
 //
 // Every role walks over the same tiles by itself, as in mixed.cuh. Products are promoted in the order of k.
@@ -229,7 +230,7 @@ struct Expander {
       slabs.advance();
       ptx::fence_proxy_async();
       // Under the fence, unless it would keep the consumers waiting.
-      const bool more = kb + 1 < blocks, now = more && whole_warp(slabs.is_full());
+      const bool more = kb + 1 < blocks, now = more && __all_sync(0xFFFFFFFF, slabs.is_full());
       if (now) load();
       ptx::mbarrier_arrive(ring.full());
       ring.move_on();

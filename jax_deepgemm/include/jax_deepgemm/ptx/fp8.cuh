@@ -1,5 +1,5 @@
-// What quantisation needs: correctly rounded quotients, FP8 conversions, loads that pass the L1 cache by,
-// asynchronous copies into shared memory (PTX ISA 9.7.3, 9.7.9).
+// What quantisation needs: correctly rounded quotients, FP8 conversions, loads that pass the L1 cache by (PTX
+// ISA 9.7.3, 9.7.9).
 #pragma once
 
 #include <jax_deepgemm/ptx/copy.cuh>
@@ -22,7 +22,6 @@ __device__ __forceinline__ float rcp_rn(float a) {
   return r;
 }
 
-// A product that takes subnormal numbers for zeros of their sign.
 // min and max that keep NaN (PTX ISA 9.7.3, min and max with .NaN).
 __device__ __forceinline__ float min_nan(float a, float b) {
   float v;
@@ -35,6 +34,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return v;
 }
 
+// A product that takes subnormal numbers for zeros of their sign.
 __device__ __forceinline__ float mul_ftz(float a, float b) {
   float product;
   asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jax_deepgemm.core.chip import Chip
+from jax_deepgemm.ops.gemm.finish import AS_IT_IS
 from jax_deepgemm.ops.gemm.sm90.config import Sm90Config, problems_with
 from jax_deepgemm.ops.grouped.problem import INNER, MASKED_INNER, MASKED_ROWS, ROWS, GroupedProblem
 
@@ -27,7 +28,23 @@ def _index_rules(c: Sm90Config) -> list[str]:
 
 def refusal(p: GroupedProblem) -> str:
     """Why no configuration can run a problem."""
-    return _too_many(p) if p.held > _MAX_SEGMENTS else ""
+    if p.held > _MAX_SEGMENTS:
+        return _too_many(p)
+    return next((what for what, given in _no_kernel(p).items() if given), "")
+
+
+def _no_kernel(p: GroupedProblem) -> dict[str, bool]:
+    """Problems that no op asks for and no kernel computes."""
+    fp8, ends = p.gemm.is_fp8, p.finish != AS_IT_IS
+    indexed = {"": (p.grouping,), "a": (ROWS,) if fp8 else (ROWS, INNER), "b": () if fp8 else (INNER,)}
+    return {
+        f"rows of {p.by_index} by an index, {p.grouping}": p.grouping not in indexed[p.by_index],
+        "rows by an index in a chain of launches": p.by_index != "" and p.chained,
+        "rows by an index with scales for 32 of k": p.by_index != "" and p.gemm.fine,
+        "an epilogue of k in groups": ends and p.inner,
+        "an epilogue and C": ends and p.add_c,
+        f"gate and up in halves of {p.n} rows with scales": ends and p.gated and fp8 and p.n % 256 > 0,
+    }
 
 
 _IN_PARTS = {

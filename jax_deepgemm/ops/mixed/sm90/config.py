@@ -38,8 +38,8 @@ class MixedConfig:
     """How a mixed-input product is cut on SM90.
 
     Attributes:
-      tokens: rows of D in a tile, the width of the instruction.
-      across: warpgroups side by side, of 64 rows (FP4) or 128 of the weight each.
+      tokens: rows of D in a tile, the width of the instruction unless it is staged.
+      across: warpgroups side by side, of 64 rows (FP4) or 128 of the weight each; staged: 64 rows.
       deep: warpgroups that take the blocks of k of a tile in turn.
       stages: slots of the shared-memory ring; one holds a block of k of a tile.
       split_k: blocks of a cluster that share a tile's k (dense products).

@@ -106,7 +106,7 @@ def _name(p: MixedProblem, c: MixedConfig) -> str:
     parts += ["staged"] if c.staged else []
     parts += ["f32"] if p.out == "float32" else []
     parts += ["sbf16"] if not p.in_slabs and p.scales == "bfloat16" else []
-    parts += ["once"] if _once(p) else []
+    parts += ["once"] if _once(p) and not c.staged else []
     parts += [] if p.dense else [f"g{p.capacity}"]
     parts += ["seg"] if p.segmented else []
     parts += ["zero"] if p.zero_rows else []
