@@ -13,7 +13,7 @@ import pytest
 
 ROOMS = (
     "", ".gemm", ".grouped", ".quantization", ".activation", ".indexer", ".hyperconnection", ".moe", ".flax",
-    ".config", ".deep_gemm", ".deep_gemm.testing", ".deep_gemm.legacy",
+    ".checkpoint", ".config", ".deep_gemm", ".deep_gemm.testing", ".deep_gemm.legacy",
 )  # fmt: skip
 FREE = {"fields", "changes", "options"}
 """What keyword arguments of any name are called."""

@@ -22,7 +22,7 @@ FLOORS = (
     ("core",),
     ("ops",),
     ("quantization", "activation", "gemm", "grouped", "indexer", "hyperconnection"),
-    ("moe",),
+    ("moe", "checkpoint"),
     ("flax",),
     ("tools",),
     ("deep_gemm",),
