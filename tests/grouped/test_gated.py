@@ -306,8 +306,12 @@ def test_ptxas_is_content():
 @pytest.mark.parametrize(
     ("p", "c", "rule"),
     [
-        (problem(), GemmConfig(128, 256, 4), "gated is for products that are fused with SwiGLU"),
-        (problem(gated=False), GemmConfig(128, 256, 4, slabs=2, gated=True), "gated is for products that"),
+        (problem(), GemmConfig(128, 256, 4), "gated is for products of which gate and up meet"),
+        (
+            problem(gated=False),
+            GemmConfig(128, 256, 4, slabs=2, gated=True),
+            "gated is for products of which",
+        ),
         (
             problem(),
             GemmConfig(128, 128, 4, slabs=2, gated=True),

@@ -131,7 +131,7 @@ void take(Ring<C>& ring, const Problem<C>& p, const Tile& tile, int kb, int warp
   check<C>(ring, p, tile, kb, warp);
   if (scales) check_scales<C>(ring, p, tile, kb, warp);
   if (scales) ring.advance_scales();
-  ring.release(ring.empty());
+  for (int lane = 0; lane < Ring<C>::kReleases; ++lane) ring.release(ring.empty());
   ring.advance();
 }
 
@@ -139,7 +139,11 @@ template <class C>
 void consume(const Problem<C>& p, const std::vector<Tile>& all, int warp) {
   Ring<C> ring(0);
   const auto pass = [&](int slots) {
-    for (int i = 0; i < slots; ++i) ring.pass(), ring.advance();
+    for (int i = 0; i < slots; ++i) {
+      ring.pass();
+      for (int lane = 1; lane < Ring<C>::kReleases; ++lane) ring.release(ring.empty());
+      ring.advance();
+    }
   };
   for (int number; (number = ring.template receive<false>().x) != kNoTile;) {
     const Tile& tile = all[number];

@@ -139,6 +139,11 @@ inline void mbarrier_wait(u32 bar, u32 parity) {
   std::unique_lock lock(at.mutex);
   at.completed.wait(lock, [&] { return at.parity != parity; });
 }
+inline bool mbarrier_test(u32 bar, u32 parity) {
+  Mbarrier& at = barriers.at(bar);
+  const std::lock_guard lock(at.mutex);
+  return at.parity != parity;
+}
 inline void fence_mbarrier_init() {}
 inline void fence_proxy_async() {}
 inline bool elect() { return threadIdx.x % 32 == 0; }
