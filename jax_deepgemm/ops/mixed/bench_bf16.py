@@ -119,9 +119,8 @@ TABLES = {
         part=lambda fields: "m <= 64",
     ),
     "nvfp4": Table(
-        "bfloat16 rows times NVFP4 weights (prepared), masked (m expected in each group), beside the same "
-        "weights"
-        " in bfloat16",
+        "bfloat16 rows times NVFP4 weights (prepared), masked (m expected in each group), beside the same"
+        " weights in bfloat16",
         ("groups", "m", "n", "k"),
         functools.partial(fp4_rows, NVFP4_BLOCK),
         columns=(*RATES, *BESIDE_BASELINE, CLOCK),

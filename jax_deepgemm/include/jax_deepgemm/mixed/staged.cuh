@@ -230,7 +230,7 @@ struct Expander {
       slabs.advance();
       ptx::fence_proxy_async();
       // Under the fence, unless it would keep the consumers waiting.
-      const bool more = kb + 1 < blocks, now = more && __all_sync(0xFFFFFFFF, slabs.is_full());
+      const bool more = kb + 1 < blocks, now = more && whole_warp(slabs.is_full());
       if (now) load();
       ptx::mbarrier_arrive(ring.full());
       ring.move_on();

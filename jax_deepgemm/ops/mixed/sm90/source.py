@@ -113,10 +113,23 @@ def _name(p: MixedProblem, c: MixedConfig) -> str:
     return "_".join(parts)
 
 
+def _ends(p: MixedProblem, parameters: list[str]) -> dict[str, str]:
+    """All parameters of a kernel, of which those that are given come first, and which of them say what groups
+    there are."""
+    parts = described(p)
+    every = [*parameters, *(f"const int* {part}" for part in parts), *(f"int {x}" for x in INTEGERS)]
+    sizes, offset, *_ = (*parts, "nullptr", "nullptr")
+    return {"parameters": ", ".join(every), "sizes": sizes, "offset": offset}
+
+
+def _kernel(p: MixedProblem, c: MixedConfig, text: str) -> KernelSource:
+    shown = (("problem", str(p)), *((field, getattr(c, field)) for field in _FIELDS))
+    return KernelSource(_name(p, c), text, shown, shared_memory=shared_memory(p, c))
+
+
 def mixed_source(p: MixedProblem, c: MixedConfig) -> KernelSource:
     if c.staged:
         return _staged_source(p, c)
-    parts = described(p)
     out, scale = _TYPES[p.out], "float" if p.in_slabs else _TYPES[p.scales]
     maps = ["a_map"] if p.in_slabs else ["a_map", "w_map"]
     parameters = [f"const __grid_constant__ jdg::TensorMap {one}" for one in maps]
@@ -124,9 +137,7 @@ def mixed_source(p: MixedProblem, c: MixedConfig) -> KernelSource:
     parameters += [f"const {scale}* scales"] if scaled else []
     parameters += ["const jdg::u8* slabs"] if p.in_slabs else []
     parameters += [f"{out}* d"]
-    parameters += [f"const int* {part}" for part in parts]
     element = "e4m3" if p.scaled_tokens else "bf16"
-    name = _name(p, c)
     text = _TEXT.format(
         mma=wgmma_wrapper(c.tokens, element, element, a_in_registers=True),
         out=out,
@@ -151,21 +162,15 @@ def mixed_source(p: MixedProblem, c: MixedConfig) -> KernelSource:
         producer_registers=PRODUCER_REGISTERS if c.shares_registers else 0,
         threads=c.threads,
         blocks_per_sm=c.blocks_per_sm,
-        name=name,
-        parameters=", ".join([*parameters, *(f"int {x}" for x in INTEGERS)]),
-        sizes=parts[0] if parts else "nullptr",
-        offset=parts[1] if len(parts) > 1 else "nullptr",
+        name=_name(p, c),
+        **_ends(p, parameters),
     )
-    shown = (("problem", str(p)), *((field, getattr(c, field)) for field in _FIELDS))
-    return KernelSource(name, text, shown, shared_memory=shared_memory(p, c))
+    return _kernel(p, c, text)
 
 
 def _staged_source(p: MixedProblem, c: MixedConfig) -> KernelSource:
-    parts = described(p)
     parameters = [f"const __grid_constant__ jdg::TensorMap {one}" for one in ("a_map", "d_map")]
     parameters += ["const float* scales", "const jdg::u8* slabs", f"{_TYPES[p.out]}* d"]
-    parameters += [f"const int* {part}" for part in parts]
-    name = _name(p, c)
     text = _STAGED.format(
         mma=wgmma_wrapper(height(p, c), "e4m3", "e4m3"),
         out=_TYPES[p.out],
@@ -186,10 +191,7 @@ def _staged_source(p: MixedProblem, c: MixedConfig) -> KernelSource:
         zero_rows=_cpp(p.zero_rows),
         grouping=_ENUM[p.grouping],
         threads=c.threads,
-        name=name,
-        parameters=", ".join([*parameters, *(f"int {x}" for x in INTEGERS)]),
-        sizes=parts[0] if parts else "nullptr",
-        offset=parts[1] if len(parts) > 1 else "nullptr",
+        name=_name(p, c),
+        **_ends(p, parameters),
     )
-    shown = (("problem", str(p)), *((field, getattr(c, field)) for field in _FIELDS))
-    return KernelSource(name, text, shown, shared_memory=shared_memory(p, c))
+    return _kernel(p, c, text)
