@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-import jax_deepgemm
+from tests.shared import native_tiles
+from tests.shared.native_tiles import DEVICE_CODE
 
 pytestmark = pytest.mark.any_version
 
-NATIVE = Path(__file__).parents[1] / "shared" / "native"
-DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
 
 BROKEN = {
     "any row": ("gather.cuh", "static_cast<u32>(found) < static_cast<u32>(rows)", "found != -1", "beside"),
@@ -34,16 +32,7 @@ BROKEN = {
 
 
 def run(folder: Path, *included: Path) -> subprocess.CompletedProcess[str]:
-    """Of gather.cc, compiled with headers from `included` first."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    target = folder / "gather"
-    folders = (*included, *(NATIVE / name for name in ("tiles", "warps")), DEVICE_CODE)
-    include = [f"-I{path}" for path in folders]
-    flags = ["-std=c++20", "-O1", "-pthread", "-Wno-attributes"]
-    subprocess.run([compiler, *flags, *include, NATIVE / "gather.cc", "-o", target], check=True)
-    return subprocess.run([target], capture_output=True, text=True, check=False, timeout=120)
+    return native_tiles.run("gather.cc", folder, included)
 
 
 def test_every_slot(tmp_path: Path) -> None:

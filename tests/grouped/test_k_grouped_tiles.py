@@ -6,18 +6,16 @@ of every length behind each other, and its sums are compared with those of the n
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-import jax_deepgemm
+from tests.shared import native_tiles
+from tests.shared.native_tiles import DEVICE_CODE
 
 pytestmark = pytest.mark.any_version
 
-NATIVE = Path(__file__).parents[1] / "shared" / "native"
-DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
 
 BROKEN = {
     "scales in ascending order": (
@@ -34,16 +32,7 @@ BROKEN = {
 
 
 def run(folder: Path, *included: Path) -> subprocess.CompletedProcess[str]:
-    """Of k_grouped_tiles.cc, compiled with headers from `included` first."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    target = folder / "tiles"
-    include = [f"-I{path}" for path in (*included, NATIVE / "tiles", NATIVE / "warps", DEVICE_CODE)]
-    source = NATIVE / "k_grouped_tiles.cc"
-    flags = ["-std=c++20", "-O1", "-pthread", "-Wno-attributes"]
-    subprocess.run([compiler, *flags, *include, source, "-o", target], check=True)
-    return subprocess.run([target], capture_output=True, text=True, check=False, timeout=120)
+    return native_tiles.run("k_grouped_tiles.cc", folder, included)
 
 
 def test_every_tile(tmp_path: Path) -> None:
