@@ -106,29 +106,23 @@ def rows(small: bool) -> Iterator[Row]:
             yield _row(m, n, k, _sizes(GROUPS, m))
 
 
+def _fp4_table(weights: str, block: int) -> Table:
+    return Table(
+        f"bfloat16 rows times {weights}, masked (m expected in each group), beside the same weights in"
+        " bfloat16",
+        ("groups", "m", "n", "k"),
+        functools.partial(fp4_rows, block),
+        columns=(*RATES, *BESIDE_BASELINE, CLOCK),
+        baseline=BF16,
+        tuned=True,
+        type="bf16",
+        part=lambda fields: "m <= 64",
+    )
+
+
 TABLES = {
-    "mixed_bf16": Table(
-        "bfloat16 rows times FP4 weights (MXFP4, prepared), masked (m expected in each group), beside the"
-        " same weights in bfloat16",
-        ("groups", "m", "n", "k"),
-        functools.partial(fp4_rows, BLOCK),
-        columns=(*RATES, *BESIDE_BASELINE, CLOCK),
-        baseline=BF16,
-        tuned=True,
-        type="bf16",
-        part=lambda fields: "m <= 64",
-    ),
-    "nvfp4": Table(
-        "bfloat16 rows times NVFP4 weights (prepared), masked (m expected in each group), beside the same"
-        " weights in bfloat16",
-        ("groups", "m", "n", "k"),
-        functools.partial(fp4_rows, NVFP4_BLOCK),
-        columns=(*RATES, *BESIDE_BASELINE, CLOCK),
-        baseline=BF16,
-        tuned=True,
-        type="bf16",
-        part=lambda fields: "m <= 64",
-    ),
+    "mixed_bf16": _fp4_table("FP4 weights (MXFP4, prepared)", BLOCK),
+    "nvfp4": _fp4_table("NVFP4 weights (prepared)", NVFP4_BLOCK),
     "per_channel": Table(
         "bfloat16 rows times int8 weights with a scale a channel (ragged_dot; m rows expected in each group),"
         " beside the same weights in bfloat16",
