@@ -25,11 +25,19 @@ __device__ __forceinline__ u32 int8_pair(u32 first, u32 second, int which) {
 
 // Byte `which` of each of two words of e4m3. Its bits in their places of bf16 are 2^-120 times the number.
 // Its NaN becomes 480.
-__device__ __forceinline__ u32 e4m3_pair(u32 first, u32 second, int which) {
+__device__ __forceinline__ u32 e4m3_high_bytes(u32 spread) {
   constexpr u32 kScale = 0x7B807B80u;  // 2^120
-  const u32 spread = permute(first, second, 0x4400 + which * 0x1111);
   const u32 bits = (spread & 0x80008000u) | (spread >> 4 & 0x07F007F0u);
   return multiply_pairs(bits, kScale);
+}
+__device__ __forceinline__ u32 e4m3_pair(u32 first, u32 second, int which) {
+  return e4m3_high_bytes(permute(first, second, 0x4400 + which * 0x1111));
+}
+
+// Bytes `first` and `second` of a word of e4m3.
+template <int FIRST, int SECOND>
+__device__ __forceinline__ u32 e4m3_bytes(u32 word) {
+  return e4m3_high_bytes(permute(word, word, FIRST * 0x0011 + SECOND * 0x1100));
 }
 
 }  // namespace jdg::ptx
