@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from jax_deepgemm.core.declaration import Dims
+from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.attention import reference
@@ -57,6 +58,7 @@ ATTENTION = Op(
     reference.ragged_paged,
     blocks=_WHOLE,
     recut=_recut,
+    kernel=LazyKernel("jax_deepgemm.ops.attention.kernel", "attention"),
     kernel_prepare=prepare,
     grad_hint="Attention to a cache is for serving; to train, attend to keys and values themselves, as "
     "jax.nn.dot_product_attention does.",

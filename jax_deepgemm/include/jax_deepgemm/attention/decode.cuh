@@ -23,7 +23,7 @@ namespace jdg {
 
 // struct Config {
 //   using T;                            of q and the result: bf16 or f16
-//   bool F16, FP8;                      T is f16; the cache is e4m3 (T is bf16 then)
+//   bool F16, FP8;                      T is f16; the cache is e4m3
 //   int D, DV, GROUP, PAGE;             GROUP: heads of q for one of the cache
 //   int ROWS, KEYS, WARPS, STAGES;      ROWS: 16
 //   bool CAUSAL, WINDOW, SOFTCAP, SINKS, SLOPES;
@@ -328,8 +328,9 @@ __device__ __forceinline__ void attention_decode(const AttentionCall<typename Co
     return cutting.all_weights(sequence_of<Config::PAGE>(call, s), window, call.kv_heads);
   });
 
-  const int all = prefix[call.sequences];
-  const int begin = share_begin(all, blockIdx.x, gridDim.x), end = share_begin(all, blockIdx.x + 1, gridDim.x);
+  const int all = prefix[call.sequences], shares = shares_of(all, gridDim.x), block = blockIdx.x;
+  if (block >= shares) return;
+  const int begin = share_begin(all, block, shares), end = share_begin(all, block + 1, shares);
   Decoder<Config> decoder(call, shared, parts, part_stats);
   for (int at = begin; at < end;) {
     const int s = stretch_of(prefix, call.sequences, at);
@@ -337,7 +338,7 @@ __device__ __forceinline__ void attention_decode(const AttentionCall<typename Co
     const int length = cutting.weights(sequence, window);
     const int unit = (at - prefix[s]) / length, within = (at - prefix[s]) % length;
     const int count = cutting.split > 0 ? 1 : min(length - within, end - at);
-    const int slot = count == length ? -1 : cutting.split > 0 ? at : slot_of(blockIdx.x, at == begin);
+    const int slot = count == length ? -1 : cutting.split > 0 ? at : slot_of(block, at == begin);
     const int rounds = cutting.split > 0 ? cutting.split : 1;
     decoder.run({sequence,
                  {unit / call.kv_heads * Config::ROWS, sequence.rows * Config::GROUP, unit % call.kv_heads},

@@ -5,7 +5,7 @@
 // that ldmatrix reads eight rows from eight different groups of banks. Keys that nobody sees are zeros: a
 // value that counts with weight 0 must not be NaN.
 //
-// E4M3 becomes bf16 in registers, exactly. What a lane gets then belongs to other columns than with elements
+// E4M3 becomes bf16 or f16 in registers, exactly. What a lane gets then belongs to other columns than with elements
 // of 16 bits, so columns of Q (see `query_column`), and of the result (`value_column`), are named in another
 // order; a product over columns does not know the difference.
 #pragma once
@@ -136,7 +136,7 @@ __device__ __forceinline__ void score_tile(float (&scores)[Config::KEYS / 8][4],
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           if (piece + m / 2 >= Config::D / 16) break;
-          const u32 b[2] = {ptx::e4m3_bytes<0, 1>(bytes[m]), ptx::e4m3_bytes<2, 3>(bytes[m])};
+          const u32 b[2] = {ptx::e4m3_bytes<Config::F16, 0, 1>(bytes[m]), ptx::e4m3_bytes<Config::F16, 2, 3>(bytes[m])};
           multiply<Config>(scores[g * 2 + m % 2], q[piece + m / 2], b);
         }
       }
@@ -174,9 +174,9 @@ __device__ __forceinline__ void add_values(float (&sums)[Config::DV / 8][4], con
         for (int half = 0; half < 2; ++half) {
           if (piece + half >= Config::DV / 16) break;
           const u32 low = bytes[half * 2], high = bytes[half * 2 + 1];
-          multiply<Config>(sums[(piece + half) * 2], weights[g], {ptx::e4m3_bytes<0, 2>(low), ptx::e4m3_bytes<0, 2>(high)});
+          multiply<Config>(sums[(piece + half) * 2], weights[g], {ptx::e4m3_bytes<Config::F16, 0, 2>(low), ptx::e4m3_bytes<Config::F16, 0, 2>(high)});
           multiply<Config>(sums[(piece + half) * 2 + 1], weights[g],
-                           {ptx::e4m3_bytes<1, 3>(low), ptx::e4m3_bytes<1, 3>(high)});
+                           {ptx::e4m3_bytes<Config::F16, 1, 3>(low), ptx::e4m3_bytes<Config::F16, 1, 3>(high)});
         }
       }
     } else {

@@ -23,17 +23,19 @@ struct AttentionCall {
   T* out;              // [tokens, heads, DV]
   float* lse;          // [tokens, heads]
   int tokens, sequences, table_pages, pages, layers, kv_heads;
+  int most_rows;       // of a sequence; rows beyond are zeros
   float scale, softcap;
   int window;          // 0: none
 };
 
 struct Sequence {
   int first;  // row of q
-  int rows;   // tokens of q
+  int rows;   // tokens of q that are looked at
   int keys;
+  int start;  // position of its first token
 
   // Of its token `i`.
-  __device__ __forceinline__ int position(int i) const { return keys - rows + i; }
+  __device__ __forceinline__ int position(int i) const { return start + i; }
 };
 
 template <int PAGE, class T>
@@ -41,7 +43,8 @@ __device__ __forceinline__ Sequence sequence_of(const AttentionCall<T>& call, in
   const int most = call.table_pages * PAGE;
   const int from = max(0, min(call.starts[s], call.tokens));
   const int to = max(0, min(call.starts[s + 1], call.tokens));
-  return {from, max(0, to - from), max(0, min(call.lengths[s], most))};
+  const int rows = max(0, to - from), keys = max(0, min(call.lengths[s], most));
+  return {from, min(rows, call.most_rows), keys, keys - rows};
 }
 
 }  // namespace jdg

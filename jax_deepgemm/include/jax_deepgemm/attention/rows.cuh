@@ -5,7 +5,7 @@
 
 namespace jdg {
 
-constexpr float kNothing = -__builtin_huge_valf();
+constexpr float kNothing = __builtin_bit_cast(float, 0xFF800000u);  // minus infinity
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
 
 // The largest score so far and the sum of 2^(score - largest); nothing seen: -inf and 0.

@@ -6,7 +6,8 @@
 //   piece     what a block does of a unit without a break: any number of rounds, or one part
 //
 // Units lie one behind the other: sequences, their blocks of rows, heads; each has as many weights as keys
-// that its sequence sees. Block b has weights [W b / B, W (b + 1) / B). A unit of several pieces is summed up
+// that its sequence sees. Block b of B
+// has weights [W b / B, W (b + 1) / B). A unit of several pieces is summed up
 // by merge.cuh, in their order, so results depend on the batch alone; with SPLIT, on the sequence alone.
 #pragma once
 
@@ -41,6 +42,9 @@ struct Cutting {
     return s.rows > most_rows ? 0 : units(s, kv_heads) * weights(s, window);
   }
 };
+
+// Blocks that have something to do: each has a weight at least.
+__device__ __forceinline__ int shares_of(int weights, int blocks) { return min(weights, blocks); }
 
 __device__ __forceinline__ int share_begin(int weights, int block, int blocks) {
   return static_cast<int>(static_cast<i64>(weights) * block / blocks);

@@ -1,0 +1,128 @@
+"""Attention to keys in pages on Hopper: configurations, rules, costs, and the plan of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jax_deepgemm.core.chip import Chip
+from jax_deepgemm.core.family import Kernels, Operands
+from jax_deepgemm.core.launch import LaunchPlan
+from jax_deepgemm.jit import KernelSource
+from jax_deepgemm.ops.attention.family import AttentionConfig
+from jax_deepgemm.ops.attention.problem import MOST_DEPTH, MOST_SEQUENCES, PAGES, AttentionProblem
+from jax_deepgemm.ops.attention.sm90 import decode
+
+KEYS, WARPS, BLOCKS = (16, 32), (4, 8), (1, 2)
+MOST_STAGES = 8
+SM_BYTES, BLOCK_BYTES = 233_472, 1024
+"""Shared memory of an SM, and what each of its blocks takes beside its own."""
+MOST_WEIGHTS = 2**31 - 1
+_BLOCK_OF_MERGE = 65_535
+
+
+def problems_with(p: AttentionProblem, c: AttentionConfig) -> list[str]:
+    """The rules that a configuration breaks."""
+    room = c.blocks * (decode.shared_memory(p, c) + BLOCK_BYTES)
+    rules = (
+        (c.keys in KEYS, f"keys is {c.keys}, need one of {KEYS}"),
+        (c.warps in WARPS, f"warps is {c.warps}, need one of {WARPS}"),
+        (c.blocks in BLOCKS, f"blocks is {c.blocks}, need one of {BLOCKS}"),
+        (1 <= c.stages <= MOST_STAGES, f"stages is {c.stages}, need 1 to {MOST_STAGES}"),
+        (room <= SM_BYTES, f"{c.blocks} blocks need {room} bytes of shared memory, an SM has {SM_BYTES}"),
+        (
+            c.keys == 16 or max(p.depth, p.v_depth) <= 128,
+            f"keys is {c.keys}, need 16 for rows of {max(p.depth, p.v_depth)}: registers",
+        ),
+        (
+            c.warps * c.blocks <= 8,
+            f"{c.blocks} blocks of {c.warps} warps, need 8 warps at most: registers",
+        ),
+    )
+    return [words for kept, words in rules if not kept]
+
+
+def refusal(p: AttentionProblem) -> str:
+    """Why no configuration can run a problem."""
+    rules = (
+        (p.page in PAGES, f"pages have {p.page} keys, need one of {PAGES}"),
+        (
+            max(p.depth, p.v_depth) <= MOST_DEPTH and p.depth % 16 == 0 and p.v_depth % 16 == 0,
+            f"heads are {p.depth} and {p.v_depth} wide, need multiples of 16 up to {MOST_DEPTH}: pad them",
+        ),
+        (p.seqs <= MOST_SEQUENCES, f"{p.seqs} sequences, at most {MOST_SEQUENCES} in a call: cut the batch"),
+        (p.heads <= _BLOCK_OF_MERGE, f"{p.heads} heads, at most {_BLOCK_OF_MERGE}"),
+        (
+            decode.most_weights(p, AttentionConfig(16, 1)) <= MOST_WEIGHTS,
+            "rows times keys are more than a launch counts: cut the batch",
+        ),
+    )
+    return "; ".join(words for kept, words in rules if not kept)
+
+
+# Choosing --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds; `total` is what configurations are compared by.
+
+    Attributes:
+      start: launches, prefix sums, the first keys.
+      reading: all keys, at the rate that copies in flight allow.
+    """
+
+    start: float
+    reading: float
+
+    @property
+    def total(self) -> float:
+        return self.start + self.reading
+
+    def __str__(self) -> str:
+        return f"{self.total:.1f} us (start {self.start:.1f}, reading {self.reading:.1f})"
+
+
+def cost(p: AttentionProblem, c: AttentionConfig, chip: Chip) -> Cost:
+    """The model's opinion."""
+    flying = c.blocks * c.warps * (c.stages - 1) * decode.tile_bytes(p, c)
+    rate = 4.5e6 * flying / (flying + 16e3)
+    return Cost(4.0 + 0.5 * (c.blocks == 1), p.kv_bytes / rate)
+
+
+def candidates(p: AttentionProblem, chip: Chip) -> Iterator[AttentionConfig]:
+    """Every tile, with as many slots as fit."""
+    for keys in KEYS:
+        for warps in WARPS:
+            for blocks in BLOCKS:
+                one = AttentionConfig(keys, 1, warps, blocks)
+                room = SM_BYTES // blocks - BLOCK_BYTES - 4 * (p.seqs + 1)
+                fitting = min(room, chip.smem_per_block - 4 * (p.seqs + 1)) // (
+                    warps * decode.tile_bytes(p, one)
+                )
+                config = AttentionConfig(keys, min(fitting, MOST_STAGES), warps, blocks)
+                if config.stages >= 2 and not problems_with(p, config):
+                    yield config
+
+
+# Launching -------------------------------------------------------------------------------------------------
+
+
+def _sources(p: AttentionProblem, c: AttentionConfig) -> list[KernelSource]:
+    return [decode.decode_source(p, c), decode.merge_source(p, c)]
+
+
+def _plan(p: AttentionProblem, c: AttentionConfig, chip: Chip, given: Operands) -> LaunchPlan:
+    return LaunchPlan(decode.launches(p, c, chip), decode.scratch_bytes(p, c, chip), label=str(p))
+
+
+KERNELS = Kernels[AttentionProblem, AttentionConfig](
+    config=AttentionConfig,
+    candidates=candidates,
+    cost=cost,
+    broken_rules=lambda p, c, chip: problems_with(p, c),
+    refusal=refusal,
+    shared_bytes=decode.shared_memory,
+    sources=_sources,
+    plan=_plan,
+)
