@@ -247,6 +247,7 @@ struct Attender {
   float scores[kHalf];
   float sums[kSums];
   u32 weights[kSteps][4];
+  bool some;  // rows
   // Of this thread's rows:
   float most[2], total[2], slope[2];
   int position[2], first[2], last[2];  // of keys that are seen
@@ -269,6 +270,7 @@ struct Attender {
   }
 
   __device__ __forceinline__ void begin(const Item& item) {
+    some = item.rows > 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int packed = min(item.row + row + half * 8, item.rows - 1);
@@ -364,27 +366,40 @@ struct Attender {
       scores[i] = missing >> i / 4 * 8 / kBoxKeys<C> & 1 ? no_score() : scores[i];
   }
 
+  // The largest score of each row so far, of all lanes that share it. Two chains each, as one waits for
+  // itself.
+  __device__ __forceinline__ float2 largest() const {
+    float high[2][2] = {{most[0], most[0]}, {most[1], most[1]}};
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      float& one = high[i / 2 % 2][i / 4 % 2];
+      one = fmaxf(one, scores[i]);
+    }
+    float rows[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      rows[half] = fmaxf(high[half][0], high[half][1]);
+      rows[half] = fmaxf(rows[half], __shfl_xor_sync(0xFFFFFFFF, rows[half], 1));
+      rows[half] = fmaxf(rows[half], __shfl_xor_sync(0xFFFFFFFF, rows[half], 2));
+    }
+    return {rows[0], rows[1]};
+  }
+
   // Returns, of each row, what sums so far are multiplied by.
   __device__ __forceinline__ float2 powers() {
+    const float2 high = largest();
     float shrink[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float high = most[half];
-#pragma unroll
-      for (int i = 0; i < kHalf; i += 4) {
-        high = fmaxf(high, scores[i + 2 * half]);
-        high = fmaxf(high, scores[i + 2 * half + 1]);
-      }
-      high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, 1));
-      high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, 2));
-      const float offset = high == no_score() ? 0.0f : high * factor;
+      const float now = half == 0 ? high.x : high.y;
+      const float offset = now == no_score() ? 0.0f : now * factor;
       shrink[half] = ptx::ex2_approx(most[half] * factor - offset);
-      most[half] = high;
+      most[half] = now;
       float sum = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kHalf; i += 4)
+      for (int i = 2 * half; i < kHalf; i += 4)
 #pragma unroll
-        for (int j = i + 2 * half; j < i + 2 * half + 2; ++j) {
+        for (int j = i; j < i + 2; ++j) {
           scores[j] = ptx::ex2_approx(scores[j] * factor - offset);
           sum += scores[j];
         }
@@ -403,13 +418,16 @@ struct Attender {
     for (int i = 0; i < kHalf; i += 2) weights[i / 8][i % 8 / 2] = pack(scores[i], scores[i + 1]);
   }
 
-  // Scores of a tile that have arrived.
+  // Scores of a tile that have arrived. `some` is always so: without a branch ptxas puts the wait for values
+  // in front of all powers.
   template <bool EDGE>
   __device__ __forceinline__ float2 weigh(int tile, u32 missing) {
     if constexpr (kMoved) move_scores(tile);
     if constexpr (EDGE) mask_edge(tile);
     if (missing != 0) mask_missing(missing);
-    return powers();
+    float2 shrink = {1.0f, 1.0f};
+    if (some) shrink = powers();
+    return shrink;
   }
 
   // --- tiles ---
@@ -465,7 +483,7 @@ struct Attender {
     ptx::pin(scores);
     release(keys);
     const float2 shrink = weigh<EDGE>(tile, gone);
-    ptx::pin(scores);  // else powers are taken behind the wait
+    ptx::pin(scores);
     ptx::wgmma_wait<0>();
     ptx::pin(sums);
     ptx::pin(weights);
@@ -581,7 +599,7 @@ __device__ __forceinline__ void prefill(const PrefillProblem& p) {
   __syncthreads();
   const int warpgroup = warpgroup_index();
   if (warpgroup == 2) {
-    ptx::lower_registers<40>();
+    ptx::lower_registers<kFew<C>>();
     if (warp_index() % 4 == 0) {
       PrefillProducer<C>(p, smem, totals).run();
     } else {
@@ -590,7 +608,7 @@ __device__ __forceinline__ void prefill(const PrefillProblem& p) {
       Loader<C>(loader).run();
     }
   } else {
-    ptx::raise_registers<232>();
+    ptx::raise_registers<kMany<C>>();
     Attender<C>(p, smem, warpgroup).run();
   }
 }

@@ -41,6 +41,14 @@ constexpr int kBoxKeys = gcd(C::PAGE, C::KEYS);
 template <class C>
 constexpr int kBoxes = C::KEYS / kBoxKeys<C>;
 
+// Registers of a thread of the consumers, and of the others.
+template <class C>
+constexpr bool kLarge = C::KEYS * 3 / 4 + C::V_DEPTH / 2 > 160;
+template <class C>
+constexpr int kMany = kLarge<C> ? 232 : 224;
+template <class C>
+constexpr int kFew = kLarge<C> ? 40 : 56;
+
 // A piece of work: 128 packed rows of a sequence and a kv head.
 struct Item {
   int token, rows;  // the sequence's first token, and its packed rows
