@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from jax_deepgemm.ops.attention.sm90 import prefill
 NATIVE = Path(__file__).parent / "native"
 DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
 PARTS = ("q", "k", "v", "tables", "cu_q_lens", "kv_lens", "layer", "sinks", "slopes")
-RESULTS = ("out", "lse")
 
 _TEXT = """\
 #include <jax_deepgemm/attention/prefill.cuh>
@@ -66,9 +64,7 @@ struct Numbers {{
   void write() const {{ std::ofstream(path, std::ios::binary).write(as<char>(), size); }}
 }};
 
-int main(int, char** at) {{
-  const std::string folder = at[1];
-  gridDim.x = {grid};
+void attend(const std::string& folder) {{
   {buffers}
   for (unsigned block = 0; block < gridDim.x; ++block) {{
     blockIdx.x = block;
@@ -88,6 +84,11 @@ int main(int, char** at) {{
   out.write();
   lse.write();
 }}
+
+int main(int count, char** at) {{
+  gridDim.x = {grid};
+  for (int i = 1; i < count; ++i) attend(at[i]);
+}}
 """
 
 
@@ -95,24 +96,25 @@ def run(
     folder: Path,
     p: AttentionProblem,
     c: prefill.PrefillConfig,
-    operands: Mapping[str, np.ndarray],
-    out: np.ndarray,
-    lse: np.ndarray,
+    calls: Sequence[Mapping[str, np.ndarray]],
     grid: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the kernel of a configuration writes over `out` and `lse`, by so many blocks.
+    *,
+    sanitize: bool = True,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What the kernel of a configuration makes of each call, by so many blocks: output and logarithms, which
+    hold NaN before.
 
     Args:
       folder: for source, program and numbers.
       p, c: the problem, and how it is cut.
-      operands: by the names of PARTS.
-      out, lse: what the results hold before.
+      calls: operands by the names of PARTS.
       grid: blocks of threads, which run one after the other.
+      sanitize: whether accesses out of bounds end the program.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    given = {part: Given(i, operands[part].shape) for i, part in enumerate(PARTS)}
+    given = {part: Given(i, calls[0][part].shape) for i, part in enumerate(PARTS)}
     k, v = prefill.tensor_maps(p, c, given)
     source = prefill.prefill_source(p, c)
     kernel = source.text[source.text.index("struct Config") :]
@@ -122,25 +124,38 @@ def run(
     arguments += [*map(str, prefill.integers(p)), *(f"{x!r}f" for x in prefill.factors(p))]
     text = _TEXT.format(
         half=str(p.kv_dtype == "f16").lower(),
-        kernel=re.sub(r"#include.*\n", "", kernel),
+        kernel=kernel,
         grid=grid,
         threads=prefill.THREADS,
-        buffers="\n  ".join(f'const Numbers {x}(folder + "/{x}");' for x in (*PARTS, *RESULTS)),
+        buffers="\n  ".join(f'const Numbers {x}(folder + "/{x}");' for x in (*PARTS, "out", "lse")),
         name=source.name,
         arguments=", ".join(arguments),
     )
     (folder / "prefill.cc").write_text(text)
-    flags = ["-std=c++20", "-O1", "-g", "-pthread", "-fsanitize=address", "-fno-sanitize-recover"]
+    flags = ["-std=c++20", "-O1", "-pthread", "-Wno-psabi"]
+    flags += ["-fsanitize=address", "-fno-sanitize-recover"] if sanitize else []
     include = [f"-I{path}" for path in (NATIVE / "attention_block", NATIVE / "tensor_block", DEVICE_CODE)]
     subprocess.run([compiler, *flags, *include, folder / "prefill.cc", "-o", folder / "prefill"], check=True)
-    for name, array in (*operands.items(), ("out", out), ("lse", lse)):
-        array.tofile(folder / name)
+    kind = calls[0]["q"].dtype
+    results = {
+        "out": np.full((p.tokens, p.heads, p.v_depth), np.nan, kind),
+        "lse": np.full((p.tokens, p.heads), np.nan, np.float32),
+    }
+    folders = [folder / str(i) for i in range(len(calls))]
+    for to, operands in zip(folders, calls, strict=True):
+        to.mkdir()
+        for name, array in {**operands, **results}.items():
+            array.tofile(to / name)
     done = subprocess.run(
-        [folder / "prefill", folder], capture_output=True, text=True, timeout=400, check=False
+        [folder / "prefill", *folders], capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr
-    read = [np.fromfile(folder / x, like.dtype).reshape(like.shape) for x, like in (("out", out), ("lse", lse))]
-    return read[0], read[1]
+
+    def read(at: Path, name: str) -> np.ndarray:
+        like = results[name]
+        return np.fromfile(at / name, like.dtype).reshape(like.shape)
+
+    return [(read(at, "out"), read(at, "lse")) for at in folders]
 
 
 def box(part: str, m: TensorMap) -> str:

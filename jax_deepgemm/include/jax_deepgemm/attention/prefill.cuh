@@ -64,6 +64,7 @@ struct Items {
   }
   __device__ __forceinline__ void publish(const Item& item) {
     pipe.wait_empty();
+    __syncwarp();  // as in Pipeline::pass
     if (threadIdx.x % 32 == 0) {
       ptx::store_shared_4(place(), item.token, item.rows, item.row, item.head);
       ptx::store_shared_4(place() + 16, item.position, item.keys, item.begin, item.end);
@@ -543,13 +544,16 @@ struct Attender {
       float all = total[half];
       all += __shfl_xor_sync(0xFFFFFFFF, all, 1);
       all += __shfl_xor_sync(0xFFFFFFFF, all, 2);
+      if (!C::CAUSAL && position[half] < 0) all = 0.0f;
       const float inverse = all == 0.0f ? 0.0f : 1.0f / all;
       const int packed = item.row + row + half * 8;
       const bool exists = packed < item.rows;
       const i64 at =
           static_cast<i64>(item.token + packed / C::GROUP) * (C::KV_HEADS * C::GROUP) + head_of(item, packed);
       if (exists && lane % 4 == 0)
-        p.lse[at] = all == 0.0f ? no_score() : (most[half] * factor + log2f(all)) * kLn2;
+        p.lse[at] = all != 0.0f ? (most[half] * factor + log2f(all)) * kLn2
+                    : C::SINKS  ? p.sinks[head_of(item, packed)]
+                                : no_score();
       u16* const to = static_cast<u16*>(p.out) + at * C::V_DEPTH;
 #pragma unroll
       for (int block = 0; block < kBlocks; block += 4) {

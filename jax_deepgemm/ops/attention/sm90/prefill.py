@@ -100,7 +100,8 @@ def problems_with(p: AttentionProblem, c: PrefillConfig) -> list[str]:
 def refusal(p: AttentionProblem) -> str:
     """Why no configuration can run a problem."""
     if p.kv_dtype != p.q_dtype or p.kv_dtype not in _DTYPES:
-        return f"the prefill kernel takes queries and a cache of one 16-bit type, got {p.q_dtype} and {p.kv_dtype}"
+        types = f"{p.q_dtype} and {p.kv_dtype}"
+        return f"the prefill kernel takes queries and a cache of one 16-bit type, got {types}"
     if any(d % 16 or not 16 <= d <= 256 for d in (p.depth, p.v_depth)):
         return f"the prefill kernel takes depths of 16 to 256 in steps of 16, got {p.depth} and {p.v_depth}"
     return ""
