@@ -1,0 +1,220 @@
+"""Attention of many queries on Hopper: problem and configuration -> source text and Launch;
+include/jax_deepgemm/attention/prefill.cuh says how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jax_deepgemm.core.chip import Chip
+from jax_deepgemm.core.family import Operands
+from jax_deepgemm.core.launch import Launch, Operand, Result, Scalar, TensorMap
+from jax_deepgemm.jit import KernelSource, compile_kernel
+from jax_deepgemm.jit.wgmma import wgmma_wrapper
+from jax_deepgemm.ops.attention.problem import AttentionProblem
+
+ROWS, THREADS = 128, 384
+_SLAB, _SLAB_BYTES = 64, 128
+_LOG2E = math.log2(math.e)
+_DTYPES = {"bf16": "bfloat16", "f16": "float16"}
+
+# PrefillConfig of include/jax_deepgemm/attention/prefill_config.cuh says what each field means.
+_TEXT = """\
+#include <jax_deepgemm/attention/prefill.cuh>
+
+namespace scores {{{scores}}}
+namespace values {{{values}}}
+struct Config {{
+  using Scores = scores::Mma;
+  using Values = values::Mma;
+  static constexpr bool HALF = {half};
+  static constexpr int KEYS = {keys}, DEPTH = {depth}, V_DEPTH = {v_depth}, PAGE = {page};
+  static constexpr int KV_HEADS = {kv_heads}, GROUP = {group}, STAGES = {stages};
+  static constexpr bool CAUSAL = {causal}, WINDOW = {window}, SOFTCAP = {softcap}, SLOPES = {slopes};
+  static constexpr bool SCALED = {scaled}, SINKS = {sinks}, PING_PONG = {ping_pong}, FILL = {fill};
+  static constexpr int DECODE_ROWS = {decode_rows}, SHARED_BYTES = {shared};
+}};
+
+extern "C" __global__ void __launch_bounds__({threads}, 1) {name}(
+    const void* q, const __grid_constant__ jdg::TensorMap k, const __grid_constant__ jdg::TensorMap v,
+    const int* tables, const int* cu_q_lens, const int* kv_lens, const int* layer, const float* sinks,
+    const float* slopes, void* out, float* lse, int tokens, int seqs, int table_pages, int pages, int layers,
+    int window, float scale, float cap) {{
+  jdg::prefill<Config>({{q, &k, &v, tables, cu_q_lens, kv_lens, layer, sinks, slopes, out, lse, tokens, seqs,
+                        table_pages, pages, layers, window, scale, cap}});
+}}
+"""
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """How a problem is cut.
+
+    Attributes:
+      keys: of a tile, beside 128 packed rows.
+      stages: slots of keys, and of values.
+      decode_rows: packed rows of a sequence (queries x group) up to which another kernel takes it.
+      ping_pong: whether the two consumers issue their products in turn.
+      fill: whether this kernel writes rows of no sequence.
+    """
+
+    keys: int
+    stages: int
+    decode_rows: int = 0
+    ping_pong: bool = True
+    fill: bool = True
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def prefill_config(p: AttentionProblem, decode_rows: int = 0, smem: int = 232_448) -> PrefillConfig:
+    """The one that is used: as many keys as registers and shared memory have room for, then as many slots."""
+    for keys in (128, 112, 96, 80, 64, 48, 32, 16):
+        for stages in (4, 3, 2):
+            c = PrefillConfig(keys, stages, decode_rows)
+            if not problems_with(p, c) and shared_memory(p, c) <= smem:
+                return c
+    raise ValueError(f"no tile for {p}")
+
+
+REGISTERS = 232 - 40
+"""Of scores, their weights and sums, so that a thread's other numbers have room."""
+
+
+def problems_with(p: AttentionProblem, c: PrefillConfig) -> list[str]:
+    """The rules that a configuration breaks."""
+    registers = c.keys // 2 + c.keys // 4 + p.v_depth // 2
+    rules = (
+        (c.keys % 16 == 0 and 16 <= c.keys <= 256, f"keys is {c.keys}, need a multiple of 16 up to 256"),
+        (2 <= c.stages <= 8, f"stages is {c.stages}, need 2 to 8"),
+        (
+            registers <= REGISTERS,
+            f"{c.keys} keys by {p.v_depth} need {registers} registers, at most {REGISTERS}",
+        ),
+    )
+    return [words for kept, words in rules if not kept]
+
+
+def refusal(p: AttentionProblem) -> str:
+    """Why no configuration can run a problem."""
+    if p.kv_dtype != p.q_dtype or p.kv_dtype not in _DTYPES:
+        types = f"{p.q_dtype} and {p.kv_dtype}"
+        return f"the prefill kernel takes queries and a cache of one 16-bit type, got {types}"
+    if any(d % 16 or not 16 <= d <= 256 for d in (p.depth, p.v_depth)):
+        return f"the prefill kernel takes depths of 16 to 256 in steps of 16, got {p.depth} and {p.v_depth}"
+    return ""
+
+
+def shared_memory(p: AttentionProblem, c: PrefillConfig) -> int:
+    """Bytes of shared memory; mirrors PrefillLayout, which asserts it."""
+    slabs, v_slabs = ceil_div(p.depth, _SLAB), ceil_div(p.v_depth, _SLAB)
+    tiles = slabs * ROWS + c.stages * c.keys * (slabs + v_slabs)
+    pipelines = 32 * (2 * c.stages + 1 + 2)
+    return tiles * _SLAB_BYTES + pipelines + 2 * 32 + 4 * 128
+
+
+def kernel_name(p: AttentionProblem, c: PrefillConfig) -> str:
+    """The name that profilers show."""
+    depth = f"d{p.depth}" if p.depth == p.v_depth else f"d{p.depth}v{p.v_depth}"
+    flags = [
+        *["causal"] * p.causal,
+        *["window"] * (p.window > 0),
+        *["softcap"] * (p.softcap > 0),
+        *["slopes"] * p.with_slopes,
+        *["sinks"] * p.with_sinks,
+        *["scaled"] * (p.scale <= 0),
+        *["free"] * (not c.ping_pong),
+        *["sparse"] * (not c.fill),
+    ]
+    sizes = [depth, f"h{p.heads}x{p.kv_heads}", f"page{p.page}", f"k{c.keys}s{c.stages}r{c.decode_rows}"]
+    return "_".join(["jdg_prefill", p.kv_dtype, *sizes, *flags])
+
+
+def prefill_source(p: AttentionProblem, c: PrefillConfig) -> KernelSource:
+    """The source of the kernel that runs `c` on `p`, equal for any number of tokens, sequences and pages."""
+    name, shared = kernel_name(p, c), shared_memory(p, c)
+    said = {
+        "half": p.kv_dtype == "f16",
+        "causal": p.causal,
+        "window": p.window > 0,
+        "softcap": p.softcap > 0,
+        "slopes": p.with_slopes,
+        "sinks": p.with_sinks,
+        "scaled": p.scale <= 0,
+        "ping_pong": c.ping_pong,
+        "fill": c.fill,
+    }
+    text = _TEXT.format(
+        scores=wgmma_wrapper(c.keys, p.kv_dtype, p.kv_dtype),
+        values=wgmma_wrapper(p.v_depth, p.kv_dtype, p.kv_dtype, b_k_major=False, a_in_registers=True),
+        keys=c.keys,
+        depth=p.depth,
+        v_depth=p.v_depth,
+        page=p.page,
+        kv_heads=p.kv_heads,
+        group=p.group,
+        stages=c.stages,
+        decode_rows=c.decode_rows,
+        shared=shared,
+        threads=THREADS,
+        name=name,
+        **{flag: str(value).lower() for flag, value in said.items()},
+    )
+    return KernelSource(name, text, (("problem", str(p)), ("config", str(c))), shared_memory=shared)
+
+
+def tensor_maps(p: AttentionProblem, c: PrefillConfig, given: Operands) -> list[TensorMap]:
+    """Of keys and values: a box is 64 numbers of so many keys of a page and head. Pages of all layers lie one
+    behind the other; what is outside arrives as zeros."""
+    rows = math.gcd(p.page, c.keys)
+    maps = []
+    for part, depth in (("k", p.depth), ("v", p.v_depth)):
+        row = 2 * depth
+        dims = (depth, p.page, p.kv_heads, p.layers * p.pages)
+        strides = (row, p.page * row, p.kv_heads * p.page * row)
+        buffer = Operand(given[part].index)
+        maps.append(TensorMap(buffer, _DTYPES[p.kv_dtype], dims, strides, (_SLAB, rows, 1, 1), 128))
+    return maps
+
+
+def integers(p: AttentionProblem) -> tuple[int, ...]:
+    """The kernel's parameters of those names."""
+    return p.tokens, p.seqs, p.table_pages, p.pages, p.layers, p.window
+
+
+def factors(p: AttentionProblem) -> tuple[float, float]:
+    """What products are multiplied by first, and the bound of scores, in units of log2."""
+    if p.softcap > 0:
+        return 2 * p.scale / p.softcap * _LOG2E, p.softcap * _LOG2E
+    return p.scale * _LOG2E, 0.0
+
+
+def most_items(p: AttentionProblem) -> int:
+    """Tiles of rows of all sequences and kv heads, at most."""
+    return (p.tokens * p.group // ROWS + min(p.seqs, p.tokens)) * p.kv_heads
+
+
+def prefill_launch(p: AttentionProblem, c: PrefillConfig, chip: Chip, given: Operands) -> Launch:
+    """The launch over q, k, v, tables, cu_q_lens, kv_lens, layer, sinks and slopes; results 0 and 1 are the
+    output and the logarithms of denominators."""
+    source = prefill_source(p, c)
+    k, v = tensor_maps(p, c, given)
+    parts = ("tables", "cu_q_lens", "kv_lens", "layer", "sinks", "slopes")
+    return Launch(
+        kernel=compile_kernel(source, arch=chip.arch),
+        grid=(max(min(chip.num_sms, most_items(p)), 1), 1, 1),
+        block=THREADS,
+        params=(
+            Operand(given["q"].index),
+            k,
+            v,
+            *(Operand(given[part].index) for part in parts),
+            Result(0),
+            Result(1),
+            *(Scalar(value, "int32") for value in integers(p)),
+            *(Scalar(value, "float32") for value in factors(p)),
+        ),
+        shared_memory=source.shared_memory,
+    )
