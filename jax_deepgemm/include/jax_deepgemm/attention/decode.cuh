@@ -5,8 +5,8 @@
 //   block     at the end of a piece, sums of its warps are added in shared memory, in the order of warps.
 //             A unit that is one piece is divided and stored; of others, sums go to `parts` for merge.cuh.
 //
-//   shared memory   prefix sums of weights [sequences + 1], then STAGES x (K tile, V tile) of each warp, and
-//                   in their place at the end of a piece float32 sums [warp][ROWS][DV]
+//   shared memory   STAGES x (K tile, V tile) of each warp, and in their place at the end of a piece float32
+//                   sums [warp][ROWS][DV]; then a word for each warp and prefix sums [sequences + 1]
 //
 // Hazards: a warp writes a slot anew behind a __syncwarp after its last reading (one warp reads and writes
 // it); sums go over tiles behind a __syncthreads after all warps' copies have landed and were read.
@@ -140,11 +140,15 @@ struct Decoder {
     if constexpr (Config::FP8) scale *= layer_exists ? call.k_scale[layer * call.kv_heads + piece.rows.head] : 0.0f;
 
     int issued = 0;
+    u32 there = 0;  // a bit for each 16 keys in flight: their page is one of the cache
     const auto issue = [&] {
       if (from + issued < to) {
         int page[kGroups];
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g) page[g] = pages.of(g);
+        for (int g = 0; g < kGroups; ++g) {
+          page[g] = pages.of(g);
+          there = there << 1 | (page[g] >= 0);
+        }
         pages.advance();
         const u32 tile = tile_of(issued % Config::STAGES);
         const int key = first + issued * kRound;
@@ -160,7 +164,9 @@ struct Decoder {
       issue();
       ptx::copy_async_wait<Config::STAGES - 1>();
       __syncwarp();
-      see_tile(piece, tile_of((round - from) % Config::STAGES), first + (round - from) * kRound, end, scale);
+      const int behind = min(issued, to - from) - 1 - (round - from);  // tiles that are in flight behind it
+      see_tile(piece, tile_of((round - from) % Config::STAGES), first + (round - from) * kRound, end,
+               there >> behind * kGroups, scale);
       __syncwarp();
     }
   }
@@ -170,7 +176,8 @@ struct Decoder {
     return smem_address(shared) + (warp * Config::STAGES + stage) * Layout::kTile;
   }
 
-  __device__ __forceinline__ void see_tile(const Piece<Config>& piece, u32 tile, int first_key, int end, float scale) {
+  __device__ __forceinline__ void see_tile(const Piece<Config>& piece, u32 tile, int first_key, int end, u32 there,
+                                           float scale) {
     float scores[Config::KEYS / 8][4];
 #pragma unroll
     for (auto& some : scores)
@@ -179,7 +186,7 @@ struct Decoder {
     score_tile<Config>(scores, q, tile);
     u32 weights[kGroups][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) weigh(piece, half, scores, first_key, end, scale);
+    for (int half = 0; half < 2; ++half) weigh(piece, half, scores, first_key, end, there, scale);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
@@ -197,13 +204,13 @@ struct Decoder {
 
   // Scores of one of a lane's rows become weights; its sums so far are brought to the new largest score.
   __device__ __forceinline__ void weigh(const Piece<Config>& piece, int half, float (&scores)[Config::KEYS / 8][4],
-                                        int first_key, int end, float scale) {
+                                        int first_key, int end, u32 there, float scale) {
     const int row = lane / 4 + 8 * half, position = piece.sequence.position(piece.rows.token(row));
     float slope = 0.0f;
     if constexpr (Config::SLOPES) {
       if (piece.rows.exists(row)) slope = call.slopes[piece.rows.q_head(row)] * kLog2E;
     }
-    const int stop = Config::CAUSAL ? min(end, position + 1) : end;
+    const int stop = Config::CAUSAL ? min(end, position + 1) : position < 0 ? 0 : end;
     float largest = running[half].largest;
 #pragma unroll
     for (int t = 0; t < Config::KEYS / 8; ++t) {
@@ -218,7 +225,8 @@ struct Decoder {
           score *= scale * kLog2E;
         }
         if constexpr (Config::SLOPES) score += slope * static_cast<float>(key - position);
-        const bool seen = key < stop && (!Config::WINDOW || key > position - call.window);
+        const bool in_cache = there >> (kGroups - 1 - t / 2) & 1;
+        const bool seen = key < stop && in_cache && (!Config::WINDOW || key > position - call.window);
         score = seen ? score : kNothing;
         largest = fmaxf(largest, score);
       }
@@ -321,7 +329,7 @@ __device__ __forceinline__ void attention_decode(const AttentionCall<typename Co
                                                  float* parts, float* part_stats) {
   extern __shared__ __align__(1024) char shared[];
   static_assert(Config::SHARED_BYTES >= DecodeLayout<Config>::kBytes, "the host knows the layout");
-  int* prefix = reinterpret_cast<int*>(shared + DecodeLayout<Config>::kBytes);
+  int* prefix = reinterpret_cast<int*>(shared + DecodeLayout<Config>::kBytes) + Config::WARPS;
   const int window = Config::WINDOW ? call.window : 0;
   ptx::let_next_kernel_start();
   prefix_sums<Config::WARPS>(prefix, call.sequences, [&](int s) {

@@ -4,6 +4,9 @@
 //
 //   a block     one head of one token; each of its warps adds every WARPS-th piece's sums, 4 columns a lane,
 //               then the warps' sums are added in shared memory, in the order of warps
+//
+//   shared memory   float32 sums [warp][DV], their largest scores and denominators [warp]; a word for each warp
+//                   and prefix sums [sequences + 1]
 #pragma once
 
 #include <jax_deepgemm/attention/decode.cuh>
@@ -14,9 +17,10 @@ template <class Config, int WARPS>
 __device__ __forceinline__ void attention_merge(const AttentionCall<typename Config::T>& call, Cutting<Config> cutting,
                                                 const float* parts, const float* part_stats, int blocks) {
   constexpr int DV = Config::DV, FOURS = DV / 4, ROUNDS = ceil_div(FOURS, 32);
-  __shared__ float values[WARPS][DV];
-  __shared__ Running stats[WARPS];
-  extern __shared__ int prefix[];
+  extern __shared__ __align__(1024) char shared[];
+  float* values = reinterpret_cast<float*>(shared);  // [warp][DV]
+  Running* stats = reinterpret_cast<Running*>(values + WARPS * DV);
+  int* prefix = reinterpret_cast<int*>(stats + WARPS) + WARPS;
   const int token = blockIdx.x, q_head = blockIdx.y, heads = call.kv_heads * Config::GROUP;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int window = Config::WINDOW ? call.window : 0;
@@ -75,7 +79,7 @@ __device__ __forceinline__ void attention_merge(const AttentionCall<typename Con
   for (int round = 0; round < ROUNDS; ++round) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (round * 32 + lane < FOURS) values[warp][(round * 32 + lane) * 4 + i] = sums[round][i];
+      if (round * 32 + lane < FOURS) values[warp * DV + (round * 32 + lane) * 4 + i] = sums[round][i];
     }
   }
   __syncthreads();
@@ -89,7 +93,7 @@ __device__ __forceinline__ void attention_merge(const AttentionCall<typename Con
       const float weight = weight_of(stats[w].largest, total.largest);
       total.sum += stats[w].sum * weight;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) value[i] += values[w][four * 4 + i] * weight;
+      for (int i = 0; i < 4; ++i) value[i] += values[w * DV + four * 4 + i] * weight;
     }
     store_row<Config>(call, to, q_head, four * 4, value, total);
   }

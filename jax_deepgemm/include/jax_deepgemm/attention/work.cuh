@@ -62,11 +62,11 @@ __device__ __forceinline__ int share_of(int weights, int at, int blocks) {
 // beginning of its share, one at its end.
 __device__ __forceinline__ int slot_of(int block, bool is_first) { return 2 * block + (is_first ? 0 : 1); }
 
-// Sums before each of `count` numbers, number(i), to prefix[0 .. count]; by a whole block of WARPS warps.
-// Returns when all threads may read them.
+// Sums before each of `count` numbers, number(i), to prefix[0 .. count], in front of which are WARPS words
+// for itself; by a whole block of WARPS warps. Returns when all threads may read them.
 template <int WARPS, class Number>
 __device__ __forceinline__ void prefix_sums(int* prefix, int count, Number number) {
-  __shared__ int of_warps[WARPS];
+  int* of_warps = prefix - WARPS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int before = 0;
   for (int base = 0; base < count; base += WARPS * 32) {

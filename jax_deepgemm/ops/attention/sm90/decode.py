@@ -72,7 +72,12 @@ def layout_bytes(p: AttentionProblem, c: AttentionConfig) -> int:
 
 def shared_memory(p: AttentionProblem, c: AttentionConfig) -> int:
     """Bytes of dynamic shared memory of a block."""
-    return layout_bytes(p, c) + 4 * (p.seqs + 1)
+    return layout_bytes(p, c) + 4 * (c.warps + p.seqs + 1)
+
+
+def merge_memory(p: AttentionProblem) -> int:
+    """The same of a block that adds up pieces."""
+    return 4 * (MERGE_WARPS * (p.v_depth + 3) + p.seqs + 1)
 
 
 def round_keys(c: AttentionConfig) -> int:
@@ -151,7 +156,7 @@ def merge_source(p: AttentionProblem, c: AttentionConfig) -> KernelSource:
     """The source of the kernel that adds up pieces."""
     name = _name(p, c, "merge")
     text = _MERGE.format(config=_text(p, c, name, 32 * MERGE_WARPS, 1), warps=MERGE_WARPS)
-    return KernelSource(name, text, (("problem", str(p)), ("config", str(c))), 4 * (p.seqs + 1))
+    return KernelSource(name, text, (("problem", str(p)), ("config", str(c))), merge_memory(p))
 
 
 def scratch_bytes(p: AttentionProblem, c: AttentionConfig, chip: Chip) -> tuple[int, int]:

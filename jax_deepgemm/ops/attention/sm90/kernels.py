@@ -96,10 +96,9 @@ def candidates(p: AttentionProblem, chip: Chip) -> Iterator[AttentionConfig]:
         for warps in WARPS:
             for blocks in BLOCKS:
                 one = AttentionConfig(keys, 1, warps, blocks)
-                room = SM_BYTES // blocks - BLOCK_BYTES - 4 * (p.seqs + 1)
-                fitting = min(room, chip.smem_per_block - 4 * (p.seqs + 1)) // (
-                    warps * decode.tile_bytes(p, one)
-                )
+                other = decode.shared_memory(p, one) - decode.layout_bytes(p, one)
+                room = min(SM_BYTES // blocks - BLOCK_BYTES, chip.smem_per_block) - other
+                fitting = room // (warps * decode.tile_bytes(p, one))
                 config = AttentionConfig(keys, min(fitting, MOST_STAGES), warps, blocks)
                 if config.stages >= 2 and not problems_with(p, config):
                     yield config

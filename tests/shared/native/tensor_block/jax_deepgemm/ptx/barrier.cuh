@@ -33,7 +33,7 @@ struct alignas(16) uint4 {
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 struct Index {
-  unsigned x;
+  unsigned x, y;
 };
 inline thread_local Index threadIdx;
 inline Index blockIdx, gridDim, blockDim;
