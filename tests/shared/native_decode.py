@@ -116,7 +116,7 @@ def run(
         arguments=", ".join([*PARTS, *RESULTS, *map(str, numbers), *factors, *map(str, last)]),
         shares=shares,
         threads=32 * c.warps,
-        merge_threads=32 * decode.MERGE_WARPS,
+        merge_threads=32 * decode.merge_warps(p),
         tokens=p.tokens,
         heads=p.heads,
         decode_name=sources["decode"].name,

@@ -79,8 +79,8 @@ struct Decoder {
   float sums[Config::DV / 8][4];
   Running running[2];  // of rows lane / 4 and lane / 4 + 8; a lane's own part of the sums
 
-  __device__ __forceinline__ Decoder(const AttentionCall<T>& call, char* shared, float* parts, float* part_stats)
-      : call(call), shared(shared), parts(parts), part_stats(part_stats), layer(*call.layer) {}
+  __device__ __forceinline__ Decoder(const AttentionCall<T>& call, char* shared, float* parts, float* part_stats, int layer)
+      : call(call), shared(shared), parts(parts), part_stats(part_stats), layer(layer) {}
 
   __device__ __forceinline__ void run(const Piece<Config>& piece) {
     load_queries(piece);
@@ -211,6 +211,9 @@ struct Decoder {
       if (piece.rows.exists(row)) slope = call.slopes[piece.rows.q_head(row)] * kLog2E;
     }
     const int stop = Config::CAUSAL ? min(end, position + 1) : position < 0 ? 0 : end;
+    const u32 mine = there & ((1u << kGroups) - 1);
+    const bool all_seen = first_key + Config::KEYS <= stop && mine == (1u << kGroups) - 1 &&
+                          (!Config::WINDOW || first_key > position - call.window);
     float largest = running[half].largest;
 #pragma unroll
     for (int t = 0; t < Config::KEYS / 8; ++t) {
@@ -225,9 +228,11 @@ struct Decoder {
           score *= scale * kLog2E;
         }
         if constexpr (Config::SLOPES) score += slope * static_cast<float>(key - position);
-        const bool in_cache = there >> (kGroups - 1 - t / 2) & 1;
-        const bool seen = key < stop && in_cache && (!Config::WINDOW || key > position - call.window);
-        score = seen ? score : kNothing;
+        if (!all_seen) {
+          const bool in_cache = mine >> (kGroups - 1 - t / 2) & 1;
+          const bool seen = key < stop && in_cache && (!Config::WINDOW || key > position - call.window);
+          score = seen ? score : kNothing;
+        }
         largest = fmaxf(largest, score);
       }
     }
@@ -324,6 +329,14 @@ __device__ __forceinline__ void store_row(const AttentionCall<T>& call, i64 row,
   if (column == 0) call.lse[row] = log_sum(all);
 }
 
+// Brings tables to L2 while lengths are waited for: a line of them by each thread of the launch.
+template <class T>
+__device__ __forceinline__ void touch_tables(const AttentionCall<T>& call) {
+  constexpr int LINE = 32;  // numbers
+  const i64 at = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * LINE;
+  if (at < static_cast<i64>(call.sequences) * call.table_pages) ptx::prefetch(call.tables + at);
+}
+
 template <class Config>
 __device__ __forceinline__ void attention_decode(const AttentionCall<typename Config::T>& call, Cutting<Config> cutting,
                                                  float* parts, float* part_stats) {
@@ -332,14 +345,17 @@ __device__ __forceinline__ void attention_decode(const AttentionCall<typename Co
   int* prefix = reinterpret_cast<int*>(shared + DecodeLayout<Config>::kBytes) + Config::WARPS;
   const int window = Config::WINDOW ? call.window : 0;
   ptx::let_next_kernel_start();
+  touch_tables(call);
+  const int layer = *call.layer;
   prefix_sums<Config::WARPS>(prefix, call.sequences, [&](int s) {
     return cutting.all_weights(sequence_of<Config::PAGE>(call, s), window, call.kv_heads);
   });
 
-  const int all = prefix[call.sequences], shares = shares_of(all, gridDim.x), block = blockIdx.x;
-  if (block >= shares) return;
-  const int begin = share_begin(all, block, shares), end = share_begin(all, block + 1, shares);
-  Decoder<Config> decoder(call, shared, parts, part_stats);
+  const Shares shares(prefix[call.sequences], gridDim.x);
+  const int block = blockIdx.x;
+  if (block >= shares.count) return;
+  const int begin = shares.begin(block), end = shares.begin(block + 1);
+  Decoder<Config> decoder(call, shared, parts, part_stats, layer);
   for (int at = begin; at < end;) {
     const int s = stretch_of(prefix, call.sequences, at);
     const Sequence sequence = sequence_of<Config::PAGE>(call, s);

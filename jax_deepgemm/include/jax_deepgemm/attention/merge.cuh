@@ -42,22 +42,22 @@ __device__ __forceinline__ void attention_merge(const AttentionCall<typename Con
     }
     return;
   }
-  const int length = cutting.weights(sequence, window), all = prefix[call.sequences];
+  const int length = cutting.weights(sequence, window);
   if (prefix[s + 1] == prefix[s]) return;
   const int packed = own * Config::GROUP + q_head % Config::GROUP;
   const int unit = packed / Config::ROWS * call.kv_heads + q_head / Config::GROUP, row = packed % Config::ROWS;
   const int from = prefix[s] + unit * length;
   const bool split = cutting.split > 0;
-  const int shares = shares_of(all, blocks);
-  const int first = split ? from : share_of(all, from, shares);
-  const int last = split ? from + length - 1 : share_of(all, from + length - 1, shares);
+  const Shares shares(prefix[call.sequences], blocks);
+  const int first = split ? from : shares.of(from);
+  const int last = split ? from + length - 1 : shares.of(from + length - 1);
   if (first == last) return;
 
   Running mine;
   float sums[ROUNDS][4] = {};
 #pragma unroll 4
   for (int i = first + warp; i <= last; i += WARPS) {
-    const int slot = split ? i : slot_of(i, share_begin(all, i, shares) >= from);
+    const int slot = split ? i : slot_of(i, shares.begin(i) >= from);
     const i64 at = static_cast<i64>(slot) * Config::ROWS + row;
     const Running other = {part_stats[at * 2], part_stats[at * 2 + 1]};
     const float largest = fmaxf(mine.largest, other.largest);

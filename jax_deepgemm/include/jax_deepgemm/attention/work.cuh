@@ -6,8 +6,8 @@
 //   piece     what a block does of a unit without a break: any number of rounds, or one part
 //
 // Units lie one behind the other: sequences, their blocks of rows, heads; each has as many weights as keys
-// that its sequence sees. Block b of B
-// has weights [W b / B, W (b + 1) / B). A unit of several pieces is summed up
+// that its sequence sees. Blocks have
+// equal shares of weights, one behind the other. A unit of several pieces is summed up
 // by merge.cuh, in their order, so results depend on the batch alone; with SPLIT, on the sequence alone.
 #pragma once
 
@@ -43,20 +43,21 @@ struct Cutting {
   }
 };
 
-// Blocks that have something to do: each has a weight at least.
-__device__ __forceinline__ int shares_of(int weights, int blocks) { return min(weights, blocks); }
+// Weights in shares that differ by one at most, the larger ones first; each has one at least.
+struct Shares {
+  int count, least, larger;
 
-__device__ __forceinline__ int share_begin(int weights, int block, int blocks) {
-  return static_cast<int>(static_cast<i64>(weights) * block / blocks);
-}
+  __device__ __forceinline__ Shares(int weights, int blocks)
+      : count(min(weights, blocks)), least(weights / max(count, 1)), larger(weights - least * count) {}
 
-// The block whose share has this weight.
-__device__ __forceinline__ int share_of(int weights, int at, int blocks) {
-  int block = static_cast<int>(static_cast<i64>(at) * blocks / weights);
-  while (block + 1 < blocks && share_begin(weights, block + 1, blocks) <= at) ++block;
-  while (share_begin(weights, block, blocks) > at) --block;
-  return block;
-}
+  __device__ __forceinline__ int begin(int share) const { return share * least + min(share, larger); }
+
+  // That has this weight.
+  __device__ __forceinline__ int of(int weight) const {
+    const int in_larger = larger * (least + 1);
+    return weight < in_larger ? weight / (least + 1) : larger + (weight - in_larger) / least;
+  }
+};
 
 // Where a piece's sums go: a block has two pieces of units that are not all its own at most, one at the
 // beginning of its share, one at its end.

@@ -10,7 +10,8 @@ from jax_deepgemm.jit import KernelSource, compile_kernel
 from jax_deepgemm.ops.attention.family import AttentionConfig
 from jax_deepgemm.ops.attention.problem import ROWS, AttentionProblem
 
-MERGE_WARPS = 8
+MERGE_WARPS, FEW_ROWS = (8, 2), 512
+"""Warps of a block that adds up the pieces of one row: of so few rows, which have many pieces each, or more."""
 _ALL = 2**31 - 1
 
 # include/jax_deepgemm/attention/decode.cuh says what each field means.
@@ -75,9 +76,14 @@ def shared_memory(p: AttentionProblem, c: AttentionConfig) -> int:
     return layout_bytes(p, c) + 4 * (c.warps + p.seqs + 1)
 
 
+def merge_warps(p: AttentionProblem) -> int:
+    """Of a block that adds up pieces."""
+    return MERGE_WARPS[p.tokens * p.heads > FEW_ROWS]
+
+
 def merge_memory(p: AttentionProblem) -> int:
-    """The same of a block that adds up pieces."""
-    return 4 * (MERGE_WARPS * (p.v_depth + 3) + p.seqs + 1)
+    """Bytes of dynamic shared memory of a block that adds up pieces."""
+    return 4 * (merge_warps(p) * (p.v_depth + 3) + p.seqs + 1)
 
 
 def round_keys(c: AttentionConfig) -> int:
@@ -154,8 +160,9 @@ def decode_source(p: AttentionProblem, c: AttentionConfig) -> KernelSource:
 
 def merge_source(p: AttentionProblem, c: AttentionConfig) -> KernelSource:
     """The source of the kernel that adds up pieces."""
-    name = _name(p, c, "merge")
-    text = _MERGE.format(config=_text(p, c, name, 32 * MERGE_WARPS, 1), warps=MERGE_WARPS)
+    warps = merge_warps(p)
+    name = _name(p, c, f"merge{warps}")
+    text = _MERGE.format(config=_text(p, c, name, 32 * warps, 1), warps=warps)
     return KernelSource(name, text, (("problem", str(p)), ("config", str(c))), merge_memory(p))
 
 
@@ -191,7 +198,7 @@ def launches(
         Launch(
             kernel=compile_kernel(adding, arch=chip.arch),
             grid=(p.tokens, p.heads, 1),
-            block=32 * MERGE_WARPS,
+            block=32 * merge_warps(p),
             params=params,
             shared_memory=adding.shared_memory,
             pdl=True,

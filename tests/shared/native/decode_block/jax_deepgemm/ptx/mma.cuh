@@ -12,6 +12,8 @@ inline float __log2f(float v) { return std::log2(v); }
 
 namespace jdg::ptx {
 
+inline void prefetch(const void*) {}
+
 // Row r of matrix m begins at the address of lane 8 m + r.
 template <class Read>
 void load_matrices(u32 (&to)[4], u32 address, const Read& read) {
