@@ -31,26 +31,25 @@ SMALL = AttentionProblem(
     scale=0.25,
 )
 CASES = {
-    "e4m3": (
-        dataclasses.replace(SMALL, depth=32, v_depth=80, kv_dtype="e4m3"),
-        prefill.PrefillConfig(keys=32, stages=2, packed_stages=2),
-    ),
     "window": (
-        dataclasses.replace(SMALL, depth=80, v_depth=48, window=20, with_sinks=True, page=32, table_pages=3),
+        dataclasses.replace(
+            SMALL,
+            depth=80,
+            v_depth=48,
+            page=32,
+            table_pages=3,
+            q_dtype="f16",
+            kv_dtype="f16",
+            window=20,
+            with_sinks=True,
+        ),
         prefill.PrefillConfig(keys=48, stages=2, decode_rows=9),
     ),
     "full": (
         dataclasses.replace(
-            SMALL,
-            causal=False,
-            softcap=3.0,
-            with_slopes=True,
-            q_dtype="f16",
-            kv_dtype="f16",
-            heads=5,
-            kv_heads=1,
+            SMALL, heads=5, kv_heads=1, kv_dtype="e4m3", causal=False, softcap=3.0, with_slopes=True
         ),
-        prefill.PrefillConfig(keys=32, stages=3, ping_pong=False),
+        prefill.PrefillConfig(keys=32, stages=2, packed_stages=3, ping_pong=False),
     ),
 }
 BATCHES = (

@@ -133,7 +133,7 @@ def run(
         arguments=", ".join(arguments),
     )
     (folder / "prefill.cc").write_text(text)
-    flags = ["-std=c++20", "-O1", "-pthread", "-Wno-psabi"]
+    flags = ["-std=c++20", "-Og", "-pthread", "-Wno-psabi"]
     flags += ["-fsanitize=address", "-fno-sanitize-recover"] if sanitize else []
     include = [f"-I{path}" for path in (NATIVE / "attention_block", NATIVE / "tensor_block", DEVICE_CODE)]
     subprocess.run([compiler, *flags, *include, folder / "prefill.cc", "-o", folder / "prefill"], check=True)

@@ -114,7 +114,8 @@ struct PrefillProducer {
   template <int SLABS, int BYTES>
   __device__ __forceinline__ void load(const TensorMap& map, u32 slot, u32 bar, int tile, int head,
                                        int page) {
-#pragma unroll
+    constexpr int kAtOnce = kBoxes<C> * SLABS <= 16 ? kBoxes<C> : 1;  // many take registers
+#pragma unroll kAtOnce
     for (int i = 0; i < kBoxes<C>; ++i) {
       const int at = __shfl_sync(0xFFFFFFFF, page, i), row = (tile * C::KEYS + i * kBox) % C::PAGE;
       if (elected)
