@@ -32,21 +32,24 @@ SMALL = AttentionProblem(
 )
 CASES = {
     "window": (
-        dataclasses.replace(SMALL, depth=80, v_depth=48, window=20, with_sinks=True, page=32, table_pages=3),
+        dataclasses.replace(
+            SMALL,
+            depth=80,
+            v_depth=48,
+            page=32,
+            table_pages=3,
+            q_dtype="f16",
+            kv_dtype="f16",
+            window=20,
+            with_sinks=True,
+        ),
         prefill.PrefillConfig(keys=48, stages=2, decode_rows=9),
     ),
     "full": (
         dataclasses.replace(
-            SMALL,
-            causal=False,
-            softcap=3.0,
-            with_slopes=True,
-            q_dtype="f16",
-            kv_dtype="f16",
-            heads=5,
-            kv_heads=1,
+            SMALL, heads=5, kv_heads=1, kv_dtype="e4m3", causal=False, softcap=3.0, with_slopes=True
         ),
-        prefill.PrefillConfig(keys=32, stages=3, ping_pong=False),
+        prefill.PrefillConfig(keys=32, stages=2, packed_stages=3, ping_pong=False),
     ),
 }
 BATCHES = (
@@ -88,22 +91,23 @@ def same(results: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
     np.testing.assert_allclose(results[1], expected[1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kv_dtype", ["bf16", "e4m3"])
 @pytest.mark.parametrize("depth", range(16, 257, 16))
-def test_every_depth_has_a_tile(depth: int) -> None:
+def test_every_depth_has_a_tile(depth: int, kv_dtype: str) -> None:
     for v_depth in {depth, max(depth - 64, 16)}:
-        p = dataclasses.replace(SMALL, depth=depth, v_depth=v_depth)
+        p = dataclasses.replace(SMALL, depth=depth, v_depth=v_depth, kv_dtype=kv_dtype)
         c = prefill.prefill_config(p)
         assert prefill.refusal(p) == ""
         assert prefill.problems_with(p, c) == []
         assert c.stages >= 2
-        assert c.keys >= 80
+        assert c.keys >= 64
         assert prefill.shared_memory(p, c) <= Chip().smem_per_block
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kv_dtype": "e4m3"}, "queries and a cache of one 16-bit type, got bf16 and e4m3"),
+        ({"kv_dtype": "f16"}, "a cache of the queries' 16-bit type or e4m3, got bf16 and f16"),
         ({"q_dtype": "f16"}, "got f16 and bf16"),
         ({"depth": 272}, "depths of 16 to 256 in steps of 16, got 272 and 16"),
         ({"v_depth": 24}, "got 16 and 24"),
@@ -115,10 +119,11 @@ def test_what_is_refused(change: dict[str, object], words: str) -> None:
 
 def test_broken_rules_are_told() -> None:
     wide = dataclasses.replace(SMALL, depth=256, v_depth=256)
-    said = prefill.problems_with(wide, prefill.PrefillConfig(keys=136, stages=1))
+    said = prefill.problems_with(wide, prefill.PrefillConfig(keys=136, stages=1, packed_stages=3))
     assert said == [
         "keys is 136, need a multiple of 16 up to 256",
         "stages is 1, need 2 to 8",
+        "packed_stages is 3, need 2 to 8 for a cache in e4m3, 0 for another",
         "136 keys by 256 need 230 registers, at most 192",
     ]
 

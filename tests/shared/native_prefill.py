@@ -19,7 +19,7 @@ from jax_deepgemm.ops.attention.sm90 import prefill
 
 NATIVE = Path(__file__).parent / "native"
 DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
-PARTS = ("q", "k", "v", "tables", "cu_q_lens", "kv_lens", "layer", "sinks", "slopes")
+PARTS = ("q", "k", "v", "k_scale", "v_scale", "tables", "cu_q_lens", "kv_lens", "layer", "sinks", "slopes")
 
 _TEXT = """\
 #include <jax_deepgemm/attention/prefill.cuh>
@@ -119,11 +119,12 @@ def run(
     source = prefill.prefill_source(p, c)
     kernel = source.text[source.text.index("struct Config") :]
     arguments = ["q.as<void>()", f"jdg::ptx::make_map({box('k', k)})", f"jdg::ptx::make_map({box('v', v)})"]
+    arguments += ["k_scale.as<float>()", "v_scale.as<float>()"]
     arguments += [f"{part}.as<int>()" for part in ("tables", "cu_q_lens", "kv_lens", "layer")]
     arguments += ["sinks.as<float>()", "slopes.as<float>()", "out.as<void>()", "lse.as<float>()"]
     arguments += [*map(str, prefill.integers(p)), *(f"{x!r}f" for x in prefill.factors(p))]
     text = _TEXT.format(
-        half=str(p.kv_dtype == "f16").lower(),
+        half=str(p.q_dtype == "f16").lower(),
         kernel=kernel,
         grid=grid,
         threads=prefill.THREADS,
@@ -132,7 +133,7 @@ def run(
         arguments=", ".join(arguments),
     )
     (folder / "prefill.cc").write_text(text)
-    flags = ["-std=c++20", "-O1", "-pthread", "-Wno-psabi"]
+    flags = ["-std=c++20", "-Og", "-pthread", "-Wno-psabi"]
     flags += ["-fsanitize=address", "-fno-sanitize-recover"] if sanitize else []
     include = [f"-I{path}" for path in (NATIVE / "attention_block", NATIVE / "tensor_block", DEVICE_CODE)]
     subprocess.run([compiler, *flags, *include, folder / "prefill.cc", "-o", folder / "prefill"], check=True)
@@ -160,5 +161,6 @@ def run(
 
 def box(part: str, m: TensorMap) -> str:
     """A `Box` of native/attention_block."""
-    numbers = ["{" + ", ".join(map(str, one)) + "}" for one in (m.box, m.dims, (2, *m.strides))]
-    return f"{{{part}.as<char>(), 2, {', '.join(numbers)}}}"
+    size = 1 if m.dtype == "uint8" else 2
+    numbers = ["{" + ", ".join(map(str, one)) + "}" for one in (m.box, m.dims, (size, *m.strides))]
+    return f"{{{part}.as<char>(), {size}, {m.swizzle}, {', '.join(numbers)}}}"

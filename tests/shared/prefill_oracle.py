@@ -9,7 +9,11 @@ import numpy as np
 
 from jax_deepgemm.ops.attention.problem import AttentionProblem
 
-DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
+DTYPES = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "f16": np.dtype(np.float16),
+    "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 NO_PAGES = (-1, -(2**31), 2**31 - 1)
 
 
@@ -18,6 +22,7 @@ def attend(p: AttentionProblem, operands: dict[str, np.ndarray]) -> tuple[np.nda
     q, k, v = (operands[part].astype(np.float64) for part in ("q", "k", "v"))
     sinks = operands["sinks"] if p.with_sinks else np.full(p.heads, -np.inf)
     layer = int(np.clip(operands["layer"][0], 0, p.layers - 1))
+    k, v = (x * operands[f"{part}_scale"][:, None, :, None, None] for part, x in (("k", k), ("v", v)))
     out, lse = np.zeros((p.tokens, p.heads, p.v_depth)), np.tile(sinks.astype(np.float64), (p.tokens, 1))
     ends = np.clip(operands["cu_q_lens"], 0, p.tokens)
     for i, table in enumerate(operands["tables"]):
@@ -62,10 +67,17 @@ def draw(
             k[layer, page, :, :used] = rng.standard_normal((p.kv_heads, used, p.depth))
             v[layer, page, :, :used] = rng.standard_normal((p.kv_heads, used, p.v_depth))
             tables[i, at // p.page] = rng.choice([*NO_PAGES, p.pages]) if rng.random() < missing else page
+    q = rng.standard_normal((p.tokens, p.heads, p.depth))
+    q[::2] *= 8  # scores that rise by much from tile to tile
+    scales = rng.uniform(0.25, 2.0, (2, p.layers, p.kv_heads)).astype(np.float32)
+    if p.kv_dtype != "e4m3":
+        scales[:] = 1.0
     return {
-        "q": rng.standard_normal((p.tokens, p.heads, p.depth)).astype(kind),
+        "q": q.astype(DTYPES[p.q_dtype]),
         "k": k,
         "v": v,
+        "k_scale": scales[0],
+        "v_scale": scales[1],
         "tables": tables,
         "cu_q_lens": np.cumsum([0, *(count for count, _ in lengths)]).astype(np.int32),
         "kv_lens": np.array([length for _, length in lengths], np.int32),

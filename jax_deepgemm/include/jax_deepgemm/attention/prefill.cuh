@@ -28,208 +28,25 @@
 // begin as a head's sink, where there is one.
 #pragma once
 
-#include <jax_deepgemm/attention/prefill_work.cuh>
-#include <jax_deepgemm/ptx/copy.cuh>
+#include <jax_deepgemm/attention/prefill_load.cuh>
 #include <jax_deepgemm/ptx/fp8.cuh>
 #include <jax_deepgemm/ptx/named.cuh>
-#include <jax_deepgemm/ptx/tma.cuh>
 #include <jax_deepgemm/ptx/wgmma.cuh>
 
 namespace jdg {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kSlack = 8.0f;  // of log2: weights are 256 at most, which float16 has room for
 constexpr int kClearBarrier = 1, kTurnBarrier = 2;
 
-__device__ __forceinline__ float no_score() { return __int_as_float(0xFF800000); }
-
-// What all readers of items do. Lane 0 reads, because lane 0 is the one that releases the slot.
-template <class C>
-struct Items {
-  typename PrefillLayout<C>::ItemPipe pipe;
-
-  __device__ __forceinline__ explicit Items(u32 smem) : pipe(smem) {}
-  __device__ __forceinline__ u32 place() const {
-    return pipe.smem + PrefillLayout<C>::kItems + pipe.stage * kItemBytes;
-  }
-  __device__ __forceinline__ Item receive() {
-    pipe.wait_full();
-    float4 a = {}, b = {};
-    if (threadIdx.x % 32 == 0) a = ptx::load_shared_4(place()), b = ptx::load_shared_4(place() + 16);
-    const auto shared = [](float v) { return __float_as_int(__shfl_sync(0xFFFFFFFF, v, 0)); };
-    const Item item = {shared(a.x), shared(a.y), shared(a.z), shared(a.w),
-                       shared(b.x), shared(b.y), shared(b.z), shared(b.w)};
-    if (threadIdx.x % 32 == 0) pipe.release(pipe.empty());
-    pipe.advance();
-    return item;
-  }
-  __device__ __forceinline__ void publish(const Item& item) {
-    pipe.wait_empty();
-    __syncwarp();  // as in Pipeline::pass
-    if (threadIdx.x % 32 == 0) {
-      ptx::store_shared_4(place(), item.token, item.rows, item.row, item.head);
-      ptx::store_shared_4(place() + 16, item.position, item.keys, item.begin, item.end);
-      pipe.fill_with_nothing();
-    }
-    __syncwarp();
-    pipe.advance();
-  }
-};
-
-// --- producer ---
-
-// A warp. All lanes know the pages of a tile, one of them loads.
-template <class C>
-struct PrefillProducer {
-  using L = PrefillLayout<C>;
-  static constexpr int kBox = kBoxKeys<C>;
-
-  const PrefillProblem& p;
-  Walk<C> walk;
-  Items<C> items;
-  typename L::KeyPipe keys;
-  typename L::ValuePipe values;
-  const int lane, first_page;
-  const bool elected;
-
-  __device__ __forceinline__ PrefillProducer(const PrefillProblem& p, u32 smem, const int* totals)
-      : p(p),
-        walk(p, totals),
-        items(smem),
-        keys(smem),
-        values(smem),
-        lane(threadIdx.x % 32),
-        first_page(clamp_to(*p.layer, 0, p.layers - 1) * p.pages),
-        elected(ptx::elect()) {}
-
-  // This lane's page of a tile, counted over all layers; -1: none, -2: not in the pool.
-  __device__ __forceinline__ int page_of(const int* table, const Item& item, int tile) const {
-    const int key = tile * C::KEYS + lane * kBox;
-    if (lane >= kBoxes<C> || tile < item.begin || key >= item.keys) return -1;
-    const int page = table[key / C::PAGE];
-    return page >= 0 && page < p.pages ? first_page + page : -2;
-  }
-
-  template <int SLABS>
-  __device__ __forceinline__ void load(const TensorMap& map, u32 slot, u32 bar, int tile, int head,
-                                       int page) {
-#pragma unroll
-    for (int i = 0; i < kBoxes<C>; ++i) {
-      const int at = __shfl_sync(0xFFFFFFFF, page, i), row = (tile * C::KEYS + i * kBox) % C::PAGE;
-      if (elected)
-#pragma unroll
-        for (int slab = 0; slab < SLABS; ++slab)
-          ptx::tma_load(slot + (slab * C::KEYS + i * kBox) * kSlabBytes, map, bar, slab * kSlabNumbers, row,
-                        head, at < 0 ? -1 : at);
-    }
-  }
-
-  __device__ __forceinline__ void load_keys(int tile, int head, int page) {
-    const u32 missing = __ballot_sync(0xFFFFFFFF, page == -2);
-    keys.wait_empty();
-    if (elected) {
-      keys.publish(static_cast<int>(missing), 0, 0);
-      keys.expect(L::kKeyBytes);
-    }
-    load<L::kSlabs>(*p.k, keys.smem + L::kKeys + keys.stage * L::kKeyBytes, keys.full(), tile, head, page);
-    keys.advance();
-  }
-  __device__ __forceinline__ void load_values(int tile, int head, int page) {
-    values.wait_empty();
-    if (elected) values.expect(L::kValueBytes);
-    load<L::kValueSlabs>(*p.v, values.smem + L::kValues + values.stage * L::kValueBytes, values.full(), tile,
-                         head, page);
-    values.advance();
-  }
-
-  // Values come a tile behind keys, as they are used.
-  __device__ __forceinline__ void load_item(const Item& item) {
-    const int* const table = p.tables + static_cast<i64>(walk.sequence) * p.table_pages;
-    int page = page_of(table, item, item.end - 1), before = -1;
-#pragma unroll 1
-    for (int tile = item.end - 1; tile >= item.begin; --tile) {
-      const int next = page_of(table, item, tile - 1);
-      load_keys(tile, item.head, page);
-      if (tile + 1 < item.end) load_values(tile + 1, item.head, before);
-      before = page, page = next;
-    }
-    load_values(item.begin, item.head, before);
-  }
-
-  __device__ __forceinline__ void run() {
-#pragma unroll 1
-    for (;;) {
-      const Item item = walk.next();
-      items.publish(item);
-      if (item.head < 0) return;
-      if (item.begin < item.end) load_item(item);
-    }
-  }
-};
-
-// --- loaders of queries ---
-
-template <class C>
-struct Loader {
-  using L = PrefillLayout<C>;
-  static constexpr int kChunks = C::DEPTH / 8;  // of 16 bytes, of a row
-
-  const PrefillProblem& p;
-  Items<C> items;
-  typename L::QueryPipe queries;
-  const int thread;
-
-  __device__ __forceinline__ Loader(const PrefillProblem& p, u32 smem)
-      : p(p), items(smem), queries(smem), thread(static_cast<int>(threadIdx.x) % 128 - 32) {}
-
-  __device__ __forceinline__ void load(const Item& item) const {
-    const char* const from = static_cast<const char*>(p.q);
-#pragma unroll 2
-    for (int i = thread; i < kTileRows * kChunks; i += kLoaderThreads) {
-      const int row = i / kChunks, chunk = i % kChunks, packed = item.row + row;
-      const bool exists = packed < item.rows;
-      const int token = item.token + packed / C::GROUP, head = item.head * C::GROUP + packed % C::GROUP;
-      const i64 at = static_cast<i64>(token) * (C::KV_HEADS * C::GROUP) + head;
-      const u32 to = chunk / 8 * kTileRows * kSlabBytes + row * kSlabBytes + (chunk % 8 ^ row % 8) * 16;
-      ptx::copy_async(queries.smem + to, exists ? from + (at * C::DEPTH + chunk * 8) * 2 : from,
-                      exists ? 16 : 0);
-    }
-    ptx::copy_async_commit();
-    ptx::copy_async_wait();
-    ptx::fence_proxy_async();
-  }
-
-  __device__ __forceinline__ void run() {
-#pragma unroll 1
-    for (;;) {
-      const Item item = items.receive();
-      if (item.head < 0) return;
-      if (item.begin >= item.end) continue;
-      queries.wait_empty();
-      load(item);
-      queries.fill_with_nothing();
-      queries.advance();
-    }
-  }
-
-  // Tokens [begin, end), shared by the loaders of all blocks.
-  __device__ __forceinline__ void clear(int begin, int end) const {
-    constexpr int kHeads = C::KV_HEADS * C::GROUP, kVectors = C::V_DEPTH / 8;
-    const i64 first = static_cast<i64>(begin) * kHeads, last = static_cast<i64>(end) * kHeads;
-    const i64 mine = static_cast<i64>(blockIdx.x) * kLoaderThreads + thread, all = gridDim.x * kLoaderThreads;
-    uint4* const out = static_cast<uint4*>(p.out);
-    for (i64 i = first * kVectors + mine; i < last * kVectors; i += all) out[i] = make_uint4(0, 0, 0, 0);
-    for (i64 i = first + mine; i < last; i += all) p.lse[i] = C::SINKS ? p.sinks[i % kHeads] : no_score();
-  }
-
-  // Rows of no sequence.
-  __device__ __forceinline__ void clear() const {
-    const int begin = clamp_to(p.cu_q_lens[0], 0, p.tokens);
-    clear(0, begin);
-    clear(max(clamp_to(p.cu_q_lens[p.seqs], 0, p.tokens), begin), p.tokens);
-  }
-};
-
 // --- consumers ---
+
+// Of each of a thread's rows, what sums so far are multiplied by; `any`: whether for some of the warp it is
+// not 1.
+struct Shrink {
+  float by[2];
+  bool any;
+};
 
 template <class C>
 struct Attender {
@@ -244,7 +61,7 @@ struct Attender {
   typename L::ValuePipe values;
   typename L::QueryPipe queries;
   const int warpgroup, lane, row;  // of a tile, this thread's first of two
-  const float factor;
+  float scale, factor;             // of products, of scores
   float scores[kHalf];
   float sums[kSums];
   u32 weights[kSteps][4];
@@ -262,6 +79,7 @@ struct Attender {
         warpgroup(warpgroup),
         lane(threadIdx.x % 32),
         row(threadIdx.x / 32 * 16 + lane / 4),
+        scale(p.scale),
         factor(kMoved ? 1.0f : p.scale) {}
 
   // --- rows ---
@@ -272,6 +90,10 @@ struct Attender {
 
   __device__ __forceinline__ void begin(const Item& item) {
     some = item.rows > 0;
+    if constexpr (kPackedCache<C>) {
+      scale = p.scale * p.k_scale[layer_of(p) * C::KV_HEADS + item.head];
+      factor = kMoved ? 1.0f : scale;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int packed = min(item.row + row + half * 8, item.rows - 1);
@@ -293,7 +115,7 @@ struct Attender {
 
   __device__ __forceinline__ void issue_scores() {
     const auto a = ptx::k_major_descriptor(keys.smem + warpgroup * 64 * kSlabBytes);
-    const auto b = ptx::k_major_descriptor(keys.smem + L::kKeys + keys.stage * L::kKeyBytes);
+    const auto b = ptx::k_major_descriptor(key_slot<C>(keys));
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < C::DEPTH / 16; ++step) {
@@ -304,8 +126,7 @@ struct Attender {
     ptx::wgmma_commit();
   }
   __device__ __forceinline__ void issue_values() {
-    const auto b = ptx::mn_major_descriptor(values.smem + L::kValues + values.stage * L::kValueBytes,
-                                            C::KEYS * kSlabBytes);
+    const auto b = ptx::mn_major_descriptor(value_slot<C>(values), C::KEYS * kSlabBytes);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
@@ -343,7 +164,7 @@ struct Attender {
     const int at = tile * C::KEYS + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
-      float x = scores[i] * p.scale;
+      float x = scores[i] * scale;
       if constexpr (C::SOFTCAP) x = p.cap - 2.0f * p.cap * ptx::rcp_approx(1.0f + ptx::ex2_approx(x));
       const int half = i / 2 % 2;
       if constexpr (C::SLOPES) x += slope[half] * (at + i / 4 * 8 + i % 2 - position[half]);
@@ -386,16 +207,19 @@ struct Attender {
     return {rows[0], rows[1]};
   }
 
-  // Returns, of each row, what sums so far are multiplied by.
-  __device__ __forceinline__ float2 powers() {
+  // Scores to powers. Returns, of each row, what sums so far are multiplied by. As long as no score is more
+  // than kSlack above what they were taken relative to, that stays, and so do the sums.
+  __device__ __forceinline__ Shrink powers() {
     const float2 high = largest();
-    float shrink[2];
+    Shrink shrink;
+    bool grown[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float now = half == 0 ? high.x : high.y;
-      const float offset = now == no_score() ? 0.0f : now * factor;
-      shrink[half] = ptx::ex2_approx(most[half] * factor - offset);
-      most[half] = now;
+      const float now = half == 0 ? high.x : high.y, before = most[half] * factor;
+      grown[half] = now * factor - before > kSlack;
+      most[half] = grown[half] ? now : most[half];
+      const float offset = most[half] == no_score() ? 0.0f : most[half] * factor;
+      shrink.by[half] = grown[half] ? ptx::ex2_approx(before - offset) : 1.0f;
       float sum = 0.0f;
 #pragma unroll
       for (int i = 2 * half; i < kHalf; i += 4)
@@ -404,9 +228,10 @@ struct Attender {
           scores[j] = ptx::ex2_approx(scores[j] * factor - offset);
           sum += scores[j];
         }
-      total[half] = total[half] * shrink[half] + sum;
+      total[half] = total[half] * shrink.by[half] + sum;
     }
-    return {shrink[0], shrink[1]};
+    shrink.any = __ballot_sync(0xFFFFFFFF, grown[0] || grown[1]) != 0;
+    return shrink;
   }
 
   __device__ __forceinline__ static u32 pack(float low, float high) {
@@ -422,11 +247,11 @@ struct Attender {
   // Scores of a tile that have arrived. `some` is always so: without a branch ptxas puts the wait for values
   // in front of all powers.
   template <bool EDGE>
-  __device__ __forceinline__ float2 weigh(int tile, u32 missing) {
+  __device__ __forceinline__ Shrink weigh(int tile, u32 missing) {
     if constexpr (kMoved) move_scores(tile);
     if constexpr (EDGE) mask_edge(tile);
     if (missing != 0) mask_missing(missing);
-    float2 shrink = {1.0f, 1.0f};
+    Shrink shrink = {{1.0f, 1.0f}, false};
     if (some) shrink = powers();
     return shrink;
   }
@@ -447,7 +272,7 @@ struct Attender {
     const int rows = min(C::KEYS, (begin + kBox - 1) / kBox * kBox) - begin;
     if (rows <= 0) return;
     values.wait_full();
-    const u32 at = values.smem + L::kValues + values.stage * L::kValueBytes + begin * kSlabBytes;
+    const u32 at = value_slot<C>(values) + begin * kSlabBytes;
     for (int i = threadIdx.x; i < rows * L::kValueSlabs * 8; i += 256)
       ptx::store_shared_4(at + i / (rows * 8) * C::KEYS * kSlabBytes + i % (rows * 8) * 16, 0, 0, 0, 0);
     ptx::fence_proxy_async();
@@ -465,7 +290,7 @@ struct Attender {
     release(keys);
     weigh<true>(item.end - 1, gone);
     pack_weights();
-    clear_values(item);
+    if constexpr (!kPackedCache<C>) clear_values(item);  // which has no NaN
   }
 
   template <bool EDGE>
@@ -483,14 +308,15 @@ struct Attender {
     ptx::wgmma_wait<1>();
     ptx::pin(scores);
     release(keys);
-    const float2 shrink = weigh<EDGE>(tile, gone);
+    const Shrink shrink = weigh<EDGE>(tile, gone);
     ptx::pin(scores);
     ptx::wgmma_wait<0>();
     ptx::pin(sums);
     ptx::pin(weights);
     release(values);
+    if (shrink.any)
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] *= i / 2 % 2 ? shrink.y : shrink.x;
+      for (int i = 0; i < kSums; ++i) sums[i] *= shrink.by[i / 2 % 2];
     pack_weights();
   }
 
@@ -545,7 +371,8 @@ struct Attender {
       all += __shfl_xor_sync(0xFFFFFFFF, all, 1);
       all += __shfl_xor_sync(0xFFFFFFFF, all, 2);
       if (!C::CAUSAL && position[half] < 0) all = 0.0f;
-      const float inverse = all == 0.0f ? 0.0f : 1.0f / all;
+      float inverse = all == 0.0f ? 0.0f : 1.0f / all;
+      if constexpr (kPackedCache<C>) inverse *= p.v_scale[layer_of(p) * C::KV_HEADS + item.head];
       const int packed = item.row + row + half * 8;
       const bool exists = packed < item.rows;
       const i64 at =
@@ -592,8 +419,10 @@ __device__ __forceinline__ void prefill(const PrefillProblem& p) {
   const u32 smem = smem_address(shared);
   int* const totals = reinterpret_cast<int*>(shared + L::kCounts);
   if (threadIdx.x == 0) {
-    typename L::KeyPipe(smem).init(kConsumerWarps);
-    typename L::ValuePipe(smem).init(kConsumerWarps);
+    constexpr int kFillers = kPackedCache<C> ? kLoaderThreads : 1;
+    typename L::KeyPipe(smem).init(kConsumerWarps, kFillers);
+    typename L::ValuePipe(smem).init(kConsumerWarps, kFillers);
+    typename L::PackedPipe(smem).init(3);
     typename L::QueryPipe(smem).init(kConsumerWarps, kLoaderThreads);
     typename L::ItemPipe(smem).init(kConsumerWarps + 3);
     ptx::fence_mbarrier_init();
@@ -607,9 +436,9 @@ __device__ __forceinline__ void prefill(const PrefillProblem& p) {
     if (warp_index() % 4 == 0) {
       PrefillProducer<C>(p, smem, totals).run();
     } else {
-      const Loader<C> loader(p, smem);
+      Loader<C> loader(p, smem);
+      loader.run();
       if constexpr (C::FILL) loader.clear();
-      Loader<C>(loader).run();
     }
   } else {
     ptx::raise_registers<kMany<C>>();

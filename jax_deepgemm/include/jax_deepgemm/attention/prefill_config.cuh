@@ -20,6 +20,7 @@ concept PrefillConfig = requires {
   C::PAGE;                 // keys of a page
   C::KV_HEADS, C::GROUP;   // heads of keys, and of queries for each
   C::STAGES;               // slots of keys, and of values
+  C::PACKED_STAGES;        // slots of either in e4m3; 0: the cache has the queries' type
   C::CAUSAL, C::WINDOW;    // bool: whether queries see no later keys; whether they see a window only
   C::SOFTCAP, C::SLOPES;   // bool: whether scores are bounded; whether they fall with distance
   C::SCALED;               // bool: whether scores are multiplied before anything else looks at them
@@ -49,6 +50,9 @@ constexpr int kMany = kLarge<C> ? 232 : 224;
 template <class C>
 constexpr int kFew = kLarge<C> ? 40 : 56;
 
+template <class C>
+constexpr bool kPackedCache = C::PACKED_STAGES > 0;
+
 // A piece of work: 128 packed rows of a sequence and a kv head.
 struct Item {
   int token, rows;  // the sequence's first token, and its packed rows
@@ -70,20 +74,25 @@ struct PrefillLayout {
   static constexpr int kValueBytes = kValueSlabs * C::KEYS * kSlabBytes;
   static constexpr u32 kKeys = kQueryBytes;
   static constexpr u32 kValues = kKeys + C::STAGES * kKeyBytes;
-  using KeyPipe = Pipeline<C::STAGES, kValues + C::STAGES * kValueBytes>;
+  static constexpr u32 kPacked = kValues + C::STAGES * kValueBytes;
+  static constexpr int kPackedBytes = C::KEYS * (C::DEPTH > C::V_DEPTH ? C::DEPTH : C::V_DEPTH);
+  using KeyPipe = Pipeline<C::STAGES, kPacked + C::PACKED_STAGES * kPackedBytes>;
   using ValuePipe = Pipeline<C::STAGES, KeyPipe::kEnd>;
   using QueryPipe = Pipeline<1, ValuePipe::kEnd>;
   using ItemPipe = Pipeline<2, QueryPipe::kEnd>;
-  static constexpr u32 kItems = ItemPipe::kEnd;
+  using PackedPipe = Pipeline<C::PACKED_STAGES, ItemPipe::kEnd>;
+  static constexpr u32 kItems = PackedPipe::kEnd;
   static constexpr u32 kCounts = kItems + 2 * kItemBytes;
   static constexpr u32 kBytes = kCounts + kTotals * 4;
   static_assert(kBytes <= C::SHARED_BYTES, "the host's arithmetic differs");
 };
 
 // What the kernel works on. `scale` multiplies products first; the bound of scores is in units of log2.
+// Scales of a cache in e4m3 are of a layer and head.
 struct PrefillProblem {
   const void* q;
   const TensorMap *k, *v;
+  const float *k_scale, *v_scale;
   const int *tables, *cu_q_lens, *kv_lens, *layer;
   const float *sinks, *slopes;
   void* out;

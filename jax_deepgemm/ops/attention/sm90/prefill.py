@@ -16,7 +16,9 @@ from jax_deepgemm.ops.attention.problem import AttentionProblem
 ROWS, THREADS = 128, 384
 _SLAB, _SLAB_BYTES = 64, 128
 _LOG2E = math.log2(math.e)
-_DTYPES = {"bf16": "bfloat16", "f16": "float16"}
+_DTYPES = {"bf16": "bfloat16", "f16": "float16", "e4m3": "uint8"}
+_STAGES = {False: ((4, 0), (3, 0), (2, 0)), True: ((3, 4), (2, 4), (2, 3), (2, 2))}
+"""Slots of keys and of values, and of either in e4m3, the most first."""
 
 # PrefillConfig of include/jax_deepgemm/attention/prefill_config.cuh says what each field means.
 _TEXT = """\
@@ -29,7 +31,8 @@ struct Config {{
   using Values = values::Mma;
   static constexpr bool HALF = {half};
   static constexpr int KEYS = {keys}, DEPTH = {depth}, V_DEPTH = {v_depth}, PAGE = {page};
-  static constexpr int KV_HEADS = {kv_heads}, GROUP = {group}, STAGES = {stages};
+  static constexpr int KV_HEADS = {kv_heads}, GROUP = {group};
+  static constexpr int STAGES = {stages}, PACKED_STAGES = {packed_stages};
   static constexpr bool CAUSAL = {causal}, WINDOW = {window}, SOFTCAP = {softcap}, SLOPES = {slopes};
   static constexpr bool SCALED = {scaled}, SINKS = {sinks}, PING_PONG = {ping_pong}, FILL = {fill};
   static constexpr int DECODE_ROWS = {decode_rows}, SHARED_BYTES = {shared};
@@ -37,11 +40,11 @@ struct Config {{
 
 extern "C" __global__ void __launch_bounds__({threads}, 1) {name}(
     const void* q, const __grid_constant__ jdg::TensorMap k, const __grid_constant__ jdg::TensorMap v,
-    const int* tables, const int* cu_q_lens, const int* kv_lens, const int* layer, const float* sinks,
-    const float* slopes, void* out, float* lse, int tokens, int seqs, int table_pages, int pages, int layers,
-    int window, float scale, float cap) {{
-  jdg::prefill<Config>({{q, &k, &v, tables, cu_q_lens, kv_lens, layer, sinks, slopes, out, lse, tokens, seqs,
-                        table_pages, pages, layers, window, scale, cap}});
+    const float* k_scale, const float* v_scale, const int* tables, const int* cu_q_lens, const int* kv_lens,
+    const int* layer, const float* sinks, const float* slopes, void* out, float* lse, int tokens, int seqs,
+    int table_pages, int pages, int layers, int window, float scale, float cap) {{
+  jdg::prefill<Config>({{q, &k, &v, k_scale, v_scale, tables, cu_q_lens, kv_lens, layer, sinks, slopes, out,
+                        lse, tokens, seqs, table_pages, pages, layers, window, scale, cap}});
 }}
 """
 
@@ -53,6 +56,7 @@ class PrefillConfig:
     Attributes:
       keys: of a tile, beside 128 packed rows.
       stages: slots of keys, and of values.
+      packed_stages: slots of either in e4m3, 0 for a cache of the queries' type.
       decode_rows: packed rows of a sequence (queries x group) up to which another kernel takes it.
       ping_pong: whether the two consumers issue their products in turn.
       fill: whether this kernel writes rows of no sequence.
@@ -60,6 +64,7 @@ class PrefillConfig:
 
     keys: int
     stages: int
+    packed_stages: int = 0
     decode_rows: int = 0
     ping_pong: bool = True
     fill: bool = True
@@ -69,11 +74,16 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def is_packed(p: AttentionProblem) -> bool:
+    """Whether the cache is in e4m3, which the kernel widens."""
+    return p.kv_dtype == "e4m3"
+
+
 def prefill_config(p: AttentionProblem, decode_rows: int = 0, smem: int = 232_448) -> PrefillConfig:
     """The one that is used: as many keys as registers and shared memory have room for, then as many slots."""
     for keys in (128, 112, 96, 80, 64, 48, 32, 16):
-        for stages in (4, 3, 2):
-            c = PrefillConfig(keys, stages, decode_rows)
+        for stages in _STAGES[is_packed(p)]:
+            c = PrefillConfig(keys, *stages, decode_rows)
             if not problems_with(p, c) and shared_memory(p, c) <= smem:
                 return c
     raise ValueError(f"no tile for {p}")
@@ -90,6 +100,10 @@ def problems_with(p: AttentionProblem, c: PrefillConfig) -> list[str]:
         (c.keys % 16 == 0 and 16 <= c.keys <= 256, f"keys is {c.keys}, need a multiple of 16 up to 256"),
         (2 <= c.stages <= 8, f"stages is {c.stages}, need 2 to 8"),
         (
+            2 <= c.packed_stages <= 8 if is_packed(p) else c.packed_stages == 0,
+            f"packed_stages is {c.packed_stages}, need 2 to 8 for a cache in e4m3, 0 for another",
+        ),
+        (
             registers <= REGISTERS,
             f"{c.keys} keys by {p.v_depth} need {registers} registers, at most {REGISTERS}",
         ),
@@ -99,9 +113,9 @@ def problems_with(p: AttentionProblem, c: PrefillConfig) -> list[str]:
 
 def refusal(p: AttentionProblem) -> str:
     """Why no configuration can run a problem."""
-    if p.kv_dtype != p.q_dtype or p.kv_dtype not in _DTYPES:
+    if p.q_dtype not in ("bf16", "f16") or p.kv_dtype not in (p.q_dtype, "e4m3"):
         types = f"{p.q_dtype} and {p.kv_dtype}"
-        return f"the prefill kernel takes queries and a cache of one 16-bit type, got {types}"
+        return f"the prefill kernel takes a cache of the queries' 16-bit type or e4m3, got {types}"
     if any(d % 16 or not 16 <= d <= 256 for d in (p.depth, p.v_depth)):
         return f"the prefill kernel takes depths of 16 to 256 in steps of 16, got {p.depth} and {p.v_depth}"
     return ""
@@ -111,8 +125,9 @@ def shared_memory(p: AttentionProblem, c: PrefillConfig) -> int:
     """Bytes of shared memory; mirrors PrefillLayout, which asserts it."""
     slabs, v_slabs = ceil_div(p.depth, _SLAB), ceil_div(p.v_depth, _SLAB)
     tiles = slabs * ROWS + c.stages * c.keys * (slabs + v_slabs)
-    pipelines = 32 * (2 * c.stages + 1 + 2)
-    return tiles * _SLAB_BYTES + pipelines + 2 * 32 + 4 * 128
+    packed = c.packed_stages * c.keys * max(p.depth, p.v_depth)
+    pipelines = 32 * (2 * c.stages + c.packed_stages + 1 + 2)
+    return tiles * _SLAB_BYTES + packed + pipelines + 2 * 32 + 4 * 128
 
 
 def kernel_name(p: AttentionProblem, c: PrefillConfig) -> str:
@@ -129,14 +144,16 @@ def kernel_name(p: AttentionProblem, c: PrefillConfig) -> str:
         *["sparse"] * (not c.fill),
     ]
     sizes = [depth, f"h{p.heads}x{p.kv_heads}", f"page{p.page}", f"k{c.keys}s{c.stages}r{c.decode_rows}"]
-    return "_".join(["jdg_prefill", p.kv_dtype, *sizes, *flags])
+    sizes += [f"p{c.packed_stages}"] if c.packed_stages else []
+    types = [p.q_dtype, *["e4m3"] * is_packed(p)]
+    return "_".join(["jdg_prefill", *types, *sizes, *flags])
 
 
 def prefill_source(p: AttentionProblem, c: PrefillConfig) -> KernelSource:
     """The source of the kernel that runs `c` on `p`, equal for any number of tokens, sequences and pages."""
     name, shared = kernel_name(p, c), shared_memory(p, c)
     said = {
-        "half": p.kv_dtype == "f16",
+        "half": p.q_dtype == "f16",
         "causal": p.causal,
         "window": p.window > 0,
         "softcap": p.softcap > 0,
@@ -147,8 +164,8 @@ def prefill_source(p: AttentionProblem, c: PrefillConfig) -> KernelSource:
         "fill": c.fill,
     }
     text = _TEXT.format(
-        scores=wgmma_wrapper(c.keys, p.kv_dtype, p.kv_dtype),
-        values=wgmma_wrapper(p.v_depth, p.kv_dtype, p.kv_dtype, b_k_major=False, a_in_registers=True),
+        scores=wgmma_wrapper(c.keys, p.q_dtype, p.q_dtype),
+        values=wgmma_wrapper(p.v_depth, p.q_dtype, p.q_dtype, b_k_major=False, a_in_registers=True),
         keys=c.keys,
         depth=p.depth,
         v_depth=p.v_depth,
@@ -156,6 +173,7 @@ def prefill_source(p: AttentionProblem, c: PrefillConfig) -> KernelSource:
         kv_heads=p.kv_heads,
         group=p.group,
         stages=c.stages,
+        packed_stages=c.packed_stages,
         decode_rows=c.decode_rows,
         shared=shared,
         threads=THREADS,
@@ -166,16 +184,17 @@ def prefill_source(p: AttentionProblem, c: PrefillConfig) -> KernelSource:
 
 
 def tensor_maps(p: AttentionProblem, c: PrefillConfig, given: Operands) -> list[TensorMap]:
-    """Of keys and values: a box is 64 numbers of so many keys of a page and head. Pages of all layers lie one
-    behind the other; what is outside arrives as zeros."""
-    rows = math.gcd(p.page, c.keys)
+    """Of keys and values: a box is 64 numbers of so many keys of a page and head, or in e4m3 all of them.
+    Pages of all layers lie one behind the other; what is outside arrives as zeros."""
+    rows, packed = math.gcd(p.page, c.keys), is_packed(p)
     maps = []
     for part, depth in (("k", p.depth), ("v", p.v_depth)):
-        row = 2 * depth
+        row = depth if packed else 2 * depth
         dims = (depth, p.page, p.kv_heads, p.layers * p.pages)
         strides = (row, p.page * row, p.kv_heads * p.page * row)
+        box = (depth if packed else _SLAB, rows, 1, 1)
         buffer = Operand(given[part].index)
-        maps.append(TensorMap(buffer, _DTYPES[p.kv_dtype], dims, strides, (_SLAB, rows, 1, 1), 128))
+        maps.append(TensorMap(buffer, _DTYPES[p.kv_dtype], dims, strides, box, 0 if packed else 128))
     return maps
 
 
@@ -197,11 +216,11 @@ def most_items(p: AttentionProblem) -> int:
 
 
 def prefill_launch(p: AttentionProblem, c: PrefillConfig, chip: Chip, given: Operands) -> Launch:
-    """The launch over q, k, v, tables, cu_q_lens, kv_lens, layer, sinks and slopes; results 0 and 1 are the
-    output and the logarithms of denominators."""
+    """The launch over q, k, v, k_scale, v_scale, tables, cu_q_lens, kv_lens, layer, sinks and slopes; results
+    0 and 1 are the output and the logarithms of denominators."""
     source = prefill_source(p, c)
     k, v = tensor_maps(p, c, given)
-    parts = ("tables", "cu_q_lens", "kv_lens", "layer", "sinks", "slopes")
+    parts = ("k_scale", "v_scale", "tables", "cu_q_lens", "kv_lens", "layer", "sinks", "slopes")
     return Launch(
         kernel=compile_kernel(source, arch=chip.arch),
         grid=(max(min(chip.num_sms, most_items(p)), 1), 1, 1),

@@ -9,7 +9,7 @@ namespace jdg::ptx {
 // What lies in a TensorMap's bytes: sizes innermost first, strides in bytes.
 struct Box {
   const char* from;
-  int element;
+  int element, swizzle;  // bytes
   int box[4];
   long long dims[4], strides[4];
 };
@@ -24,7 +24,8 @@ inline TensorMap make_map(const Box& box) {
 inline void tma_load(u32 smem, const TensorMap& map, u32 bar, int x, int y, int z, int w) {
   Box m;
   std::memcpy(&m, &map, sizeof m);
-  if (x * m.element % 16 || smem % 1024 || m.box[0] * m.element != 128) std::abort();
+  if (x * m.element % 16 || smem % (m.swizzle ? 1024 : 128)) std::abort();
+  if (m.swizzle && m.box[0] * m.element != 128) std::abort();
   const int at[4] = {x, y, z, w};
   u32 to = smem;
   for (int i = 0; i < m.box[0] * m.box[1] * m.box[2] * m.box[3]; ++i, to += m.element) {
@@ -35,7 +36,7 @@ inline void tma_load(u32 smem, const TensorMap& map, u32 bar, int x, int y, int 
       inside &= where >= 0 && where < m.dims[axis];
       from += where * m.strides[axis];
     }
-    char* const place = shared + (to ^ (to / 128 % 8 * 16));
+    char* const place = shared + (m.swizzle ? to ^ (to / 128 % 8 * 16) : to);
     if (place + m.element > shared + sizeof shared) std::abort();
     inside ? std::memcpy(place, from, m.element) : std::memset(place, 0, m.element);
   }
