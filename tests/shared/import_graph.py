@@ -21,7 +21,7 @@ FLOORS = (
     ("config",),
     ("core",),
     ("ops",),
-    ("quantization", "activation", "gemm", "grouped", "indexer", "hyperconnection"),
+    ("quantization", "activation", "gemm", "grouped", "indexer", "hyperconnection", "attention"),
     ("moe", "checkpoint"),
     ("flax",),
     ("tools",),
