@@ -57,16 +57,14 @@ def shaped(op: str, name: str, x: jax.Array, shape: Sequence[int], why: str) -> 
 
 def fitted(op: str, name: str, x: jax.Array, shape: Sequence[int], dims: str) -> jax.Array:
     """x with dimensions of 1 in front, where it broadcasts to a shape."""
-    fits = x.ndim <= len(shape)
-    if fits:
-        x = jnp.expand_dims(x, tuple(range(len(shape) - x.ndim)))
-        fits = all(mine in (1, wanted) for mine, wanted in zip(x.shape, shape, strict=True))
-    if not fits:
+    lead = len(shape) - x.ndim
+    sizes = (1,) * lead + x.shape
+    if lead < 0 or any(mine not in (1, wanted) for mine, wanted in zip(sizes, shape, strict=True)):
         raise ValueError(
             f"{op}: {name} is {list(x.shape)}, need what broadcasts to {dims} = {list(shape)}: each "
             "dimension 1 or as there."
         )
-    return x
+    return jnp.expand_dims(x, tuple(range(lead)))
 
 
 def row(op: str, name: str, given: Any, size: int, ndim: int) -> jax.Array:

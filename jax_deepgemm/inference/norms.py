@@ -76,8 +76,8 @@ def norm(
 
     Returns:
       [.., h] in the dtype of x; or (that, s). s is the sum in float32, rounded once to the dtype of x, and
-      what is normalised is that rounded s. Means, differences and the affine are in float32, in two passes,
-      so that a mean much larger than the deviations costs no digits.
+      what is normalised is that rounded s. Everything is computed in float32, the variance from differences,
+      so that a mean much larger than they are does not drown it.
 
     Raises:
       TypeError, ValueError: types and shapes that do not fit.
