@@ -18,6 +18,7 @@ from jax_deepgemm.inference import checks
 from jax_deepgemm.inference.contiguous import attention
 from jax_deepgemm.inference.elementwise import bias_act, residual_add
 from jax_deepgemm.inference.layers import linear, mlp, norm_linear
+from jax_deepgemm.inference.masks import alibi_bias, mask_bias, view_of
 from jax_deepgemm.inference.names import KINDS, Given, adapter, there
 from jax_deepgemm.inference.norms import norm
 from jax_deepgemm.inference.products import product
@@ -25,49 +26,11 @@ from jax_deepgemm.inference.rotary import rotary
 from jax_deepgemm.inference.scores import masked_softmax
 from jax_deepgemm.inference.weights import QuantizedWeight
 
-MASKED = -9984.0
-"""-10000, as DeepSpeed's masks have for what is hidden, in bfloat16. Such numbers and smaller ones hide."""
 FLASH_KEYS = 128
 """Keys that padded arrays have."""
 
 
 # Softmax and attention --------------------------------------------------------------------------------------
-
-
-def _mask(name: str, given: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """An additive mask for scores [batch, heads, queries, keys], or [batch, queries, keys]."""
-    if not there(given):
-        return None
-    mask = checks.floats(name, "attn_mask", given)
-    if mask.ndim == 2:
-        mask = jnp.expand_dims(mask, tuple(range(1, len(shape) - 1)))
-    elif mask.ndim == 3 and len(shape) == 4:
-        mask = mask[:, None]
-    mask = checks.fitted(name, "attn_mask", mask, shape, "the scores")
-    wide = mask.astype(jnp.float32)
-    return jnp.where(wide <= MASKED, -jnp.inf, wide)
-
-
-def _alibi(
-    name: str, given: Any, shape: tuple[int, ...], offset: int = 0, parts: int = 1
-) -> jax.Array | None:
-    """What ALiBi adds to each key, from [batch * all heads, 1, keys]."""
-    if not there(given):
-        return None
-    batch, heads, _, keys = shape
-    rows = (batch * heads * parts, 1, keys)
-    alibi = checks.floats(name, "alibi", given)
-    checks.shaped(name, "alibi", alibi, rows, "[batch * heads, 1, keys]")
-    own = alibi.reshape(batch, heads * parts, 1, keys)[:, offset : offset + heads]
-    return own.astype(jnp.float32)
-
-
-def _view(given: Given, queries: int, keys: int, triangular: bool) -> dict[str, Any]:
-    """What queries see: the keys up to their own row, or, without that, they are the last ones."""
-    window = int(given.window_size) if given.local_attention else None
-    if not triangular and window is None:
-        return {}
-    return {"causal": True, "q_offset": 0 if triangular else keys - queries, "window": window}
 
 
 def _softmax(given: Given) -> jax.Array:
@@ -78,14 +41,14 @@ def _softmax(given: Given) -> jax.Array:
             "[batch, "
             "queries, keys]."
         )
-    bias = _mask(given.name, given.attn_mask, scores.shape)
+    bias = mask_bias(given.name, given.attn_mask, scores.shape)
     if there(given.alibi):
         whole = scores.shape if scores.ndim == 4 else (scores.shape[0], 1, *scores.shape[1:])
-        alibi = _alibi(given.name, given.alibi, whole, int(given.head_offset), int(given.mp_size))
+        alibi = alibi_bias(given.name, given.alibi, whole, int(given.head_offset), int(given.mp_size))
         assert alibi is not None
         alibi = alibi if scores.ndim == 4 else alibi[:, 0]
         bias = alibi if bias is None else bias + alibi
-    view = _view(given, *scores.shape[-2:], bool(given.triangular))
+    view = view_of(given, *scores.shape[-2:], bool(given.triangular))
     return masked_softmax(scores, scale=float(given.layer_scale), bias=bias, **view)
 
 
@@ -101,8 +64,8 @@ def _softmax_context_int8(given: Given) -> tuple[jax.Array, jax.Array, jax.Array
             "[batch, heads, queries, d], [batch, heads, d, keys] and [batch, heads, keys, d]."
         )
     new = there(given.new_value) and given.new_value.shape[1] > 0
-    view = _view(given, q.shape[2], v.shape[2], bool(given.triangular) and not new)
-    bias = _mask(given.name, given.attn_mask, (*q.shape[:3], v.shape[2]))
+    view = view_of(given, q.shape[2], v.shape[2], bool(given.triangular) and not new)
+    bias = mask_bias(given.name, given.attn_mask, (*q.shape[:3], v.shape[2]))
     parts = (q.swapaxes(1, 2), k.transpose(0, 3, 1, 2), v.swapaxes(1, 2))
     out = attention(*parts, bias=bias, scale=float(given.norm_factor) ** 2, **view)
     return out.swapaxes(1, 2), k, v

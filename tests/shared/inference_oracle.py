@@ -120,7 +120,7 @@ def visible(
 def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray, added: Any = 0.0, scale: Any = None
 ) -> np.ndarray:
-    """q [b, s, h, d], k, v [b, l, kv, ..], seen and added broadcast to [b, h, s, l]; what is not seen is not read."""
+    """q [b, s, h, d], k, v [b, l, kv, ..], seen, added [b, h, s, l]; what is not seen is not read."""
     b, s, h, d = q.shape
     per = h // k.shape[2]
     scale = d**-0.5 if scale is None else scale
