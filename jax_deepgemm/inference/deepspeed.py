@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_deepgemm.inference import checks
+from jax_deepgemm.inference.context import allocate_workspace, reset_cache, softmax_context
 from jax_deepgemm.inference.contiguous import attention
 from jax_deepgemm.inference.elementwise import bias_act, residual_add
 from jax_deepgemm.inference.layers import linear, mlp, norm_linear
@@ -348,6 +349,11 @@ _warned = False
 
 # The table --------------------------------------------------------------------------------------------------
 
+ATTENTION = "query_key_value attn_mask rotary_dim rotate_half rotate_every_two heads"
+MASKS = "norm_factor triangular local_attention window_size no_masking layer_id num_layers alibi"
+WORKSPACE = (
+    "hidden_dim num_heads prompt_length batch_size num_layers mp_size external_cache rank max_out_tokens"
+)
 NORM = "input gamma beta epsilon"
 NORM_RESIDUAL = "input bias residual gamma beta epsilon"
 QKV = "input weight q_scale bias gamma beta epsilon add_bias"
@@ -383,6 +389,10 @@ _TYPED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
             "layer_scale "
             "head_offset mp_size",
         ),
+    ),
+    "softmax_context": (
+        softmax_context,
+        (f"{ATTENTION} num_kv {MASKS} rope_theta is_prompt token_idx position_ids", f"{ATTENTION} {MASKS}"),
     ),
     "bias_gelu": (lambda given: bias_act(given.input, given.bias, "gelu_tanh"), ("input bias",)),
     "bias_add": (lambda given: bias_act(given.input, given.bias), ("input bias",)),
@@ -457,9 +467,17 @@ _UNTYPED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     ),
     "vector_matmul_int8": (_vector_matmul_int8, ("input weight q_scale groups merge_count",)),
     "linear_layer_int8": (_linear_layer_int8, ("input weight bias q_scale groups",)),
+    "reset_cache": (reset_cache, ("",)),
     "release_workspace": (_no_workspace, ("",)),
     "retake_workspace": (_no_workspace, ("",)),
 }
+
+
+_OTHERWISE_TYPED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "allocate_workspace": (allocate_workspace, (f"{WORKSPACE} min_out_tokens", WORKSPACE)),
+    "dequantize": (_dequantize, ("weight qscale groups",)),
+}
+"""Whose first argument has not the type that the name says."""
 
 
 def _table() -> dict[str, Callable[..., Any]]:
@@ -468,13 +486,14 @@ def _table() -> dict[str, Callable[..., Any]]:
         for family, (compute, orders) in (_TYPED | _HEAD_TYPED).items():
             name = f"{family}_{end}"
             found[name] = adapter(name, orders, compute, kind)
-        name = f"dequantize_{end}"
-        found[name] = adapter(name, ("weight qscale groups",), _of_kind(_dequantize, kind))
+        for family, (compute, orders) in _OTHERWISE_TYPED.items():
+            name = f"{family}_{end}"
+            found[name] = adapter(name, orders, _of_kind(compute, kind))
     return found
 
 
 def _of_kind(compute: Callable[[Given], Any], kind: np.dtype[Any]) -> Callable[[Given], Any]:
-    """For names whose first argument has not the type that they say."""
+    """Of arguments that know what the name says."""
     return lambda given: compute(Given(given.name, kind, given))
 
 

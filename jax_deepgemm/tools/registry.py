@@ -31,6 +31,7 @@ FOLDERS = (
     "jax_deepgemm.ops.hc_prenorm",
     "jax_deepgemm.ops.sinkhorn",
     "jax_deepgemm.moe",
+    "jax_deepgemm.inference",
 )
 """Packages of families of kernels, and of layers that are called, compiled and measured like them."""
 
