@@ -176,7 +176,7 @@ struct MlaLoader {
   // Behind a wait for this warp's copies.
   __device__ __forceinline__ static void land() {
     ptx::copy_async_commit();
-    ptx::copy_async_wait();
+    ptx::copy_async_wait<0>();
     ptx::fence_proxy_async();
     __syncwarp();
   }
