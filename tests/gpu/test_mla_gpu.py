@@ -110,10 +110,10 @@ def test_named_keys(form):
 def test_lengths_beyond_limits():
     p = paged_problem("16 heads")
     most, least = 2**31 - 1, -(2**31)
-    operands = mla_oracle.draw(p, [(1, 300), (2, p.columns * p.page // 8), (1, 0), (1, 1), (1, 4), (1, 9)], 3)
-    operands |= {"cu_q_lens": np.array([least, 1, 3, 2, 5, 6, most], np.int32)}
-    operands |= {"kv_lens": operands["kv_lens"] * np.array([1, 1, least, 1, 1, 1])}
-    operands["kv_lens"] = operands["kv_lens"].astype(np.int32)
+    whole = p.columns * p.page
+    operands = mla_oracle.draw(p, [(0, 5), (0, 0), (3, whole), (1, 1), (2, 90), (3, 9)], 3)
+    operands["cu_q_lens"] = np.array([6, least, 0, 3, 4, 6, most], np.int32)
+    operands["kv_lens"] = np.array([5, least, most, 1, 90, 9], np.int32)
     check(p, None, operands)
     gone = operands | {"layer": np.array([most], np.int32)}
     check(p, None, gone)
@@ -147,7 +147,9 @@ def test_batches():
 def test_calls_are_captured():
     """All launches of a call are in the program's command buffer: the handler does not run for each call."""
     calls, runs, p = 10, 20, paged_problem("16 heads")
-    operands = [jnp.nan_to_num(jnp.asarray(x)) for x in mla_oracle.draw(p, PAGED_FORMS["16 heads"][0], 1).values()]
+    operands = [
+        jnp.nan_to_num(jnp.asarray(x)) for x in mla_oracle.draw(p, PAGED_FORMS["16 heads"][0], 1).values()
+    ]
     step = program(p, None)
 
     @jax.jit

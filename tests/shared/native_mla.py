@@ -180,7 +180,9 @@ def run(
         nothing = dict.fromkeys(PARTS, np.zeros(1, np.int32))
         for name, array in {**nothing, **operands, **results}.items():
             array.tofile(to / name)
-    done = subprocess.run([folder / "mla", *folders], capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(
+        [folder / "mla", *folders], capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == 0, done.stderr
 
     def read(at: Path, name: str) -> np.ndarray:

@@ -161,7 +161,9 @@ def sparse_mla_attention(
     return (out, lse) if return_lse else out
 
 
-def mla_append(cache: ArrayLike, keys: ArrayLike, slots: ArrayLike, *, layer: ArrayLike | None = None) -> jax.Array:
+def mla_append(
+    cache: ArrayLike, keys: ArrayLike, slots: ArrayLike, *, layer: ArrayLike | None = None
+) -> jax.Array:
     """Writes the rows of tokens to their slots of a cache of latent attention.
 
     Slot s is token s % page_size of page s // page_size. One scatter of XLA, which is in place where the cache is
@@ -193,7 +195,9 @@ def mla_append(cache: ArrayLike, keys: ArrayLike, slots: ArrayLike, *, layer: Ar
     need = f"{kind.name}, as the cache is"
     new = array(name, "keys", keys, kind, need, f"Convert them: keys.astype({kind.name!r}).")
     if new.ndim != 2 or new.shape[1] != depth:
-        shaped(name, "keys", new, (*new.shape[:1], depth), "rows of the cache, all sequences' behind each other.")
+        shaped(
+            name, "keys", new, (*new.shape[:1], depth), "rows of the cache, all sequences' behind each other."
+        )
     at = integers(name, "slots", slots, new.shape[:1], "one of each token of keys.")
     page = jnp.where((at >= 0) & (at < old.slots), at // old.page_size, -1)
     where = (old.index[0], page, at % old.page_size)

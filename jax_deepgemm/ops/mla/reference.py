@@ -30,7 +30,19 @@ def paged(
     keys, heads = cache[:, :, None], q.shape[1]
     ones, none = jnp.ones((cache.shape[0], 1), jnp.float32), jnp.zeros((1, heads), jnp.float32)
     out, lse = ragged_paged(
-        *(q[:, None], keys, keys[..., :v_head_dim], ones, ones, tables, cu_q_lens, kv_lens, layer, none, none),
+        *(
+            q[:, None],
+            keys,
+            keys[..., :v_head_dim],
+            ones,
+            ones,
+            tables,
+            cu_q_lens,
+            kv_lens,
+            layer,
+            none,
+            none,
+        ),
         scale=scale,
         causal=causal,
         window=0,
@@ -56,7 +68,10 @@ def sparse(
     layers, pages, size, depth = cache.shape
     tokens, heads, _ = q.shape
     if 0 in (layers, pages, tokens, heads, slots.shape[1]):
-        return [jnp.zeros((tokens, heads, v_head_dim), q.dtype), jnp.full((tokens, heads), -jnp.inf, jnp.float32)]
+        return [
+            jnp.zeros((tokens, heads, v_head_dim), q.dtype),
+            jnp.full((tokens, heads), -jnp.inf, jnp.float32),
+        ]
     held = (layer[0] >= 0) & (layer[0] < layers)
     rows = cache.reshape(layers, pages * size, depth)
     at_layer = jnp.clip(layer[0], 0, layers - 1)
@@ -66,7 +81,9 @@ def sparse(
         seen = (named >= 0) & (named < pages * size) & held
         keys = rows[at_layer, jnp.clip(named, 0, pages * size - 1)].astype(jnp.float32)
         keys = jnp.where(seen[:, None], keys, 0)
-        scores = jnp.einsum("hd,kd->hk", mine.astype(jnp.float32), keys, precision=lax.Precision.HIGHEST) * scale
+        scores = (
+            jnp.einsum("hd,kd->hk", mine.astype(jnp.float32), keys, precision=lax.Precision.HIGHEST) * scale
+        )
         scores = jnp.where(seen, scores, -jnp.inf)
         most = jnp.max(scores, axis=-1, keepdims=True)
         most = jnp.where(most == -jnp.inf, 0, most)

@@ -18,7 +18,7 @@ from jax_deepgemm.ops.mla.problem import MOST_DEPTH, MOST_SEQUENCES, MOST_V_DEPT
 THREADS, WARPS = 384, 12
 KEYS, TEAMS = (64, 32), (1, 2, 4)
 MOST_WEIGHTS = 2**31 - 1
-FEW_ROWS = 2048
+FEW_ROWS = 256
 """Results up to which a block of threads adds up the pieces of one, else of eight, a warp each."""
 _ALL = 2**31 - 1
 _SLAB = 128
@@ -200,7 +200,14 @@ def candidates(p: MlaProblem, chip: Chip) -> Iterator[MlaConfig]:
 
 
 def _name(p: MlaProblem, c: MlaConfig, kind: str) -> str:
-    parts = ["jdg", "sparse_mla" if p.sparse else "mla", kind, p.dtype, f"d{p.depth}v{p.v_depth}", f"p{p.page}"]
+    parts = [
+        "jdg",
+        "sparse_mla" if p.sparse else "mla",
+        kind,
+        p.dtype,
+        f"d{p.depth}v{p.v_depth}",
+        f"p{p.page}",
+    ]
     parts += [f"k{c.keys}", f"t{c.team}", *["full"] * (not p.causal and not p.sparse)]
     return "_".join(filter(None, parts))
 

@@ -11,9 +11,11 @@
 //   tiles:    slot  [slabs of 64][KEYS]        loaders -> both; record: bits of keys that there are, 32 a word
 //   weights:  slot  [64 rows][64 keys], factors [64]   scorer -> adder; behind the last, factors only
 //
-//   scorer, for each tile:   weights of its scores; factors and weights to the adder
-//                            issue weights by values, and the scores of the next tile behind it
-//                            wait for the first, release the tile; wait for the scores
+//   scorer:   scores of the first tile, their weights
+//             for each further one:    issue its scores, then weights by values of the tile before
+//                                      wait for the scores: mask, maximum, powers
+//                                      wait for the values: release that tile; factors and weights to the adder
+//             weights by values of the last tile
 //
 //   shared memory:  queries | tiles[STAGES] | weights | factors | pipelines | a word for each warp | prefix sums
 // clang-format on
@@ -240,7 +242,9 @@ struct MlaConsumer {
   __device__ __forceinline__ MlaConsumer(const MlaCall<typename C::T>& call, char* shared, float* parts)
       : call(call), shared(shared), parts(parts), tiles(smem_address(shared)), weights(smem_address(shared)) {}
 
-  __device__ __forceinline__ u32 tile_at() const { return tiles.smem + L::kTiles + tiles.stage * L::kTileBytes; }
+  __device__ __forceinline__ static u32 tile_at(const typename L::TilePipe& of) {
+    return of.smem + L::kTiles + of.stage * L::kTileBytes;
+  }
   __device__ __forceinline__ float& factor(int of_row) const {
     return reinterpret_cast<float*>(shared + L::kFactors)[of_row];
   }
@@ -340,7 +344,7 @@ struct MlaScorer : MlaConsumer<C> {
   }
 
   __device__ __forceinline__ void issue_scores() {
-    const auto a = ptx::k_major_descriptor(queries.smem), b = ptx::k_major_descriptor(this->tile_at());
+    const auto a = ptx::k_major_descriptor(queries.smem), b = ptx::k_major_descriptor(Base::tile_at(tiles));
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < C::D / 16; ++step) {
@@ -350,8 +354,8 @@ struct MlaScorer : MlaConsumer<C> {
     }
     ptx::wgmma_commit();
   }
-  __device__ __forceinline__ void issue_values() {
-    const auto b = ptx::mn_major_descriptor(this->tile_at(), C::KEYS * kSlabBytes);
+  __device__ __forceinline__ void issue_values(const typename L::TilePipe& of) {
+    const auto b = ptx::mn_major_descriptor(Base::tile_at(of), C::KEYS * kSlabBytes);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Base::kSteps; ++step)
@@ -408,6 +412,8 @@ struct MlaScorer : MlaConsumer<C> {
       }
       total[half] = total[half] * by[half] + sum;
     }
+  }
+  __device__ __forceinline__ void pack_powers() {
 #pragma unroll
     for (int i = 0; i < kScores; i += 2) powers[i / 8][i % 8 / 2] = this->pack(scores[i], scores[i + 1]);
   }
@@ -438,6 +444,7 @@ struct MlaScorer : MlaConsumer<C> {
     if (__ballot_sync(0xFFFFFFFF, by[0] != 1.0f || by[1] != 1.0f)) this->shrink(by);
   }
 
+  // Scores of the tile that `tiles` is at have come.
   __device__ __forceinline__ void attend(const MlaPiece& piece) {
     float by[2];
     queries.wait_full();
@@ -446,35 +453,36 @@ struct MlaScorer : MlaConsumer<C> {
     issue_scores();
     ptx::wgmma_wait<0>();
     ptx::pin(scores);
-    int tile = piece.from;
+    weigh(piece.from, by);
+    pack_powers();
+    hand_over<true>(by);  // sums so far are zeros
 #pragma unroll 1
-    for (; tile < piece.to - 1; ++tile) {
-      weigh(tile, by);
-      hand_over<true>(by);
-      apply(by);
-      ptx::pin(sums);
-      ptx::pin(powers);
-      issue_values();
-      auto now = tiles;
+    for (int tile = piece.from + 1; tile < piece.to; ++tile) {
+      const auto before = tiles;
       tiles.advance();
       tiles.wait_full();
       ptx::pin(scores);
-      issue_scores();
-      ptx::wgmma_wait<1>();
       ptx::pin(sums);
       ptx::pin(powers);
-      this->release(now);
-      ptx::wgmma_wait<0>();
+      issue_scores();
+      issue_values(before);
+      ptx::wgmma_wait<1>();
       ptx::pin(scores);
+      weigh(tile, by);
+      ptx::pin(scores);
+      ptx::wgmma_wait<0>();
+      ptx::pin(sums);
+      ptx::pin(powers);
+      if (lane == 0) before.release(before.empty());
+      pack_powers();
+      hand_over<true>(by);
+      apply(by);
     }
     if (lane == 0) queries.release(queries.empty());
     queries.advance();
-    weigh(tile, by);
-    hand_over<true>(by);
-    apply(by);
     ptx::pin(sums);
     ptx::pin(powers);
-    issue_values();
+    issue_values(tiles);
     ptx::wgmma_wait<0>();
     ptx::pin(sums);
     this->release(tiles);
@@ -516,7 +524,7 @@ struct MlaAdder : MlaConsumer<C> {
 
   __device__ __forceinline__ void issue_values() {
     const auto a = ptx::k_major_descriptor(tiles.smem + L::kWeights);
-    const auto b = ptx::mn_major_descriptor(this->tile_at() + L::kHalf / 64 * C::KEYS * kSlabBytes, C::KEYS * kSlabBytes);
+    const auto b = ptx::mn_major_descriptor(Base::tile_at(tiles) + L::kHalf / 64 * C::KEYS * kSlabBytes, C::KEYS * kSlabBytes);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Base::kSteps; ++step)
