@@ -1,5 +1,4 @@
-"""The kernels of latent attention: their sources run on a CPU against the formula, and what is chosen and refused
-before."""
+"""The kernels of latent attention: their sources run on a CPU against the formula, and what is refused."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def broken(p: MlaProblem) -> mla_oracle.Operands:
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_attend(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of a row are added by one warp or by eight. One program ends at the first access out of bounds."""
+    """Pieces of a row are added by one warp or by eight. One ends at the first access out of bounds."""
     p, c, teams = CASES[case]
     if p.heads > 9:
         monkeypatch.setattr(sm90, "FEW_ROWS", 0)

@@ -77,7 +77,7 @@ def draw(p: MlaProblem, lengths: Sequence[tuple[int, int]], seed: int, missing: 
 
 
 def draw_sparse(p: MlaProblem, seed: int, missing: float = 0.2) -> Operands:
-    """Tokens that name slots, a part of which there are not; one names none. Slots that nobody names are NaN."""
+    """Tokens that name slots, a part of which there are not; one names none. Other slots are NaN."""
     rng, kind = np.random.default_rng(seed), DTYPES[p.dtype]
     slots, layer = p.pages * p.page, int(rng.integers(p.layers))
     known = rng.permutation(slots)[: slots // 2]

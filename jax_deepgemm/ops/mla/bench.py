@@ -72,7 +72,7 @@ def _rows(small: bool) -> Iterator[Row]:
 
 TABLES = {
     "mla": Table(
-        "Latent attention (576 / 512) of b sequences' q tokens to n keys each, in pages or named by tokens; BF16",
+        "Latent attention (576 / 512) of b sequences' q tokens to n keys each, in pages or named; BF16",
         ("b", "n", "h", "q", "keys"),
         _rows,
         columns=("us", "TFLOP/s", "GB/s", CLOCK),

@@ -21,7 +21,7 @@ class Latents(NamedTuple):
 
     rows: jax.Array
     stacked: bool
-    index: jax.Array
+    layer: jax.Array
 
     @property
     def page_size(self) -> int:
@@ -74,13 +74,13 @@ def options(where: str, cache: Latents, v_head_dim: Any, scale: Any, split: Any 
     known = isinstance(v_head_dim, (int, np.integer)) and not isinstance(v_head_dim, bool)
     if not known or not 1 <= v_head_dim <= depth:
         raise ValueError(
-            f"{where}: v_head_dim is {v_head_dim!r}, need 1 to head_dim = {depth}: the value is the first numbers "
-            "of the key."
+            f"{where}: v_head_dim is {v_head_dim!r}, need 1 to head_dim = {depth}: the value is the first "
+            "numbers of the key."
         )
     if scale is None:
         raise ValueError(
-            f"{where}: scale is None, need a number: of DeepSeek's models 192 ** -0.5, by heads before they are "
-            "absorbed, times what YaRN adds."
+            f"{where}: scale is None, need a number: of DeepSeek's models 192 ** -0.5, by heads before they "
+            "are absorbed, times what YaRN adds."
         )
     rest = checks.options(
         where,
@@ -100,7 +100,7 @@ def named_slots(where: str, indices: Any, tokens: int) -> jax.Array:
     shape = np.shape(unwrapped(indices))
     if len(shape) != 2 or shape[1] < 1:
         raise ValueError(
-            f"{where}: indices are {describe(unwrapped(indices))}, need integers [{tokens}, n], n >= 1: slots of "
-            "the keys that each token sees, -1 for none."
+            f"{where}: indices are {describe(unwrapped(indices))}, need integers [{tokens}, n], n >= 1: "
+            "slots of the keys that each token sees, -1 for none."
         )
     return integers(where, "indices", indices, (tokens, shape[1]), "a row for each token of q.")

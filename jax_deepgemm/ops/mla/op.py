@@ -6,13 +6,13 @@
 
 Key and value of a token are one row of the cache, which all heads read; the value is its first v numbers.
 
-Static: out_dtype (of q), v_head_dim (v), scale, split (0: the kernel chooses); of the first causal and max_q_len
-(0: unknown).
+Static: out_dtype (of q), v_head_dim (v), scale; of the first causal, max_q_len (0: unknown) and split (0: the
+kernel chooses).
 
-Data that is known on the device alone cannot leave an array: keys of pages or slots outside of the cache, or of a
-layer outside of it, are not seen; kv_lens are held to [0, n s], cu_q_lens to [0, t], where a smaller one than the
-last gives a sequence no rows. Rows that see no key, that belong to no sequence, or that are row max_q_len of
-theirs or a later one are 0, and their lse is minus infinity.
+Data that is known on the device alone cannot leave an array: keys of pages or slots outside of the cache, or
+of a layer outside of it, are not seen; kv_lens are held to [0, n s], cu_q_lens to [0, t], where a smaller one
+than the last gives a sequence no rows. Rows that see no key, that belong to no sequence, or that are row
+max_q_len of theirs or a later one are 0, and their lse is minus infinity.
 
 Heads are cut over devices, and tokens of the second too; the cache is whole.
 """
@@ -29,8 +29,8 @@ from jax_deepgemm.core.op import Op
 from jax_deepgemm.ops.mla import reference
 
 _HINT = (
-    "Attention to a cache is for serving; to train, expand latents to keys and values and attend to these, as "
-    "jax.nn.dot_product_attention does."
+    "Attention to a cache is for serving; to train, expand latents to keys and values and attend to these, "
+    "as jax.nn.dot_product_attention does."
 )
 
 

@@ -1,5 +1,5 @@
-"""Latent attention in jax.numpy, in float32: the paged op by that of ragged_paged_attention, whose one head of
-keys it has; the sparse one token by token."""
+"""Latent attention in jax.numpy, in float32: the paged op is ragged_paged_attention of one head of keys, the
+sparse one goes token by token."""
 
 from __future__ import annotations
 

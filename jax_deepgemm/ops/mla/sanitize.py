@@ -1,4 +1,4 @@
-"""Calls for compute-sanitizer: pages and named keys, parts of sequences, teams of blocks, lengths beyond limits."""
+"""Calls for compute-sanitizer: pages and named keys, parts of sequences, teams, lengths beyond limits."""
 
 from __future__ import annotations
 

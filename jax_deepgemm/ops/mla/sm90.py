@@ -39,11 +39,12 @@ struct Config {{
 }};
 
 extern "C" __global__ void __launch_bounds__({threads}, {blocks}) {name}(
-    const jdg::{dtype}* q, const jdg::{dtype}* cache, const int* tables, const int* starts, const int* lengths,
-    const int* layer, jdg::{dtype}* out, float* lse, float* parts, float* part_stats, int tokens, int heads,
-    int sequences, int columns, int pages, int layers, int most_rows, float scale, int split, int teams) {{
-  const jdg::MlaCall<jdg::{dtype}> call = {{q, cache, tables, starts, lengths, layer, out, lse, tokens, heads,
-                                           sequences, columns, pages, layers, most_rows, scale}};
+    const jdg::{dtype}* q, const jdg::{dtype}* cache, const int* tables, const int* starts,
+    const int* lengths, const int* layer, jdg::{dtype}* out, float* lse, float* parts, float* part_stats,
+    int tokens, int heads, int sequences, int columns, int pages, int layers, int most_rows, float scale,
+    int split, int teams) {{
+  const jdg::MlaCall<jdg::{dtype}> call = {{q, cache, tables, starts, lengths, layer, out, lse, tokens,
+                                           heads, sequences, columns, pages, layers, most_rows, scale}};
 """
 _MAIN = """\
 #include <jax_deepgemm/mla/mla.cuh>

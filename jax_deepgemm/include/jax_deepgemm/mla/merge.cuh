@@ -1,10 +1,12 @@
-// The results of units that several shares had (mla.cuh), and zeros in rows that no sequence has. It may start
-// while that kernel runs, and every block waits for its end.
+// The results of units that several shares had (mla.cuh), and zeros in rows that no sequence has. It may
+// start while that kernel runs, and every block waits for its end.
 //
-//   a block     ROWS rows (heads of one token), each of WARPS warps: each adds every WARPS-th piece's sums, then
+//   a block     ROWS rows (heads of one token), each of WARPS warps: each adds every WARPS-th piece's sums,
+//   then
 //               the warps' sums are added in shared memory, in the order of warps
 //
-//   shared memory   float32 sums [row][warp][DV], their largest scores and denominators; a word for each warp and
+//   shared memory   float32 sums [row][warp][DV], their largest scores and denominators; a word for each warp
+//   and
 //                   prefix sums [sequences + 1]
 #pragma once
 
@@ -37,7 +39,8 @@ __device__ __forceinline__ void mla_merge(const MlaCall<typename C::T>& call, Ml
   extern __shared__ __align__(1024) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = warp % WARPS;
   float* const values = reinterpret_cast<float*>(shared) + warp / WARPS * WARPS * DV;  // [warp][DV]
-  Running* const stats = reinterpret_cast<Running*>(reinterpret_cast<float*>(shared) + ALL * DV) + warp / WARPS * WARPS;
+  Running* const stats =
+      reinterpret_cast<Running*>(reinterpret_cast<float*>(shared) + ALL * DV) + warp / WARPS * WARPS;
   int* const prefix = reinterpret_cast<int*>(shared + ALL * (DV * 4 + 8)) + ALL;
   const MlaBatch<C, ALL> batch = {call, cutting, prefix};
   batch.count();

@@ -133,11 +133,13 @@ struct MlaLoader {
   }
 
   // Four rows of a slab each time, of which `row` is this lane's: 128 bytes by eight lanes.
-  __device__ __forceinline__ void copy_rows(u32 to, int slab_rows, int row, const char* from, bool exists) const {
+  __device__ __forceinline__ void copy_rows(u32 to, int slab_rows, int row, const char* from,
+                                            bool exists) const {
     const u32 at = to + row * kSlabBytes + (lane % 8 ^ row % 8) * 16;
 #pragma unroll
     for (int slab = 0; slab < L::kSlabs; ++slab) {
-      ptx::copy_async(at + slab * slab_rows * kSlabBytes, from + slab * kSlabBytes + lane % 8 * 16, exists ? 16 : 0);
+      ptx::copy_async(at + slab * slab_rows * kSlabBytes, from + slab * kSlabBytes + lane % 8 * 16,
+                      exists ? 16 : 0);
     }
   }
 
@@ -159,7 +161,8 @@ struct MlaLoader {
 #pragma unroll 2
     for (int four = 0; four < 8; ++four) {
       const int within = four * 4 + lane / 8, at = __shfl_sync(0xFFFFFFFF, where, within);
-      const char* const from = at < 0 ? reinterpret_cast<const char*>(call.q) : cache + static_cast<i64>(at) * L::kRowBytes;
+      const char* const from =
+          at < 0 ? reinterpret_cast<const char*>(call.q) : cache + static_cast<i64>(at) * L::kRowBytes;
       copy_rows(to, C::KEYS, warp % kOfTile * 32 + within, from, at >= 0);
     }
   }
@@ -240,7 +243,11 @@ struct MlaConsumer {
   float sums[kSums];
 
   __device__ __forceinline__ MlaConsumer(const MlaCall<typename C::T>& call, char* shared, float* parts)
-      : call(call), shared(shared), parts(parts), tiles(smem_address(shared)), weights(smem_address(shared)) {}
+      : call(call),
+        shared(shared),
+        parts(parts),
+        tiles(smem_address(shared)),
+        weights(smem_address(shared)) {}
 
   __device__ __forceinline__ static u32 tile_at(const typename L::TilePipe& of) {
     return of.smem + L::kTiles + of.stage * L::kTileBytes;
@@ -327,8 +334,12 @@ struct MlaScorer : MlaConsumer<C> {
   float most[2], total[2];
   int stop[2];  // the first key that rows do not see
 
-  __device__ __forceinline__ MlaScorer(const MlaCall<typename C::T>& call, char* shared, float* parts, float* part_stats)
-      : Base(call, shared, parts), part_stats(part_stats), queries(smem_address(shared)), factor(call.scale * kLog2E) {}
+  __device__ __forceinline__ MlaScorer(const MlaCall<typename C::T>& call, char* shared, float* parts,
+                                       float* part_stats)
+      : Base(call, shared, parts),
+        part_stats(part_stats),
+        queries(smem_address(shared)),
+        factor(call.scale * kLog2E) {}
 
   __device__ __forceinline__ void begin(const MlaPiece& piece) {
     this->clear();
@@ -363,8 +374,8 @@ struct MlaScorer : MlaConsumer<C> {
     ptx::wgmma_commit();
   }
 
-  // Scores of keys that rows do not see become minus infinity. `there`: bits of this thread's columns, which are
-  // 8 j + 2 (lane % 4) and the next.
+  // Scores of keys that rows do not see become minus infinity. `there`: bits of this thread's columns, which
+  // are 8 j + 2 (lane % 4) and the next.
   __device__ __forceinline__ void mask(int tile) {
     const u32* const record = reinterpret_cast<const u32*>(shared + L::TilePipe::kRecords + tiles.stage * 16);
 #pragma unroll
@@ -503,7 +514,8 @@ struct MlaScorer : MlaConsumer<C> {
       inverse[half] = all == 0.0f ? 0.0f : 1.0f / all;
       if (lane % 4 != 0 || !piece.exists(own)) continue;
       if (piece.slot >= 0) {
-        const i64 at = static_cast<i64>(piece.slot) * MlaCutting<C>::kRows + blockIdx.x % C::TEAM * kMlaRows + own;
+        const i64 at =
+            static_cast<i64>(piece.slot) * MlaCutting<C>::kRows + blockIdx.x % C::TEAM * kMlaRows + own;
         part_stats[at * 2] = sum.largest, part_stats[at * 2 + 1] = sum.sum;
       } else {
         call.lse[first + own] = log_sum(sum);
@@ -524,7 +536,8 @@ struct MlaAdder : MlaConsumer<C> {
 
   __device__ __forceinline__ void issue_values() {
     const auto a = ptx::k_major_descriptor(tiles.smem + L::kWeights);
-    const auto b = ptx::mn_major_descriptor(Base::tile_at(tiles) + L::kHalf / 64 * C::KEYS * kSlabBytes, C::KEYS * kSlabBytes);
+    const auto b = ptx::mn_major_descriptor(Base::tile_at(tiles) + L::kHalf / 64 * C::KEYS * kSlabBytes,
+                                            C::KEYS * kSlabBytes);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Base::kSteps; ++step)
@@ -573,7 +586,8 @@ __device__ __forceinline__ void mla(const MlaCall<typename C::T>& call, MlaCutti
     ptx::fence_mbarrier_init();
   }
   ptx::let_next_kernel_start();
-  const MlaBatch<C, kMlaWarps> batch = {call, cutting, reinterpret_cast<int*>(shared + L::kBytes) + kMlaWarps};
+  const MlaBatch<C, kMlaWarps> batch = {call, cutting,
+                                        reinterpret_cast<int*>(shared + L::kBytes) + kMlaWarps};
   batch.count();
   __syncthreads();
   MlaPieces<C> pieces(batch);

@@ -27,14 +27,14 @@ concept MlaConfig = requires {
 // One call. Counts and strides are of elements.
 template <class T>
 struct MlaCall {
-  const T* q;         // [tokens, heads, D]
-  const T* cache;     // [layers, pages, PAGE, D]
-  const int* tables;  // [sequences, columns]: pages; sparse: slots, a row for each token
-  const int* starts;  // [sequences + 1]: rows of q; sparse: unread
+  const T* q;          // [tokens, heads, D]
+  const T* cache;      // [layers, pages, PAGE, D]
+  const int* tables;   // [sequences, columns]: pages; sparse: slots, a row for each token
+  const int* starts;   // [sequences + 1]: rows of q; sparse: unread
   const int* lengths;  // [sequences]: keys; sparse: unread
-  const int* layer;   // [1]
-  T* out;             // [tokens, heads, DV]
-  float* lse;         // [tokens, heads]
+  const int* layer;    // [1]
+  T* out;              // [tokens, heads, DV]
+  float* lse;          // [tokens, heads]
   int tokens, heads, sequences, columns, pages, layers;
   int most_rows;  // tokens of a sequence; those beyond are zeros
   float scale;    // of scores
@@ -49,8 +49,8 @@ __device__ __forceinline__ Sequence mla_sequence(const MlaCall<typename C::T>& c
   return {from, min(rows, call.most_rows), keys, keys - rows};
 }
 
-// How work is cut: units of TEAM x 64 packed rows (token x head) of a sequence, each of as many weights as its
-// sequence has tiles of keys, or with `split` that many parts at most. Teams of blocks have equal shares.
+// How work is cut: units of TEAM x 64 packed rows (token x head) of a sequence, each of as many weights as
+// its sequence has tiles of keys, or with `split` that many parts at most. Teams of blocks have equal shares.
 template <class C>
 struct MlaCutting {
   static constexpr int kRows = C::TEAM * 64;
@@ -71,8 +71,8 @@ struct MlaCutting {
   }
 };
 
-// Where the weights of sequences begin. `prefix` has their sums, with a word for each of WARPS warps in front;
-// tokens that name their keys all have the same.
+// Where the weights of sequences begin. `prefix` has their sums, with a word for each of WARPS warps in
+// front; tokens that name their keys all have the same.
 template <class C, int WARPS>
 struct MlaBatch {
   const MlaCall<typename C::T>& call;
@@ -85,7 +85,9 @@ struct MlaBatch {
     prefix_sums<WARPS>(prefix, call.sequences,
                        [&](int s) { return cutting.all_weights(mla_sequence<C>(call, s), call.heads); });
   }
-  __device__ __forceinline__ int each() const { return cutting.all_weights(mla_sequence<C>(call, 0), call.heads); }
+  __device__ __forceinline__ int each() const {
+    return cutting.all_weights(mla_sequence<C>(call, 0), call.heads);
+  }
   __device__ __forceinline__ int before(int s) const { return C::SPARSE ? s * each() : prefix[s]; }
   __device__ __forceinline__ int all() const { return before(call.sequences); }
   // The sequence that has a weight.
