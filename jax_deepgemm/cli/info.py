@@ -231,8 +231,8 @@ def support(device: Any) -> tuple[bool, str]:
     """Returns whether the package's kernels run on a JAX device, and why (not).
 
     >>> import jax
-    >>> support(jax.devices("cpu")[0])
-    (False, 'Ops run in their float32 reference form: kernels need compute capability 9.0 (Hopper).')
+    >>> support(jax.devices("cpu")[0])[1].split(": ")[0]
+    'Ops run in their float32 reference form'
     """
     there = " or ".join(registry.capabilities())
     if device.platform != "gpu":

@@ -27,9 +27,12 @@ FOLDERS = (
     "jax_deepgemm.ops.indexer",
     "jax_deepgemm.ops.indexer_quantize",
     "jax_deepgemm.ops.indexer_topk",
+    "jax_deepgemm.ops.paged_append",
+    "jax_deepgemm.ops.attention",
     "jax_deepgemm.ops.hc_prenorm",
     "jax_deepgemm.ops.sinkhorn",
     "jax_deepgemm.moe",
+    "jax_deepgemm.inference",
 )
 """Packages of families of kernels, and of layers that are called, compiled and measured like them."""
 
@@ -89,7 +92,7 @@ def capabilities() -> list[str]:
     """Returns the compute capabilities that families have kernels for, each with what people call it.
 
     >>> capabilities()
-    ['9.0 (Hopper)']
+    ['9.0 (Hopper)', '8.0 (Ampere) and later']
     """
     return list(dict.fromkeys(described(one) for family in families() for one in family.kernels))
 
@@ -98,7 +101,7 @@ def archs() -> list[str]:
     """Returns the targets that kernels can be compiled for.
 
     >>> archs()
-    ['90a']
+    ['80', '86', '89', '90a', '100a', '120a']
     """
     able = [one for one in GENERATIONS if any(family.runs_on(one) for family in families())]
     return [GENERATIONS[one].arch for one in able]

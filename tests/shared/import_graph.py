@@ -23,7 +23,7 @@ FLOORS = (
     ("ops",),
     ("quantization", "activation", "gemm", "grouped", "indexer", "hyperconnection", "attention"),
     ("moe", "checkpoint"),
-    ("flax",),
+    ("flax", "inference"),
     ("tools",),
     ("deep_gemm",),
     ("",),

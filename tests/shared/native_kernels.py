@@ -54,13 +54,14 @@ struct Bytes {
 };
 
 template <class Kernel>
-void launch(unsigned blocks, unsigned threads, Kernel kernel) {
-  for (unsigned block = 0; block < blocks; ++block)
+void launch(unsigned blocks, unsigned rows, unsigned threads, Kernel kernel) {
+  blockDim.x = threads;
+  for (unsigned block = 0; block < blocks * rows; ++block)
     for (unsigned warp = 0; warp < threads; warp += 32) {
       std::vector<std::thread> all;
       for (unsigned lane = 0; lane < 32; ++lane)
         all.emplace_back([=] {
-          blockIdx.x = block, threadIdx.x = warp + lane;
+          blockIdx.x = block % blocks, blockIdx.y = block / blocks, threadIdx.x = warp + lane;
           kernel();
         });
       for (std::thread& one : all) one.join();
@@ -71,7 +72,7 @@ void launch(unsigned blocks, unsigned threads, Kernel kernel) {
 _RUN = """\
 void run{i}(const std::string& at) {{
   {buffers}
-  launch({blocks}, {threads}, [&] {{ {name}_::{name}({arguments}); }});
+  launch({blocks}, {rows}, {threads}, [&] {{ {name}_::{name}({arguments}); }});
   {saved}
 }}
 """
@@ -83,7 +84,7 @@ class NativeCall:
 
     Attributes:
       source: of the kernel.
-      plan: of the call, of whose only step blocks of threads and integers are taken.
+      plan: of the call, of whose last step blocks of threads and integers are taken.
       operands, results: arrays, in the order of the kernel's pointers; results with what they hold before.
     """
 
@@ -94,7 +95,7 @@ class NativeCall:
 
     @property
     def launch(self) -> Launch:
-        [step] = self.plan.steps
+        step = self.plan.steps[-1]
         assert isinstance(step, Launch)
         return step
 
@@ -142,6 +143,7 @@ def _call(i: int, call: NativeCall) -> str:
         i=i,
         name=call.source.name,
         blocks=call.launch.grid[0],
+        rows=call.launch.grid[1],
         threads=call.launch.block,
         buffers=" ".join(f'Bytes v{j}(at + "/{i}.{j}");' for j in range(count)),
         arguments=", ".join([*(f"v{j}" for j in range(count)), *map(str, call.integers)]),

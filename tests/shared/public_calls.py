@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
-from jax_deepgemm import deep_gemm, hyperconnection, indexer, moe
+from jax_deepgemm import deep_gemm, hyperconnection, indexer, inference, moe
 from jax_deepgemm.ops import grouped
 from jax_deepgemm.ops import quantize as quantization
 from jax_deepgemm.ops import swiglu as activation
@@ -27,6 +27,7 @@ WITHOUT_ARRAYS = {
     "GemmConfig", "GemmProblem", "QuantizedArray", "PreparedWeight", "DEEPSEEK_V3", "DispatchPlan",
     "PreparedFp4",
     "Activation", "ExpertForm", "GPT_OSS", "IndexerConfig",
+    "deepspeed_names", "fastgen_names",
     "__version__", "config", "embed_kernels",
     "explain", "export_checks", "precompile", "from_tuple", "to_tuple", "from_qwix", "to_qwix",
     "scales_shape", "scales_spec", "get_tma_aligned_size", "get_k_alignment_for_contiguous_layout",
@@ -56,7 +57,7 @@ class Call:
 def public_names() -> set[str]:
     return {
         name
-        for module in (jdg, quantization, grouped, activation, hyperconnection, indexer, moe)
+        for module in (jdg, quantization, grouped, activation, hyperconnection, indexer, inference, moe)
         for name in module.__all__
     }
 
@@ -104,6 +105,38 @@ def _scored_tokens(q: Any, values: Any, scales: Any, weights: Any, lens: Any, in
     return indexer.paged_mqa_logits(
         q, cache, weights[:, None], lens, tables, indices=indices, max_context_len=9
     )
+
+
+def _elementwise(x: jax.Array, bias: jax.Array) -> Any:
+    turned = inference.rotary(x[:, None], jnp.arange(TOKENS, dtype=jnp.int32), dim=WIDTH)
+    sums = inference.residual_add(x, x, x, bias, mode="parallel", mp_size=2)
+    acted = inference.bias_act(x, bias, "gelu_erf", gated="interleaved")
+    return turned, sums, acted, inference.norm(x, bias, bias, residual=x, return_sum=True)
+
+
+def _frozen_layers(x: jax.Array, w: jax.Array) -> Any:
+    """A layer and an MLP with weights in few bits, in the layouts that products take."""
+    half, quarter = inference.quantize(w), inference.quantize(w.T, "int4", group_size=64)
+    y, _ = inference.norm_linear(x, half, kind="rms")
+    z, _ = inference.mlp(x, half, quarter, act="silu")
+    fine = inference.QuantizedWeight(half.values, half.scales, "int8")
+    return y, z, inference.linear(x, inference.dequantize(fine, jnp.bfloat16))
+
+
+def _attended(heads: jax.Array) -> Any:
+    x = heads[None]
+    scores = inference.masked_softmax(x.astype(jnp.float32), causal=True, window=2)
+    return scores, inference.attention(x, x, x, causal=True, q_offset=1, kv_lens=4)
+
+
+def _words(ids: jax.Array, x: jax.Array, ends: jax.Array) -> Any:
+    return inference.embed(ids, x, x, ids, offset=1), inference.last_tokens(x, ends)
+
+
+def _through_experts(x: jax.Array, logits: jax.Array) -> jax.Array:
+    ids, weights = inference.moe_route(logits, TOP_K)
+    rows, plan = inference.moe_dispatch(x, ids, EXPERTS)
+    return inference.moe_combine(rows, plan, weights)
 
 
 def _small_weight(product: Callable[..., Any], block: int = 32) -> Callable[..., Any]:
@@ -356,6 +389,11 @@ FORWARD = (
         lambda a, b, rows, sizes: jdg.k_grouped_bf16_gemm_tn_gathered(a, b, sizes, b_rows=rows),
         ("x", "w_t", "k_rows", "sizes"),
     ),
+    Call(
+        "k_grouped_fp8_gemm_tn_gathered",
+        lambda a, b, rows, sizes: jdg.k_grouped_fp8_gemm_tn_gathered(a, b, sizes, b_rows=rows),
+        ("x", "w_t", "k_rows", "sizes"),
+    ),
     Call("m_grouped_fp8_gemm_nt_masked", jdg.m_grouped_fp8_gemm_nt_masked, ("q_xs", "q_ws", "counts")),
     Call("m_grouped_bf16_gemm_nt_masked", jdg.m_grouped_bf16_gemm_nt_masked, ("xs", "ws", "counts")),
     Call(
@@ -441,6 +479,12 @@ FORWARD = (
     Call("route", _route(), ("logits",)),
     Call("route sqrt_softplus", _route(score="sqrt_softplus"), ("logits",)),
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
+    Call("bias_act, residual_add, rotary, norm", _elementwise, ("x", "hidden_bias")),
+    Call("QuantizedWeight, quantize, dequantize, linear, norm_linear, mlp", _frozen_layers, ("x", "w_t")),
+    Call("masked_softmax, attention", _attended, ("heads",)),
+    Call("embed, last_tokens", _words, ("ids", "x", "ends")),
+    Call("moe_route, moe_dispatch, moe_combine", _through_experts, ("x", "logits")),
+    Call("grouped_linear with a bias", inference.grouped_linear, ("x", "ws_t", "sizes", "group_bias")),
     Call("dispatch, combine", _dispatch_and_combine, ("x", "ids", "weights")),
     Call("plan_dispatch, spread_weights", _row_weights, ("ids", "weights")),
     Call("expert_mlp", moe.expert_mlp, ("x", "w13", "w2", "expert_sizes", "row_weights")),

@@ -80,6 +80,8 @@ def operands() -> dict[str, Any]:
         "weights": jnp.asarray(np.take_along_axis(scores, ids, 1), jnp.float32),
         "logits": normal(TOKENS, EXPERTS, dtype=jnp.float32),
         "bias": normal(EXPERTS, dtype=jnp.float32),
+        "hidden_bias": normal(HIDDEN, dtype=jnp.float32),
+        "group_bias": normal(3, WIDTH, dtype=jnp.float32),
         "column_bias": normal(WIDTH, dtype=jnp.float32),
         "expert_sizes": integers(3, 0, 2, 1),
         "row_weights": jnp.asarray(rng.uniform(0.5, 1, TOKENS), jnp.float32),

@@ -556,7 +556,8 @@ def test_the_argument_that_is_carried_has_the_type_of_the_result() -> None:
 def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--tables", "bf16"]) == 2
     assert capsys.readouterr().err == (
-        "tune: cpu has no kernels to measure, need a GPU of compute capability 9.0 (Hopper).\n"
+        "tune: cpu has no kernels to measure, need a GPU of compute capability 9.0 (Hopper) or 8.0 (Ampere) "
+        "and later.\n"
     )
 
 

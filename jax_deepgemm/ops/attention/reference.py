@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_deepgemm.core.derivatives import same_varying_axes
+
 ROWS = 32
 """Rows of a sequence that are computed at once."""
 
@@ -39,13 +41,14 @@ def ragged_paged(
     sink = sinks if with_sinks else jnp.full((heads, group), -jnp.inf, jnp.float32)
     out = jnp.zeros((tokens, heads, group, v.shape[-1]), q.dtype)
     lse = jnp.broadcast_to(sink, (tokens, heads, group)).astype(jnp.float32)
+    out, lse, *_rest = same_varying_axes([out, lse, q, k])  # as what the loops end with
     if 0 in (tokens, heads, group, layers, pages, sequences, columns):
         return [out, lse]
     held = (layer[0] >= 0) & (layer[0] < layers)
     at_layer = jnp.clip(layer[0], 0, layers - 1)
     key = jnp.arange(columns * size)
     begins = jnp.clip(cu_q_lens, 0, tokens)
-    step = min(ROWS, tokens)
+    step = min(ROWS, tokens) if isinstance(tokens, int) else ROWS
 
     def keys_of(x: jax.Array, by: jax.Array, table: jax.Array, seen: jax.Array) -> jax.Array:
         """float32 [keys, g, d] of one sequence, zeros where nothing is to be read."""

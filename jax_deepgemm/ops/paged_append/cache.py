@@ -221,10 +221,10 @@ jax.tree_util.register_dataclass(
 
 def _dtype(where: str, given: Any) -> np.dtype:
     try:
-        kind = np.dtype(given)
+        kind = None if given is None else np.dtype(given)  # np.dtype(None) is float64
     except TypeError:
         kind = None
-    if kind not in DTYPES or given is None:
+    if kind not in DTYPES:
         known = ", ".join(one.name for one in DTYPES)
         raise TypeError(f"{where}: dtype is {getattr(kind, 'name', given)}, need one of {known}.")
     return kind

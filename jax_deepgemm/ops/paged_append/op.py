@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_deepgemm.core.declaration import Dims
+from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.core.sharding import ShardingPlan
 from jax_deepgemm.ops.paged_append import reference
@@ -49,6 +50,7 @@ def _op(name: str, rule: str, results: str) -> Op:
         reference.append,
         blocks=_WHOLE,
         spmd=_own_slots,
+        kernel=LazyKernel("jax_deepgemm.ops.paged_append.kernel", "append"),
         aliases={3: 0, 4: 1},
         grad_hint="A cache is for serving; to train, attend to keys and values themselves, as "
         "jax.nn.dot_product_attention does.",

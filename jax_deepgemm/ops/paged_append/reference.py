@@ -57,11 +57,11 @@ def append(
 
 
 def _put(pages: jax.Array, layer: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
-    """Scatters bits: of numbers that are not written, whatever they are, none changes."""
+    """Scatters rows; of FP8 their bits, as XLA for CPUs would make float16 of a whole FP8 cache and back."""
     size = pages.shape[3]
     slots = jnp.where((slots >= 0) & (slots < pages.shape[1] * size), slots, -1)
-    bits = {1: jnp.uint8, 2: jnp.uint16}[pages.dtype.itemsize]
-    target, new = (lax.bitcast_convert_type(x, bits) for x in (pages, rows))
+    kind = jnp.uint8 if pages.dtype == E4M3 else pages.dtype
+    target, new = (lax.bitcast_convert_type(x, kind) for x in (pages, rows))
     at = (layer, jnp.where(slots < 0, -1, slots // size), slice(None), slots % size)
     written = target.at[at].set(new, mode="drop", wrap_negative_indices=False)
     return lax.bitcast_convert_type(written, pages.dtype)

@@ -17,21 +17,21 @@ COMPILE_THREADS = 8
 
 
 class Accumulator:
-    """A copy of an array, which functions update in place one after the other.
+    """A copy of an array, or of a tree of them, which functions update in place one after the other.
 
     There is one, however many the functions are: it is made when the first is called, and made anew after a
     call that failed.
     """
 
-    def __init__(self, original: jax.Array) -> None:
+    def __init__(self, original: Any) -> None:
         self._original = original
-        self._held: jax.Array | None = None
+        self._held: Any = None
 
-    def update(self, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    def update(self, function: Callable[[Any], Any]) -> Any:
         """Calls a function that its argument is donated to; the result takes its place."""
         held, self._held = self._held, None
         if held is None or _failed(held):
-            held = jnp.copy(self._original)
+            held = jax.tree.map(jnp.copy, self._original)
         self._held = function(held)
         return self._held
 
@@ -39,8 +39,9 @@ class Accumulator:
 def _failed(result: Any) -> bool:
     """Whether the call behind a result is known to have failed; does not wait for it."""
     try:
-        if result.is_ready():
-            result.block_until_ready()
+        for leaf in jax.tree.leaves(result):
+            if leaf.is_ready():
+                leaf.block_until_ready()
     except Exception:
         return True
     return False

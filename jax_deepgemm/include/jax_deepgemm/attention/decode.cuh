@@ -186,7 +186,10 @@ struct Decoder {
     score_tile<Config>(scores, q, tile);
     u32 weights[kGroups][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) weigh(piece, half, scores, first_key, end, there, scale);
+    for (int half = 0; half < 2; ++half) {
+      // Rows that do not exist have queries and scores of 0, which add nothing as weights.
+      if (half == 0 || piece.rows.exists(8)) weigh(piece, half, scores, first_key, end, there, scale);
+    }
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
@@ -214,12 +217,10 @@ struct Decoder {
     const u32 mine = there & ((1u << kGroups) - 1);
     const bool all_seen = first_key + Config::KEYS <= stop && mine == (1u << kGroups) - 1 &&
                           (!Config::WINDOW || first_key > position - call.window);
-    float largest = running[half].largest;
 #pragma unroll
     for (int t = 0; t < Config::KEYS / 8; ++t) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int key = first_key + t * 8 + lane % 4 * 2 + i;
         float& score = scores[t][half * 2 + i];
         if constexpr (Config::SOFTCAP) {
           const float twice = ptx::ex2_approx(score * (scale * 2.0f * kLog2E / call.softcap));
@@ -227,15 +228,26 @@ struct Decoder {
         } else {
           score *= scale * kLog2E;
         }
-        if constexpr (Config::SLOPES) score += slope * static_cast<float>(key - position);
-        if (!all_seen) {
-          const bool in_cache = mine >> (kGroups - 1 - t / 2) & 1;
-          const bool seen = key < stop && in_cache && (!Config::WINDOW || key > position - call.window);
-          score = seen ? score : kNothing;
+        if constexpr (Config::SLOPES) {
+          score += slope * static_cast<float>(first_key + t * 8 + lane % 4 * 2 + i - position);
         }
-        largest = fmaxf(largest, score);
       }
     }
+    if (!all_seen) {
+#pragma unroll
+      for (int t = 0; t < Config::KEYS / 8; ++t) {
+        const bool in_cache = mine >> (kGroups - 1 - t / 2) & 1;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key = first_key + t * 8 + lane % 4 * 2 + i;
+          const bool seen = key < stop && in_cache && (!Config::WINDOW || key > position - call.window);
+          if (!seen) scores[t][half * 2 + i] = kNothing;
+        }
+      }
+    }
+    float largest = running[half].largest;
+#pragma unroll
+    for (const auto& some : scores) largest = fmaxf(largest, fmaxf(some[half * 2], some[half * 2 + 1]));
     largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, 2));
     const float kept = weight_of(running[half].largest, largest), less = subtrahend(largest);

@@ -174,7 +174,7 @@ def scratch_bytes(p: AttentionProblem, c: AttentionConfig, chip: Chip) -> tuple[
 
 def launches(
     p: AttentionProblem, c: AttentionConfig, chip: Chip, most_own_rows: int = _ALL
-) -> tuple[Launch, Launch]:
+) -> tuple[Launch, ...]:
     """The kernel that reads keys, for sequences of so many tokens at most, and the one that adds up."""
     shares = chip.num_sms * c.blocks
     sizes = (p.tokens, p.seqs, p.table_pages, p.pages, p.layers, p.kv_heads, p.max_q_len or _ALL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jax_deepgemm.core.chip import Chip
 from jax_deepgemm.core.family import Kernels, Operands
@@ -11,7 +11,7 @@ from jax_deepgemm.core.launch import LaunchPlan
 from jax_deepgemm.jit import KernelSource
 from jax_deepgemm.ops.attention.family import AttentionConfig
 from jax_deepgemm.ops.attention.problem import MOST_DEPTH, MOST_SEQUENCES, PAGES, AttentionProblem
-from jax_deepgemm.ops.attention.sm90 import decode
+from jax_deepgemm.ops.attention.sm90 import decode, prefill
 
 KEYS, WARPS, BLOCKS = (16, 32), (4, 8), (1, 2)
 MOST_STAGES = 8
@@ -106,13 +106,36 @@ def candidates(p: AttentionProblem, chip: Chip) -> Iterator[AttentionConfig]:
 
 # Launching -------------------------------------------------------------------------------------------------
 
+DECODE_ROWS = 64
+"""Packed rows of a sequence up to which the kernel for few rows takes it, where both are launched."""
+
+
+def few_tokens(p: AttentionProblem) -> int:
+    """Tokens of a sequence up to which the kernel for few rows takes it."""
+    return max(1, DECODE_ROWS // p.group)
+
+
+def has_many(p: AttentionProblem) -> bool:
+    """Whether there may be sequences with more."""
+    return p.most_rows > few_tokens(p)
+
+
+def _prefill_config(p: AttentionProblem) -> prefill.PrefillConfig:
+    return replace(prefill.prefill_config(p, few_tokens(p) * p.group), fill=False)
+
 
 def _sources(p: AttentionProblem, c: AttentionConfig) -> list[KernelSource]:
-    return [decode.decode_source(p, c), decode.merge_source(p, c)]
+    many = [prefill.prefill_source(p, _prefill_config(p))] if has_many(p) else []
+    return [*many, decode.decode_source(p, c), decode.merge_source(p, c)]
 
 
 def _plan(p: AttentionProblem, c: AttentionConfig, chip: Chip, given: Operands) -> LaunchPlan:
-    return LaunchPlan(decode.launches(p, c, chip), decode.scratch_bytes(p, c, chip), label=str(p))
+    if not has_many(p):
+        steps = decode.launches(p, c, chip)
+    else:
+        many = prefill.prefill_launch(p, _prefill_config(p), chip, given)
+        steps = (many, *decode.launches(p, c, chip, few_tokens(p)))
+    return LaunchPlan(steps, decode.scratch_bytes(p, c, chip), label=str(p))
 
 
 KERNELS = Kernels[AttentionProblem, AttentionConfig](

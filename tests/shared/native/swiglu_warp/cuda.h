@@ -71,6 +71,7 @@ template <class T>
 T* __cvta_generic_to_global(T* at) {
   return at;
 }
+inline float __fmul_rn(float a, float b) { return a * b; }
 template <class T>
 T max(T a, T b) {
   return a > b ? a : b;

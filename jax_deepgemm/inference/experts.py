@@ -1,0 +1,109 @@
+"""Products of rows that are sorted by expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_deepgemm.core.arrays import unwrapped
+from jax_deepgemm.inference import checks
+from jax_deepgemm.inference.layers import _STEP_K, _STEP_N, LAYOUTS, Weight, finished
+from jax_deepgemm.inference.weights import QuantizedWeight, dequantize, per_channel
+from jax_deepgemm.ops.grouped.layouts import group_sizes_to_indices
+from jax_deepgemm.ops.grouped.linear import grouped_linear as grouped
+from jax_deepgemm.ops.quantize import QuantizedArray
+from jax_deepgemm.ops.quantize.per_channel import PerChannelArray, dequantize_per_channel
+from jax_deepgemm.ops.ragged_dot.api import ragged_dot
+
+
+def grouped_linear(
+    x: ArrayLike,
+    w: Weight,
+    group_sizes: ArrayLike,
+    bias: ArrayLike | None = None,
+    act: str | None = None,
+    *,
+    w_layout: str = "kn",
+    out_dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """act(x @ w[g] + bias[g]) for the rows of each group g, one group behind the other.
+
+    >>> import jax.numpy as jnp
+    >>> x, w = jnp.ones((4, 16), jnp.bfloat16), jnp.ones((2, 16, 16), jnp.bfloat16)
+    >>> y = grouped_linear(x, w, jnp.array([1, 2]), jnp.array([[1.0] * 16, [2.0] * 16]))
+    >>> y[:, 0].tolist()
+    [17.0, 18.0, 18.0, 0.0]
+
+    What runs is decided by the weight, as in `linear`: arrays in bfloat16 on the grouped kernels, other
+    arrays by `jax.lax.ragged_dot`, a `QuantizedArray` [g, n, k] in FP8, int8 (or e4m3) with a scale a channel
+    as it is stored for bfloat16 rows, k a multiple of 8 and n of 16; everything else is dequantised to the
+    dtype of x at each call.
+
+    Args:
+      x: [m, k] bfloat16, float16 or float32.
+      w: [g, k, n] (see w_layout): an array in the dtype of x, a `QuantizedWeight`, a `PerChannelArray`, or a
+        `QuantizedArray` of FP8.
+      group_sizes: integers [g]: rows of each group.
+      bias: [g, n], or None.
+      act: as in `bias_act`, or None.
+      w_layout: "kn", or "nk" for w stored [g, n, k]: arrays and FP8.
+      out_dtype: bfloat16, float16 or float32; default that of x.
+
+    Returns:
+      [m, n] in out_dtype, rounded once; rows behind the last group are zero, and what they hold is not read.
+
+    Raises:
+      TypeError, ValueError: types, shapes and layouts that do not fit.
+
+    Differentiable with respect to x and arrays w; `jax_deepgemm.grouped_linear` is the layer for training.
+    """
+    op = "grouped_linear"
+    given, w = checks.floats(op, "x", x), unwrapped(w)
+    checks.choice(op, "w_layout", w_layout, LAYOUTS)
+    frozen = isinstance(w, QuantizedWeight | PerChannelArray | QuantizedArray)
+    if frozen and isinstance(w, QuantizedArray) != (w_layout == "nk"):
+        own = "nk" if isinstance(w, QuantizedArray) else "kn"
+        raise ValueError(
+            f"{op}: w is a {type(w).__name__} and w_layout is {w_layout!r}, need {own!r}: its only layout."
+        )
+    weight: Any = w if frozen else checks.floats(op, "w", w, like=given)
+    sizes = checks.integers(op, "group_sizes", group_sizes, "[g]")
+    shape = tuple(weight.shape)
+    if given.ndim != 2 or len(shape) != 3 or shape[1 + w_layout.index("k")] != given.shape[1]:
+        raise ValueError(
+            f"{op}: x is {list(given.shape)} and w is {list(shape)}, need x [m, k] and w "
+            f"[g, {', '.join(w_layout)}] of the same k."
+        )
+    checks.shaped(op, "group_sizes", sizes, shape[:1], "a number of rows for each matrix of w")
+    wide = _multiplied(op, given, weight, sizes, w_layout)
+    if bias is not None:
+        n = shape[1 + w_layout.index("n")]
+        rows = checks.shaped(
+            op, "bias", checks.floats(op, "bias", bias), (shape[0], n), "a row for each group"
+        )
+        group = group_sizes_to_indices(sizes, given.shape[0])
+        own = jnp.take(rows.astype(jnp.float32), jnp.maximum(group, 0), axis=0)
+        wide = jnp.where((group >= 0)[:, None], wide + own, 0.0)
+    return finished(op, wide, None, act, given.dtype if out_dtype is None else out_dtype)
+
+
+def _multiplied(op: str, x: jax.Array, w: Any, sizes: jax.Array, layout: str) -> jax.Array:
+    """float32 [m, n]; rows of no group are zero."""
+    if isinstance(w, QuantizedArray):
+        if x.dtype == np.float16:
+            raise TypeError(
+                f"{op}: x is float16 and w is FP8, need bfloat16 or float32: x.astype(jnp.bfloat16)."
+            )
+        return grouped(x, w, sizes, out_dtype=jnp.float32)
+    if isinstance(w, QuantizedWeight | PerChannelArray):
+        direct = per_channel(op, "w", w) if isinstance(w, QuantizedWeight) else w
+        steps = w.shape[1] % _STEP_K == w.shape[2] % _STEP_N == 0
+        if direct is not None and x.dtype == jnp.bfloat16 and steps:
+            return grouped(x, direct, sizes, recipe="bf16", weight_layout="kn", out_dtype=jnp.float32)
+        w = dequantize(w, x.dtype) if isinstance(w, QuantizedWeight) else dequantize_per_channel(w, x.dtype)
+    stored = {"kn": "gkn", "nk": "gnk"}[layout]
+    return ragged_dot(x, w, sizes, rhs_layout=stored, preferred_element_type=jnp.float32)
