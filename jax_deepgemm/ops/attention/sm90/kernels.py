@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jax_deepgemm.core.chip import Chip
 from jax_deepgemm.core.family import Kernels, Operands
@@ -121,7 +121,7 @@ def has_many(p: AttentionProblem) -> bool:
 
 
 def _prefill_config(p: AttentionProblem) -> prefill.PrefillConfig:
-    return replace(prefill.prefill_config(p, few_tokens(p) * p.group), fill=False)
+    return prefill.prefill_config(p, few_tokens(p) * p.group)
 
 
 def _sources(p: AttentionProblem, c: AttentionConfig) -> list[KernelSource]:
