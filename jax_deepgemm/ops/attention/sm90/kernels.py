@@ -83,19 +83,24 @@ class Cost:
         return f"{self.total:.1f} us (start {self.start:.1f}, reading {self.reading:.1f})"
 
 
+# Measured on an H200 (docs/performance.md).
+_READ, _AHEAD = 4.4e6, 4e3  # bytes of a microsecond; of an SM, in flight, at half of that rate
+_START, _MORE_WARPS = 6.0, 0.6
+_RATES = {(8, 1): 1.0, (4, 2): 0.99, (4, 1): 0.975}
+_FP8_RATES = {(16, 8, 1): 0.74, (16, 4, 2): 0.72, (16, 4, 1): 0.64, (32, 8, 1): 0.82, (32, 4, 2): 0.79}
+_SLOWEST = 0.74
+"""By keys, warps and blocks: how much of that rate they keep up with."""
+
+
 def cost(p: AttentionProblem, c: AttentionConfig, chip: Chip) -> Cost:
     """The model's opinion. A cache in FP8 is widened by instructions, for which few warps have no time."""
     flying = c.blocks * c.warps * (c.stages - 1) * decode.tile_bytes(p, c)
     rate = _READ * flying / (flying + _AHEAD)
     if p.kv_dtype == "e4m3":
-        rate *= _FP8[c.keys == 32, c.warps * c.blocks == 8]
-    return Cost(_START + _SECOND_BLOCK * (c.warps == 8), p.kv_bytes / rate)
-
-
-# Measured on an H200 (docs/performance.md).
-_READ, _AHEAD = 4.45e6, 6e3  # bytes of a microsecond; of an SM, in flight, at half of that rate
-_START, _SECOND_BLOCK = 6.0, 0.4
-_FP8 = {(False, False): 0.66, (False, True): 0.78, (True, False): 0.76, (True, True): 0.82}
+        rate *= _FP8_RATES.get((c.keys, c.warps, c.blocks), _SLOWEST)
+    else:
+        rate *= _RATES.get((c.warps, c.blocks), _SLOWEST)
+    return Cost(_START + _MORE_WARPS * (c.warps == 8), p.kv_bytes / rate)
 
 
 def candidates(p: AttentionProblem, chip: Chip) -> Iterator[AttentionConfig]:
