@@ -37,7 +37,7 @@ def _drawing(tokens: int, hidden: int) -> Callable[[], Any]:
 
 def _function(kind: str, what: str) -> Callable[..., Any]:
     def run(x: jax.Array, residual: jax.Array, gamma: jax.Array) -> Any:
-        total: tuple[jax.Array, ...] = ()
+        total: list[jax.Array] = []
         if what.startswith("sum"):
             y, *total = norm(x, gamma, kind=kind, residual=residual, return_sum=True)
         else:
