@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 ROOMS = (
-    "", ".gemm", ".grouped", ".quantization", ".activation", ".indexer", ".hyperconnection", ".moe", ".flax",
-    ".checkpoint", ".config", ".deep_gemm", ".deep_gemm.testing", ".deep_gemm.legacy",
+    "", ".gemm", ".grouped", ".quantization", ".activation", ".indexer", ".attention", ".hyperconnection",
+    ".moe", ".flax", ".checkpoint", ".config", ".deep_gemm", ".deep_gemm.testing", ".deep_gemm.legacy",
 )  # fmt: skip
 FREE = {"fields", "changes", "options"}
 """What keyword arguments of any name are called."""
