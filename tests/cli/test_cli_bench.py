@@ -354,6 +354,7 @@ COUNTS = {
     "paged_mqa_logits": 14,
     "indexer_quantize": 9,
     "indexer_topk": 6,
+    "paged_append": 6,
     "hc_prenorm": 8,
     "moe": 17,
     "moe_inference": 16,
