@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.ops.attention import checks
 from jax_deepgemm.ops.attention.family import AttentionConfig
-from jax_deepgemm.ops.attention.op import ATTENTION
+from jax_deepgemm.ops.attention.op import attention_op
 from jax_deepgemm.ops.paged_append.cache import PagedKVCache
 from jax_deepgemm.ops.paged_append.checks import layer_index
 
@@ -102,7 +102,7 @@ def ragged_paged_attention(
     """
     cache.check(_NAME)
     query = checks.query(_NAME, q, cache)
-    tokens, heads, _ = query.shape
+    heads = query.shape[1]
     tables, starts, lens = checks.batch(_NAME, block_tables, cu_q_lens, kv_lens, num_seqs)
     static = checks.options(
         _NAME,
@@ -116,20 +116,17 @@ def ragged_paged_attention(
     )
     sink, static["with_sinks"] = checks.per_head(_NAME, "sinks", sinks, heads)
     slope, static["with_slopes"] = checks.per_head(_NAME, "alibi_slopes", alibi_slopes, heads)
-    shape = cache.kv_heads, heads // cache.kv_heads
+    group = heads // cache.kv_heads
     arrays = (
-        query.reshape(tokens, *shape, cache.head_dim),
-        *(cache.k, cache.v, cache.k_scale, cache.v_scale),
-        *(tables, starts, lens, layer_index(_NAME, cache, layer)),
-        *(sink.reshape(shape), slope.reshape(shape)),
+        *(query, cache.k, cache.v, cache.k_scale, cache.v_scale),
+        *(tables, starts, lens, layer_index(_NAME, cache, layer), sink, slope),
     )
-    out, lse = ATTENTION(
+    out, lse = attention_op(group)(
         *same_varying_axes(arrays),
         out_dtype=np.dtype(query.dtype),
-        group=shape[1],
+        group=group,
         config=config,
         num_sms=num_sms,
         **static,
     )
-    out = out.reshape(tokens, heads, cache.v_head_dim)
-    return (out, lse.reshape(tokens, heads)) if return_lse else out
+    return (out, lse) if return_lse else out
