@@ -1,4 +1,4 @@
-"""Messages of jax_deepgemm.attention: a refused call, what it says, and calls after its advice, which work."""
+"""Messages of jax_deepgemm.attention: a refused call, what it says, and calls after that advice."""
 
 from __future__ import annotations
 
