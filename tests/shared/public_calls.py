@@ -67,7 +67,7 @@ def public_names() -> set[str]:
             indexer,
             inference,
             moe,
-        )  # fmt: skip
+        )
         for name in module.__all__
     }
 

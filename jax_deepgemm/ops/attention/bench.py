@@ -49,9 +49,8 @@ def _lengths(sequences: int, keys: int, drawn: bool) -> np.ndarray:
     return np.random.default_rng(0).integers(1, 2 * keys, sequences).astype(np.int32)
 
 
-def _draw(
-    sequences: int, rows: int, keys: int, heads: int, kv: int, depth: int, stored: str, page: int, drawn: bool
-) -> tuple[Any, ...]:
+def _draw(form: tuple[Any, ...], drawn: bool) -> tuple[Any, ...]:
+    sequences, rows, keys, heads, kv, depth, stored, page = form
     lens = _lengths(sequences, keys, drawn)
     columns = -(-int(lens.max()) // page)
     pages = sequences * columns
@@ -92,7 +91,7 @@ def _row(form: tuple[Any, ...], drawn: bool) -> Row:
         name="attention " + " ".join(f"{key}={value}" for key, value in zip(_KEYS, form, strict=True)),
         fields={**dict(zip(_KEYS, form, strict=True)), "drawn": drawn},
         function=attend,
-        draw=functools.partial(_draw, *form, drawn),
+        draw=functools.partial(_draw, form, drawn),
         flops=4 * seen * heads * depth,
         bytes=int(lens.sum()) * kv * depth * 2 * width + 4 * sequences * rows * heads * depth,
         baseline=Beside(

@@ -44,7 +44,7 @@ def cases() -> Iterator[Case]:
     """Yields each form as it should be, and with starts, lengths and pages that break the rules."""
     for stored, depth, v_depth, page, sequences, options in FORMS:
         rng = np.random.default_rng(0)
-        rows, keys = (np.array(x, np.int32) for x in zip(*sequences, strict=True))
+        rows, keys = np.array(sequences, np.int32).T
         columns, tokens = -(-int(keys.max()) // page) + 1, int(rows.sum()) + 2
         pages = len(rows) * columns
         tables = rng.permutation(pages).reshape(len(rows), columns).astype(np.int32)
