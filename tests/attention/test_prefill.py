@@ -34,8 +34,8 @@ CASES = {
     "window": (
         dataclasses.replace(
             SMALL,
-            depth=80,
-            v_depth=48,
+            depth=128,
+            v_depth=80,
             page=32,
             table_pages=3,
             q_dtype="f16",
@@ -43,13 +43,13 @@ CASES = {
             window=20,
             with_sinks=True,
         ),
-        prefill.PrefillConfig(keys=48, stages=2, decode_rows=9),
+        prefill.PrefillConfig(keys=48, stages=2, decode_rows=9, consumers=3),
     ),
     "full": (
         dataclasses.replace(
             SMALL, heads=5, kv_heads=1, kv_dtype="e4m3", causal=False, softcap=3.0, with_slopes=True
         ),
-        prefill.PrefillConfig(keys=32, stages=2, packed_stages=3, ping_pong=False),
+        prefill.PrefillConfig(keys=32, stages=2, packed_stages=3, ping_pong=True),
     ),
 }
 BATCHES = (
@@ -59,12 +59,13 @@ BATCHES = (
 
 
 def broken(p: AttentionProblem) -> dict[str, np.ndarray]:
-    """Lengths beyond every limit. The first sequence is whole."""
+    """Lengths beyond every limit, or a layer. The first sequence is whole."""
     operands = prefill_oracle.draw(p, [(12, 90), (12, 30), (12, 12), (12, 12), (12, 12)], 3)
     most, least = 2**31 - 1, -(2**31)
     operands["cu_q_lens"] = np.array([least, 12, 24, 20, most, most], np.int32)
     operands["kv_lens"] = np.array([90, most, least, 12, 12], np.int32)
-    operands["layer"] = np.array([most], np.int32)
+    if not p.window:
+        operands["layer"] = np.array([most], np.int32)
     return operands
 
 
@@ -119,12 +120,14 @@ def test_what_is_refused(change: dict[str, object], words: str) -> None:
 
 def test_broken_rules_are_told() -> None:
     wide = dataclasses.replace(SMALL, depth=256, v_depth=256)
-    said = prefill.problems_with(wide, prefill.PrefillConfig(keys=136, stages=1, packed_stages=3))
+    said = prefill.problems_with(
+        wide, prefill.PrefillConfig(keys=136, stages=1, packed_stages=3, ping_pong=True)
+    )
     assert said == [
         "keys is 136, need a multiple of 16 up to 256",
         "stages is 1, need 2 to 8",
         "packed_stages is 3, need 2 to 8 for a cache in e4m3, 0 for another",
-        "136 keys by 256 need 230 registers, at most 192",
+        "136 keys by 256 need 230 registers, 2 consumers have 180",
     ]
 
 

@@ -21,7 +21,9 @@ def attend(p: AttentionProblem, operands: dict[str, np.ndarray]) -> tuple[np.nda
     """The output, and the logarithms of denominators."""
     q, k, v = (operands[part].astype(np.float64) for part in ("q", "k", "v"))
     sinks = operands["sinks"] if p.with_sinks else np.full(p.heads, -np.inf)
-    layer = int(np.clip(operands["layer"][0], 0, p.layers - 1))
+    layer = int(operands["layer"][0])
+    pool = p.pages if 0 <= layer < p.layers else 0  # pages of a layer that there is not: none
+    layer = layer if pool else 0
     k, v = (x * operands[f"{part}_scale"][:, None, :, None, None] for part, x in (("k", k), ("v", v)))
     out, lse = np.zeros((p.tokens, p.heads, p.v_depth)), np.tile(sinks.astype(np.float64), (p.tokens, 1))
     ends = np.clip(operands["cu_q_lens"], 0, p.tokens)
@@ -29,7 +31,7 @@ def attend(p: AttentionProblem, operands: dict[str, np.ndarray]) -> tuple[np.nda
         first, count = ends[i], max(ends[i + 1] - ends[i], 0)
         length = int(np.clip(operands["kv_lens"][i], 0, p.table_pages * p.page))
         pages = table.astype(np.int64)[np.arange(length) // p.page]
-        key = np.flatnonzero((pages >= 0) & (pages < p.pages))  # those that are in the pool
+        key = np.flatnonzero((pages >= 0) & (pages < pool))  # those that are in the pool
         where = (layer, pages[key], slice(None), key % p.page)
         for j in range(count):
             position = length - count + j
