@@ -15,7 +15,7 @@ import numpy as np
 from jax_deepgemm.attention import KVCache, attend_with_cache
 from jax_deepgemm.inference import checks
 from jax_deepgemm.inference.contiguous import attention
-from jax_deepgemm.inference.masks import alibi_bias, mask_bias
+from jax_deepgemm.inference.masks import bias_of
 from jax_deepgemm.inference.names import Given, there
 from jax_deepgemm.inference.rotary import rotary
 
@@ -95,7 +95,9 @@ def softmax_context(given: Given, *, cache: Workspace | None = None) -> tuple[ja
     else:
         kept = _appended(kept, k, v, positions, layer)
         keys, values = (_dense(x[layer], kept) for x in (kept.paged.k, kept.paged.v))
-        bias = _bias(given, (b, heads, s, keys.shape[1]))
+        shape = b, heads, s, keys.shape[1]
+        mask, alibi = (_long(given[one], shape[-1]) for one in ("attn_mask", "alibi"))
+        bias = bias_of(given.name, mask, alibi, shape)
         out = attention(q, keys, values, bias=bias, q_offset=lengths, kv_lens=lengths + s, **options)
     last = layer == int(given.num_layers) - 1
     return out.reshape(b, s, heads * d), Workspace(kept, lengths + s if last else lengths)
@@ -129,9 +131,8 @@ def _appended(cache: KVCache, k: jax.Array, v: jax.Array, positions: jax.Array, 
     first = jnp.arange(cache.batch, dtype=jnp.int32)[:, None] * (cache.capacity // size)
     page = jnp.where(positions < cache.capacity, first + positions // size, paged.pages)
     at = (layer, page, slice(None), positions % size)
-    new = (old.at[at].set(x, mode="drop") for old, x in ((paged.k, k), (paged.v, v)))
-    both = dict(zip("kv", new, strict=True))
-    return dataclasses.replace(cache, paged=dataclasses.replace(paged, **both))
+    k, v = (old.at[at].set(x, mode="drop") for old, x in ((paged.k, k), (paged.v, v)))
+    return dataclasses.replace(cache, paged=dataclasses.replace(paged, k=k, v=v))
 
 
 def _dense(pages: jax.Array, cache: KVCache) -> jax.Array:
@@ -140,18 +141,9 @@ def _dense(pages: jax.Array, cache: KVCache) -> jax.Array:
     return split.reshape(cache.batch, cache.capacity, *split.shape[3:])
 
 
-def _bias(given: Given, shape: tuple[int, ...]) -> jax.Array | None:
-    """Of mask and ALiBi, which reach to the tokens there are; keys behind them are not seen anyway."""
-    keys = shape[-1]
-    parts = []
-    if there(given.attn_mask):
-        mask = _long(given.attn_mask, keys)
-        parts.append(mask_bias(given.name, mask, shape))
-    if there(given.alibi):
-        parts.append(alibi_bias(given.name, _long(given.alibi, keys), shape))
-    return sum(parts[1:], parts[0]) if parts else None
-
-
-def _long(x: Any, keys: int) -> jax.Array:
+def _long(x: Any, keys: int) -> Any:
+    """A mask or ALiBi of the tokens there are, for a cache with room for more, which are not seen anyway."""
+    if not there(x):
+        return None
     x = jnp.asarray(checks.unwrapped(x))
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, max(keys - x.shape[-1], 0))])

@@ -19,7 +19,7 @@ from jax_deepgemm.inference.context import allocate_workspace, reset_cache, soft
 from jax_deepgemm.inference.contiguous import attention
 from jax_deepgemm.inference.elementwise import bias_act, residual_add
 from jax_deepgemm.inference.layers import linear, mlp, norm_linear
-from jax_deepgemm.inference.masks import alibi_bias, mask_bias, view_of
+from jax_deepgemm.inference.masks import bias_of, view_of
 from jax_deepgemm.inference.names import KINDS, Given, adapter, there
 from jax_deepgemm.inference.norms import norm
 from jax_deepgemm.inference.products import product
@@ -42,15 +42,12 @@ def _softmax(given: Given) -> jax.Array:
             "[batch, "
             "queries, keys]."
         )
-    bias = mask_bias(given.name, given.attn_mask, scores.shape)
-    if there(given.alibi):
-        whole = scores.shape if scores.ndim == 4 else (scores.shape[0], 1, *scores.shape[1:])
-        alibi = alibi_bias(given.name, given.alibi, whole, int(given.head_offset), int(given.mp_size))
-        assert alibi is not None
-        alibi = alibi if scores.ndim == 4 else alibi[:, 0]
-        bias = alibi if bias is None else bias + alibi
-    view = view_of(given, *scores.shape[-2:], bool(given.triangular))
-    return masked_softmax(scores, scale=float(given.layer_scale), bias=bias, **view)
+    whole = scores if scores.ndim == 4 else scores[:, None]
+    parts = int(given.head_offset), int(given.mp_size)
+    bias = bias_of(given.name, given.attn_mask, given.alibi, whole.shape, *parts)
+    view = view_of(given, whole.shape[2], whole.shape[3], bool(given.triangular))
+    out = masked_softmax(whole, scale=float(given.layer_scale), bias=bias, **view)
+    return out.reshape(scores.shape)
 
 
 def _softmax_context_int8(given: Given) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -66,7 +63,7 @@ def _softmax_context_int8(given: Given) -> tuple[jax.Array, jax.Array, jax.Array
         )
     new = there(given.new_value) and given.new_value.shape[1] > 0
     view = view_of(given, q.shape[2], v.shape[2], bool(given.triangular) and not new)
-    bias = mask_bias(given.name, given.attn_mask, (*q.shape[:3], v.shape[2]))
+    bias = bias_of(given.name, given.attn_mask, None, (*q.shape[:3], v.shape[2]))
     parts = (q.swapaxes(1, 2), k.transpose(0, 3, 1, 2), v.swapaxes(1, 2))
     out = attention(*parts, bias=bias, scale=float(given.norm_factor) ** 2, **view)
     return out.swapaxes(1, 2), k, v
@@ -368,12 +365,12 @@ LINEAR = "input weight bias add_bias do_flash_attn num_heads"
 
 def _layer_norm(given: Given, **options: Any) -> Any:
     residual, bias = given.get("residual"), given.get("bias")
-    form = {"eps": float(given.epsilon), "residual": residual, "bias": bias}
+    form: dict[str, Any] = {"eps": float(given.epsilon), "residual": residual, "bias": bias}
     return norm(given.input, given.gamma, given.beta, **form, **options)
 
 
 def _rms_norm(given: Given, **options: Any) -> Any:
-    form = {"kind": "rms", "eps": float(given.epsilon), "residual": given.get("residual")}
+    form: dict[str, Any] = {"kind": "rms", "eps": float(given.epsilon), "residual": given.get("residual")}
     return norm(given.input, given.gamma, **form, **options)
 
 

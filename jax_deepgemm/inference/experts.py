@@ -66,9 +66,9 @@ def grouped_linear(
     checks.choice(op, "w_layout", w_layout, LAYOUTS)
     frozen = isinstance(w, QuantizedWeight | PerChannelArray | QuantizedArray)
     if frozen and isinstance(w, QuantizedArray) != (w_layout == "nk"):
-        own = "nk" if isinstance(w, QuantizedArray) else "kn"
+        need = "nk" if isinstance(w, QuantizedArray) else "kn"
         raise ValueError(
-            f"{op}: w is a {type(w).__name__} and w_layout is {w_layout!r}, need {own!r}: its only layout."
+            f"{op}: w is a {type(w).__name__} and w_layout is {w_layout!r}, need {need!r}: its only layout."
         )
     weight: Any = w if frozen else checks.floats(op, "w", w, like=given)
     sizes = checks.integers(op, "group_sizes", group_sizes, "[g]")
@@ -82,11 +82,10 @@ def grouped_linear(
     wide = _multiplied(op, given, weight, sizes, w_layout)
     if bias is not None:
         n = shape[1 + w_layout.index("n")]
-        rows = checks.shaped(
-            op, "bias", checks.floats(op, "bias", bias), (shape[0], n), "a row for each group"
-        )
-        group = group_sizes_to_indices(sizes, given.shape[0])
-        own = jnp.take(rows.astype(jnp.float32), jnp.maximum(group, 0), axis=0)
+        rows = checks.floats(op, "bias", bias)
+        checks.shaped(op, "bias", rows, (shape[0], n), "a row for each group")
+        group: Any = group_sizes_to_indices(sizes, given.shape[0])
+        own: Any = jnp.take(rows.astype(jnp.float32), jnp.maximum(group, 0), axis=0)
         wide = jnp.where((group >= 0)[:, None], wide + own, 0.0)
     return finished(op, wide, None, act, given.dtype if out_dtype is None else out_dtype)
 

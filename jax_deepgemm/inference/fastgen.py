@@ -300,7 +300,9 @@ def _ragged_embed(given: Given) -> jax.Array:
     checks.shaped(given.name, "input_ids", ids, positions.shape, "as tokens_to_seq")
     ids = jnp.where(positions >= 0, ids, -1)
     table = given.position_embedding_weight
-    options = {} if table is None else {"positions": positions, "offset": int(given.pos_embed_offset)}
+    options: dict[str, Any] = {}
+    if table is not None:
+        options = {"positions": positions, "offset": int(given.pos_embed_offset)}
     return _result(given, "embedded_tokens", embed(ids, given.embedding_weight, table, **options))
 
 
@@ -348,12 +350,12 @@ def _append(given: Given, inv_freq: jax.Array | None) -> Any:
             raise ValueError(
                 f"{given.name}: {name} is {list(x.shape)}, need heads of {d} numbers, as the cache's."
             )
-    heads = [x.reshape(x.shape[0], -1, d) for x, d in ((k, cache.head_dim), (v, cache.v_head_dim))]
+    k, v = k.reshape(k.shape[0], -1, cache.head_dim), v.reshape(v.shape[0], -1, cache.v_head_dim)
     if inv_freq is None or inv_freq.shape[0] == 0:
-        return paged_append(cache, *heads, slots), q
+        return paged_append(cache, k, v, slots), q
     turning = (jnp.maximum(positions, 0), inv_freq)
     query = q.reshape(q.shape[0], -1, cache.head_dim)
-    cache, query = paged_append(cache, *heads, slots, q=query, rotary=turning)
+    cache, query = paged_append(cache, k, v, slots, q=query, rotary=turning)
     return cache, query.reshape(q.shape)
 
 

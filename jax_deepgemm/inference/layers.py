@@ -133,10 +133,9 @@ def _frozen(op: str, x: jax.Array, w: Any, name: str) -> jax.Array:
         options: dict[str, Any] = {"recipe": "bf16", "weight_layout": "kn", "out_dtype": jnp.float32}
         y = grouped(x.reshape(rows, k), stacked, sizes, **options)
         return y.reshape(*x.shape[:-1], n)
-    plain = (
-        dequantize_per_channel(direct, x.dtype) if isinstance(w, PerChannelArray) else dequantize(w, x.dtype)
-    )
-    return product(x, plain, ((x.ndim - 1,), (0,)))
+    if isinstance(w, PerChannelArray):
+        return product(x, dequantize_per_channel(w, x.dtype), ((x.ndim - 1,), (0,)))
+    return product(x, dequantize(w, x.dtype), ((x.ndim - 1,), (0,)))
 
 
 def norm_linear(

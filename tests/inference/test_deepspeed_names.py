@@ -449,9 +449,9 @@ def test_workspaces_are_not_taken_with_one_warning(monkeypatch: pytest.MonkeyPat
 
 
 def _steps(end: str, d: int, alibi: bool) -> tuple[list[Any], Any]:
-    """A prompt of 4 tokens and two single ones, of two layers, and what one pass gives for the second."""
+    """A prompt of 4 tokens and a single one, of two layers, and what one pass gives for the second."""
     name, t = f"softmax_context_{end}", TYPES[end]
-    heads, kv, tokens = 4, 2 if not alibi else 4, 6
+    heads, kv, tokens = 4, 2 if not alibi else 4, 5
     qkv = drawn(50, B, tokens, (heads + 2 * kv) * d, dtype=t)
     slopes = np.array([0.5, 0.25, 1, 2])
     ramp = (
@@ -463,7 +463,7 @@ def _steps(end: str, d: int, alibi: bool) -> tuple[list[Any], Any]:
 
     def run(workspace: Any, qkv: Any, ramp: Any, mask: Any) -> Any:
         parts = []
-        for first, size in ((0, 4), (4, 1), (5, 1)):
+        for first, size in ((0, 4), (4, 1)):
             upto = first + size
             for layer in range(2):
                 given = qkv[:, first:upto] * (layer + 1)
@@ -489,10 +489,7 @@ def _steps(end: str, d: int, alibi: bool) -> tuple[list[Any], Any]:
     return got, want.reshape(B, tokens, heads * d)
 
 
-@pytest.mark.parametrize(
-    ("end", "d", "alibi"),
-    [("fp32", 8, True), ("fp16", 8, False), ("bf16", 16, False), ("fp16", 16, True)],
-)
+@pytest.mark.parametrize(("end", "d", "alibi"), [("fp32", 8, True), ("bf16", 16, False)])
 def test_a_prompt_and_steps_are_one_pass(end: str, d: int, alibi: bool) -> None:
     """Rotary positions, a window of 3 keys in every step, fewer heads of keys, masked keys, per layer."""
     close(*_steps(end, d, alibi), 8)

@@ -5,7 +5,8 @@
 //   a block     one head of one token; each of its warps adds every WARPS-th piece's sums, 4 columns a lane,
 //               then the warps' sums are added in shared memory, in the order of warps
 //
-//   shared memory   float32 sums [warp][DV], their largest scores and denominators [warp]; a word for each warp
+//   shared memory   float32 sums [warp][DV], their largest scores and denominators [warp]; a word for each
+//   warp
 //                   and prefix sums [sequences + 1]
 #pragma once
 
@@ -14,8 +15,9 @@
 namespace jdg {
 
 template <class Config, int WARPS>
-__device__ __forceinline__ void attention_merge(const AttentionCall<typename Config::T>& call, Cutting<Config> cutting,
-                                                const float* parts, const float* part_stats, int blocks) {
+__device__ __forceinline__ void attention_merge(const AttentionCall<typename Config::T>& call,
+                                                Cutting<Config> cutting, const float* parts,
+                                                const float* part_stats, int blocks) {
   constexpr int DV = Config::DV, FOURS = DV / 4, ROUNDS = ceil_div(FOURS, 32);
   extern __shared__ __align__(1024) char shared[];
   float* values = reinterpret_cast<float*>(shared);  // [warp][DV]
@@ -45,7 +47,8 @@ __device__ __forceinline__ void attention_merge(const AttentionCall<typename Con
   const int length = cutting.weights(sequence, window);
   if (prefix[s + 1] == prefix[s]) return;
   const int packed = own * Config::GROUP + q_head % Config::GROUP;
-  const int unit = packed / Config::ROWS * call.kv_heads + q_head / Config::GROUP, row = packed % Config::ROWS;
+  const int unit = packed / Config::ROWS * call.kv_heads + q_head / Config::GROUP,
+            row = packed % Config::ROWS;
   const int from = prefix[s] + unit * length;
   const bool split = cutting.split > 0;
   const Shares shares(prefix[call.sequences], blocks);
