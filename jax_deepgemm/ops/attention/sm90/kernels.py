@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jax_deepgemm.core.chip import Chip
 from jax_deepgemm.core.family import Kernels, Operands
