@@ -78,14 +78,15 @@ template <class C>
 constexpr bool kLarge = C::KEYS * 3 / 4 + C::V_DEPTH / 2 > 160;
 template <class C>
 constexpr int kMany = C::CONSUMERS == 3 ? 160
-                      : kPackedCache<C> ? 208
+                      : kPackedCache<C> ? (kLarge<C> ? 216 : 208)
                       : kLarge<C>       ? 232
                                         : 224;
 template <class C>
 constexpr int kFew = C::CONSUMERS == 3              ? 32
                      : kPackedCache<C> || kLarge<C> ? 40
                                                     : 56;
-constexpr int kWidenerRegisters = 56;
+template <class C>
+constexpr int kWidenerRegisters = kLarge<C> ? 40 : 56;
 
 // A piece of work: a tile of packed rows of a sequence and a kv head.
 struct Item {
