@@ -163,5 +163,6 @@ def _xla(
     grouped = q.reshape(b, sq, kv, h // kv, d).transpose(0, 2, 3, 1, 4)
     scores = product(grouped, k, ((4,), (3,)), ((0, 1), (0, 2)))
     p = softmax(op, scores.reshape(b, h, sq, length) * scale, view, bias, alibi_slopes)
-    out = product(p.astype(v.dtype).reshape(b, kv, h // kv, sq, length), v, ((4,), (1,)), ((0, 1), (0, 2)))
-    return out.reshape(b, h, sq, v.shape[3]).swapaxes(1, 2).astype(q.dtype)
+    p = p.astype(v.dtype).reshape(b, kv, h // kv, sq, length)
+    out = product(p, v, ((4,), (1,)), ((0, 1), (0, 2)), q.dtype)
+    return out.reshape(b, h, sq, v.shape[3]).swapaxes(1, 2)

@@ -54,22 +54,11 @@ class Call:
         return jax.device_put(arrays, NamedSharding(mesh_of_two(), P())) if self.mesh else arrays
 
 
+ROOMS = (jdg, quantization, grouped, activation, attention, hyperconnection, indexer, inference, moe)
+
+
 def public_names() -> set[str]:
-    return {
-        name
-        for module in (
-            jdg,
-            quantization,
-            grouped,
-            activation,
-            attention,
-            hyperconnection,
-            indexer,
-            inference,
-            moe,
-        )  # fmt: skip
-        for name in module.__all__
-    }
+    return {name for module in ROOMS for name in module.__all__}
 
 
 def _gradient(fn: Callable[..., Any], *wrt: int) -> Callable[..., Any]:
