@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
     from jax_deepgemm.ops.grouped.gathered import (
         k_grouped_bf16_gemm_tn_gathered,
+        k_grouped_fp8_gemm_tn_gathered,
         m_grouped_bf16_gemm_nn_gathered,
         m_grouped_bf16_gemm_nt_gathered,
         m_grouped_fp8_gemm_nt_gathered,
@@ -102,6 +103,7 @@ _HOME = {
     "k_grouped_bf16_gemm_tn_gathered": "ops.grouped.gathered",
     "k_grouped_fp8_gemm_nt_contiguous": "ops.grouped.api",
     "k_grouped_fp8_gemm_tn_contiguous": "ops.grouped.api",
+    "k_grouped_fp8_gemm_tn_gathered": "ops.grouped.gathered",
     "m_grouped_bf16_gemm_nn_contiguous": "ops.grouped.api",
     "m_grouped_bf16_gemm_nn_gathered": "ops.grouped.gathered",
     "m_grouped_bf16_gemm_nt_contiguous": "ops.grouped.api",
@@ -159,6 +161,7 @@ __all__ = [
     "k_grouped_bf16_gemm_tn_gathered",
     "k_grouped_fp8_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_tn_contiguous",
+    "k_grouped_fp8_gemm_tn_gathered",
     "m_grouped_bf16_gemm_nn_contiguous",
     "m_grouped_bf16_gemm_nn_gathered",
     "m_grouped_bf16_gemm_nt_contiguous",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-_K = {"e4m3": 32, "e5m2": 32, "bf16": 16, "tf32": 8}  # of one instruction
+_K = {"e4m3": 32, "e5m2": 32, "bf16": 16, "tf32": 8, "f16": 16}  # of one instruction
 _FP8 = ("e4m3", "e5m2")
+_HALVES = ("bf16", "f16")
 _FRAGMENT = 4  # registers of a thread that hold its part of A, 64 rows by one instruction's k
 
 
@@ -25,9 +26,9 @@ def wgmma_wrapper(
 
     Args:
       n: width of the instruction's result, 8 to 256 in steps of 8.
-      a, b: operand types, "e4m3", "e5m2" (which mix freely), "bf16" or "tf32".
-      a_k_major, b_k_major: how the operands lie in shared memory; other types than bf16 exist K-major only
-        (PTX ISA 9.7.15.5).
+      a, b: operand types, "e4m3", "e5m2" (which mix freely), "bf16", "f16" or "tf32".
+      a_k_major, b_k_major: how the operands lie in shared memory; other types than bf16 and f16 exist
+        K-major only (PTX ISA 9.7.15.5).
       a_in_registers: whether A comes from registers, which must not change until the product is waited for.
 
     Raises:
@@ -43,7 +44,7 @@ def wgmma_wrapper(
     first = ", ".join(f"%{count + i}" for i in range(sources))
     first = f"{{{first}}}" if a_in_registers else first
     majors = (*(() if a_in_registers else (a_k_major,)), b_k_major)
-    transposes = "".join(f", {int(not k_major)}" for k_major in majors) if a == "bf16" else ""
+    transposes = "".join(f", {int(not k_major)}" for k_major in majors) if a in _HALVES else ""
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     given = ", ".join(f'"r"(a[{i}])' for i in range(_FRAGMENT)) if a_in_registers else '"l"(a)'
     parameter = f"const jdg::u32 (&a)[{_FRAGMENT}]" if a_in_registers else "jdg::u64 a"
@@ -70,7 +71,7 @@ def _check(n: int, a: str, b: str, a_k_major: bool, b_k_major: bool, a_in_regist
             f"wgmma_wrapper: operands are {a!r} and {b!r}, must be equal, one of {', '.join(_K)}; only the "
             "8-bit types mix."
         )
-    if a != "bf16" and not (a_k_major and b_k_major):
+    if a not in _HALVES and not (a_k_major and b_k_major):
         raise ValueError(f"wgmma_wrapper: {a} operands must both be K-major; transpose them in memory.")
     if a_in_registers and not a_k_major:
         raise ValueError(

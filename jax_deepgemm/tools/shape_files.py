@@ -11,6 +11,7 @@ A file has a shape a line, as JSON objects or as CSV; empty lines and lines that
     {"op": "k_grouped_fp8_gemm_nt_contiguous", "groups": 32, "m": 4096, "n": 7168, "k": 8192}
     {"op": "m_grouped_fp8_gemm_nt_gathered", "groups": 32, "tokens": 4096, "m": 8192, "n": 4096, "k": 7168}
     {"op": "k_grouped_bf16_gemm_tn_gathered", "groups": 32, "tokens": 4096, "m": 7168, "n": 4096, "k": 8192}
+    {"op": "k_grouped_fp8_gemm_tn_gathered", "groups": 32, "tokens": 4096, "m": 7168, "n": 4096, "k": 8192}
     {"op": "bf16_einsum", "expr": "bhr,hdr->bhd", "batch": 128, "m": 4096, "n": 128, "k": 512}
     {"op": "fp8_linear", "m": 4096, "n": 7168, "k": 2048}
     {"op": "grouped_linear", "groups": 32, "m": 8192, "n": 4096, "k": 7168, "recipe": "bf16"}

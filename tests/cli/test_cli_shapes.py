@@ -30,6 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "m_grouped_fp8_gemm_nt_gathered": {"groups": 3, "tokens": 7, "m": 20, "n": 64, "k": 256},
     "m_grouped_bf16_gemm_nt_gathered": {"groups": 3, "tokens": 7, "m": 20, "n": 64, "k": 256},
     "m_grouped_bf16_gemm_nn_gathered": {"groups": 3, "tokens": 7, "m": 20, "n": 64, "k": 256},
+    "k_grouped_fp8_gemm_tn_gathered": {"groups": 3, "tokens": 7, "m": 8, "n": 64, "k": 256},
     "k_grouped_bf16_gemm_tn_gathered": {"groups": 3, "tokens": 7, "m": 8, "n": 64, "k": 256},
     "k_grouped_fp8_gemm_nt_contiguous": {"groups": 3, "m": 8, "n": 64, "k": 256, "accumulate": True},
     "k_grouped_fp8_gemm_tn_contiguous": {"groups": 3, "m": 8, "n": 64, "k": 256},

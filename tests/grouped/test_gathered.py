@@ -108,6 +108,10 @@ def k_case(side: str, **fields: Any) -> OpCase:
     )
 
 
+def run_k_fp8(a: Any, b: Any, rows: Any, s: Any, c: Any, *, side: str, **options: Any) -> jax.Array:
+    return jdg.k_grouped_fp8_gemm_tn_gathered(a, b, s, c, **{f"{side}_rows": rows}, **options)
+
+
 CASES = [
     m_case(
         "nt",
@@ -134,6 +138,13 @@ CASES = [
         nests=(((0, None, None, None, None),), ((None, 0, 0, 0, 0),)),
     ),
     k_case("b", second=True, nests=(((None, 0, None, None, None),),)),
+    OpCase(
+        "k-fp8",
+        functools.partial(run_k_fp8, side="a"),
+        functools.partial(k_args, "a"),
+        nests=(((0, None, 0, 0, None),),),
+        shards=(Shard((P(None, "y"), P("x"), P("x"), P(), P()), P(), ("all-gather",) * 3, ("auto",)),),
+    ),
 ]
 
 
@@ -162,6 +173,39 @@ def test_numbers_are_those_of_the_rows_taken_first(fp8: bool) -> None:
         np.testing.assert_array_equal(gathered(a, b, rows, **form), contiguous(first, b, **form))
 
 
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_fp8_along_k(side: str) -> None:
+    """Small integers, which FP8 with powers of two as scales holds exactly: equal to the sums in float64."""
+    rng, sizes, places, t, cut = np.random.default_rng(5), [150, 0, 131, 7], 300, 20, slice(1, 4)
+    named, other = (rng.integers(-8, 9, shape).astype(np.float64) for shape in ((t, 40), (places, 24)))
+    rows = np.asarray(index(7, places, t))
+    first = np.where(((rows >= 0) & (rows < t))[:, None], named[rows.clip(0, t - 1)], 0)
+    ends = np.cumsum(sizes)
+    pairs = [
+        (first[end - size : end], other[end - size : end]) for end, size in zip(ends, sizes, strict=True)
+    ]
+    want = np.stack([x.T @ y if side == "a" else y.T @ x for x, y in pairs])
+    other[ends[-1] :] = np.nan
+    a, b = (jnp.asarray(x, BF16) for x in ((named, other) if side == "a" else (other, named)))
+    run = functools.partial(run_k_fp8, a, b, jnp.asarray(rows), jnp.array(sizes), side=side)
+    np.testing.assert_array_equal(run(None, scale_format="ue8m0"), want)
+    c = jnp.asarray(rng.integers(-8, 9, want[cut].shape), F32)
+    some = {"num_groups": 3, "group_offset": 1, "scale_format": "ue8m0"}
+    np.testing.assert_array_equal(run(c, **some), np.asarray(c) + want[cut])
+
+
+def test_fp8_along_k_has_scales_of_each_group() -> None:
+    """A group of tiny numbers beside one of large ones is as exact as alone."""
+    size = np.repeat([2.0**-20, 2.0**15], [30, 50])[:, None]
+    named, other = (oracle.random(seed, 80, 16).astype(np.float64) * size for seed in (1, 2))
+    found = jdg.k_grouped_fp8_gemm_tn_gathered(
+        jnp.asarray(named, BF16), jnp.asarray(other, BF16), jnp.array([30, 50]), a_rows=jnp.arange(80)
+    )
+    for g, of in enumerate((slice(0, 30), slice(30, 80))):
+        want = named[of].T @ other[of]
+        np.testing.assert_allclose(found[g], want, atol=0.05 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 8, 8), (4, 0, 8, 8), (4, 4, 0, 8), (4, 4, 8, 0)], ids=str)
 def test_empty_dimensions(shape: tuple[int, int, int, int]) -> None:
     t, m, n, k = shape
@@ -173,8 +217,9 @@ def test_empty_dimensions(shape: tuple[int, int, int, int]) -> None:
     )
     found = jdg.m_grouped_bf16_gemm_nt_gathered(a, b, rows, s)
     np.testing.assert_array_equal(found, np.full((m, n), k if t else 0))
-    inner = jdg.k_grouped_bf16_gemm_tn_gathered(a, jnp.ones((m, n), BF16), s, a_rows=rows)
-    np.testing.assert_array_equal(inner, np.stack([np.full((k, n), m if t else 0), np.zeros((k, n))]))
+    for product in (jdg.k_grouped_bf16_gemm_tn_gathered, jdg.k_grouped_fp8_gemm_tn_gathered):
+        inner = product(a, jnp.ones((m, n), BF16), s, a_rows=rows)
+        np.testing.assert_array_equal(inner, np.stack([np.full((k, n), m if t else 0), np.zeros((k, n))]))
 
 
 ERRORS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
@@ -212,6 +257,26 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         ValueError,
         r"a_rows is int32 \[4\] and b is bfloat16 \[3, 24\]: k differs \(4 and 3\)\. Name a row of a for ",
         lambda: jdg.k_grouped_bf16_gemm_tn_gathered(X, X, S, a_rows=INDEX),
+    ),
+    "neither, along k in FP8": (
+        TypeError,
+        r"got neither of a_rows and b_rows, need exactly one\. Without any use k_grouped_fp8_gemm_tn_cont",
+        lambda: jdg.k_grouped_fp8_gemm_tn_gathered(X, X, S),
+    ),
+    "rows that are quantised": (
+        TypeError,
+        r"k_grouped_fp8_gemm_tn_gathered: a is .*QuantizedArray",
+        lambda: jdg.k_grouped_fp8_gemm_tn_gathered(jdg.quantize(X), X, S, a_rows=INDEX),
+    ),
+    "an unknown format of scales": (
+        ValueError,
+        r"scale_format",
+        lambda: run_k_fp8(X, X.repeat(2, 0)[:4], INDEX, S, None, side="a", scale_format="e8"),
+    ),
+    "a derivative along k in FP8": (
+        NotImplementedError,
+        r"grouped_linear",
+        lambda: jax.grad(lambda x: run_k_fp8(x, X[INDEX], INDEX, S, None, side="a").sum())(X),
     ),
     "a derivative in FP8": (
         NotImplementedError,

@@ -409,6 +409,11 @@ FORWARD = (
         lambda a, b, rows, sizes: jdg.k_grouped_bf16_gemm_tn_gathered(a, b, sizes, b_rows=rows),
         ("x", "w_t", "k_rows", "sizes"),
     ),
+    Call(
+        "k_grouped_fp8_gemm_tn_gathered",
+        lambda a, b, rows, sizes: jdg.k_grouped_fp8_gemm_tn_gathered(a, b, sizes, b_rows=rows),
+        ("x", "w_t", "k_rows", "sizes"),
+    ),
     Call("m_grouped_fp8_gemm_nt_masked", jdg.m_grouped_fp8_gemm_nt_masked, ("q_xs", "q_ws", "counts")),
     Call("m_grouped_bf16_gemm_nt_masked", jdg.m_grouped_bf16_gemm_nt_masked, ("xs", "ws", "counts")),
     Call(

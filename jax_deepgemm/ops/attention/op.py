@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from jax_deepgemm.core.declaration import Dims
+from jax_deepgemm.core.family import LazyKernel
 from jax_deepgemm.core.op import Op
 from jax_deepgemm.ops.attention import reference
 
@@ -49,6 +50,7 @@ def attention_op(group: int) -> Op:
         blocks={"g": ("h", group), **_WHOLE},
         edges=("g",),
         leads=("g",),
+        kernel=LazyKernel("jax_deepgemm.ops.attention.kernel", "attention"),
         grad_hint="Attention to a cache is for serving; to train, attend to keys and values themselves, as "
         "jax.nn.dot_product_attention does.",
     )

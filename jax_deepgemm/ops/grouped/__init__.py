@@ -15,6 +15,7 @@ from jax_deepgemm.ops.grouped.api import (
 )
 from jax_deepgemm.ops.grouped.gathered import (
     k_grouped_bf16_gemm_tn_gathered,
+    k_grouped_fp8_gemm_tn_gathered,
     m_grouped_bf16_gemm_nn_gathered,
     m_grouped_bf16_gemm_nt_gathered,
     m_grouped_fp8_gemm_nt_gathered,
@@ -52,6 +53,7 @@ __all__ = [
     "k_grouped_bf16_gemm_tn_gathered",
     "k_grouped_fp8_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_tn_contiguous",
+    "k_grouped_fp8_gemm_tn_gathered",
     "m_grouped_bf16_gemm_nn_contiguous",
     "m_grouped_bf16_gemm_nn_gathered",
     "m_grouped_bf16_gemm_nt_contiguous",

@@ -6,8 +6,9 @@ of the rows, one for each use, is made in front of it. In a mixture of experts t
 
 The numbers are those of `jnp.take` (zeros for no row) and the product behind it, and so is the time, or more
 along k (docs/performance.md): what is saved is the memory of the copy. An index is never trusted: a number
-that is no row of its operand is a row of zeros. FP8 along k has no such product, as its operands have k last,
-where an index names single bytes: `quantize_groups` gathers, quantises and transposes in one pass.
+that is no row of its operand is a row of zeros. FP8 along k has no kernel that reads by an index, as its
+operands have k last, where an index names single bytes: `k_grouped_fp8_gemm_tn_gathered` takes rows that are
+not quantised yet, and gathers, quantises and transposes them in one pass (`quantize_groups`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.options import Sharding
+from jax_deepgemm.core.prefix import prefix_ends
 from jax_deepgemm.ops.gemm.checks import BLOCKED, Options, check_options, describe
 from jax_deepgemm.ops.gemm.config import GemmConfig
 from jax_deepgemm.ops.gemm.op import empty_product
 from jax_deepgemm.ops.grouped import checks
 from jax_deepgemm.ops.grouped import gathered_op as ops
-from jax_deepgemm.ops.grouped.op import empty_products
+from jax_deepgemm.ops.grouped.op import K_GROUPED_FP8, K_GROUPED_FP8_ADD, empty_products
 from jax_deepgemm.ops.quantize.array import QuantizedLike
+from jax_deepgemm.ops.quantize.blocks import row_blocks
+from jax_deepgemm.ops.quantize.groups import quantize_groups
 from jax_deepgemm.ops.rows.reference import take
 
 
@@ -241,21 +245,10 @@ def k_grouped_bf16_gemm_tn_gathered(
     """
     op = "k_grouped_bf16_gemm_tn_gathered"
     options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
-    if (a_rows is None) == (b_rows is None):
-        raise TypeError(
-            f"{op}: got {'neither' if a_rows is None else 'both'} of a_rows and b_rows, need exactly one. "
-            "Without any use k_grouped_bf16_gemm_tn_contiguous; with both take the rows of one first."
-        )
-    side = "a" if b_rows is None else "b"
     left, right = checks.bf16_pair(op, checks.k_grouped_sides("tn"), a, b)
-    index = _check_index(op, f"{side}_rows", a_rows if side == "a" else b_rows, "a row for each place of k")
+    side, index = _check_named(op, left, right, a_rows, b_rows)
     other = right if side == "a" else left
     k, m, n = index.shape[0], left.shape[1], right.shape[1]
-    if other.shape[0] != k:
-        raise ValueError(
-            f"{op}: {side}_rows is int32 [{k}] and {'ba'['ab'.index(side)]} is {describe(other)}: k differs "
-            f"({k} and {other.shape[0]}). Name a row of {side} for each row of the other operand."
-        )
     where, count = checks.check_k_groups(op, group_sizes, num_groups, group_offset)
     addend = checks.check_c(op, c, (count, m, n), options.out_dtype)
     if 0 in (m, n, k, left.shape[0], right.shape[0]):
@@ -265,6 +258,98 @@ def k_grouped_bf16_gemm_tn_gathered(
     run = (ops.K_GATHERED_BF16_ADD if added else ops.K_GATHERED_BF16)[side]
     arrays = (left, right, index, where.group_sizes, where.group_offset)
     return run(*arrays, *added, rows_format=where.rows_format, num_groups=count, **vars(options))[0]
+
+
+def k_grouped_fp8_gemm_tn_gathered(
+    a: ArrayLike,
+    b: ArrayLike,
+    group_sizes: ArrayLike,
+    c: ArrayLike | None = None,
+    *,
+    a_rows: ArrayLike | None = None,
+    b_rows: ArrayLike | None = None,
+    num_groups: int | None = None,
+    group_offset: ArrayLike | None = None,
+    scale_format: str = "f32",
+    out_dtype: DTypeLike = jnp.float32,
+    config: GemmConfig | None = None,
+    out_sharding: Sharding = None,
+    reduce_dtype: DTypeLike = jnp.float32,
+    num_sms: int | None = None,
+) -> jax.Array:
+    """D[g] = C[g] + A[a_rows of g].T @ B[rows of g] for each group g, or B's rows by b_rows, in FP8.
+
+    The weight gradient of `m_grouped_fp8_gemm_nt_gathered`, of operands that are not quantised yet: each is
+    gathered, quantised and transposed in one pass.
+
+    >>> import jax.numpy as jnp
+    >>> from jax_deepgemm import k_grouped_fp8_gemm_tn_gathered
+    >>> x, dy = jnp.ones((2, 4), jnp.bfloat16), jnp.ones((5, 8), jnp.bfloat16)
+    >>> rows, sizes = jnp.array([0, 1, -1, 1, 1]), jnp.array([3, 2])
+    >>> k_grouped_fp8_gemm_tn_gathered(x, dy, sizes, a_rows=rows)[:, 0, 0].tolist()
+    [2.0, 2.0]
+
+    Args:
+      a: [k, m] bfloat16; with a_rows [t, m].
+      b: [k, n] bfloat16; with b_rows [t, n].
+      group_sizes: int32 [g]: rows of each group, one group after the other. Their sum may be less than k.
+      c, a_rows, b_rows, num_groups, group_offset: as in `k_grouped_bf16_gemm_tn_gathered`.
+      scale_format: "f32", or "ue8m0" for scales that are powers of two.
+      out_dtype, config, out_sharding, reduce_dtype, num_sms: as in `k_grouped_fp8_gemm_nt_contiguous`.
+
+    Returns:
+      [g, m, n] in out_dtype, all of it defined: an empty group gives C, or zeros. Rows of no group do not
+      count, whatever is there, NaN too.
+
+    Raises:
+      ValueError: shapes, dtypes or formats that do not fit.
+      TypeError: an operand that is not an array; not exactly one of a_rows and b_rows.
+      NotImplementedError: on differentiation; `grouped_linear` is the layer that has gradients.
+
+    One scale per feature and 128 rows, in blocks that begin with each group (`quantization.row_blocks`): no
+    group's scales depend on another's rows. FP8 copies of both operands, straight and transposed, are made in
+    front of the product. Deterministic. On a mesh rows and features are whole on each device. Source: the
+    DeepSeek-V3 report, section 3.3, on weight gradients.
+    """
+    op = "k_grouped_fp8_gemm_tn_gathered"
+    options = check_options(op, out_dtype, reduce_dtype, out_sharding, config, num_sms)
+    left, right = checks.bf16_pair(op, checks.k_grouped_sides("tn"), a, b)
+    side, index = _check_named(op, left, right, a_rows, b_rows)
+    k, m, n = index.shape[0], left.shape[1], right.shape[1]
+    where, count = checks.check_k_groups(op, group_sizes, num_groups, group_offset)
+    addend = checks.check_c(op, c, (count, m, n), options.out_dtype)
+    named = (index, None) if side == "a" else (None, index)
+    if 0 in (m, n, k, left.shape[0], right.shape[0]):
+        left, right = (x if i is None else take(x, i)[0] for x, i in zip((left, right), named, strict=True))
+        return empty_products("km,kn->mn", left, right, addend, count, options)
+    blocks = row_blocks(where.group_sizes, k)
+    quantised = [
+        part
+        for x, i in zip((left, right), named, strict=True)
+        for part in quantize_groups(x, blocks, i, scale_format=scale_format)[2:]
+    ]
+    sizes = jnp.diff(prefix_ends(where.group_sizes, k), prepend=0)
+    run = K_GROUPED_FP8 if addend is None else K_GROUPED_FP8_ADD
+    arrays = (*quantised, sizes, where.group_offset, *(() if addend is None else (addend,)))
+    return run(*arrays, rows_format="blocks", num_groups=count, **vars(options))[0]
+
+
+def _check_named(op: str, a: jax.Array, b: jax.Array, a_rows: Any, b_rows: Any) -> tuple[str, jax.Array]:
+    """Which operand an index names rows of, and the index [k]; k of the other operand is compared."""
+    if (a_rows is None) == (b_rows is None):
+        raise TypeError(
+            f"{op}: got {'neither' if a_rows is None else 'both'} of a_rows and b_rows, need exactly one. "
+            f"Without any use {op.replace('gathered', 'contiguous')}; with both take the rows of one first."
+        )
+    side = "a" if b_rows is None else "b"
+    index = _check_index(op, f"{side}_rows", a_rows if side == "a" else b_rows, "a row for each place of k")
+    other, k = (b if side == "a" else a), index.shape[0]
+    if other.shape[0] != k:
+        raise ValueError(
+            f"{op}: {side}_rows is int32 [{k}] and {'ba'['ab'.index(side)]} is {describe(other)}: k differs "
+            f"({k} and {other.shape[0]}). Name a row of {side} for each row of the other operand."
+        )
+    return side, index
 
 
 def _m_bf16(

@@ -176,7 +176,7 @@ class GatheredShape(CallShape):
 class GatheredInnerShape(CallShape):
     """Groups of k of which an index names A's rows: D[g] = A[rows of g] x B[k of g]."""
 
-    OPS: ClassVar = ("k_grouped_bf16_gemm_tn_gathered",)
+    OPS: ClassVar = ("k_grouped_bf16_gemm_tn_gathered", "k_grouped_fp8_gemm_tn_gathered")
     groups: int = size("groups, each with its own D", most=MOST_GROUPS)
     tokens: int = size("rows of A")
     m: int = size("rows of each D")
@@ -189,7 +189,7 @@ class GatheredInnerShape(CallShape):
         rows = np.arange(self.k, dtype=np.int32) % max(1, self.tokens)
 
         def function(a: Any, b: Any, rows: Any, sizes: Any) -> Any:
-            op = gathered.k_grouped_bf16_gemm_tn_gathered
+            op = getattr(gathered, self.op)
             return op(a, b, sizes, a_rows=rows, out_dtype=self.out_dtype)
 
         return [Call(self.op, function, (a, b, rows, equal_sizes(self.groups, self.k)))]

@@ -25,11 +25,28 @@ __device__ __forceinline__ u32 int8_pair(u32 first, u32 second, int which) {
 
 // Byte `which` of each of two words of e4m3. Its bits in their places of bf16 are 2^-120 times the number.
 // Its NaN becomes 480.
-__device__ __forceinline__ u32 e4m3_pair(u32 first, u32 second, int which) {
+__device__ __forceinline__ u32 e4m3_high_bytes(u32 spread) {
   constexpr u32 kScale = 0x7B807B80u;  // 2^120
-  const u32 spread = permute(first, second, 0x4400 + which * 0x1111);
   const u32 bits = (spread & 0x80008000u) | (spread >> 4 & 0x07F007F0u);
   return multiply_pairs(bits, kScale);
+}
+// As f16: their places there make 2^-8 times the number.
+__device__ __forceinline__ u32 e4m3_high_bytes_f16(u32 spread) {
+  constexpr u32 kScale = 0x5C005C00u;  // 2^8
+  const u32 bits = (spread & 0x80008000u) | (spread >> 1 & 0x3F803F80u);
+  u32 numbers;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(numbers) : "r"(bits), "r"(kScale));
+  return numbers;
+}
+__device__ __forceinline__ u32 e4m3_pair(u32 first, u32 second, int which) {
+  return e4m3_high_bytes(permute(first, second, 0x4400 + which * 0x1111));
+}
+
+// Bytes FIRST and SECOND of a word of e4m3, as f16 or bf16.
+template <bool F16, int FIRST, int SECOND>
+__device__ __forceinline__ u32 e4m3_bytes(u32 word) {
+  const u32 spread = permute(word, word, FIRST * 0x0011 + SECOND * 0x1100);
+  return F16 ? e4m3_high_bytes_f16(spread) : e4m3_high_bytes(spread);
 }
 
 }  // namespace jdg::ptx

@@ -16,6 +16,12 @@ __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.com
 // Until this thread's copies have landed; it may then read them, other threads after a barrier.
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
+// The same of all but the last `PENDING` groups of copies.
+template <int PENDING>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 // Four bytes, by this thread.
 __device__ __forceinline__ void copy_async_4(u32 smem, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem), "l"(__cvta_generic_to_global(from))

@@ -87,6 +87,11 @@ __device__ __forceinline__ void touch(const float* at) {
       "{\n.reg .f32 unused;\nld.global.ca.f32 unused, [%0];\n}\n" ::"l"(__cvta_generic_to_global(at)));
 }
 
+// The same into L2, without a wait.
+__device__ __forceinline__ void prefetch(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
+}
+
 // From global memory, by addresses that might be shared memory's for all that ptxas knows: it moves these
 // loads over no store to shared memory in front of them, which would cost registers.
 __device__ __forceinline__ float load_in_order(const float* at) {

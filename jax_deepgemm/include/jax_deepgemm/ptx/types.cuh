@@ -16,6 +16,9 @@ struct alignas(128) TensorMap {
 struct bf16 {
   u16 bits;
 };
+struct f16 {
+  u16 bits;
+};
 
 template <class A, class B>
 constexpr bool is_same = false;

@@ -34,10 +34,6 @@ __device__ __forceinline__ u32 pack_four(float a, float b, float c, float d) {
   return Fp8::pack(a, b) | static_cast<u32>(Fp8::pack(c, d)) << 16;
 }
 
-struct f16 {
-  u16 bits;
-};
-
 // Eight neighbouring numbers of a row, as they lie in memory.
 template <class T>
 struct Chunk {

@@ -33,7 +33,7 @@ struct alignas(16) uint4 {
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 struct Index {
-  unsigned x;
+  unsigned x, y;
 };
 inline thread_local Index threadIdx;
 inline Index blockIdx, gridDim, blockDim;
@@ -150,10 +150,15 @@ inline bool elect() { return threadIdx.x % 32 == 0; }
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
+inline std::map<int, std::barrier<>> named;
+inline std::mutex named_mutex;
+inline std::barrier<>& named_at(int id, int threads) {
+  const std::lock_guard lock(named_mutex);
+  return named.try_emplace(id, threads).first->second;
+}
 template <int ID, int THREADS>
 void named_barrier() {
-  static std::barrier<> all(THREADS);
-  all.arrive_and_wait();
+  named_at(ID, THREADS).arrive_and_wait();
 }
 
 }  // namespace jdg::ptx

@@ -1,0 +1,139 @@
+"""The prefill kernel: its source run on a CPU against the formula, and what is chosen and refused before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_deepgemm.core.chip import Chip
+from jax_deepgemm.jit import compile_kernel
+from jax_deepgemm.ops.attention.problem import AttentionProblem
+from jax_deepgemm.ops.attention.sm90 import prefill
+from tests.shared import native_prefill, prefill_oracle
+
+pytestmark = pytest.mark.any_version
+
+SMALL = AttentionProblem(
+    tokens=60,
+    seqs=5,
+    table_pages=6,
+    pages=20,
+    page=16,
+    layers=2,
+    heads=6,
+    kv_heads=2,
+    depth=16,
+    v_depth=16,
+    scale=0.25,
+)
+CASES = {
+    "window": (
+        dataclasses.replace(
+            SMALL,
+            depth=128,
+            v_depth=80,
+            page=32,
+            table_pages=3,
+            q_dtype="f16",
+            kv_dtype="f16",
+            window=20,
+            with_sinks=True,
+        ),
+        prefill.PrefillConfig(keys=48, stages=2, decode_rows=9, consumers=3),
+    ),
+    "full": (
+        dataclasses.replace(
+            SMALL, heads=5, kv_heads=1, kv_dtype="e4m3", causal=False, softcap=3.0, with_slopes=True
+        ),
+        prefill.PrefillConfig(keys=32, stages=2, packed_stages=3, ping_pong=True),
+    ),
+}
+BATCHES = (
+    ([(46, 93), (3, 96), (0, 5), (0, 0), (6, 4)], 0.0),
+    ([(2, 2), (9, 0), (1, 40), (17, 61), (30, 31)], 0.4),
+)
+
+
+def broken(p: AttentionProblem) -> dict[str, np.ndarray]:
+    """Lengths beyond every limit, or a layer. The first sequence is whole."""
+    operands = prefill_oracle.draw(p, [(12, 90), (12, 30), (12, 12), (12, 12), (12, 12)], 3)
+    most, least = 2**31 - 1, -(2**31)
+    operands["cu_q_lens"] = np.array([least, 12, 24, 20, most, most], np.int32)
+    operands["kv_lens"] = np.array([90, most, least, 12, 12], np.int32)
+    if not p.window:
+        operands["layer"] = np.array([most], np.int32)
+    return operands
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_attends(case: str, tmp_path: Path) -> None:
+    """The program ends at the first access out of bounds."""
+    p, c = CASES[case]
+    calls = [prefill_oracle.draw(p, lengths, i, missing) for i, (lengths, missing) in enumerate(BATCHES)]
+    *results, of_broken = native_prefill.run(tmp_path, p, c, [*calls, broken(p)], grid=2)
+    for operands, (out, lse) in zip(calls, results, strict=True):
+        ends = operands["cu_q_lens"]
+        counts = np.repeat(np.diff(ends), np.diff(ends))
+        counts = np.concatenate([counts, np.full(p.tokens - ends[-1], p.tokens)])  # rows of no sequence
+        taken = counts * p.group > c.decode_rows
+        assert np.isnan(out[~taken].astype(float)).all()
+        assert np.isnan(lse[~taken]).all()
+        expected = [x[taken] for x in prefill_oracle.attend(p, operands)]
+        same([out[taken], lse[taken]], expected)
+    same([x[:12] for x in of_broken], [x[:12] for x in prefill_oracle.attend(p, broken(p))])
+
+
+def same(results: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
+    np.testing.assert_allclose(results[0].astype(float), expected[0], atol=0.02, rtol=0.01)
+    np.testing.assert_allclose(results[1], expected[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "e4m3"])
+@pytest.mark.parametrize("depth", range(16, 257, 16))
+def test_every_depth_has_a_tile(depth: int, kv_dtype: str) -> None:
+    for v_depth in {depth, max(depth - 64, 16)}:
+        p = dataclasses.replace(SMALL, depth=depth, v_depth=v_depth, kv_dtype=kv_dtype)
+        c = prefill.prefill_config(p)
+        assert prefill.refusal(p) == ""
+        assert prefill.problems_with(p, c) == []
+        assert c.stages >= 2
+        assert c.keys >= 64
+        assert prefill.shared_memory(p, c) <= Chip().smem_per_block
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kv_dtype": "f16"}, "a cache of the queries' 16-bit type or e4m3, got bf16 and f16"),
+        ({"q_dtype": "f16"}, "got f16 and bf16"),
+        ({"depth": 272}, "depths of 16 to 256 in steps of 16, got 272 and 16"),
+        ({"v_depth": 24}, "got 16 and 24"),
+    ],
+)
+def test_what_is_refused(change: dict[str, object], words: str) -> None:
+    assert words in prefill.refusal(dataclasses.replace(SMALL, **change))  # type: ignore[arg-type]
+
+
+def test_broken_rules_are_told() -> None:
+    wide = dataclasses.replace(SMALL, depth=256, v_depth=256)
+    said = prefill.problems_with(
+        wide, prefill.PrefillConfig(keys=136, stages=1, packed_stages=3, ping_pong=True)
+    )
+    assert said == [
+        "keys is 136, need a multiple of 16 up to 256",
+        "stages is 1, need 2 to 8",
+        "packed_stages is 3, need 2 to 8 for a cache in e4m3, 0 for another",
+        "136 keys by 256 need 230 registers, 2 consumers have 180",
+    ]
+
+
+def test_the_common_kernel_compiles_without_spills() -> None:
+    pytest.importorskip("cuda.core")
+    p = dataclasses.replace(SMALL, heads=32, kv_heads=8, depth=128, v_depth=128)
+    kernel = compile_kernel(prefill.prefill_source(p, prefill.prefill_config(p)))
+    assert kernel.report.problems() == ()
+    assert kernel.report.registers == 168

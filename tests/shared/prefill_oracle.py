@@ -1,0 +1,89 @@
+"""Attention over a paged cache in float64, from its formula, and batches to try it on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+from jax_deepgemm.ops.attention.problem import AttentionProblem
+
+DTYPES = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "f16": np.dtype(np.float16),
+    "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+NO_PAGES = (-1, -(2**31), 2**31 - 1)
+
+
+def attend(p: AttentionProblem, operands: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The output, and the logarithms of denominators."""
+    q, k, v = (operands[part].astype(np.float64) for part in ("q", "k", "v"))
+    sinks = operands["sinks"] if p.with_sinks else np.full(p.heads, -np.inf)
+    layer = int(operands["layer"][0])
+    pool = p.pages if 0 <= layer < p.layers else 0  # pages of a layer that there is not: none
+    layer = layer if pool else 0
+    k, v = (x * operands[f"{part}_scale"][:, None, :, None, None] for part, x in (("k", k), ("v", v)))
+    out, lse = np.zeros((p.tokens, p.heads, p.v_depth)), np.tile(sinks.astype(np.float64), (p.tokens, 1))
+    ends = np.clip(operands["cu_q_lens"], 0, p.tokens)
+    for i, table in enumerate(operands["tables"]):
+        first, count = ends[i], max(ends[i + 1] - ends[i], 0)
+        length = int(np.clip(operands["kv_lens"][i], 0, p.table_pages * p.page))
+        pages = table.astype(np.int64)[np.arange(length) // p.page]
+        key = np.flatnonzero((pages >= 0) & (pages < pool))  # those that are in the pool
+        where = (layer, pages[key], slice(None), key % p.page)
+        for j in range(count):
+            position = length - count + j
+            seen = (key < length) & (position >= 0)
+            seen &= (key <= position) | (not p.causal)
+            if p.window:
+                seen &= key > position - p.window
+            if not seen.any():
+                continue
+            for head in range(p.heads):
+                keys, values = (x[where][seen, head // p.group] for x in (k, v))
+                score = keys @ q[first + j, head] * p.scale
+                if p.softcap:
+                    score = p.softcap * np.tanh(score / p.softcap)
+                if p.with_slopes:
+                    score = score + operands["slopes"][head] * (key[seen] - position)
+                lse[first + j, head] = np.log(np.exp(score).sum() + np.exp(sinks[head]))
+                out[first + j, head] = np.exp(score - lse[first + j, head]) @ values
+    return out, lse
+
+
+def draw(
+    p: AttentionProblem, lengths: Sequence[tuple[int, int]], seed: int, missing: float = 0.0
+) -> dict[str, np.ndarray]:
+    """Operands for sequences of so many queries and keys; NaN where nothing may be read, in memory as in
+    tables' unused places. Of the pages that are used, a part is not in the pool."""
+    rng, kind = np.random.default_rng(seed), DTYPES[p.kv_dtype]
+    k = np.full((p.layers, p.pages, p.kv_heads, p.page, p.depth), np.nan, kind)
+    v = np.full((*k.shape[:-1], p.v_depth), np.nan, kind)
+    tables = rng.choice([*NO_PAGES, p.pages, *range(p.pages)], (p.seqs, p.table_pages)).astype(np.int32)
+    free, layer = list(rng.permutation(p.pages)), p.layers - 1
+    for i, (_, length) in enumerate(lengths):
+        for at in range(0, min(length, p.table_pages * p.page), p.page):
+            page, used = free.pop(), min(p.page, length - at)
+            k[layer, page, :, :used] = rng.standard_normal((p.kv_heads, used, p.depth))
+            v[layer, page, :, :used] = rng.standard_normal((p.kv_heads, used, p.v_depth))
+            tables[i, at // p.page] = rng.choice([*NO_PAGES, p.pages]) if rng.random() < missing else page
+    q = rng.standard_normal((p.tokens, p.heads, p.depth))
+    q[::2] *= 8  # scores that rise by much from tile to tile
+    scales = rng.uniform(0.25, 2.0, (2, p.layers, p.kv_heads)).astype(np.float32)
+    if p.kv_dtype != "e4m3":
+        scales[:] = 1.0
+    return {
+        "q": q.astype(DTYPES[p.q_dtype]),
+        "k": k,
+        "v": v,
+        "k_scale": scales[0],
+        "v_scale": scales[1],
+        "tables": tables,
+        "cu_q_lens": np.cumsum([0, *(count for count, _ in lengths)]).astype(np.int32),
+        "kv_lens": np.array([length for _, length in lengths], np.int32),
+        "layer": np.array([layer], np.int32),
+        "sinks": rng.standard_normal(p.heads).astype(np.float32),
+        "slopes": (2.0 ** -np.arange(1, p.heads + 1)).astype(np.float32),
+    }
