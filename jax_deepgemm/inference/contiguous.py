@@ -110,10 +110,9 @@ def _operands(op: str, q: Any, k: Any, v: Any) -> tuple[jax.Array, jax.Array, ja
     fits = q.ndim == k.ndim == v.ndim == 4 and (k.shape[0], k.shape[3]) == (q.shape[0], q.shape[3])
     if not fits or v.shape[:3] != k.shape[:3] or not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"{op}: q is {list(q.shape)}, k is {list(k.shape)} and v is {list(v.shape)}, need "
-            "q [batch, queries, heads, d], k [batch, keys, kv_heads, d] and v [batch, keys, kv_heads, d_v], "
-            "where kv_heads divides heads. Arrays [batch, heads, tokens, d] become that by "
-            "jnp.swapaxes(x, 1, 2)."
+            f"{op}: q is {list(q.shape)}, k is {list(k.shape)} and v is {list(v.shape)}, need q [batch, "
+            "queries, heads, d], k [batch, keys, kv_heads, d] and v [batch, keys, kv_heads, d_v], where "
+            "kv_heads divides heads. Arrays [batch, heads, tokens, d] become that by jnp.swapaxes(x, 1, 2)."
         )
     return q, k, v
 

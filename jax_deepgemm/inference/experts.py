@@ -84,8 +84,8 @@ def grouped_linear(
     shape = tuple(weight.shape)
     if given.ndim != 2 or len(shape) != 3 or shape[1 + w_layout.index("k")] != given.shape[1]:
         raise ValueError(
-            f"{op}: x is {list(given.shape)} and w is {list(shape)}, need x [m, k] and w "
-            f"[g, {', '.join(w_layout)}] of the same k."
+            f"{op}: x is {list(given.shape)} and w is {list(shape)}, need x [m, k] and w [g, "
+            f"{', '.join(w_layout)}] of the same k."
         )
     checks.shaped(op, "group_sizes", sizes, shape[:1], "a number of rows for each matrix of w")
     dtype = result_dtype(op, given, out_dtype)
