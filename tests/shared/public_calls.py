@@ -26,7 +26,7 @@ WITHOUT_ARRAYS = {
     "Epilogue",
     "GemmConfig", "GemmProblem", "QuantizedArray", "PreparedWeight", "DEEPSEEK_V3", "DispatchPlan",
     "PreparedFp4",
-    "Activation", "ExpertForm", "GPT_OSS", "IndexerConfig",
+    "Activation", "AttentionConfig", "ExpertForm", "GPT_OSS", "IndexerConfig",
     "deepspeed_names", "fastgen_names",
     "__version__", "config", "embed_kernels",
     "explain", "export_checks", "precompile", "from_tuple", "to_tuple", "from_qwix", "to_qwix",
