@@ -45,8 +45,8 @@ def allocate_workspace(given: Given) -> Workspace:
     heads, parts = sizes["num_heads"], sizes["mp_size"]
     if sizes["hidden_dim"] % heads or heads % parts:
         raise ValueError(
-            f"{given.name}: hidden_dim is {sizes['hidden_dim']}, num_heads {heads} and mp_size {parts}, need "
-            "hidden_dim a multiple of num_heads, and that of mp_size."
+            f"{given.name}: hidden_dim is {sizes['hidden_dim']}, num_heads {heads} and mp_size {parts}, "
+            "need hidden_dim a multiple of num_heads, and that of mp_size."
         )
     batch, d = sizes["batch_size"], sizes["hidden_dim"] // heads
     rounded = -(-d // STEP) * STEP
@@ -67,8 +67,8 @@ def reset_cache(given: Given, *, cache: Workspace | None = None) -> Workspace:
 def _workspace(given: Given, cache: Any) -> Workspace:
     if not isinstance(cache, Workspace):
         raise TypeError(
-            f"{given.name}: cache is {checks.described(cache)}, need cache= what allocate_workspace_{{type}} "
-            "returned, or the last call."
+            f"{given.name}: cache is {checks.described(cache)}, need cache= what "
+            "allocate_workspace_{type} returned, or the last call."
         )
     return cache
 
@@ -111,15 +111,13 @@ def _heads(given: Given, cache: KVCache) -> tuple[jax.Array, ...]:
     d, own = cache.paged.k.shape[-1], cache.paged.kv_heads
     if qkv.ndim != 3 or qkv.shape[2] != (heads + 2 * kv) * d or heads % kv or own % kv:
         raise ValueError(
-            f"{given.name}: query_key_value is {list(qkv.shape)}, of {heads} heads and {kv} of keys, and the "
-            "cache has "
-            f"{own} of {d} numbers, need [batch, tokens, (heads + 2 kv heads) * d]."
+            f"{given.name}: query_key_value is {list(qkv.shape)}, of {heads} heads and {kv} of keys, and "
+            f"the cache has {own} of {d} numbers, need [batch, tokens, (heads + 2 kv heads) * d]."
         )
     if qkv.shape[0] != cache.batch or cache.paged.k.dtype != qkv.dtype:
         raise ValueError(
             f"{given.name}: query_key_value is {checks.described(qkv)} and the cache is of {cache.batch} "
-            "sequences in "
-            f"{cache.paged.k.dtype.name}, need the same."
+            f"sequences in {cache.paged.k.dtype.name}, need the same."
         )
     split = qkv.reshape(*qkv.shape[:2], -1, d)
     return split[:, :, :heads], split[:, :, heads : heads + kv], split[:, :, heads + kv :]

@@ -39,8 +39,7 @@ def _softmax(given: Given) -> jax.Array:
     if scores.ndim not in (3, 4):
         raise ValueError(
             f"{given.name}: attn_scores are {list(scores.shape)}, need [batch, heads, queries, keys] or "
-            "[batch, "
-            "queries, keys]."
+            "[batch, queries, keys]."
         )
     whole = scores if scores.ndim == 4 else scores[:, None]
     parts = int(given.head_offset), int(given.mp_size)
@@ -58,8 +57,8 @@ def _softmax_context_int8(given: Given) -> tuple[jax.Array, jax.Array, jax.Array
     if not fits or k.shape != (*q.shape[:2], q.shape[3], v.shape[2]) or v.shape[:2] != q.shape[:2]:
         raise ValueError(
             f"{given.name}: query is {list(q.shape)}, prev_key {list(k.shape)} and prev_value "
-            f"{list(v.shape)}, need "
-            "[batch, heads, queries, d], [batch, heads, d, keys] and [batch, heads, keys, d]."
+            f"{list(v.shape)}, need [batch, heads, queries, d], [batch, heads, d, keys] and [batch, heads, "
+            "keys, d]."
         )
     new = there(given.new_value) and given.new_value.shape[1] > 0
     view = view_of(given, q.shape[2], v.shape[2], bool(given.triangular) and not new)
@@ -81,8 +80,7 @@ def _apply_rotary(given: Given) -> tuple[jax.Array, jax.Array]:
     if any(x.ndim != 3 or x.shape[:2] != arrays[0].shape[:2] for x in arrays) or arrays[0].shape[2] % heads:
         raise ValueError(
             f"{given.name}: mixed_query is {list(arrays[0].shape)} and key_layer {list(arrays[1].shape)}, "
-            "need [batch, "
-            f"tokens, heads * d] for {heads} heads."
+            f"need [batch, tokens, heads * d] for {heads} heads."
         )
     d = arrays[0].shape[2] // heads
     places = int(given.offset) + jnp.arange(arrays[0].shape[1], dtype=jnp.int32)
@@ -145,8 +143,7 @@ def int8_weight(name: str, weight: Any, scales: Any, groups: int, merge_count: i
     if values.dtype != jnp.int8 or values.ndim != 2 or values.shape[0] % groups or values.shape[1] % parts:
         raise ValueError(
             f"{name}: weight is {checks.described(values)}, need int8 [n, k] with n a multiple of {groups} "
-            "groups and k "
-            f"of {parts}."
+            f"groups and k of {parts}."
         )
     flat = checks.floats(name, "q_scale", scales).reshape(-1).astype(jnp.float32)
     if flat.size < groups * parts:
@@ -252,8 +249,7 @@ def _linear_layer(given: Given) -> jax.Array:
     if y.ndim != 3 or y.shape[2] % (3 * heads):
         raise ValueError(
             f"{given.name}: the result is {list(y.shape)} and do_flash_attn is True, need [batch, tokens, 3 "
-            f"* {heads} "
-            "* d]."
+            f"* {heads} * d]."
         )
     split = y.reshape(*y.shape[:2], 3, heads, -1).transpose(2, 0, 3, 1, 4)
     d = split.shape[-1]
@@ -335,8 +331,7 @@ def _no_workspace(given: Given) -> None:
     if not _warned:
         warnings.warn(
             f"{given.name}: there is no workspace to release or take: caches are arrays, which are freed "
-            "with their "
-            "last use. Leave the call out.",
+            "with their last use. Leave the call out.",
             stacklevel=3,
         )
         _warned = True
@@ -355,9 +350,8 @@ NORM = "input gamma beta epsilon"
 NORM_RESIDUAL = "input bias residual gamma beta epsilon"
 QKV = "input weight q_scale bias gamma beta epsilon add_bias"
 MLP = (
-    "input residual input_bias weight_interm weight_out bias gamma beta epsilon preLayerNorm mlp_after_attn "
-    "q_scale "
-    "q_scale1 q_int8 activation_type"
+    "input residual input_bias weight_interm weight_out bias gamma beta epsilon preLayerNorm "
+    "mlp_after_attn q_scale q_scale1 q_int8 activation_type"
 )
 GEMM_GELU = "input weight weight_scale bias weight_out weight_out_scale"
 LINEAR = "input weight bias add_bias do_flash_attn num_heads"
@@ -383,8 +377,7 @@ _TYPED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         _softmax,
         (
             "attn_scores attn_mask alibi triangular recompute local_attention window_size async_op "
-            "layer_scale "
-            "head_offset mp_size",
+            "layer_scale head_offset mp_size",
         ),
     ),
     "softmax_context": (

@@ -230,6 +230,23 @@ def test_layers(name: str, function: Callable[..., Any], want: Callable[..., Any
         close(got, expected, 32)
 
 
+def test_rows_are_cut_over_devices() -> None:
+    """Weights that every device holds, in shard_map; and by XLA, of a mesh with Auto axes."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    x, w, b = drawn(22, 4, 8), drawn(23, 8, 4), drawn(24, 4)
+    rows, whole = jax.P("x"), jax.P()
+
+    def layer(x: Any, w: Any, b: Any) -> Any:
+        y, _ = inference.norm_linear(x, w, b, "relu", gamma=w[:, 0])
+        return y
+
+    cut = jax.shard_map(layer, mesh=mesh, in_specs=(rows, whole, whole), out_specs=rows)
+    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, rows))
+    want = np.maximum(oracle.layer_norm(wide(x), wide(w[:, 0])) @ wide(w) + wide(b), 0)
+    for got in jax.jit(lambda *arrays: (cut(*arrays), layer(*arrays)))(placed, w, b):
+        close(got, want)
+
+
 def test_arrays_have_gradients() -> None:
     x, w = jnp.asarray(drawn(20, 3, 8)), jnp.asarray(drawn(21, 8, 4))
     dx, dw = jax.jit(jax.grad(lambda x, w: jnp.sum(inference.linear(x, w, act="relu")), (0, 1)))(x, w)
@@ -239,6 +256,7 @@ def test_arrays_have_gradients() -> None:
 
 
 ONES = np.ones((4, 8), np.float32)
+FP8 = jdg.QuantizedArray(jnp.zeros((4, 8), jnp.float8_e4m3fn), jnp.ones((1, 1)), (128, 128))
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "quantize word": (
         lambda: inference.quantize(ONES, "int2"),
@@ -271,15 +289,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "w is bfloat16.*need float32",
     ),
+    "linear out_dtype": (
+        lambda: inference.linear(ONES, ONES.T, out_dtype=jnp.int32),
+        TypeError,
+        "out_dtype is int32, need bfloat16",
+    ),
     "linear frozen": (
         lambda: inference.linear(ONES, QuantizedWeight(ONES.T, ONES[:1], "int8"), w_layout="nk"),
         ValueError,
         "w is a QuantizedWeight and w_layout is 'nk', need 'kn'",
     ),
     "linear fp8": (
-        lambda: inference.linear(
-            ONES.astype(np.float16), jdg.quantize(jnp.asarray(ONES), (128, 128)), w_layout="nk"
-        ),
+        lambda: inference.linear(ONES.astype(np.float16), FP8, w_layout="nk"),
         TypeError,
         "x is float16 and w is FP8, need bfloat16",
     ),
@@ -306,10 +327,9 @@ FOLLOWED: dict[str, Callable[[], Any]] = {
     ),
     "linear": lambda: inference.linear(ONES, ONES, w_layout="nk"),
     "linear type": lambda: inference.linear(ONES, ONES.astype(BF16).astype(np.float32).T),
+    "linear out_dtype": lambda: inference.linear(ONES, ONES.T, out_dtype=BF16),
     "linear frozen": lambda: inference.linear(ONES, inference.quantize(ONES.T), w_layout="kn"),
-    "linear fp8": lambda: inference.linear(
-        ONES.astype(BF16), jdg.quantize(jnp.asarray(ONES), (128, 128)), w_layout="nk"
-    ),
+    "linear fp8": lambda: inference.linear(ONES.astype(BF16), FP8, w_layout="nk"),
     "mlp": lambda: inference.mlp(ONES, ONES.T, ONES, gamma=ONES[0], norm="layer"),
     "grouped_linear": lambda: inference.grouped_linear(ONES, np.ones((2, 8, 4), np.float32), np.ones(2, int)),
 }

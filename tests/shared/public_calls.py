@@ -26,7 +26,7 @@ WITHOUT_ARRAYS = {
     "Epilogue",
     "GemmConfig", "GemmProblem", "QuantizedArray", "PreparedWeight", "DEEPSEEK_V3", "DispatchPlan",
     "PreparedFp4",
-    "Activation", "ExpertForm", "GPT_OSS", "IndexerConfig",
+    "Activation", "AttentionConfig", "ExpertForm", "GPT_OSS", "IndexerConfig",
     "deepspeed_names", "fastgen_names",
     "__version__", "config", "embed_kernels",
     "explain", "export_checks", "precompile", "from_tuple", "to_tuple", "from_qwix", "to_qwix",
@@ -54,22 +54,11 @@ class Call:
         return jax.device_put(arrays, NamedSharding(mesh_of_two(), P())) if self.mesh else arrays
 
 
+ROOMS = (jdg, quantization, grouped, activation, attention, hyperconnection, indexer, inference, moe)
+
+
 def public_names() -> set[str]:
-    return {
-        name
-        for module in (
-            jdg,
-            quantization,
-            grouped,
-            activation,
-            attention,
-            hyperconnection,
-            indexer,
-            inference,
-            moe,
-        )
-        for name in module.__all__
-    }
+    return {name for module in ROOMS for name in module.__all__}
 
 
 def _gradient(fn: Callable[..., Any], *wrt: int) -> Callable[..., Any]:
