@@ -24,6 +24,8 @@ PARTS = ("q", "k", "v", "k_scale", "v_scale", "tables", "cu_q_lens", "kv_lens", 
 _TEXT = """\
 #include <jax_deepgemm/ptx/barrier.cuh>  // CUDA's words, in front of all
 
+inline int atomicAdd(int* at, int value) {{ return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }}
+
 #include <jax_deepgemm/attention/prefill.cuh>
 #include <fstream>
 #include <iterator>
@@ -71,6 +73,7 @@ struct Numbers {{
 
 void attend(const std::string& folder) {{
   {buffers}
+  int tickets = 0;
   for (unsigned block = 0; block < gridDim.x; ++block) {{
     blockIdx.x = block;
     std::memset(jdg::shared, 0xFF, sizeof jdg::shared);
@@ -131,7 +134,12 @@ def run(
     arguments += ["k_scale.as<float>()", "v_scale.as<float>()"]
     arguments += [f"{part}.as<int>()" for part in ("tables", "cu_q_lens", "kv_lens", "layer")]
     arguments += ["sinks.as<float>()", "slopes.as<float>()", f"out.as<jdg::{p.q_dtype}>()", "lse.as<float>()"]
-    arguments += [*map(str, prefill.integers(p)), *(f"{x!r}f" for x in (p.scale, p.softcap)), str(p.window)]
+    arguments += [
+        *map(str, prefill.integers(p)),
+        *(f"{x!r}f" for x in (p.scale, p.softcap)),
+        str(p.window),
+        "&tickets",
+    ]
     text = _TEXT.format(
         half=str(p.q_dtype == "f16").lower(),
         kernel=kernel,

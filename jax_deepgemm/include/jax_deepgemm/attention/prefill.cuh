@@ -275,11 +275,12 @@ struct Attender {
 
   // --- tiles ---
 
-  // Boxes of the tile of keys that are not in the pool. The shuffle tells the compiler that all lanes have
-  // the same, and proves the load done.
+  // Boxes of the tile of keys that are not in the pool. Lane 0 reads, because lane 0 is the one that releases
+  // the slot.
   __device__ __forceinline__ u32 missing() const {
-    const float4 record = ptx::load_shared_4(keys.smem + L::KeyPipe::kRecords + keys.stage * 16);
-    return __shfl_sync(0xFFFFFFFF, __float_as_uint(record.x), 0);
+    float boxes = 0.0f;
+    if (lane == 0) boxes = ptx::load_shared(keys.smem + L::KeyPipe::kRecords + keys.stage * 16);
+    return __shfl_sync(0xFFFFFFFF, __float_as_uint(boxes), 0);
   }
 
   // Values behind the sequence's last key that came with its box.

@@ -82,11 +82,12 @@ constexpr int kMany = C::CONSUMERS == 3 ? 160
                       : kLarge<C>       ? 232
                                         : 224;
 template <class C>
-constexpr int kFew = C::CONSUMERS == 3              ? 32
-                     : kPackedCache<C> || kLarge<C> ? 40
-                                                    : 56;
+constexpr int kFew = C::CONSUMERS == 3 ? 32
+                     : kLarge<C>       ? 40
+                     : kPackedCache<C> ? 48
+                                       : 56;
 template <class C>
-constexpr int kWidenerRegisters = kLarge<C> ? 40 : 56;
+constexpr int kWidenerRegisters = kLarge<C> ? 40 : 48;
 
 // A piece of work: a tile of packed rows of a sequence and a kv head.
 struct Item {
@@ -120,10 +121,11 @@ struct PrefillLayout {
   static_assert(kBytes <= C::SHARED_BYTES, "the host's arithmetic differs");
 };
 
-// A call whose keys and values are behind tensor maps.
+// A call whose keys and values are behind tensor maps; `tickets` is 0 when the kernel begins.
 template <class T>
 struct PrefillCall : AttentionCall<T> {
   const TensorMap *key_map, *value_map;
+  int* tickets;
 };
 
 }  // namespace jdg

@@ -207,6 +207,7 @@ struct PrefillProducer {
       const Item item = walk.next();
       items.publish(item);
       if (item.head < 0) return;
+      walk.take_ticket();
       if (item.begin < item.end) load_item(item);
     }
   }

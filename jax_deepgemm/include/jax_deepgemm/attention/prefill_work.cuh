@@ -1,6 +1,6 @@
-// Which rows a block of threads attends for. All blocks count the tiles of all sequences; tile i of all is
-// block i's, tile i + 1 the next one's, and back again, so that early blocks do not always have the larger
-// ones. Under a causal mask the last tiles of a sequence see most keys and come first.
+// Which rows a block of threads attends for. All blocks count the tiles of all sequences; each begins with
+// the one of its own number, and takes a ticket for every further one, so that they end together. Under a
+// causal mask the last tiles of a sequence see most keys and come first.
 #pragma once
 
 #include <jax_deepgemm/attention/prefill_config.cuh>
@@ -44,26 +44,34 @@ __device__ __forceinline__ void count_items(const Call<C>& p, int* totals) {
   }
 }
 
-// A warp that looks for items, each further on than the one before.
+// A warp that looks for items, each further on than the one before. Their order does not change what they
+// are.
 template <class C>
 struct Walk {
   const Call<C>& p;
   const int* totals;
   const int lane, run;
-  int round = 0;          // items that this block had
+  int wanted;             // the number of the next item
   int at = 0;             // of 32 sequences the first
   int group = 0;          // their run
   int before = 0, after;  // items before these sequences, and up to the end of the run
   int sequence = 0;       // of the item found
 
   __device__ __forceinline__ Walk(const Call<C>& p, const int* totals)
-      : p(p), totals(totals), lane(threadIdx.x % 32), run(run_length(p.sequences)), after(totals[0]) {}
+      : p(p),
+        totals(totals),
+        lane(threadIdx.x % 32),
+        run(run_length(p.sequences)),
+        wanted(blockIdx.x),
+        after(totals[0]) {}
 
-  // The next item of this block.
+  // Asks for a number; nobody looks at it before `next`.
+  __device__ __forceinline__ void take_ticket() {
+    if (lane == 0) wanted = atomicAdd(p.tickets, 1) + static_cast<int>(gridDim.x);
+  }
+
   __device__ __forceinline__ Item next() {
-    const int grid = gridDim.x, block = blockIdx.x;
-    const int wanted = round * grid + (round % 2 ? grid - 1 - block : block);
-    ++round;
+    wanted = __shfl_sync(0xFFFFFFFF, wanted, 0);
     constexpr Item kNone = {0, 0, 0, -1, 0, 0, 0, 0};
 #pragma unroll 1
     while (wanted >= after) {

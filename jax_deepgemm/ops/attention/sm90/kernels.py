@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from jax_deepgemm.core.chip import Chip
 from jax_deepgemm.core.family import Kernels, Operands
-from jax_deepgemm.core.launch import LaunchPlan
+from jax_deepgemm.core.launch import LaunchPlan, Scratch
 from jax_deepgemm.jit import KernelSource
 from jax_deepgemm.ops.attention.family import AttentionConfig
 from jax_deepgemm.ops.attention.problem import MOST_DEPTH, MOST_SEQUENCES, PAGES, AttentionProblem
@@ -147,12 +147,12 @@ def _sources(p: AttentionProblem, c: AttentionConfig) -> list[KernelSource]:
 
 
 def _plan(p: AttentionProblem, c: AttentionConfig, chip: Chip, given: Operands) -> LaunchPlan:
+    scratch: tuple[int, ...] = decode.scratch_bytes(p, c, chip)
     if not has_many(p):
-        steps = decode.launches(p, c, chip)
-    else:
-        many = prefill.prefill_launch(p, _prefill_config(p), chip, given)
-        steps = (many, *decode.launches(p, c, chip, few_tokens(p)))
-    return LaunchPlan(steps, decode.scratch_bytes(p, c, chip), label=str(p))
+        return LaunchPlan(decode.launches(p, c, chip), scratch, label=str(p))
+    many = prefill.prefill_steps(p, _prefill_config(p), chip, given, Scratch(len(scratch)))
+    steps = (*many, *decode.launches(p, c, chip, few_tokens(p)))
+    return LaunchPlan(steps, (*scratch, prefill.TICKET_BYTES), label=str(p))
 
 
 KERNELS = Kernels[AttentionProblem, AttentionConfig](

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from jax_deepgemm.core.chip import Chip
 from jax_deepgemm.core.family import Operands
-from jax_deepgemm.core.launch import Launch, Operand, Result, Scalar, TensorMap
+from jax_deepgemm.core.launch import Launch, Memset, Operand, Result, Scalar, Scratch, TensorMap
 from jax_deepgemm.jit import KernelSource, compile_kernel
 from jax_deepgemm.jit.wgmma import wgmma_wrapper
 from jax_deepgemm.ops.attention.problem import AttentionProblem
 
+TICKET_BYTES = 4
 _SLAB, _SLAB_BYTES = 64, 128
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "e4m3": "uint8"}
 _STAGES = {False: ((4, 0), (3, 0), (2, 0)), True: ((3, 4), (2, 4), (2, 3), (2, 2))}
@@ -43,10 +44,10 @@ extern "C" __global__ void __launch_bounds__({threads}, 1) {name}(
     const __grid_constant__ jdg::TensorMap v, const float* k_scale, const float* v_scale, const int* tables,
     const int* starts, const int* lengths, const int* layer, const float* sinks, const float* slopes,
     jdg::{q_dtype}* out, float* lse, int tokens, int sequences, int table_pages, int pages, int layers,
-    int kv_heads, int most_rows, float scale, float softcap, int window) {{
+    int kv_heads, int most_rows, float scale, float softcap, int window, int* tickets) {{
   jdg::prefill<Config>({{{{q, nullptr, nullptr, k_scale, v_scale, tables, starts, lengths, layer, sinks,
                          slopes, out, lse, tokens, sequences, table_pages, pages, layers, kv_heads, most_rows,
-                         scale, softcap, window}}, &k, &v}});
+                         scale, softcap, window}}, &k, &v, tickets}});
 }}
 """
 
@@ -248,13 +249,15 @@ def most_items(p: AttentionProblem, c: PrefillConfig) -> int:
     return (p.tokens * p.group // rows_of(c) + min(p.seqs, p.tokens)) * p.kv_heads
 
 
-def prefill_launch(p: AttentionProblem, c: PrefillConfig, chip: Chip, given: Operands) -> Launch:
-    """The launch over q, k, v, k_scale, v_scale, tables, cu_q_lens, kv_lens, layer, sinks and slopes; results
-    0 and 1 are the output and the logarithms of denominators."""
+def prefill_steps(
+    p: AttentionProblem, c: PrefillConfig, chip: Chip, given: Operands, tickets: Scratch
+) -> tuple[Memset, Launch]:
+    """What runs the kernel over q, k, v, k_scale, v_scale, tables, cu_q_lens, kv_lens, layer, sinks and
+    slopes; results 0 and 1 are the output and the logarithms of denominators; `tickets` has TICKET_BYTES."""
     source = prefill_source(p, c)
     k, v = tensor_maps(p, c, given)
     parts = ("k_scale", "v_scale", "tables", "cu_q_lens", "kv_lens", "layer", "sinks", "slopes")
-    return Launch(
+    launch = Launch(
         kernel=compile_kernel(source, arch=chip.arch),
         grid=(max(min(chip.num_sms, most_items(p, c)), 1), 1, 1),
         block=threads_of(c),
@@ -268,6 +271,8 @@ def prefill_launch(p: AttentionProblem, c: PrefillConfig, chip: Chip, given: Ope
             *(Scalar(value, "int32") for value in integers(p)),
             *(Scalar(value, "float32") for value in (p.scale, p.softcap)),
             Scalar(p.window, "int32"),
+            tickets,
         ),
         shared_memory=source.shared_memory,
     )
+    return Memset(tickets, TICKET_BYTES), launch
