@@ -26,8 +26,7 @@ LONG = (
     "grouped/test_gated.py",
     "moe/test_moe_parallel.py",
 )
-"""Files that take more than a minute, the longest first: they run before all others, so that no process ends on
-one alone."""
+"""Files that take more than a minute, the longest first: run before all others, so that no process ends on one."""
 CPU_FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 """LLVM does not optimise: most of the tests' time is XLA compiling programs that run once."""
 
@@ -65,7 +64,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    rank = {path: -1 for path in slow} | {TESTS / name: i - len(LONG) - 1 for i, name in enumerate(LONG)}
+    rank = dict.fromkeys(slow, -1) | {TESTS / name: i - len(LONG) - 1 for i, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path, 0))
     for item in items:
         if GPU_TESTS in item.path.parents:

@@ -78,7 +78,7 @@ def test_kernel_attends(case: str, tmp_path: Path) -> None:
     for operands, (out, lse) in zip(calls, results, strict=True):
         ends = operands["cu_q_lens"]
         counts = np.repeat(np.diff(ends), np.diff(ends))
-        counts = np.concatenate([counts, np.full(p.tokens - ends[-1], p.tokens)])  # rows of no sequence
+        counts = np.concatenate([counts, np.zeros(p.tokens - ends[-1], int)])  # rows of no sequence
         taken = counts * p.group > c.decode_rows
         assert np.isnan(out[~taken].astype(float)).all()
         assert np.isnan(lse[~taken]).all()

@@ -187,7 +187,7 @@ CASES = [
         shards=(
             Shard(CUT, (HEADS_OF_Q, HEADS_OF_Q), modes=("auto", "explicit", "shard_map")),
             Shard((P(), *CUT[1:9], P(), P()), (HEADS_OF_Q, HEADS_OF_Q)),
-            Shard((P("x"), *(P(),) * 10), (P(), P()), ("all-gather",), modes=("auto",)),
+            Shard((P("x"), *(P(),) * 10), (P("x"), P("x")), ("all-gather",), modes=("auto",)),
         ),
         tolerance=1e-2,
     )

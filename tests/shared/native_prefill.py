@@ -47,6 +47,9 @@ struct Mma {{
   }}
 }};
 }}
+namespace rest {{
+using values::Mma;
+}}
 {kernel}
 
 struct Numbers {{

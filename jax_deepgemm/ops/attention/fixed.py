@@ -68,7 +68,8 @@ def attend_with_cache(
         None in the place of positions: lengths[b] + j.
       interleaved: which pairs turn, as in `paged_append`.
       layer: of a cache with layers, which one: an int or an integer array [].
-      causal, window, softcap, sinks, alibi_slopes, scale: as those of `ragged_paged_attention`.
+      causal, window, softcap, sinks, alibi_slopes, scale: as the parameters of
+        `ragged_paged_attention`.
 
     Returns:
       ([b, s, heads, v_head_dim] in the dtype of q, the new cache).

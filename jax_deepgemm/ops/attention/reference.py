@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.products import dot_general
 
 ROWS = 32
 """Rows of a sequence that are computed at once."""
@@ -80,7 +81,8 @@ def ragged_paged(
             if window:
                 seen &= key[None] > position[:, None] - window
             rows = q.at[at].get(mode="fill", fill_value=0).astype(jnp.float32)
-            scores = jnp.einsum("jgrd,kgd->jgrk", rows, keys, precision=lax.Precision.HIGHEST) * scale
+            products = dot_general(rows, keys, ((3,), (2,)), ((1,), (1,)))  # [g, j, r, k]
+            scores = jnp.moveaxis(products, 0, 1) * scale
             if softcap:
                 scores = softcap * jnp.tanh(scores / softcap)
             if with_slopes:
@@ -92,7 +94,7 @@ def ragged_paged(
             weights = jnp.where(seen[:, None, None], jnp.exp(scores - most[..., None]), 0)
             total = jnp.sum(weights, axis=-1) + jnp.exp(sink[None] - most)
             read = jnp.where(jnp.any(seen, axis=0)[:, None, None], values, 0)
-            sums = jnp.einsum("jgrk,kgv->jgrv", weights, read, precision=lax.Precision.HIGHEST)
+            sums = jnp.moveaxis(dot_general(weights, read, ((3,), (0,)), ((1,), (1,))), 0, 1)
             sums = jnp.where(total[..., None] == 0, 0, sums / total[..., None])
             parts = sums, jnp.log(total) + most
             return tuple(

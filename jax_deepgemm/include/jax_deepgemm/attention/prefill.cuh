@@ -2,8 +2,8 @@
 //
 // clang-format off
 //   warpgroups 0, 1 (, 2)   consumers: 64 packed rows each, by the same keys and values
-//   the last warpgroup      warp 0: producer of items, keys and values; the others load queries, and write
-//                           rows that no sequence has
+//   the next warpgroup      warp 0: producer of items, keys and values; the others load queries
+//   one more                of a cache in e4m3: makes what is multiplied of it
 //
 //   items:    slot  Item         producer -> all others
 //   queries:  slot  [rows][d]    loaders -> consumers
@@ -53,7 +53,7 @@ template <class C>
 struct Attender {
   using L = PrefillLayout<C>;
   static constexpr int kHalf = C::KEYS / 2, kColumns = C::KEYS / 8, kSteps = C::KEYS / 16;
-  static constexpr int kSums = C::V_DEPTH / 2;
+  static constexpr int kSums = C::V_DEPTH / 2, kFirst = C::FIRST / 2, kRest = kSums - kFirst;
   static constexpr int kThreads = 128 * C::CONSUMERS;                   // of all consumers
   static constexpr bool kMoved = C::SOFTCAP || C::SLOPES || C::SCALED;  // scores are in log2 before masks
 
@@ -66,7 +66,7 @@ struct Attender {
   const float unscaled;            // of products, but for what a head of the cache has
   float scale, factor;             // of products, of scores
   float scores[kHalf];
-  float sums[kSums];
+  float first_sums[kFirst], rest_sums[kRest > 0 ? kRest : 1];
   u32 weights[kSteps][4];
   bool some;  // rows
   // Of this thread's rows:
@@ -85,6 +85,12 @@ struct Attender {
         unscaled(C::SOFTCAP ? 2.0f * p.scale / p.softcap * kLog2E : p.scale * kLog2E),
         scale(unscaled),
         factor(kMoved ? 1.0f : unscaled) {}
+
+  __device__ __forceinline__ float& sum(int i) { return i < kFirst ? first_sums[i] : rest_sums[i - kFirst]; }
+  __device__ __forceinline__ void pin_sums() {
+    ptx::pin(first_sums);
+    if constexpr (kRest > 0) ptx::pin(rest_sums);
+  }
 
   // --- rows ---
 
@@ -112,7 +118,7 @@ struct Attender {
       if constexpr (C::SLOPES) slope[half] = p.slopes[head_of(item, packed)] * kLog2E;
     }
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+    for (int i = 0; i < kSums; ++i) sum(i) = 0.0f;
   }
 
   // --- products ---
@@ -135,8 +141,12 @@ struct Attender {
     const ptx::StridedDescriptor<V::kGroup, V::kSlab> b(value_slot<C>(values));
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-      C::Values::issue(sums, weights[step], b.plus(step * V::row(16)), true);
+    for (int step = 0; step < kSteps; ++step) {
+      C::Values::issue(first_sums, weights[step], b.plus(step * V::row(16)), true);
+      if constexpr (kRest > 0)
+        C::Rest::issue(rest_sums, weights[step],
+                       b.plus(step * V::row(16) + C::FIRST / kSlabNumbers * V::kSlab), true);
+    }
     ptx::wgmma_commit();
   }
 
@@ -306,7 +316,7 @@ struct Attender {
     keys.wait_full();
     await_turn();
     ptx::pin(scores);
-    ptx::pin(sums);
+    pin_sums();
     ptx::pin(weights);
     issue_scores();
     values.wait_full();
@@ -319,22 +329,22 @@ struct Attender {
     const Shrink shrink = weigh<EDGE>(tile, gone);
     ptx::pin(scores);
     ptx::wgmma_wait<0>();
-    ptx::pin(sums);
+    pin_sums();
     ptx::pin(weights);
     release(values);
     if (shrink.any)
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] *= shrink.by[i / 2 % 2];
+      for (int i = 0; i < kSums; ++i) sum(i) *= shrink.by[i / 2 % 2];
     pack_weights();
   }
 
   __device__ __forceinline__ void end_tiles() {
     values.wait_full();
-    ptx::pin(sums);
+    pin_sums();
     ptx::pin(weights);
     issue_values();
     ptx::wgmma_wait<0>();
-    ptx::pin(sums);
+    pin_sums();
     release(values);
   }
 
@@ -396,7 +406,7 @@ struct Attender {
 #pragma unroll
         for (int i = 0; i < 4 && block + i < kBlocks; ++i) {
           const int j = (block + i) * 4 + 2 * half;
-          w[i] = pack(sums[j] * inverse, sums[j + 1] * inverse);
+          w[i] = pack(sum(j) * inverse, sum(j + 1) * inverse);
         }
         transpose(w);
         if (exists && block + lane % 4 < kBlocks)
@@ -427,12 +437,12 @@ __device__ __forceinline__ void prefill(const Call<C>& p) {
   const u32 smem = smem_address(shared);
   int* const totals = reinterpret_cast<int*>(shared + L::kCounts);
   if (threadIdx.x == 0) {
-    constexpr int kWarps = 4 * C::CONSUMERS, kFillers = kPackedCache<C> ? kLoaderThreads : 1;
+    constexpr int kWarps = 4 * C::CONSUMERS, kFillers = kPackedCache<C> ? kWideners : 1;
     typename L::KeyPipe(smem).init(kWarps, kFillers);
     typename L::ValuePipe(smem).init(kWarps, kFillers);
-    typename L::PackedPipe(smem).init(3);
-    typename L::QueryPipe(smem).init(kWarps, kLoaderThreads);
-    typename L::ItemPipe(smem).init(kWarps + 3);
+    typename L::PackedPipe(smem).init(kWideners / 32);
+    typename L::QueryPipe(smem).init(kWarps, kLoaders);
+    typename L::ItemPipe(smem).init(kPrefillWarps<C> - 1);
     ptx::fence_mbarrier_init();
   }
   ptx::wait_for_previous_kernel();
@@ -441,13 +451,13 @@ __device__ __forceinline__ void prefill(const Call<C>& p) {
   const int warpgroup = warpgroup_index();
   if (warpgroup == C::CONSUMERS) {
     ptx::lower_registers<kFew<C>>();
-    if (warp_index() % 4 == 0) {
+    if (warp_index() % 4 == 0)
       PrefillProducer<C>(p, smem, totals).run();
-    } else {
-      Loader<C> loader(p, smem);
-      loader.run();
-      if constexpr (C::FILL) loader.clear();
-    }
+    else
+      Loader<C>(p, smem).run();
+  } else if (kPackedCache<C> && warpgroup > C::CONSUMERS) {
+    ptx::lower_registers<kWidenerRegisters>();
+    if constexpr (kPackedCache<C>) Widener<C>(smem).run();
   } else {
     ptx::raise_registers<kMany<C>>();
     Attender<C>(p, smem, warpgroup).run();

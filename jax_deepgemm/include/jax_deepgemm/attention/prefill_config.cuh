@@ -15,9 +15,11 @@ template <class C>
 concept PrefillConfig = requires {
   typename C::T;           // of queries: f16 or bf16
   typename C::Scores;      // wgmma of width KEYS: queries by keys
-  typename C::Values;      // wgmma of width V_DEPTH: weights in registers by values, MN-major
+  typename C::Values;      // wgmma of width FIRST: weights in registers by values, MN-major
+  typename C::Rest;        // the same of the other columns of values
   C::KEYS;                 // of a tile, a multiple of 16
   C::DEPTH, C::V_DEPTH;    // numbers of a key and of a value, multiples of 16
+  C::FIRST;                // those of a value that one instruction takes: all, or some slabs
   C::PAGE;                 // keys of a page
   C::KV_HEADS, C::GROUP;   // heads of keys, and of queries for each
   C::CONSUMERS;            // warpgroups of 64 rows each, 2 or 3
@@ -29,18 +31,19 @@ concept PrefillConfig = requires {
   C::SINKS;                // bool: whether heads have a sink
   C::PING_PONG;            // bool: whether two consumers issue products in turn
   C::DECODE_ROWS;          // sequences with no more packed rows are another kernel's
-  C::FILL;                 // bool: whether rows of no sequence are written
   C::SHARED_BYTES;         // what the host reserves
 };
 // clang-format on
 
 constexpr int kSlabBytes = 128, kSlabNumbers = 64, kGroupRows = 8, kGroupBytes = kGroupRows * kSlabBytes;
-constexpr int kLoaderThreads = 96;
-constexpr int kTotals = 128;  // runs of sequences whose tiles are counted
+constexpr int kLoaders = 96, kWideners = 128;  // threads
+constexpr int kTotals = 128;                   // runs of sequences whose tiles are counted
 template <class C>
 constexpr int kTileRows = 64 * C::CONSUMERS;
 template <class C>
-constexpr int kPrefillWarps = 4 * C::CONSUMERS + 4;
+constexpr bool kPackedCache = C::PACKED_STAGES > 0;
+template <class C>
+constexpr int kPrefillWarps = 4 * C::CONSUMERS + 4 + 4 * kPackedCache<C>;
 
 // Where the rows of a tile of ROWS by DEPTH numbers lie.
 template <int ROWS, int DEPTH>
@@ -66,20 +69,19 @@ constexpr int kBoxKeys = gcd(C::PAGE, C::KEYS);
 template <class C>
 constexpr int kBoxes = C::KEYS / kBoxKeys<C>;
 
-// Registers of a thread of the consumers, and of the others.
+// Registers of a thread of the consumers, of the producer's warpgroup, and of the one that widens.
 template <class C>
 constexpr bool kLarge = C::KEYS * 3 / 4 + C::V_DEPTH / 2 > 160;
 template <class C>
 constexpr int kMany = C::CONSUMERS == 3 ? 160
+                      : kPackedCache<C> ? 208
                       : kLarge<C>       ? 232
                                         : 224;
 template <class C>
-constexpr int kFew = C::CONSUMERS == 3 ? 32
-                     : kLarge<C>       ? 40
-                                       : 56;
-
-template <class C>
-constexpr bool kPackedCache = C::PACKED_STAGES > 0;
+constexpr int kFew = C::CONSUMERS == 3              ? 32
+                     : kPackedCache<C> || kLarge<C> ? 40
+                                                    : 56;
+constexpr int kWidenerRegisters = 56;
 
 // A piece of work: a tile of packed rows of a sequence and a kv head.
 struct Item {

@@ -1,7 +1,8 @@
 // What the other warps of the prefill kernel do: one finds items and loads keys and values, three load
 // queries.
 //
-//   a cache in e4m3:   packed slots of keys or values   producer -> loaders, which fill the consumers' slots
+//   a cache in e4m3:   packed slots of keys or values   producer -> a warpgroup that fills the consumers'
+//   slots
 #pragma once
 
 #include <jax_deepgemm/attention/prefill_work.cuh>
@@ -213,34 +214,24 @@ struct PrefillProducer {
 
 // --- loaders of queries ---
 
-// Three warps. A cache in e4m3 they also make what is multiplied of.
+// Three warps.
 template <class C>
 struct Loader {
   using L = PrefillLayout<C>;
   static constexpr int kChunks = C::DEPTH / 8;  // of 16 bytes, of a row
-  static constexpr bool kHalf = is_same<typename C::T, f16>;
 
   const Call<C>& p;
   Items<C> items;
   typename L::QueryPipe queries;
-  typename L::KeyPipe keys;
-  typename L::ValuePipe values;
-  typename L::PackedPipe packed;
   const int thread;
 
   __device__ __forceinline__ Loader(const Call<C>& p, u32 smem)
-      : p(p),
-        items(smem),
-        queries(smem),
-        keys(smem),
-        values(smem),
-        packed(smem),
-        thread(static_cast<int>(threadIdx.x) % 128 - 32) {}
+      : p(p), items(smem), queries(smem), thread(static_cast<int>(threadIdx.x) % 128 - 32) {}
 
   __device__ __forceinline__ void load(const Item& item) const {
     const char* const from = reinterpret_cast<const char*>(p.q);
 #pragma unroll 2
-    for (int i = thread; i < kTileRows<C> * kChunks; i += kLoaderThreads) {
+    for (int i = thread; i < kTileRows<C> * kChunks; i += kLoaders) {
       const int row = i / kChunks, chunk = i % kChunks, packed = item.row + row;
       const bool exists = packed < item.rows;
       const int token = item.token + packed / C::GROUP, head = item.head * C::GROUP + packed % C::GROUP;
@@ -253,12 +244,43 @@ struct Loader {
     ptx::fence_proxy_async();
   }
 
+  __device__ __forceinline__ void run() {
+#pragma unroll 1
+    for (;;) {
+      const Item item = items.receive();
+      if (item.head < 0) return;
+      if (item.begin >= item.end) continue;
+      queries.wait_empty();
+      load(item);
+      queries.fill_with_nothing();
+      queries.advance();
+    }
+  }
+};
+
+// --- a cache in e4m3 ---
+
+// A warpgroup that makes what is multiplied of it, in the producer's order.
+template <class C>
+struct Widener {
+  using L = PrefillLayout<C>;
+  static constexpr bool kHalf = is_same<typename C::T, f16>;
+
+  Items<C> items;
+  typename L::KeyPipe keys;
+  typename L::ValuePipe values;
+  typename L::PackedPipe packed;
+  const int thread;
+
+  __device__ __forceinline__ explicit Widener(u32 smem)
+      : items(smem), keys(smem), values(smem), packed(smem), thread(threadIdx.x % kWideners) {}
+
   // A tile of rows of DEPTH bytes to slabs of 64 numbers.
   template <int DEPTH>
   __device__ __forceinline__ void widen(u32 to) const {
     const u32 from = packed_slot<C>(packed);
-#pragma unroll 2
-    for (int i = thread; i < C::KEYS * (DEPTH / 8); i += kLoaderThreads) {
+#pragma unroll 4
+    for (int i = thread; i < C::KEYS * (DEPTH / 8); i += kWideners) {
       const int row = i / (DEPTH / 8), chunk = i % (DEPTH / 8);
       const float2 eight = ptx::load_shared_2(from + i * 8);
       const u32 low = __float_as_uint(eight.x), high = __float_as_uint(eight.y);
@@ -299,36 +321,13 @@ struct Loader {
       const Item item = items.receive();
       if (item.head < 0) return;
       if (item.begin >= item.end) continue;
-      queries.wait_empty();
-      load(item);
-      queries.fill_with_nothing();
-      queries.advance();
-      if constexpr (kPackedCache<C>) {
 #pragma unroll 1
-        for (int tile = item.end - 1; tile >= item.begin; --tile) {  // in the producer's order
-          widen_keys();
-          if (tile + 1 < item.end) widen_values();
-        }
-        widen_values();
+      for (int tile = item.end - 1; tile >= item.begin; --tile) {
+        widen_keys();
+        if (tile + 1 < item.end) widen_values();
       }
+      widen_values();
     }
-  }
-
-  // Tokens [begin, end), shared by the loaders of all blocks.
-  __device__ __forceinline__ void clear(int begin, int end) const {
-    constexpr int kHeads = C::KV_HEADS * C::GROUP, kVectors = C::V_DEPTH / 8;
-    const i64 first = static_cast<i64>(begin) * kHeads, last = static_cast<i64>(end) * kHeads;
-    const i64 mine = static_cast<i64>(blockIdx.x) * kLoaderThreads + thread, all = gridDim.x * kLoaderThreads;
-    uint4* const out = reinterpret_cast<uint4*>(p.out);
-    for (i64 i = first * kVectors + mine; i < last * kVectors; i += all) out[i] = make_uint4(0, 0, 0, 0);
-    for (i64 i = first + mine; i < last; i += all) p.lse[i] = C::SINKS ? p.sinks[i % kHeads] : no_score();
-  }
-
-  // Rows of no sequence.
-  __device__ __forceinline__ void clear() const {
-    const int begin = clamp_to(p.starts[0], 0, p.tokens);
-    clear(0, begin);
-    clear(max(clamp_to(p.starts[p.sequences], 0, p.tokens), begin), p.tokens);
   }
 };
 

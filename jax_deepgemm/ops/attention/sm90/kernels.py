@@ -138,7 +138,7 @@ def has_many(p: AttentionProblem) -> bool:
 
 
 def _prefill_config(p: AttentionProblem) -> prefill.PrefillConfig:
-    return replace(prefill.prefill_config(p, few_tokens(p) * p.group), fill=False)
+    return prefill.prefill_config(p, few_tokens(p) * p.group)
 
 
 def _sources(p: AttentionProblem, c: AttentionConfig) -> list[KernelSource]:

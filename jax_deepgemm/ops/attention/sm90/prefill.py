@@ -24,15 +24,17 @@ _TEXT = """\
 
 namespace scores {{{scores}}}
 namespace values {{{values}}}
+namespace rest {{{rest}}}
 struct Config {{
   using Scores = scores::Mma;
   using Values = values::Mma;
+  using Rest = rest::Mma;
   using T = jdg::{q_dtype};
-  static constexpr int KEYS = {keys}, DEPTH = {depth}, V_DEPTH = {v_depth}, PAGE = {page};
+  static constexpr int KEYS = {keys}, DEPTH = {depth}, V_DEPTH = {v_depth}, FIRST = {first}, PAGE = {page};
   static constexpr int KV_HEADS = {kv_heads}, GROUP = {group}, CONSUMERS = {consumers};
   static constexpr int STAGES = {stages}, PACKED_STAGES = {packed_stages};
   static constexpr bool CAUSAL = {causal}, WINDOW = {window}, SOFTCAP = {softcap}, SLOPES = {slopes};
-  static constexpr bool SCALED = {scaled}, SINKS = {sinks}, PING_PONG = {ping_pong}, FILL = {fill};
+  static constexpr bool SCALED = {scaled}, SINKS = {sinks}, PING_PONG = {ping_pong};
   static constexpr int DECODE_ROWS = {decode_rows}, SHARED_BYTES = {shared};
 }};
 
@@ -60,7 +62,6 @@ class PrefillConfig:
       decode_rows: packed rows of a sequence (queries x group) up to which another kernel takes it.
       consumers: warpgroups, each of which has 64 packed rows of a tile.
       ping_pong: whether two of them issue their products in turn.
-      fill: whether this kernel writes rows of no sequence.
     """
 
     keys: int
@@ -69,7 +70,6 @@ class PrefillConfig:
     decode_rows: int = 0
     consumers: int = 2
     ping_pong: bool = False
-    fill: bool = True
 
 
 def rows_of(c: PrefillConfig) -> int:
@@ -78,8 +78,8 @@ def rows_of(c: PrefillConfig) -> int:
 
 
 def threads_of(c: PrefillConfig) -> int:
-    """Of a block: consumers, and those that load."""
-    return 128 * (c.consumers + 1)
+    """Of a block: consumers, those that load, and those that widen a cache in e4m3."""
+    return 128 * (c.consumers + 1 + (c.packed_stages > 0))
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -96,7 +96,7 @@ def prefill_config(p: AttentionProblem, decode_rows: int = 0, smem: int = 232_44
     for keys in (128, 112, 96, 80, 64):
         for consumers in (3, 2):
             for stages in _STAGES[is_packed(p)]:
-                c = PrefillConfig(keys, *stages, decode_rows, consumers)
+                c = PrefillConfig(keys, *stages, decode_rows, consumers, ping_pong=consumers == 2)
                 if not problems_with(p, c) and shared_memory(p, c) <= smem:
                     return c
     raise ValueError(f"no tile for {p}")
@@ -119,7 +119,7 @@ def problems_with(p: AttentionProblem, c: PrefillConfig) -> list[str]:
         (c.consumers in REGISTERS, f"consumers is {c.consumers}, need 2 or 3"),
         (
             c.consumers == 2 or not (c.ping_pong or c.packed_stages),
-            "3 consumers take no turns, and their registers leave none for widening a cache in e4m3",
+            "3 consumers take no turns, and leave no registers for widening a cache in e4m3",
         ),
         (
             registers <= REGISTERS.get(c.consumers, 0),
@@ -160,7 +160,6 @@ def kernel_name(p: AttentionProblem, c: PrefillConfig) -> str:
         *["sinks"] * p.with_sinks,
         *["scaled"] * (p.scale <= 0),
         *["turns"] * c.ping_pong,
-        *["sparse"] * (not c.fill),
     ]
     sizes = [depth, f"h{p.heads}x{p.kv_heads}", f"page{p.page}", f"k{c.keys}s{c.stages}r{c.decode_rows}"]
     sizes += [f"p{c.packed_stages}"] if c.packed_stages else []
@@ -169,9 +168,19 @@ def kernel_name(p: AttentionProblem, c: PrefillConfig) -> str:
     return "_".join(["jdg_prefill", *types, *sizes, *flags])
 
 
+def first_columns(p: AttentionProblem, c: PrefillConfig) -> int:
+    """Columns of values that one instruction takes: threads of four warpgroups begin with 128 registers each,
+    which an instruction of more than 128 columns would not fit in."""
+    return min(p.v_depth, 128) if threads_of(c) > 384 else p.v_depth
+
+
+def _values(p: AttentionProblem, columns: int) -> str:
+    return wgmma_wrapper(columns, p.q_dtype, p.q_dtype, b_k_major=False, a_in_registers=True)
+
+
 def prefill_source(p: AttentionProblem, c: PrefillConfig) -> KernelSource:
     """The source of the kernel that runs `c` on `p`, equal for any number of tokens, sequences and pages."""
-    name, shared = kernel_name(p, c), shared_memory(p, c)
+    name, shared, first = kernel_name(p, c), shared_memory(p, c), first_columns(p, c)
     said = {
         "causal": p.causal,
         "window": p.window > 0,
@@ -180,11 +189,12 @@ def prefill_source(p: AttentionProblem, c: PrefillConfig) -> KernelSource:
         "sinks": p.with_sinks,
         "scaled": p.scale <= 0,
         "ping_pong": c.ping_pong,
-        "fill": c.fill,
     }
     text = _TEXT.format(
         scores=wgmma_wrapper(c.keys, p.q_dtype, p.q_dtype),
-        values=wgmma_wrapper(p.v_depth, p.q_dtype, p.q_dtype, b_k_major=False, a_in_registers=True),
+        values=_values(p, first),
+        rest=_values(p, p.v_depth - first or first),
+        first=first,
         q_dtype=p.q_dtype,
         keys=c.keys,
         consumers=c.consumers,
