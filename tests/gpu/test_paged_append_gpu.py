@@ -129,7 +129,9 @@ def test_a_donated_cache_is_updated_in_place():
         return jax.lax.scan(step, cache, jnp.arange(LAYERS))[0]
 
     scan = jax.jit(layers, donate_argnums=0)
-    assert scan.lower(cache, *rest).compile().memory_analysis().temp_size_in_bytes < cache.k.nbytes // 4
+    turned = rest[2].nbytes  # q, which nobody wants here
+    temporary = scan.lower(cache, *rest).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < turned + cache.k.nbytes // 8
     both = scan(jax.tree.map(jnp.copy, cache), *rest)
     np.testing.assert_array_equal(np.asarray(both.k)[1].view(np.uint16), once[1].view(np.uint16))
 
