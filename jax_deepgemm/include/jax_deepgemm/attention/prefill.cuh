@@ -456,7 +456,7 @@ __device__ __forceinline__ void prefill(const Call<C>& p) {
     else
       Loader<C>(p, smem).run();
   } else if (kPackedCache<C> && warpgroup > C::CONSUMERS) {
-    ptx::lower_registers<kWidenerRegisters>();
+    ptx::lower_registers<kWidenerRegisters<C>>();
     if constexpr (kPackedCache<C>) Widener<C>(smem).run();
   } else {
     ptx::raise_registers<kMany<C>>();

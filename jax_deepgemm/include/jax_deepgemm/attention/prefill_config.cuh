@@ -18,16 +18,20 @@ concept PrefillConfig = requires {
   typename C::Values;      // wgmma of width FIRST: weights in registers by values, MN-major
   typename C::Rest;        // the same of the other columns of values
   C::KEYS;                 // of a tile, a multiple of 16
-  C::DEPTH, C::V_DEPTH;    // numbers of a key and of a value, multiples of 16
+  C::DEPTH;                // numbers of a key, a multiple of 16
+  C::V_DEPTH;              // of a value
   C::FIRST;                // those of a value that one instruction takes: all, or some slabs
   C::PAGE;                 // keys of a page
-  C::KV_HEADS, C::GROUP;   // heads of keys, and of queries for each
+  C::KV_HEADS;             // heads of the cache
+  C::GROUP;                // heads of queries for each of them
   C::CONSUMERS;            // warpgroups of 64 rows each, 2 or 3
   C::STAGES;               // slots of keys, and of values
   C::PACKED_STAGES;        // slots of either in e4m3; 0: the cache has the queries' type
-  C::CAUSAL, C::WINDOW;    // bool: whether queries see no later keys; whether they see a window only
-  C::SOFTCAP, C::SLOPES;   // bool: whether scores are bounded; whether they fall with distance
-  C::SCALED;               // bool: whether scores are multiplied before anything else looks at them
+  C::CAUSAL;               // bool: whether queries see no later keys
+  C::WINDOW;               // bool: whether they see a window only
+  C::SOFTCAP;              // bool: whether scores are bounded
+  C::SLOPES;               // bool: whether they fall with distance
+  C::SCALED;               // bool: whether they are multiplied before anything else looks at them
   C::SINKS;                // bool: whether heads have a sink
   C::PING_PONG;            // bool: whether two consumers issue products in turn
   C::DECODE_ROWS;          // sequences with no more packed rows are another kernel's
@@ -74,14 +78,15 @@ template <class C>
 constexpr bool kLarge = C::KEYS * 3 / 4 + C::V_DEPTH / 2 > 160;
 template <class C>
 constexpr int kMany = C::CONSUMERS == 3 ? 160
-                      : kPackedCache<C> ? 208
+                      : kPackedCache<C> ? (kLarge<C> ? 216 : 208)
                       : kLarge<C>       ? 232
                                         : 224;
 template <class C>
 constexpr int kFew = C::CONSUMERS == 3              ? 32
                      : kPackedCache<C> || kLarge<C> ? 40
                                                     : 56;
-constexpr int kWidenerRegisters = 56;
+template <class C>
+constexpr int kWidenerRegisters = kLarge<C> ? 40 : 56;
 
 // A piece of work: a tile of packed rows of a sequence and a kv head.
 struct Item {

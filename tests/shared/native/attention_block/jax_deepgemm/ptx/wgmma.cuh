@@ -58,17 +58,22 @@ void issue_product(float (&d)[COUNT], u64 a, u64 b, bool accumulate) {
   });
 }
 
+inline u32 fragments[16][32][4];  // of each lane of each warp
+
 // A in registers: what these hold when the product is waited for. B: rows of k, 64 columns of a slab each.
 template <bool HALF, int COUNT>
 void issue_from_registers(float (&d)[COUNT], const u32 (&a)[4], u64 b, bool accumulate) {
   issued.push_back([&d, &a, b, accumulate] {
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    std::memcpy(fragments[warp][lane], a, sizeof a);
+    __syncwarp();
     float rows[2][16];
-    for (int i = 0; i < 4; ++i)
-      exchange(a[i], [&](unsigned lane, u32 two) {
-        if (lane / 4 != threadIdx.x % 32 / 4) return;
+    for (unsigned other = 0; other < 4; ++other)
+      for (int i = 0; i < 4; ++i)
         for (int e = 0; e < 2; ++e)
-          rows[i % 2][lane % 4 * 2 + i / 2 * 8 + e] = number<HALF>(e ? two >> 16 : two & 0xFFFF);
-      });
+          rows[i % 2][other * 2 + i / 2 * 8 + e] =
+              number<HALF>(fragments[warp][lane / 4 * 4 + other][i] >> 16 * e & 0xFFFF);
+    __syncwarp();
     for (int i = 0; i < COUNT; ++i) {
       const u32 col = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
       const u32 at = col / 64 * Operand(b).slab + col % 64 * 2;
