@@ -26,7 +26,7 @@ LONG = (
     "grouped/test_gated.py",
     "moe/test_moe_parallel.py",
 )
-"""Files that take more than a minute, the longest first: run before all others, so that no process ends on one."""
+"""Files that take more than a minute, the longest first: run before all others, as none may be the last."""
 CPU_FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 """LLVM does not optimise: most of the tests' time is XLA compiling programs that run once."""
 

@@ -122,6 +122,8 @@ def _not_cudnn(q: jax.Array, v: jax.Array, view: View, q_offset: Any, extra: boo
     d = q.shape[3]
     if q.dtype == np.float32:
         return "cuDNN computes bfloat16 and float16, and q is float32"
+    if 0 in (*q.shape, *v.shape):
+        return "there are no queries or no keys"
     if d % 8 or d > WIDEST_HEAD or v.shape[3] != d:
         widths = f"{d} and {v.shape[3]}"
         return f"heads are {widths} wide, and cuDNN's are equal, a multiple of 8, at most {WIDEST_HEAD}"

@@ -363,6 +363,8 @@ COUNTS = {
     "norms": 54,
     "shapes": 24,
     "epilogue": 60,
+    "attention_decode": 12,
+    "attention_prefill": 7,
     "k_drawn": 17,
     "skew": 14,
     "sustained": 1,

@@ -292,12 +292,18 @@ def test_cudnn_runs_what_it_can(case: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("dtype", "d", "why"), [(np.float32, 8, "q is float32"), (BF16, 12, "heads are 12 and 12 wide")]
+    ("dtype", "shape", "why"),
+    [
+        (np.float32, (1, 2, 1, 8), "q is float32"),
+        (BF16, (1, 2, 1, 12), "heads are 12 and 12 wide"),
+        (BF16, (1, 0, 1, 8), "no queries or no keys"),
+    ],
 )
-def test_cudnn_takes_neither(dtype: Any, d: int, why: str) -> None:
-    q = drawn(33, 1, 2, 1, d, dtype=dtype)
+def test_cudnn_takes_neither(dtype: Any, shape: tuple[int, ...], why: str) -> None:
+    q = drawn(33, *shape, dtype=dtype)
     with pytest.raises(ValueError, match=why):
         inference.attention(q, q, q, impl="cudnn")
+    assert jax.eval_shape(inference.attention, q, q, q).shape == shape
 
 
 def test_the_choice_stands_in_the_program() -> None:

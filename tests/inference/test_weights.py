@@ -273,7 +273,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "group_size is 3 and k is 4",
     ),
-    "dequantize": (lambda: inference.dequantize(ONES), TypeError, "float32.*need a QuantizedWeight"),  # type: ignore[arg-type]
+    "dequantize": (lambda: inference.dequantize(ONES), TypeError, "float32.*need a QuantizedWeight"),
     "dequantize scales": (
         lambda: inference.dequantize(QuantizedWeight(jnp.ones((4, 8), jnp.int8), jnp.ones((3, 8)), "int8")),
         ValueError,

@@ -76,7 +76,7 @@ void launch(unsigned blocks, unsigned columns, int count, const Kernel& kernel) 
 void attend(const std::string& folder, int shares) {{
   {buffers}
   launch(shares, 1, {threads}, [&] {{ decoding::{decode_name}({arguments}); }});
-  launch({tokens}, {heads}, {merge_threads}, [&] {{ merging::{merge_name}({arguments}); }});
+  launch({columns}, {heads}, {merge_threads}, [&] {{ merging::{merge_name}({arguments}); }});
   out.write();
   lse.write();
 }}
@@ -117,7 +117,7 @@ def run(
         arguments=", ".join([*PARTS, *RESULTS, *map(str, numbers), *factors, *map(str, last), "shares"]),
         threads=32 * c.warps,
         merge_threads=32 * decode.merge_warps(p),
-        tokens=p.tokens,
+        columns=(p.tokens + 1) // 2,
         heads=p.heads,
         decode_name=sources["decode"].name,
         merge_name=sources["merge"].name,

@@ -86,9 +86,10 @@ def _row(form: tuple[Any, ...], drawn: bool) -> Row:
     seen = int((lens * rows - rows * (rows - 1) // 2).sum())  # pairs of a row and a key
     width = 1 if stored == "float8_e4m3fn" else 2
     whole = rows == keys
+    names = [f"{key}={value}" for key, value in zip(_KEYS, form, strict=True)]
     attend = functools.partial(ragged_paged_attention, max_q_len=rows)
     return Row(
-        name="attention " + " ".join(f"{key}={value}" for key, value in zip(_KEYS, form, strict=True)),
+        name=" ".join(["attention", *names, *["drawn"] * drawn]),
         fields={**dict(zip(_KEYS, form, strict=True)), "drawn": drawn},
         function=attend,
         draw=functools.partial(_draw, form, drawn),

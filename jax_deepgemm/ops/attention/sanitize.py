@@ -61,7 +61,7 @@ def cases() -> Iterator[Case]:
             if broken:
                 batch = (
                     np.where(tables % 3, tables, tables * 2**20 - 7).astype(np.int32),
-                    rng.permutation(starts) * 3 - 5,
+                    starts * 3 - 5,  # not in another order: rows of two sequences would be either's
                     (keys * 2**12 - 9).astype(np.int32),
                 )
             given = (*batch, sinks, np.abs(slopes), np.int32(1))
