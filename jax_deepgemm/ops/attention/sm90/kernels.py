@@ -151,8 +151,8 @@ def _plan(p: AttentionProblem, c: AttentionConfig, chip: Chip, given: Operands) 
     if not has_many(p):
         return LaunchPlan(decode.launches(p, c, chip), scratch, label=str(p))
     many = prefill.prefill_steps(p, _prefill_config(p), chip, given, Scratch(len(scratch)))
-    steps = (*many, *decode.launches(p, c, chip, few_tokens(p)))
-    return LaunchPlan(steps, (*scratch, prefill.TICKET_BYTES), label=str(p))
+    few = decode.launches(p, c, chip, few_tokens(p))
+    return LaunchPlan((*many, *few), (*scratch, prefill.TICKET_BYTES), label=str(p))
 
 
 KERNELS = Kernels[AttentionProblem, AttentionConfig](
