@@ -276,17 +276,28 @@ struct Widener {
   __device__ __forceinline__ explicit Widener(u32 smem)
       : items(smem), keys(smem), values(smem), packed(smem), thread(threadIdx.x % kWideners) {}
 
-  // A tile of rows of DEPTH bytes to slabs of 64 numbers.
+  // A tile of rows of DEPTH bytes to slabs of 64 numbers. Some are read at once, as no store lets a load
+  // pass.
   template <int DEPTH>
   __device__ __forceinline__ void widen(u32 to) const {
+    constexpr int kPieces = C::KEYS * DEPTH / 8, kAtOnce = 4;  // of eight numbers
     const u32 from = packed_slot<C>(packed);
-#pragma unroll 4
-    for (int i = thread; i < C::KEYS * (DEPTH / 8); i += kWideners) {
-      const int row = i / (DEPTH / 8), chunk = i % (DEPTH / 8);
-      const float2 eight = ptx::load_shared_2(from + i * 8);
-      const u32 low = __float_as_uint(eight.x), high = __float_as_uint(eight.y);
-      ptx::store_shared_4(to + Tile<C::KEYS, DEPTH>::chunk(row, chunk), widen_e4m3<kHalf>(low, 0),
-                          widen_e4m3<kHalf>(low, 2), widen_e4m3<kHalf>(high, 0), widen_e4m3<kHalf>(high, 2));
+#pragma unroll 1
+    for (int first = thread; first < kPieces; first += kAtOnce * kWideners) {
+      float2 eight[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (kPieces % (kAtOnce * kWideners) == 0 || first + j * kWideners < kPieces)
+          eight[j] = ptx::load_shared_2(from + (first + j * kWideners) * 8);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = first + j * kWideners, row = i / (DEPTH / 8), chunk = i % (DEPTH / 8);
+        const u32 low = __float_as_uint(eight[j].x), high = __float_as_uint(eight[j].y);
+        if (kPieces % (kAtOnce * kWideners) == 0 || i < kPieces)
+          ptx::store_shared_4(to + Tile<C::KEYS, DEPTH>::chunk(row, chunk), widen_e4m3<kHalf>(low, 0),
+                              widen_e4m3<kHalf>(low, 2), widen_e4m3<kHalf>(high, 0),
+                              widen_e4m3<kHalf>(high, 2));
+      }
     }
     ptx::fence_proxy_async();
   }
