@@ -23,7 +23,7 @@ from jax_deepgemm.moe import DEEPSEEK_V3, SharedExperts, moe_mlp, moe_mlp_decode
 
 Tree: TypeAlias = dict[str, Any]
 Attend: TypeAlias = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
-"""(layer, q [t, heads, head_dim], k [t, kv_heads, head_dim], v [t, kv_heads, v_head_dim]) -> [t, heads, v_head_dim]"""
+"""(layer, q [t, heads, head_dim], k and v [t, kv_heads, ..]) -> [t, heads, v_head_dim]"""
 E4M3, SPREAD = jnp.float8_e4m3fn, 64
 """Random FP8 weights are normal numbers times SPREAD, so that few of them are below what e4m3 resolves."""
 
@@ -120,8 +120,8 @@ DEEPSEEK = Config(
     shared=2048,
     router=tuple(DEEPSEEK_V3.items()),
 )
-"""Experts, router and head sizes of DeepSeek-V3, which has 58 such layers; kv_heads groups of heads that share
-keys and values are in the place of its latent attention."""
+"""Experts, router and head sizes of DeepSeek-V3, which has 58 such layers. Heads that share keys and values
+are in the place of its latent attention."""
 CONFIGS = {
     "tiny": Config(),
     "tiny-deepseek": Config(
@@ -138,7 +138,7 @@ CONFIGS = {
 }
 
 
-# Weights -----------------------------------------------------------------------------------------------------
+# Weights ---------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -206,7 +206,7 @@ def load_weights(folder: Path, layers: Iterable[int] | None = None) -> tuple[Con
 
 
 def weight_bytes(config: Config, params: Tree, tokens: int) -> float:
-    """Bytes of weights that a step of so many tokens reads: of experts those that a balanced router chooses."""
+    """Bytes of weights that a step of so many tokens reads: of experts those that balanced routing takes."""
 
     def size(tree: Any) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
@@ -217,7 +217,7 @@ def weight_bytes(config: Config, params: Tree, tokens: int) -> float:
     return rest + chosen * experts
 
 
-# The forward pass ---------------------------------------------------------------------------------------------
+# The forward pass ------------------------------------------------------------------------------------------
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, epsilon: float) -> jax.Array:
