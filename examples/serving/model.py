@@ -209,7 +209,7 @@ def weight_bytes(config: Config, params: Tree, tokens: int) -> float:
     """Bytes of weights that a step of so many tokens reads: of experts those that balanced routing takes."""
 
     def size(tree: Any) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
     chosen = 1 - (1 - config.top_k / config.experts) ** tokens
     experts = size([(layer["mlp"]["w13"], layer["mlp"]["w2"]) for layer in params["layers"]])

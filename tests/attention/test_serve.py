@@ -1,4 +1,4 @@
-"""examples/serve.py: its scheduler over a device made of numpy, its models' names and sizes, and a tiny run."""
+"""examples/serve.py: its scheduler over a device of numpy, its models' names and sizes, and a tiny run."""
 
 from __future__ import annotations
 
@@ -158,9 +158,9 @@ def test_a_checkpoint_of_qwen3_moe(tmp_path: Path) -> None:
     assert dataclasses.replace(config, router=want.router) == want
     assert dict(config.router) == {"renormalize": True}
     drawn = jax.eval_shape(lambda: models.draw_weights(want, 0))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), drawn
-    )
+    assert jax.tree.structure(params) == jax.tree.structure(drawn)
+    found, want_all = ([(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (params, drawn))
+    assert found == want_all
 
     def joined(*names: str) -> np.ndarray:
         return np.concatenate([np.asarray(dequantize(tensors[f"{at}.{name}.weight"])) for name in names])
@@ -181,7 +181,7 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.any_version
 def test_bytes_of_a_step_are_those_of_the_layers_weights() -> None:
-    """Of Qwen3-30B-A3B, from its card: 48 layers, 128 experts of 3 x 768 x 2048 numbers, of which a token has 8."""
+    """Qwen3-30B-A3B, from its card: of 128 experts of 3 x 768 x 2048 numbers a token has 8."""
     config = models.QWEN3_MOE
     params = jax.eval_shape(lambda: models.draw_weights(config, 0))
     expert, scales = 3 * 768 * 2048, 3 * 6 * 16 * 4
