@@ -70,22 +70,25 @@ class Cost:
     Attributes:
       start: launches, prefix sums, the first keys.
       reading: all keys, at the rate that copies in flight allow.
+      blocks: a block's units one after the other, each with a wait for its first keys, and its end.
     """
 
     start: float
     reading: float
+    blocks: float
 
     @property
     def total(self) -> float:
-        return self.start + self.reading
+        return self.start + max(self.reading, self.blocks)
 
     def __str__(self) -> str:
-        return f"{self.total:.1f} us (start {self.start:.1f}, reading {self.reading:.1f})"
+        terms = f"start {self.start:.1f}, reading {self.reading:.1f}, blocks {self.blocks:.1f}"
+        return f"{self.total:.1f} us ({terms})"
 
 
 # Measured on an H200 (docs/performance.md).
 _READ, _AHEAD = 4.4e6, 4e3  # bytes of a microsecond; of an SM, in flight, at half of that rate
-_START, _MORE_WARPS = 6.0, 0.6
+_START, _MORE_WARPS, _END, _LATENCY = 6.0, 0.6, 12.0, 1.5
 _RATES = {(8, 1): 1.0, (4, 2): 0.99, (4, 1): 0.975}
 _FP8_RATES = {(16, 8, 1): 0.74, (16, 4, 2): 0.72, (16, 4, 1): 0.64, (32, 8, 1): 0.82, (32, 4, 2): 0.79}
 _SLOWEST = 0.74
@@ -100,7 +103,10 @@ def cost(p: AttentionProblem, c: AttentionConfig, chip: Chip) -> Cost:
         rate *= _FP8_RATES.get((c.keys, c.warps, c.blocks), _SLOWEST)
     else:
         rate *= _RATES.get((c.warps, c.blocks), _SLOWEST)
-    return Cost(_START + _MORE_WARPS * (c.warps == 8), p.kv_bytes / rate)
+    units = decode.most_units(p)
+    own = p.kv_bytes / max(units, 1) * c.blocks / flying * _LATENCY
+    blocks = units / (chip.num_sms * c.blocks) * (_END + own)
+    return Cost(_START + _MORE_WARPS * (c.warps == 8), p.kv_bytes / rate, blocks)
 
 
 def candidates(p: AttentionProblem, chip: Chip) -> Iterator[AttentionConfig]:
