@@ -45,6 +45,7 @@ class Declaration:
         reduces: Sequence[str] = (),
         blocks: Mapping[str, tuple[str, int]] | None = None,
         edges: Sequence[str] = (),
+        leads: Sequence[str] = (),
         spmd: Callable[..., tuple[Sequence[jax.Array] | None, Arrays | None]] | None = None,
         recut: Callable[..., tuple[Sequence[jax.Array], Params]] | None = None,
         kernel: LazyKernel | None = None,
@@ -59,7 +60,9 @@ class Declaration:
         grad_hint: str = "",
     ) -> None:
         self.name = name
-        self.rule = ShardingRule.parse(rule, reduces=reduces, blocks=blocks, addend=addend, edges=edges)
+        self.rule = ShardingRule.parse(
+            rule, reduces=reduces, blocks=blocks, addend=addend, edges=edges, leads=leads
+        )
         self.result = result
         self.reference = reference
         self.spmd = spmd

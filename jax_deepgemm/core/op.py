@@ -74,6 +74,7 @@ class Op(Declaration):
         float32 or `out_dtype` can be asked for partial sums.
       blocks: dimension of a grid of blocks -> (dimension of the data, elements per block).
       edges: grids at whose edges alone their data is cut over devices.
+      leads: grids whose cut their data takes, where no result asks for one.
       spmd: (plan, local, *arrays) -> (arrays, None) or (None, results), on one device's pieces, before
         `local` runs: recuts operands whose blocks straddle devices, or computes the results itself.
         `local(*arrays)` is the op on one device.

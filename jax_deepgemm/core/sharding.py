@@ -46,6 +46,7 @@ class ShardingRule:
         data itself, it is cut as the grid is.
       addend: index of an operand that is added to the first result (once, also when partial results are
         summed).
+      leads: grids whose cut their data takes, where no result asks for a cut of that.
     """
 
     operands: tuple[Factors, ...]
@@ -54,6 +55,7 @@ class ShardingRule:
     blocks: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     addend: int | None = None
     edges: Factors = ()
+    leads: Factors = ()
 
     @property
     def data_of(self) -> dict[str, str]:
@@ -80,10 +82,11 @@ class ShardingRule:
         blocks: Mapping[str, tuple[str, int]] | None = None,
         addend: int | None = None,
         edges: Sequence[str] = (),
+        leads: Sequence[str] = (),
     ) -> ShardingRule:
         """Reads "m k, n k -> m n"."""
         left, right = (tuple(tuple(one.split()) for one in side.split(",")) for side in text.split("->"))
-        return cls(left, right, tuple(reduces), dict(blocks or {}), addend, tuple(edges))
+        return cls(left, right, tuple(reduces), dict(blocks or {}), addend, tuple(edges), tuple(leads))
 
     def batched(self, batch: Batch) -> ShardingRule:
         """The rule under vmap: one more leading factor per level."""
@@ -99,6 +102,7 @@ class ShardingRule:
             self.blocks,
             self.addend,
             self.edges,
+            self.leads,
         )
 
     def text(self) -> str:
@@ -218,6 +222,9 @@ def plan_sharding(
     given = _merge(rule, rule.operands, specs)
     asked = _merge(rule, rule.results, result_specs)
     summed = [name for name in rule.reduces if given.get(name)]
+    for grid in rule.leads:
+        data = rule.blocks[grid][0]
+        asked[data] = asked.get(data) or _own_cut(rule, grid, specs)
 
     scatter_dim = None
     if len(summed) == 1 and size[summed[0]] % (pieces(given[summed[0]]) * rule.step(summed[0])) == 0:
@@ -262,6 +269,16 @@ def _merge(rule: ShardingRule, dims: Sequence[Factors], specs: Sequence[Sequence
             if name not in rule.blocks:
                 merged[name] = merged.get(name) or axes
     return merged
+
+
+def _own_cut(rule: ShardingRule, grid: str, specs: Sequence[Sequence[Axes]]) -> Axes:
+    cuts = (
+        axes
+        for factors, spec in zip(rule.operands, specs, strict=True)
+        for factor, axes in zip(factors, spec, strict=True)
+        if factor == grid and axes
+    )
+    return next(cuts, ())
 
 
 def _addend_spec(rule: ShardingRule, out_spec: PartitionSpec) -> PartitionSpec:

@@ -15,7 +15,7 @@ import numpy as np
 from jax_deepgemm.attention import KVCache, attend_with_cache
 from jax_deepgemm.inference import checks
 from jax_deepgemm.inference.contiguous import attention
-from jax_deepgemm.inference.masks import alibi_bias, mask_bias
+from jax_deepgemm.inference.masks import bias_of
 from jax_deepgemm.inference.names import Given, there
 from jax_deepgemm.inference.rotary import rotary
 
@@ -45,8 +45,8 @@ def allocate_workspace(given: Given) -> Workspace:
     heads, parts = sizes["num_heads"], sizes["mp_size"]
     if sizes["hidden_dim"] % heads or heads % parts:
         raise ValueError(
-            f"{given.name}: hidden_dim is {sizes['hidden_dim']}, num_heads {heads} and mp_size {parts}, need "
-            "hidden_dim a multiple of num_heads, and that of mp_size."
+            f"{given.name}: hidden_dim is {sizes['hidden_dim']}, num_heads {heads} and mp_size {parts}, "
+            "need hidden_dim a multiple of num_heads, and that of mp_size."
         )
     batch, d = sizes["batch_size"], sizes["hidden_dim"] // heads
     rounded = -(-d // STEP) * STEP
@@ -67,8 +67,8 @@ def reset_cache(given: Given, *, cache: Workspace | None = None) -> Workspace:
 def _workspace(given: Given, cache: Any) -> Workspace:
     if not isinstance(cache, Workspace):
         raise TypeError(
-            f"{given.name}: cache is {checks.described(cache)}, need cache= what allocate_workspace_{{type}} "
-            "returned, or the last call."
+            f"{given.name}: cache is {checks.described(cache)}, need cache= what "
+            "allocate_workspace_{type} returned, or the last call."
         )
     return cache
 
@@ -95,7 +95,9 @@ def softmax_context(given: Given, *, cache: Workspace | None = None) -> tuple[ja
     else:
         kept = _appended(kept, k, v, positions, layer)
         keys, values = (_dense(x[layer], kept) for x in (kept.paged.k, kept.paged.v))
-        bias = _bias(given, (b, heads, s, keys.shape[1]))
+        shape = b, heads, s, keys.shape[1]
+        mask, alibi = (_long(given[one], shape[-1]) for one in ("attn_mask", "alibi"))
+        bias = bias_of(given.name, mask, alibi, shape)
         out = attention(q, keys, values, bias=bias, q_offset=lengths, kv_lens=lengths + s, **options)
     last = layer == int(given.num_layers) - 1
     return out.reshape(b, s, heads * d), Workspace(kept, lengths + s if last else lengths)
@@ -109,15 +111,13 @@ def _heads(given: Given, cache: KVCache) -> tuple[jax.Array, ...]:
     d, own = cache.paged.k.shape[-1], cache.paged.kv_heads
     if qkv.ndim != 3 or qkv.shape[2] != (heads + 2 * kv) * d or heads % kv or own % kv:
         raise ValueError(
-            f"{given.name}: query_key_value is {list(qkv.shape)}, of {heads} heads and {kv} of keys, and the "
-            "cache has "
-            f"{own} of {d} numbers, need [batch, tokens, (heads + 2 kv heads) * d]."
+            f"{given.name}: query_key_value is {list(qkv.shape)}, of {heads} heads and {kv} of keys, and "
+            f"the cache has {own} of {d} numbers, need [batch, tokens, (heads + 2 kv heads) * d]."
         )
     if qkv.shape[0] != cache.batch or cache.paged.k.dtype != qkv.dtype:
         raise ValueError(
             f"{given.name}: query_key_value is {checks.described(qkv)} and the cache is of {cache.batch} "
-            "sequences in "
-            f"{cache.paged.k.dtype.name}, need the same."
+            f"sequences in {cache.paged.k.dtype.name}, need the same."
         )
     split = qkv.reshape(*qkv.shape[:2], -1, d)
     return split[:, :, :heads], split[:, :, heads : heads + kv], split[:, :, heads + kv :]
@@ -129,9 +129,8 @@ def _appended(cache: KVCache, k: jax.Array, v: jax.Array, positions: jax.Array, 
     first = jnp.arange(cache.batch, dtype=jnp.int32)[:, None] * (cache.capacity // size)
     page = jnp.where(positions < cache.capacity, first + positions // size, paged.pages)
     at = (layer, page, slice(None), positions % size)
-    new = (old.at[at].set(x, mode="drop") for old, x in ((paged.k, k), (paged.v, v)))
-    both = dict(zip("kv", new, strict=True))
-    return dataclasses.replace(cache, paged=dataclasses.replace(paged, **both))
+    k, v = (old.at[at].set(x, mode="drop") for old, x in ((paged.k, k), (paged.v, v)))
+    return dataclasses.replace(cache, paged=dataclasses.replace(paged, k=k, v=v))
 
 
 def _dense(pages: jax.Array, cache: KVCache) -> jax.Array:
@@ -140,18 +139,9 @@ def _dense(pages: jax.Array, cache: KVCache) -> jax.Array:
     return split.reshape(cache.batch, cache.capacity, *split.shape[3:])
 
 
-def _bias(given: Given, shape: tuple[int, ...]) -> jax.Array | None:
-    """Of mask and ALiBi, which reach to the tokens there are; keys behind them are not seen anyway."""
-    keys = shape[-1]
-    parts = []
-    if there(given.attn_mask):
-        mask = _long(given.attn_mask, keys)
-        parts.append(mask_bias(given.name, mask, shape))
-    if there(given.alibi):
-        parts.append(alibi_bias(given.name, _long(given.alibi, keys), shape))
-    return sum(parts[1:], parts[0]) if parts else None
-
-
-def _long(x: Any, keys: int) -> jax.Array:
+def _long(x: Any, keys: int) -> Any:
+    """A mask or ALiBi of the tokens there are, for a cache with room for more, which are not seen anyway."""
+    if not there(x):
+        return None
     x = jnp.asarray(checks.unwrapped(x))
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, max(keys - x.shape[-1], 0))])

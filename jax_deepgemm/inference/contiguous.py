@@ -110,10 +110,9 @@ def _operands(op: str, q: Any, k: Any, v: Any) -> tuple[jax.Array, jax.Array, ja
     fits = q.ndim == k.ndim == v.ndim == 4 and (k.shape[0], k.shape[3]) == (q.shape[0], q.shape[3])
     if not fits or v.shape[:3] != k.shape[:3] or not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"{op}: q is {list(q.shape)}, k is {list(k.shape)} and v is {list(v.shape)}, need "
-            "q [batch, queries, heads, d], k [batch, keys, kv_heads, d] and v [batch, keys, kv_heads, d_v], "
-            "where kv_heads divides heads. Arrays [batch, heads, tokens, d] become that by "
-            "jnp.swapaxes(x, 1, 2)."
+            f"{op}: q is {list(q.shape)}, k is {list(k.shape)} and v is {list(v.shape)}, need q [batch, "
+            "queries, heads, d], k [batch, keys, kv_heads, d] and v [batch, keys, kv_heads, d_v], where "
+            "kv_heads divides heads. Arrays [batch, heads, tokens, d] become that by jnp.swapaxes(x, 1, 2)."
         )
     return q, k, v
 
@@ -123,6 +122,8 @@ def _not_cudnn(q: jax.Array, v: jax.Array, view: View, q_offset: Any, extra: boo
     d = q.shape[3]
     if q.dtype == np.float32:
         return "cuDNN computes bfloat16 and float16, and q is float32"
+    if 0 in (*q.shape, *v.shape):
+        return "there are no queries or no keys"
     if d % 8 or d > WIDEST_HEAD or v.shape[3] != d:
         widths = f"{d} and {v.shape[3]}"
         return f"heads are {widths} wide, and cuDNN's are equal, a multiple of 8, at most {WIDEST_HEAD}"
@@ -163,5 +164,6 @@ def _xla(
     grouped = q.reshape(b, sq, kv, h // kv, d).transpose(0, 2, 3, 1, 4)
     scores = product(grouped, k, ((4,), (3,)), ((0, 1), (0, 2)))
     p = softmax(op, scores.reshape(b, h, sq, length) * scale, view, bias, alibi_slopes)
-    out = product(p.astype(v.dtype).reshape(b, kv, h // kv, sq, length), v, ((4,), (1,)), ((0, 1), (0, 2)))
-    return out.reshape(b, h, sq, v.shape[3]).swapaxes(1, 2).astype(q.dtype)
+    p = p.astype(v.dtype).reshape(b, kv, h // kv, sq, length)
+    out = product(p, v, ((4,), (1,)), ((0, 1), (0, 2)), q.dtype)
+    return out.reshape(b, h, sq, v.shape[3]).swapaxes(1, 2)

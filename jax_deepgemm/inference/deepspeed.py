@@ -19,7 +19,7 @@ from jax_deepgemm.inference.context import allocate_workspace, reset_cache, soft
 from jax_deepgemm.inference.contiguous import attention
 from jax_deepgemm.inference.elementwise import bias_act, residual_add
 from jax_deepgemm.inference.layers import linear, mlp, norm_linear
-from jax_deepgemm.inference.masks import alibi_bias, mask_bias, view_of
+from jax_deepgemm.inference.masks import bias_of, view_of
 from jax_deepgemm.inference.names import KINDS, Given, adapter, there
 from jax_deepgemm.inference.norms import norm
 from jax_deepgemm.inference.products import product
@@ -39,18 +39,14 @@ def _softmax(given: Given) -> jax.Array:
     if scores.ndim not in (3, 4):
         raise ValueError(
             f"{given.name}: attn_scores are {list(scores.shape)}, need [batch, heads, queries, keys] or "
-            "[batch, "
-            "queries, keys]."
+            "[batch, queries, keys]."
         )
-    bias = mask_bias(given.name, given.attn_mask, scores.shape)
-    if there(given.alibi):
-        whole = scores.shape if scores.ndim == 4 else (scores.shape[0], 1, *scores.shape[1:])
-        alibi = alibi_bias(given.name, given.alibi, whole, int(given.head_offset), int(given.mp_size))
-        assert alibi is not None
-        alibi = alibi if scores.ndim == 4 else alibi[:, 0]
-        bias = alibi if bias is None else bias + alibi
-    view = view_of(given, *scores.shape[-2:], bool(given.triangular))
-    return masked_softmax(scores, scale=float(given.layer_scale), bias=bias, **view)
+    whole = scores if scores.ndim == 4 else scores[:, None]
+    parts = int(given.head_offset), int(given.mp_size)
+    bias = bias_of(given.name, given.attn_mask, given.alibi, whole.shape, *parts)
+    view = view_of(given, whole.shape[2], whole.shape[3], bool(given.triangular))
+    out = masked_softmax(whole, scale=float(given.layer_scale), bias=bias, **view)
+    return out.reshape(scores.shape)
 
 
 def _softmax_context_int8(given: Given) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -61,12 +57,12 @@ def _softmax_context_int8(given: Given) -> tuple[jax.Array, jax.Array, jax.Array
     if not fits or k.shape != (*q.shape[:2], q.shape[3], v.shape[2]) or v.shape[:2] != q.shape[:2]:
         raise ValueError(
             f"{given.name}: query is {list(q.shape)}, prev_key {list(k.shape)} and prev_value "
-            f"{list(v.shape)}, need "
-            "[batch, heads, queries, d], [batch, heads, d, keys] and [batch, heads, keys, d]."
+            f"{list(v.shape)}, need [batch, heads, queries, d], [batch, heads, d, keys] and [batch, heads, "
+            "keys, d]."
         )
     new = there(given.new_value) and given.new_value.shape[1] > 0
     view = view_of(given, q.shape[2], v.shape[2], bool(given.triangular) and not new)
-    bias = mask_bias(given.name, given.attn_mask, (*q.shape[:3], v.shape[2]))
+    bias = bias_of(given.name, given.attn_mask, None, (*q.shape[:3], v.shape[2]))
     parts = (q.swapaxes(1, 2), k.transpose(0, 3, 1, 2), v.swapaxes(1, 2))
     out = attention(*parts, bias=bias, scale=float(given.norm_factor) ** 2, **view)
     return out.swapaxes(1, 2), k, v
@@ -84,8 +80,7 @@ def _apply_rotary(given: Given) -> tuple[jax.Array, jax.Array]:
     if any(x.ndim != 3 or x.shape[:2] != arrays[0].shape[:2] for x in arrays) or arrays[0].shape[2] % heads:
         raise ValueError(
             f"{given.name}: mixed_query is {list(arrays[0].shape)} and key_layer {list(arrays[1].shape)}, "
-            "need [batch, "
-            f"tokens, heads * d] for {heads} heads."
+            f"need [batch, tokens, heads * d] for {heads} heads."
         )
     d = arrays[0].shape[2] // heads
     places = int(given.offset) + jnp.arange(arrays[0].shape[1], dtype=jnp.int32)
@@ -148,8 +143,7 @@ def int8_weight(name: str, weight: Any, scales: Any, groups: int, merge_count: i
     if values.dtype != jnp.int8 or values.ndim != 2 or values.shape[0] % groups or values.shape[1] % parts:
         raise ValueError(
             f"{name}: weight is {checks.described(values)}, need int8 [n, k] with n a multiple of {groups} "
-            "groups and k "
-            f"of {parts}."
+            f"groups and k of {parts}."
         )
     flat = checks.floats(name, "q_scale", scales).reshape(-1).astype(jnp.float32)
     if flat.size < groups * parts:
@@ -255,8 +249,7 @@ def _linear_layer(given: Given) -> jax.Array:
     if y.ndim != 3 or y.shape[2] % (3 * heads):
         raise ValueError(
             f"{given.name}: the result is {list(y.shape)} and do_flash_attn is True, need [batch, tokens, 3 "
-            f"* {heads} "
-            "* d]."
+            f"* {heads} * d]."
         )
     split = y.reshape(*y.shape[:2], 3, heads, -1).transpose(2, 0, 3, 1, 4)
     d = split.shape[-1]
@@ -338,8 +331,7 @@ def _no_workspace(given: Given) -> None:
     if not _warned:
         warnings.warn(
             f"{given.name}: there is no workspace to release or take: caches are arrays, which are freed "
-            "with their "
-            "last use. Leave the call out.",
+            "with their last use. Leave the call out.",
             stacklevel=3,
         )
         _warned = True
@@ -358,9 +350,8 @@ NORM = "input gamma beta epsilon"
 NORM_RESIDUAL = "input bias residual gamma beta epsilon"
 QKV = "input weight q_scale bias gamma beta epsilon add_bias"
 MLP = (
-    "input residual input_bias weight_interm weight_out bias gamma beta epsilon preLayerNorm mlp_after_attn "
-    "q_scale "
-    "q_scale1 q_int8 activation_type"
+    "input residual input_bias weight_interm weight_out bias gamma beta epsilon preLayerNorm "
+    "mlp_after_attn q_scale q_scale1 q_int8 activation_type"
 )
 GEMM_GELU = "input weight weight_scale bias weight_out weight_out_scale"
 LINEAR = "input weight bias add_bias do_flash_attn num_heads"
@@ -368,12 +359,12 @@ LINEAR = "input weight bias add_bias do_flash_attn num_heads"
 
 def _layer_norm(given: Given, **options: Any) -> Any:
     residual, bias = given.get("residual"), given.get("bias")
-    form = {"eps": float(given.epsilon), "residual": residual, "bias": bias}
+    form: dict[str, Any] = {"eps": float(given.epsilon), "residual": residual, "bias": bias}
     return norm(given.input, given.gamma, given.beta, **form, **options)
 
 
 def _rms_norm(given: Given, **options: Any) -> Any:
-    form = {"kind": "rms", "eps": float(given.epsilon), "residual": given.get("residual")}
+    form: dict[str, Any] = {"kind": "rms", "eps": float(given.epsilon), "residual": given.get("residual")}
     return norm(given.input, given.gamma, **form, **options)
 
 
@@ -386,8 +377,7 @@ _TYPED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         _softmax,
         (
             "attn_scores attn_mask alibi triangular recompute local_attention window_size async_op "
-            "layer_scale "
-            "head_offset mp_size",
+            "layer_scale head_offset mp_size",
         ),
     ),
     "softmax_context": (

@@ -11,7 +11,16 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.inference import checks
-from jax_deepgemm.inference.layers import _STEP_K, _STEP_N, LAYOUTS, Weight, finished
+from jax_deepgemm.inference.layers import (
+    _STEP_K,
+    _STEP_N,
+    LAYOUTS,
+    Weight,
+    as_it_goes_on,
+    finished,
+    of_kernels,
+    result_dtype,
+)
 from jax_deepgemm.inference.weights import QuantizedWeight, dequantize, per_channel
 from jax_deepgemm.ops.grouped.layouts import group_sizes_to_indices
 from jax_deepgemm.ops.grouped.linear import grouped_linear as grouped
@@ -66,44 +75,45 @@ def grouped_linear(
     checks.choice(op, "w_layout", w_layout, LAYOUTS)
     frozen = isinstance(w, QuantizedWeight | PerChannelArray | QuantizedArray)
     if frozen and isinstance(w, QuantizedArray) != (w_layout == "nk"):
-        own = "nk" if isinstance(w, QuantizedArray) else "kn"
+        need = "nk" if isinstance(w, QuantizedArray) else "kn"
         raise ValueError(
-            f"{op}: w is a {type(w).__name__} and w_layout is {w_layout!r}, need {own!r}: its only layout."
+            f"{op}: w is a {type(w).__name__} and w_layout is {w_layout!r}, need {need!r}: its only layout."
         )
     weight: Any = w if frozen else checks.floats(op, "w", w, like=given)
     sizes = checks.integers(op, "group_sizes", group_sizes, "[g]")
     shape = tuple(weight.shape)
     if given.ndim != 2 or len(shape) != 3 or shape[1 + w_layout.index("k")] != given.shape[1]:
         raise ValueError(
-            f"{op}: x is {list(given.shape)} and w is {list(shape)}, need x [m, k] and w "
-            f"[g, {', '.join(w_layout)}] of the same k."
+            f"{op}: x is {list(given.shape)} and w is {list(shape)}, need x [m, k] and w [g, "
+            f"{', '.join(w_layout)}] of the same k."
         )
     checks.shaped(op, "group_sizes", sizes, shape[:1], "a number of rows for each matrix of w")
-    wide = _multiplied(op, given, weight, sizes, w_layout)
+    dtype = result_dtype(op, given, out_dtype)
+    wide = _multiplied(op, given, weight, sizes, w_layout, as_it_goes_on(dtype, bias, act))
     if bias is not None:
         n = shape[1 + w_layout.index("n")]
-        rows = checks.shaped(
-            op, "bias", checks.floats(op, "bias", bias), (shape[0], n), "a row for each group"
-        )
-        group = group_sizes_to_indices(sizes, given.shape[0])
-        own = jnp.take(rows.astype(jnp.float32), jnp.maximum(group, 0), axis=0)
+        rows = checks.floats(op, "bias", bias)
+        checks.shaped(op, "bias", rows, (shape[0], n), "a row for each group")
+        group: Any = group_sizes_to_indices(sizes, given.shape[0])
+        own: Any = jnp.take(rows.astype(jnp.float32), jnp.maximum(group, 0), axis=0)
         wide = jnp.where((group >= 0)[:, None], wide + own, 0.0)
-    return finished(op, wide, None, act, given.dtype if out_dtype is None else out_dtype)
+    return finished(op, wide, None, act, dtype)
 
 
-def _multiplied(op: str, x: jax.Array, w: Any, sizes: jax.Array, layout: str) -> jax.Array:
-    """float32 [m, n]; rows of no group are zero."""
+def _multiplied(op: str, x: jax.Array, w: Any, sizes: jax.Array, layout: str, dtype: Any) -> jax.Array:
+    """[m, n] in a type or, by kernels, in float32; rows of no group are zero."""
     if isinstance(w, QuantizedArray):
         if x.dtype == np.float16:
             raise TypeError(
                 f"{op}: x is float16 and w is FP8, need bfloat16 or float32: x.astype(jnp.bfloat16)."
             )
-        return grouped(x, w, sizes, out_dtype=jnp.float32)
+        return grouped(x, w, sizes, out_dtype=of_kernels(dtype))
     if isinstance(w, QuantizedWeight | PerChannelArray):
         direct = per_channel(op, "w", w) if isinstance(w, QuantizedWeight) else w
         steps = w.shape[1] % _STEP_K == w.shape[2] % _STEP_N == 0
         if direct is not None and x.dtype == jnp.bfloat16 and steps:
-            return grouped(x, direct, sizes, recipe="bf16", weight_layout="kn", out_dtype=jnp.float32)
+            form: dict[str, Any] = {"recipe": "bf16", "weight_layout": "kn", "out_dtype": of_kernels(dtype)}
+            return grouped(x, direct, sizes, **form)
         w = dequantize(w, x.dtype) if isinstance(w, QuantizedWeight) else dequantize_per_channel(w, x.dtype)
     stored = {"kn": "gkn", "nk": "gnk"}[layout]
-    return ragged_dot(x, w, sizes, rhs_layout=stored, preferred_element_type=jnp.float32)
+    return ragged_dot(x, w, sizes, rhs_layout=stored, preferred_element_type=dtype)

@@ -65,8 +65,8 @@ class Batch(NamedTuple):
         if counts.shape != (2,) or each.ndim != 2 or each.shape[1] < 3:
             raise ValueError(
                 f"{given.name}: batch_metadata is {list(counts.shape)} and seq_metadata is "
-                f"{list(each.shape)}, "
-                "need [2] (tokens, sequences) and [sequences, 4] (first row, rows, tokens seen before)."
+                f"{list(each.shape)}, need [2] (tokens, sequences) and [sequences, 4] (first row, rows, "
+                "tokens seen before)."
             )
         there = jnp.arange(each.shape[0], dtype=jnp.int32) < counts[1]
         rows, seen = (jnp.where(there, each[:, i], 0) for i in (1, 2))
@@ -98,8 +98,7 @@ def _result(given: Given, out: str, value: jax.Array) -> jax.Array:
     if tuple(getattr(wanted, "shape", ())) != value.shape or not hasattr(wanted, "dtype"):
         raise ValueError(
             f"{given.name}: {out} is {checks.described(wanted)}, need None or {list(value.shape)}: the "
-            "result "
-            "is returned, and only its dtype is taken from there."
+            "result is returned, and only its dtype is taken from there."
         )
     return value.astype(wanted.dtype)
 
@@ -236,9 +235,9 @@ def _top_k_gating(given: Given) -> tuple[jax.Array, ...]:
     shape = tuple(getattr(given.scores, "shape", ()))
     if logits.ndim != 2 or len(shape) != 2 or shape[0] != logits.shape[0]:
         raise ValueError(
-            f"{given.name}: logits are {list(logits.shape)} and scores {list(shape)}, need [tokens, experts] "
-            "and an "
-            "array or ShapeDtypeStruct [tokens, k], which says how many experts a token goes to."
+            f"{given.name}: logits are {list(logits.shape)} and scores {list(shape)}, need [tokens, "
+            "experts] and an array or ShapeDtypeStruct [tokens, k], which says how many experts a token "
+            "goes to."
         )
     counts = checks.integers(given.name, "batch_metadata", given.batch_metadata, "[2]")
     ids, scores = route(logits, shape[1], renormalize=False)
@@ -257,9 +256,8 @@ def _moe_scatter(given: Given) -> tuple[jax.Array, ...]:
     offsets = checks.integers(given.name, "offsets", given.offsets, "[tokens, k]")
     if x.ndim != 2 or ids.ndim != 2 or ids.shape[0] != x.shape[0]:
         raise ValueError(
-            f"{given.name}: activations are {list(x.shape)} and assignments {list(ids.shape)}, need [tokens, "
-            "h] and "
-            "[tokens, k]."
+            f"{given.name}: activations are {list(x.shape)} and assignments {list(ids.shape)}, need "
+            "[tokens, h] and [tokens, k]."
         )
     checks.shaped(given.name, "offsets", offsets, ids.shape, "as assignments")
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
@@ -300,7 +298,9 @@ def _ragged_embed(given: Given) -> jax.Array:
     checks.shaped(given.name, "input_ids", ids, positions.shape, "as tokens_to_seq")
     ids = jnp.where(positions >= 0, ids, -1)
     table = given.position_embedding_weight
-    options = {} if table is None else {"positions": positions, "offset": int(given.pos_embed_offset)}
+    options: dict[str, Any] = {}
+    if table is not None:
+        options = {"positions": positions, "offset": int(given.pos_embed_offset)}
     return _result(given, "embedded_tokens", embed(ids, given.embedding_weight, table, **options))
 
 
@@ -324,8 +324,7 @@ def _tables(given: Given) -> jax.Array:
     if tables.ndim != 2:
         raise ValueError(
             f"{given.name}: kv_ptrs is {list(tables.shape)}, need the tables of pages [sequences, most "
-            "pages] in "
-            "place of pointers."
+            "pages] in place of pointers."
         )
     return tables
 
@@ -348,12 +347,12 @@ def _append(given: Given, inv_freq: jax.Array | None) -> Any:
             raise ValueError(
                 f"{given.name}: {name} is {list(x.shape)}, need heads of {d} numbers, as the cache's."
             )
-    heads = [x.reshape(x.shape[0], -1, d) for x, d in ((k, cache.head_dim), (v, cache.v_head_dim))]
+    k, v = k.reshape(k.shape[0], -1, cache.head_dim), v.reshape(v.shape[0], -1, cache.v_head_dim)
     if inv_freq is None or inv_freq.shape[0] == 0:
-        return paged_append(cache, *heads, slots), q
+        return paged_append(cache, k, v, slots), q
     turning = (jnp.maximum(positions, 0), inv_freq)
     query = q.reshape(q.shape[0], -1, cache.head_dim)
-    cache, query = paged_append(cache, *heads, slots, q=query, rotary=turning)
+    cache, query = paged_append(cache, k, v, slots, q=query, rotary=turning)
     return cache, query.reshape(q.shape)
 
 

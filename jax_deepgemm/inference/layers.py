@@ -76,16 +76,15 @@ def linear(
     """
     op = "linear"
     given = checks.floats(op, "x", x)
-    wide = multiplied(op, given, w, "w", w_layout)
-    return finished(op, wide, bias, act, given.dtype if out_dtype is None else out_dtype)
+    dtype = result_dtype(op, given, out_dtype)
+    y = multiplied(op, given, w, "w", w_layout, as_it_goes_on(dtype, bias, act))
+    return finished(op, y, bias, act, dtype)
 
 
 def finished(
     op: str, wide: jax.Array, bias: Any, act: Any, dtype: Any, gated: Any = None, gate_first: bool = False
 ) -> Any:
-    """What follows a product, in float32, and one rounding."""
-    if np.dtype(dtype) not in checks.FLOATS:
-        raise TypeError(f"{op}: out_dtype is {np.dtype(dtype).name}, need bfloat16, float16 or float32.")
+    """What follows a product, and one rounding."""
     if bias is not None:
         wide = wide + checks.row(op, "bias", bias, wide.shape[-1], wide.ndim)
     if act is not None or gated is not None:
@@ -93,8 +92,26 @@ def finished(
     return wide.astype(dtype)
 
 
-def multiplied(op: str, x: jax.Array, w: Any, name: str, layout: str) -> jax.Array:
-    """float32 [.., n] of x [.., k] and a weight of any kind."""
+def result_dtype(op: str, x: jax.Array, out_dtype: Any) -> Any:
+    """That of x, or what the caller asks for."""
+    dtype = x.dtype if out_dtype is None else np.dtype(out_dtype)
+    if dtype not in checks.FLOATS:
+        raise TypeError(f"{op}: out_dtype is {dtype.name}, need bfloat16, float16 or float32.")
+    return dtype
+
+
+def as_it_goes_on(dtype: Any, *then: Any) -> Any:
+    """The type of a product: float32 if something follows, so that there is one rounding."""
+    return np.dtype(dtype) if all(one is None for one in then) else np.dtype(np.float32)
+
+
+def of_kernels(dtype: Any) -> Any:
+    """The type that kernels give where another is wanted."""
+    return jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+
+
+def multiplied(op: str, x: jax.Array, w: Any, name: str, layout: str, dtype: Any) -> jax.Array:
+    """[.., n] of x [.., k] and a weight of any kind, in a type or, by kernels, in float32."""
     checks.choice(op, "w_layout", layout, LAYOUTS)
     w = unwrapped(w)
     frozen = isinstance(w, QuantizedWeight | PerChannelArray | QuantizedArray)
@@ -117,26 +134,25 @@ def multiplied(op: str, x: jax.Array, w: Any, name: str, layout: str) -> jax.Arr
             raise TypeError(
                 f"{op}: x is float16 and {name} is FP8, need bfloat16 or float32: x.astype(jnp.bfloat16)."
             )
-        return fp8_linear(x, weight, out_dtype=jnp.float32)
+        return fp8_linear(x, weight, out_dtype=of_kernels(dtype))
     if frozen:
-        return _frozen(op, x, weight, name)
-    return product(x, weight, ((x.ndim - 1,), (layout.index("k"),)))
+        return _frozen(op, x, weight, name, dtype)
+    return product(x, weight, ((x.ndim - 1,), (layout.index("k"),)), out_dtype=dtype)
 
 
-def _frozen(op: str, x: jax.Array, w: Any, name: str) -> jax.Array:
+def _frozen(op: str, x: jax.Array, w: Any, name: str, dtype: Any) -> jax.Array:
     direct = per_channel(op, name, w) if isinstance(w, QuantizedWeight) else w
     k, n = w.shape
     if direct is not None and x.dtype == jnp.bfloat16 and k % _STEP_K == n % _STEP_N == 0:
         rows = math.prod(x.shape[:-1])
         stacked = PerChannelArray(*(jnp.expand_dims(unwrapped(part), 0) for part in direct))
         sizes = jnp.full(1, rows, jnp.int32)
-        options: dict[str, Any] = {"recipe": "bf16", "weight_layout": "kn", "out_dtype": jnp.float32}
+        options: dict[str, Any] = {"recipe": "bf16", "weight_layout": "kn", "out_dtype": of_kernels(dtype)}
         y = grouped(x.reshape(rows, k), stacked, sizes, **options)
         return y.reshape(*x.shape[:-1], n)
-    plain = (
-        dequantize_per_channel(direct, x.dtype) if isinstance(w, PerChannelArray) else dequantize(w, x.dtype)
-    )
-    return product(x, plain, ((x.ndim - 1,), (0,)))
+    if isinstance(w, PerChannelArray):
+        return product(x, dequantize_per_channel(w, x.dtype), ((x.ndim - 1,), (0,)), out_dtype=dtype)
+    return product(x, dequantize(w, x.dtype), ((x.ndim - 1,), (0,)), out_dtype=dtype)
 
 
 def norm_linear(
@@ -182,8 +198,9 @@ def norm_linear(
     """
     op = "norm_linear"
     z = normed(op, summed(op, x, residual, residual_bias), gamma, beta, kind, eps)
-    wide = multiplied(op, z, w, "w", w_layout)
-    return finished(op, wide, bias, act, z.dtype if out_dtype is None else out_dtype), z
+    dtype = result_dtype(op, z, out_dtype)
+    y = multiplied(op, z, w, "w", w_layout, as_it_goes_on(dtype, bias, act))
+    return finished(op, y, bias, act, dtype), z
 
 
 def mlp(
@@ -252,6 +269,8 @@ def mlp(
         if norm is None
         else normed(op, s, gamma, beta, checks.choice(op, "norm", norm, ("layer", "rms")), eps)
     )
-    inner = finished(op, multiplied(op, z, w1, "w1", w_layout), b1, act, s.dtype, gated, gate_first)
-    y = finished(op, multiplied(op, inner, w2, "w2", w_layout), b2, None, s.dtype)
+    inner = multiplied(op, z, w1, "w1", w_layout, np.dtype(np.float32))
+    inner = finished(op, inner, b1, act, s.dtype, gated, gate_first)
+    y = multiplied(op, inner, w2, "w2", w_layout, as_it_goes_on(s.dtype, b2))
+    y = finished(op, y, b2, None, s.dtype)
     return y, z if returns == "normed" else s

@@ -1,4 +1,4 @@
-"""What DeepSpeed's masks, ALiBi tensors and flags say of scores."""
+"""What DeepSpeed's masks, ALiBi tensors and flags say of scores [batch, heads, queries, keys]."""
 
 from __future__ import annotations
 
@@ -14,30 +14,33 @@ MASKED = -9984.0
 """-10000, as DeepSpeed's masks have for what is hidden, in bfloat16. Such numbers and smaller ones hide."""
 
 
-def mask_bias(name: str, given: Any, shape: tuple[int, ...]) -> jax.Array | None:
-    """An additive mask for scores [batch, heads, queries, keys], or [batch, queries, keys]."""
-    if not there(given):
-        return None
-    mask = checks.floats(name, "attn_mask", given)
+def bias_of(
+    name: str, mask: Any, alibi: Any, shape: tuple[int, ...], offset: int = 0, parts: int = 1
+) -> jax.Array | None:
+    """What is added to the scores, float32; None: nothing."""
+    found = []
+    if there(mask):
+        found.append(_mask(name, checks.floats(name, "attn_mask", mask), shape))
+    if there(alibi):
+        found.append(_alibi(name, checks.floats(name, "alibi", alibi), shape, offset, parts))
+    return sum(found[1:], found[0]) if found else None
+
+
+def _mask(name: str, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """From [batch, keys], [batch, queries or 1, keys] or four dimensions."""
     if mask.ndim == 2:
-        mask = jnp.expand_dims(mask, tuple(range(1, len(shape) - 1)))
-    elif mask.ndim == 3 and len(shape) == 4:
+        mask = mask[:, None, None]
+    elif mask.ndim == 3:
         mask = mask[:, None]
-    mask = checks.fitted(name, "attn_mask", mask, shape, "the scores")
-    wide = mask.astype(jnp.float32)
+    wide = checks.fitted(name, "attn_mask", mask, shape, "the scores").astype(jnp.float32)
     return jnp.where(wide <= MASKED, -jnp.inf, wide)
 
 
-def alibi_bias(
-    name: str, given: Any, shape: tuple[int, ...], offset: int = 0, parts: int = 1
-) -> jax.Array | None:
-    """What ALiBi adds to each key, from [batch * all heads, 1, keys]."""
-    if not there(given):
-        return None
+def _alibi(name: str, alibi: jax.Array, shape: tuple[int, ...], offset: int, parts: int) -> jax.Array:
+    """From [batch * all heads, 1, keys], of which these heads are a part."""
     batch, heads, _, keys = shape
     rows = (batch * heads * parts, 1, keys)
-    alibi = checks.floats(name, "alibi", given)
-    checks.shaped(name, "alibi", alibi, rows, "[batch * heads, 1, keys]")
+    alibi = checks.shaped(name, "alibi", alibi, rows, "[batch * heads, 1, keys]")
     own = alibi.reshape(batch, heads * parts, 1, keys)[:, offset : offset + heads]
     return own.astype(jnp.float32)
 

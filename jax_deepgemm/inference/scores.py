@@ -41,7 +41,7 @@ def masked_softmax(
     Args:
       scores: [.., queries, keys] bfloat16, float16 or float32, as [batch, heads, queries, keys].
       scale: a number.
-      bias: any of these types, broadcasts to the shape of scores.
+      bias: any of these types, [.., queries, keys] or what broadcasts to that.
       alibi_slopes: [heads], for scores [.., heads, queries, keys]: ALiBi.
       causal: whether keys behind a query's position are hidden.
       q_offset: the position of the first query, a number or integers [batch] for scores [batch, .., queries,

@@ -168,8 +168,8 @@ def checked(op: str, name: str, w: Any) -> tuple[jax.Array, jax.Array, str]:
     right = np.dtype(values.dtype) == stored and np.dtype(scales.dtype) == np.float32
     if not right or values.ndim < 2 or values.ndim != scales.ndim:
         raise TypeError(
-            f"{op}: {name} has values {checks.described(values)} and scales {checks.described(scales)}, need "
-            f"{stored.name} [.., k, stored n] and float32 [.., groups, n] for {w.format}."
+            f"{op}: {name} has values {checks.described(values)} and scales {checks.described(scales)}, "
+            f"need {stored.name} [.., k, stored n] and float32 [.., groups, n] for {w.format}."
         )
     whole = not values.shape[-1] * 8 % w.bits
     k, groups = values.shape[-2], scales.shape[-2]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from jax_deepgemm.jit import compile_kernel
 from jax_deepgemm.ops.attention.problem import AttentionProblem
 from jax_deepgemm.ops.attention.sm90 import prefill
 from tests.shared import native_prefill, prefill_oracle
+from tests.shared.device_code import fields_of_concept, fields_of_struct
 
 pytestmark = pytest.mark.any_version
 
@@ -34,61 +35,74 @@ CASES = {
     "window": (
         dataclasses.replace(
             SMALL,
-            depth=80,
-            v_depth=48,
+            depth=128,
+            v_depth=80,
             page=32,
             table_pages=3,
             q_dtype="f16",
             kv_dtype="f16",
             window=20,
             with_sinks=True,
+            max_q_len=45,
         ),
-        prefill.PrefillConfig(keys=48, stages=2, decode_rows=9),
+        prefill.PrefillConfig(keys=48, stages=2, decode_rows=9, consumers=3),
     ),
     "full": (
         dataclasses.replace(
             SMALL, heads=5, kv_heads=1, kv_dtype="e4m3", causal=False, softcap=3.0, with_slopes=True
         ),
-        prefill.PrefillConfig(keys=32, stages=2, packed_stages=3, ping_pong=False),
+        prefill.PrefillConfig(keys=32, stages=2, packed_stages=3, ping_pong=True),
     ),
 }
 BATCHES = (
-    ([(46, 93), (3, 96), (0, 5), (0, 0), (6, 4)], 0.0),
-    ([(2, 2), (9, 0), (1, 40), (17, 61), (30, 31)], 0.4),
+    (((46, 93), (3, 96), (0, 5), (0, 0), (6, 4)), 0.0),
+    (((2, 2), (9, 0), (1, 40), (17, 61), (30, 31)), 0.4),
 )
+"""Queries and keys of sequences, and how many pages are missing."""
+WHOLE = ((12, 90), (12, 30), (12, 12), (12, 12), (12, 12)), 0.0
+MOST, LEAST = 2**31 - 1, -(2**31)
 
 
-def broken(p: AttentionProblem) -> dict[str, np.ndarray]:
-    """Lengths beyond every limit. The first sequence is whole."""
-    operands = prefill_oracle.draw(p, [(12, 90), (12, 30), (12, 12), (12, 12), (12, 12)], 3)
-    most, least = 2**31 - 1, -(2**31)
-    operands["cu_q_lens"] = np.array([least, 12, 24, 20, most, most], np.int32)
-    operands["kv_lens"] = np.array([90, most, least, 12, 12], np.int32)
-    operands["layer"] = np.array([most], np.int32)
-    return operands
+def same(results: Any, wanted: Any, rows: Any) -> None:
+    out, lse = (x[rows] for x in results)
+    np.testing.assert_allclose(out.astype(float), wanted[0][rows], atol=0.02, rtol=0.01)
+    np.testing.assert_allclose(lse, wanted[1][rows], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_attends(case: str, tmp_path: Path) -> None:
-    """The program ends at the first access out of bounds."""
+    """What it does not write stays NaN; lengths that break the rules lead nowhere out of bounds."""
     p, c = CASES[case]
-    calls = [prefill_oracle.draw(p, lengths, i, missing) for i, (lengths, missing) in enumerate(BATCHES)]
-    *results, of_broken = native_prefill.run(tmp_path, p, c, [*calls, broken(p)], grid=2)
-    for operands, (out, lse) in zip(calls, results, strict=True):
+    drawn = [
+        prefill_oracle.draw(p, lengths, seed, missing)
+        for seed, (lengths, missing) in enumerate((*BATCHES, WHOLE))
+    ]
+    wanted = [prefill_oracle.attend(p, operands) for operands in drawn[:3]]
+    if case == "window":
+        drawn[2]["cu_q_lens"] = np.array([LEAST, 12, 24, 20, MOST, MOST], np.int32)  # the first one is whole
+        drawn[2]["kv_lens"] = np.array([90, MOST, LEAST, 12, 12], np.int32)
+    else:
+        drawn[2]["layer"] = np.array([MOST], np.int32)
+        wanted[2] = prefill_oracle.attend(p, drawn[2])
+        assert not wanted[2][0].any()
+    results = native_prefill.run(tmp_path, p, c, drawn, grid=2, sanitize=case == "window")
+    for operands, found, want in zip(drawn[:2], results, wanted, strict=False):
         ends = operands["cu_q_lens"]
-        counts = np.repeat(np.diff(ends), np.diff(ends))
-        counts = np.concatenate([counts, np.full(p.tokens - ends[-1], p.tokens)])  # rows of no sequence
-        taken = counts * p.group > c.decode_rows
-        assert np.isnan(out[~taken].astype(float)).all()
-        assert np.isnan(lse[~taken]).all()
-        expected = [x[taken] for x in prefill_oracle.attend(p, operands)]
-        same([out[taken], lse[taken]], expected)
-    same([x[:12] for x in of_broken], [x[:12] for x in prefill_oracle.attend(p, broken(p))])
+        counts = np.diff(ends, append=p.tokens)
+        of = np.repeat(np.append(counts[:-1], 0), counts)  # the last rows are of no sequence
+        row = np.arange(p.tokens) - np.repeat(ends, counts)
+        most = p.max_q_len or p.tokens
+        taken = (np.minimum(of, most) * p.group > c.decode_rows) & (row < most)
+        assert np.isnan(found[0][~taken].astype(float)).all()
+        assert np.isnan(found[1][~taken]).all()
+        same(found, want, taken)
+    same(results[2], wanted[2], slice(0, 12))
 
 
-def same(results: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
-    np.testing.assert_allclose(results[0].astype(float), expected[0], atol=0.02, rtol=0.01)
-    np.testing.assert_allclose(results[1], expected[1], atol=1e-4, rtol=1e-4)
+def test_the_text_gives_every_field() -> None:
+    text = prefill.prefill_source(*CASES["full"]).text
+    wanted = fields_of_concept("attention/prefill_config.cuh", "PrefillConfig")
+    assert fields_of_struct(text, "Config") == sorted(wanted)
 
 
 @pytest.mark.parametrize("kv_dtype", ["bf16", "e4m3"])
@@ -119,12 +133,14 @@ def test_what_is_refused(change: dict[str, object], words: str) -> None:
 
 def test_broken_rules_are_told() -> None:
     wide = dataclasses.replace(SMALL, depth=256, v_depth=256)
-    said = prefill.problems_with(wide, prefill.PrefillConfig(keys=136, stages=1, packed_stages=3))
+    said = prefill.problems_with(
+        wide, prefill.PrefillConfig(keys=136, stages=1, packed_stages=3, ping_pong=True)
+    )
     assert said == [
         "keys is 136, need a multiple of 16 up to 256",
         "stages is 1, need 2 to 8",
         "packed_stages is 3, need 2 to 8 for a cache in e4m3, 0 for another",
-        "136 keys by 256 need 230 registers, at most 192",
+        "136 keys by 256 need 230 registers, 2 consumers have 180",
     ]
 
 

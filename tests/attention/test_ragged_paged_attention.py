@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_deepgemm.attention import PagedKVCache, ragged_paged_attention
-from jax_deepgemm.ops.attention.op import ATTENTION
+from jax_deepgemm.ops.attention.op import attention_op
 from tests.shared import attention_oracle as oracle
 from tests.shared import op_checks
 from tests.shared.arrays import normal
@@ -154,17 +154,17 @@ FORM = {
 
 
 def attend(*arrays: jax.Array, out_sharding: Any = None) -> Any:
-    return tuple(ATTENTION(*arrays, out_sharding=out_sharding, **FORM))
+    return tuple(attention_op(2)(*arrays, out_sharding=out_sharding, **FORM))
 
 
 def operands(seed: int) -> list[jax.Array]:
     b = oracle.draw(seed, [2, 1], [20, 9], heads=8, kv_heads=4, head_dim=16, spare=1, behind=3)
     q, cache, tables, starts, lens = b.call()
     pools = [jnp.nan_to_num(x[:, :4]) for x in (cache.k, cache.v)]
-    per_head = normal(seed, 2, 4, 2, dtype=jnp.float32)
+    per_head = normal(seed, 2, 8, dtype=jnp.float32)
     scales = jnp.ones((1, 4))
     return [
-        q.reshape(6, 4, 2, 16),
+        q,
         *pools,
         scales,
         scales,
@@ -186,8 +186,8 @@ CASES = [
         nests=(((0,) * 11,), ((0, None, None, None, None, 0, 0, 0, None, None, None),)),
         shards=(
             Shard(CUT, (HEADS_OF_Q, HEADS_OF_Q), modes=("auto", "explicit", "shard_map")),
-            Shard((P(None, None, "x"), *(P(),) * 8, P(None, "x"), P(None, "x")), (P(None, None, "x"),) * 2),
-            Shard((P("x"), *(P(),) * 10), (P(), P()), ("all-gather",), modes=("auto",)),
+            Shard((P(), *CUT[1:9], P(), P()), (HEADS_OF_Q, HEADS_OF_Q)),
+            Shard((P("x"), *(P(),) * 10), (P("x"), P("x")), ("all-gather",), modes=("auto",)),
         ),
         tolerance=1e-2,
     )
@@ -201,21 +201,26 @@ def test_op(check):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_heads_over_devices_as_users_write_it(kind):
-    """Heads of q are cut in one dimension; more devices than heads of the cache part those that share one."""
+    """Heads of q cut or whole; over more devices than the cache has heads, too. Pages stay where they are."""
     b = oracle.draw(9, [2, 1], [20, 9], heads=8, kv_heads=4)
     q, cache, *rest = b.call()
     want = ragged_paged_attention(q, cache, *rest)
-    for size, cut in ((4, True), (8, False))[: 1 if kind == AxisType.Explicit else 2]:
+    for size in (4, 8):
         mesh = jax.make_mesh((size,), ("x",), axis_types=(kind,))
         place = lambda *spec: NamedSharding(mesh, P(*spec))  # noqa: B023, E731
-        spec = place(None, None, "x") if cut else place()
-        pools = jax.device_put((cache.k, cache.v), spec)
+        pools = jax.device_put((cache.k, cache.v), place(None, None, "x") if size == 4 else place())
         held = dataclasses.replace(cache, k=pools[0], v=pools[1])
-        given = jax.device_put(q, place(None, "x"))
         run = jax.jit(ragged_paged_attention)
-        hlo = run.lower(given, held, *rest).compile().as_text()
-        assert not op_checks.collectives(hlo) or not cut
-        np.testing.assert_array_equal(run(given, held, *rest), want)
+        for spec in ((), (None, "x")):
+            given = jax.device_put(q, place(*spec))
+            compiled = run.lower(given, held, *rest).compile()
+            assert all("16,32]" not in line for line in gathers(compiled.as_text()))
+            np.testing.assert_array_equal(run(given, held, *rest), want)
+
+
+def gathers(hlo: str) -> list[str]:
+    """Lines of what gathers: q of heads that the cache cannot be cut by, but no pages."""
+    return [line for line in hlo.splitlines() if "all-gather" in line]
 
 
 def test_export():

@@ -243,3 +243,29 @@ def test_every_plan_is_valid(m: int, n: int, k: int, axes: tuple[tuple[str, ...]
     if plan.scatter_dim is not None:
         pieces = math.prod(MESH[axis] for axis in plan.reduce_axes)
         assert (m, n)[plan.scatter_dim] % pieces == 0
+
+
+def test_a_grid_may_lead_its_data():
+    """Where a result asks for no cut; at the edges of blocks alone."""
+    rule = ShardingRule.parse("m h, g -> m h", blocks={"g": ("h", 2)}, edges=("g",), leads=("g",))
+
+    def plan(result: Any, mesh: dict[str, int]) -> Any:
+        cuts = {"specs": [[(), ()], [("x",)]], "result_specs": [[(), result]]}
+        return plan_sharding(rule, shapes=[(4, 8), (4,)], result_shapes=[(4, 8)], mesh=mesh, **cuts)
+
+    led = plan((), {"x": 2})
+    assert led.in_specs == (P(None, "x"), P("x"))
+    assert led.out_specs == (P(None, "x"),)
+    asked = plan(("y",), {"x": 2, "y": 4})
+    assert asked.in_specs == (P(None, "y"), P("y"))
+    whole = plan((), {"x": 8})
+    assert whole.in_specs == (P(None, None), P(None))
+    under_vmap = plan_sharding(
+        rule.batched(((True, False),)),
+        shapes=[(3, 4, 8), (4,)],
+        specs=[[(), (), ()], [("x",)]],
+        result_shapes=[(3, 4, 8)],
+        result_specs=[[(), (), ()]],
+        mesh={"x": 2},
+    )
+    assert under_vmap.out_specs == (P(None, None, "x"),)

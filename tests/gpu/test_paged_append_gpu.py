@@ -48,8 +48,10 @@ def drawn(form: Any, tokens: int) -> tuple[Any, ...]:
     scales = (
         rng.uniform(0.001, 0.1, (2, LAYERS, kv_heads)) if stored == E4M3 else np.ones((2, LAYERS, kv_heads))
     )
-    pools = [numbers(LAYERS, PAGES, kv_heads, PAGE, depth, kind=stored) for depth in (d, dv)]
-    pools = [x.at[:, :3].set(jnp.nan) for x in pools]
+    pools = [rng.standard_normal((LAYERS, PAGES, kv_heads, PAGE, depth)) for depth in (d, dv)]
+    for pool in pools:
+        pool[:, :3] = np.nan
+    pools = [jnp.asarray(pool.astype(jnp.dtype(stored))) for pool in pools]
     cache = PagedKVCache(*pools, *jnp.asarray(scales, jnp.float32), True)
     slots = rng.permutation(PAGES * PAGE)[:tokens]
     slots = np.where(
@@ -69,16 +71,23 @@ def append(
     return paged_append(cache, k, v, slots, q=q, rotary=(positions, freq), interleaved=form[5], layer=layer)
 
 
-def near(got: Any, want: Any, old: Any) -> None:
-    """Equal, but for roundings of what is nearly between two numbers; what was not written has its bits."""
-    got, want, old = (np.asarray(x) for x in (got, want, old))
-    size = want.dtype.itemsize
-    kept = want.view(f"u{size}") == old.view(f"u{size}")
-    np.testing.assert_array_equal(got.view(f"u{size}")[kept], old.view(f"u{size}")[kept])
-    got, want = got.astype(np.float64)[~kept], want.astype(np.float64)[~kept]
-    step = {1: 2**-3, 2: 2**-7, 4: 2e-6}[size]
+def written(slots: Any, layer: int, heads: int) -> np.ndarray:
+    """bool [layers, pages, heads, page]."""
+    mask = np.zeros((LAYERS, PAGES, heads, PAGE), bool)
+    slots = np.asarray(slots)
+    slots = slots[(slots >= 0) & (slots < PAGES * PAGE)]
+    if 0 <= layer < LAYERS:
+        mask[layer, slots // PAGE, :, slots % PAGE] = True
+    return mask
+
+
+def near(got: Any, want: Any) -> None:
+    """Equal, but for roundings of what is nearly between two numbers of the type."""
+    got, want = (np.asarray(x) for x in (got, want))
+    step = {1: 2**-3, 2: 2**-7, 4: 2e-6}[want.dtype.itemsize]
+    got, want = got.astype(np.float64), want.astype(np.float64)
     np.testing.assert_allclose(got, want, rtol=step, atol=1e-5)
-    assert size == 4 or np.mean(got != want) < 0.003
+    assert step < 1e-5 or np.count_nonzero(got != want) <= 0.003 * want.size
 
 
 @pytest.mark.smoke
@@ -91,11 +100,12 @@ def test_forms(name):
         with jax.default_device(jax.devices("cpu")[0]):
             host = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), given)
             want, want_q = jax.jit(append, static_argnums=0)(form, *host)
-        near(cache.k, want.k, given[0].k)
-        near(cache.v, want.v, given[0].v)
-        near(q, want_q, np.full_like(np.asarray(want_q), 1e4))
-        if not 0 <= layer < LAYERS:
-            np.testing.assert_array_equal(*(np.asarray(x.k).view(np.uint8) for x in (cache, given[0])))
+        mask = written(given[4], layer, given[1].shape[1])
+        for part in ("k", "v"):
+            now, then, old = (np.asarray(getattr(x, part)) for x in (cache, want, given[0]))
+            np.testing.assert_array_equal(now[~mask].view(np.uint8), old[~mask].view(np.uint8))
+            near(now[mask], then[mask])
+        near(q, want_q)
 
 
 def test_a_donated_cache_is_updated_in_place():
@@ -119,7 +129,9 @@ def test_a_donated_cache_is_updated_in_place():
         return jax.lax.scan(step, cache, jnp.arange(LAYERS))[0]
 
     scan = jax.jit(layers, donate_argnums=0)
-    assert scan.lower(cache, *rest).compile().memory_analysis().temp_size_in_bytes < cache.k.nbytes // 4
+    turned = rest[2].nbytes  # q, which nobody wants here
+    temporary = scan.lower(cache, *rest).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < turned + cache.k.nbytes // 8
     both = scan(jax.tree.map(jnp.copy, cache), *rest)
     np.testing.assert_array_equal(np.asarray(both.k)[1].view(np.uint16), once[1].view(np.uint16))
 

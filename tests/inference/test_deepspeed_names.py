@@ -449,9 +449,9 @@ def test_workspaces_are_not_taken_with_one_warning(monkeypatch: pytest.MonkeyPat
 
 
 def _steps(end: str, d: int, alibi: bool) -> tuple[list[Any], Any]:
-    """A prompt of 4 tokens and two single ones, of two layers, and what one pass gives for the second."""
+    """A prompt of 4 tokens and a single one, of one or two layers, and what one pass gives for the last."""
     name, t = f"softmax_context_{end}", TYPES[end]
-    heads, kv, tokens = 4, 2 if not alibi else 4, 6
+    heads, kv, tokens, layers = 4, 4 if alibi else 2, 5, 2 if alibi else 1
     qkv = drawn(50, B, tokens, (heads + 2 * kv) * d, dtype=t)
     slopes = np.array([0.5, 0.25, 1, 2])
     ramp = (
@@ -459,16 +459,18 @@ def _steps(end: str, d: int, alibi: bool) -> tuple[list[Any], Any]:
     )
     mask = np.zeros((B, 1, 1, tokens), t)
     mask[0, ..., 1] = -10000
-    workspace = deepspeed_names[f"allocate_workspace_{end}"](heads * d, heads, 4, B, 2, 1, False, 0, 10, 1)
+    workspace = deepspeed_names[f"allocate_workspace_{end}"](
+        heads * d, heads, 4, B, layers, 1, False, 0, 10, 1
+    )
 
     def run(workspace: Any, qkv: Any, ramp: Any, mask: Any) -> Any:
         parts = []
-        for first, size in ((0, 4), (4, 1), (5, 1)):
+        for first, size in ((0, 4), (4, 1)):
             upto = first + size
-            for layer in range(2):
+            for layer in range(layers):
                 given = qkv[:, first:upto] * (layer + 1)
                 extra = (mask[..., :upto], ramp[..., :upto]) if alibi else (jnp.zeros(1, t), jnp.zeros(1, t))
-                form = [8, True, False, heads, kv, 0.5, True, True, 3, False, layer, 2, extra[1], 500.0]
+                form = [8, True, False, heads, kv, 0.5, True, True, 3, False, layer, layers, extra[1], 500.0]
                 out, workspace = deepspeed_names[name](
                     given, extra[0], *form, True, None, None, cache=workspace
                 )
@@ -477,7 +479,7 @@ def _steps(end: str, d: int, alibi: bool) -> tuple[list[Any], Any]:
 
     got, lengths = jax.jit(run)(workspace, qkv, ramp, mask)
     np.testing.assert_array_equal(lengths, [tokens] * B)
-    split = 2 * wide(qkv).reshape(B, tokens, -1, d)
+    split = layers * wide(qkv).reshape(B, tokens, -1, d)
     places = np.broadcast_to(np.arange(tokens), (B, tokens))
     q, k = (
         oracle.rotary(x, places, oracle.rates(8, 500.0))
@@ -489,10 +491,7 @@ def _steps(end: str, d: int, alibi: bool) -> tuple[list[Any], Any]:
     return got, want.reshape(B, tokens, heads * d)
 
 
-@pytest.mark.parametrize(
-    ("end", "d", "alibi"),
-    [("fp32", 8, True), ("fp16", 8, False), ("bf16", 16, False), ("fp16", 16, True)],
-)
+@pytest.mark.parametrize(("end", "d", "alibi"), [("fp32", 8, True), ("bf16", 16, False)])
 def test_a_prompt_and_steps_are_one_pass(end: str, d: int, alibi: bool) -> None:
     """Rotary positions, a window of 3 keys in every step, fewer heads of keys, masked keys, per layer."""
     close(*_steps(end, d, alibi), 8)

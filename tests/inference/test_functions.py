@@ -232,18 +232,6 @@ def test_norm_of_a_sum_is_that_of_the_rounded_sum() -> None:
     np.testing.assert_array_equal(wide(alone), wide(y))
 
 
-def test_a_prompt_and_steps_are_one_pass() -> None:
-    q, k, v = (drawn(seed, 1, 8, 2, 16) for seed in (26, 27, 28))
-    whole = inference.attention(q, k, v, causal=True, window=3)
-    parts = [
-        inference.attention(
-            q[:, i : i + n], k, v, causal=True, window=3, q_offset=i, kv_lens=np.array([i + n])
-        )
-        for i, n in ((0, 5), (5, 1), (6, 2))
-    ]
-    close(jnp.concatenate(parts, 1), wide(whole))
-
-
 def test_attention_has_gradients() -> None:
     """Also where a row sees nothing."""
     q, k, v = (jnp.asarray(drawn(seed, 1, 2, 1, 8)) for seed in (29, 30, 31))
@@ -304,12 +292,18 @@ def test_cudnn_runs_what_it_can(case: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("dtype", "d", "why"), [(np.float32, 8, "q is float32"), (BF16, 12, "heads are 12 and 12 wide")]
+    ("dtype", "shape", "why"),
+    [
+        (np.float32, (1, 2, 1, 8), "q is float32"),
+        (BF16, (1, 2, 1, 12), "heads are 12 and 12 wide"),
+        (BF16, (1, 0, 1, 8), "no queries or no keys"),
+    ],
 )
-def test_cudnn_takes_neither(dtype: Any, d: int, why: str) -> None:
-    q = drawn(33, 1, 2, 1, d, dtype=dtype)
+def test_cudnn_takes_neither(dtype: Any, shape: tuple[int, ...], why: str) -> None:
+    q = drawn(33, *shape, dtype=dtype)
     with pytest.raises(ValueError, match=why):
         inference.attention(q, q, q, impl="cudnn")
+    assert jax.eval_shape(inference.attention, q, q, q).shape == shape
 
 
 def test_the_choice_stands_in_the_program() -> None:
@@ -430,6 +424,36 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         r"x is \[2\] .*need \[tokens, h\]",
     ),
 }
+
+
+F32 = np.ones((2, 3), np.float32)
+HEADS = np.ones((2, 3, 1, 4), np.float32)
+FOLLOWED: dict[str, Callable[[], Any]] = {
+    "bias_act type": lambda: inference.bias_act(np.ones(2, np.int32).astype(BF16)),
+    "bias_act bias": lambda: inference.bias_act(F32, F32[0]),
+    "bias_act word": lambda: inference.bias_act(F32, act="gelu_erf"),
+    "bias_act odd": lambda: inference.bias_act(F32[:, :2], gated="split"),
+    "norm": lambda: inference.norm(F32, F32[0]),
+    "norm residual": lambda: inference.norm(F32, residual=F32.astype(np.float16).astype(np.float32)),
+    "residual_add": lambda: inference.residual_add(F32, F32, mode="post"),
+    "residual_add post": lambda: inference.residual_add(F32, F32, F32, mode="pre"),
+    "rotary dim": lambda: inference.rotary(HEADS, np.arange(3), dim=2),
+    "rotary positions": lambda: inference.rotary(HEADS, np.zeros((2, 3), np.int32)),
+    "rotary inv_freq": lambda: inference.rotary(HEADS, np.arange(3), inv_freq=np.ones(2, np.float32)),
+    "softmax window": lambda: inference.masked_softmax(F32, causal=True, window=2),
+    "softmax bias": lambda: inference.masked_softmax(F32, bias=F32[0]),
+    "attention": lambda: inference.attention(HEADS, HEADS, HEADS),
+    "attention lens": lambda: inference.attention(HEADS, HEADS, HEADS, kv_lens=np.ones(2, np.int32)),
+    "embed": lambda: inference.embed(np.ones(2, np.float32).astype(np.int32), F32),
+    "embed positions": lambda: inference.embed(np.arange(2), F32, F32, np.arange(2)),
+    "last_tokens": lambda: inference.last_tokens(F32, np.arange(2)),
+}
+
+
+@pytest.mark.any_version
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_way_out_is_one(case: str) -> None:
+    jax.eval_shape(FOLLOWED[case])
 
 
 @pytest.mark.any_version

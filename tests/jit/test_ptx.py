@@ -61,6 +61,7 @@ extern "C" __global__ void {name}(const jdg::u32* from, jdg::u64 a, jdg::u64 b, 
     [
         ("bf16", "bf16", True, "HGMMA.64x16x16.F32.BF16"),
         ("bf16", "bf16", False, "HGMMA.64x16x16.F32.BF16"),
+        ("f16", "f16", False, "HGMMA.64x16x16.F32"),
         ("tf32", "tf32", True, "HGMMA.64x16x8.F32.TF32"),
         ("e4m3", "e5m2", True, "QGMMA.64x16x32.F32.E4M3.E5M2"),
     ],

@@ -47,13 +47,13 @@ def wanted(model: str) -> list[np.ndarray]:
     return float64(MODELS[model], *arrays(MODELS[model]))
 
 
-LAYERS = [(moe_mlp, model) for model in MODELS]
-LAYERS += [(layer, model) for layer in (over_mesh, experts) for model in ("gpt-oss", "llama4")]
+FORMS = [(moe_mlp, model, recipe) for model in MODELS for recipe in ("fp8", "bf16")]
+FORMS += [(experts, model, recipe) for model in ("gpt-oss", "llama4") for recipe in ("fp8", "bf16")]
+FORMS += [(over_mesh, "gpt-oss", "bf16"), (over_mesh, "llama4", "fp8")]
 
 
 @pytest.mark.any_version
-@both
-@pytest.mark.parametrize(("layer", "model"), LAYERS)
+@pytest.mark.parametrize(("layer", "model", "recipe"), FORMS)
 def test_forward_and_gradients(layer, model, recipe):
     x, ids, weights, w13, w2, dy = arrays(MODELS[model])
     run = functools.partial(layer, recipe=recipe, form=MODELS[model])
@@ -73,10 +73,13 @@ def test_decode(model, recipe):
     assert relative(got, wanted(model)[0]) < bound(recipe, MODELS[model])
 
 
+BIASED = [(moe_mlp, model, recipe) for model in ("gpt-oss", "nemotron3") for recipe in ("fp8", "bf16")]
+BIASED += [(experts, "gpt-oss", "fp8"), (experts, "nemotron3", "bf16")]
+BIASED += [(over_mesh, "gpt-oss", "fp8"), (over_mesh, "nemotron3", "bf16")]
+
+
 @pytest.mark.any_version
-@both
-@pytest.mark.parametrize("model", ["gpt-oss", "nemotron3"])
-@pytest.mark.parametrize("layer", [moe_mlp, over_mesh, experts])
+@pytest.mark.parametrize(("layer", "model", "recipe"), BIASED)
 def test_biases(layer, model, recipe):
     form = MODELS[model]
     x, ids, weights, w13, w2, dy = arrays(form)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_deepgemm.attention import PagedKVCache, paged_append
-from jax_deepgemm.ops.paged_append.op import APPEND, APPEND_QUERY
+from jax_deepgemm.ops.paged_append.op import append_op
 from tests.shared import attention_oracle as oracle
 from tests.shared import op_checks
 from tests.shared.arrays import normal
@@ -181,11 +182,13 @@ FORM = {"interleaved": False}
 
 
 def plain(*arrays: jax.Array, out_sharding: Any = None) -> Any:
-    return tuple(APPEND(*arrays, dtypes=DTYPES, out_sharding=out_sharding, **FORM))
+    return tuple(append_op()(*arrays, dtypes=DTYPES, out_sharding=out_sharding, **FORM))
 
 
 def with_queries(*arrays: jax.Array, out_sharding: Any = None) -> Any:
-    return tuple(APPEND_QUERY(*arrays, dtypes=(*DTYPES, DTYPES[0]), out_sharding=out_sharding, **FORM))
+    return tuple(
+        append_op("query", 2)(*arrays, dtypes=(*DTYPES, DTYPES[0]), out_sharding=out_sharding, **FORM)
+    )
 
 
 def operands(seed: int) -> list[jax.Array]:
@@ -199,7 +202,7 @@ def operands(seed: int) -> list[jax.Array]:
 
 def operands_with_queries(seed: int) -> list[jax.Array]:
     positions = jnp.asarray(np.random.default_rng(seed).integers(0, 99, 6), jnp.int32)
-    return [*operands(seed), positions, jnp.ones(4), normal(seed + 2, 6, 4, 2, 32)]
+    return [*operands(seed), positions, jnp.ones(4), normal(seed + 2, 6, 8, 32)]
 
 
 HEADS, POOL = P(None, "y"), P(None, None, "y")
@@ -232,21 +235,27 @@ def test_op(check):
     check()
 
 
-def test_heads_of_queries_follow_those_of_the_cache():
-    """The call as users write it, on a mesh: heads of q are cut, then parted into those of each head of k."""
-    mesh = jax.make_mesh((4,), ("x",))
-    place = lambda *spec: jax.sharding.NamedSharding(mesh, P(*spec))  # noqa: E731
-    cache = PagedKVCache.create(4, 16, 4, 32, sharding=place(None, None, "x"))
-    assert cache.k.sharding.is_equivalent_to(place(None, None, "x"), 5)
-    assert cache.k_scale.sharding.is_equivalent_to(place(None, "x"), 2)
-    k, q = normal(0, 6, 4, 32), normal(1, 6, 8, 32)
-    slots, rotary = jnp.arange(6), (jnp.arange(6), jnp.ones(16))
-    run = jax.jit(lambda cache, k, q: paged_append(cache, k, k, slots, q=q, rotary=rotary))
-    cut = jax.device_put((k, q), place(None, "x"))
-    hlo = run.lower(cache, *cut).compile().as_text()
-    assert not op_checks.collectives(hlo)
-    found, wanted = run(cache, *cut), run(PagedKVCache.create(4, 16, 4, 32), k, q)
-    jax.tree.map(same_bits, found, wanted)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_heads_over_devices_as_users_write_it(kind):
+    """Of q over more devices than the cache has heads, too."""
+    want = None
+    for size in (1, 4, 8):
+        mesh = jax.make_mesh((size,), ("x",), axis_types=(kind,))
+        place = lambda *spec: NamedSharding(mesh, P(*spec))  # noqa: B023, E731
+        cut = (None, "x") if size == 4 else ()
+        cache = PagedKVCache.create(4, 16, 4, 32, sharding=place(None, *cut))
+        assert cache.k_scale.sharding.is_equivalent_to(place(*cut), 2)
+        k, q = jax.device_put(normal(0, 6, 4, 32), place(*cut)), normal(1, 6, 8, 32)
+        slots, rotary = jnp.arange(6), (jnp.arange(6), jnp.ones(16))
+        run = jax.jit(lambda cache, k, q: paged_append(cache, k, k, slots, q=q, rotary=rotary))  # noqa: B023
+        q = jax.device_put(q, place(None, "x"))
+        hlo = run.lower(cache, k, q).compile().as_text()
+        assert not op_checks.collectives(hlo) or size == 8
+        assert not re.search(r"16,32\]\S* all-gather", hlo)
+        found = run(cache, k, q)
+        assert found[0].k.sharding.is_equivalent_to(place(None, *cut), 5)
+        want = found if want is None else want
+        jax.tree.map(same_bits, found, want)
 
 
 # Errors -----------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 ROOMS = (
-    "", ".gemm", ".grouped", ".quantization", ".activation", ".indexer", ".hyperconnection", ".inference", ".moe",
-    ".flax", ".checkpoint", ".config", ".deep_gemm", ".deep_gemm.testing", ".deep_gemm.legacy",
+    "", ".gemm", ".grouped", ".quantization", ".activation", ".indexer", ".attention", ".hyperconnection",
+    ".inference", ".moe", ".flax", ".checkpoint", ".config", ".deep_gemm", ".deep_gemm.testing",
+    ".deep_gemm.legacy",
 )  # fmt: skip
 FREE = {"fields", "changes", "options"}
 """What keyword arguments of any name are called."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,13 +73,16 @@ void launch(unsigned blocks, unsigned columns, int count, const Kernel& kernel) 
   }}
 }}
 
-int main(int, char** at) {{
-  const std::string folder = at[1];
+void attend(const std::string& folder, int shares) {{
   {buffers}
-  launch({shares}, 1, {threads}, [&] {{ decoding::{decode_name}({arguments}); }});
-  launch({tokens}, {heads}, {merge_threads}, [&] {{ merging::{merge_name}({arguments}); }});
+  launch(shares, 1, {threads}, [&] {{ decoding::{decode_name}({arguments}); }});
+  launch({columns}, {heads}, {merge_threads}, [&] {{ merging::{merge_name}({arguments}); }});
   out.write();
   lse.write();
+}}
+
+int main(int count, char** at) {{
+  for (int i = 1; i < count; i += 2) attend(at[i], std::stoi(at[i + 1]));
 }}
 """
 
@@ -88,18 +91,16 @@ def run(
     folder: Path,
     p: AttentionProblem,
     c: AttentionConfig,
-    operands: Mapping[str, np.ndarray],
-    shares: int,
+    calls: Sequence[tuple[Mapping[str, np.ndarray], int]],
     *,
     sanitize: bool = True,
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the kernels of a configuration make of a call: output and logarithms, which hold NaN before.
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What the kernels of a configuration make of each call: output and logarithms, which hold NaN before.
 
     Args:
       folder: for source, program and numbers.
       p, c: the problem, and how it is cut.
-      operands: by the names of PARTS.
-      shares: blocks of threads, which run one after the other.
+      calls: operands by the names of PARTS, and by how many blocks of threads, which run one after the other.
       sanitize: whether accesses out of bounds end the program.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")
@@ -109,15 +110,14 @@ def run(
     texts = {kind: s.text[s.text.index("struct Config") :] for kind, s in sources.items()}
     numbers = [p.tokens, p.seqs, p.table_pages, p.pages, p.layers, p.kv_heads, p.max_q_len or 2**31 - 1]
     factors = [f"{p.scale!r}f", f"{p.softcap!r}f"]
-    last = [p.window, decode.parts_of(p, c), 2**31 - 1, shares]
+    last = [p.window, decode.parts_of(p, c), 2**31 - 1]
     text = _TEXT.format(
         **texts,
         buffers="\n  ".join(f'const Numbers {name}("{name}", folder);' for name in (*PARTS, *RESULTS)),
-        arguments=", ".join([*PARTS, *RESULTS, *map(str, numbers), *factors, *map(str, last)]),
-        shares=shares,
+        arguments=", ".join([*PARTS, *RESULTS, *map(str, numbers), *factors, *map(str, last), "shares"]),
         threads=32 * c.warps,
         merge_threads=32 * decode.merge_warps(p),
-        tokens=p.tokens,
+        columns=(p.tokens + 1) // 2,
         heads=p.heads,
         decode_name=sources["decode"].name,
         merge_name=sources["merge"].name,
@@ -128,20 +128,32 @@ def run(
     paths = (NATIVE / "decode_block", NATIVE / "attention_block", NATIVE / "tensor_block", DEVICE_CODE)
     include = [f"-I{path}" for path in paths]
     subprocess.run([compiler, *flags, *include, folder / "decode.cc", "-o", folder / "decode"], check=True)
-    slots = 2 * shares if not p.split else decode.most_weights(p, c)
-    results = {
-        "out": np.full((p.tokens, p.heads, p.v_depth), np.nan, operands["q"].dtype),
-        "lse": np.full((p.tokens, p.heads), np.nan, np.float32),
-        "parts": np.full((slots, decode.ROWS, p.v_depth), np.nan, np.float32),
-        "part_stats": np.full((slots, decode.ROWS, 2), np.nan, np.float32),
-    }
-    for name, array in {**operands, **results}.items():
-        array.tofile(folder / name)
-    done = subprocess.run([folder / "decode", folder], capture_output=True, text=True, timeout=400, check=False)
+    folders = [folder / str(i) for i in range(len(calls))]
+    for to, (operands, shares) in zip(folders, calls, strict=True):
+        to.mkdir()
+        for name, array in {**operands, **_results(p, c, operands["q"].dtype, shares)}.items():
+            array.tofile(to / name)
+    given = [str(x) for to, (_, shares) in zip(folders, calls, strict=True) for x in (to, shares)]
+    done = subprocess.run(
+        [folder / "decode", *given], capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == 0, done.stderr
+    return [_read(to, p, operands["q"].dtype) for to, (operands, _) in zip(folders, calls, strict=True)]
 
-    def read(name: str) -> np.ndarray:
-        like = results[name]
-        return np.fromfile(folder / name, like.dtype).reshape(like.shape)
 
-    return read("out"), read("lse")
+def _results(p: AttentionProblem, c: AttentionConfig, kind: np.dtype, shares: int) -> dict[str, np.ndarray]:
+    slots = decode.most_weights(p, c) if p.split else 2 * shares
+    shapes = {
+        "out": (p.tokens, p.heads, p.v_depth),
+        "lse": (p.tokens, p.heads),
+        "parts": (slots, decode.ROWS, p.v_depth),
+        "part_stats": (slots, decode.ROWS, 2),
+    }
+    return {
+        name: np.full(shape, np.nan, kind if name == "out" else np.float32) for name, shape in shapes.items()
+    }
+
+
+def _read(folder: Path, p: AttentionProblem, kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    out, lse = np.fromfile(folder / "out", kind), np.fromfile(folder / "lse", np.float32)
+    return out.reshape(p.tokens, p.heads, p.v_depth), lse.reshape(p.tokens, p.heads)

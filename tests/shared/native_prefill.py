@@ -22,6 +22,10 @@ DEVICE_CODE = Path(jax_deepgemm.__file__).parent / "include"
 PARTS = ("q", "k", "v", "k_scale", "v_scale", "tables", "cu_q_lens", "kv_lens", "layer", "sinks", "slopes")
 
 _TEXT = """\
+#include <jax_deepgemm/ptx/barrier.cuh>  // CUDA's words, in front of all
+
+inline int atomicAdd(int* at, int value) {{ return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }}
+
 #include <jax_deepgemm/attention/prefill.cuh>
 #include <fstream>
 #include <iterator>
@@ -45,6 +49,9 @@ struct Mma {{
   }}
 }};
 }}
+namespace rest {{
+using values::Mma;
+}}
 {kernel}
 
 struct Numbers {{
@@ -66,6 +73,7 @@ struct Numbers {{
 
 void attend(const std::string& folder) {{
   {buffers}
+  int tickets = 0;
   for (unsigned block = 0; block < gridDim.x; ++block) {{
     blockIdx.x = block;
     std::memset(jdg::shared, 0xFF, sizeof jdg::shared);
@@ -118,16 +126,25 @@ def run(
     k, v = prefill.tensor_maps(p, c, given)
     source = prefill.prefill_source(p, c)
     kernel = source.text[source.text.index("struct Config") :]
-    arguments = ["q.as<void>()", f"jdg::ptx::make_map({box('k', k)})", f"jdg::ptx::make_map({box('v', v)})"]
+    arguments = [
+        f"q.as<jdg::{p.q_dtype}>()",
+        f"jdg::ptx::make_map({box('k', k)})",
+        f"jdg::ptx::make_map({box('v', v)})",
+    ]
     arguments += ["k_scale.as<float>()", "v_scale.as<float>()"]
     arguments += [f"{part}.as<int>()" for part in ("tables", "cu_q_lens", "kv_lens", "layer")]
-    arguments += ["sinks.as<float>()", "slopes.as<float>()", "out.as<void>()", "lse.as<float>()"]
-    arguments += [*map(str, prefill.integers(p)), *(f"{x!r}f" for x in prefill.factors(p))]
+    arguments += ["sinks.as<float>()", "slopes.as<float>()", f"out.as<jdg::{p.q_dtype}>()", "lse.as<float>()"]
+    arguments += [
+        *map(str, prefill.integers(p)),
+        *(f"{x!r}f" for x in (p.scale, p.softcap)),
+        str(p.window),
+        "&tickets",
+    ]
     text = _TEXT.format(
         half=str(p.q_dtype == "f16").lower(),
         kernel=kernel,
         grid=grid,
-        threads=prefill.THREADS,
+        threads=prefill.threads_of(c),
         buffers="\n  ".join(f'const Numbers {x}(folder + "/{x}");' for x in (*PARTS, "out", "lse")),
         name=source.name,
         arguments=", ".join(arguments),
@@ -162,5 +179,6 @@ def run(
 def box(part: str, m: TensorMap) -> str:
     """A `Box` of native/attention_block."""
     size = 1 if m.dtype == "uint8" else 2
-    numbers = ["{" + ", ".join(map(str, one)) + "}" for one in (m.box, m.dims, (size, *m.strides))]
+    sizes = [(*one, 1)[:5] for one in (m.box, m.dims, (size, *m.strides))]
+    numbers = ["{" + ", ".join(map(str, one)) + "}" for one in sizes]
     return f"{{{part}.as<char>(), {size}, {m.swizzle}, {', '.join(numbers)}}}"

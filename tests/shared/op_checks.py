@@ -115,9 +115,15 @@ def _checks(case: OpCase) -> Iterator[Any]:
 
 
 @functools.cache
+def jitted(case: OpCase) -> Callable[..., Any]:
+    """The call as one program, compiled once for all checks."""
+    return jax.jit(case.fn)
+
+
+@functools.cache
 def unsharded(case: OpCase) -> Any:
     """The results on one device, of one program."""
-    return jax.jit(case.fn)(*case.operands())
+    return jitted(case)(*case.operands())
 
 
 @functools.cache
@@ -141,7 +147,7 @@ def check_vmap(case: OpCase, nest: Sequence[Sequence[Any]]) -> None:
     got = jax.jit(mapped)(*arrays)
     for index in np.ndindex(*sizes):
         picked = [_pick(x, [axes[i] for axes in nest], index) for i, x in enumerate(arrays)]
-        assert_same(jax.tree.map(lambda leaf, i=index: leaf[i], got), case.fn(*picked), case.tolerance)
+        assert_same(jax.tree.map(lambda leaf, i=index: leaf[i], got), jitted(case)(*picked), case.tolerance)
 
 
 def check_sharded(case: OpCase, shard: Shard, mode: str) -> None:
@@ -185,7 +191,7 @@ def check_remat_in_scan(case: OpCase) -> None:
         return jax.lax.scan(step, jnp.float32(0), jnp.arange(1.0, 4.0))[0]
 
     remat = jax.jit(jax.grad(functools.partial(steps, jax.checkpoint(case.fn)), case.wrt))(*operands)
-    once = jax.grad(_loss(case.fn), case.wrt)(*operands)
+    once = unsharded_gradients(case)
     assert_same(remat, jax.tree.map(lambda g: g * 6, once), max(case.tolerance, 4 * case.grad_tolerance))
 
 

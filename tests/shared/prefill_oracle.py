@@ -1,4 +1,4 @@
-"""Attention over a paged cache in float64, from its formula, and batches to try it on."""
+"""Operands of attention's kernels, drawn for a problem, and what comes of them in float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_deepgemm.ops.attention.problem import AttentionProblem
+from tests.shared.attention_oracle import Batch, attention
 
 DTYPES = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
@@ -19,36 +20,20 @@ NO_PAGES = (-1, -(2**31), 2**31 - 1)
 
 def attend(p: AttentionProblem, operands: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The output, and the logarithms of denominators."""
-    q, k, v = (operands[part].astype(np.float64) for part in ("q", "k", "v"))
-    sinks = operands["sinks"] if p.with_sinks else np.full(p.heads, -np.inf)
-    layer = int(np.clip(operands["layer"][0], 0, p.layers - 1))
-    k, v = (x * operands[f"{part}_scale"][:, None, :, None, None] for part, x in (("k", k), ("v", v)))
-    out, lse = np.zeros((p.tokens, p.heads, p.v_depth)), np.tile(sinks.astype(np.float64), (p.tokens, 1))
-    ends = np.clip(operands["cu_q_lens"], 0, p.tokens)
-    for i, table in enumerate(operands["tables"]):
-        first, count = ends[i], max(ends[i + 1] - ends[i], 0)
-        length = int(np.clip(operands["kv_lens"][i], 0, p.table_pages * p.page))
-        pages = table.astype(np.int64)[np.arange(length) // p.page]
-        key = np.flatnonzero((pages >= 0) & (pages < p.pages))  # those that are in the pool
-        where = (layer, pages[key], slice(None), key % p.page)
-        for j in range(count):
-            position = length - count + j
-            seen = (key < length) & (position >= 0)
-            seen &= (key <= position) | (not p.causal)
-            if p.window:
-                seen &= key > position - p.window
-            if not seen.any():
-                continue
-            for head in range(p.heads):
-                keys, values = (x[where][seen, head // p.group] for x in (k, v))
-                score = keys @ q[first + j, head] * p.scale
-                if p.softcap:
-                    score = p.softcap * np.tanh(score / p.softcap)
-                if p.with_slopes:
-                    score = score + operands["slopes"][head] * (key[seen] - position)
-                lse[first + j, head] = np.log(np.exp(score).sum() + np.exp(sinks[head]))
-                out[first + j, head] = np.exp(score - lse[first + j, head]) @ values
-    return out, lse
+    layer = int(operands["layer"][0])
+    exists = 0 <= layer < p.layers
+    parts = (operands[part][layer if exists else 0] for part in ("k", "v", "k_scale", "v_scale"))
+    tables = operands["tables"] if exists else np.full_like(operands["tables"], -1)
+    return attention(
+        Batch(operands["q"], *parts, tables, operands["cu_q_lens"], operands["kv_lens"]),
+        causal=p.causal,
+        window=p.window or None,
+        softcap=p.softcap or None,
+        sinks=operands["sinks"] if p.with_sinks else None,
+        alibi_slopes=operands["slopes"] if p.with_slopes else None,
+        scale=p.scale,
+        max_q_len=p.max_q_len or None,
+    )
 
 
 def draw(

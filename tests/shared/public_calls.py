@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm as jdg
-from jax_deepgemm import deep_gemm, hyperconnection, indexer, inference, moe
+from jax_deepgemm import attention, deep_gemm, hyperconnection, indexer, inference, moe
 from jax_deepgemm.ops import grouped
 from jax_deepgemm.ops import mla as latent
 from jax_deepgemm.ops import quantize as quantization
@@ -27,7 +27,7 @@ WITHOUT_ARRAYS = {
     "Epilogue",
     "GemmConfig", "GemmProblem", "QuantizedArray", "PreparedWeight", "DEEPSEEK_V3", "DispatchPlan",
     "PreparedFp4",
-    "Activation", "ExpertForm", "GPT_OSS", "IndexerConfig",
+    "Activation", "AttentionConfig", "ExpertForm", "GPT_OSS", "IndexerConfig",
     "deepspeed_names", "fastgen_names",
     "__version__", "config", "embed_kernels",
     "explain", "export_checks", "precompile", "from_tuple", "to_tuple", "from_qwix", "to_qwix",
@@ -55,12 +55,11 @@ class Call:
         return jax.device_put(arrays, NamedSharding(mesh_of_two(), P())) if self.mesh else arrays
 
 
+ROOMS = (jdg, quantization, grouped, activation, attention, hyperconnection, indexer, inference, moe)
+
+
 def public_names() -> set[str]:
-    return {
-        name
-        for module in (jdg, quantization, grouped, activation, hyperconnection, indexer, inference, moe)
-        for name in module.__all__
-    }
+    return {name for module in ROOMS for name in module.__all__}
 
 
 def _gradient(fn: Callable[..., Any], *wrt: int) -> Callable[..., Any]:
@@ -108,6 +107,27 @@ def _scored_tokens(q: Any, values: Any, scales: Any, weights: Any, lens: Any, in
     )
 
 
+def _attended(x: jax.Array) -> jax.Array:
+    """Appended, turned, and attended to: heads of 32."""
+    q, k = x.reshape(TOKENS, -1, 32), x[:, :64].reshape(TOKENS, 2, 32)
+    at, freq = jnp.arange(TOKENS, dtype=jnp.int32), jnp.ones(16, jnp.float32)
+    cache = attention.PagedKVCache.create(2, 16, 2, 32)
+    cache, q = attention.paged_append(cache, k, k, at + 16, q=q, rotary=(at, freq))
+    lens = jnp.full(1, TOKENS, jnp.int32)
+    tables, starts = jnp.ones((1, 1), jnp.int32), jnp.arange(2, dtype=jnp.int32) * TOKENS
+    slopes = jnp.ones(q.shape[1], jnp.float32)
+    form = {"window": 3, "softcap": 2.0, "alibi_slopes": slopes, "sinks": slopes}
+    return attention.ragged_paged_attention(q, cache, tables, starts, lens, num_seqs=lens[0], **form)
+
+
+def _attended_slots(x: jax.Array) -> jax.Array:
+    q, k = x.reshape(2, TOKENS // 2, -1, 32), x[:, :64].reshape(2, TOKENS // 2, 2, 32)
+    cache = attention.KVCache.create(2, 16, 2, 32, jnp.float8_e4m3fn)
+    lengths, freq = jnp.ones(2, jnp.int32), jnp.ones(16, jnp.float32)
+    out, _ = attention.attend_with_cache(q, cache, lengths, k, k, counts=lengths, rotary=(None, freq))
+    return out
+
+
 def _attended_latents(q: jax.Array, keys: jax.Array) -> Any:
     at, form = jnp.arange(TOKENS, dtype=jnp.int32), {"scale": 0.1, "v_head_dim": 16}
     cache = latent.mla_append(jnp.zeros((2, 16, 32), keys.dtype), keys[:TOKENS], at + 16)
@@ -132,7 +152,7 @@ def _frozen_layers(x: jax.Array, w: jax.Array) -> Any:
     return y, z, inference.linear(x, inference.dequantize(fine, jnp.bfloat16))
 
 
-def _attended(heads: jax.Array) -> Any:
+def _attended_dense(heads: jax.Array) -> Any:
     x = heads[None]
     scores = inference.masked_softmax(x.astype(jnp.float32), causal=True, window=2)
     return scores, inference.attention(x, x, x, causal=True, q_offset=1, kv_lens=4)
@@ -475,6 +495,8 @@ FORWARD = (
     Call("indexer_quantize", indexer.indexer_quantize, ("dact",)),
     Call("indexer_quantize into pages", _written, ("dact", "indices")),
     Call("hadamard", indexer.hadamard, ("x_f32",)),
+    Call("PagedKVCache, paged_append, ragged_paged_attention", _attended, ("x",)),
+    Call("KVCache, attend_with_cache", _attended_slots, ("x",)),
     Call("topk", functools.partial(jdg.topk, k=3), ("x",)),
     Call(
         "topk values",
@@ -491,7 +513,7 @@ FORWARD = (
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
     Call("bias_act, residual_add, rotary, norm", _elementwise, ("x", "hidden_bias")),
     Call("QuantizedWeight, quantize, dequantize, linear, norm_linear, mlp", _frozen_layers, ("x", "w_t")),
-    Call("masked_softmax, attention", _attended, ("heads",)),
+    Call("masked_softmax, attention", _attended_dense, ("heads",)),
     Call("embed, last_tokens", _words, ("ids", "x", "ends")),
     Call("moe_route, moe_dispatch, moe_combine", _through_experts, ("x", "logits")),
     Call("grouped_linear with a bias", inference.grouped_linear, ("x", "ws_t", "sizes", "group_bias")),

@@ -9,7 +9,8 @@ from jax.typing import ArrayLike
 
 from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.ops.attention import checks
-from jax_deepgemm.ops.attention.op import ATTENTION
+from jax_deepgemm.ops.attention.family import AttentionConfig
+from jax_deepgemm.ops.attention.op import attention_op
 from jax_deepgemm.ops.paged_append.cache import PagedKVCache
 from jax_deepgemm.ops.paged_append.checks import layer_index
 
@@ -34,6 +35,8 @@ def ragged_paged_attention(
     split: int | Literal["auto"] = "auto",
     return_lse: bool = False,
     layer: ArrayLike | None = None,
+    config: AttentionConfig | None = None,
+    num_sms: int | None = None,
 ) -> Any:
     """Attention of the new tokens of many sequences to the keys and values that these have in a paged cache.
 
@@ -76,10 +79,15 @@ def ragged_paged_attention(
       alibi_slopes: float32 [heads]. None: none.
       scale: positive. None: head_dim ** -0.5.
       max_q_len: a promise that no sequence has more rows: 1 where all decode. Rows beyond are zeros.
-      split: how many parts the keys of a sequence are cut into, to be read at once. "auto": as is fast.
+      split: how the keys of one sequence are shared out where it has few rows. "auto": all SMs have equal
+        shares of all keys, the fastest; the last bits of a sequence's result then depend on what else is in
+        the batch. A number of keys, a multiple of 256: parts of so many, whatever else there is, and a
+        sequence has the same bits in every batch; 2048 costs little.
       return_lse: whether lse is wanted, as for merging with attention to other keys.
       layer: of a cache with layers, which one: an int or an integer array []. Of one outside of the cache, in
         an array, no key is seen.
+      config: an AttentionConfig for sequences of few rows, instead of the cost model's choice.
+      num_sms: how many SMs may be used. None: all.
 
     Returns:
       [t, heads, v_head_dim] in the dtype of q; with return_lse, (out, lse float32 [t, heads]). Rows that see
@@ -94,7 +102,7 @@ def ragged_paged_attention(
     """
     cache.check(_NAME)
     query = checks.query(_NAME, q, cache)
-    tokens, heads, _ = query.shape
+    heads = query.shape[1]
     tables, starts, lens = checks.batch(_NAME, block_tables, cu_q_lens, kv_lens, num_seqs)
     static = checks.options(
         _NAME,
@@ -108,15 +116,17 @@ def ragged_paged_attention(
     )
     sink, static["with_sinks"] = checks.per_head(_NAME, "sinks", sinks, heads)
     slope, static["with_slopes"] = checks.per_head(_NAME, "alibi_slopes", alibi_slopes, heads)
-    shape = cache.kv_heads, heads // cache.kv_heads
+    group = heads // cache.kv_heads
     arrays = (
-        query.reshape(tokens, *shape, cache.head_dim),
-        *(cache.k, cache.v, cache.k_scale, cache.v_scale),
-        *(tables, starts, lens, layer_index(_NAME, cache, layer)),
-        *(sink.reshape(shape), slope.reshape(shape)),
+        *(query, cache.k, cache.v, cache.k_scale, cache.v_scale),
+        *(tables, starts, lens, layer_index(_NAME, cache, layer), sink, slope),
     )
-    out, lse = ATTENTION(
-        *same_varying_axes(arrays), out_dtype=np.dtype(query.dtype), group=shape[1], **static
+    out, lse = attention_op(group)(
+        *same_varying_axes(arrays),
+        out_dtype=np.dtype(query.dtype),
+        group=group,
+        config=config,
+        num_sms=num_sms,
+        **static,
     )
-    out = out.reshape(tokens, heads, cache.v_head_dim)
-    return (out, lse.reshape(tokens, heads)) if return_lse else out
+    return (out, lse) if return_lse else out

@@ -29,6 +29,8 @@ class KVCache:
       capacity: tokens of a sequence, a multiple of the page, static.
 
     >>> import jax.numpy as jnp
+    Raises nothing: functions that take it check it.
+
     >>> cache = KVCache.create(batch=2, capacity=100, kv_heads=4, head_dim=64)
     >>> cache.batch, cache.capacity, cache.paged.k.shape
     (2, 112, (1, 14, 4, 16, 64))

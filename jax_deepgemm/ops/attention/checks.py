@@ -13,7 +13,8 @@ from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.ops.paged_append.cache import BFLOAT16, E4M3, FLOAT16, PagedKVCache
 from jax_deepgemm.ops.paged_append.checks import FLOAT32, array, describe, integers, positive, shaped, wrong
 
-MOST_SPLITS = 256
+SPLIT_STEP = 256
+"""Keys: whole rounds of every kernel."""
 
 
 def query(where: str, q: Any, cache: PagedKVCache, rank: str = "[t, heads, head_dim]") -> jax.Array:
@@ -90,8 +91,11 @@ def options(
             )
     if split != "auto":
         positive(where, "split", split)
-        if split > MOST_SPLITS:
-            raise ValueError(f"{where}: split is {split}, need 'auto' or 1 to {MOST_SPLITS}.")
+        if split % SPLIT_STEP:
+            raise ValueError(
+                f"{where}: split is {split}, need 'auto' or a multiple of {SPLIT_STEP} keys, such as "
+                f"{-(-split // SPLIT_STEP) * SPLIT_STEP}."
+            )
     return {
         "causal": causal,
         "window": 0 if window is None else int(window),

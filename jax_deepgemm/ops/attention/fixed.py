@@ -67,8 +67,9 @@ def attend_with_cache(
       rotary: (positions integers [b, s], inv_freq float32 [r]) as `paged_append` takes them, of q and k.
         None in the place of positions: lengths[b] + j.
       interleaved: which pairs turn, as in `paged_append`.
-      layer: of a cache with layers, which one.
-      causal, window, softcap, sinks, alibi_slopes, scale: as those of `ragged_paged_attention`.
+      layer: of a cache with layers, which one: an int or an integer array [].
+      causal, window, softcap, sinks, alibi_slopes, scale: as the parameters of
+        `ragged_paged_attention`.
 
     Returns:
       ([b, s, heads, v_head_dim] in the dtype of q, the new cache).
@@ -89,17 +90,18 @@ def attend_with_cache(
     if (k is None) != (v is None):
         raise ValueError(f"{_NAME}: k and v go together; got {'v' if k is None else 'k'} alone.")
     _check_known(lengths, 0 if k is None else new, cache.capacity)
-    at = held[:, None] + jnp.arange(new, dtype=jnp.int32)
+    row = jnp.arange(new, dtype=jnp.int32)[None]
+    at = held[:, None] + row
     rows, paged = query.reshape(-1, heads, depth), cache.paged
     if k is not None:
-        inside = (at >= 0) & (at < cache.capacity) & (jnp.arange(new) < number[:, None])
+        inside = (at >= 0) & (at < cache.capacity) & (row < number[:, None])
         first = jnp.arange(batch, dtype=jnp.int32)[:, None] * cache.capacity
         slots = jnp.where(inside, first + at, -1).reshape(-1)
-        flat = [_flat(name, x, batch, new) for name, x in (("k", k), ("v", v))]
+        new_k, new_v = _flat("k", k, batch, new), _flat("v", v, batch, new)
         form: dict[str, Any] = {"layer": layer}
         if rotary is not None:
             form |= {"q": rows, "rotary": _rotary(rotary, at), "interleaved": interleaved}
-        found = paged_append(paged, *flat, slots, **form)
+        found = paged_append(paged, new_k, new_v, slots, **form)
         paged, rows = (found, rows) if rotary is None else found
         held = held + number
     elif rotary is not None:

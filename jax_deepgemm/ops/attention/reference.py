@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.products import dot_general
 
 ROWS = 32
 """Rows of a sequence that are computed at once."""
@@ -34,8 +35,11 @@ def ragged_paged(
     max_q_len: int,
     **_unread: object,
 ) -> list[jax.Array]:
-    """out [t, g, r, v] and lse [t, g, r]; op.py says what the operands are."""
-    tokens, heads, group, _ = q.shape
+    """out [t, h, v] and lse [t, h]; op.py says what the operands are."""
+    heads, group = k.shape[2], q.shape[1] // k.shape[2]
+    tokens, depth = q.shape[0], q.shape[2]
+    q = q.reshape(tokens, heads, group, depth)
+    sinks, slopes = sinks.reshape(heads, group), slopes.reshape(heads, group)
     layers, pages, _, size, _ = k.shape
     sequences, columns = tables.shape
     sink = sinks if with_sinks else jnp.full((heads, group), -jnp.inf, jnp.float32)
@@ -43,7 +47,7 @@ def ragged_paged(
     lse = jnp.broadcast_to(sink, (tokens, heads, group)).astype(jnp.float32)
     out, lse, *_rest = same_varying_axes([out, lse, q, k])  # as what the loops end with
     if 0 in (tokens, heads, group, layers, pages, sequences, columns):
-        return [out, lse]
+        return _flat(out, lse)
     held = (layer[0] >= 0) & (layer[0] < layers)
     at_layer = jnp.clip(layer[0], 0, layers - 1)
     key = jnp.arange(columns * size)
@@ -52,7 +56,9 @@ def ragged_paged(
 
     def keys_of(x: jax.Array, by: jax.Array, table: jax.Array, seen: jax.Array) -> jax.Array:
         """float32 [keys, g, d] of one sequence, zeros where nothing is to be read."""
-        mine = x[at_layer, jnp.clip(table, 0, pages - 1)].astype(jnp.float32) * by[at_layer][:, None, None]
+        mine = (
+            x[at_layer, jnp.clip(table, 0, pages - 1)].astype(jnp.float32) * by[at_layer][None, :, None, None]
+        )
         rows = jnp.moveaxis(mine, 1, 2).reshape(columns * size, heads, -1)
         return jnp.where(seen[:, None, None], rows, 0)
 
@@ -69,24 +75,26 @@ def ragged_paged(
             mine = (j < count) & ((j < max_q_len) | (max_q_len == 0))
             at = jnp.where(mine, first + j, tokens)
             position = length - count + j
-            seen = there & mine[:, None] & (position >= 0)[:, None]
+            seen = there[None] & mine[:, None] & (position >= 0)[:, None]
             if causal:
-                seen &= key <= position[:, None]
+                seen &= key[None] <= position[:, None]
             if window:
-                seen &= key > position[:, None] - window
+                seen &= key[None] > position[:, None] - window
             rows = q.at[at].get(mode="fill", fill_value=0).astype(jnp.float32)
-            scores = jnp.einsum("jgrd,kgd->jgrk", rows, keys, precision=lax.Precision.HIGHEST) * scale
+            products = dot_general(rows, keys, ((3,), (2,)), ((1,), (1,)))  # [g, j, r, k]
+            scores = jnp.moveaxis(products, 0, 1) * scale
             if softcap:
                 scores = softcap * jnp.tanh(scores / softcap)
             if with_slopes:
-                scores += slopes[..., None] * (key - position[:, None])[:, None, None].astype(jnp.float32)
+                distance = (key[None] - position[:, None]).astype(jnp.float32)
+                scores += slopes[None, ..., None] * distance[:, None, None]
             scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-            most = jnp.maximum(jnp.max(scores, axis=-1), sink)
+            most = jnp.maximum(jnp.max(scores, axis=-1), sink[None])
             most = jnp.where(most == -jnp.inf, 0, most)
             weights = jnp.where(seen[:, None, None], jnp.exp(scores - most[..., None]), 0)
-            total = jnp.sum(weights, axis=-1) + jnp.exp(sink - most)
+            total = jnp.sum(weights, axis=-1) + jnp.exp(sink[None] - most)
             read = jnp.where(jnp.any(seen, axis=0)[:, None, None], values, 0)
-            sums = jnp.einsum("jgrk,kgv->jgrv", weights, read, precision=lax.Precision.HIGHEST)
+            sums = jnp.moveaxis(dot_general(weights, read, ((3,), (0,)), ((1,), (1,))), 0, 1)
             sums = jnp.where(total[..., None] == 0, 0, sums / total[..., None])
             parts = sums, jnp.log(total) + most
             return tuple(
@@ -96,4 +104,9 @@ def ragged_paged(
 
         return lax.fori_loop(0, (count + step - 1) // step, of_rows, results)
 
-    return list(lax.fori_loop(0, sequences, of_sequence, (out, lse)))
+    return _flat(*lax.fori_loop(0, sequences, of_sequence, (out, lse)))
+
+
+def _flat(out: jax.Array, lse: jax.Array) -> list[jax.Array]:
+    tokens, heads, group, depth = out.shape
+    return [out.reshape(tokens, heads * group, depth), lse.reshape(tokens, heads * group)]

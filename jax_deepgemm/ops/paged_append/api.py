@@ -13,7 +13,7 @@ from jax_deepgemm.core.derivatives import same_varying_axes
 from jax_deepgemm.ops.paged_append import checks
 from jax_deepgemm.ops.paged_append.cache import BFLOAT16, FLOAT16, PagedKVCache
 from jax_deepgemm.ops.paged_append.checks import FLOAT32, describe
-from jax_deepgemm.ops.paged_append.op import APPEND, APPEND_QUERY, APPEND_ROTARY
+from jax_deepgemm.ops.paged_append.op import append_op
 
 _NAME = "paged_append"
 
@@ -78,22 +78,22 @@ def paged_append(
     arrays = [k, v, at, cache.k, cache.v, cache.k_scale, cache.v_scale]
     arrays.append(checks.layer_index(_NAME, cache, layer))
     dtypes: tuple[np.dtype, ...] = (cache.dtype, cache.dtype)
-    op = APPEND
+    op = append_op()
     if rotary is None and q is not None:
         raise ValueError(f"{_NAME}: q is given to be rotated, and rotary is None. Give both, or neither.")
     if rotary is not None:
-        op = APPEND_ROTARY
+        op = append_op("rotary")
         arrays += _rotary(rotary, tokens, cache.head_dim)
     if q is not None:
-        op = APPEND_QUERY
         query = _query(cache, k, q)
-        arrays.append(query.reshape(tokens, cache.kv_heads, -1, cache.head_dim))
+        op = append_op("query", query.shape[1] // cache.kv_heads)
+        arrays.append(query)
         dtypes = (*dtypes, np.dtype(query.dtype))
     new_k, new_v, *turned = op(
         *same_varying_axes(arrays), dtypes=dtypes, interleaved=bool(interleaved), fallback="reference"
     )
     new = PagedKVCache(new_k, new_v, cache.k_scale, cache.v_scale, cache.stacked)
-    return (new, turned[0].reshape(query.shape)) if turned else new
+    return (new, turned[0]) if turned else new
 
 
 def _new(cache: PagedKVCache, k: Any, v: Any) -> tuple[jax.Array, jax.Array]:

@@ -38,10 +38,10 @@ def _append(carried: Any, k: Any, v: Any, slots: Any, positions: Any, freq: Any)
 
 def _plain(carried: Any, k: Any, v: Any, slots: Any, positions: Any, freq: Any) -> Any:
     cache, q = carried
-    layer, query = jnp.zeros(1, jnp.int32), q.reshape(-1, KV_HEADS, HEADS // KV_HEADS, DEPTH)
-    given = (k, v, slots, cache.k, cache.v, cache.k_scale, cache.v_scale, layer, positions, freq, query)
+    layer = jnp.zeros(1, jnp.int32)
+    given = (k, v, slots, cache.k, cache.v, cache.k_scale, cache.v_scale, layer, positions, freq, q)
     new_k, new_v, turned = reference.append(*given, dtypes=(cache.dtype, cache.dtype), interleaved=False)
-    return PagedKVCache(new_k, new_v, cache.k_scale, cache.v_scale), turned.reshape(q.shape)
+    return PagedKVCache(new_k, new_v, cache.k_scale, cache.v_scale), turned
 
 
 def _rows(small: bool) -> Iterator[Row]:

@@ -41,6 +41,7 @@ class PagedKVCache:
       stacked: whether it has a dimension of layers, static; else that is 1, and no call names a layer.
 
     It is a pytree of four arrays. The tokens of a head in one page lie behind each other (HND).
+    Raises nothing: functions that take it `check` it.
 
     >>> import jax.numpy as jnp
     >>> cache = PagedKVCache.create(pages=8, page_size=16, kv_heads=2, head_dim=64)

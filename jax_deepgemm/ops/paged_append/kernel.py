@@ -33,7 +33,7 @@ def _problem(
         stored=np.dtype(pool.dtype).name,
         pairs=pairs,
         interleaved=interleaved and pairs > 0,
-        heads=kv_heads * given["q"].shape[2] if "q" in given else 0,
+        heads=given["q"].shape[1] if "q" in given else 0,
     )
 
 

@@ -14,7 +14,7 @@ LARGEST = 448.0
 def rotary(x: jax.Array, positions: jax.Array, inv_freq: jax.Array, interleaved: bool) -> jax.Array:
     """x [t, .., d] in float32, its first 2 r numbers turned by angles positions [t] * inv_freq [r]."""
     pairs = inv_freq.shape[0]
-    angles = positions.astype(jnp.float32)[:, None] * inv_freq
+    angles = positions.astype(jnp.float32)[:, None] * inv_freq[None]
     angles = angles.reshape(-1, *(1,) * (x.ndim - 2), pairs)
     wide, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :].astype(jnp.float32)
     a, b = (wide[..., ::2], wide[..., 1::2]) if interleaved else (wide[..., :pairs], wide[..., pairs:])
@@ -39,13 +39,13 @@ def append(
     dtypes: tuple[np.dtype, ...],
     interleaved: bool,
 ) -> list[jax.Array]:
-    """The cache k, v [l, p, g, s, d] with k_new, v_new [t, g, d] at their slots; and q [t, g, n, d]."""
+    """The cache k, v [l, p, g, s, d] with k_new, v_new [t, g, d] at their slots; and q [t, h, d]."""
     rows = [k_new.astype(jnp.float32), v_new.astype(jnp.float32)]
     if positions is not None and inv_freq is not None:
         rows[0] = rotary(k_new, positions, inv_freq, interleaved)
     if dtypes[0] == E4M3:
         at = jnp.clip(layer[0], 0, k.shape[0] - 1)
-        scales = k_scale[at][:, None], v_scale[at][:, None]
+        scales = k_scale[at][None, :, None], v_scale[at][None, :, None]
         rows = [jnp.clip(x / scale, -LARGEST, LARGEST) for x, scale in zip(rows, scales, strict=True)]
     rows = [x.astype(dtype) for x, dtype in zip(rows, dtypes, strict=False)]
     found = [_put(pages, layer[0], slots, x) for pages, x in zip((k, v), rows, strict=True)]

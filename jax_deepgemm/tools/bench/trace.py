@@ -38,7 +38,7 @@ class Measured:
     """Device time of one function, per call.
 
     Attributes:
-      microseconds: of each call: the sum over the kernels that count.
+      microseconds: of each call: as long as one of the kernels that count runs.
       kernels: their names, in order of first launch.
       by_kernel: median microseconds per call of each of them.
       everything: microseconds of each call with all that ran, such as copies and padding before the kernel.
@@ -168,8 +168,23 @@ def _between_flushes(events: Sequence[Event]) -> list[list[Event]]:
     return groups
 
 
+def covered(call: Sequence[Event]) -> float:
+    """Microseconds in which at least one of a call's events ran: what overlaps counts once, as where a kernel
+    is launched early and waits for the end of the one before it.
+
+    >>> covered([Event("a", 0, 5000), Event("b", 2000, 4000), Event("c", 9000, 1000)])
+    7.0
+    """
+    total, end = 0.0, float("-inf")
+    for event in sorted(call, key=lambda event: event.start):
+        stop = event.start + event.duration
+        total += max(0.0, stop - max(event.start, end))
+        end = max(end, stop)
+    return total / 1e3
+
+
 def measured(calls: Iterable[Sequence[Event]], prefix: str = "") -> Measured:
-    """Sums up the calls of one function.
+    """What the calls of one function took.
 
     Args:
       calls: the events of each call.
@@ -187,8 +202,8 @@ def measured(calls: Iterable[Sequence[Event]], prefix: str = "") -> Measured:
         if not chosen:
             raise ValueError(f"no kernel named {prefix}* among {sorted({event.name for event in call})}")
         counted.append(tuple(chosen))
-        times.append(sum(event.duration for event in chosen) / 1e3)
-        everything.append(sum(event.duration for event in call) / 1e3)
+        times.append(covered(chosen))
+        everything.append(covered(call))
         per_call: dict[str, float] = {}
         for event in chosen:
             per_call[event.name] = per_call.get(event.name, 0.0) + event.duration / 1e3

@@ -79,7 +79,8 @@ struct Decoder {
   float sums[Config::DV / 8][4];
   Running running[2];  // of rows lane / 4 and lane / 4 + 8; a lane's own part of the sums
 
-  __device__ __forceinline__ Decoder(const AttentionCall<T>& call, char* shared, float* parts, float* part_stats, int layer)
+  __device__ __forceinline__ Decoder(const AttentionCall<T>& call, char* shared, float* parts,
+                                     float* part_stats, int layer)
       : call(call), shared(shared), parts(parts), part_stats(part_stats), layer(layer) {}
 
   __device__ __forceinline__ void run(const Piece<Config>& piece) {
@@ -98,7 +99,8 @@ struct Decoder {
     for (int half = 0; half < 2; ++half) {
       const int row = lane / 4 + 8 * half;
       const bool exists = piece.rows.exists(row);
-      const i64 at = static_cast<i64>(piece.sequence.first + piece.rows.token(row)) * heads() + piece.rows.q_head(row);
+      const i64 at =
+          static_cast<i64>(piece.sequence.first + piece.rows.token(row)) * heads() + piece.rows.q_head(row);
       const u32* from = reinterpret_cast<const u32*>(call.q + at * Config::D);
 #pragma unroll
       for (int step = 0; step < Config::D / 16; ++step) {
@@ -124,20 +126,24 @@ struct Decoder {
     const int end = Config::CAUSAL ? min(s.keys, s.position(last / Config::GROUP) + 1) : s.keys;
     const int begin = Cutting<Config>::begin(s, window());
     const int lowest = Config::WINDOW ? s.position(piece.rows.packed / Config::GROUP) - call.window + 1 : 0;
-    const int from = max(piece.from, (lowest - begin) / kRound), to = min(piece.to, ceil_div(end - begin, kRound));
+    const int from = max(piece.from, (lowest - begin) / kRound),
+              to = min(piece.to, ceil_div(end - begin, kRound));
     if (from >= to) return;
 
     const int first = begin + from * kRound + warp * Config::KEYS;
     const bool layer_exists = layer >= 0 && layer < call.layers;
-    const i64 k_page = static_cast<i64>(call.kv_heads) * Config::PAGE * TileShape<Config, Config::D>::ROW_BYTES;
-    const i64 v_page = static_cast<i64>(call.kv_heads) * Config::PAGE * TileShape<Config, Config::DV>::ROW_BYTES;
+    const i64 k_page =
+        static_cast<i64>(call.kv_heads) * Config::PAGE * TileShape<Config, Config::D>::ROW_BYTES;
+    const i64 v_page =
+        static_cast<i64>(call.kv_heads) * Config::PAGE * TileShape<Config, Config::DV>::ROW_BYTES;
     const i64 page_of_layer = layer_exists ? static_cast<i64>(layer) * call.pages : 0;
     const char* k = call.k + page_of_layer * k_page + piece.rows.head * (k_page / call.kv_heads);
     const char* v = call.v + page_of_layer * v_page + piece.rows.head * (v_page / call.kv_heads);
-    Pages<Config> pages(call.tables + static_cast<i64>(piece.table) * call.table_pages, layer_exists ? call.pages : 0,
-                        first, end);
+    Pages<Config> pages(call.tables + static_cast<i64>(piece.table) * call.table_pages,
+                        layer_exists ? call.pages : 0, first, end);
     float scale = call.scale;
-    if constexpr (Config::FP8) scale *= layer_exists ? call.k_scale[layer * call.kv_heads + piece.rows.head] : 0.0f;
+    if constexpr (Config::FP8)
+      scale *= layer_exists ? call.k_scale[layer * call.kv_heads + piece.rows.head] : 0.0f;
 
     int issued = 0;
     u32 there = 0;  // a bit for each 16 keys in flight: their page is one of the cache
@@ -176,8 +182,8 @@ struct Decoder {
     return smem_address(shared) + (warp * Config::STAGES + stage) * Layout::kTile;
   }
 
-  __device__ __forceinline__ void see_tile(const Piece<Config>& piece, u32 tile, int first_key, int end, u32 there,
-                                           float scale) {
+  __device__ __forceinline__ void see_tile(const Piece<Config>& piece, u32 tile, int first_key, int end,
+                                           u32 there, float scale) {
     float scores[Config::KEYS / 8][4];
 #pragma unroll
     for (auto& some : scores)
@@ -194,7 +200,7 @@ struct Decoder {
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&two)[4] = scores[g * 2 + i / 2];
+        const float (&two)[4] = scores[g * 2 + i / 2];
         weights[g][i] = pack(two[i % 2 * 2], two[i % 2 * 2 + 1]);
       }
     }
@@ -206,8 +212,9 @@ struct Decoder {
   }
 
   // Scores of one of a lane's rows become weights; its sums so far are brought to the new largest score.
-  __device__ __forceinline__ void weigh(const Piece<Config>& piece, int half, float (&scores)[Config::KEYS / 8][4],
-                                        int first_key, int end, u32 there, float scale) {
+  __device__ __forceinline__ void weigh(const Piece<Config>& piece, int half,
+                                        float (&scores)[Config::KEYS / 8][4], int first_key, int end,
+                                        u32 there, float scale) {
     const int row = lane / 4 + 8 * half, position = piece.sequence.position(piece.rows.token(row));
     float slope = 0.0f;
     if constexpr (Config::SLOPES) {
@@ -297,7 +304,8 @@ struct Decoder {
       if (!piece.rows.exists(row)) continue;
       Running all;
 #pragma unroll
-      for (int w = 0; w < Config::WARPS; ++w) all.largest = fmaxf(all.largest, sums_of(w, row)[Layout::kSumPitch]);
+      for (int w = 0; w < Config::WARPS; ++w)
+        all.largest = fmaxf(all.largest, sums_of(w, row)[Layout::kSumPitch]);
       float value[4] = {};
 #pragma unroll
       for (int w = 0; w < Config::WARPS; ++w) {
@@ -318,7 +326,8 @@ struct Decoder {
             make_float4(value[0], value[1], value[2], value[3]);
         if (column == 0) part_stats[to * 2] = all.largest, part_stats[to * 2 + 1] = all.sum;
       } else {
-        const i64 to = static_cast<i64>(piece.sequence.first + piece.rows.token(row)) * heads() + piece.rows.q_head(row);
+        const i64 to =
+            static_cast<i64>(piece.sequence.first + piece.rows.token(row)) * heads() + piece.rows.q_head(row);
         store_row<Config>(call, to, piece.rows.q_head(row), column, value, all);
       }
     }
@@ -328,9 +337,11 @@ struct Decoder {
 // Four columns of a finished row of the result, and at column 0 its logarithm.
 template <class Config, class T>
 __device__ __forceinline__ void store_row(const AttentionCall<T>& call, i64 row, int head, int column,
-                                          const float (&value)[4], Running all) {
-  if constexpr (Config::SINKS) all = with_sink(all, call.sinks[head]);
-  const float by = all.sum > 0.0f || all.sum != all.sum ? 1.0f / all.sum : 0.0f;
+                                          const float (&value)[4], const Running& all) {
+  Running total = all;
+  if constexpr (Config::SINKS) total = with_sink(all, call.sinks[head]);
+  const float kept = weight_of(all.largest, total.largest);
+  const float by = total.sum > 0.0f || total.sum != total.sum ? kept / total.sum : 0.0f;
   u32 pairs[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -338,7 +349,7 @@ __device__ __forceinline__ void store_row(const AttentionCall<T>& call, i64 row,
     pairs[i] = Config::F16 ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
   }
   *reinterpret_cast<uint2*>(call.out + row * Config::DV + column) = make_uint2(pairs[0], pairs[1]);
-  if (column == 0) call.lse[row] = log_sum(all);
+  if (column == 0) call.lse[row] = log_sum(total);
 }
 
 // Brings tables to L2 while lengths are waited for: a line of them by each thread of the launch.
@@ -350,8 +361,8 @@ __device__ __forceinline__ void touch_tables(const AttentionCall<T>& call) {
 }
 
 template <class Config>
-__device__ __forceinline__ void attention_decode(const AttentionCall<typename Config::T>& call, Cutting<Config> cutting,
-                                                 float* parts, float* part_stats) {
+__device__ __forceinline__ void attention_decode(const AttentionCall<typename Config::T>& call,
+                                                 Cutting<Config> cutting, float* parts, float* part_stats) {
   extern __shared__ __align__(1024) char shared[];
   static_assert(Config::SHARED_BYTES >= DecodeLayout<Config>::kBytes, "the host knows the layout");
   int* prefix = reinterpret_cast<int*>(shared + DecodeLayout<Config>::kBytes) + Config::WARPS;
@@ -378,7 +389,10 @@ __device__ __forceinline__ void attention_decode(const AttentionCall<typename Co
     const int rounds = cutting.split > 0 ? cutting.split : 1;
     decoder.run({sequence,
                  {unit / call.kv_heads * Config::ROWS, sequence.rows * Config::GROUP, unit % call.kv_heads},
-                 s, within * rounds, (within + count) * rounds, slot});
+                 s,
+                 within * rounds,
+                 (within + count) * rounds,
+                 slot});
     at += count;
   }
 }

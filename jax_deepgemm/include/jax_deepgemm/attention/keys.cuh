@@ -5,9 +5,9 @@
 // that ldmatrix reads eight rows from eight different groups of banks. Keys that nobody sees are zeros: a
 // value that counts with weight 0 must not be NaN.
 //
-// E4M3 becomes bf16 or f16 in registers, exactly. What a lane gets then belongs to other columns than with elements
-// of 16 bits, so columns of Q (see `query_column`), and of the result (`value_column`), are named in another
-// order; a product over columns does not know the difference.
+// E4M3 becomes bf16 or f16 in registers, exactly. What a lane gets then belongs to other columns than with
+// elements of 16 bits, so columns of Q (see `query_column`), and of the result (`value_column`), are named in
+// another order; a product over columns does not know the difference.
 #pragma once
 
 #include <jax_deepgemm/attention/work.cuh>
@@ -51,7 +51,8 @@ struct Pages {
   }
   __device__ __forceinline__ int read(int from_tile) const {
     const int lane = threadIdx.x % 32;
-    const int key = first_key + (from_tile + lane / GROUPS) * (Config::WARPS * Config::KEYS) + lane % GROUPS * 16;
+    const int key =
+        first_key + (from_tile + lane / GROUPS) * (Config::WARPS * Config::KEYS) + lane % GROUPS * 16;
     if (lane >= TILES * GROUPS || key >= end_key) return -1;
     const int page = table[key / Config::PAGE];
     return page < pages ? page : -1;
@@ -72,8 +73,8 @@ struct Pages {
 // Starts copies of one tile. `heads` begins with the first page of the layer's head; pages are `stride` bytes
 // apart.
 template <class Config, int COLUMNS>
-__device__ __forceinline__ void copy_tile(u32 to, const char* head, i64 stride, const int (&page)[Config::KEYS / 16],
-                                          int first_key, int end_key) {
+__device__ __forceinline__ void copy_tile(u32 to, const char* head, i64 stride,
+                                          const int (&page)[Config::KEYS / 16], int first_key, int end_key) {
   using Shape = TileShape<Config, COLUMNS>;
   constexpr int ALL = Config::KEYS * Shape::PIECES;
   const int lane = threadIdx.x % 32;
@@ -93,12 +94,13 @@ __device__ __forceinline__ void copy_tile(u32 to, const char* head, i64 stride, 
     for (int g = 0; g < Config::KEYS / 16; ++g) {
       if (key / 16 == g) from = group[g], seen = seen && page[g] >= 0;
     }
-    ptx::copy_async(to + Shape::place(key, piece), from + key % 16 * Shape::ROW_BYTES + piece * 16, seen ? 16 : 0);
+    ptx::copy_async(to + Shape::place(key, piece), from + key % 16 * Shape::ROW_BYTES + piece * 16,
+                    seen ? 16 : 0);
   }
 }
 
-// The column of Q that is number `half` (0, 1) of the pair that a lane holds for columns 2 c and 2 c + 1, then
-// 8 + 2 c and 9 + 2 c (`upper`), of 16 columns.
+// The column of Q that is number `half` (0, 1) of the pair that a lane holds for columns 2 c and 2 c + 1,
+// then 8 + 2 c and 9 + 2 c (`upper`), of 16 columns.
 template <class Config>
 __device__ __forceinline__ int query_column(int c, bool upper) {
   return Config::FP8 ? 4 * c + 2 * upper : 2 * c + 8 * upper;
@@ -121,7 +123,8 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const
 
 // scores[t] += Q K^T for the tile's keys 8 t ..
 template <class Config>
-__device__ __forceinline__ void score_tile(float (&scores)[Config::KEYS / 8][4], const u32 (&q)[Config::D / 16][4], u32 tile) {
+__device__ __forceinline__ void score_tile(float (&scores)[Config::KEYS / 8][4],
+                                           const u32 (&q)[Config::D / 16][4], u32 tile) {
   using Shape = TileShape<Config, Config::D>;
   const int lane = threadIdx.x % 32, row = lane % 8, matrix = lane / 8;
   if constexpr (Config::FP8) {
@@ -136,7 +139,8 @@ __device__ __forceinline__ void score_tile(float (&scores)[Config::KEYS / 8][4],
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           if (piece + m / 2 >= Config::D / 16) break;
-          const u32 b[2] = {ptx::e4m3_bytes<Config::F16, 0, 1>(bytes[m]), ptx::e4m3_bytes<Config::F16, 2, 3>(bytes[m])};
+          const u32 b[2] = {ptx::e4m3_bytes<Config::F16, 0, 1>(bytes[m]),
+                            ptx::e4m3_bytes<Config::F16, 2, 3>(bytes[m])};
           multiply<Config>(scores[g * 2 + m % 2], q[piece + m / 2], b);
         }
       }
@@ -157,8 +161,8 @@ __device__ __forceinline__ void score_tile(float (&scores)[Config::KEYS / 8][4],
 
 // sums += P V; weights[g]: of keys 16 g .. as the first operand of mma.
 template <class Config>
-__device__ __forceinline__ void add_values(float (&sums)[Config::DV / 8][4], const u32 (&weights)[Config::KEYS / 16][4],
-                                           u32 tile) {
+__device__ __forceinline__ void add_values(float (&sums)[Config::DV / 8][4],
+                                           const u32 (&weights)[Config::KEYS / 16][4], u32 tile) {
   using Shape = TileShape<Config, Config::DV>;
   const int lane = threadIdx.x % 32, row = lane % 8, matrix = lane / 8;
 #pragma unroll
@@ -174,9 +178,12 @@ __device__ __forceinline__ void add_values(float (&sums)[Config::DV / 8][4], con
         for (int half = 0; half < 2; ++half) {
           if (piece + half >= Config::DV / 16) break;
           const u32 low = bytes[half * 2], high = bytes[half * 2 + 1];
-          multiply<Config>(sums[(piece + half) * 2], weights[g], {ptx::e4m3_bytes<Config::F16, 0, 2>(low), ptx::e4m3_bytes<Config::F16, 0, 2>(high)});
-          multiply<Config>(sums[(piece + half) * 2 + 1], weights[g],
-                           {ptx::e4m3_bytes<Config::F16, 1, 3>(low), ptx::e4m3_bytes<Config::F16, 1, 3>(high)});
+          multiply<Config>(
+              sums[(piece + half) * 2], weights[g],
+              {ptx::e4m3_bytes<Config::F16, 0, 2>(low), ptx::e4m3_bytes<Config::F16, 0, 2>(high)});
+          multiply<Config>(
+              sums[(piece + half) * 2 + 1], weights[g],
+              {ptx::e4m3_bytes<Config::F16, 1, 3>(low), ptx::e4m3_bytes<Config::F16, 1, 3>(high)});
         }
       }
     } else {

@@ -2,11 +2,11 @@
 // rows that no sequence has. It may start while that kernel runs (programmatic dependent launch), and every
 // block waits for its end, so that what follows this kernel follows that one too.
 //
-//   a block     one head of one token; each of its warps adds every WARPS-th piece's sums, 4 columns a lane,
-//               then the warps' sums are added in shared memory, in the order of warps
+//   a block     one head of every gridDim.x-th token; each of its warps adds every WARPS-th piece's sums, 4
+//               columns a lane, then the warps' sums are added in shared memory, in the order of warps
 //
-//   shared memory   float32 sums [warp][DV], their largest scores and denominators [warp]; a word for each warp
-//                   and prefix sums [sequences + 1]
+//   shared memory   float32 sums [warp][DV], their largest scores and denominators [warp]; a word for each
+//                   warp and prefix sums [sequences + 1]
 #pragma once
 
 #include <jax_deepgemm/attention/decode.cuh>
@@ -14,89 +14,123 @@
 namespace jdg {
 
 template <class Config, int WARPS>
-__device__ __forceinline__ void attention_merge(const AttentionCall<typename Config::T>& call, Cutting<Config> cutting,
-                                                const float* parts, const float* part_stats, int blocks) {
-  constexpr int DV = Config::DV, FOURS = DV / 4, ROUNDS = ceil_div(FOURS, 32);
-  extern __shared__ __align__(1024) char shared[];
-  float* values = reinterpret_cast<float*>(shared);  // [warp][DV]
-  Running* stats = reinterpret_cast<Running*>(values + WARPS * DV);
-  int* prefix = reinterpret_cast<int*>(stats + WARPS) + WARPS;
-  const int token = blockIdx.x, q_head = blockIdx.y, heads = call.kv_heads * Config::GROUP;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int window = Config::WINDOW ? call.window : 0;
-  const i64 to = static_cast<i64>(token) * heads + q_head;
+struct Merger {
+  static constexpr int DV = Config::DV, FOURS = DV / 4, ROUNDS = ceil_div(FOURS, 32);
 
-  prefix_sums<WARPS>(prefix, call.sequences, [&](int s) {
-    return cutting.all_weights(sequence_of<Config::PAGE>(call, s), window, call.kv_heads);
-  });
-  // The last sequence that begins at the token or before it: of several, all but the last are empty. Starts
-  // that descend, which break the rule, end at some sequence; whether it has the token is looked at.
-  const int s = stretch_of(call.starts, call.sequences, token);
-  const Sequence sequence = sequence_of<Config::PAGE>(call, s);
-  const int own = token - sequence.first;
-  ptx::wait_for_previous_kernel();
-  if (own < 0 || own >= sequence.rows) {
+  const AttentionCall<typename Config::T>& call;
+  const Cutting<Config> cutting;
+  const float* parts;
+  const float* part_stats;
+  const int blocks;  // of the kernel before
+  float* values;     // [warp][DV]
+  Running* stats;    // [warp]
+  int* prefix;
+  int q_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  __device__ __forceinline__ int window() const { return Config::WINDOW ? call.window : 0; }
+  __device__ __forceinline__ i64 row_of(int token) const {
+    return static_cast<i64>(token) * (call.kv_heads * Config::GROUP) + q_head;
+  }
+
+  __device__ __forceinline__ void run() {
+    prefix_sums<WARPS>(prefix, call.sequences, [&](int s) {
+      return cutting.all_weights(sequence_of<Config::PAGE>(call, s), window(), call.kv_heads);
+    });
+    ptx::wait_for_previous_kernel();
+    const int step = gridDim.x;
+    for (int token = blockIdx.x; token < call.tokens;) {
+      // The last sequence that begins at the token or before it: of several, all but the last are empty.
+      // Starts that descend, which break the rule, end at some sequence; whether it has the token is looked
+      // at.
+      const int s = stretch_of(call.starts, call.sequences, token);
+      const Sequence sequence = sequence_of<Config::PAGE>(call, s);
+      const int own = token - sequence.first;
+      if (own < 0 || own >= sequence.rows) {
+        put_nothing(token);
+      } else if (prefix[s + 1] > prefix[s]) {
+        merge(token, s, sequence, own);
+      } else {  // the whole sequence is another kernel's
+        token += (sequence.rows - own - 1) / step * step;
+      }
+      token += step;
+    }
+  }
+
+  __device__ __forceinline__ void put_nothing(int token) const {
     const float nothing[4] = {};
     for (int four = threadIdx.x; four < FOURS; four += WARPS * 32) {
-      store_row<Config>(call, to, q_head, four * 4, nothing, Running{});
+      store_row<Config>(call, row_of(token), q_head, four * 4, nothing, Running{});
     }
-    return;
   }
-  const int length = cutting.weights(sequence, window);
-  if (prefix[s + 1] == prefix[s]) return;
-  const int packed = own * Config::GROUP + q_head % Config::GROUP;
-  const int unit = packed / Config::ROWS * call.kv_heads + q_head / Config::GROUP, row = packed % Config::ROWS;
-  const int from = prefix[s] + unit * length;
-  const bool split = cutting.split > 0;
-  const Shares shares(prefix[call.sequences], blocks);
-  const int first = split ? from : shares.of(from);
-  const int last = split ? from + length - 1 : shares.of(from + length - 1);
-  if (first == last) return;
 
-  Running mine;
-  float sums[ROUNDS][4] = {};
+  __device__ __forceinline__ void merge(int token, int s, const Sequence& sequence, int own) {
+    const int length = cutting.weights(sequence, window());
+    const int packed = own * Config::GROUP + q_head % Config::GROUP;
+    const int unit = packed / Config::ROWS * call.kv_heads + q_head / Config::GROUP;
+    const int row = packed % Config::ROWS, from = prefix[s] + unit * length;
+    const bool split = cutting.split > 0;
+    const Shares shares(prefix[call.sequences], blocks);
+    const int first = split ? from : shares.of(from);
+    const int last = split ? from + length - 1 : shares.of(from + length - 1);
+    if (first == last) return;
+
+    Running mine;
+    float sums[ROUNDS][4] = {};
 #pragma unroll 4
-  for (int i = first + warp; i <= last; i += WARPS) {
-    const int slot = split ? i : slot_of(i, shares.begin(i) >= from);
-    const i64 at = static_cast<i64>(slot) * Config::ROWS + row;
-    const Running other = {part_stats[at * 2], part_stats[at * 2 + 1]};
-    const float largest = fmaxf(mine.largest, other.largest);
-    const float kept = weight_of(mine.largest, largest), added = weight_of(other.largest, largest);
-    mine = {largest, mine.sum * kept + other.sum * added};
+    for (int i = first + warp; i <= last; i += WARPS) {
+      const int slot = split ? i : slot_of(i, shares.begin(i) >= from);
+      const i64 at = static_cast<i64>(slot) * Config::ROWS + row;
+      const Running other = {part_stats[at * 2], part_stats[at * 2 + 1]};
+      const float largest = fmaxf(mine.largest, other.largest);
+      const float kept = weight_of(mine.largest, largest), added = weight_of(other.largest, largest);
+      mine = {largest, mine.sum * kept + other.sum * added};
+#pragma unroll
+      for (int round = 0; round < ROUNDS; ++round) {
+        const int four = round * 32 + lane;
+        if (four >= FOURS) break;
+        const float4 value = *reinterpret_cast<const float4*>(parts + at * DV + four * 4);
+        sums[round][0] = sums[round][0] * kept + value.x * added;
+        sums[round][1] = sums[round][1] * kept + value.y * added;
+        sums[round][2] = sums[round][2] * kept + value.z * added;
+        sums[round][3] = sums[round][3] * kept + value.w * added;
+      }
+    }
+    if (lane == 0) stats[warp] = mine;
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
-      const int four = round * 32 + lane;
-      if (four >= FOURS) break;
-      const float4 value = *reinterpret_cast<const float4*>(parts + at * DV + four * 4);
-      sums[round][0] = sums[round][0] * kept + value.x * added;
-      sums[round][1] = sums[round][1] * kept + value.y * added;
-      sums[round][2] = sums[round][2] * kept + value.z * added;
-      sums[round][3] = sums[round][3] * kept + value.w * added;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (round * 32 + lane < FOURS) values[warp * DV + (round * 32 + lane) * 4 + i] = sums[round][i];
+      }
     }
-  }
-  if (lane == 0) stats[warp] = mine;
+    __syncthreads();
+    for (int four = threadIdx.x; four < FOURS; four += WARPS * 32) {
+      Running total;
 #pragma unroll
-  for (int round = 0; round < ROUNDS; ++round) {
+      for (int w = 0; w < WARPS; ++w) total.largest = fmaxf(total.largest, stats[w].largest);
+      float value[4] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (round * 32 + lane < FOURS) values[warp * DV + (round * 32 + lane) * 4 + i] = sums[round][i];
+      for (int w = 0; w < WARPS; ++w) {
+        const float weight = weight_of(stats[w].largest, total.largest);
+        total.sum += stats[w].sum * weight;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) value[i] += values[w * DV + four * 4 + i] * weight;
+      }
+      store_row<Config>(call, row_of(token), q_head, four * 4, value, total);
     }
+    __syncthreads();  // the next token's sums go to the same places
   }
-  __syncthreads();
-  for (int four = threadIdx.x; four < FOURS; four += WARPS * 32) {
-    Running total;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) total.largest = fmaxf(total.largest, stats[w].largest);
-    float value[4] = {};
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-      const float weight = weight_of(stats[w].largest, total.largest);
-      total.sum += stats[w].sum * weight;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) value[i] += values[w * DV + four * 4 + i] * weight;
-    }
-    store_row<Config>(call, to, q_head, four * 4, value, total);
-  }
+};
+
+template <class Config, int WARPS>
+__device__ __forceinline__ void attention_merge(const AttentionCall<typename Config::T>& call,
+                                                Cutting<Config> cutting, const float* parts,
+                                                const float* part_stats, int blocks) {
+  extern __shared__ __align__(1024) char shared[];
+  float* values = reinterpret_cast<float*>(shared);
+  Running* stats = reinterpret_cast<Running*>(values + WARPS * Config::DV);
+  int* prefix = reinterpret_cast<int*>(stats + WARPS) + WARPS;
+  Merger<Config, WARPS>{call, cutting, parts, part_stats, blocks, values, stats, prefix}.run();
 }
 
 }  // namespace jdg

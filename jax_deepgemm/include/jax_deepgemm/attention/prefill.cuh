@@ -1,14 +1,14 @@
 // Attention of many queries of a sequence over a paged cache.
 //
 // clang-format off
-//   warpgroups 0, 1   consumers: 64 packed rows each, by the same keys and values
-//   warpgroup 2       warp 0: producer of items, keys and values; the others load queries, and write rows
-//                     that no sequence has
+//   warpgroups 0, 1 (, 2)   consumers: 64 packed rows each, by the same keys and values
+//   the next warpgroup      warp 0: producer of items, keys and values; the others load queries
+//   one more                of a cache in e4m3: makes what is multiplied of it
 //
-//   items:    slot  Item                       producer -> all others
-//   queries:  slot  [slabs of 64][128 rows]    loaders -> consumers
-//   keys:     slot  [slabs of 64][KEYS]        producer -> consumers; record.x: boxes that are not in the pool
-//   values:   slot  [slabs of 64][KEYS]        producer -> consumers
+//   items:    slot  Item         producer -> all others
+//   queries:  slot  [rows][d]    loaders -> consumers
+//   keys:     slot  [KEYS][d]    producer -> consumers; record.x: boxes that are not in the pool
+//   values:   slot  [KEYS][d]    producer -> consumers
 //
 //   consumer, tiles from the last to the first:
 //     scores of the last tile, their weights
@@ -31,6 +31,7 @@
 #include <jax_deepgemm/attention/prefill_load.cuh>
 #include <jax_deepgemm/ptx/fp8.cuh>
 #include <jax_deepgemm/ptx/named.cuh>
+#include <jax_deepgemm/ptx/strided.cuh>
 #include <jax_deepgemm/ptx/wgmma.cuh>
 
 namespace jdg {
@@ -52,25 +53,27 @@ template <class C>
 struct Attender {
   using L = PrefillLayout<C>;
   static constexpr int kHalf = C::KEYS / 2, kColumns = C::KEYS / 8, kSteps = C::KEYS / 16;
-  static constexpr int kSums = C::V_DEPTH / 2;
+  static constexpr int kSums = C::V_DEPTH / 2, kFirst = C::FIRST / 2, kRest = kSums - kFirst;
+  static constexpr int kThreads = 128 * C::CONSUMERS;                   // of all consumers
   static constexpr bool kMoved = C::SOFTCAP || C::SLOPES || C::SCALED;  // scores are in log2 before masks
 
-  const PrefillProblem& p;
+  const Call<C>& p;
   Items<C> items;
   typename L::KeyPipe keys;
   typename L::ValuePipe values;
   typename L::QueryPipe queries;
   const int warpgroup, lane, row;  // of a tile, this thread's first of two
+  const float unscaled;            // of products, but for what a head of the cache has
   float scale, factor;             // of products, of scores
   float scores[kHalf];
-  float sums[kSums];
+  float first_sums[kFirst], rest_sums[kRest > 0 ? kRest : 1];
   u32 weights[kSteps][4];
   bool some;  // rows
   // Of this thread's rows:
   float most[2], total[2], slope[2];
   int position[2], first[2], last[2];  // of keys that are seen
 
-  __device__ __forceinline__ Attender(const PrefillProblem& p, u32 smem, int warpgroup)
+  __device__ __forceinline__ Attender(const Call<C>& p, u32 smem, int warpgroup)
       : p(p),
         items(smem),
         keys(smem),
@@ -79,8 +82,15 @@ struct Attender {
         warpgroup(warpgroup),
         lane(threadIdx.x % 32),
         row(threadIdx.x / 32 * 16 + lane / 4),
-        scale(p.scale),
-        factor(kMoved ? 1.0f : p.scale) {}
+        unscaled(C::SOFTCAP ? 2.0f * p.scale / p.softcap * kLog2E : p.scale * kLog2E),
+        scale(unscaled),
+        factor(kMoved ? 1.0f : unscaled) {}
+
+  __device__ __forceinline__ float& sum(int i) { return i < kFirst ? first_sums[i] : rest_sums[i - kFirst]; }
+  __device__ __forceinline__ void pin_sums() {
+    ptx::pin(first_sums);
+    if constexpr (kRest > 0) ptx::pin(rest_sums);
+  }
 
   // --- rows ---
 
@@ -91,7 +101,7 @@ struct Attender {
   __device__ __forceinline__ void begin(const Item& item) {
     some = item.rows > 0;
     if constexpr (kPackedCache<C>) {
-      scale = p.scale * p.k_scale[layer_of(p) * C::KV_HEADS + item.head];
+      scale = unscaled * p.k_scale[scale_of<C>(p, item.head)];
       factor = kMoved ? 1.0f : scale;
     }
 #pragma unroll
@@ -108,29 +118,35 @@ struct Attender {
       if constexpr (C::SLOPES) slope[half] = p.slopes[head_of(item, packed)] * kLog2E;
     }
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+    for (int i = 0; i < kSums; ++i) sum(i) = 0.0f;
   }
 
   // --- products ---
 
   __device__ __forceinline__ void issue_scores() {
-    const auto a = ptx::k_major_descriptor(keys.smem + warpgroup * 64 * kSlabBytes);
-    const auto b = ptx::k_major_descriptor(key_slot<C>(keys));
+    using Q = typename L::Queries;
+    using K = typename L::Keys;
+    const ptx::StridedDescriptor<Q::kGroup> a(keys.smem + warpgroup * Q::row(64));
+    const ptx::StridedDescriptor<K::kGroup> b(key_slot<C>(keys));
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < C::DEPTH / 16; ++step) {
       const int slab = step / 4, within = step % 4 * 32;
-      C::Scores::issue(scores, a.plus(slab * kTileRows * kSlabBytes + within),
-                       b.plus(slab * C::KEYS * kSlabBytes + within), step > 0);
+      C::Scores::issue(scores, a.plus(slab * Q::kSlab + within), b.plus(slab * K::kSlab + within), step > 0);
     }
     ptx::wgmma_commit();
   }
   __device__ __forceinline__ void issue_values() {
-    const auto b = ptx::mn_major_descriptor(value_slot<C>(values), C::KEYS * kSlabBytes);
+    using V = typename L::Values;
+    const ptx::StridedDescriptor<V::kGroup, V::kSlab> b(value_slot<C>(values));
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-      C::Values::issue(sums, weights[step], b.plus(step * 16 * kSlabBytes), true);
+    for (int step = 0; step < kSteps; ++step) {
+      C::Values::issue(first_sums, weights[step], b.plus(step * V::row(16)), true);
+      if constexpr (kRest > 0)
+        C::Rest::issue(rest_sums, weights[step],
+                       b.plus(step * V::row(16) + C::FIRST / kSlabNumbers * V::kSlab), true);
+    }
     ptx::wgmma_commit();
   }
 
@@ -161,11 +177,12 @@ struct Attender {
   // --- scores to weights ---
 
   __device__ __forceinline__ void move_scores(int tile) {
+    const float bound = p.softcap * kLog2E;
     const int at = tile * C::KEYS + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
       float x = scores[i] * scale;
-      if constexpr (C::SOFTCAP) x = p.cap - 2.0f * p.cap * ptx::rcp_approx(1.0f + ptx::ex2_approx(x));
+      if constexpr (C::SOFTCAP) x = bound - 2.0f * bound * ptx::rcp_approx(1.0f + ptx::ex2_approx(x));
       const int half = i / 2 % 2;
       if constexpr (C::SLOPES) x += slope[half] * (at + i / 4 * 8 + i % 2 - position[half]);
       scores[i] = x;
@@ -235,7 +252,7 @@ struct Attender {
   }
 
   __device__ __forceinline__ static u32 pack(float low, float high) {
-    return C::HALF ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
+    return is_same<typename C::T, f16> ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
   }
 
   // An accumulator's columns are an operand's as they lie, 16 at a time.
@@ -258,11 +275,12 @@ struct Attender {
 
   // --- tiles ---
 
-  // Boxes of the tile of keys that are not in the pool. The shuffle tells the compiler that all lanes have
-  // the same, and proves the load done.
+  // Boxes of the tile of keys that are not in the pool. Lane 0 reads, because lane 0 is the one that releases
+  // the slot.
   __device__ __forceinline__ u32 missing() const {
-    const float4 record = ptx::load_shared_4(keys.smem + L::KeyPipe::kRecords + keys.stage * 16);
-    return __shfl_sync(0xFFFFFFFF, __float_as_uint(record.x), 0);
+    float boxes = 0.0f;
+    if (lane == 0) boxes = ptx::load_shared(keys.smem + L::KeyPipe::kRecords + keys.stage * 16);
+    return __shfl_sync(0xFFFFFFFF, __float_as_uint(boxes), 0);
   }
 
   // Values behind the sequence's last key that came with its box.
@@ -272,11 +290,12 @@ struct Attender {
     const int rows = min(C::KEYS, (begin + kBox - 1) / kBox * kBox) - begin;
     if (rows <= 0) return;
     values.wait_full();
-    const u32 at = value_slot<C>(values) + begin * kSlabBytes;
-    for (int i = threadIdx.x; i < rows * L::kValueSlabs * 8; i += 256)
-      ptx::store_shared_4(at + i / (rows * 8) * C::KEYS * kSlabBytes + i % (rows * 8) * 16, 0, 0, 0, 0);
+    constexpr int kChunks = L::Values::kSlabs * 8;
+    for (int i = threadIdx.x; i < rows * kChunks; i += kThreads)
+      ptx::store_shared_4(value_slot<C>(values) + L::Values::chunk(begin + i / kChunks, i % kChunks), 0, 0, 0,
+                          0);
     ptx::fence_proxy_async();
-    ptx::named_barrier<kClearBarrier, 256>();
+    ptx::named_barrier<kClearBarrier, kThreads>();
   }
 
   __device__ __forceinline__ void begin_tiles(const Item& item) {
@@ -298,7 +317,7 @@ struct Attender {
     keys.wait_full();
     await_turn();
     ptx::pin(scores);
-    ptx::pin(sums);
+    pin_sums();
     ptx::pin(weights);
     issue_scores();
     values.wait_full();
@@ -311,29 +330,29 @@ struct Attender {
     const Shrink shrink = weigh<EDGE>(tile, gone);
     ptx::pin(scores);
     ptx::wgmma_wait<0>();
-    ptx::pin(sums);
+    pin_sums();
     ptx::pin(weights);
     release(values);
     if (shrink.any)
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] *= shrink.by[i / 2 % 2];
+      for (int i = 0; i < kSums; ++i) sum(i) *= shrink.by[i / 2 % 2];
     pack_weights();
   }
 
   __device__ __forceinline__ void end_tiles() {
     values.wait_full();
-    ptx::pin(sums);
+    pin_sums();
     ptx::pin(weights);
     issue_values();
     ptx::wgmma_wait<0>();
-    ptx::pin(sums);
+    pin_sums();
     release(values);
   }
 
   // From the last tile down. Tiles between `low` and `high` are seen by all rows of the tile.
   __device__ __forceinline__ void attend(const Item& item) {
     const int top = item.position + item.row / C::GROUP;  // positions of the first and the last row
-    const int bottom = item.position + (min(item.row + kTileRows, item.rows) - 1) / C::GROUP;
+    const int bottom = item.position + (min(item.row + kTileRows<C>, item.rows) - 1) / C::GROUP;
     const int whole = max(C::CAUSAL ? min(item.keys, top + 1) : item.keys, 0) / C::KEYS;
     const int low = C::WINDOW ? (max(bottom - p.window + 1, 0) + C::KEYS - 1) / C::KEYS : 0;
     begin_tiles(item);
@@ -372,7 +391,7 @@ struct Attender {
       all += __shfl_xor_sync(0xFFFFFFFF, all, 2);
       if (!C::CAUSAL && position[half] < 0) all = 0.0f;
       float inverse = all == 0.0f ? 0.0f : 1.0f / all;
-      if constexpr (kPackedCache<C>) inverse *= p.v_scale[layer_of(p) * C::KV_HEADS + item.head];
+      if constexpr (kPackedCache<C>) inverse *= p.v_scale[scale_of<C>(p, item.head)];
       const int packed = item.row + row + half * 8;
       const bool exists = packed < item.rows;
       const i64 at =
@@ -381,14 +400,14 @@ struct Attender {
         p.lse[at] = all != 0.0f ? (most[half] * factor + log2f(all)) * kLn2
                     : C::SINKS  ? p.sinks[head_of(item, packed)]
                                 : no_score();
-      u16* const to = static_cast<u16*>(p.out) + at * C::V_DEPTH;
+      u16* const to = reinterpret_cast<u16*>(p.out) + at * C::V_DEPTH;
 #pragma unroll
       for (int block = 0; block < kBlocks; block += 4) {
         u32 w[4] = {};
 #pragma unroll
         for (int i = 0; i < 4 && block + i < kBlocks; ++i) {
           const int j = (block + i) * 4 + 2 * half;
-          w[i] = pack(sums[j] * inverse, sums[j + 1] * inverse);
+          w[i] = pack(sum(j) * inverse, sum(j + 1) * inverse);
         }
         transpose(w);
         if (exists && block + lane % 4 < kBlocks)
@@ -413,33 +432,33 @@ struct Attender {
 // --- all of it ---
 
 template <PrefillConfig C>
-__device__ __forceinline__ void prefill(const PrefillProblem& p) {
+__device__ __forceinline__ void prefill(const Call<C>& p) {
   extern __shared__ __align__(1024) char shared[];
   using L = PrefillLayout<C>;
   const u32 smem = smem_address(shared);
   int* const totals = reinterpret_cast<int*>(shared + L::kCounts);
   if (threadIdx.x == 0) {
-    constexpr int kFillers = kPackedCache<C> ? kLoaderThreads : 1;
-    typename L::KeyPipe(smem).init(kConsumerWarps, kFillers);
-    typename L::ValuePipe(smem).init(kConsumerWarps, kFillers);
-    typename L::PackedPipe(smem).init(3);
-    typename L::QueryPipe(smem).init(kConsumerWarps, kLoaderThreads);
-    typename L::ItemPipe(smem).init(kConsumerWarps + 3);
+    constexpr int kWarps = 4 * C::CONSUMERS, kFillers = kPackedCache<C> ? kWideners : 1;
+    typename L::KeyPipe(smem).init(kWarps, kFillers);
+    typename L::ValuePipe(smem).init(kWarps, kFillers);
+    typename L::PackedPipe(smem).init(kWideners / 32);
+    typename L::QueryPipe(smem).init(kWarps, kLoaders);
+    typename L::ItemPipe(smem).init(kPrefillWarps<C> - 1);
     ptx::fence_mbarrier_init();
   }
   ptx::wait_for_previous_kernel();
   count_items<C>(p, totals);
   __syncthreads();
   const int warpgroup = warpgroup_index();
-  if (warpgroup == 2) {
+  if (warpgroup == C::CONSUMERS) {
     ptx::lower_registers<kFew<C>>();
-    if (warp_index() % 4 == 0) {
+    if (warp_index() % 4 == 0)
       PrefillProducer<C>(p, smem, totals).run();
-    } else {
-      Loader<C> loader(p, smem);
-      loader.run();
-      if constexpr (C::FILL) loader.clear();
-    }
+    else
+      Loader<C>(p, smem).run();
+  } else if (kPackedCache<C> && warpgroup > C::CONSUMERS) {
+    ptx::lower_registers<kWidenerRegisters<C>>();
+    if constexpr (kPackedCache<C>) Widener<C>(smem).run();
   } else {
     ptx::raise_registers<kMany<C>>();
     Attender<C>(p, smem, warpgroup).run();

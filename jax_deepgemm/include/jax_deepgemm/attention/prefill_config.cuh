@@ -5,6 +5,7 @@
 // those that share the kv head. A tile is 128 rows by KEYS keys.
 #pragma once
 
+#include <jax_deepgemm/attention/problem.cuh>
 #include <jax_deepgemm/pipeline.cuh>
 
 namespace jdg {
@@ -12,29 +13,59 @@ namespace jdg {
 // clang-format off
 template <class C>
 concept PrefillConfig = requires {
+  typename C::T;           // of queries: f16 or bf16
   typename C::Scores;      // wgmma of width KEYS: queries by keys
-  typename C::Values;      // wgmma of width V_DEPTH: weights in registers by values, MN-major
-  C::HALF;                 // bool: whether numbers are float16, else bfloat16
+  typename C::Values;      // wgmma of width FIRST: weights in registers by values, MN-major
+  typename C::Rest;        // the same of the other columns of values
   C::KEYS;                 // of a tile, a multiple of 16
-  C::DEPTH, C::V_DEPTH;    // numbers of a key and of a value, multiples of 16
+  C::DEPTH;                // numbers of a key, a multiple of 16
+  C::V_DEPTH;              // of a value
+  C::FIRST;                // those of a value that one instruction takes: all, or some slabs
   C::PAGE;                 // keys of a page
-  C::KV_HEADS, C::GROUP;   // heads of keys, and of queries for each
+  C::KV_HEADS;             // heads of the cache
+  C::GROUP;                // heads of queries for each of them
+  C::CONSUMERS;            // warpgroups of 64 rows each, 2 or 3
   C::STAGES;               // slots of keys, and of values
   C::PACKED_STAGES;        // slots of either in e4m3; 0: the cache has the queries' type
-  C::CAUSAL, C::WINDOW;    // bool: whether queries see no later keys; whether they see a window only
-  C::SOFTCAP, C::SLOPES;   // bool: whether scores are bounded; whether they fall with distance
-  C::SCALED;               // bool: whether scores are multiplied before anything else looks at them
+  C::CAUSAL;               // bool: whether queries see no later keys
+  C::WINDOW;               // bool: whether they see a window only
+  C::SOFTCAP;              // bool: whether scores are bounded
+  C::SLOPES;               // bool: whether they fall with distance
+  C::SCALED;               // bool: whether they are multiplied before anything else looks at them
   C::SINKS;                // bool: whether heads have a sink
-  C::PING_PONG;            // bool: whether the two consumers issue products in turn
+  C::PING_PONG;            // bool: whether two consumers issue products in turn
   C::DECODE_ROWS;          // sequences with no more packed rows are another kernel's
-  C::FILL;                 // bool: whether rows of no sequence are written
   C::SHARED_BYTES;         // what the host reserves
 };
 // clang-format on
 
-constexpr int kTileRows = 128, kSlabBytes = 128, kSlabNumbers = 64;
-constexpr int kPrefillThreads = 384, kPrefillWarps = 12, kConsumerWarps = 8, kLoaderThreads = 96;
-constexpr int kTotals = 128;  // runs of sequences whose tiles are counted
+constexpr int kSlabBytes = 128, kSlabNumbers = 64, kGroupRows = 8, kGroupBytes = kGroupRows * kSlabBytes;
+constexpr int kLoaders = 96, kWideners = 128;  // threads
+constexpr int kTotals = 128;                   // runs of sequences whose tiles are counted
+template <class C>
+constexpr int kTileRows = 64 * C::CONSUMERS;
+template <class C>
+constexpr bool kPackedCache = C::PACKED_STAGES > 0;
+template <class C>
+constexpr int kPrefillWarps = 4 * C::CONSUMERS + 4 + 4 * kPackedCache<C>;
+
+// Where the rows of a tile of ROWS by DEPTH numbers lie.
+template <int ROWS, int DEPTH>
+struct Tile {
+  static constexpr int kSlabs = ceil_div(DEPTH, kSlabNumbers);
+  static constexpr int kBytes = kSlabs * ROWS * kSlabBytes;
+  static constexpr bool kJoined = DEPTH % kSlabNumbers == 0;               // the slabs of a group
+  static constexpr int kSlab = kJoined ? kGroupBytes : ROWS * kSlabBytes;  // strides
+  static constexpr int kGroup = kJoined ? kSlabs * kGroupBytes : kGroupBytes;
+
+  __device__ __forceinline__ static int row(int row) {
+    return row / kGroupRows * kGroup + row % kGroupRows * kSlabBytes;
+  }
+  // Eight numbers.
+  __device__ __forceinline__ static int chunk(int at, int chunk) {
+    return row(at) + chunk / 8 * kSlab + (chunk % 8 ^ at % 8) * 16;
+  }
+};
 
 // Keys of one box: whole tiles and whole pages have whole boxes.
 template <class C>
@@ -42,18 +73,23 @@ constexpr int kBoxKeys = gcd(C::PAGE, C::KEYS);
 template <class C>
 constexpr int kBoxes = C::KEYS / kBoxKeys<C>;
 
-// Registers of a thread of the consumers, and of the others.
+// Registers of a thread of the consumers, of the producer's warpgroup, and of the one that widens.
 template <class C>
 constexpr bool kLarge = C::KEYS * 3 / 4 + C::V_DEPTH / 2 > 160;
 template <class C>
-constexpr int kMany = kLarge<C> ? 232 : 224;
+constexpr int kMany = C::CONSUMERS == 3 ? 160
+                      : kPackedCache<C> ? (kLarge<C> ? 216 : 208)
+                      : kLarge<C>       ? 232
+                                        : 224;
 template <class C>
-constexpr int kFew = kLarge<C> ? 40 : 56;
-
+constexpr int kFew = C::CONSUMERS == 3 ? 32
+                     : kLarge<C>       ? 40
+                     : kPackedCache<C> ? 48
+                                       : 56;
 template <class C>
-constexpr bool kPackedCache = C::PACKED_STAGES > 0;
+constexpr int kWidenerRegisters = kLarge<C> ? 40 : 48;
 
-// A piece of work: 128 packed rows of a sequence and a kv head.
+// A piece of work: a tile of packed rows of a sequence and a kv head.
 struct Item {
   int token, rows;  // the sequence's first token, and its packed rows
   int row;          // the first of the tile
@@ -67,14 +103,12 @@ constexpr int kItemBytes = 32;
 // Where things are in shared memory.
 template <PrefillConfig C>
 struct PrefillLayout {
-  static constexpr int kSlabs = ceil_div(C::DEPTH, kSlabNumbers);
-  static constexpr int kValueSlabs = ceil_div(C::V_DEPTH, kSlabNumbers);
-  static constexpr int kQueryBytes = kSlabs * kTileRows * kSlabBytes;
-  static constexpr int kKeyBytes = kSlabs * C::KEYS * kSlabBytes;
-  static constexpr int kValueBytes = kValueSlabs * C::KEYS * kSlabBytes;
-  static constexpr u32 kKeys = kQueryBytes;
-  static constexpr u32 kValues = kKeys + C::STAGES * kKeyBytes;
-  static constexpr u32 kPacked = kValues + C::STAGES * kValueBytes;
+  using Queries = Tile<kTileRows<C>, C::DEPTH>;
+  using Keys = Tile<C::KEYS, C::DEPTH>;
+  using Values = Tile<C::KEYS, C::V_DEPTH>;
+  static constexpr u32 kKeys = Queries::kBytes;
+  static constexpr u32 kValues = kKeys + C::STAGES * Keys::kBytes;
+  static constexpr u32 kPacked = kValues + C::STAGES * Values::kBytes;
   static constexpr int kPackedBytes = C::KEYS * (C::DEPTH > C::V_DEPTH ? C::DEPTH : C::V_DEPTH);
   using KeyPipe = Pipeline<C::STAGES, kPacked + C::PACKED_STAGES * kPackedBytes>;
   using ValuePipe = Pipeline<C::STAGES, KeyPipe::kEnd>;
@@ -87,18 +121,11 @@ struct PrefillLayout {
   static_assert(kBytes <= C::SHARED_BYTES, "the host's arithmetic differs");
 };
 
-// What the kernel works on. `scale` multiplies products first; the bound of scores is in units of log2.
-// Scales of a cache in e4m3 are of a layer and head.
-struct PrefillProblem {
-  const void* q;
-  const TensorMap *k, *v;
-  const float *k_scale, *v_scale;
-  const int *tables, *cu_q_lens, *kv_lens, *layer;
-  const float *sinks, *slopes;
-  void* out;
-  float* lse;
-  int tokens, seqs, table_pages, pages, layers, window;
-  float scale, cap;
+// A call whose keys and values are behind tensor maps; `tickets` is 0 when the kernel begins.
+template <class T>
+struct PrefillCall : AttentionCall<T> {
+  const TensorMap *key_map, *value_map;
+  int* tickets;
 };
 
 }  // namespace jdg

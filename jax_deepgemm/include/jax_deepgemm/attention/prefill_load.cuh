@@ -1,7 +1,8 @@
 // What the other warps of the prefill kernel do: one finds items and loads keys and values, three load
 // queries.
 //
-//   a cache in e4m3:   packed slots of keys or values   producer -> loaders, which fill the consumers' slots
+//   a cache in e4m3:   packed slots of keys or values   producer -> a warpgroup that fills the consumers'
+//   slots
 #pragma once
 
 #include <jax_deepgemm/attention/prefill_work.cuh>
@@ -26,19 +27,21 @@ __device__ __forceinline__ u32 widen_e4m3(u32 four, int first) {
 // Where slots are.
 template <class C>
 __device__ __forceinline__ u32 key_slot(const typename PrefillLayout<C>::KeyPipe& at) {
-  return at.smem + PrefillLayout<C>::kKeys + at.stage * PrefillLayout<C>::kKeyBytes;
+  return at.smem + PrefillLayout<C>::kKeys + at.stage * PrefillLayout<C>::Keys::kBytes;
 }
 template <class C>
 __device__ __forceinline__ u32 value_slot(const typename PrefillLayout<C>::ValuePipe& at) {
-  return at.smem + PrefillLayout<C>::kValues + at.stage * PrefillLayout<C>::kValueBytes;
+  return at.smem + PrefillLayout<C>::kValues + at.stage * PrefillLayout<C>::Values::kBytes;
 }
 template <class C>
 __device__ __forceinline__ u32 packed_slot(const typename PrefillLayout<C>::PackedPipe& at) {
   return at.smem + PrefillLayout<C>::kPacked + at.stage * PrefillLayout<C>::kPackedBytes;
 }
 
-__device__ __forceinline__ int layer_of(const PrefillProblem& p) {
-  return clamp_to(*p.layer, 0, p.layers - 1);
+// Where the scales of a layer and kv head are.
+template <class C>
+__device__ __forceinline__ int scale_of(const Call<C>& p, int head) {
+  return clamp_to(*p.layer, 0, p.layers - 1) * C::KV_HEADS + head;
 }
 
 // What all readers of items do. Lane 0 reads, because lane 0 is the one that releases the slot.
@@ -82,16 +85,17 @@ struct PrefillProducer {
   using L = PrefillLayout<C>;
   static constexpr int kBox = kBoxKeys<C>;
 
-  const PrefillProblem& p;
+  const Call<C>& p;
   Walk<C> walk;
   Items<C> items;
   typename L::KeyPipe keys;
   typename L::ValuePipe values;
   typename L::PackedPipe packed;
-  const int lane, first_page;
+  const int lane;
+  int first_page, pages;  // of the layer; of one that there is not, no pages
   const bool elected;
 
-  __device__ __forceinline__ PrefillProducer(const PrefillProblem& p, u32 smem, const int* totals)
+  __device__ __forceinline__ PrefillProducer(const Call<C>& p, u32 smem, const int* totals)
       : p(p),
         walk(p, totals),
         items(smem),
@@ -99,30 +103,49 @@ struct PrefillProducer {
         values(smem),
         packed(smem),
         lane(threadIdx.x % 32),
-        first_page(layer_of(p) * p.pages),
-        elected(ptx::elect()) {}
-
-  // This lane's page of a tile, counted over all layers; -1: none, -2: not in the pool.
-  __device__ __forceinline__ int page_of(const int* table, const Item& item, int tile) const {
-    const int key = tile * C::KEYS + lane * kBox;
-    if (lane >= kBoxes<C> || tile < item.begin || key >= item.keys) return -1;
-    const int page = table[key / C::PAGE];
-    return page >= 0 && page < p.pages ? first_page + page : -2;
+        elected(ptx::elect()) {
+    const int layer = *p.layer;
+    const bool exists = layer >= 0 && layer < p.layers;
+    first_page = exists ? layer * p.pages : 0;
+    pages = exists ? p.pages : 0;
   }
 
-  // Rows of a tile in pieces of SLABS, so many bytes each.
-  template <int SLABS, int BYTES>
+  // Whether this lane has a page of a tile.
+  __device__ __forceinline__ bool has_page(const Item& item, int tile) const {
+    return lane < kBoxes<C> && tile >= item.begin && tile * C::KEYS + lane * kBox < item.keys;
+  }
+  // What the table says. Nothing looks at it before the next tile, so that nothing waits for it.
+  __device__ __forceinline__ int entry_of(const int* table, const Item& item, int tile) const {
+    return has_page(item, tile) ? table[(tile * C::KEYS + lane * kBox) / C::PAGE] : 0;
+  }
+  // The page, counted over all layers; -1: none, -2: not in the pool.
+  __device__ __forceinline__ int page_of(const Item& item, int tile, int entry) const {
+    if (!has_page(item, tile)) return -1;
+    return entry >= 0 && entry < pages ? first_page + entry : -2;
+  }
+
+  // A tile, box by box. ROWS: as they lie in the cache. Otherwise as Tile says.
+  template <int DEPTH, bool ROWS = false>
   __device__ __forceinline__ void load(const TensorMap& map, u32 slot, u32 bar, int tile, int head,
                                        int page) {
-    constexpr int kAtOnce = kBoxes<C> * SLABS <= 16 ? kBoxes<C> : 1;  // many take registers
+    using T = Tile<C::KEYS, DEPTH>;
+    constexpr int kAtOnce = kLarge<C> ? 1 : kBoxes<C>;  // many take registers
 #pragma unroll kAtOnce
     for (int i = 0; i < kBoxes<C>; ++i) {
       const int at = __shfl_sync(0xFFFFFFFF, page, i), row = (tile * C::KEYS + i * kBox) % C::PAGE;
-      if (elected)
+      if (elected) {
+        if constexpr (ROWS) {
+          ptx::tma_load(slot + i * kBox * DEPTH, map, bar, 0, row, head, at < 0 ? -1 : at);
+        } else if constexpr (T::kJoined) {
+          ptx::tma_load(slot + T::row(i * kBox), map, bar, 0, 0, 0, row / kGroupRows,
+                        at < 0 ? -1 : at * C::KV_HEADS + head);
+        } else {
 #pragma unroll
-        for (int slab = 0; slab < SLABS; ++slab)
-          ptx::tma_load(slot + (slab * C::KEYS + i * kBox) * BYTES, map, bar, slab * kSlabNumbers, row, head,
-                        at < 0 ? -1 : at);
+          for (int slab = 0; slab < T::kSlabs; ++slab)
+            ptx::tma_load(slot + T::row(i * kBox) + slab * T::kSlab, map, bar, slab * kSlabNumbers, row, head,
+                          at < 0 ? -1 : at);
+        }
+      }
     }
   }
 
@@ -134,31 +157,31 @@ struct PrefillProducer {
       packed.publish(static_cast<int>(missing), 0, 0);
       packed.expect(C::KEYS * DEPTH);
     }
-    load<1, DEPTH>(map, packed_slot<C>(packed), packed.full(), tile, head, page);
+    load<DEPTH, true>(map, packed_slot<C>(packed), packed.full(), tile, head, page);
     packed.advance();
   }
 
   __device__ __forceinline__ void load_keys(int tile, int head, int page) {
     const u32 missing = __ballot_sync(0xFFFFFFFF, page == -2);
     if constexpr (kPackedCache<C>) {
-      load_packed<C::DEPTH>(*p.k, tile, head, page, missing);
+      load_packed<C::DEPTH>(*p.key_map, tile, head, page, missing);
     } else {
       keys.wait_empty();
       if (elected) {
         keys.publish(static_cast<int>(missing), 0, 0);
-        keys.expect(L::kKeyBytes);
+        keys.expect(L::Keys::kBytes);
       }
-      load<L::kSlabs, kSlabBytes>(*p.k, key_slot<C>(keys), keys.full(), tile, head, page);
+      load<C::DEPTH>(*p.key_map, key_slot<C>(keys), keys.full(), tile, head, page);
       keys.advance();
     }
   }
   __device__ __forceinline__ void load_values(int tile, int head, int page) {
     if constexpr (kPackedCache<C>) {
-      load_packed<C::V_DEPTH>(*p.v, tile, head, page);
+      load_packed<C::V_DEPTH>(*p.value_map, tile, head, page);
     } else {
       values.wait_empty();
-      if (elected) values.expect(L::kValueBytes);
-      load<L::kValueSlabs, kSlabBytes>(*p.v, value_slot<C>(values), values.full(), tile, head, page);
+      if (elected) values.expect(L::Values::kBytes);
+      load<C::V_DEPTH>(*p.value_map, value_slot<C>(values), values.full(), tile, head, page);
       values.advance();
     }
   }
@@ -166,13 +189,14 @@ struct PrefillProducer {
   // Values come a tile behind keys, as they are used.
   __device__ __forceinline__ void load_item(const Item& item) {
     const int* const table = p.tables + static_cast<i64>(walk.sequence) * p.table_pages;
-    int page = page_of(table, item, item.end - 1), before = -1;
+    int entry = entry_of(table, item, item.end - 1), before = -1;
 #pragma unroll 1
     for (int tile = item.end - 1; tile >= item.begin; --tile) {
-      const int next = page_of(table, item, tile - 1);
+      const int page = page_of(item, tile, entry);
+      entry = entry_of(table, item, tile - 1);
       load_keys(tile, item.head, page);
       if (tile + 1 < item.end) load_values(tile + 1, item.head, before);
-      before = page, page = next;
+      before = page;
     }
     load_values(item.begin, item.head, before);
   }
@@ -183,6 +207,7 @@ struct PrefillProducer {
       const Item item = walk.next();
       items.publish(item);
       if (item.head < 0) return;
+      walk.take_ticket();
       if (item.begin < item.end) load_item(item);
     }
   }
@@ -190,58 +215,89 @@ struct PrefillProducer {
 
 // --- loaders of queries ---
 
-// Three warps. A cache in e4m3 they also make what is multiplied of.
+// Three warps.
 template <class C>
 struct Loader {
   using L = PrefillLayout<C>;
   static constexpr int kChunks = C::DEPTH / 8;  // of 16 bytes, of a row
 
-  const PrefillProblem& p;
+  const Call<C>& p;
   Items<C> items;
   typename L::QueryPipe queries;
-  typename L::KeyPipe keys;
-  typename L::ValuePipe values;
-  typename L::PackedPipe packed;
   const int thread;
 
-  __device__ __forceinline__ Loader(const PrefillProblem& p, u32 smem)
-      : p(p),
-        items(smem),
-        queries(smem),
-        keys(smem),
-        values(smem),
-        packed(smem),
-        thread(static_cast<int>(threadIdx.x) % 128 - 32) {}
+  __device__ __forceinline__ Loader(const Call<C>& p, u32 smem)
+      : p(p), items(smem), queries(smem), thread(static_cast<int>(threadIdx.x) % 128 - 32) {}
 
   __device__ __forceinline__ void load(const Item& item) const {
-    const char* const from = static_cast<const char*>(p.q);
+    const char* const from = reinterpret_cast<const char*>(p.q);
 #pragma unroll 2
-    for (int i = thread; i < kTileRows * kChunks; i += kLoaderThreads) {
+    for (int i = thread; i < kTileRows<C> * kChunks; i += kLoaders) {
       const int row = i / kChunks, chunk = i % kChunks, packed = item.row + row;
       const bool exists = packed < item.rows;
       const int token = item.token + packed / C::GROUP, head = item.head * C::GROUP + packed % C::GROUP;
       const i64 at = static_cast<i64>(token) * (C::KV_HEADS * C::GROUP) + head;
-      const u32 to = chunk / 8 * kTileRows * kSlabBytes + row * kSlabBytes + (chunk % 8 ^ row % 8) * 16;
-      ptx::copy_async(queries.smem + to, exists ? from + (at * C::DEPTH + chunk * 8) * 2 : from,
-                      exists ? 16 : 0);
+      ptx::copy_async(queries.smem + L::Queries::chunk(row, chunk),
+                      exists ? from + (at * C::DEPTH + chunk * 8) * 2 : from, exists ? 16 : 0);
     }
     ptx::copy_async_commit();
     ptx::copy_async_wait();
     ptx::fence_proxy_async();
   }
 
-  // A tile of rows of DEPTH bytes to slabs of 64 numbers.
+  __device__ __forceinline__ void run() {
+#pragma unroll 1
+    for (;;) {
+      const Item item = items.receive();
+      if (item.head < 0) return;
+      if (item.begin >= item.end) continue;
+      queries.wait_empty();
+      load(item);
+      queries.fill_with_nothing();
+      queries.advance();
+    }
+  }
+};
+
+// --- a cache in e4m3 ---
+
+// A warpgroup that makes what is multiplied of it, in the producer's order.
+template <class C>
+struct Widener {
+  using L = PrefillLayout<C>;
+  static constexpr bool kHalf = is_same<typename C::T, f16>;
+
+  Items<C> items;
+  typename L::KeyPipe keys;
+  typename L::ValuePipe values;
+  typename L::PackedPipe packed;
+  const int thread;
+
+  __device__ __forceinline__ explicit Widener(u32 smem)
+      : items(smem), keys(smem), values(smem), packed(smem), thread(threadIdx.x % kWideners) {}
+
+  // A tile of rows of DEPTH bytes to slabs of 64 numbers. Some are read at once, as no store lets a load
+  // pass.
   template <int DEPTH>
   __device__ __forceinline__ void widen(u32 to) const {
+    constexpr int kPieces = C::KEYS * DEPTH / 8, kAtOnce = 4;  // of eight numbers
     const u32 from = packed_slot<C>(packed);
-#pragma unroll 2
-    for (int i = thread; i < C::KEYS * (DEPTH / 8); i += kLoaderThreads) {
-      const int row = i / (DEPTH / 8), chunk = i % (DEPTH / 8);
-      const float2 eight = ptx::load_shared_2(from + i * 8);
-      const u32 low = __float_as_uint(eight.x), high = __float_as_uint(eight.y);
-      ptx::store_shared_4(to + (chunk / 8 * C::KEYS + row) * kSlabBytes + (chunk % 8 ^ row % 8) * 16,
-                          widen_e4m3<C::HALF>(low, 0), widen_e4m3<C::HALF>(low, 2),
-                          widen_e4m3<C::HALF>(high, 0), widen_e4m3<C::HALF>(high, 2));
+#pragma unroll 1
+    for (int first = thread; first < kPieces; first += kAtOnce * kWideners) {
+      float2 eight[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (kPieces % (kAtOnce * kWideners) == 0 || first + j * kWideners < kPieces)
+          eight[j] = ptx::load_shared_2(from + (first + j * kWideners) * 8);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = first + j * kWideners, row = i / (DEPTH / 8), chunk = i % (DEPTH / 8);
+        const u32 low = __float_as_uint(eight[j].x), high = __float_as_uint(eight[j].y);
+        if (kPieces % (kAtOnce * kWideners) == 0 || i < kPieces)
+          ptx::store_shared_4(to + Tile<C::KEYS, DEPTH>::chunk(row, chunk), widen_e4m3<kHalf>(low, 0),
+                              widen_e4m3<kHalf>(low, 2), widen_e4m3<kHalf>(high, 0),
+                              widen_e4m3<kHalf>(high, 2));
+      }
     }
     ptx::fence_proxy_async();
   }
@@ -277,36 +333,13 @@ struct Loader {
       const Item item = items.receive();
       if (item.head < 0) return;
       if (item.begin >= item.end) continue;
-      queries.wait_empty();
-      load(item);
-      queries.fill_with_nothing();
-      queries.advance();
-      if constexpr (kPackedCache<C>) {
 #pragma unroll 1
-        for (int tile = item.end - 1; tile >= item.begin; --tile) {  // in the producer's order
-          widen_keys();
-          if (tile + 1 < item.end) widen_values();
-        }
-        widen_values();
+      for (int tile = item.end - 1; tile >= item.begin; --tile) {
+        widen_keys();
+        if (tile + 1 < item.end) widen_values();
       }
+      widen_values();
     }
-  }
-
-  // Tokens [begin, end), shared by the loaders of all blocks.
-  __device__ __forceinline__ void clear(int begin, int end) const {
-    constexpr int kHeads = C::KV_HEADS * C::GROUP, kVectors = C::V_DEPTH / 8;
-    const i64 first = static_cast<i64>(begin) * kHeads, last = static_cast<i64>(end) * kHeads;
-    const i64 mine = static_cast<i64>(blockIdx.x) * kLoaderThreads + thread, all = gridDim.x * kLoaderThreads;
-    uint4* const out = static_cast<uint4*>(p.out);
-    for (i64 i = first * kVectors + mine; i < last * kVectors; i += all) out[i] = make_uint4(0, 0, 0, 0);
-    for (i64 i = first + mine; i < last; i += all) p.lse[i] = C::SINKS ? p.sinks[i % kHeads] : no_score();
-  }
-
-  // Rows of no sequence.
-  __device__ __forceinline__ void clear() const {
-    const int begin = clamp_to(p.cu_q_lens[0], 0, p.tokens);
-    clear(0, begin);
-    clear(max(clamp_to(p.cu_q_lens[p.seqs], 0, p.tokens), begin), p.tokens);
   }
 };
 

@@ -1,6 +1,6 @@
-// Which rows a block of threads attends for. All blocks count the tiles of all sequences; tile i of all is
-// block i's, tile i + 1 the next one's, and back again, so that early blocks do not always have the larger
-// ones. Under a causal mask the last tiles of a sequence see most keys and come first.
+// Which rows a block of threads attends for. All blocks count the tiles of all sequences; each begins with
+// the one of its own number, and takes a ticket for every further one, so that they end together. Under a
+// causal mask the last tiles of a sequence see most keys and come first.
 #pragma once
 
 #include <jax_deepgemm/attention/prefill_config.cuh>
@@ -9,27 +9,19 @@ namespace jdg {
 
 __device__ __forceinline__ int clamp_to(int v, int low, int high) { return max(low, min(v, high)); }
 
-// Runtime data as it is used: whatever it says, nothing outside of the arrays is touched.
-struct Sequence {
-  int token, queries, keys;
-};
-
 template <class C>
-__device__ __forceinline__ Sequence sequence_at(const PrefillProblem& p, int i) {
-  const int begin = clamp_to(p.cu_q_lens[i], 0, p.tokens), end = clamp_to(p.cu_q_lens[i + 1], 0, p.tokens);
-  return {begin, max(end - begin, 0), clamp_to(p.kv_lens[i], 0, p.table_pages * C::PAGE)};
-}
+using Call = PrefillCall<typename C::T>;
 
 // Tiles of a sequence and kv head.
 template <class C>
 __device__ __forceinline__ int row_tiles(int queries) {
   const int rows = queries * C::GROUP;
-  return rows <= C::DECODE_ROWS ? 0 : (rows + kTileRows - 1) / kTileRows;
+  return rows <= C::DECODE_ROWS ? 0 : (rows + kTileRows<C> - 1) / kTileRows<C>;
 }
 
 template <class C>
-__device__ __forceinline__ int items_of(const PrefillProblem& p, int sequence) {
-  return row_tiles<C>(sequence_at<C>(p, sequence).queries) * C::KV_HEADS;
+__device__ __forceinline__ int items_of(const Call<C>& p, int sequence) {
+  return row_tiles<C>(sequence_of<C::PAGE>(p, sequence).rows) * C::KV_HEADS;
 }
 
 // Sequences of a run.
@@ -39,11 +31,11 @@ __device__ __forceinline__ int run_length(int seqs) {
 
 // By all warps: the items of each run.
 template <class C>
-__device__ __forceinline__ void count_items(const PrefillProblem& p, int* totals) {
-  const int warp = warp_index(), lane = threadIdx.x % 32, run = run_length(p.seqs);
+__device__ __forceinline__ void count_items(const Call<C>& p, int* totals) {
+  const int warp = warp_index(), lane = threadIdx.x % 32, run = run_length(p.sequences);
 #pragma unroll 1
-  for (int i = warp; i < kTotals && i * run < p.seqs; i += kPrefillWarps) {
-    const int end = min((i + 1) * run, p.seqs);
+  for (int i = warp; i < kTotals && i * run < p.sequences; i += kPrefillWarps<C>) {
+    const int end = min((i + 1) * run, p.sequences);
     int sum = 0;
     for (int s = i * run + lane; s < end; s += 32) sum += items_of<C>(p, s);
 #pragma unroll
@@ -52,38 +44,46 @@ __device__ __forceinline__ void count_items(const PrefillProblem& p, int* totals
   }
 }
 
-// A warp that looks for items, each further on than the one before.
+// A warp that looks for items, each further on than the one before. Their order does not change what they
+// are.
 template <class C>
 struct Walk {
-  const PrefillProblem& p;
+  const Call<C>& p;
   const int* totals;
   const int lane, run;
-  int round = 0;          // items that this block had
+  int wanted;             // the number of the next item
   int at = 0;             // of 32 sequences the first
   int group = 0;          // their run
   int before = 0, after;  // items before these sequences, and up to the end of the run
   int sequence = 0;       // of the item found
 
-  __device__ __forceinline__ Walk(const PrefillProblem& p, const int* totals)
-      : p(p), totals(totals), lane(threadIdx.x % 32), run(run_length(p.seqs)), after(totals[0]) {}
+  __device__ __forceinline__ Walk(const Call<C>& p, const int* totals)
+      : p(p),
+        totals(totals),
+        lane(threadIdx.x % 32),
+        run(run_length(p.sequences)),
+        wanted(blockIdx.x),
+        after(totals[0]) {}
 
-  // The next item of this block.
+  // Asks for a number; nobody looks at it before `next`.
+  __device__ __forceinline__ void take_ticket() {
+    if (lane == 0) wanted = atomicAdd(p.tickets, 1) + static_cast<int>(gridDim.x);
+  }
+
   __device__ __forceinline__ Item next() {
-    const int grid = gridDim.x, block = blockIdx.x;
-    const int wanted = round * grid + (round % 2 ? grid - 1 - block : block);
-    ++round;
+    wanted = __shfl_sync(0xFFFFFFFF, wanted, 0);
     constexpr Item kNone = {0, 0, 0, -1, 0, 0, 0, 0};
 #pragma unroll 1
     while (wanted >= after) {
       ++group;
       at = group * run;
       before = after;
-      if (group >= kTotals || at >= p.seqs) return kNone;
+      if (group >= kTotals || at >= p.sequences) return kNone;
       after += totals[group];
     }
 #pragma unroll 1
     for (;; at += 32) {
-      const int mine = at + lane < min((group + 1) * run, p.seqs) ? items_of<C>(p, at + lane) : 0;
+      const int mine = at + lane < min((group + 1) * run, p.sequences) ? items_of<C>(p, at + lane) : 0;
       int up_to = mine;
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
@@ -101,13 +101,13 @@ struct Walk {
   }
 
   __device__ __forceinline__ Item item(int index) const {
-    const Sequence s = sequence_at<C>(p, sequence);
+    const Sequence s = sequence_of<C::PAGE>(p, sequence);
     Item o;
-    o.token = s.token, o.rows = s.queries * C::GROUP, o.keys = s.keys;
-    o.row = (row_tiles<C>(s.queries) - 1 - index / C::KV_HEADS) * kTileRows;
+    o.token = s.first, o.rows = s.rows * C::GROUP, o.keys = s.keys;
+    o.row = (row_tiles<C>(s.rows) - 1 - index / C::KV_HEADS) * kTileRows<C>;
     o.head = index % C::KV_HEADS;
-    o.position = s.keys - s.queries;
-    const int last = o.position + (min(o.row + kTileRows, o.rows) - 1) / C::GROUP;
+    o.position = s.start;
+    const int last = o.position + (min(o.row + kTileRows<C>, o.rows) - 1) / C::GROUP;
     const int first = o.position + o.row / C::GROUP;
     const int seen = C::CAUSAL ? min(s.keys, last + 1) : s.keys;
     o.begin = C::WINDOW ? max(first - p.window + 1, 0) / C::KEYS : 0;

@@ -9,9 +9,9 @@ namespace jdg {
 // One call. Counts and strides are of elements; `scale` and `softcap` stand before log2(e) is multiplied in.
 template <class T>
 struct AttentionCall {
-  const T* q;          // [tokens, heads, D]
-  const char* k;       // [layers, pages, kv_heads, PAGE, D]
-  const char* v;       // [layers, pages, kv_heads, PAGE, DV]
+  const T* q;            // [tokens, heads, D]
+  const char* k;         // [layers, pages, kv_heads, PAGE, D]
+  const char* v;         // [layers, pages, kv_heads, PAGE, DV]
   const float* k_scale;  // [layers, kv_heads], of an FP8 cache
   const float* v_scale;
   const int* tables;   // [sequences, table_pages]
@@ -20,12 +20,12 @@ struct AttentionCall {
   const int* layer;    // [1]
   const float* sinks;  // [heads]
   const float* slopes;
-  T* out;              // [tokens, heads, DV]
-  float* lse;          // [tokens, heads]
+  T* out;      // [tokens, heads, DV]
+  float* lse;  // [tokens, heads]
   int tokens, sequences, table_pages, pages, layers, kv_heads;
-  int most_rows;       // of a sequence; rows beyond are zeros
+  int most_rows;  // of a sequence; rows beyond are zeros
   float scale, softcap;
-  int window;          // 0: none
+  int window;  // 0: none
 };
 
 struct Sequence {

@@ -20,8 +20,8 @@ template <class Config>
 struct Cutting {
   static constexpr int kRound = Config::KEYS * Config::WARPS;
 
-  int split;       // rounds of a part; 0: pieces end where blocks' shares do
-  int most_rows;   // tokens: sequences of more are another kernel's
+  int split;      // rounds of a part; 0: pieces end where blocks' shares do
+  int most_rows;  // tokens: sequences of more are another kernel's
 
   // The first key that a token of the sequence sees, on the border of 16.
   __device__ __forceinline__ static int begin(const Sequence& s, int window) {

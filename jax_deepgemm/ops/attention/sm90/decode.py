@@ -11,7 +11,9 @@ from jax_deepgemm.ops.attention.family import AttentionConfig
 from jax_deepgemm.ops.attention.problem import ROWS, AttentionProblem
 
 MERGE_WARPS, FEW_ROWS = (8, 2), 512
-"""Warps of a block that adds up the pieces of one row: of so few rows, which have many pieces each, or more."""
+"""Warps of a block that adds up the pieces of a row: where rows are so few, which then have many, or more."""
+MERGE_BLOCKS = 32
+"""Of an SM: blocks have further tokens where there would be more."""
 _ALL = 2**31 - 1
 
 # include/jax_deepgemm/attention/decode.cuh says what each field means.
@@ -77,8 +79,8 @@ def shared_memory(p: AttentionProblem, c: AttentionConfig) -> int:
 
 
 def merge_warps(p: AttentionProblem) -> int:
-    """Of a block that adds up pieces."""
-    return MERGE_WARPS[p.tokens * p.heads > FEW_ROWS]
+    """Of a block that adds up pieces; with parts of a fixed size the same in all batches, as bits are."""
+    return MERGE_WARPS[not p.split and p.tokens * p.heads > FEW_ROWS]
 
 
 def merge_memory(p: AttentionProblem) -> int:
@@ -197,7 +199,7 @@ def launches(
         ),
         Launch(
             kernel=compile_kernel(adding, arch=chip.arch),
-            grid=(p.tokens, p.heads, 1),
+            grid=(min(p.tokens, max(1, MERGE_BLOCKS * chip.num_sms // p.heads)), p.heads, 1),
             block=32 * merge_warps(p),
             params=params,
             shared_memory=adding.shared_memory,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from jax_deepgemm.core.chip import Chip
 from jax_deepgemm.core.family import Kernels, Operands
-from jax_deepgemm.core.launch import LaunchPlan
+from jax_deepgemm.core.launch import LaunchPlan, Scratch
 from jax_deepgemm.jit import KernelSource
 from jax_deepgemm.ops.attention.family import AttentionConfig
 from jax_deepgemm.ops.attention.problem import MOST_DEPTH, MOST_SEQUENCES, PAGES, AttentionProblem
@@ -70,38 +70,61 @@ class Cost:
     Attributes:
       start: launches, prefix sums, the first keys.
       reading: all keys, at the rate that copies in flight allow.
+      blocks: a block's units one after the other, each with a wait for its first keys, and its end.
     """
 
     start: float
     reading: float
+    blocks: float
 
     @property
     def total(self) -> float:
-        return self.start + self.reading
+        return self.start + max(self.reading, self.blocks)
 
     def __str__(self) -> str:
-        return f"{self.total:.1f} us (start {self.start:.1f}, reading {self.reading:.1f})"
+        terms = f"start {self.start:.1f}, reading {self.reading:.1f}, blocks {self.blocks:.1f}"
+        return f"{self.total:.1f} us ({terms})"
+
+
+# Measured on an H200 (docs/performance.md).
+_READ, _AHEAD = 4.4e6, 4e3  # bytes of a microsecond; of an SM, in flight, at half of that rate
+_START, _MORE_WARPS, _END, _LATENCY = 6.0, 0.6, 12.0, 1.5
+_RATES = {(8, 1): 1.0, (4, 2): 0.99, (4, 1): 0.975}
+_FP8_RATES = {(16, 8, 1): 0.74, (16, 4, 2): 0.72, (16, 4, 1): 0.64, (32, 8, 1): 0.82, (32, 4, 2): 0.79}
+_SLOWEST = 0.74
+"""By keys, warps and blocks: how much of that rate they keep up with."""
 
 
 def cost(p: AttentionProblem, c: AttentionConfig, chip: Chip) -> Cost:
-    """The model's opinion."""
+    """The model's opinion. A cache in FP8 is widened by instructions, for which few warps have no time."""
     flying = c.blocks * c.warps * (c.stages - 1) * decode.tile_bytes(p, c)
-    rate = 4.5e6 * flying / (flying + 16e3)
-    return Cost(4.0 + 0.5 * (c.blocks == 1), p.kv_bytes / rate)
+    rate = _READ * flying / (flying + _AHEAD)
+    if p.kv_dtype == "e4m3":
+        rate *= _FP8_RATES.get((c.keys, c.warps, c.blocks), _SLOWEST)
+    else:
+        rate *= _RATES.get((c.warps, c.blocks), _SLOWEST)
+    units = decode.most_units(p)
+    own = p.kv_bytes / max(units, 1) * c.blocks / flying * _LATENCY
+    blocks = units / (chip.num_sms * c.blocks) * (_END + own)
+    return Cost(_START + _MORE_WARPS * (c.warps == 8), p.kv_bytes / rate, blocks)
 
 
 def candidates(p: AttentionProblem, chip: Chip) -> Iterator[AttentionConfig]:
-    """Every tile, with as many slots as fit."""
+    """Every tile, with as many slots as fit; one alone where bits must not depend on the batch."""
     for keys in KEYS:
         for warps in WARPS:
             for blocks in BLOCKS:
-                one = AttentionConfig(keys, 1, warps, blocks)
-                other = decode.shared_memory(p, one) - decode.layout_bytes(p, one)
-                room = min(SM_BYTES // blocks - BLOCK_BYTES, chip.smem_per_block) - other
-                fitting = room // (warps * decode.tile_bytes(p, one))
-                config = AttentionConfig(keys, min(fitting, MOST_STAGES), warps, blocks)
+                config = _filled(p, AttentionConfig(keys, 1, warps, blocks), chip)
                 if config.stages >= 2 and not problems_with(p, config):
                     yield config
+                    if p.split:
+                        return
+
+
+def _filled(p: AttentionProblem, c: AttentionConfig, chip: Chip) -> AttentionConfig:
+    other = decode.shared_memory(p, c) - decode.layout_bytes(p, c)
+    room = min(SM_BYTES // c.blocks - BLOCK_BYTES, chip.smem_per_block) - other
+    return replace(c, stages=min(room // (c.warps * decode.tile_bytes(p, c)), MOST_STAGES))
 
 
 # Launching -------------------------------------------------------------------------------------------------
@@ -121,7 +144,7 @@ def has_many(p: AttentionProblem) -> bool:
 
 
 def _prefill_config(p: AttentionProblem) -> prefill.PrefillConfig:
-    return replace(prefill.prefill_config(p, few_tokens(p) * p.group), fill=False)
+    return prefill.prefill_config(p, few_tokens(p) * p.group)
 
 
 def _sources(p: AttentionProblem, c: AttentionConfig) -> list[KernelSource]:
@@ -130,12 +153,12 @@ def _sources(p: AttentionProblem, c: AttentionConfig) -> list[KernelSource]:
 
 
 def _plan(p: AttentionProblem, c: AttentionConfig, chip: Chip, given: Operands) -> LaunchPlan:
+    scratch: tuple[int, ...] = decode.scratch_bytes(p, c, chip)
     if not has_many(p):
-        steps = decode.launches(p, c, chip)
-    else:
-        many = prefill.prefill_launch(p, _prefill_config(p), chip, given)
-        steps = (many, *decode.launches(p, c, chip, few_tokens(p)))
-    return LaunchPlan(steps, decode.scratch_bytes(p, c, chip), label=str(p))
+        return LaunchPlan(decode.launches(p, c, chip), scratch, label=str(p))
+    many = prefill.prefill_steps(p, _prefill_config(p), chip, given, Scratch(len(scratch)))
+    few = decode.launches(p, c, chip, few_tokens(p))
+    return LaunchPlan((*many, *few), (*scratch, prefill.TICKET_BYTES), label=str(p))
 
 
 KERNELS = Kernels[AttentionProblem, AttentionConfig](

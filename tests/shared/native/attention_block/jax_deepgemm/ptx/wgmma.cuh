@@ -8,18 +8,12 @@
 
 namespace jdg::ptx {
 
-struct Descriptor {
-  u64 all;
-  u64 plus(int bytes) const { return all + bytes; }
+// Of an operand: eight rows of 128 bytes are a group (strided.cuh says how a descriptor is packed here).
+struct Operand {
+  u32 at, group, slab;
+  explicit Operand(u64 d) : at(d & 0xFFFFF), group((d >> 20 & 0x3FFFFF) * 16), slab((d >> 42) * 16) {}
+  u32 row(u32 i) const { return at + i / 8 * group + i % 8 * 128; }
 };
-inline Descriptor k_major_descriptor(u32 smem) {
-  if (smem % 1024) std::abort();
-  return {smem};
-}
-inline Descriptor mn_major_descriptor(u32 smem, u32 slab_bytes) {
-  if (smem % 1024) std::abort();
-  return {static_cast<u64>(slab_bytes) << 32 | smem};
-}
 
 inline thread_local std::vector<std::function<void()>> issued;
 inline thread_local std::deque<std::vector<std::function<void()>>> committed;
@@ -58,29 +52,33 @@ void issue_product(float (&d)[COUNT], u64 a, u64 b, bool accumulate) {
       const u32 col = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
       float sum = accumulate ? d[i] : 0.0f;
       for (u32 k = 0; k < 16; ++k)
-        sum += element<HALF>(static_cast<u32>(a) + row * 128 + k * 2) *
-               element<HALF>(static_cast<u32>(b) + col * 128 + k * 2);
+        sum += element<HALF>(Operand(a).row(row) + k * 2) * element<HALF>(Operand(b).row(col) + k * 2);
       d[i] = sum;
     }
   });
 }
 
+inline u32 fragments[16][32][4];  // of each lane of each warp
+
 // A in registers: what these hold when the product is waited for. B: rows of k, 64 columns of a slab each.
 template <bool HALF, int COUNT>
 void issue_from_registers(float (&d)[COUNT], const u32 (&a)[4], u64 b, bool accumulate) {
   issued.push_back([&d, &a, b, accumulate] {
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    std::memcpy(fragments[warp][lane], a, sizeof a);
+    __syncwarp();
     float rows[2][16];
-    for (int i = 0; i < 4; ++i)
-      exchange(a[i], [&](unsigned lane, u32 two) {
-        if (lane / 4 != threadIdx.x % 32 / 4) return;
+    for (unsigned other = 0; other < 4; ++other)
+      for (int i = 0; i < 4; ++i)
         for (int e = 0; e < 2; ++e)
-          rows[i % 2][lane % 4 * 2 + i / 2 * 8 + e] = number<HALF>(e ? two >> 16 : two & 0xFFFF);
-      });
+          rows[i % 2][other * 2 + i / 2 * 8 + e] =
+              number<HALF>(fragments[warp][lane / 4 * 4 + other][i] >> 16 * e & 0xFFFF);
+    __syncwarp();
     for (int i = 0; i < COUNT; ++i) {
       const u32 col = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
-      const u32 at = static_cast<u32>(b) + col / 64 * static_cast<u32>(b >> 32) + col % 64 * 2;
+      const u32 at = col / 64 * Operand(b).slab + col % 64 * 2;
       float sum = accumulate ? d[i] : 0.0f;
-      for (u32 k = 0; k < 16; ++k) sum += rows[i / 2 % 2][k] * element<HALF>(at + k * 128);
+      for (u32 k = 0; k < 16; ++k) sum += rows[i / 2 % 2][k] * element<HALF>(Operand(b).row(k) + at);
       d[i] = sum;
     }
   });

@@ -36,14 +36,21 @@ inline void load_matrix_x4_transposed(u32 (&to)[4], u32 address) {
   load_matrices(to, address, [](int lane, int e) { return std::pair(lane % 4 * 2 + e, lane / 4); });
 }
 
+inline float to_float(bf16 v) { return __uint_as_float(static_cast<u32>(v.bits) << 16); }
+
+// As mma_bf16 does, of numbers of f16: each is the sum of two of bf16, up to 2^-16 of it.
 inline void mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  const auto as_bf16 = [](u32 two) {  // of numbers that both types have
-    const auto number = [](u16 bits) { return static_cast<float>(__builtin_bit_cast(_Float16, bits)); };
-    return pack_bf16(number(two & 0xFFFF), number(two >> 16));
+  const auto part = [](u32 two, bool rest) {
+    const auto number = [](u32 bits) { return static_cast<float>(__builtin_bit_cast(_Float16, u16(bits))); };
+    const auto of = [rest](float v) { return rest ? v - to_float(to_bf16(v)) : v; };
+    return pack_bf16(of(number(two & 0xFFFF)), of(number(two >> 16)));
   };
-  const u32 rows[4] = {as_bf16(a[0]), as_bf16(a[1]), as_bf16(a[2]), as_bf16(a[3])};
-  const u32 columns[2] = {as_bf16(b[0]), as_bf16(b[1])};
-  mma_bf16(d, rows, columns);
+  for (int i = 0; i < 4; ++i) {
+    const bool a_rest = i / 2, b_rest = i % 2;
+    const u32 rows[4] = {part(a[0], a_rest), part(a[1], a_rest), part(a[2], a_rest), part(a[3], a_rest)};
+    const u32 columns[2] = {part(b[0], b_rest), part(b[1], b_rest)};
+    mma_bf16(d, rows, columns);
+  }
 }
 
 }  // namespace jdg::ptx
