@@ -95,7 +95,7 @@ struct MlaPieces {
     const auto& cutting = batch.cutting;
     const int s = batch.of(at);
     const Sequence sequence = mla_sequence<C>(call, s);
-    const int length = cutting.weights(sequence), step = cutting.step(sequence), first = at - batch.before(s);
+    const int length = cutting.weights(sequence), step = cutting.step(), first = at - batch.before(s);
     const int unit = first / length, within = first % length;
     const int count = cutting.split > 0 ? 1 : min(length - within, end - at);
     MlaPiece piece;
