@@ -75,8 +75,8 @@ def paged_mla_attention(
       num_seqs: how many of the s sequences there are, an int or an integer array []. None: all.
       max_q_len: a promise that no sequence has more rows: 1 where all decode. Rows beyond are zeros.
       split: how the keys of one sequence are shared out. "auto": all SMs have equal shares of all keys. A
-        number, a multiple of 256: in parts of so many keys, so that results of a sequence are the same bits in
-        every batch.
+        number, a multiple of 256: in parts of so many keys, and results of a sequence are then the same bits
+        in every batch.
       return_lse: whether lse is wanted, as for merging with attention to other keys.
       layer: of a cache with layers, which one: an int or an integer array []. Of one outside of the cache, in
         an array, no key is seen.
