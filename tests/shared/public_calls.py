@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jax_deepgemm as jdg
 from jax_deepgemm import attention, deep_gemm, hyperconnection, indexer, inference, moe
 from jax_deepgemm.ops import grouped
+from jax_deepgemm.ops import mla as latent
 from jax_deepgemm.ops import quantize as quantization
 from jax_deepgemm.ops import swiglu as activation
 from tests.shared.public_operands import BLOCKED, EXPERTS, HIDDEN, TOKENS, TOP_K, WIDTH, mesh_of_two, operands
@@ -125,6 +126,14 @@ def _attended_slots(x: jax.Array) -> jax.Array:
     lengths, freq = jnp.ones(2, jnp.int32), jnp.ones(16, jnp.float32)
     out, _ = attention.attend_with_cache(q, cache, lengths, k, k, counts=lengths, rotary=(None, freq))
     return out
+
+
+def _attended_latents(q: jax.Array, keys: jax.Array) -> Any:
+    at, form = jnp.arange(TOKENS, dtype=jnp.int32), {"scale": 0.1, "v_head_dim": 16}
+    cache = latent.mla_append(jnp.zeros((2, 16, 32), keys.dtype), keys[:TOKENS], at + 16)
+    tables, starts, lens = jnp.ones((1, 1), jnp.int32), jnp.arange(2) * TOKENS, jnp.full(1, TOKENS)
+    dense = latent.paged_mla_attention(q, cache, tables, starts, lens, **form)
+    return dense, latent.sparse_mla_attention(q, cache, at[:, None] + 16, **form)
 
 
 def _elementwise(x: jax.Array, bias: jax.Array) -> Any:
@@ -482,6 +491,7 @@ FORWARD = (
     ),
     Call("indexer_topk", _chosen, ("queries", "q_keys", *WINDOWS)),
     Call("paged_indexer_topk", _chosen_pages, ("queries", "pages", "page_scales", "head_weights", "k_end")),
+    Call("mla_append, paged_mla_attention, sparse_mla_attention", _attended_latents, ("queries", "keys")),
     Call("indexer_quantize", indexer.indexer_quantize, ("dact",)),
     Call("indexer_quantize into pages", _written, ("dact", "indices")),
     Call("hadamard", indexer.hadamard, ("x_f32",)),

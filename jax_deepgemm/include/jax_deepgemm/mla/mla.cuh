@@ -1,0 +1,613 @@
+// Latent attention: 64 rows (token x head) of a sequence by tiles of keys, whose first DV numbers are the
+// values too, so that a tile is read once.
+//
+// clang-format off
+//   warpgroup 0   scorer: queries by keys, running softmax; weights by the left half of the values
+//   warpgroup 1   adder: weights by the right half of the values
+//   warpgroup 2   loaders: each warp copies the 32 keys of a tile that are its own, row by row, wherever they
+//                 lie, and 16 of the 64 queries
+//
+//   queries:  slot  [slabs of 64][64 rows]     loaders -> scorer
+//   tiles:    slot  [slabs of 64][KEYS]        loaders -> both; record: bits of keys that there are, 32 a word
+//   weights:  slot  [64 rows][64 keys], factors [64]   scorer -> adder; behind the last, factors only
+//
+//   scorer:   scores of the first tile, their weights
+//             for each further one:    issue its scores, then weights by values of the tile before
+//                                      wait for the scores: mask, maximum, powers
+//                                      wait for the values: release that tile; factors and weights to the adder
+//             weights by values of the last tile
+//
+//   shared memory:  queries | tiles[STAGES] | weights | factors | pipelines | a word for each warp | prefix sums
+// clang-format on
+//
+// Work is dealt out as attention/work.cuh says, to teams of TEAM blocks, each of which has other rows of the
+// same units, so that keys come from memory once. Of units that several shares have, sums go to `parts` for
+// merge.cuh.
+//
+// Keys that are not there are zeros, as 0 by NaN is no 0. Weights are powers of 2.
+#pragma once
+
+#include <jax_deepgemm/attention/rows.cuh>
+#include <jax_deepgemm/mla/problem.cuh>
+#include <jax_deepgemm/pipeline.cuh>
+#include <jax_deepgemm/ptx/convert.cuh>
+#include <jax_deepgemm/ptx/copy.cuh>
+#include <jax_deepgemm/ptx/wgmma.cuh>
+
+namespace jdg {
+
+constexpr int kMlaRows = 64, kMlaWarps = 12, kSlabBytes = 128;
+constexpr float kSlack = 8.0f;  // of log2: weights are 256 at most, which float16 has room for
+
+template <MlaConfig C>
+struct MlaLayout {
+  static constexpr int kSlabs = C::D / 64, kRowBytes = C::D * 2;
+  static constexpr int kTileBytes = kSlabs * C::KEYS * kSlabBytes;
+  static constexpr int kHalf = C::DV / 2;  // columns of a warpgroup
+  static constexpr u32 kTiles = kSlabs * kMlaRows * kSlabBytes;
+  static constexpr u32 kWeights = kTiles + C::STAGES * kTileBytes;
+  static constexpr u32 kFactors = kWeights + kMlaRows * kSlabBytes;
+  using TilePipe = Pipeline<C::STAGES, kFactors + kMlaRows * 4>;
+  using QueryPipe = Pipeline<1, TilePipe::kEnd>;
+  using WeightPipe = Pipeline<1, QueryPipe::kEnd>;
+  static constexpr u32 kBytes = WeightPipe::kEnd;
+  static_assert(C::SHARED_BYTES >= kBytes, "the host knows the layout");
+  static_assert(C::D % 64 == 0 && kHalf % 64 == 0 && C::DV <= C::D, "halves of values are whole slabs");
+  static_assert(C::KEYS * C::STAGES == 128, "a warp of loaders has 32 keys of one slot");
+};
+
+// A block's part of a share without a break: tiles [from, to) of a unit.
+struct MlaPiece {
+  Sequence sequence;
+  int table;     // row of the tables
+  int packed;    // the first of the block's rows
+  int all;       // rows of the sequence
+  int end;       // keys that any of the block's rows sees
+  int from, to;  // tiles
+  int slot;      // of the sums, -1: it is the whole unit
+
+  __device__ __forceinline__ bool exists(int row) const { return packed + row < all; }
+};
+
+// What all warps do alike: pieces of this block, one after the other.
+template <class C>
+struct MlaPieces {
+  const MlaBatch<C, kMlaWarps>& batch;
+  int at, end, begin, team;
+
+  __device__ __forceinline__ explicit MlaPieces(const MlaBatch<C, kMlaWarps>& batch)
+      : batch(batch), team(blockIdx.x / C::TEAM) {
+    const Shares shares(batch.all(), gridDim.x / C::TEAM);
+    const bool some = team < shares.count;
+    begin = at = some ? shares.begin(team) : 0;
+    end = some ? shares.begin(team + 1) : 0;
+  }
+  __device__ __forceinline__ bool more() const { return at < end; }
+  __device__ __forceinline__ MlaPiece next() {
+    const auto& call = batch.call;
+    const auto& cutting = batch.cutting;
+    const int s = batch.of(at);
+    const Sequence sequence = mla_sequence<C>(call, s);
+    const int length = cutting.weights(sequence), step = cutting.step(sequence), first = at - batch.before(s);
+    const int unit = first / length, within = first % length;
+    const int count = cutting.split > 0 ? 1 : min(length - within, end - at);
+    MlaPiece piece;
+    piece.sequence = sequence;
+    piece.table = s;
+    piece.packed = unit * MlaCutting<C>::kRows + blockIdx.x % C::TEAM * kMlaRows;
+    piece.all = sequence.rows * call.heads;
+    const int last = min(piece.packed + kMlaRows, piece.all) - 1;
+    const bool ends = C::CAUSAL && !C::SPARSE;
+    piece.end = ends ? max(0, min(sequence.keys, sequence.position(last / call.heads) + 1)) : sequence.keys;
+    if (!piece.exists(0)) piece.end = 0;
+    piece.from = within * step;
+    piece.to = max(piece.from, min((within + count) * step, ceil_div(piece.end, C::KEYS)));
+    piece.slot = count == length ? -1 : cutting.split > 0 ? at : slot_of(team, at == begin);
+    at += count;
+    return piece;
+  }
+};
+
+// --- loaders ---
+
+template <class C>
+struct MlaLoader {
+  using L = MlaLayout<C>;
+  static constexpr int kOfTile = C::KEYS / 32;  // warps that load one tile
+
+  const MlaCall<typename C::T>& call;
+  char* shared;
+  const char* cache;  // of the layer, nullptr: there is none
+  typename L::TilePipe tiles;
+  typename L::QueryPipe queries;
+  int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  int tile_count = 0;  // of all pieces before
+
+  __device__ __forceinline__ MlaLoader(const MlaCall<typename C::T>& call, char* shared)
+      : call(call), shared(shared), tiles(smem_address(shared)), queries(smem_address(shared)) {
+    const int layer = *call.layer;
+    const bool exists = layer >= 0 && layer < call.layers;
+    const i64 bytes = static_cast<i64>(call.pages) * C::PAGE * L::kRowBytes;
+    cache = exists ? reinterpret_cast<const char*>(call.cache) + layer * bytes : nullptr;
+    tiles.stage = warp / kOfTile;
+  }
+
+  // Four rows of a slab each time, of which `row` is this lane's: 128 bytes by eight lanes.
+  __device__ __forceinline__ void copy_rows(u32 to, int slab_rows, int row, const char* from,
+                                            bool exists) const {
+    const u32 at = to + row * kSlabBytes + (lane % 8 ^ row % 8) * 16;
+#pragma unroll
+    for (int slab = 0; slab < L::kSlabs; ++slab) {
+      ptx::copy_async(at + slab * slab_rows * kSlabBytes, from + slab * kSlabBytes + lane % 8 * 16,
+                      exists ? 16 : 0);
+    }
+  }
+
+  // Where this lane's key of a tile lies, counted in keys; -1: nowhere.
+  __device__ __forceinline__ int place(const MlaPiece& piece, int tile) const {
+    const int key = tile * C::KEYS + warp % kOfTile * 32 + lane;
+    if (tile >= piece.to || key >= piece.end || cache == nullptr) return -1;
+    const int* const row = call.tables + static_cast<i64>(piece.table) * call.columns;
+    if constexpr (C::SPARSE) {
+      const int slot = row[key];
+      return slot < call.pages * C::PAGE ? max(slot, -1) : -1;
+    }
+    const int page = row[key / C::PAGE];
+    return page >= 0 && page < call.pages ? page * C::PAGE + key % C::PAGE : -1;
+  }
+
+  __device__ __forceinline__ void copy_tile(int where) const {
+    const u32 to = tiles.smem + L::kTiles + tiles.stage * L::kTileBytes;
+#pragma unroll 2
+    for (int four = 0; four < 8; ++four) {
+      const int within = four * 4 + lane / 8, at = __shfl_sync(0xFFFFFFFF, where, within);
+      const char* const from =
+          at < 0 ? reinterpret_cast<const char*>(call.q) : cache + static_cast<i64>(at) * L::kRowBytes;
+      copy_rows(to, C::KEYS, warp % kOfTile * 32 + within, from, at >= 0);
+    }
+  }
+
+  __device__ __forceinline__ void copy_queries(const MlaPiece& piece) const {
+    const i64 first = static_cast<i64>(piece.sequence.first) * call.heads + piece.packed;
+#pragma unroll 2
+    for (int four = 0; four < 4; ++four) {
+      const int row = warp * 16 + four * 4 + lane / 8;
+      const bool exists = piece.exists(row);
+      copy_rows(queries.smem, kMlaRows, row,
+                reinterpret_cast<const char*>(call.q) + (exists ? first + row : 0) * L::kRowBytes, exists);
+    }
+  }
+
+  // Behind a wait for this warp's copies.
+  __device__ __forceinline__ static void land() {
+    ptx::copy_async_commit();
+    ptx::copy_async_wait<0>();
+    ptx::fence_proxy_async();
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void run(const MlaPiece& piece) {
+    if (piece.from >= piece.to) return;
+    int tile = piece.from + (tiles.stage - tile_count) % C::STAGES;
+    if (tile < piece.from) tile += C::STAGES;
+    tile_count = (tile_count + piece.to - piece.from) % C::STAGES;
+    bool asked = false;
+    int where = place(piece, tile);
+#pragma unroll 1
+    for (; tile < piece.to; tile += C::STAGES) {
+      const u32 there = __ballot_sync(0xFFFFFFFF, where >= 0);
+      tiles.wait_empty();
+      __syncwarp();
+      copy_tile(where);
+      if (lane == 0) {
+        reinterpret_cast<u32*>(shared + L::TilePipe::kRecords + tiles.stage * 16)[warp % kOfTile] = there;
+      }
+      where = place(piece, tile + C::STAGES);
+      if (!asked) begin_queries(piece);
+      land();
+      if (lane == 0) {
+        if (!asked) queries.fill_with_nothing();
+        tiles.fill_with_nothing();
+      }
+      if (!asked) queries.advance();
+      asked = true;
+      tiles.phase ^= 1;
+    }
+    if (asked) return;
+    begin_queries(piece);
+    land();
+    if (lane == 0) queries.fill_with_nothing();
+    queries.advance();
+  }
+  __device__ __forceinline__ void begin_queries(const MlaPiece& piece) const {
+    queries.wait_empty();
+    __syncwarp();
+    copy_queries(piece);
+  }
+};
+
+// --- what both consumers have ---
+
+template <class C>
+struct MlaConsumer {
+  using L = MlaLayout<C>;
+  static constexpr int kSums = L::kHalf / 2, kSteps = C::KEYS / 16;
+
+  const MlaCall<typename C::T>& call;
+  char* shared;
+  float* parts;
+  typename L::TilePipe tiles;
+  typename L::WeightPipe weights;
+  int lane = threadIdx.x % 32;
+  int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;  // this thread's first of two
+  float sums[kSums];
+
+  __device__ __forceinline__ MlaConsumer(const MlaCall<typename C::T>& call, char* shared, float* parts)
+      : call(call),
+        shared(shared),
+        parts(parts),
+        tiles(smem_address(shared)),
+        weights(smem_address(shared)) {}
+
+  __device__ __forceinline__ static u32 tile_at(const typename L::TilePipe& of) {
+    return of.smem + L::kTiles + of.stage * L::kTileBytes;
+  }
+  __device__ __forceinline__ float& factor(int of_row) const {
+    return reinterpret_cast<float*>(shared + L::kFactors)[of_row];
+  }
+  template <class P>
+  __device__ __forceinline__ void release(P& pipe) const {
+    if (lane == 0) pipe.release(pipe.empty());
+    pipe.advance();
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (float& sum : sums) sum = 0.0f;
+  }
+  __device__ __forceinline__ void shrink(const float (&by)[2]) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] *= by[i / 2 % 2];
+  }
+  __device__ __forceinline__ static u32 pack(float low, float high) {
+    return C::F16 ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
+  }
+
+  // Four words of each of four neighbouring lanes change places: lane i gets the i-th of each.
+  __device__ __forceinline__ void transpose(u32 (&w)[4]) const {
+    const bool odd = lane & 1, upper = lane & 2;
+    const u32 a = __shfl_xor_sync(0xFFFFFFFF, odd ? w[0] : w[1], 1);
+    const u32 b = __shfl_xor_sync(0xFFFFFFFF, odd ? w[2] : w[3], 1);
+    odd ? (w[0] = a, w[2] = b) : (w[1] = a, w[3] = b);
+    const u32 c = __shfl_xor_sync(0xFFFFFFFF, upper ? w[0] : w[2], 2);
+    const u32 d = __shfl_xor_sync(0xFFFFFFFF, upper ? w[1] : w[3], 2);
+    upper ? (w[0] = c, w[1] = d) : (w[2] = c, w[3] = d);
+  }
+
+  // This warpgroup's columns, from `column` on; finished ones are multiplied by what denominators say.
+  __device__ __forceinline__ void store(const MlaPiece& piece, int column, const float (&by)[2]) const {
+    const int team_row = blockIdx.x % C::TEAM * kMlaRows;
+    const i64 first = static_cast<i64>(piece.sequence.first) * call.heads + piece.packed;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own = row + half * 8;
+      const bool exists = piece.exists(own);
+      if (piece.slot >= 0) {
+        const i64 at = static_cast<i64>(piece.slot) * MlaCutting<C>::kRows + team_row + own;
+        float* const to = parts + at * C::DV + column + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < kSums; i += 4) {
+          const float2 two = {sums[i + 2 * half], sums[i + 2 * half + 1]};
+          if (exists) *reinterpret_cast<float2*>(to + i * 2) = two;
+        }
+        continue;
+      }
+      u16* const to = reinterpret_cast<u16*>(call.out) + (first + own) * C::DV + column + lane % 4 * 8;
+#pragma unroll
+      for (int block = 0; block < kSums / 4; block += 4) {
+        u32 w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int j = (block + i) * 4 + 2 * half;
+          w[i] = pack(sums[j] * by[half], sums[j + 1] * by[half]);
+        }
+        transpose(w);
+        if (exists) *reinterpret_cast<uint4*>(to + block * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+    }
+  }
+};
+
+// --- scorer ---
+
+template <class C>
+struct MlaScorer : MlaConsumer<C> {
+  using Base = MlaConsumer<C>;
+  using L = MlaLayout<C>;
+  using Base::call, Base::shared, Base::lane, Base::row, Base::sums, Base::tiles, Base::weights;
+  static constexpr int kScores = C::KEYS / 2;
+
+  float* part_stats;
+  typename L::QueryPipe queries;
+  float factor;  // of scores: they become powers of 2
+  float scores[kScores];
+  u32 powers[Base::kSteps][4];
+  float most[2], total[2];
+  int stop[2];  // the first key that rows do not see
+
+  __device__ __forceinline__ MlaScorer(const MlaCall<typename C::T>& call, char* shared, float* parts,
+                                       float* part_stats)
+      : Base(call, shared, parts),
+        part_stats(part_stats),
+        queries(smem_address(shared)),
+        factor(call.scale * kLog2E) {}
+
+  __device__ __forceinline__ void begin(const MlaPiece& piece) {
+    this->clear();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      most[half] = kNothing, total[half] = 0.0f, stop[half] = piece.end;
+      if constexpr (!C::SPARSE) {
+        const int packed = min(piece.packed + row + half * 8, piece.all - 1);
+        const int position = piece.sequence.position(packed / call.heads);
+        stop[half] = C::CAUSAL ? min(piece.end, position + 1) : position < 0 ? 0 : piece.end;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void issue_scores() {
+    const auto a = ptx::k_major_descriptor(queries.smem), b = ptx::k_major_descriptor(Base::tile_at(tiles));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < C::D / 16; ++step) {
+      const int slab = step / 4, within = step % 4 * 32;
+      C::Scores::issue(scores, a.plus(slab * kMlaRows * kSlabBytes + within),
+                       b.plus(slab * C::KEYS * kSlabBytes + within), step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_values(const typename L::TilePipe& of) {
+    const auto b = ptx::mn_major_descriptor(Base::tile_at(of), C::KEYS * kSlabBytes);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Base::kSteps; ++step)
+      C::LeftSums::issue(sums, powers[step], b.plus(step * 16 * kSlabBytes), true);
+    ptx::wgmma_commit();
+  }
+
+  // Scores of keys that rows do not see become minus infinity. `there`: bits of this thread's columns, which
+  // are 8 j + 2 (lane % 4) and the next.
+  __device__ __forceinline__ void mask(int tile) {
+    const u32* const record = reinterpret_cast<const u32*>(shared + L::TilePipe::kRecords + tiles.stage * 16);
+#pragma unroll
+    for (int word = 0; word < C::KEYS / 32; ++word) {
+      const u32 there = record[word];
+      const int first = tile * C::KEYS + word * 32;
+      if (there == 0xFFFFFFFFu && first + 32 <= min(stop[0], stop[1])) continue;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        const bool seen = (there >> column & 1) && first + column < stop[i / 2 % 2];
+        float& score = scores[word * 16 + i];
+        score = seen ? score : kNothing;
+      }
+    }
+  }
+
+  // Scores to powers; what sums so far are multiplied by. As long as no score is more than kSlack above what
+  // they were taken relative to, that stays, and so do the sums.
+  __device__ __forceinline__ void weigh(int tile, float (&by)[2]) {
+    mask(tile);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float high[2] = {most[half], most[half]};
+#pragma unroll
+      for (int i = 2 * half; i < kScores; i += 4) {
+        high[i / 4 % 2] = fmaxf(high[i / 4 % 2], fmaxf(scores[i], scores[i + 1]));
+      }
+      float now = fmaxf(high[0], high[1]);
+      now = fmaxf(now, __shfl_xor_sync(0xFFFFFFFF, now, 1));
+      now = fmaxf(now, __shfl_xor_sync(0xFFFFFFFF, now, 2));
+      const float before = most[half] * factor;
+      const bool grown = now * factor - before > kSlack;
+      most[half] = grown ? now : most[half];
+      const float offset = most[half] == kNothing ? 0.0f : most[half] * factor;
+      by[half] = grown ? ptx::ex2_approx(before - offset) : 1.0f;
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 2 * half; i < kScores; i += 4) {
+#pragma unroll
+        for (int j = i; j < i + 2; ++j) {
+          scores[j] = ptx::ex2_approx(scores[j] * factor - offset);
+          sum += scores[j];
+        }
+      }
+      total[half] = total[half] * by[half] + sum;
+    }
+  }
+  __device__ __forceinline__ void pack_powers() {
+#pragma unroll
+    for (int i = 0; i < kScores; i += 2) powers[i / 8][i % 8 / 2] = this->pack(scores[i], scores[i + 1]);
+  }
+
+  // Factors, and weights where there are some, to the adder.
+  template <bool WEIGHTS>
+  __device__ __forceinline__ void hand_over(const float (&by)[2]) {
+    weights.wait_empty();
+    if (lane % 4 == 0) Base::factor(row) = by[0], Base::factor(row + 8) = by[1];
+    if constexpr (WEIGHTS) {
+#pragma unroll
+      for (int step = 0; step < Base::kSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int own = row + i % 2 * 8, chunk = step * 2 + i / 2;
+          const u32 at = L::kWeights + own * kSlabBytes + (chunk ^ own % 8) * 16 + lane % 4 * 4;
+          *reinterpret_cast<u32*>(shared + at) = powers[step][i];
+        }
+      }
+      ptx::fence_proxy_async();
+    }
+    __syncwarp();
+    if (lane == 0) weights.fill_with_nothing();
+    weights.advance();
+  }
+
+  __device__ __forceinline__ void apply(const float (&by)[2]) {
+    if (__ballot_sync(0xFFFFFFFF, by[0] != 1.0f || by[1] != 1.0f)) this->shrink(by);
+  }
+
+  // Scores of the tile that `tiles` is at have come.
+  __device__ __forceinline__ void attend(const MlaPiece& piece) {
+    float by[2];
+    queries.wait_full();
+    tiles.wait_full();
+    ptx::pin(scores);
+    issue_scores();
+    ptx::wgmma_wait<0>();
+    ptx::pin(scores);
+    weigh(piece.from, by);
+    pack_powers();
+    hand_over<true>(by);  // sums so far are zeros
+#pragma unroll 1
+    for (int tile = piece.from + 1; tile < piece.to; ++tile) {
+      const auto before = tiles;
+      tiles.advance();
+      tiles.wait_full();
+      ptx::pin(scores);
+      ptx::pin(sums);
+      ptx::pin(powers);
+      issue_scores();
+      issue_values(before);
+      ptx::wgmma_wait<1>();
+      ptx::pin(scores);
+      weigh(tile, by);
+      ptx::pin(scores);
+      ptx::wgmma_wait<0>();
+      ptx::pin(sums);
+      ptx::pin(powers);
+      if (lane == 0) before.release(before.empty());
+      pack_powers();
+      hand_over<true>(by);
+      apply(by);
+    }
+    if (lane == 0) queries.release(queries.empty());
+    queries.advance();
+    ptx::pin(sums);
+    ptx::pin(powers);
+    issue_values(tiles);
+    ptx::wgmma_wait<0>();
+    ptx::pin(sums);
+    this->release(tiles);
+  }
+
+  __device__ __forceinline__ void run(const MlaPiece& piece) {
+    begin(piece);
+    if (piece.from < piece.to) attend(piece);
+    float inverse[2];
+    const i64 first = static_cast<i64>(piece.sequence.first) * call.heads + piece.packed;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float all = total[half];
+      all += __shfl_xor_sync(0xFFFFFFFF, all, 1);
+      all += __shfl_xor_sync(0xFFFFFFFF, all, 2);
+      const int own = row + half * 8;
+      const Running sum = {most[half] == kNothing ? kNothing : most[half] * factor, all};
+      inverse[half] = all == 0.0f ? 0.0f : 1.0f / all;
+      if (lane % 4 != 0 || !piece.exists(own)) continue;
+      if (piece.slot >= 0) {
+        const i64 at =
+            static_cast<i64>(piece.slot) * MlaCutting<C>::kRows + blockIdx.x % C::TEAM * kMlaRows + own;
+        part_stats[at * 2] = sum.largest, part_stats[at * 2 + 1] = sum.sum;
+      } else {
+        call.lse[first + own] = log_sum(sum);
+      }
+    }
+    hand_over<false>(inverse);
+    this->store(piece, 0, inverse);
+  }
+};
+
+// --- adder ---
+
+template <class C>
+struct MlaAdder : MlaConsumer<C> {
+  using Base = MlaConsumer<C>;
+  using L = MlaLayout<C>;
+  using Base::Base, Base::row, Base::sums, Base::tiles, Base::weights;
+
+  __device__ __forceinline__ void issue_values() {
+    const auto a = ptx::k_major_descriptor(tiles.smem + L::kWeights);
+    const auto b = ptx::mn_major_descriptor(Base::tile_at(tiles) + L::kHalf / 64 * C::KEYS * kSlabBytes,
+                                            C::KEYS * kSlabBytes);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Base::kSteps; ++step)
+      C::RightSums::issue(sums, a.plus(step * 32), b.plus(step * 16 * kSlabBytes), true);
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void run(const MlaPiece& piece) {
+    this->clear();
+    float by[2];
+#pragma unroll 1
+    for (int tile = piece.from; tile < piece.to; ++tile) {
+      tiles.wait_full();
+      weights.wait_full();
+      by[0] = Base::factor(row), by[1] = Base::factor(row + 8);
+      if (__ballot_sync(0xFFFFFFFF, by[0] != 1.0f || by[1] != 1.0f)) this->shrink(by);
+      ptx::pin(sums);
+      issue_values();
+      ptx::wgmma_wait<0>();
+      ptx::pin(sums);
+      this->release(weights);
+      this->release(tiles);
+    }
+    weights.wait_full();
+    by[0] = Base::factor(row), by[1] = Base::factor(row + 8);
+    // The ballot proves the loads done before the slot is released.
+    const bool some = __ballot_sync(0xFFFFFFFF, by[0] != 0.0f || by[1] != 0.0f) != 0;
+    this->release(weights);
+    if (!some) by[0] = by[1] = 0.0f;
+    this->store(piece, L::kHalf, by);
+  }
+};
+
+// --- all of it ---
+
+template <MlaConfig C>
+__device__ __forceinline__ void mla(const MlaCall<typename C::T>& call, MlaCutting<C> cutting, float* parts,
+                                    float* part_stats) {
+  extern __shared__ __align__(1024) char shared[];
+  using L = MlaLayout<C>;
+  const u32 smem = smem_address(shared);
+  if (threadIdx.x == 0) {
+    typename L::TilePipe(smem).init(8, MlaLoader<C>::kOfTile);
+    typename L::QueryPipe(smem).init(4, 4);
+    typename L::WeightPipe(smem).init(4, 4);
+    ptx::fence_mbarrier_init();
+  }
+  ptx::let_next_kernel_start();
+  const MlaBatch<C, kMlaWarps> batch = {call, cutting,
+                                        reinterpret_cast<int*>(shared + L::kBytes) + kMlaWarps};
+  batch.count();
+  __syncthreads();
+  MlaPieces<C> pieces(batch);
+  const int warpgroup = warpgroup_index();
+  if (warpgroup == 2) {
+    ptx::lower_registers<56>();
+    MlaLoader<C> loader(call, shared);
+#pragma unroll 1
+    while (pieces.more()) loader.run(pieces.next());
+  } else if (warpgroup == 1) {
+    ptx::raise_registers<224>();
+    MlaAdder<C> adder(call, shared, parts);
+#pragma unroll 1
+    while (pieces.more()) adder.run(pieces.next());
+  } else {
+    ptx::raise_registers<224>();
+    MlaScorer<C> scorer(call, shared, parts, part_stats);
+#pragma unroll 1
+    while (pieces.more()) scorer.run(pieces.next());
+  }
+}
+
+}  // namespace jdg

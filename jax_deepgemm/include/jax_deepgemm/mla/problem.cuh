@@ -1,0 +1,99 @@
+// What latent attention is asked: queries of many heads by keys that all of them share, of which the first DV
+// numbers are the value. Keys lie in pages that a table of each sequence names (paged), or in slots that each
+// token names one by one (sparse). Runtime data is clipped to what the operands hold.
+#pragma once
+
+#include <jax_deepgemm/attention/work.cuh>
+
+namespace jdg {
+
+// clang-format off
+template <class C>
+concept MlaConfig = requires {
+  typename C::T;           // of queries, keys and the result: bf16 or f16
+  typename C::Scores;      // wgmma of width KEYS: queries by keys
+  typename C::LeftSums;    // wgmma of width DV / 2: weights in registers by values, MN-major
+  typename C::RightSums;   // the same with weights in shared memory
+  C::F16;                  // bool: T is f16
+  C::D, C::DV;             // numbers of a key, a multiple of 64; of a value, the first of them, of 128
+  C::PAGE;                 // keys of a page
+  C::KEYS, C::STAGES;      // of a tile, 32 or 64; slots of tiles, 128 / KEYS
+  C::TEAM;                 // blocks that attend to the same keys at the same time, with 64 rows each
+  C::CAUSAL, C::SPARSE;    // bool: whether tokens see no later keys; whether they name their keys
+  C::SHARED_BYTES;         // what the host reserves, but for prefix sums
+};
+// clang-format on
+
+// One call. Counts and strides are of elements.
+template <class T>
+struct MlaCall {
+  const T* q;          // [tokens, heads, D]
+  const T* cache;      // [layers, pages, PAGE, D]
+  const int* tables;   // [sequences, columns]: pages; sparse: slots, a row for each token
+  const int* starts;   // [sequences + 1]: rows of q; sparse: unread
+  const int* lengths;  // [sequences]: keys; sparse: unread
+  const int* layer;    // [1]
+  T* out;              // [tokens, heads, DV]
+  float* lse;          // [tokens, heads]
+  int tokens, heads, sequences, columns, pages, layers;
+  int most_rows;  // tokens of a sequence; those beyond are zeros
+  float scale;    // of scores
+};
+
+template <class C>
+__device__ __forceinline__ Sequence mla_sequence(const MlaCall<typename C::T>& call, int s) {
+  if constexpr (C::SPARSE) return {s, 1, call.columns, call.columns - 1};
+  const int from = max(0, min(call.starts[s], call.tokens));
+  const int to = max(0, min(call.starts[s + 1], call.tokens));
+  const int rows = max(0, to - from), keys = max(0, min(call.lengths[s], call.columns * C::PAGE));
+  return {from, min(rows, call.most_rows), keys, keys - rows};
+}
+
+// How work is cut: units of TEAM x 64 packed rows (token x head) of a sequence, each of as many weights as
+// its sequence has tiles of keys, or with `split` that many parts at most. Teams of blocks have equal shares.
+template <class C>
+struct MlaCutting {
+  static constexpr int kRows = C::TEAM * 64;
+
+  int split;
+
+  __device__ __forceinline__ static int tiles(const Sequence& s) { return max(1, ceil_div(s.keys, C::KEYS)); }
+  // Tiles of a weight.
+  __device__ __forceinline__ int step(const Sequence& s) const {
+    return split > 0 ? ceil_div(tiles(s), split) : 1;
+  }
+  __device__ __forceinline__ int weights(const Sequence& s) const { return ceil_div(tiles(s), step(s)); }
+  __device__ __forceinline__ static int units(const Sequence& s, int heads) {
+    return ceil_div(s.rows * heads, kRows);
+  }
+  __device__ __forceinline__ int all_weights(const Sequence& s, int heads) const {
+    return units(s, heads) * weights(s);
+  }
+};
+
+// Where the weights of sequences begin. `prefix` has their sums, with a word for each of WARPS warps in
+// front; tokens that name their keys all have the same.
+template <class C, int WARPS>
+struct MlaBatch {
+  const MlaCall<typename C::T>& call;
+  const MlaCutting<C>& cutting;
+  int* prefix;
+
+  // By the whole block; returns when all threads may read.
+  __device__ __forceinline__ void count() const {
+    if constexpr (C::SPARSE) return;
+    prefix_sums<WARPS>(prefix, call.sequences,
+                       [&](int s) { return cutting.all_weights(mla_sequence<C>(call, s), call.heads); });
+  }
+  __device__ __forceinline__ int each() const {
+    return cutting.all_weights(mla_sequence<C>(call, 0), call.heads);
+  }
+  __device__ __forceinline__ int before(int s) const { return C::SPARSE ? s * each() : prefix[s]; }
+  __device__ __forceinline__ int all() const { return before(call.sequences); }
+  // The sequence that has a weight.
+  __device__ __forceinline__ int of(int weight) const {
+    return C::SPARSE ? weight / each() : stretch_of(prefix, call.sequences, weight);
+  }
+};
+
+}  // namespace jdg
