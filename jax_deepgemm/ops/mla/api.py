@@ -170,7 +170,8 @@ def mla_append(
 ) -> jax.Array:
     """Writes the rows of tokens to their slots of a cache of latent attention.
 
-    Slot s is token s % page_size of page s // page_size. One scatter of XLA, in place if the cache is donated.
+    Slot s is token s % page_size of page s // page_size. One scatter of XLA, in place if the cache is
+    donated.
 
     >>> import jax.numpy as jnp
     >>> from jax_deepgemm.attention import mla_append
