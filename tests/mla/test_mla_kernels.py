@@ -36,7 +36,7 @@ CASES = {
         MlaConfig(32),
         2,
     ),
-    "slots": (NAMED, MlaConfig(32, 2), 2),
+    "slots": (NAMED, MlaConfig(32, 2, held=7), 2),
 }
 """Problem, configuration, teams of blocks."""
 

@@ -38,6 +38,29 @@ struct Mma {{
   }}
 }};
 }}
+namespace held {{
+struct Mma {{  // B is rows of 128 bytes of k
+  template <int COUNT>
+  static void issue(float (&d)[COUNT], const jdg::u32 (&a)[4], jdg::u64 b, bool accumulate) {{
+    using jdg::u32;
+    jdg::ptx::issued.push_back([&d, &a, b, accumulate] {{
+      float rows[2][16];
+      for (int i = 0; i < 4; ++i)
+        exchange(a[i], [&](unsigned lane, u32 two) {{
+          if (lane / 4 != threadIdx.x % 32 / 4) return;
+          for (int e = 0; e < 2; ++e)
+            rows[i % 2][lane % 4 * 2 + i / 2 * 8 + e] = jdg::ptx::number<{half}>(e ? two >> 16 : two & 0xFFFF);
+        }});
+      for (int i = 0; i < COUNT; ++i) {{
+        const u32 at = static_cast<u32>(b) + (i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2) * 128;
+        float sum = accumulate ? d[i] : 0.0f;
+        for (u32 k = 0; k < 16; ++k) sum += rows[i / 2 % 2][k] * jdg::ptx::element<{half}>(at + k * 2);
+        d[i] = sum;
+      }}
+    }});
+  }}
+}};
+}}
 namespace left {{
 struct Mma {{
   template <int COUNT>

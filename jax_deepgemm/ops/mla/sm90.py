@@ -17,6 +17,9 @@ from jax_deepgemm.ops.mla.problem import MOST_DEPTH, MOST_SEQUENCES, MOST_V_DEPT
 
 THREADS, WARPS = 384, 12
 KEYS, TEAMS = (64, 32), (1, 2, 4)
+TILES = ((32, 16), (32, 20), (32, 0), (64, 0))
+"""Keys of a tile and steps of queries in registers that are worth comparing."""
+MOST_HELD = 24
 MOST_WEIGHTS = 2**31 - 1
 FEW_ROWS = 256
 """Results up to which a block of threads adds up the pieces of one, else of eight, a warp each."""
@@ -26,15 +29,18 @@ _SLAB = 128
 # MlaConfig of include/jax_deepgemm/mla/problem.cuh says what each field means.
 _CONFIG = """\
 namespace scores {{{scores}}}
+namespace held {{{held_scores}}}
 namespace left {{{left}}}
 namespace right {{{right}}}
 struct Config {{
   using T = jdg::{dtype};
   using Scores = scores::Mma;
+  using HeldScores = held::Mma;
   using LeftSums = left::Mma;
   using RightSums = right::Mma;
   static constexpr bool F16 = {is_f16}, CAUSAL = {causal}, SPARSE = {sparse};
   static constexpr int D = {depth}, DV = {v_depth}, PAGE = {page}, KEYS = {keys}, STAGES = {stages};
+  static constexpr int LEFT = {left_columns}, RIGHT_PARTS = {right_parts}, HELD = {held};
   static constexpr int TEAM = {team}, SHARED_BYTES = {shared};
 }};
 
@@ -74,6 +80,12 @@ def layout_bytes(p: MlaProblem, c: MlaConfig) -> int:
     slabs = p.depth // 64
     rows = slabs * (ROWS + 128) + ROWS  # queries, keys, weights
     return rows * _SLAB + ROWS * 4 + 32 * (stages(c) + 2)
+
+
+def columns(p: MlaProblem, c: MlaConfig) -> tuple[int, int, int]:
+    """Of the values, those of the scorer and of the adder, and the instructions for the latter."""
+    left = ceil_div(p.v_depth // (4 if c.held else 2), 64) * 64
+    return left, p.v_depth - left, 2 if p.v_depth - left > 256 else 1
 
 
 def shared_memory(p: MlaProblem, c: MlaConfig) -> int:
@@ -124,6 +136,7 @@ def problems_with(p: MlaProblem, c: MlaConfig) -> list[str]:
     rules = (
         (c.keys in KEYS, f"keys is {c.keys}, need one of {KEYS}"),
         (c.team in TEAMS, f"team is {c.team}, need one of {TEAMS}"),
+        (0 <= c.held <= MOST_HELD, f"held is {c.held}, need 0 to {MOST_HELD}: registers"),
     )
     return [words for kept, words in rules if not kept]
 
@@ -173,7 +186,7 @@ class Cost:
         return f"{self.total:.1f} us (start {self.start:.1f}, running {self.running:.1f})"
 
 
-_TILE_US = {64: 1.75, 32: 1.05}
+_TILE_US = {64: 2.5, 32: 1.05}
 """Of a tile: products and powers. Measured ideas, not measurements."""
 _BYTES_PER_US = 4.5e6
 
@@ -193,8 +206,7 @@ def candidates(p: MlaProblem, chip: Chip) -> Iterator[MlaConfig]:
     """Every tile, by teams that have no more blocks than a sequence has rows for."""
     for team in TEAMS:
         if team == 1 or ROWS * (team // 2) < p.most_rows * p.heads:
-            for keys in KEYS:
-                yield MlaConfig(keys, team)
+            yield from (MlaConfig(keys, team, held) for keys, held in TILES)
 
 
 # Sources and launches --------------------------------------------------------------------------------------
@@ -209,17 +221,21 @@ def _name(p: MlaProblem, c: MlaConfig, kind: str) -> str:
         f"d{p.depth}v{p.v_depth}",
         f"p{p.page}",
     ]
-    parts += [f"k{c.keys}", f"t{c.team}", *["full"] * (not p.causal and not p.sparse)]
+    parts += [f"k{c.keys}", *[f"h{c.held}"] * (c.held > 0), f"t{c.team}", *["full"] * (not p.causal and not p.sparse)]
     return "_".join(filter(None, parts))
 
 
 def _text(p: MlaProblem, c: MlaConfig, name: str, threads: int, blocks: int) -> str:
-    half = p.v_depth // 2
+    left, right, parts = columns(p, c)
     values = {"b_k_major": False}
     return _CONFIG.format(
         scores=wgmma_wrapper(c.keys, p.dtype, p.dtype),
-        left=wgmma_wrapper(half, p.dtype, p.dtype, **values, a_in_registers=True),
-        right=wgmma_wrapper(half, p.dtype, p.dtype, **values),
+        held_scores=wgmma_wrapper(c.keys, p.dtype, p.dtype, a_in_registers=True),
+        left=wgmma_wrapper(left, p.dtype, p.dtype, **values, a_in_registers=True),
+        right=wgmma_wrapper(right // parts, p.dtype, p.dtype, **values),
+        left_columns=left,
+        right_parts=parts,
+        held=min(c.held, p.depth // 16),
         name=name,
         dtype=p.dtype,
         is_f16=str(p.dtype == "f16").lower(),

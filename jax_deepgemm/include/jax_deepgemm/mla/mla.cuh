@@ -2,8 +2,8 @@
 // values too, so that a tile is read once.
 //
 // clang-format off
-//   warpgroup 0   scorer: queries by keys, running softmax; weights by the left half of the values
-//   warpgroup 1   adder: weights by the right half of the values
+//   warpgroup 0   scorer: queries by keys, running softmax; weights by the LEFT first columns of the values
+//   warpgroup 1   adder: weights by the other columns
 //   warpgroup 2   loaders: each warp copies the 32 keys of a tile that are its own, row by row, wherever they
 //                 lie, and 16 of the 64 queries
 //
@@ -32,6 +32,7 @@
 #include <jax_deepgemm/pipeline.cuh>
 #include <jax_deepgemm/ptx/convert.cuh>
 #include <jax_deepgemm/ptx/copy.cuh>
+#include <jax_deepgemm/ptx/mma.cuh>
 #include <jax_deepgemm/ptx/wgmma.cuh>
 
 namespace jdg {
@@ -43,7 +44,6 @@ template <MlaConfig C>
 struct MlaLayout {
   static constexpr int kSlabs = C::D / 64, kRowBytes = C::D * 2;
   static constexpr int kTileBytes = kSlabs * C::KEYS * kSlabBytes;
-  static constexpr int kHalf = C::DV / 2;  // columns of a warpgroup
   static constexpr u32 kTiles = kSlabs * kMlaRows * kSlabBytes;
   static constexpr u32 kWeights = kTiles + C::STAGES * kTileBytes;
   static constexpr u32 kFactors = kWeights + kMlaRows * kSlabBytes;
@@ -52,7 +52,8 @@ struct MlaLayout {
   using WeightPipe = Pipeline<1, QueryPipe::kEnd>;
   static constexpr u32 kBytes = WeightPipe::kEnd;
   static_assert(C::SHARED_BYTES >= kBytes, "the host knows the layout");
-  static_assert(C::D % 64 == 0 && kHalf % 64 == 0 && C::DV <= C::D, "halves of values are whole slabs");
+  static_assert(C::D % 64 == 0 && C::LEFT % 64 == 0 && C::DV <= C::D, "parts of values are whole slabs");
+  static_assert((C::DV - C::LEFT) % (64 * C::RIGHT_PARTS) == 0, "parts of values are whole slabs");
   static_assert(C::KEYS * C::STAGES == 128, "a warp of loaders has 32 keys of one slot");
 };
 
@@ -228,10 +229,11 @@ struct MlaLoader {
 
 // --- what both consumers have ---
 
-template <class C>
+// Sums of PARTS x COLUMNS columns of the values.
+template <class C, int PARTS, int COLUMNS>
 struct MlaConsumer {
   using L = MlaLayout<C>;
-  static constexpr int kSums = L::kHalf / 2, kSteps = C::KEYS / 16;
+  static constexpr int kSums = COLUMNS / 2, kSteps = C::KEYS / 16;
 
   const MlaCall<typename C::T>& call;
   char* shared;
@@ -240,7 +242,7 @@ struct MlaConsumer {
   typename L::WeightPipe weights;
   int lane = threadIdx.x % 32;
   int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;  // this thread's first of two
-  float sums[kSums];
+  float sums[PARTS][kSums];
 
   __device__ __forceinline__ MlaConsumer(const MlaCall<typename C::T>& call, char* shared, float* parts)
       : call(call),
@@ -262,11 +264,19 @@ struct MlaConsumer {
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (float& sum : sums) sum = 0.0f;
+    for (auto& part : sums)
+#pragma unroll
+      for (float& sum : part) sum = 0.0f;
   }
   __device__ __forceinline__ void shrink(const float (&by)[2]) {
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] *= by[i / 2 % 2];
+    for (auto& part : sums)
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) part[i] *= by[i / 2 % 2];
+  }
+  __device__ __forceinline__ void pin_sums() {
+#pragma unroll
+    for (auto& part : sums) ptx::pin(part);
   }
   __device__ __forceinline__ static u32 pack(float low, float high) {
     return C::F16 ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
@@ -285,6 +295,11 @@ struct MlaConsumer {
 
   // This warpgroup's columns, from `column` on; finished ones are multiplied by what denominators say.
   __device__ __forceinline__ void store(const MlaPiece& piece, int column, const float (&by)[2]) const {
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) store_part(piece, column + part * COLUMNS, sums[part], by);
+  }
+  __device__ __forceinline__ void store_part(const MlaPiece& piece, int column, const float (&sums)[kSums],
+                                             const float (&by)[2]) const {
     const int team_row = blockIdx.x % C::TEAM * kMlaRows;
     const i64 first = static_cast<i64>(piece.sequence.first) * call.heads + piece.packed;
 #pragma unroll
@@ -320,8 +335,8 @@ struct MlaConsumer {
 // --- scorer ---
 
 template <class C>
-struct MlaScorer : MlaConsumer<C> {
-  using Base = MlaConsumer<C>;
+struct MlaScorer : MlaConsumer<C, 1, C::LEFT> {
+  using Base = MlaConsumer<C, 1, C::LEFT>;
   using L = MlaLayout<C>;
   using Base::call, Base::shared, Base::lane, Base::row, Base::sums, Base::tiles, Base::weights;
   static constexpr int kScores = C::KEYS / 2;
@@ -330,6 +345,7 @@ struct MlaScorer : MlaConsumer<C> {
   typename L::QueryPipe queries;
   float factor;  // of scores: they become powers of 2
   float scores[kScores];
+  u32 held[C::HELD > 0 ? C::HELD : 1][4];
   u32 powers[Base::kSteps][4];
   float most[2], total[2];
   int stop[2];  // the first key that rows do not see
@@ -354,14 +370,29 @@ struct MlaScorer : MlaConsumer<C> {
     }
   }
 
+  // Queries to registers, as operands.
+  __device__ __forceinline__ void hold_queries() {
+    const int matrix = lane / 8, own = row - lane / 4 + matrix % 2 * 8 + lane % 8;
+#pragma unroll
+    for (int step = 0; step < C::HELD; ++step) {
+      const int chunk = step % 4 * 2 + matrix / 2;
+      const u32 at = queries.smem + (step / 4 * kMlaRows + own) * kSlabBytes + (chunk ^ own % 8) * 16;
+      ptx::load_matrix_x4(held[step], at);
+    }
+  }
+
   __device__ __forceinline__ void issue_scores() {
     const auto a = ptx::k_major_descriptor(queries.smem), b = ptx::k_major_descriptor(Base::tile_at(tiles));
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < C::D / 16; ++step) {
       const int slab = step / 4, within = step % 4 * 32;
-      C::Scores::issue(scores, a.plus(slab * kMlaRows * kSlabBytes + within),
-                       b.plus(slab * C::KEYS * kSlabBytes + within), step > 0);
+      const u64 keys = b.plus(slab * C::KEYS * kSlabBytes + within);
+      if (step < C::HELD) {
+        C::HeldScores::issue(scores, held[step < C::HELD ? step : 0], keys, step > 0);
+      } else {
+        C::Scores::issue(scores, a.plus(slab * kMlaRows * kSlabBytes + within), keys, step > 0);
+      }
     }
     ptx::wgmma_commit();
   }
@@ -370,7 +401,7 @@ struct MlaScorer : MlaConsumer<C> {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Base::kSteps; ++step)
-      C::LeftSums::issue(sums, powers[step], b.plus(step * 16 * kSlabBytes), true);
+      C::LeftSums::issue(sums[0], powers[step], b.plus(step * 16 * kSlabBytes), true);
     ptx::wgmma_commit();
   }
 
@@ -459,6 +490,7 @@ struct MlaScorer : MlaConsumer<C> {
   __device__ __forceinline__ void attend(const MlaPiece& piece) {
     float by[2];
     queries.wait_full();
+    hold_queries();
     tiles.wait_full();
     ptx::pin(scores);
     issue_scores();
@@ -473,7 +505,7 @@ struct MlaScorer : MlaConsumer<C> {
       tiles.advance();
       tiles.wait_full();
       ptx::pin(scores);
-      ptx::pin(sums);
+      this->pin_sums();
       ptx::pin(powers);
       issue_scores();
       issue_values(before);
@@ -482,7 +514,7 @@ struct MlaScorer : MlaConsumer<C> {
       weigh(tile, by);
       ptx::pin(scores);
       ptx::wgmma_wait<0>();
-      ptx::pin(sums);
+      this->pin_sums();
       ptx::pin(powers);
       if (lane == 0) before.release(before.empty());
       pack_powers();
@@ -491,11 +523,11 @@ struct MlaScorer : MlaConsumer<C> {
     }
     if (lane == 0) queries.release(queries.empty());
     queries.advance();
-    ptx::pin(sums);
+    this->pin_sums();
     ptx::pin(powers);
     issue_values(tiles);
     ptx::wgmma_wait<0>();
-    ptx::pin(sums);
+    this->pin_sums();
     this->release(tiles);
   }
 
@@ -529,19 +561,23 @@ struct MlaScorer : MlaConsumer<C> {
 // --- adder ---
 
 template <class C>
-struct MlaAdder : MlaConsumer<C> {
-  using Base = MlaConsumer<C>;
+struct MlaAdder : MlaConsumer<C, C::RIGHT_PARTS, (C::DV - C::LEFT) / C::RIGHT_PARTS> {
+  static constexpr int kColumns = (C::DV - C::LEFT) / C::RIGHT_PARTS;
+  using Base = MlaConsumer<C, C::RIGHT_PARTS, kColumns>;
   using L = MlaLayout<C>;
   using Base::Base, Base::row, Base::sums, Base::tiles, Base::weights;
 
   __device__ __forceinline__ void issue_values() {
     const auto a = ptx::k_major_descriptor(tiles.smem + L::kWeights);
-    const auto b = ptx::mn_major_descriptor(Base::tile_at(tiles) + L::kHalf / 64 * C::KEYS * kSlabBytes,
-                                            C::KEYS * kSlabBytes);
+    const u32 values = Base::tile_at(tiles) + C::LEFT / 64 * C::KEYS * kSlabBytes;
+    const auto b = ptx::mn_major_descriptor(values, C::KEYS * kSlabBytes);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Base::kSteps; ++step)
-      C::RightSums::issue(sums, a.plus(step * 32), b.plus(step * 16 * kSlabBytes), true);
+#pragma unroll
+      for (int part = 0; part < C::RIGHT_PARTS; ++part)
+        C::RightSums::issue(sums[part], a.plus(step * 32),
+                            b.plus((part * kColumns / 64 * C::KEYS + step * 16) * kSlabBytes), true);
     ptx::wgmma_commit();
   }
 
@@ -554,10 +590,10 @@ struct MlaAdder : MlaConsumer<C> {
       weights.wait_full();
       by[0] = Base::factor(row), by[1] = Base::factor(row + 8);
       if (__ballot_sync(0xFFFFFFFF, by[0] != 1.0f || by[1] != 1.0f)) this->shrink(by);
-      ptx::pin(sums);
+      this->pin_sums();
       issue_values();
       ptx::wgmma_wait<0>();
-      ptx::pin(sums);
+      this->pin_sums();
       this->release(weights);
       this->release(tiles);
     }
@@ -567,7 +603,7 @@ struct MlaAdder : MlaConsumer<C> {
     const bool some = __ballot_sync(0xFFFFFFFF, by[0] != 0.0f || by[1] != 0.0f) != 0;
     this->release(weights);
     if (!some) by[0] = by[1] = 0.0f;
-    this->store(piece, L::kHalf, by);
+    this->store(piece, C::LEFT, by);
   }
 };
 

@@ -12,10 +12,13 @@ template <class C>
 concept MlaConfig = requires {
   typename C::T;           // of queries, keys and the result: bf16 or f16
   typename C::Scores;      // wgmma of width KEYS: queries by keys
-  typename C::LeftSums;    // wgmma of width DV / 2: weights in registers by values, MN-major
-  typename C::RightSums;   // the same with weights in shared memory
+  typename C::HeldScores;  // the same with queries in registers
+  typename C::LeftSums;    // wgmma of width LEFT: weights in registers by values, MN-major
+  typename C::RightSums;   // of width (DV - LEFT) / RIGHT_PARTS: weights in shared memory by values, MN-major
   C::F16;                  // bool: T is f16
   C::D, C::DV;             // numbers of a key, a multiple of 64; of a value, the first of them, of 128
+  C::LEFT, C::RIGHT_PARTS;  // columns of values that the scorer adds up; instructions for the other ones
+  C::HELD;                 // of D / 16 steps, those of which the scorer has the queries in registers
   C::PAGE;                 // keys of a page
   C::KEYS, C::STAGES;      // of a tile, 32 or 64; slots of tiles, 128 / KEYS
   C::TEAM;                 // blocks that attend to the same keys at the same time, with 64 rows each
