@@ -355,6 +355,7 @@ COUNTS = {
     "indexer_quantize": 9,
     "indexer_topk": 6,
     "paged_append": 6,
+    "mla": 8,
     "hc_prenorm": 8,
     "moe": 17,
     "moe_inference": 16,

@@ -16,6 +16,7 @@ import pytest
 
 from jax_deepgemm.core import launch
 from jax_deepgemm.core.chip import H200
+from jax_deepgemm.jit import compile_kernel
 from jax_deepgemm.ops.mla import sm90
 from jax_deepgemm.ops.mla.family import MlaConfig
 from jax_deepgemm.ops.mla.op import PAGED, SPARSE
@@ -26,10 +27,10 @@ SCALE = 192**-0.5
 # Sequences (tokens, keys), and what problem and configuration are beside the usual ones.
 PAGED_FORMS: dict[str, tuple[list[tuple[int, int]], dict[str, Any], MlaConfig | None]] = {
     "16 heads": ([(1, 300), (1, 1), (1, 0), (1, 64), (1, 4000), (2, 65)], {}, None),
-    "short tiles": ([(1, 300), (1, 1), (1, 0), (1, 64), (1, 4000), (2, 65)], {}, MlaConfig(32)),
-    "128 heads": ([(1, 900), (1, 63), (2, 2000), (1, 129)], {"heads": 128}, MlaConfig(64, 2)),
-    "128 heads alone": ([(1, 900), (1, 63), (2, 2000), (1, 129)], {"heads": 128}, MlaConfig(64, 1)),
-    "teams of 4": ([(2, 900), (2, 63), (2, 1)], {"heads": 128, "max_q_len": 2}, MlaConfig(32, 4)),
+    "16 steps held": ([(1, 300), (1, 1), (1, 0), (1, 64), (1, 4000), (2, 65)], {}, MlaConfig(1, 16)),
+    "128 heads": ([(1, 900), (1, 63), (2, 2000), (1, 129)], {"heads": 128}, MlaConfig(2)),
+    "128 heads alone": ([(1, 900), (1, 63), (2, 2000), (1, 129)], {"heads": 128}, MlaConfig(1)),
+    "teams of 4": ([(2, 900), (2, 63), (2, 1)], {"heads": 128, "max_q_len": 2}, MlaConfig(4, 16)),
     "prompts": ([(30, 33), (1, 500), (17, 400)], {"heads": 20, "page": 16}, None),
     "full": ([(2, 900), (5, 63), (0, 20), (9, 5)], {"heads": 64, "causal": False}, None),
     "float16": ([(1, 500), (3, 900)], {"heads": 7, "dtype": "f16"}, None),
@@ -39,8 +40,8 @@ PAGED_FORMS: dict[str, tuple[list[tuple[int, int]], dict[str, Any], MlaConfig | 
 }
 SPARSE_FORMS: dict[str, tuple[int, int, dict[str, Any], MlaConfig | None]] = {
     "16 heads": (33, 300, {}, None),
-    "teams": (20, 513, {"heads": 128}, MlaConfig(64, 2)),
-    "short tiles": (20, 513, {"heads": 128}, MlaConfig(32, 2)),
+    "teams": (20, 513, {"heads": 128}, MlaConfig(2)),
+    "16 steps held": (20, 513, {"heads": 128}, MlaConfig(2, 16)),
     "float16": (3, 2048, {"heads": 64, "dtype": "f16"}, None),
 }
 
@@ -85,7 +86,7 @@ def check(p: MlaProblem, config: MlaConfig | None, operands: mla_oracle.Operands
     out, lse = (np.asarray(x) for x in run(*given))
     want, want_lse = mla_oracle.attend(p, operands)
     error = np.abs(out.astype(np.float64) - want).max()
-    assert error < 0.02 * np.abs(want).max()
+    assert error <= 0.02 * np.abs(want).max()
     np.testing.assert_allclose(lse, want_lse, atol=5e-3)
     for again in run(*given), run(*given):
         np.testing.assert_array_equal(again[0], out)
@@ -171,7 +172,5 @@ def test_calls_are_captured():
 def test_no_kernel_spills():
     for p in (paged_problem("16 heads"), sparse_problem("teams")):
         for config in sm90.candidates(p, H200):
-            from jax_deepgemm.jit import compile_kernel
-
             report = compile_kernel(sm90.main_source(p, config)).report
             assert report.spill_store_bytes == report.spill_load_bytes == 0, config

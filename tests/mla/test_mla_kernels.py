@@ -30,13 +30,13 @@ SMALL = MlaProblem(
 LENGTHS = [(1, 201), (4, 150), (0, 7), (2, 1)]  # the last has a token before all keys
 NAMED = dataclasses.replace(SMALL, sparse=True, columns=75, tokens=2, seqs=2, heads=70)
 CASES = {
-    "pages": (SMALL, MlaConfig(64, 2), 3),
+    "pages": (SMALL, MlaConfig(2, 0), 3),
     "split": (
         dataclasses.replace(SMALL, split=3, causal=False, dtype="f16", page=32, columns=7, heads=7),
-        MlaConfig(32),
+        MlaConfig(1, 16),
         2,
     ),
-    "slots": (NAMED, MlaConfig(32, 2, held=7), 2),
+    "slots": (NAMED, MlaConfig(2, 7), 2),
 }
 """Problem, configuration, teams of blocks."""
 

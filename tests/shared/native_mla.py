@@ -39,22 +39,22 @@ struct Mma {{
 }};
 }}
 namespace held {{
-struct Mma {{  // B is rows of 128 bytes of k
+struct Mma {{  // A in registers, B rows of 128 bytes of k
   template <int COUNT>
   static void issue(float (&d)[COUNT], const jdg::u32 (&a)[4], jdg::u64 b, bool accumulate) {{
-    using jdg::u32;
-    jdg::ptx::issued.push_back([&d, &a, b, accumulate] {{
+    using namespace jdg::ptx;
+    issued.push_back([&d, &a, b, accumulate] {{
       float rows[2][16];
       for (int i = 0; i < 4; ++i)
-        exchange(a[i], [&](unsigned lane, u32 two) {{
+        exchange(a[i], [&](unsigned lane, jdg::u32 two) {{
           if (lane / 4 != threadIdx.x % 32 / 4) return;
           for (int e = 0; e < 2; ++e)
-            rows[i % 2][lane % 4 * 2 + i / 2 * 8 + e] = jdg::ptx::number<{half}>(e ? two >> 16 : two & 0xFFFF);
+            rows[i % 2][lane % 4 * 2 + i / 2 * 8 + e] = number<{half}>(two >> 16 * e & 0xFFFF);
         }});
       for (int i = 0; i < COUNT; ++i) {{
-        const u32 at = static_cast<u32>(b) + (i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2) * 128;
+        const jdg::u32 at = Operand(b).row(i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2);
         float sum = accumulate ? d[i] : 0.0f;
-        for (u32 k = 0; k < 16; ++k) sum += rows[i / 2 % 2][k] * jdg::ptx::element<{half}>(at + k * 2);
+        for (int k = 0; k < 16; ++k) sum += rows[i / 2 % 2][k] * element<{half}>(at + k * 2);
         d[i] = sum;
       }}
     }});
@@ -73,16 +73,15 @@ namespace right {{
 struct Mma {{  // A is rows of 128 bytes of k; B rows of k, 64 columns of a slab each
   template <int COUNT>
   static void issue(float (&d)[COUNT], jdg::u64 a, jdg::u64 b, bool accumulate) {{
-    using jdg::u32;
-    jdg::ptx::issued.push_back([&d, a, b, accumulate] {{
+    using namespace jdg::ptx;
+    issued.push_back([&d, a, b, accumulate] {{
       for (int i = 0; i < COUNT; ++i) {{
-        const u32 row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
-        const u32 col = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
-        const u32 at = static_cast<u32>(b) + col / 64 * static_cast<u32>(b >> 32) + col % 64 * 2;
+        const jdg::u32 row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
+        const jdg::u32 col = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+        const jdg::u32 at = col / 64 * Operand(b).slab + col % 64 * 2;
         float sum = accumulate ? d[i] : 0.0f;
-        for (u32 k = 0; k < 16; ++k)
-          sum += jdg::ptx::element<{half}>(static_cast<u32>(a) + row * 128 + k * 2) *
-                 jdg::ptx::element<{half}>(at + k * 128);
+        for (int k = 0; k < 16; ++k)
+          sum += element<{half}>(Operand(a).row(row) + k * 2) * element<{half}>(Operand(b).row(k) + at);
         d[i] = sum;
       }}
     }});

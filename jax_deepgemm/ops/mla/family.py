@@ -12,24 +12,22 @@ from jax_deepgemm.ops.mla.problem import MlaProblem
 class MlaConfig:
     """How latent attention runs on a GPU; what `config=` takes.
 
-    >>> print(MlaConfig(keys=32, held=20, team=2))
-    32 keys, 20 steps held, teams of 2
+    >>> print(MlaConfig(held=20, team=2))
+    20 steps held, teams of 2
 
     Raises nothing; a call says which rules a configuration breaks.
 
     Attributes:
-      keys: of a tile, 32 or 64.
-      held: steps of 16 numbers of the queries that are in registers, 0 to 24. With some, the warpgroup that has
-        them adds up a quarter of the values, else half.
+      held: steps of 16 numbers of the queries that are in registers, up to 24. With some, the warpgroup that
+        has them adds up a quarter of the values, else half.
       team: blocks that read the same keys at the same time, each for 64 rows (token x head): 1, 2 or 4.
     """
 
-    keys: int = 32
     team: int = 1
-    held: int = 0
+    held: int = 20
 
     def __str__(self) -> str:
-        return f"{self.keys} keys, {self.held} steps held, teams of {self.team}"
+        return f"{self.held} steps held, teams of {self.team}"
 
 
 FAMILY = Family("mla", MlaProblem, {"9.0a": "jax_deepgemm.ops.mla.sm90"})

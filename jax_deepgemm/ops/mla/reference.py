@@ -27,22 +27,10 @@ def paged(
     **_unread: Any,
 ) -> list[jax.Array]:
     """out [t, h, v] and lse [t, h]; op.py says what the operands are."""
-    keys, heads = cache[:, :, None], q.shape[1]
-    ones, none = jnp.ones((cache.shape[0], 1), jnp.float32), jnp.zeros((1, heads), jnp.float32)
-    out, lse = ragged_paged(
-        *(
-            q[:, None],
-            keys,
-            keys[..., :v_head_dim],
-            ones,
-            ones,
-            tables,
-            cu_q_lens,
-            kv_lens,
-            layer,
-            none,
-            none,
-        ),
+    keys, none = cache[:, :, None], jnp.zeros(q.shape[1], jnp.float32)
+    ones = jnp.ones((cache.shape[0], 1), jnp.float32)
+    return ragged_paged(
+        *(q, keys, keys[..., :v_head_dim], ones, ones, tables, cu_q_lens, kv_lens, layer, none, none),
         scale=scale,
         causal=causal,
         window=0,
@@ -51,7 +39,6 @@ def paged(
         with_slopes=False,
         max_q_len=max_q_len,
     )
-    return [out[:, 0], lse[:, 0]]
 
 
 def sparse(
@@ -84,10 +71,10 @@ def sparse(
         scores = (
             jnp.einsum("hd,kd->hk", mine.astype(jnp.float32), keys, precision=lax.Precision.HIGHEST) * scale
         )
-        scores = jnp.where(seen, scores, -jnp.inf)
+        scores = jnp.where(seen[None], scores, -jnp.inf)
         most = jnp.max(scores, axis=-1, keepdims=True)
         most = jnp.where(most == -jnp.inf, 0, most)
-        weights = jnp.where(seen, jnp.exp(scores - most), 0)
+        weights = jnp.where(seen[None], jnp.exp(scores - most), 0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         sums = jnp.einsum("hk,kv->hv", weights, keys[:, :v_head_dim], precision=lax.Precision.HIGHEST)
         out = jnp.where(total == 0, 0, sums / total).astype(q.dtype)

@@ -25,7 +25,7 @@ def cases() -> Iterator[Case]:
         q = jnp.asarray(rng.normal(size=(8, heads, DEPTH)), jnp.bfloat16)
         for split in ("auto", 3):
             run = functools.partial(paged_mla_attention, scale=0.07, split=split)
-            yield Case(f"paged_mla_attention h={heads} split={split}", run, (q, cache, tables, starts, lens))
+            yield Case(f"latent, pages, h={heads} split={split}", run, (q, cache, tables, starts, lens))
         named = jnp.asarray(rng.integers(-5, PAGES * PAGE + 5, (8, 301)), jnp.int32)
         run = functools.partial(sparse_mla_attention, scale=0.07)
-        yield Case(f"sparse_mla_attention h={heads}", run, (q, cache, named))
+        yield Case(f"latent, slots, h={heads}", run, (q, cache, named))

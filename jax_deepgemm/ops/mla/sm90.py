@@ -16,10 +16,10 @@ from jax_deepgemm.ops.mla.family import MlaConfig
 from jax_deepgemm.ops.mla.problem import MOST_DEPTH, MOST_SEQUENCES, MOST_V_DEPTH, PAGES, ROWS, MlaProblem
 
 THREADS, WARPS = 384, 12
-KEYS, TEAMS = (64, 32), (1, 2, 4)
-TILES = ((32, 16), (32, 20), (32, 0), (64, 0))
-"""Keys of a tile and steps of queries in registers that are worth comparing."""
-MOST_HELD = 24
+KEYS, STAGES, TEAMS = 32, 4, (1, 2, 4)
+"""Keys of a tile, tiles of a block at a time, blocks of a team."""
+HELD, MOST_HELD = (20, 16), 24
+"""Steps of queries in registers that are worth comparing, and those that compile."""
 MOST_WEIGHTS = 2**31 - 1
 FEW_ROWS = 256
 """Results up to which a block of threads adds up the pieces of one, else of eight, a warp each."""
@@ -39,7 +39,7 @@ struct Config {{
   using LeftSums = left::Mma;
   using RightSums = right::Mma;
   static constexpr bool F16 = {is_f16}, CAUSAL = {causal}, SPARSE = {sparse};
-  static constexpr int D = {depth}, DV = {v_depth}, PAGE = {page}, KEYS = {keys}, STAGES = {stages};
+  static constexpr int D = {depth}, DV = {v_depth}, PAGE = {page};
   static constexpr int LEFT = {left_columns}, RIGHT_PARTS = {right_parts}, HELD = {held};
   static constexpr int TEAM = {team}, SHARED_BYTES = {shared};
 }};
@@ -70,16 +70,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def stages(c: MlaConfig) -> int:
-    """Tiles that a block has at a time; each of four warps loads 32 keys."""
-    return 128 // c.keys
-
-
-def layout_bytes(p: MlaProblem, c: MlaConfig) -> int:
+def layout_bytes(p: MlaProblem) -> int:
     """Of shared memory but the prefix sums; mirrors MlaLayout, which asserts it."""
     slabs = p.depth // 64
-    rows = slabs * (ROWS + 128) + ROWS  # queries, keys, weights
-    return rows * _SLAB + ROWS * 4 + 32 * (stages(c) + 2)
+    rows = slabs * (ROWS + STAGES * KEYS) + ROWS  # queries, keys, weights
+    return rows * _SLAB + ROWS * 4 + 32 * (STAGES + 2)
 
 
 def columns(p: MlaProblem, c: MlaConfig) -> tuple[int, int, int]:
@@ -90,7 +85,7 @@ def columns(p: MlaProblem, c: MlaConfig) -> tuple[int, int, int]:
 
 def shared_memory(p: MlaProblem, c: MlaConfig) -> int:
     """Bytes of dynamic shared memory of a block."""
-    return layout_bytes(p, c) + 4 * (WARPS + (0 if p.sparse else p.seqs + 1))
+    return layout_bytes(p) + 4 * (WARPS + (0 if p.sparse else p.seqs + 1))
 
 
 def merge_shape(p: MlaProblem) -> tuple[int, int]:
@@ -113,7 +108,7 @@ def most_units(p: MlaProblem, c: MlaConfig) -> int:
 
 def most_weights(p: MlaProblem, c: MlaConfig) -> int:
     """What is dealt out, at most."""
-    tiles = max(1, ceil_div(p.keys, c.keys))
+    tiles = max(1, ceil_div(p.keys, KEYS))
     return most_units(p, c) * (min(tiles, p.split) if p.split else tiles)
 
 
@@ -134,7 +129,6 @@ def scratch_bytes(p: MlaProblem, c: MlaConfig, chip: Chip) -> tuple[int, int]:
 def problems_with(p: MlaProblem, c: MlaConfig) -> list[str]:
     """The rules that a configuration breaks."""
     rules = (
-        (c.keys in KEYS, f"keys is {c.keys}, need one of {KEYS}"),
         (c.team in TEAMS, f"team is {c.team}, need one of {TEAMS}"),
         (0 <= c.held <= MOST_HELD, f"held is {c.held}, need 0 to {MOST_HELD}: registers"),
     )
@@ -159,7 +153,7 @@ def refusal(p: MlaProblem) -> str:
         ),
         (p.pages * p.page <= MOST_WEIGHTS, "a layer has more keys than a kernel counts"),
         (
-            most_weights(p, MlaConfig(32)) <= MOST_WEIGHTS,
+            most_weights(p, MlaConfig()) <= MOST_WEIGHTS,
             "rows times keys are more than a launch counts: cut the batch",
         ),
     )
@@ -186,7 +180,7 @@ class Cost:
         return f"{self.total:.1f} us (start {self.start:.1f}, running {self.running:.1f})"
 
 
-_TILE_US = {64: 2.5, 32: 1.05}
+_TILE_US = 1.05
 """Of a tile: products and powers. Measured ideas, not measurements."""
 _BYTES_PER_US = 4.5e6
 
@@ -195,18 +189,18 @@ def cost(p: MlaProblem, c: MlaConfig, chip: Chip) -> Cost:
     """The model's opinion."""
     rows = ROWS * c.team
     units = max(1, p.seqs) * ceil_div(min(p.most_rows, max(1, p.tokens // max(1, p.seqs))) * p.heads, rows)
-    tiles = units * ceil_div(p.keys, c.keys)
+    tiles = units * ceil_div(p.keys, KEYS)
     teams = chip.num_sms // c.team
-    products = ceil_div(tiles, teams) * _TILE_US[c.keys]
-    reading = tiles * c.keys * p.depth * 2 / _BYTES_PER_US
+    products = ceil_div(tiles, teams) * _TILE_US
+    reading = tiles * KEYS * p.depth * 2 / _BYTES_PER_US
     return Cost(5.0, max(products, reading))
 
 
 def candidates(p: MlaProblem, chip: Chip) -> Iterator[MlaConfig]:
-    """Every tile, by teams that have no more blocks than a sequence has rows for."""
+    """Teams that have no more blocks than a sequence has rows for."""
     for team in TEAMS:
         if team == 1 or ROWS * (team // 2) < p.most_rows * p.heads:
-            yield from (MlaConfig(keys, team, held) for keys, held in TILES)
+            yield from (MlaConfig(team, held) for held in HELD)
 
 
 # Sources and launches --------------------------------------------------------------------------------------
@@ -221,7 +215,7 @@ def _name(p: MlaProblem, c: MlaConfig, kind: str) -> str:
         f"d{p.depth}v{p.v_depth}",
         f"p{p.page}",
     ]
-    parts += [f"k{c.keys}", *[f"h{c.held}"] * (c.held > 0), f"t{c.team}", *["full"] * (not p.causal and not p.sparse)]
+    parts += [f"h{c.held}", f"t{c.team}", *["full"] * (not p.causal and not p.sparse)]
     return "_".join(filter(None, parts))
 
 
@@ -229,8 +223,8 @@ def _text(p: MlaProblem, c: MlaConfig, name: str, threads: int, blocks: int) -> 
     left, right, parts = columns(p, c)
     values = {"b_k_major": False}
     return _CONFIG.format(
-        scores=wgmma_wrapper(c.keys, p.dtype, p.dtype),
-        held_scores=wgmma_wrapper(c.keys, p.dtype, p.dtype, a_in_registers=True),
+        scores=wgmma_wrapper(KEYS, p.dtype, p.dtype),
+        held_scores=wgmma_wrapper(KEYS, p.dtype, p.dtype, a_in_registers=True),
         left=wgmma_wrapper(left, p.dtype, p.dtype, **values, a_in_registers=True),
         right=wgmma_wrapper(right // parts, p.dtype, p.dtype, **values),
         left_columns=left,
@@ -244,10 +238,8 @@ def _text(p: MlaProblem, c: MlaConfig, name: str, threads: int, blocks: int) -> 
         depth=p.depth,
         v_depth=p.v_depth,
         page=p.page,
-        keys=c.keys,
-        stages=stages(c),
         team=c.team,
-        shared=layout_bytes(p, c),
+        shared=layout_bytes(p),
         threads=threads,
         blocks=blocks,
     )

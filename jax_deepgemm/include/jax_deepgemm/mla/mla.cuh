@@ -4,20 +4,21 @@
 // clang-format off
 //   warpgroup 0   scorer: queries by keys, running softmax; weights by the LEFT first columns of the values
 //   warpgroup 1   adder: weights by the other columns
-//   warpgroup 2   loaders: each warp copies the 32 keys of a tile that are its own, row by row, wherever they
+//   warpgroup 2   loaders: each warp has one slot of tiles and copies keys to it row by row, wherever these
 //                 lie, and 16 of the 64 queries
 //
 //   queries:  slot  [slabs of 64][64 rows]     loaders -> scorer
-//   tiles:    slot  [slabs of 64][KEYS]        loaders -> both; record: bits of keys that there are, 32 a word
-//   weights:  slot  [64 rows][64 keys], factors [64]   scorer -> adder; behind the last, factors only
+//   tiles:    slot  [slabs of 64][32 keys]     a loader -> both; record: bits of keys that there are
+//   weights:  slot  [64 rows][32 keys], factors [64]   scorer -> adder; behind the last, factors only
 //
 //   scorer:   scores of the first tile, their weights
 //             for each further one:    issue its scores, then weights by values of the tile before
 //                                      wait for the scores: mask, maximum, powers
-//                                      wait for the values: release that tile; factors and weights to the adder
+//                                      wait for the values: release that tile
+//                                      factors and weights to the adder
 //             weights by values of the last tile
 //
-//   shared memory:  queries | tiles[STAGES] | weights | factors | pipelines | a word for each warp | prefix sums
+//   shared memory:  queries | tiles[4] | weights | factors | pipelines | a word for each warp | prefix sums
 // clang-format on
 //
 // Work is dealt out as attention/work.cuh says, to teams of TEAM blocks, each of which has other rows of the
@@ -33,28 +34,33 @@
 #include <jax_deepgemm/ptx/convert.cuh>
 #include <jax_deepgemm/ptx/copy.cuh>
 #include <jax_deepgemm/ptx/mma.cuh>
+#include <jax_deepgemm/ptx/strided.cuh>
 #include <jax_deepgemm/ptx/wgmma.cuh>
 
 namespace jdg {
 
 constexpr int kMlaRows = 64, kMlaWarps = 12, kSlabBytes = 128;
-constexpr float kSlack = 8.0f;  // of log2: weights are 256 at most, which float16 has room for
+constexpr int kFactorLanes = 32;  // of a warpgroup, each fourth, which has the factors of its rows
+constexpr float kSlack = 8.0f;    // of log2: weights are 256 at most, which float16 has room for
+
+// Operands in shared memory: rows of queries, of keys and of weights; keys as values, in slabs of 64 columns.
+using KeyMajor = ptx::StridedDescriptor<1024>;
+using ValueMajor = ptx::StridedDescriptor<1024, kTileKeys * kSlabBytes>;
 
 template <MlaConfig C>
 struct MlaLayout {
   static constexpr int kSlabs = C::D / 64, kRowBytes = C::D * 2;
-  static constexpr int kTileBytes = kSlabs * C::KEYS * kSlabBytes;
+  static constexpr int kTileBytes = kSlabs * kTileKeys * kSlabBytes;
   static constexpr u32 kTiles = kSlabs * kMlaRows * kSlabBytes;
-  static constexpr u32 kWeights = kTiles + C::STAGES * kTileBytes;
+  static constexpr u32 kWeights = kTiles + kTileSlots * kTileBytes;
   static constexpr u32 kFactors = kWeights + kMlaRows * kSlabBytes;
-  using TilePipe = Pipeline<C::STAGES, kFactors + kMlaRows * 4>;
+  using TilePipe = Pipeline<kTileSlots, kFactors + kMlaRows * 4>;
   using QueryPipe = Pipeline<1, TilePipe::kEnd>;
   using WeightPipe = Pipeline<1, QueryPipe::kEnd>;
   static constexpr u32 kBytes = WeightPipe::kEnd;
   static_assert(C::SHARED_BYTES >= kBytes, "the host knows the layout");
   static_assert(C::D % 64 == 0 && C::LEFT % 64 == 0 && C::DV <= C::D, "parts of values are whole slabs");
   static_assert((C::DV - C::LEFT) % (64 * C::RIGHT_PARTS) == 0, "parts of values are whole slabs");
-  static_assert(C::KEYS * C::STAGES == 128, "a warp of loaders has 32 keys of one slot");
 };
 
 // A block's part of a share without a break: tiles [from, to) of a unit.
@@ -102,7 +108,7 @@ struct MlaPieces {
     piece.end = ends ? max(0, min(sequence.keys, sequence.position(last / call.heads) + 1)) : sequence.keys;
     if (!piece.exists(0)) piece.end = 0;
     piece.from = within * step;
-    piece.to = max(piece.from, min((within + count) * step, ceil_div(piece.end, C::KEYS)));
+    piece.to = max(piece.from, min((within + count) * step, ceil_div(piece.end, kTileKeys)));
     piece.slot = count == length ? -1 : cutting.split > 0 ? at : slot_of(team, at == begin);
     at += count;
     return piece;
@@ -114,8 +120,6 @@ struct MlaPieces {
 template <class C>
 struct MlaLoader {
   using L = MlaLayout<C>;
-  static constexpr int kOfTile = C::KEYS / 32;  // warps that load one tile
-
   const MlaCall<typename C::T>& call;
   char* shared;
   const char* cache;  // of the layer, nullptr: there is none
@@ -130,7 +134,7 @@ struct MlaLoader {
     const bool exists = layer >= 0 && layer < call.layers;
     const i64 bytes = static_cast<i64>(call.pages) * C::PAGE * L::kRowBytes;
     cache = exists ? reinterpret_cast<const char*>(call.cache) + layer * bytes : nullptr;
-    tiles.stage = warp / kOfTile;
+    tiles.stage = warp;
   }
 
   // Four rows of a slab each time, of which `row` is this lane's: 128 bytes by eight lanes.
@@ -146,7 +150,7 @@ struct MlaLoader {
 
   // Where this lane's key of a tile lies, counted in keys; -1: nowhere.
   __device__ __forceinline__ int place(const MlaPiece& piece, int tile) const {
-    const int key = tile * C::KEYS + warp % kOfTile * 32 + lane;
+    const int key = tile * kTileKeys + lane;
     if (tile >= piece.to || key >= piece.end || cache == nullptr) return -1;
     const int* const row = call.tables + static_cast<i64>(piece.table) * call.columns;
     if constexpr (C::SPARSE) {
@@ -164,7 +168,7 @@ struct MlaLoader {
       const int within = four * 4 + lane / 8, at = __shfl_sync(0xFFFFFFFF, where, within);
       const char* const from =
           at < 0 ? reinterpret_cast<const char*>(call.q) : cache + static_cast<i64>(at) * L::kRowBytes;
-      copy_rows(to, C::KEYS, warp % kOfTile * 32 + within, from, at >= 0);
+      copy_rows(to, kTileKeys, within, from, at >= 0);
     }
   }
 
@@ -189,41 +193,41 @@ struct MlaLoader {
 
   __device__ __forceinline__ void run(const MlaPiece& piece) {
     if (piece.from >= piece.to) return;
-    int tile = piece.from + (tiles.stage - tile_count) % C::STAGES;
-    if (tile < piece.from) tile += C::STAGES;
-    tile_count = (tile_count + piece.to - piece.from) % C::STAGES;
+    int tile = piece.from + (tiles.stage - tile_count) % kTileSlots;
+    if (tile < piece.from) tile += kTileSlots;
+    tile_count = (tile_count + piece.to - piece.from) % kTileSlots;
     bool asked = false;
     int where = place(piece, tile);
 #pragma unroll 1
-    for (; tile < piece.to; tile += C::STAGES) {
+    for (; tile < piece.to; tile += kTileSlots) {
       const u32 there = __ballot_sync(0xFFFFFFFF, where >= 0);
       tiles.wait_empty();
       __syncwarp();
       copy_tile(where);
       if (lane == 0) {
-        reinterpret_cast<u32*>(shared + L::TilePipe::kRecords + tiles.stage * 16)[warp % kOfTile] = there;
+        *reinterpret_cast<u32*>(shared + L::TilePipe::kRecords + tiles.stage * 16) = there;
       }
-      where = place(piece, tile + C::STAGES);
+      where = place(piece, tile + kTileSlots);
       if (!asked) begin_queries(piece);
       land();
-      if (lane == 0) {
-        if (!asked) queries.fill_with_nothing();
-        tiles.fill_with_nothing();
-      }
-      if (!asked) queries.advance();
+      if (!asked) end_queries();
+      if (lane == 0) tiles.fill_with_nothing();
       asked = true;
       tiles.phase ^= 1;
     }
     if (asked) return;
     begin_queries(piece);
     land();
-    if (lane == 0) queries.fill_with_nothing();
-    queries.advance();
+    end_queries();
   }
   __device__ __forceinline__ void begin_queries(const MlaPiece& piece) const {
     queries.wait_empty();
     __syncwarp();
     copy_queries(piece);
+  }
+  __device__ __forceinline__ void end_queries() {
+    queries.fill_with_nothing();
+    queries.advance();
   }
 };
 
@@ -233,7 +237,7 @@ struct MlaLoader {
 template <class C, int PARTS, int COLUMNS>
 struct MlaConsumer {
   using L = MlaLayout<C>;
-  static constexpr int kSums = COLUMNS / 2, kSteps = C::KEYS / 16;
+  static constexpr int kSums = COLUMNS / 2, kSteps = kTileKeys / 16;
 
   const MlaCall<typename C::T>& call;
   char* shared;
@@ -256,6 +260,13 @@ struct MlaConsumer {
   }
   __device__ __forceinline__ float& factor(int of_row) const {
     return reinterpret_cast<float*>(shared + L::kFactors)[of_row];
+  }
+  // Those of this thread's rows. Lanes that release the slot read, and the shuffle proves their loads done.
+  __device__ __forceinline__ void read_factors(float (&by)[2]) const {
+    by[0] = by[1] = 1.0f;
+    if (lane % 4 == 0) by[0] = factor(row), by[1] = factor(row + 8);
+#pragma unroll
+    for (float& one : by) one = __shfl_sync(0xFFFFFFFF, one, lane & ~3);
   }
   template <class P>
   __device__ __forceinline__ void release(P& pipe) const {
@@ -339,7 +350,7 @@ struct MlaScorer : MlaConsumer<C, 1, C::LEFT> {
   using Base = MlaConsumer<C, 1, C::LEFT>;
   using L = MlaLayout<C>;
   using Base::call, Base::shared, Base::lane, Base::row, Base::sums, Base::tiles, Base::weights;
-  static constexpr int kScores = C::KEYS / 2;
+  static constexpr int kScores = kTileKeys / 2;
 
   float* part_stats;
   typename L::QueryPipe queries;
@@ -382,12 +393,12 @@ struct MlaScorer : MlaConsumer<C, 1, C::LEFT> {
   }
 
   __device__ __forceinline__ void issue_scores() {
-    const auto a = ptx::k_major_descriptor(queries.smem), b = ptx::k_major_descriptor(Base::tile_at(tiles));
+    const KeyMajor a(queries.smem), b(Base::tile_at(tiles));
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < C::D / 16; ++step) {
       const int slab = step / 4, within = step % 4 * 32;
-      const u64 keys = b.plus(slab * C::KEYS * kSlabBytes + within);
+      const u64 keys = b.plus(slab * kTileKeys * kSlabBytes + within);
       if (step < C::HELD) {
         C::HeldScores::issue(scores, held[step < C::HELD ? step : 0], keys, step > 0);
       } else {
@@ -397,7 +408,7 @@ struct MlaScorer : MlaConsumer<C, 1, C::LEFT> {
     ptx::wgmma_commit();
   }
   __device__ __forceinline__ void issue_values(const typename L::TilePipe& of) {
-    const auto b = ptx::mn_major_descriptor(Base::tile_at(of), C::KEYS * kSlabBytes);
+    const ValueMajor b(Base::tile_at(of));
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Base::kSteps; ++step)
@@ -408,19 +419,16 @@ struct MlaScorer : MlaConsumer<C, 1, C::LEFT> {
   // Scores of keys that rows do not see become minus infinity. `there`: bits of this thread's columns, which
   // are 8 j + 2 (lane % 4) and the next.
   __device__ __forceinline__ void mask(int tile) {
-    const u32* const record = reinterpret_cast<const u32*>(shared + L::TilePipe::kRecords + tiles.stage * 16);
+    u32 there = 0;
+    if (lane == 0) there = *reinterpret_cast<const u32*>(shared + L::TilePipe::kRecords + tiles.stage * 16);
+    there = __shfl_sync(0xFFFFFFFF, there, 0);  // lane 0 releases the slot
+    const int first = tile * kTileKeys;
+    if (there == 0xFFFFFFFFu && first + kTileKeys <= min(stop[0], stop[1])) return;
 #pragma unroll
-    for (int word = 0; word < C::KEYS / 32; ++word) {
-      const u32 there = record[word];
-      const int first = tile * C::KEYS + word * 32;
-      if (there == 0xFFFFFFFFu && first + 32 <= min(stop[0], stop[1])) continue;
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        const bool seen = (there >> column & 1) && first + column < stop[i / 2 % 2];
-        float& score = scores[word * 16 + i];
-        score = seen ? score : kNothing;
-      }
+    for (int i = 0; i < kScores; ++i) {
+      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const bool seen = (there >> column & 1) && first + column < stop[i / 2 % 2];
+      scores[i] = seen ? scores[i] : kNothing;
     }
   }
 
@@ -478,7 +486,7 @@ struct MlaScorer : MlaConsumer<C, 1, C::LEFT> {
       ptx::fence_proxy_async();
     }
     __syncwarp();
-    if (lane == 0) weights.fill_with_nothing();
+    if (lane % 4 == 0) weights.fill_with_nothing();
     weights.advance();
   }
 
@@ -521,7 +529,7 @@ struct MlaScorer : MlaConsumer<C, 1, C::LEFT> {
       hand_over<true>(by);
       apply(by);
     }
-    if (lane == 0) queries.release(queries.empty());
+    queries.release(queries.empty());
     queries.advance();
     this->pin_sums();
     ptx::pin(powers);
@@ -568,17 +576,21 @@ struct MlaAdder : MlaConsumer<C, C::RIGHT_PARTS, (C::DV - C::LEFT) / C::RIGHT_PA
   using Base::Base, Base::row, Base::sums, Base::tiles, Base::weights;
 
   __device__ __forceinline__ void issue_values() {
-    const auto a = ptx::k_major_descriptor(tiles.smem + L::kWeights);
-    const u32 values = Base::tile_at(tiles) + C::LEFT / 64 * C::KEYS * kSlabBytes;
-    const auto b = ptx::mn_major_descriptor(values, C::KEYS * kSlabBytes);
+    const KeyMajor a(tiles.smem + L::kWeights);
+    const ValueMajor b(Base::tile_at(tiles) + C::LEFT / 64 * kTileKeys * kSlabBytes);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Base::kSteps; ++step)
 #pragma unroll
       for (int part = 0; part < C::RIGHT_PARTS; ++part)
         C::RightSums::issue(sums[part], a.plus(step * 32),
-                            b.plus((part * kColumns / 64 * C::KEYS + step * 16) * kSlabBytes), true);
+                            b.plus((part * kColumns / 64 * kTileKeys + step * 16) * kSlabBytes), true);
     ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void release_weights() {
+    if (Base::lane % 4 == 0) weights.release(weights.empty());
+    weights.advance();
   }
 
   __device__ __forceinline__ void run(const MlaPiece& piece) {
@@ -588,21 +600,18 @@ struct MlaAdder : MlaConsumer<C, C::RIGHT_PARTS, (C::DV - C::LEFT) / C::RIGHT_PA
     for (int tile = piece.from; tile < piece.to; ++tile) {
       tiles.wait_full();
       weights.wait_full();
-      by[0] = Base::factor(row), by[1] = Base::factor(row + 8);
+      this->read_factors(by);
       if (__ballot_sync(0xFFFFFFFF, by[0] != 1.0f || by[1] != 1.0f)) this->shrink(by);
       this->pin_sums();
       issue_values();
       ptx::wgmma_wait<0>();
       this->pin_sums();
-      this->release(weights);
+      release_weights();
       this->release(tiles);
     }
     weights.wait_full();
-    by[0] = Base::factor(row), by[1] = Base::factor(row + 8);
-    // The ballot proves the loads done before the slot is released.
-    const bool some = __ballot_sync(0xFFFFFFFF, by[0] != 0.0f || by[1] != 0.0f) != 0;
-    this->release(weights);
-    if (!some) by[0] = by[1] = 0.0f;
+    this->read_factors(by);
+    release_weights();
     this->store(piece, C::LEFT, by);
   }
 };
@@ -616,9 +625,9 @@ __device__ __forceinline__ void mla(const MlaCall<typename C::T>& call, MlaCutti
   using L = MlaLayout<C>;
   const u32 smem = smem_address(shared);
   if (threadIdx.x == 0) {
-    typename L::TilePipe(smem).init(8, MlaLoader<C>::kOfTile);
-    typename L::QueryPipe(smem).init(4, 4);
-    typename L::WeightPipe(smem).init(4, 4);
+    typename L::TilePipe(smem).init(8);
+    typename L::QueryPipe(smem).init(128, 128);
+    typename L::WeightPipe(smem).init(kFactorLanes, kFactorLanes);
     ptx::fence_mbarrier_init();
   }
   ptx::let_next_kernel_start();

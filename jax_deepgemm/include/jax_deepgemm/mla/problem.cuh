@@ -11,7 +11,7 @@ namespace jdg {
 template <class C>
 concept MlaConfig = requires {
   typename C::T;           // of queries, keys and the result: bf16 or f16
-  typename C::Scores;      // wgmma of width KEYS: queries by keys
+  typename C::Scores;      // wgmma of width 32: queries by keys
   typename C::HeldScores;  // the same with queries in registers
   typename C::LeftSums;    // wgmma of width LEFT: weights in registers by values, MN-major
   typename C::RightSums;   // of width (DV - LEFT) / RIGHT_PARTS: weights in shared memory by values, MN-major
@@ -20,12 +20,13 @@ concept MlaConfig = requires {
   C::LEFT, C::RIGHT_PARTS;  // columns of values that the scorer adds up; instructions for the other ones
   C::HELD;                 // of D / 16 steps, those of which the scorer has the queries in registers
   C::PAGE;                 // keys of a page
-  C::KEYS, C::STAGES;      // of a tile, 32 or 64; slots of tiles, 128 / KEYS
   C::TEAM;                 // blocks that attend to the same keys at the same time, with 64 rows each
   C::CAUSAL, C::SPARSE;    // bool: whether tokens see no later keys; whether they name their keys
   C::SHARED_BYTES;         // what the host reserves, but for prefix sums
 };
 // clang-format on
+
+constexpr int kTileKeys = 32, kTileSlots = 4;  // a slot for each warp of loaders
 
 // One call. Counts and strides are of elements.
 template <class T>
@@ -60,7 +61,9 @@ struct MlaCutting {
 
   int split;
 
-  __device__ __forceinline__ static int tiles(const Sequence& s) { return max(1, ceil_div(s.keys, C::KEYS)); }
+  __device__ __forceinline__ static int tiles(const Sequence& s) {
+    return max(1, ceil_div(s.keys, kTileKeys));
+  }
   // Tiles of a weight.
   __device__ __forceinline__ int step(const Sequence& s) const {
     return split > 0 ? ceil_div(tiles(s), split) : 1;
