@@ -91,9 +91,7 @@ def kernel_source(p: NormProblem) -> KernelSource:
     read, written = _pointers(p)
     name = f"jdg_norm_{_SHORT[p.dtype]}_{form}" + f"_vectors_{_SHORT[p.vectors]}" * (p.vectors != p.dtype)
     name += f"_{cut.lanes}x{cut.chunks}" + "_unaligned" * (not aligned)
-    flags = {
-        name: getattr(form, name) for name in ("residual", "bias", "gamma", "beta", "normed", "summed")
-    }
+    flags = {name: getattr(form, name) for name in ("residual", "bias", "gamma", "beta", "normed", "summed")}
     flags |= {"layer": form.kind == "layer", "aligned": aligned}
     flags |= {"quantized": bool(form.scales), "ue8m0": form.scales == "ue8m0"}
 
