@@ -23,6 +23,7 @@ A file has a shape a line, as JSON objects or as CSV; empty lines and lines that
     {"op": "indexer_quantize", "tokens": 4096, "heads": 64}
     {"op": "indexer_topk", "tokens": 2048, "keys": 8192, "k": 512}
     {"op": "paged_append", "tokens": 64, "heads": 32, "kv_heads": 8, "stored": "float8_e4m3fn"}
+    {"op": "norm", "tokens": 4096, "hidden": 7168, "kind": "rms", "normed": false, "fp8": "f32"}
     {"op": "hc_prenorm_gemm", "m": 4096, "n": 24, "k": 28672}
     {"op": "moe_mlp", "tokens": 4096, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
     {"op": "moe_mlp_decode", "tokens": 64, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
