@@ -38,7 +38,7 @@ def _drawing(tokens: int, hidden: int) -> Callable[[], Any]:
 
 
 def _by_kernel(kind: str, what: str, x: jax.Array, residual: jax.Array, gamma: jax.Array) -> Any:
-    form = {"scales": "f32", "normed": False} if what.endswith("FP8") else {}
+    form: dict[str, Any] = {"scales": "f32", "normed": False} if what.endswith("FP8") else {}
     summed = what.startswith("sum")
     vectors = None, gamma, None
     return norm_rows(x, residual if summed else None, vectors, kind=kind, eps=1e-5, summed=summed, **form)

@@ -224,7 +224,7 @@ class _Normed:
     def apart(self, parts: Any, w: Any) -> tuple[jax.Array, jax.Array]:
         """(z @ w, z or the sum), as `norm` and `linear` compute it."""
         both = self.returns == "sum"
-        z, s = normed_sum(self.op, *parts, self.kind, self.eps, both=both)
+        z, s = normed_sum(self.op, parts, self.kind, self.eps, both=both)
         return multiplied(self.op, z, w, self.name, self.layout, self.dtype), s if both else z
 
 
@@ -243,7 +243,7 @@ def _norm_product(form: _Normed, parts: Any, w: Any) -> tuple[jax.Array, jax.Arr
     ReverseOnly, "a norm and its FP8 product", "norm and bf16_gemm_nt, which have derivatives of any order"
 )
 def _fp8_product(form: _Normed, parts: Any, w: QuantizedArray) -> tuple[jax.Array, jax.Array]:
-    q, other = normed_fp8(form.op, *parts, form.kind, form.eps, returns=form.returns)
+    q, other = normed_fp8(form.op, parts, form.kind, form.eps, returns=form.returns)
     tokens = Tokens.of(q.values)
     rows = QuantizedArray(tokens.flatten(q.values), tokens.flatten(q.scales), q.block)
     return tokens.unflatten(fp8_gemm_nt(rows, w, out_dtype=of_kernels(form.dtype))), other

@@ -85,7 +85,7 @@ def norm(
     Differentiable. Source: Ba et al., arXiv:1607.06450; Zhang and Sennrich, arXiv:1910.07467.
     """
     both = bool(return_sum)
-    y, s = normed_sum("norm", x, residual, bias, gamma, beta, kind, eps, both=both)
+    y, s = normed_sum("norm", (x, residual, bias, gamma, beta), kind, eps, both=both)
     return (y, s) if both else y
 
 
@@ -175,15 +175,15 @@ def norm_fp8(
 
 
 def normed_sum(
-    op: str, x: Any, residual: Any, bias: Any, gamma: Any, beta: Any, kind: Any, eps: Any, *, both: bool
+    op: str, parts: tuple[Any, ...], kind: Any, eps: Any, *, both: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The norm, and s = x + residual + bias.
+    """The norm, and s, of parts (x, residual, bias, gamma, beta): s = x + residual + bias.
 
     A kernel computes both where a program needs them and they differ: XLA adds and normalises in turn. Alone
     each is XLA's, which fuses it with its neighbours.
     """
-    given = _operands(op, x, residual, bias, gamma, beta, kind)
-    if both and (residual is not None or bias is not None):
+    given = _operands(op, *parts, kind)
+    if both and not (parts[1] is None and parts[2] is None):
         y, s = _rows(*given, kind=kind, eps=eps, summed=True)
         return y, s
     s = reference.total(*given[:3])
@@ -191,10 +191,10 @@ def normed_sum(
 
 
 def normed_fp8(
-    op: str, x: Any, residual: Any, bias: Any, gamma: Any, beta: Any, kind: Any, eps: Any, *, returns: str
+    op: str, parts: tuple[Any, ...], kind: Any, eps: Any, *, returns: str
 ) -> tuple[QuantizedArray, jax.Array]:
-    """The norm in FP8, and the norm ("normed") or s ("sum")."""
-    given = _operands(op, x, residual, bias, gamma, beta, kind)
+    """The norm in FP8, and the norm ("normed") or s ("sum"), of parts as in `normed_sum`."""
+    given = _operands(op, *parts, kind)
     form = {"normed": returns == "normed", "summed": returns == "sum", "scales": SCALE_FORMATS[0]}
     found = _rows(*given, kind=kind, eps=eps, **form)
     values, scales = found[-2:] if returns == "normed" else found[:2]

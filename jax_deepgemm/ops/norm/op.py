@@ -47,8 +47,9 @@ def norm_rows(
     kinds = {np.dtype(one.dtype) for one in given}
     if kinds - {np.dtype(x.dtype)}:
         given = [one.astype(jnp.float32) for one in given]
-    there = [one is not None for one in (residual, *vectors)]
-    form = NormForm(kind, *there, normed=normed, scales=scales, summed=summed)
+    there = dict(zip(("residual", "bias", "gamma", "beta"), (residual, *vectors), strict=True))
+    flags: dict[str, Any] = {name: one is not None for name, one in there.items()}
+    form = NormForm(kind, **flags | {"normed": normed, "scales": scales, "summed": summed})
     rows = [x] if residual is None else [x, residual]
     if x.shape[-1] > MOST_FEATURES:
         return _on_xla(form, *rows, *given, eps=eps)

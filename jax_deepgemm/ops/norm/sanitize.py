@@ -17,7 +17,7 @@ ROWS = 77
 
 
 def _run(form: dict[str, Any], x: Any, residual: Any, *vectors: Any) -> jax.Array:
-    found = norm_rows(x, residual, vectors, eps=1e-5, **form)  # type: ignore[arg-type]
+    found = norm_rows(x, residual, vectors, eps=1e-5, **form)
     return jnp.concatenate([one.astype(jnp.float32).reshape(-1) for one in found])
 
 
