@@ -34,7 +34,7 @@ PAGED_FORMS: dict[str, tuple[list[tuple[int, int]], dict[str, Any], MlaConfig | 
     "prompts": ([(30, 33), (1, 500), (17, 400)], {"heads": 20, "page": 16}, None),
     "full": ([(2, 900), (5, 63), (0, 20), (9, 5)], {"heads": 64, "causal": False}, None),
     "float16": ([(1, 500), (3, 900)], {"heads": 7, "dtype": "f16"}, None),
-    "split": ([(1, 3000), (3, 900), (1, 10)], {"split": 4}, None),
+    "split": ([(1, 3000), (3, 900), (1, 10)], {"split": 512}, None),
     "small heads": ([(1, 300), (3, 90)], {"depth": 192, "v_depth": 128, "page": 256}, None),
     "many": ([(1, n) for n in range(1, 700, 4)], {"page": 32, "max_q_len": 1}, None),
 }

@@ -32,7 +32,7 @@ NAMED = dataclasses.replace(SMALL, sparse=True, columns=75, tokens=2, seqs=2, he
 CASES = {
     "pages": (SMALL, MlaConfig(2, 0), 3),
     "split": (
-        dataclasses.replace(SMALL, split=3, causal=False, dtype="f16", page=32, columns=7, heads=7),
+        dataclasses.replace(SMALL, split=64, causal=False, dtype="f16", page=32, columns=7, heads=7),
         MlaConfig(1, 16),
         2,
     ),

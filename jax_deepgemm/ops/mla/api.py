@@ -74,8 +74,9 @@ def paged_mla_attention(
       v_head_dim: numbers of a value; kernels take up to 512 in steps of 128.
       num_seqs: how many of the s sequences there are, an int or an integer array []. None: all.
       max_q_len: a promise that no sequence has more rows: 1 where all decode. Rows beyond are zeros.
-      split: how many parts the keys of a sequence are cut into, to be read at once; results of a sequence
-        then depend on it alone, and not on the others. "auto": as is fast.
+      split: how the keys of one sequence are shared out. "auto": all SMs have equal shares of all keys. A
+        number, a multiple of 256: in parts of so many keys, and results of a sequence are then the same bits
+        in every batch.
       return_lse: whether lse is wanted, as for merging with attention to other keys.
       layer: of a cache with layers, which one: an int or an integer array []. Of one outside of the cache, in
         an array, no key is seen.

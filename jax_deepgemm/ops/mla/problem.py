@@ -27,7 +27,7 @@ class MlaProblem:
       causal: whether a token sees its own and earlier positions only.
       sparse: whether tokens name their keys.
       max_q_len: promised tokens of a sequence, or 0.
-      split: parts of a sequence's keys, or 0 for a balanced cut.
+      split: keys of a part, or 0 for a balanced cut.
       scale: of scores.
     """
 

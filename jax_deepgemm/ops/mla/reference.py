@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_deepgemm.core.products import dot_general
 from jax_deepgemm.ops.attention.reference import ragged_paged
 
 
@@ -68,15 +69,13 @@ def sparse(
         seen = (named >= 0) & (named < pages * size) & held
         keys = rows[at_layer, jnp.clip(named, 0, pages * size - 1)].astype(jnp.float32)
         keys = jnp.where(seen[:, None], keys, 0)
-        scores = (
-            jnp.einsum("hd,kd->hk", mine.astype(jnp.float32), keys, precision=lax.Precision.HIGHEST) * scale
-        )
+        scores = dot_general(mine.astype(jnp.float32), keys, ((1,), (1,))) * scale
         scores = jnp.where(seen[None], scores, -jnp.inf)
         most = jnp.max(scores, axis=-1, keepdims=True)
         most = jnp.where(most == -jnp.inf, 0, most)
         weights = jnp.where(seen[None], jnp.exp(scores - most), 0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        sums = jnp.einsum("hk,kv->hv", weights, keys[:, :v_head_dim], precision=lax.Precision.HIGHEST)
+        sums = dot_general(weights, keys[:, :v_head_dim], ((1,), (0,)))
         out = jnp.where(total == 0, 0, sums / total).astype(q.dtype)
         return out, (jnp.log(total) + most)[:, 0]
 

@@ -23,7 +23,7 @@ def cases() -> Iterator[Case]:
     lens = jnp.asarray([300, 2**31 - 1, 7, 1], jnp.int32)
     for heads in (16, 128):
         q = jnp.asarray(rng.normal(size=(8, heads, DEPTH)), jnp.bfloat16)
-        for split in ("auto", 3):
+        for split in ("auto", 256):
             run = functools.partial(paged_mla_attention, scale=0.07, split=split)
             yield Case(f"latent, pages, h={heads} split={split}", run, (q, cache, tables, starts, lens))
         named = jnp.asarray(rng.integers(-5, PAGES * PAGE + 5, (8, 301)), jnp.int32)

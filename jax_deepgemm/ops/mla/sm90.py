@@ -106,10 +106,15 @@ def most_units(p: MlaProblem, c: MlaConfig) -> int:
     return p.tokens * p.heads // rows + min(p.seqs, p.tokens)
 
 
+def part_tiles(p: MlaProblem) -> int:
+    """Tiles of a part of a sequence, or 0 where blocks' shares decide."""
+    return ceil_div(p.split, KEYS)
+
+
 def most_weights(p: MlaProblem, c: MlaConfig) -> int:
     """What is dealt out, at most."""
     tiles = max(1, ceil_div(p.keys, KEYS))
-    return most_units(p, c) * (min(tiles, p.split) if p.split else tiles)
+    return most_units(p, c) * ceil_div(tiles, part_tiles(p) or 1)
 
 
 def slots(p: MlaProblem, c: MlaConfig, chip: Chip) -> int:
@@ -278,7 +283,7 @@ def _plan(p: MlaProblem, c: MlaConfig, chip: Chip, given: Operands) -> LaunchPla
         *(Result(0), Result(1), Scratch(0), Scratch(1)),
         *(Scalar(number, "int32") for number in numbers(p)),
         Scalar(p.scale, "float32"),
-        *(Scalar(number, "int32") for number in (p.split, teams)),
+        *(Scalar(number, "int32") for number in (part_tiles(p), teams)),
     )
     reading, adding = main_source(p, c), merge_source(p, c)
     launches = (

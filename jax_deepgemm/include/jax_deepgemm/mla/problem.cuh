@@ -54,7 +54,7 @@ __device__ __forceinline__ Sequence mla_sequence(const MlaCall<typename C::T>& c
 }
 
 // How work is cut: units of TEAM x 64 packed rows (token x head) of a sequence, each of as many weights as
-// its sequence has tiles of keys, or with `split` that many parts at most. Teams of blocks have equal shares.
+// its sequence has tiles of keys, or parts of `split` tiles. Teams of blocks have equal shares.
 template <class C>
 struct MlaCutting {
   static constexpr int kRows = C::TEAM * 64;
@@ -65,10 +65,8 @@ struct MlaCutting {
     return max(1, ceil_div(s.keys, kTileKeys));
   }
   // Tiles of a weight.
-  __device__ __forceinline__ int step(const Sequence& s) const {
-    return split > 0 ? ceil_div(tiles(s), split) : 1;
-  }
-  __device__ __forceinline__ int weights(const Sequence& s) const { return ceil_div(tiles(s), step(s)); }
+  __device__ __forceinline__ int step() const { return split > 0 ? split : 1; }
+  __device__ __forceinline__ int weights(const Sequence& s) const { return ceil_div(tiles(s), step()); }
   __device__ __forceinline__ static int units(const Sequence& s, int heads) {
     return ceil_div(s.rows * heads, kRows);
   }
