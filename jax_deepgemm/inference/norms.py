@@ -163,7 +163,7 @@ def norm_fp8(
         raise ValueError(
             f"{op}: scale_format is {scale_format!r}, need 'f32' (any float32) or 'ue8m0' (powers of two)."
         )
-    given = _operands(op, x, residual, bias, gamma, beta, kind)
+    given = _operands(op, (x, residual, bias, gamma, beta), kind)
     if given[0].ndim < 2:
         raise ValueError(
             f"{op}: x is {list(given[0].shape)}, need [.., rows, h]. For a row: norm_fp8(x[None])."
@@ -182,7 +182,7 @@ def normed_sum(
     A kernel computes both where a program needs them and they differ: XLA adds and normalises in turn. Alone
     each is XLA's, which fuses it with its neighbours.
     """
-    given = _operands(op, *parts, kind)
+    given = _operands(op, parts, kind)
     if both and not (parts[1] is None and parts[2] is None):
         y, s = _rows(*given, kind=kind, eps=eps, summed=True)
         return y, s
@@ -194,7 +194,7 @@ def normed_fp8(
     op: str, parts: tuple[Any, ...], kind: Any, eps: Any, *, returns: str
 ) -> tuple[QuantizedArray, jax.Array]:
     """The norm in FP8, and the norm ("normed") or s ("sum"), of parts as in `normed_sum`."""
-    given = _operands(op, *parts, kind)
+    given = _operands(op, parts, kind)
     form = {"normed": returns == "normed", "summed": returns == "sum", "scales": SCALE_FORMATS[0]}
     found = _rows(*given, kind=kind, eps=eps, **form)
     values, scales = found[-2:] if returns == "normed" else found[:2]
@@ -203,11 +203,12 @@ def normed_fp8(
 
 def summed(op: str, x: Any, residual: Any, bias: Any) -> jax.Array:
     """x + residual + bias, rounded once to the dtype of x."""
-    return reference.total(*_operands(op, x, residual, bias, None, None, KINDS[0])[:3])
+    return reference.total(*_operands(op, (x, residual, bias, None, None), KINDS[0])[:3])
 
 
-def _operands(op: str, x: Any, residual: Any, bias: Any, gamma: Any, beta: Any, kind: Any) -> tuple[Any, ...]:
+def _operands(op: str, parts: tuple[Any, ...], kind: Any) -> tuple[Any, ...]:
     """x, residual, bias, gamma and beta, checked."""
+    x, residual, bias, gamma, beta = parts
     given = checks.floats(op, "x", x)
     if given.ndim < 1 or given.shape[-1] < 1:
         raise ValueError(f"{op}: x is {list(given.shape)}, need [.., h] with h > 0.")
