@@ -33,9 +33,9 @@ from jax_deepgemm.tools.text import Progress
 
 SCHEMA = 1
 METHOD = (
-    "Device time of the kernels alone, from the CUPTI activity records of the JAX profiler; median of the "
-    "calls; L2 flushed before each call by writing 8 GiB; standard normal inputs; SM clock sampled "
-    "meanwhile."
+    "Device time of the kernels alone, overlapping ones counted once, from the CUPTI activity records of the "
+    "JAX profiler; median of the calls; L2 flushed before each call by writing 8 GiB; inputs standard "
+    "normal; SM clock sampled meanwhile."
 )
 TRIAL = "Wall clock of small problems without a GPU: a trial of the machinery, no measurement."
 

@@ -16,7 +16,7 @@ from jax_deepgemm.inference.elementwise import bias_act, residual_add
 from jax_deepgemm.inference.experts import grouped_linear
 from jax_deepgemm.inference.fastgen import fastgen_names
 from jax_deepgemm.inference.layers import linear, mlp, norm_linear
-from jax_deepgemm.inference.norms import norm
+from jax_deepgemm.inference.norms import norm, norm_fp8
 from jax_deepgemm.inference.rotary import rotary
 from jax_deepgemm.inference.scores import masked_softmax
 from jax_deepgemm.inference.tokens import embed, last_tokens
@@ -45,6 +45,7 @@ __all__ = [
     "moe_dispatch",
     "moe_route",
     "norm",
+    "norm_fp8",
     "norm_linear",
     "paged_append",
     "quantize",

@@ -67,9 +67,14 @@ def fitted(op: str, name: str, x: jax.Array, shape: Sequence[int], dims: str) ->
     return jnp.expand_dims(x, tuple(range(lead)))
 
 
+def vector(op: str, name: str, given: Any, size: int) -> jax.Array:
+    """A number for each feature, [size]."""
+    return shaped(op, name, floats(op, name, given), (size,), f"one number for each of {size} features")
+
+
 def row(op: str, name: str, given: Any, size: int, ndim: int) -> jax.Array:
     """A vector of a number for each feature, in float32, with dimensions of 1 in front."""
-    x = shaped(op, name, floats(op, name, given), (size,), f"one number for each of {size} features")
+    x = vector(op, name, given, size)
     return jnp.expand_dims(x.astype(jnp.float32), tuple(range(ndim - 1)))
 
 

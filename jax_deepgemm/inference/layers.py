@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
@@ -11,12 +13,16 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
+from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.first_order import ReverseOnly
 from jax_deepgemm.inference import checks
 from jax_deepgemm.inference.elementwise import activated
-from jax_deepgemm.inference.norms import normed, summed
+from jax_deepgemm.inference.norms import normed_fp8, normed_sum, summed
 from jax_deepgemm.inference.products import product
 from jax_deepgemm.inference.weights import QuantizedWeight, dequantize, per_channel
+from jax_deepgemm.ops.gemm.api import fp8_gemm_nt
 from jax_deepgemm.ops.gemm.linear import fp8_linear
+from jax_deepgemm.ops.gemm.tokens import Tokens
 from jax_deepgemm.ops.grouped.linear import grouped_linear as grouped
 from jax_deepgemm.ops.quantize import QuantizedArray
 from jax_deepgemm.ops.quantize.per_channel import PerChannelArray, dequantize_per_channel
@@ -197,10 +203,64 @@ def norm_linear(
     The same numbers as the two calls. Differentiable as they are.
     """
     op = "norm_linear"
-    z = normed(op, summed(op, x, residual, residual_bias), gamma, beta, kind, eps)
-    dtype = result_dtype(op, z, out_dtype)
-    y = multiplied(op, z, w, "w", w_layout, as_it_goes_on(dtype, bias, act))
+    dtype = result_dtype(op, checks.floats(op, "x", x), out_dtype)
+    form = _Normed(op, "w", kind, float(eps), w_layout, as_it_goes_on(dtype, bias, act), "normed")
+    y, z = _norm_product(form, (x, residual, residual_bias, gamma, beta), w)
     return finished(op, y, bias, act, dtype), z
+
+
+@dataclass(frozen=True)
+class _Normed:
+    """What of a product of a norm z is static; `returns` is mlp's."""
+
+    op: str
+    name: str
+    kind: str
+    eps: float
+    layout: str
+    dtype: Any
+    returns: str
+
+    def apart(self, parts: Any, w: Any) -> tuple[jax.Array, jax.Array]:
+        """(z @ w, z or the sum), as `norm` and `linear` compute it."""
+        both = self.returns == "sum"
+        z, s = normed_sum(self.op, parts, self.kind, self.eps, both=both)
+        return multiplied(self.op, z, w, self.name, self.layout, self.dtype), s if both else z
+
+
+def _norm_product(form: _Normed, parts: Any, w: Any) -> tuple[jax.Array, jax.Array]:
+    """(z @ w, z or the sum); where an FP8 weight wants z in FP8, the norm's kernel makes that."""
+    w = unwrapped(w)
+    if not isinstance(w, QuantizedArray) or np.ndim(unwrapped(parts[0])) < 2:
+        return form.apart(parts, w)
+    jax.eval_shape(form.apart, parts, w)  # the checks of both
+    leaves, tree = jax.tree.flatten((jax.tree.map(jnp.asarray, parts), w))
+    y, other = _fp8_product(form, *jax.tree.unflatten(tree, same_varying_axes(leaves)))
+    return y, other
+
+
+@functools.partial(
+    ReverseOnly, "a norm and its FP8 product", "norm and bf16_gemm_nt, which have derivatives of any order"
+)
+def _fp8_product(form: _Normed, parts: Any, w: QuantizedArray) -> tuple[jax.Array, jax.Array]:
+    q, other = normed_fp8(form.op, parts, form.kind, form.eps, returns=form.returns)
+    tokens = Tokens.of(q.values)
+    rows = QuantizedArray(tokens.flatten(q.values), tokens.flatten(q.scales), q.block)
+    return tokens.unflatten(fp8_gemm_nt(rows, w, out_dtype=of_kernels(form.dtype))), other
+
+
+def _fp8_product_fwd(form: _Normed, parts: Any, w: QuantizedArray) -> Any:
+    return _fp8_product(form, parts, w), (parts, w)
+
+
+def _fp8_product_bwd(form: _Normed, kept: Any, cotangents: Any) -> Any:
+    """The gradients of the two calls, whose forward pass is not run again: nothing reads its product."""
+    parts, w = kept
+    _, pull = jax.vjp(lambda parts: form.apart(parts, w), parts)
+    return *pull(cotangents), None
+
+
+_fp8_product.defvjp(_fp8_product_fwd, _fp8_product_bwd)
 
 
 def mlp(
@@ -261,16 +321,17 @@ def mlp(
     """
     op = "mlp"
     checks.choice(op, "returns", returns, ("normed", "sum"))
-    s = summed(op, x, residual, residual_bias)
     if norm is None and (gamma is not None or beta is not None):
         raise ValueError(f"{op}: gamma or beta is given and norm is None, need norm='layer' or 'rms'.")
-    z = (
-        s
-        if norm is None
-        else normed(op, s, gamma, beta, checks.choice(op, "norm", norm, ("layer", "rms")), eps)
-    )
-    inner = multiplied(op, z, w1, "w1", w_layout, np.dtype(np.float32))
-    inner = finished(op, inner, b1, act, s.dtype, gated, gate_first)
-    y = multiplied(op, inner, w2, "w2", w_layout, as_it_goes_on(s.dtype, b2))
-    y = finished(op, y, b2, None, s.dtype)
-    return y, z if returns == "normed" else s
+    wide = np.dtype(np.float32)
+    if norm is None:
+        other = summed(op, x, residual, residual_bias)
+        inner = multiplied(op, other, w1, "w1", w_layout, wide)
+    else:
+        checks.choice(op, "norm", norm, ("layer", "rms"))
+        form = _Normed(op, "w1", norm, float(eps), w_layout, wide, returns)
+        inner, other = _norm_product(form, (x, residual, residual_bias, gamma, beta), w1)
+    inner = finished(op, inner, b1, act, other.dtype, gated, gate_first)
+    y = multiplied(op, inner, w2, "w2", w_layout, as_it_goes_on(other.dtype, b2))
+    y = finished(op, y, b2, None, other.dtype)
+    return y, other

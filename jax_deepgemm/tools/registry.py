@@ -30,6 +30,7 @@ FOLDERS = (
     "jax_deepgemm.ops.paged_append",
     "jax_deepgemm.ops.attention",
     "jax_deepgemm.ops.mla",
+    "jax_deepgemm.ops.norm",
     "jax_deepgemm.ops.hc_prenorm",
     "jax_deepgemm.ops.sinkhorn",
     "jax_deepgemm.moe",

@@ -23,8 +23,10 @@ A file has a shape a line, as JSON objects or as CSV; empty lines and lines that
     {"op": "indexer_quantize", "tokens": 4096, "heads": 64}
     {"op": "indexer_topk", "tokens": 2048, "keys": 8192, "k": 512}
     {"op": "paged_append", "tokens": 64, "heads": 32, "kv_heads": 8, "stored": "float8_e4m3fn"}
+    {"op": "ragged_paged_attention", "tokens": 32, "sequences": 32, "keys": 4096, "heads": 32, "kv_heads": 8}
     {"op": "paged_mla_attention", "tokens": 128, "heads": 16, "seqs": 128}
     {"op": "sparse_mla_attention", "tokens": 128, "keys": 2048}
+    {"op": "norm", "tokens": 4096, "hidden": 7168, "kind": "rms", "normed": false, "fp8": "f32"}
     {"op": "hc_prenorm_gemm", "m": 4096, "n": 24, "k": 28672}
     {"op": "moe_mlp", "tokens": 4096, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}
     {"op": "moe_mlp_decode", "tokens": 64, "hidden": 7168, "intermediate": 2048, "experts": 32, "top_k": 8}

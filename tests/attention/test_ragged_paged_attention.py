@@ -286,7 +286,7 @@ def call(**changed: Any) -> Any:
         ({"alibi_slopes": jnp.zeros(4, jnp.bfloat16)}, TypeError, r"alibi_slopes.astype\(jnp.float32"),
         ({"max_q_len": 0}, ValueError, "max_q_len is 0"),
         ({"split": "2"}, ValueError, "split is '2'"),
-        ({"split": 999}, ValueError, "need 'auto' or 1 to 256"),
+        ({"split": 999}, ValueError, "need 'auto' or a multiple of 256 keys, such as 1024"),
         ({"layer": 0}, ValueError, "so leave layer out"),
     ],
 )  # fmt: skip

@@ -92,7 +92,7 @@ def test_info_says_what_is_supported(capsys: pytest.CaptureFixture[str]) -> None
     [
         ("cpu", None, False, "float32 reference"),
         ("gpu", "9.0", True, "capability 9.0: quantize, "),
-        ("gpu", "8.0", True, "capability 8.0: paged_append."),
+        ("gpu", "8.0", True, "capability 8.0: paged_append, norm."),
         ("gpu", "7.5", False, "Compute capability 7.5 has no kernels"),
         ("gpu", None, False, "need an NVIDIA GPU"),
     ],

@@ -360,7 +360,7 @@ COUNTS = {
     "moe_inference": 16,
     "moe_step": 4,
     "moe_shared": 12,
-    "norms": 54,
+    "norms": 72,
     "shapes": 24,
     "epilogue": 60,
     "attention_decode": 12,

@@ -92,7 +92,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["tune", "--tables", "fp8,moe"], "no table moe; there are fp8, fp8_wgrad, bf16"),
     (["tune"], "nothing to tune; name a file with --shapes, or tables of bench with --tables"),
     (["nothing"], "invalid choice: 'nothing'"),
-    (["compile", "--shapes", "huge.csv", "--arch", "100a"], "--arch: invalid choice: '100a'"),
+    (["compile", "--shapes", "huge.csv", "--arch", "75"], "--arch: invalid choice: '75'"),
     # options that need others
     (["bench", "--write"], "--write needs --report with the result files to show"),
     (["bench", "--plot", "."], "--plot needs --report with the result files to show"),

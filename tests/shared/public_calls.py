@@ -140,7 +140,8 @@ def _elementwise(x: jax.Array, bias: jax.Array) -> Any:
     turned = inference.rotary(x[:, None], jnp.arange(TOKENS, dtype=jnp.int32), dim=WIDTH)
     sums = inference.residual_add(x, x, x, bias, mode="parallel", mp_size=2)
     acted = inference.bias_act(x, bias, "gelu_erf", gated="interleaved")
-    return turned, sums, acted, inference.norm(x, bias, bias, residual=x, return_sum=True)
+    fp8 = inference.norm_fp8(x, bias, kind="rms", bias=bias)
+    return turned, sums, acted, inference.norm(x, bias, bias, residual=x, return_sum=True), fp8
 
 
 def _frozen_layers(x: jax.Array, w: jax.Array) -> Any:

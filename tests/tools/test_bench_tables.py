@@ -68,9 +68,11 @@ def test_small_run_of_the_further_tables(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_only_few_rows_of_a_are_timed_after_reading() -> None:
+    keys = {"route": "tokens", "topk": "rows", "attention_decode": "rows"}
+
     def rows(table: str) -> set[int]:
         read = [row.fields for row in rows_of(table) if row.read_flush]
-        return {fields[{"route": "tokens", "topk": "rows"}.get(table, "m")] for fields in read}
+        return {fields[keys.get(table, "m")] for fields in read}
 
     chosen = {name: rows(name) for name in catalog.tables()}
     assert {name: some for name, some in chosen.items() if some} == {
@@ -81,6 +83,7 @@ def test_only_few_rows_of_a_are_timed_after_reading() -> None:
         "shapes": {1, 64},
         "route": {1, 64, 4096, 16384},  # a choice reads its logits and does little else
         "topk": {1, 8, 64, 128, 1024, 4096, 8192},  # so it is meant to be
+        "attention_decode": {1},
     }
 
 

@@ -102,7 +102,7 @@ def _row(form: tuple[Any, ...], drawn: bool) -> Row:
             elsewhere="jax.nn.dot_product_attention",
             skipped="" if jax.default_backend() == "gpu" else "cuDNN runs on GPUs alone",
         ),
-        read_flush=True,
+        read_flush=rows == 1,
     )
 
 

@@ -51,7 +51,7 @@ struct Walk {
   const Call<C>& p;
   const int* totals;
   const int lane, run;
-  int wanted;             // the number of the next item
+  int ticket;             // of the next item: its number, less the blocks' first ones
   int at = 0;             // of 32 sequences the first
   int group = 0;          // their run
   int before = 0, after;  // items before these sequences, and up to the end of the run
@@ -62,16 +62,16 @@ struct Walk {
         totals(totals),
         lane(threadIdx.x % 32),
         run(run_length(p.sequences)),
-        wanted(blockIdx.x),
+        ticket(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)),
         after(totals[0]) {}
 
-  // Asks for a number; nobody looks at it before `next`.
+  // Nobody looks at it before `next`, so that nothing waits for it.
   __device__ __forceinline__ void take_ticket() {
-    if (lane == 0) wanted = atomicAdd(p.tickets, 1) + static_cast<int>(gridDim.x);
+    if (lane == 0) ticket = atomicAdd(p.tickets, 1);
   }
 
   __device__ __forceinline__ Item next() {
-    wanted = __shfl_sync(0xFFFFFFFF, wanted, 0);
+    const int wanted = __shfl_sync(0xFFFFFFFF, ticket, 0) + static_cast<int>(gridDim.x);
     constexpr Item kNone = {0, 0, 0, -1, 0, 0, 0, 0};
 #pragma unroll 1
     while (wanted >= after) {
