@@ -512,7 +512,7 @@ FORWARD = (
     Call("route", _route(), ("logits",)),
     Call("route sqrt_softplus", _route(score="sqrt_softplus"), ("logits",)),
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
-    Call("bias_act, residual_add, rotary, norm", _elementwise, ("x", "hidden_bias")),
+    Call("bias_act, residual_add, rotary, norm, norm_fp8", _elementwise, ("x", "hidden_bias")),
     Call("QuantizedWeight, quantize, dequantize, linear, norm_linear, mlp", _frozen_layers, ("x", "w_t")),
     Call("masked_softmax, attention", _attended_dense, ("heads",)),
     Call("embed, last_tokens", _words, ("ids", "x", "ends")),

@@ -20,7 +20,7 @@ def total(x: jax.Array, residual: jax.Array | None = None, bias: jax.Array | Non
         return x
     wide = x.astype(jnp.float32)
     for other in (residual, bias):
-        wide = wide if other is None else wide + other.astype(jnp.float32)
+        wide = wide if other is None else wide + _wide(other, x.ndim)
     return wide.astype(x.dtype)
 
 
@@ -32,9 +32,14 @@ def normed(
     if kind == "layer":
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     y = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + float(eps))
-    y = y if gamma is None else y * gamma.astype(jnp.float32)
-    y = y if beta is None else y + beta.astype(jnp.float32)
+    y = y if gamma is None else y * _wide(gamma, s.ndim)
+    y = y if beta is None else y + _wide(beta, s.ndim)
     return y.astype(s.dtype)
+
+
+def _wide(x: jax.Array, ndim: int) -> jax.Array:
+    """x in float32, dimensions of 1 in front."""
+    return jnp.expand_dims(x.astype(jnp.float32), tuple(range(ndim - x.ndim)))
 
 
 def quantized(y: jax.Array, scale_format: str) -> list[jax.Array]:
