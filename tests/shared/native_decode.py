@@ -26,6 +26,7 @@ _TEXT = """\
 #include <jax_deepgemm/attention/merge.cuh>
 #include <fstream>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -53,24 +54,33 @@ struct Numbers {{
   void write() const {{ std::ofstream(path, std::ios::binary).write(static_cast<char*>(all), size); }}
 }};
 
+// The threads of one block after the other are the same.
 template <class Kernel>
 void launch(unsigned blocks, unsigned columns, int count, const Kernel& kernel) {{
   gridDim.x = blocks;
-  for (unsigned block = 0; block < blocks * columns; ++block) {{
+  std::barrier<> block_ends(count);
+  std::optional<std::barrier<>> all_threads;
+  std::vector<Warp> all_warps;
+  const auto begin = [&](unsigned block) {{
     blockIdx.x = block % blocks, blockIdx.y = block / blocks;
     std::memset(jdg::shared, 0xFF, sizeof jdg::shared);
-    std::vector<Warp> all_warps(count / 32);
-    std::barrier<> all_threads(count);
-    warps = &all_warps, threads = &all_threads;
-    std::vector<std::thread> running;
-    for (int i = 0; i < count; ++i)
-      running.emplace_back([&, i] {{
-        threadIdx.x = i;
+    std::vector<Warp>(count / 32).swap(all_warps);
+    all_threads.emplace(count);
+    warps = &all_warps, threads = &*all_threads;
+  }};
+  std::vector<std::thread> running;
+  for (int i = 0; i < count; ++i)
+    running.emplace_back([&, i] {{
+      threadIdx.x = i;
+      for (unsigned block = 0; block < blocks * columns; ++block) {{
+        if (i == 0) begin(block);
+        block_ends.arrive_and_wait();
         kernel();
-        all_threads.arrive_and_drop();
-      }});
-    for (std::thread& one : running) one.join();
-  }}
+        threads->arrive_and_drop();
+        block_ends.arrive_and_wait();
+      }}
+    }});
+  for (std::thread& one : running) one.join();
 }}
 
 void attend(const std::string& folder, int shares) {{
