@@ -57,6 +57,19 @@ def broken(p: MlaProblem) -> mla_oracle.Operands:
     return operands
 
 
+def test_starts_that_descend_lead_nowhere_out_of_bounds(tmp_path: Path) -> None:
+    """Sequences that share rows have more parts than there are slots: rows are right, or zeros."""
+    p = dataclasses.replace(SMALL, split=256, seqs=8, columns=19, tokens=2)
+    operands = mla_oracle.draw(p, [(2, 300), *[(0, 0)] * 7], 0)
+    want, _ = mla_oracle.attend(p, operands)
+    for part, evens, odds in (("cu_q_lens", 0, 2), ("kv_lens", 300, 0)):
+        operands[part][::2], operands[part][1::2] = evens, odds
+    operands["tables"][:] = operands["tables"][0]
+    [(out, _)] = native_mla.run(tmp_path, p, MlaConfig(1, 16), [operands], 2)
+    found = out.astype(np.float64)
+    assert np.minimum(np.abs(found - want), np.abs(found)).max() < 0.02
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_attend(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of a row are added by one warp or by eight. One ends at the first access out of bounds."""

@@ -48,20 +48,20 @@ extern "C" __global__ void __launch_bounds__({threads}, {blocks}) {name}(
     const jdg::{dtype}* q, const jdg::{dtype}* cache, const int* tables, const int* starts,
     const int* lengths, const int* layer, jdg::{dtype}* out, float* lse, float* parts, float* part_stats,
     int tokens, int heads, int sequences, int columns, int pages, int layers, int most_rows, float scale,
-    int split, int teams) {{
+    int split, int most_weights, int teams) {{
   const jdg::MlaCall<jdg::{dtype}> call = {{q, cache, tables, starts, lengths, layer, out, lse, tokens,
                                            heads, sequences, columns, pages, layers, most_rows, scale}};
 """
 _MAIN = """\
 #include <jax_deepgemm/mla/mla.cuh>
 
-{config}  jdg::mla<Config>(call, {{split}}, parts, part_stats);
+{config}  jdg::mla<Config>(call, {{split, most_weights}}, parts, part_stats);
 }}
 """
 _MERGE = """\
 #include <jax_deepgemm/mla/merge.cuh>
 
-{config}  jdg::mla_merge<Config, {warps}, {rows}>(call, {{split}}, parts, part_stats, teams);
+{config}  jdg::mla_merge<Config, {warps}, {rows}>(call, {{split, most_weights}}, parts, part_stats, teams);
 }}
 """
 
@@ -283,7 +283,7 @@ def _plan(p: MlaProblem, c: MlaConfig, chip: Chip, given: Operands) -> LaunchPla
         *(Result(0), Result(1), Scratch(0), Scratch(1)),
         *(Scalar(number, "int32") for number in numbers(p)),
         Scalar(p.scale, "float32"),
-        *(Scalar(number, "int32") for number in (part_tiles(p), teams)),
+        *(Scalar(number, "int32") for number in (part_tiles(p), most_weights(p, c), teams)),
     )
     reading, adding = main_source(p, c), merge_source(p, c)
     launches = (
