@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_deepgemm.core.chip import Chip
 from jax_deepgemm.ops.mla import sm90
-from jax_deepgemm.ops.mla.family import MlaConfig
+from jax_deepgemm.ops.mla.family import FAMILY, MlaConfig
 from jax_deepgemm.ops.mla.problem import MlaProblem
 from tests.shared import mla_oracle, native_mla
 
@@ -68,6 +69,25 @@ def test_starts_that_descend_lead_nowhere_out_of_bounds(tmp_path: Path) -> None:
     [(out, _)] = native_mla.run(tmp_path, p, MlaConfig(1, 16), [operands], 2)
     found = out.astype(np.float64)
     assert np.minimum(np.abs(found - want), np.abs(found)).max() < 0.02
+
+
+def test_few_sms_have_small_teams() -> None:
+    p = MlaProblem(tokens=64, heads=128, seqs=2, columns=4, pages=8, page=64)
+    for sms in (1, 2, 3):
+        chip = dataclasses.replace(Chip(), num_sms=sms)
+        assert all(c.team <= sms for c, _ in FAMILY.ranked(p, chip))
+        assert FAMILY.choose(p, chip).config.team <= sms
+    with pytest.raises(ValueError, match="teams of 4 blocks, and 3 SMs may be used"):
+        FAMILY.choose(p, chip, MlaConfig(4))
+
+
+def test_limits() -> None:
+    for change, words in (
+        ({"heads": 65_536}, "65536 heads, at most 65535"),
+        ({"columns": 2**24, "page": 256}, "a table has more keys than a kernel counts"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            FAMILY.choose(dataclasses.replace(SMALL, **change), Chip())
 
 
 @pytest.mark.parametrize("case", CASES)
