@@ -133,6 +133,8 @@ def test_rules() -> None:
     ]
     with pytest.raises(ValueError, match=r"heads are 264 and 64 wide, need multiples of 16 up to 256: pad"):
         FAMILY.choose(_problem(depth=264), Chip())
+    with pytest.raises(ValueError, match=r"tables of 4294967296 keys, at most 2147483647"):
+        FAMILY.choose(_problem(page=256, table_pages=2**24), Chip())
 
 
 def test_both_kernels_are_launched_where_sequences_may_have_many_rows() -> None:
