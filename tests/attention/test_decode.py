@@ -81,6 +81,19 @@ def test_parts_have_the_same_bits_in_every_batch(tmp_path: Path) -> None:
     assert not one[1:].any()
 
 
+def test_starts_that_descend_lead_nowhere_out_of_bounds(tmp_path: Path) -> None:
+    """Sequences that share rows have more parts than there are slots: rows are right, or zeros."""
+    p, c = _problem(split=256, tokens=20, seqs=8, pages=20), AttentionConfig(16, 2, 4, 1)
+    operands = prefill_oracle.draw(p, ((20, 300), *[(0, 0)] * 7), 1)
+    want, _ = prefill_oracle.attend(p, operands)
+    for part, evens, odds in (("cu_q_lens", 0, 20), ("kv_lens", 300, 0)):
+        operands[part][::2], operands[part][1::2] = evens, odds
+    operands["tables"][:] = operands["tables"][0]
+    [(out, _)] = native_decode.run(tmp_path, p, c, [(operands, 2)])
+    found = out.astype(np.float64)
+    assert np.minimum(np.abs(found - want), np.abs(found)).max() < 0.01 * np.abs(want).max()
+
+
 WIDTHS = (
     (64, 64, "bf16", "bf16"),
     (80, 80, "bf16", "bf16"),
@@ -120,6 +133,8 @@ def test_rules() -> None:
     ]
     with pytest.raises(ValueError, match=r"heads are 264 and 64 wide, need multiples of 16 up to 256: pad"):
         FAMILY.choose(_problem(depth=264), Chip())
+    with pytest.raises(ValueError, match=r"tables of 4294967296 keys, at most 2147483647"):
+        FAMILY.choose(_problem(page=256, table_pages=2**24), Chip())
 
 
 def test_both_kernels_are_launched_where_sequences_may_have_many_rows() -> None:

@@ -111,6 +111,21 @@ def test_what_no_batch_has_leaves_no_array():
     np.testing.assert_array_equal(lse, np.tile(np.arange(4.0), (9, 1)))
 
 
+def test_numbers_beyond_int32():
+    """Options are held to what can be, and integers of other types do not wrap around."""
+    b = oracle.draw(12, [4, 3, 2], [20, 32, 9], behind=0)
+    q, cache, tables, starts, lens = b.call()
+    want = ragged_paged_attention(q, cache, tables, starts, lens)
+    for options in ({"window": 2**40}, {"max_q_len": 2**40}, {"split": 2**40}):
+        got = jax.jit(functools.partial(ragged_paged_attention, **options))(q, cache, tables, starts, lens)
+        np.testing.assert_array_equal(got, want)
+    far = np.where(np.arange(2) == 1, b.tables.astype(np.int64) + 2**32, b.tables)
+    none = ragged_paged_attention(q, cache, np.where(np.arange(2) == 1, -1, b.tables), starts, lens)
+    np.testing.assert_array_equal(ragged_paged_attention(q, cache, far, starts, lens), none)
+    many = np.array([20, 2**32 - 1, 9], np.uint32)
+    np.testing.assert_array_equal(ragged_paged_attention(q, cache, tables, starts, many), want)
+
+
 def test_number_of_sequences():
     b = oracle.draw(7, [4, 1, 2], [20, 32, 9])
     q, cache, tables, starts, lens = b.call()
@@ -288,11 +303,20 @@ def call(**changed: Any) -> Any:
         ({"split": "2"}, ValueError, "split is '2'"),
         ({"split": 999}, ValueError, "need 'auto' or a multiple of 256 keys, such as 1024"),
         ({"layer": 0}, ValueError, "so leave layer out"),
+        ({"num_sms": 0}, ValueError, "num_sms is 0, need a positive int"),
+        ({"config": "fast"}, TypeError, "config is 'fast', need an AttentionConfig or None"),
     ],
 )  # fmt: skip
 def test_errors(given, error, match):
     with pytest.raises(error, match=match):
         call(**given)
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(1, 0), (3, 2)])
+def test_a_cache_made_by_hand(layers, heads):
+    k, scale = jnp.zeros((layers, 2, heads, 16, 32), jnp.bfloat16), jnp.ones((layers, heads))
+    with pytest.raises(ValueError, match=r"a head at least, and one layer unless stacked\. Make it with"):
+        PagedKVCache(k, k, scale, scale).check()
 
 
 def test_there_is_no_derivative():

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_deepgemm.core.chip import Chip
 from jax_deepgemm.ops.mla import sm90
-from jax_deepgemm.ops.mla.family import MlaConfig
+from jax_deepgemm.ops.mla.family import FAMILY, MlaConfig
 from jax_deepgemm.ops.mla.problem import MlaProblem
 from tests.shared import mla_oracle, native_mla
 
@@ -54,6 +55,38 @@ def broken(p: MlaProblem) -> mla_oracle.Operands:
     operands["cu_q_lens"] = np.array([6, least, 0, 3, most], np.int32)
     operands["kv_lens"] = np.array([5, least, most, 90], np.int32)
     return operands
+
+
+def test_starts_that_descend_lead_nowhere_out_of_bounds(tmp_path: Path) -> None:
+    """Sequences that share rows have more parts than there are slots: rows are right, or zeros."""
+    p = dataclasses.replace(SMALL, split=256, seqs=8, columns=19, tokens=2)
+    operands = mla_oracle.draw(p, [(2, 300), *[(0, 0)] * 7], 0)
+    want, _ = mla_oracle.attend(p, operands)
+    for part, evens, odds in (("cu_q_lens", 0, 2), ("kv_lens", 300, 0)):
+        operands[part][::2], operands[part][1::2] = evens, odds
+    operands["tables"][:] = operands["tables"][0]
+    [(out, _)] = native_mla.run(tmp_path, p, MlaConfig(1, 16), [operands], 2)
+    found = out.astype(np.float64)
+    assert np.minimum(np.abs(found - want), np.abs(found)).max() < 0.02
+
+
+def test_few_sms_have_small_teams() -> None:
+    p = MlaProblem(tokens=64, heads=128, seqs=2, columns=4, pages=8, page=64)
+    for sms in (1, 2, 3):
+        chip = dataclasses.replace(Chip(), num_sms=sms)
+        assert all(c.team <= sms for c, _ in FAMILY.ranked(p, chip))
+        assert FAMILY.choose(p, chip).config.team <= sms
+    with pytest.raises(ValueError, match="teams of 4 blocks, and 3 SMs may be used"):
+        FAMILY.choose(p, chip, MlaConfig(4))
+
+
+def test_limits() -> None:
+    for change, words in (
+        ({"heads": 65_536}, "65536 heads, at most 65535"),
+        ({"columns": 2**24, "page": 256}, "a table has more keys than a kernel counts"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            FAMILY.choose(dataclasses.replace(SMALL, **change), Chip())
 
 
 @pytest.mark.parametrize("case", CASES)

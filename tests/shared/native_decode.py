@@ -120,7 +120,7 @@ def run(
     texts = {kind: s.text[s.text.index("struct Config") :] for kind, s in sources.items()}
     numbers = [p.tokens, p.seqs, p.table_pages, p.pages, p.layers, p.kv_heads, p.max_q_len or 2**31 - 1]
     factors = [f"{p.scale!r}f", f"{p.softcap!r}f"]
-    last = [p.window, decode.parts_of(p, c), 2**31 - 1]
+    last = [p.window, *decode.cutting(p, c)]
     text = _TEXT.format(
         **texts,
         buffers="\n  ".join(f'const Numbers {name}("{name}", folder);' for name in (*PARTS, *RESULTS)),

@@ -170,7 +170,11 @@ def run(
     sources = {"reading": sm90.main_source(p, c), "adding": sm90.merge_source(p, c)}
     texts = {kind: s.text[s.text.index("struct Config") :] for kind, s in sources.items()}
     texts = {kind: text.replace("= scores::", "= ::scores::") for kind, text in texts.items()}
-    numbers = [*map(str, sm90.numbers(p)), f"{p.scale!r}f", str(sm90.part_tiles(p)), str(teams)]
+    numbers = [
+        *map(str, sm90.numbers(p)),
+        f"{p.scale!r}f",
+        *map(str, (sm90.part_tiles(p), sm90.most_weights(p, c), teams)),
+    ]
     text = _TEXT.format(
         **texts,
         half=str(p.dtype == "f16").lower(),

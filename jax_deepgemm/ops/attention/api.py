@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.options import config_option, num_sms_option
 from jax_deepgemm.ops.attention import checks
 from jax_deepgemm.ops.attention.family import AttentionConfig
 from jax_deepgemm.ops.attention.op import attention_op
@@ -114,6 +115,9 @@ def ragged_paged_attention(
         split=split,
         head_dim=cache.head_dim,
     )
+    keys: Any = tables.shape[1] * cache.page_size
+    if isinstance(keys, int) and static["window"] >= keys:  # hides nothing
+        static["window"] = 0
     sink, static["with_sinks"] = checks.per_head(_NAME, "sinks", sinks, heads)
     slope, static["with_slopes"] = checks.per_head(_NAME, "alibi_slopes", alibi_slopes, heads)
     group = heads // cache.kv_heads
@@ -125,8 +129,8 @@ def ragged_paged_attention(
         *same_varying_axes(arrays),
         out_dtype=np.dtype(query.dtype),
         group=group,
-        config=config,
-        num_sms=num_sms,
+        config=config_option(_NAME, config, AttentionConfig),
+        num_sms=num_sms_option(_NAME, num_sms),
         **static,
     )
     return (out, lse) if return_lse else out

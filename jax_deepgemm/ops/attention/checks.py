@@ -11,7 +11,16 @@ import numpy as np
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.ops.paged_append.cache import BFLOAT16, E4M3, FLOAT16, PagedKVCache
-from jax_deepgemm.ops.paged_append.checks import FLOAT32, array, describe, integers, positive, shaped, wrong
+from jax_deepgemm.ops.paged_append.checks import (
+    FLOAT32,
+    LARGEST,
+    array,
+    describe,
+    integers,
+    positive,
+    shaped,
+    wrong,
+)
 
 SPLIT_STEP = 256
 """Keys: whole rounds of every kernel."""
@@ -101,8 +110,8 @@ def options(
         "window": 0 if window is None else int(window),
         "softcap": 0.0 if softcap is None else _number(where, "softcap", softcap),
         "scale": head_dim**-0.5 if scale is None else _number(where, "scale", scale),
-        "max_q_len": 0 if max_q_len is None else positive(where, "max_q_len", max_q_len),
-        "split": 0 if split == "auto" else int(split),
+        "max_q_len": 0 if max_q_len is None else min(positive(where, "max_q_len", max_q_len), LARGEST),
+        "split": 0 if split == "auto" else min(int(split), LARGEST // SPLIT_STEP * SPLIT_STEP),
     }
 
 

@@ -11,6 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jax_deepgemm.core.derivatives import same_varying_axes
+from jax_deepgemm.core.options import num_sms_option
 from jax_deepgemm.ops.attention.checks import batch
 from jax_deepgemm.ops.attention.checks import options as paged_options
 from jax_deepgemm.ops.mla import checks
@@ -107,7 +108,11 @@ def paged_mla_attention(
         split=split,
         head_dim=query.shape[-1],
     )
-    static |= {"causal": more["causal"], "max_q_len": more["max_q_len"]}
+    static |= {
+        "causal": more["causal"],
+        "max_q_len": more["max_q_len"],
+        "num_sms": num_sms_option(name, None),
+    }
     arrays = same_varying_axes((query, rows.rows, tables, starts, lens, rows.layer))
     out, lse = PAGED(*arrays, out_dtype=np.dtype(query.dtype), **static)
     return (out, lse) if return_lse else out
@@ -161,6 +166,7 @@ def sparse_mla_attention(
     slots = checks.named_slots(name, indices, query.shape[0])
     static = checks.options(name, rows, v_head_dim, scale)
     del static["split"]
+    static["num_sms"] = num_sms_option(name, None)
     arrays = same_varying_axes((query, rows.rows, slots, rows.layer))
     out, lse = SPARSE(*arrays, out_dtype=np.dtype(query.dtype), **static)
     return (out, lse) if return_lse else out

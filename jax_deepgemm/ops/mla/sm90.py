@@ -20,7 +20,7 @@ KEYS, STAGES, TEAMS = 32, 4, (1, 2, 4)
 """Keys of a tile, tiles of a block at a time, blocks of a team."""
 HELD, MOST_HELD = (20, 16), 24
 """Steps of queries in registers that are worth comparing, and those that compile."""
-MOST_WEIGHTS = 2**31 - 1
+MOST_HEADS, MOST_WEIGHTS = 65_535, 2**31 - 1
 FEW_ROWS = 256
 """Results up to which a block of threads adds up the pieces of one, else of eight, a warp each."""
 _ALL = 2**31 - 1
@@ -48,20 +48,20 @@ extern "C" __global__ void __launch_bounds__({threads}, {blocks}) {name}(
     const jdg::{dtype}* q, const jdg::{dtype}* cache, const int* tables, const int* starts,
     const int* lengths, const int* layer, jdg::{dtype}* out, float* lse, float* parts, float* part_stats,
     int tokens, int heads, int sequences, int columns, int pages, int layers, int most_rows, float scale,
-    int split, int teams) {{
+    int split, int most_weights, int teams) {{
   const jdg::MlaCall<jdg::{dtype}> call = {{q, cache, tables, starts, lengths, layer, out, lse, tokens,
                                            heads, sequences, columns, pages, layers, most_rows, scale}};
 """
 _MAIN = """\
 #include <jax_deepgemm/mla/mla.cuh>
 
-{config}  jdg::mla<Config>(call, {{split}}, parts, part_stats);
+{config}  jdg::mla<Config>(call, {{split, most_weights}}, parts, part_stats);
 }}
 """
 _MERGE = """\
 #include <jax_deepgemm/mla/merge.cuh>
 
-{config}  jdg::mla_merge<Config, {warps}, {rows}>(call, {{split}}, parts, part_stats, teams);
+{config}  jdg::mla_merge<Config, {warps}, {rows}>(call, {{split, most_weights}}, parts, part_stats, teams);
 }}
 """
 
@@ -131,10 +131,11 @@ def scratch_bytes(p: MlaProblem, c: MlaConfig, chip: Chip) -> tuple[int, int]:
 # Rules and choosing ----------------------------------------------------------------------------------------
 
 
-def problems_with(p: MlaProblem, c: MlaConfig) -> list[str]:
+def problems_with(p: MlaProblem, c: MlaConfig, chip: Chip) -> list[str]:
     """The rules that a configuration breaks."""
     rules = (
         (c.team in TEAMS, f"team is {c.team}, need one of {TEAMS}"),
+        (c.team <= chip.num_sms, f"teams of {c.team} blocks, and {chip.num_sms} SMs may be used"),
         (0 <= c.held <= MOST_HELD, f"held is {c.held}, need 0 to {MOST_HELD}: registers"),
     )
     return [words for kept, words in rules if not kept]
@@ -156,7 +157,11 @@ def refusal(p: MlaProblem) -> str:
             p.sparse or p.seqs <= MOST_SEQUENCES,
             f"{p.seqs} sequences, at most {MOST_SEQUENCES} in a call: cut the batch",
         ),
-        (p.pages * p.page <= MOST_WEIGHTS, "a layer has more keys than a kernel counts"),
+        (p.heads <= MOST_HEADS, f"{p.heads} heads, at most {MOST_HEADS}"),
+        (
+            max(p.pages * p.page, p.keys) <= MOST_WEIGHTS,
+            "a layer or a table has more keys than a kernel counts",
+        ),
         (
             most_weights(p, MlaConfig()) <= MOST_WEIGHTS,
             "rows times keys are more than a launch counts: cut the batch",
@@ -201,9 +206,9 @@ def cost(p: MlaProblem, c: MlaConfig, chip: Chip) -> Cost:
 
 
 def candidates(p: MlaProblem, chip: Chip) -> Iterator[MlaConfig]:
-    """Teams that have no more blocks than a sequence has rows for."""
+    """Teams that have no more blocks than a sequence has rows for, and there are SMs for."""
     for team in TEAMS:
-        if team == 1 or ROWS * (team // 2) < p.most_rows * p.heads:
+        if team == 1 or (ROWS * (team // 2) < p.most_rows * p.heads and team <= chip.num_sms):
             yield from (MlaConfig(team, held) for held in HELD)
 
 
@@ -282,7 +287,7 @@ def _plan(p: MlaProblem, c: MlaConfig, chip: Chip, given: Operands) -> LaunchPla
         *(Result(0), Result(1), Scratch(0), Scratch(1)),
         *(Scalar(number, "int32") for number in numbers(p)),
         Scalar(p.scale, "float32"),
-        *(Scalar(number, "int32") for number in (part_tiles(p), teams)),
+        *(Scalar(number, "int32") for number in (part_tiles(p), most_weights(p, c), teams)),
     )
     reading, adding = main_source(p, c), merge_source(p, c)
     launches = (
@@ -309,7 +314,7 @@ KERNELS = Kernels[MlaProblem, MlaConfig](
     config=MlaConfig,
     candidates=candidates,
     cost=cost,
-    broken_rules=lambda p, c, chip: problems_with(p, c),
+    broken_rules=problems_with,
     refusal=refusal,
     shared_bytes=shared_memory,
     sources=lambda p, c: [main_source(p, c), merge_source(p, c)],

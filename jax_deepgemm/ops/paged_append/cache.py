@@ -178,6 +178,12 @@ class PagedKVCache:
                 f"{where}: the cache has k {describe(self.k)} and v {describe(self.v)}, need one dtype and "
                 "shapes that differ in the last dimension alone. Make it with PagedKVCache.create."
             )
+        if self.kv_heads < 1 or (not self.stacked and self.layers != 1):
+            raise ValueError(
+                f"{where}: the cache has k {describe(self.k)} and stacked={self.stacked}, need {_RANK}, a "
+                "head at least, and one layer unless stacked. Make it with PagedKVCache.create, and layers= "
+                "for several."
+            )
         if self.page_size not in PAGE_SIZES:
             sizes = ", ".join(map(str, PAGE_SIZES))
             raise ValueError(f"{where}: page_size is {self.page_size}, need one of {sizes}.")

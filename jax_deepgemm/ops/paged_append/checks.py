@@ -11,6 +11,7 @@ import numpy as np
 from jax_deepgemm.core.arrays import unwrapped
 
 FLOAT32 = np.dtype(np.float32)
+LARGEST = 2**31 - 1
 
 
 def describe(x: Any) -> str:
@@ -47,10 +48,13 @@ def shaped(where: str, name: str, x: jax.Array, shape: tuple[int, ...], why: str
 
 
 def integers(where: str, name: str, given: Any, shape: tuple[int, ...], why: str) -> jax.Array:
-    """int32 of this shape."""
+    """int32 of this shape. What is beyond int32 is held to it: it names nothing, and must not wrap around."""
     x = np.asarray(given) if isinstance(given, (list, tuple)) else unwrapped(given)
     if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.integer):
         wrong(where, name, x, f"integers {list(shape)}", "Make them: jnp.asarray(.., jnp.int32).")
+    least, most = jnp.iinfo(x.dtype).min, jnp.iinfo(x.dtype).max
+    if most > LARGEST:
+        x = (np if isinstance(x, np.ndarray) else jnp).clip(x, max(int(least), -LARGEST - 1), LARGEST)
     return shaped(where, name, jnp.asarray(x).astype(jnp.int32), shape, why)
 
 

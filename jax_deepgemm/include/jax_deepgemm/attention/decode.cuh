@@ -374,7 +374,7 @@ __device__ __forceinline__ void attention_decode(const AttentionCall<typename Co
     return cutting.all_weights(sequence_of<Config::PAGE>(call, s), window, call.kv_heads);
   });
 
-  const Shares shares(prefix[call.sequences], gridDim.x);
+  const Shares shares(cutting.dealt(prefix[call.sequences]), gridDim.x);
   const int block = blockIdx.x;
   if (block >= shares.count) return;
   const int begin = shares.begin(block), end = shares.begin(block + 1);

@@ -67,9 +67,14 @@ struct Merger {
     const int length = cutting.weights(sequence, window());
     const int packed = own * Config::GROUP + q_head % Config::GROUP;
     const int unit = packed / Config::ROWS * call.kv_heads + q_head / Config::GROUP;
-    const int row = packed % Config::ROWS, from = prefix[s] + unit * length;
+    const int row = packed % Config::ROWS, all = cutting.dealt(prefix[call.sequences]);
+    if (prefix[s] > all - (unit + 1) * length) {
+      put_nothing(token);
+      return;
+    }
+    const int from = prefix[s] + unit * length;
     const bool split = cutting.split > 0;
-    const Shares shares(prefix[call.sequences], blocks);
+    const Shares shares(all, blocks);
     const int first = split ? from : shares.of(from);
     const int last = split ? from + length - 1 : shares.of(from + length - 1);
     if (first == last) return;

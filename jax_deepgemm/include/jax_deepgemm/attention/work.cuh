@@ -5,10 +5,10 @@
 //   weight    what is dealt out: a round, or (SPLIT) a part of a unit of `split` rounds
 //   piece     what a block does of a unit without a break: any number of rounds, or one part
 //
-// Units lie one behind the other: sequences, their blocks of rows, heads; each has as many weights as keys
-// that its sequence sees. Blocks have
-// equal shares of weights, one behind the other. A unit of several pieces is summed up
-// by merge.cuh, in their order, so results depend on the batch alone; with SPLIT, on the sequence alone.
+// Units lie one behind the other: sequences, their blocks of rows, heads; each has as many weights as the
+// keys that its sequence sees make. Blocks have equal shares of weights, one behind the other. A unit of
+// several pieces is summed up by merge.cuh, in their order, so results depend on the batch alone; with SPLIT,
+// on the sequence alone.
 #pragma once
 
 #include <jax_deepgemm/attention/problem.cuh>
@@ -22,6 +22,7 @@ struct Cutting {
 
   int split;      // rounds of a part; 0: pieces end where blocks' shares do
   int most_rows;  // tokens: sequences of more are another kernel's
+  int most_all;   // weights of all sequences, for which there are slots
 
   // The first key that a token of the sequence sees, on the border of 16.
   __device__ __forceinline__ static int begin(const Sequence& s, int window) {
@@ -41,6 +42,9 @@ struct Cutting {
   __device__ __forceinline__ int all_weights(const Sequence& s, int window, int kv_heads) const {
     return s.rows > most_rows ? 0 : units(s, kv_heads) * weights(s, window);
   }
+  // Of all sequences. Where starts descend, which breaks the rule, sequences share rows and have more
+  // weights; those are left out.
+  __device__ __forceinline__ int dealt(int all) const { return min(all, most_all); }
 };
 
 // Weights in shares that differ by one at most, the larger ones first; each has one at least.
@@ -63,8 +67,14 @@ struct Shares {
 // beginning of its share, one at its end.
 __device__ __forceinline__ int slot_of(int block, bool is_first) { return 2 * block + (is_first ? 0 : 1); }
 
-// Sums before each of `count` numbers, number(i), to prefix[0 .. count], in front of which are WARPS words
-// for itself; by a whole block of WARPS warps. Returns when all threads may read them.
+// Of numbers that are not negative, 2^31 - 1 at most.
+__device__ __forceinline__ int held_sum(int a, int b) {
+  const u32 sum = static_cast<u32>(a) + static_cast<u32>(b);
+  return sum > 0x7FFFFFFFu ? 0x7FFFFFFF : static_cast<int>(sum);
+}
+
+// Sums before each of `count` numbers, number(i), held to 2^31 - 1, to prefix[0 .. count], in front of which
+// are WARPS words for itself; by a whole block of WARPS warps. Returns when all threads may read them.
 template <int WARPS, class Number>
 __device__ __forceinline__ void prefix_sums(int* prefix, int count, Number number) {
   int* of_warps = prefix - WARPS;
@@ -72,26 +82,25 @@ __device__ __forceinline__ void prefix_sums(int* prefix, int count, Number numbe
   int before = 0;
   for (int base = 0; base < count; base += WARPS * 32) {
     const int i = base + threadIdx.x;
-    const int own = i < count ? number(i) : 0;
-    int sum = own;
+    int sum = i < count ? number(i) : 0;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int other = __shfl_up_sync(0xFFFFFFFF, sum, step);
-      sum += lane >= step ? other : 0;
+      sum = held_sum(sum, lane >= step ? other : 0);
     }
     if (lane == 31) of_warps[warp] = sum;
     __syncthreads();
-    int all = 0;
+    int all = before;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
-      sum += w < warp ? of_warps[w] : 0;
-      all += of_warps[w];
+      if (w == warp) before = all;
+      all = held_sum(all, of_warps[w]);
     }
-    if (i < count) prefix[i] = before + sum - own;
-    before += all;
+    if (i < count) prefix[i + 1] = held_sum(before, sum);
+    before = all;
     __syncthreads();
   }
-  if (threadIdx.x == 0) prefix[count] = before;
+  if (threadIdx.x == 0) prefix[0] = 0;
   __syncthreads();
 }
 

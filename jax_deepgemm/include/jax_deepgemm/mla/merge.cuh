@@ -1,13 +1,11 @@
 // The results of units that several shares had (mla.cuh), and zeros in rows that no sequence has. It may
 // start while that kernel runs, and every block waits for its end.
 //
-//   a block     ROWS rows (heads of one token), each of WARPS warps: each adds every WARPS-th piece's sums,
-//   then
-//               the warps' sums are added in shared memory, in the order of warps
+//   a block     ROWS rows (heads of one token), each of WARPS warps, which add every WARPS-th piece's sums;
+//               then the warps' sums are added in shared memory, in the order of warps
 //
-//   shared memory   float32 sums [row][warp][DV], their largest scores and denominators; a word for each warp
-//   and
-//                   prefix sums [sequences + 1]
+//   shared memory   float32 sums [row][warp][DV], their largest scores and denominators; a word for each
+//                   warp and prefix sums [sequences + 1]
 #pragma once
 
 #include <jax_deepgemm/attention/rows.cuh>
@@ -51,16 +49,17 @@ __device__ __forceinline__ void mla_merge(const MlaCall<typename C::T>& call, Ml
   const int s = C::SPARSE ? token : stretch_of(call.starts, call.sequences, token);
   const Sequence sequence = mla_sequence<C>(call, s);
   const int own = token - sequence.first, length = cutting.weights(sequence);
+  const int packed = own * call.heads + min(head, call.heads - 1), row = packed % MlaCutting<C>::kRows;
+  const int unit = packed / MlaCutting<C>::kRows;
   ptx::wait_for_previous_kernel();
-  if (own < 0 || own >= sequence.rows) {
+  if (own < 0 || own >= sequence.rows || batch.before(s) > batch.all() - (unit + 1) * length) {
     const float nothing[4] = {};
     for (int four = share * 32 + lane; four < FOURS; four += WARPS * 32) {
       if (head < call.heads) mla_store<C>(call, to, four * 4, nothing, Running{});
     }
     return;
   }
-  const int packed = own * call.heads + min(head, call.heads - 1), row = packed % MlaCutting<C>::kRows;
-  const int from = batch.before(s) + packed / MlaCutting<C>::kRows * length;
+  const int from = batch.before(s) + unit * length;
   const bool split = cutting.split > 0;
   const Shares shares(batch.all(), teams);
   const int first = split ? from : shares.of(from);

@@ -60,6 +60,7 @@ struct MlaCutting {
   static constexpr int kRows = C::TEAM * 64;
 
   int split;
+  int most_all;  // weights of all sequences, for which there are slots
 
   __device__ __forceinline__ static int tiles(const Sequence& s) {
     return max(1, ceil_div(s.keys, kTileKeys));
@@ -93,7 +94,8 @@ struct MlaBatch {
     return cutting.all_weights(mla_sequence<C>(call, 0), call.heads);
   }
   __device__ __forceinline__ int before(int s) const { return C::SPARSE ? s * each() : prefix[s]; }
-  __device__ __forceinline__ int all() const { return before(call.sequences); }
+  // Where starts descend, which breaks the rule, sequences share rows and have more; those are left out.
+  __device__ __forceinline__ int all() const { return min(before(call.sequences), cutting.most_all); }
   // The sequence that has a weight.
   __device__ __forceinline__ int of(int weight) const {
     return C::SPARSE ? weight / each() : stretch_of(prefix, call.sequences, weight);

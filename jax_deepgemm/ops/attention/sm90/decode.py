@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__({threads}, {blocks}) {name}(
     const int* tables, const int* starts, const int* lengths, const int* layer, const float* sinks,
     const float* slopes, jdg::{q_dtype}* out, float* lse, float* parts, float* part_stats, int tokens,
     int sequences, int table_pages, int pages, int layers, int kv_heads, int most_rows, float scale,
-    float softcap, int window, int split, int most_own_rows, int shares) {{
+    float softcap, int window, int split, int most_own_rows, int most_weights, int shares) {{
   const jdg::AttentionCall<jdg::{q_dtype}> call = {{
       q, k, v, k_scale, v_scale, tables, starts, lengths, layer, sinks, slopes, out, lse, tokens, sequences,
       table_pages, pages, layers, kv_heads, most_rows, scale, softcap, window}};
@@ -41,13 +41,14 @@ extern "C" __global__ void __launch_bounds__({threads}, {blocks}) {name}(
 _DECODE = """\
 #include <jax_deepgemm/attention/decode.cuh>
 
-{config}  jdg::attention_decode<Config>(call, {{split, most_own_rows}}, parts, part_stats);
+{config}  jdg::attention_decode<Config>(call, {{split, most_own_rows, most_weights}}, parts, part_stats);
 }}
 """
 _MERGE = """\
 #include <jax_deepgemm/attention/merge.cuh>
 
-{config}  jdg::attention_merge<Config, {warps}>(call, {{split, most_own_rows}}, parts, part_stats, shares);
+{config}  jdg::attention_merge<Config, {warps}>(
+      call, {{split, most_own_rows, most_weights}}, parts, part_stats, shares);
 }}
 """
 
@@ -107,6 +108,11 @@ def most_weights(p: AttentionProblem, c: AttentionConfig) -> int:
     """What is dealt out, at most."""
     rounds = ceil_div(p.keys, round_keys(c)) + 1
     return most_units(p) * (ceil_div(rounds, parts_of(p, c)) if p.split else rounds)
+
+
+def cutting(p: AttentionProblem, c: AttentionConfig, most_own_rows: int = _ALL) -> tuple[int, int, int]:
+    """What kernels are told of how work is cut, for sequences of so many tokens at most."""
+    return parts_of(p, c), most_own_rows, most_weights(p, c)
 
 
 def slots(p: AttentionProblem, c: AttentionConfig, chip: Chip) -> int:
@@ -186,7 +192,7 @@ def launches(
         *(Scalar(size, "int32") for size in sizes),
         Scalar(p.scale, "float32"),
         Scalar(p.softcap, "float32"),
-        *(Scalar(size, "int32") for size in (p.window, parts_of(p, c), most_own_rows, shares)),
+        *(Scalar(size, "int32") for size in (p.window, *cutting(p, c, most_own_rows), shares)),
     )
     reading, adding = decode_source(p, c), merge_source(p, c)
     return (

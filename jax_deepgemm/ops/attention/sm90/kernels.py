@@ -52,6 +52,7 @@ def refusal(p: AttentionProblem) -> str:
         ),
         (p.seqs <= MOST_SEQUENCES, f"{p.seqs} sequences, at most {MOST_SEQUENCES} in a call: cut the batch"),
         (p.heads <= _BLOCK_OF_MERGE, f"{p.heads} heads, at most {_BLOCK_OF_MERGE}"),
+        (p.keys <= MOST_WEIGHTS, f"tables of {p.keys} keys, at most {MOST_WEIGHTS}"),
         (
             decode.most_weights(p, AttentionConfig(16, 1)) <= MOST_WEIGHTS,
             "rows times keys are more than a launch counts: cut the batch",
