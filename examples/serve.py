@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import statistics
 import sys
 import tempfile
@@ -109,17 +110,22 @@ def check(engine: Engine, params: Tree, config: Config, requests: Sequence[Reque
 
 
 def same_alone(engine: Engine, requests: Sequence[Request]) -> str:
-    """How many logits keep their bits where a request is served alone, by the same programs."""
-    same, total = 0, 0
+    """How many logits keep their bits where a request is served alone, by the same programs: those of each
+    text up to the first token that is another one, as logits of other texts say nothing."""
+    same, total, made = 0, 0, 0
     for request in requests:
         one = Request(0, request.prompt, request.limit)
         alone = Engine(engine.programs, engine.cache, engine.made, engine.sizes, engine.eos)
         alone.run([one])
         engine.cache = alone.cache
-        same += sum(a == b for a, b in zip(one.logits, request.logits, strict=False))
-        total += len(request.logits)
+        pairs = zip(one.tokens[len(one.prompt) :], request.tokens[len(one.prompt) :], strict=False)
+        texts = sum(itertools.takewhile(bool, (a == b for a, b in pairs)))
+        both = list(zip(one.logits, request.logits, strict=False))[: texts + 1]
+        same += sum(a == b for a, b in both)
+        total, made = total + len(both), made + len(request.logits)
     return (
         f"{same} of {total} logits of {len(requests)} requests have the same bits where they are served alone"
+        f"{'' if total == made else f'; {made - total} stand behind the first other token of their text'}"
     )
 
 
