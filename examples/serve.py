@@ -19,13 +19,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,37 +91,68 @@ def check(engine: Engine, params: Tree, config: Config, requests: Sequence[Reque
     """Whether each token is the one that its whole sequence, computed anew and alone, gives."""
     equal: list[bool] = []
     behind, off = [], []
+    again = functools.partial(computed_again, params, config, engine.sizes.longest)
     with progress("computing every request again"):
         for request in requests:
-            padded = np.zeros(engine.sizes.longest, np.int32)
-            padded[: len(request.tokens)] = request.tokens
-            *found, spread = recompute(params, padded, np.int32(len(request.tokens)), config=config)
-            made = slice(len(request.prompt) - 1, len(request.tokens) - 1)
-            best, most, there = (np.asarray(part)[made] for part in found)
+            best, most, there, spread = again(request)
             equal += (best == request.tokens[len(request.prompt) :]).tolist()
-            behind += ((most - there) / float(spread)).tolist()
-            off += (np.abs(there - request.logits) / float(spread)).tolist()
+            behind += ((most - there) / spread).tolist()
+            off += (np.abs(there - request.logits) / spread).tolist()
     passed = max(behind) <= margin and statistics.median(off) <= margin
     print(
         f"{'PASS' if passed else 'FAIL'}: {sum(equal)} of {len(equal)} tokens equal full recomputation's"
         f"{'' if all(equal) else f', the others {max(behind):.3f} deviations of the logits behind at most'}; "
         f"logits are {statistics.median(off):.4f} deviations off in the median, {max(off):.4f} at most"
     )
+    if not passed:
+        print(what_rounding_does(again, requests[:16]))
     return passed
 
 
+def computed_again(
+    params: Tree, config: Config, longest: int, request: Request, rounded: bool = False
+) -> tuple[Any, Any, Any, float]:
+    """`recompute` of a request, of the tokens that were made."""
+    padded = np.zeros(longest, np.int32)
+    padded[: len(request.tokens)] = request.tokens
+    *found, spread = recompute(params, padded, np.int32(len(request.tokens)), config=config, rounded=rounded)
+    made = slice(len(request.prompt) - 1, len(request.tokens) - 1)
+    best, most, there = (np.asarray(part)[made] for part in found)
+    return best, most, there, float(spread)
+
+
+def what_rounding_does(again: Callable[..., Any], requests: Sequence[Request]) -> str:
+    """Recomputation beside itself with rounded probabilities: what a check without any fault would find."""
+    equal: list[bool] = []
+    off: list[float] = []
+    for request in requests:
+        best, _, there, spread = again(request)
+        other, _, rounded, _ = again(request, rounded=True)
+        equal += (best == other).tolist()
+        off += (np.abs(there - rounded) / spread).tolist()
+    return (
+        f"for scale, recomputation with probabilities in bfloat16: {sum(equal)} of {len(equal)} tokens "
+        f"equal, logits {statistics.median(off):.4f} deviations off in the median, {max(off):.4f} at most"
+    )
+
+
 def same_alone(engine: Engine, requests: Sequence[Request]) -> str:
-    """How many logits keep their bits where a request is served alone, by the same programs."""
-    same, total = 0, 0
+    """How many logits keep their bits where a request is served alone, by the same programs: those of each
+    text up to the first token that is another one, as logits of other texts say nothing."""
+    same, total, made = 0, 0, 0
     for request in requests:
         one = Request(0, request.prompt, request.limit)
         alone = Engine(engine.programs, engine.cache, engine.made, engine.sizes, engine.eos)
         alone.run([one])
         engine.cache = alone.cache
-        same += sum(a == b for a, b in zip(one.logits, request.logits, strict=False))
-        total += len(request.logits)
+        pairs = zip(one.tokens[len(one.prompt) :], request.tokens[len(one.prompt) :], strict=False)
+        texts = sum(itertools.takewhile(bool, (a == b for a, b in pairs)))
+        both = list(zip(one.logits, request.logits, strict=False))[: texts + 1]
+        same += sum(a == b for a, b in both)
+        total, made = total + len(both), made + len(request.logits)
     return (
         f"{same} of {total} logits of {len(requests)} requests have the same bits where they are served alone"
+        f"{'' if total == made else f'; {made - total} stand behind the first other token of their text'}"
     )
 
 

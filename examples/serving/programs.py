@@ -58,9 +58,13 @@ def step(
     return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(logits, axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def recompute(params: Tree, tokens: jax.Array, count: jax.Array, *, config: Config) -> tuple[jax.Array, ...]:
+@functools.partial(jax.jit, static_argnames=("config", "rounded"))
+def recompute(
+    params: Tree, tokens: jax.Array, count: jax.Array, *, config: Config, rounded: bool = False
+) -> tuple[jax.Array, ...]:
     """One whole sequence of count tokens, by attention of plain JAX, alone: which token follows each of them.
+
+    rounded: attention's probabilities are bfloat16, as kernels multiply them; else all is float32.
 
     Returns:
       the likeliest successor of each token, its logit, the logit of the successor that is there, and the
@@ -80,7 +84,9 @@ def recompute(params: Tree, tokens: jax.Array, count: jax.Array, *, config: Conf
         q = q.reshape(len(tokens), config.kv_heads, -1, config.head_dim)
         exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         scores = exact("qgrd,kgd->grqk", q, k) * config.head_dim**-0.5
-        out = exact("grqk,kgd->qgrd", jax.nn.softmax(jnp.where(past, scores, -jnp.inf)), v)
+        shares = jax.nn.softmax(jnp.where(past, scores, -jnp.inf))
+        shares = shares.astype(jnp.bfloat16).astype(jnp.float32) if rounded else shares
+        out = exact("grqk,kgd->qgrd", shares, v)
         return out.reshape(len(tokens), config.heads, -1).astype(jnp.bfloat16)
 
     logits = logits_of(params, forward(params, tokens, position < count, attend, config))

@@ -28,7 +28,7 @@ def floats(op: str, name: str, given: Any, *, like: Any = None) -> jax.Array:
     if dtype not in FLOATS:
         raise TypeError(
             f"{op}: {name} is {described(x)}, need a bfloat16, float16 or float32 array: "
-            f"{name}.astype(jnp.bfloat16)."
+            f"{_as(name, x, 'bfloat16')}."
         )
     if like is not None and dtype != like.dtype:
         raise TypeError(
@@ -38,13 +38,18 @@ def floats(op: str, name: str, given: Any, *, like: Any = None) -> jax.Array:
     return jnp.asarray(x)
 
 
+def _as(name: str, x: Any, dtype: str) -> str:
+    """What to write in place of an operand: lists and numbers have no `astype`."""
+    return f"{name}.astype(jnp.{dtype})" if hasattr(x, "astype") else f"jnp.asarray({name}, jnp.{dtype})"
+
+
 def integers(op: str, name: str, given: Any, dims: str) -> jax.Array:
     """Integers of an operand as int32."""
     x = unwrapped(given)
     if isinstance(x, int | np.integer) and not isinstance(x, bool):
         return jnp.asarray(x, jnp.int32)
     if not jnp.issubdtype(getattr(x, "dtype", np.void), jnp.integer):
-        raise TypeError(f"{op}: {name} is {described(x)}, need integers {dims}: {name}.astype(jnp.int32).")
+        raise TypeError(f"{op}: {name} is {described(x)}, need integers {dims}: {_as(name, x, 'int32')}.")
     return jnp.asarray(x).astype(jnp.int32)
 
 

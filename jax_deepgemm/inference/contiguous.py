@@ -69,11 +69,12 @@ def attention(
         why.
 
     "auto" is cuDNN (`jax.nn.dot_product_attention`) where this process has a GPU and the call is what cuDNN
-    computes: bfloat16 or float16, d = d_v a multiple of 8 up to 256, no bias, no alibi_slopes, not both
-    window and kv_lens, and q_offset the Python number 0 if it is causal. Else it is XLA, which keeps all
-    scores in memory, float32 [batch, heads, queries, keys]; the log (level info) says why, once. In a
-    program's text the call stands in a scope named "attention_cudnn" or "attention_xla". For keys in pages,
-    or with an offset, `ragged_paged_attention` and `attend_with_cache` keep no scores. Differentiable.
+    computes: bfloat16 or float16, d = d_v a multiple of 8 up to 256, no bias, no alibi_slopes, with a window
+    no kv_lens and no more queries than keys, and q_offset the Python number 0 if it is causal. Else it is
+    XLA, which keeps all scores in memory, float32 [batch, heads, queries, keys]; the log (level info) says
+    why, once. In a program's text the call stands in a scope named "attention_cudnn" or "attention_xla". For
+    keys in pages, or with an offset, `ragged_paged_attention` and `attend_with_cache` keep no scores.
+    Differentiable.
     """
     op = "attention"
     checks.choice(op, "impl", impl, IMPLEMENTATIONS)
@@ -133,6 +134,8 @@ def _not_cudnn(q: jax.Array, v: jax.Array, view: View, q_offset: Any, extra: boo
         return "cuDNN's causal mask begins at position 0, and q_offset is not the number 0"
     if view.window is not None and view.ends is not None:
         return "cuDNN has no zeros for rows whose window is behind kv_lens"
+    if view.window is not None and q.shape[1] > v.shape[1]:
+        return "cuDNN has no zeros for rows whose window is behind the last key"
     return ""
 
 

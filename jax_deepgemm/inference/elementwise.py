@@ -102,12 +102,13 @@ def residual_add(
     mode: str = "pre",
     mp_size: int = 1,
 ) -> jax.Array:
-    """The residual behind a transformer block; m: hidden, r: residual, a: attn, b_a: attn_bias, b_f:
-    final_bias.
+    """The residual behind a transformer block.
 
         pre        m + (r + a + b_a + b_f) / mp_size        norms in front of the layers
         post       m + r + b_f                              norms behind them
         parallel   m + a + (r + b_a + b_f) / mp_size        attention and MLP side by side (GPT-J, GPT-NeoX)
+
+    where m is hidden, r residual, a attn, b_a attn_bias and b_f final_bias.
 
     With mp_size devices that hold parts of m (and, in parallel, of a), the sum of their results is the
     residual: what all of them hold is divided by mp_size.

@@ -6,26 +6,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.core.arrays import unwrapped
 from jax_deepgemm.inference import checks
 from jax_deepgemm.inference.layers import (
-    _STEP_K,
-    _STEP_N,
-    LAYOUTS,
     Weight,
     as_it_goes_on,
+    as_stored,
+    dequantized,
     finished,
+    is_frozen,
+    no_float16,
     of_kernels,
     result_dtype,
 )
-from jax_deepgemm.inference.weights import QuantizedWeight, dequantize, per_channel
+from jax_deepgemm.inference.weights import QuantizedWeight
 from jax_deepgemm.ops.grouped.layouts import group_sizes_to_indices
 from jax_deepgemm.ops.grouped.linear import grouped_linear as grouped
 from jax_deepgemm.ops.quantize import QuantizedArray
-from jax_deepgemm.ops.quantize.per_channel import PerChannelArray, dequantize_per_channel
+from jax_deepgemm.ops.quantize.per_channel import PerChannelArray
 from jax_deepgemm.ops.ragged_dot.api import ragged_dot
 
 
@@ -72,14 +72,7 @@ def grouped_linear(
     """
     op = "grouped_linear"
     given, w = checks.floats(op, "x", x), unwrapped(w)
-    checks.choice(op, "w_layout", w_layout, LAYOUTS)
-    frozen = isinstance(w, QuantizedWeight | PerChannelArray | QuantizedArray)
-    if frozen and isinstance(w, QuantizedArray) != (w_layout == "nk"):
-        need = "nk" if isinstance(w, QuantizedArray) else "kn"
-        raise ValueError(
-            f"{op}: w is a {type(w).__name__} and w_layout is {w_layout!r}, need {need!r}: its only layout."
-        )
-    weight: Any = w if frozen else checks.floats(op, "w", w, like=given)
+    weight: Any = w if is_frozen(op, w, "w", w_layout) else checks.floats(op, "w", w, like=given)
     sizes = checks.integers(op, "group_sizes", group_sizes, "[g]")
     shape = tuple(weight.shape)
     if given.ndim != 2 or len(shape) != 3 or shape[1 + w_layout.index("k")] != given.shape[1]:
@@ -103,17 +96,13 @@ def grouped_linear(
 def _multiplied(op: str, x: jax.Array, w: Any, sizes: jax.Array, layout: str, dtype: Any) -> jax.Array:
     """[m, n] in a type or, by kernels, in float32; rows of no group are zero."""
     if isinstance(w, QuantizedArray):
-        if x.dtype == np.float16:
-            raise TypeError(
-                f"{op}: x is float16 and w is FP8, need bfloat16 or float32: x.astype(jnp.bfloat16)."
-            )
+        no_float16(op, x, "w")
         return grouped(x, w, sizes, out_dtype=of_kernels(dtype))
     if isinstance(w, QuantizedWeight | PerChannelArray):
-        direct = per_channel(op, "w", w) if isinstance(w, QuantizedWeight) else w
-        steps = w.shape[1] % _STEP_K == w.shape[2] % _STEP_N == 0
-        if direct is not None and x.dtype == jnp.bfloat16 and steps:
+        direct = as_stored(op, x, w, "w")
+        if direct is not None:
             form: dict[str, Any] = {"recipe": "bf16", "weight_layout": "kn", "out_dtype": of_kernels(dtype)}
             return grouped(x, direct, sizes, **form)
-        w = dequantize(w, x.dtype) if isinstance(w, QuantizedWeight) else dequantize_per_channel(w, x.dtype)
+        w = dequantized(op, x, w, "w")
     stored = {"kn": "gkn", "nk": "gnk"}[layout]
     return ragged_dot(x, w, sizes, rhs_layout=stored, preferred_element_type=dtype)

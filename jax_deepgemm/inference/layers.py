@@ -20,6 +20,7 @@ from jax_deepgemm.inference.elementwise import activated
 from jax_deepgemm.inference.norms import normed_fp8, normed_sum, summed
 from jax_deepgemm.inference.products import product
 from jax_deepgemm.inference.weights import QuantizedWeight, dequantize, per_channel
+from jax_deepgemm.log import note_once
 from jax_deepgemm.ops.gemm.api import fp8_gemm_nt
 from jax_deepgemm.ops.gemm.linear import fp8_linear
 from jax_deepgemm.ops.gemm.tokens import Tokens
@@ -118,14 +119,8 @@ def of_kernels(dtype: Any) -> Any:
 
 def multiplied(op: str, x: jax.Array, w: Any, name: str, layout: str, dtype: Any) -> jax.Array:
     """[.., n] of x [.., k] and a weight of any kind, in a type or, by kernels, in float32."""
-    checks.choice(op, "w_layout", layout, LAYOUTS)
     w = unwrapped(w)
-    frozen = isinstance(w, QuantizedWeight | PerChannelArray | QuantizedArray)
-    if isinstance(w, QuantizedArray) != (layout == "nk") and frozen:
-        own = "nk" if isinstance(w, QuantizedArray) else "kn"
-        raise ValueError(
-            f"{op}: {name} is a {type(w).__name__} and w_layout is {layout!r}, need {own!r}: its only layout."
-        )
+    frozen = is_frozen(op, w, name, layout)
     weight = w if frozen else checks.floats(op, name, w, like=x)
     k = weight.shape[-1 if layout == "nk" else -2] if len(weight.shape) == 2 else -1
     if x.ndim < 1 or k != x.shape[-1]:
@@ -136,10 +131,7 @@ def multiplied(op: str, x: jax.Array, w: Any, name: str, layout: str, dtype: Any
             f"{stored} of the same k. For an array stored the other way pass w_layout={other!r}."
         )
     if isinstance(weight, QuantizedArray):
-        if x.dtype == np.float16:
-            raise TypeError(
-                f"{op}: x is float16 and {name} is FP8, need bfloat16 or float32: x.astype(jnp.bfloat16)."
-            )
+        no_float16(op, x, name)
         return fp8_linear(x, weight, out_dtype=of_kernels(dtype))
     if frozen:
         return _frozen(op, x, weight, name, dtype)
@@ -147,18 +139,53 @@ def multiplied(op: str, x: jax.Array, w: Any, name: str, layout: str, dtype: Any
 
 
 def _frozen(op: str, x: jax.Array, w: Any, name: str, dtype: Any) -> jax.Array:
-    direct = per_channel(op, name, w) if isinstance(w, QuantizedWeight) else w
     k, n = w.shape
-    if direct is not None and x.dtype == jnp.bfloat16 and k % _STEP_K == n % _STEP_N == 0:
+    direct = as_stored(op, x, w, name)
+    if direct is not None:
         rows = math.prod(x.shape[:-1])
         stacked = PerChannelArray(*(jnp.expand_dims(unwrapped(part), 0) for part in direct))
         sizes = jnp.full(1, rows, jnp.int32)
         options: dict[str, Any] = {"recipe": "bf16", "weight_layout": "kn", "out_dtype": of_kernels(dtype)}
         y = grouped(x.reshape(rows, k), stacked, sizes, **options)
         return y.reshape(*x.shape[:-1], n)
-    if isinstance(w, PerChannelArray):
-        return product(x, dequantize_per_channel(w, x.dtype), ((x.ndim - 1,), (0,)), out_dtype=dtype)
-    return product(x, dequantize(w, x.dtype), ((x.ndim - 1,), (0,)), out_dtype=dtype)
+    return product(x, dequantized(op, x, w, name), ((x.ndim - 1,), (0,)), out_dtype=dtype)
+
+
+def is_frozen(op: str, w: Any, name: str, layout: str) -> bool:
+    """Whether a weight is quantised; it has one layout then."""
+    checks.choice(op, "w_layout", layout, LAYOUTS)
+    frozen = isinstance(w, QuantizedWeight | PerChannelArray | QuantizedArray)
+    own = "nk" if isinstance(w, QuantizedArray) else "kn"
+    if frozen and layout != own:
+        raise ValueError(
+            f"{op}: {name} is a {type(w).__name__} and w_layout is {layout!r}, need {own!r}: its only layout."
+        )
+    return frozen
+
+
+def no_float16(op: str, x: jax.Array, name: str) -> None:
+    """Refuses what FP8 products do not take."""
+    if x.dtype == np.float16:
+        raise TypeError(
+            f"{op}: x is float16 and {name} is FP8, need bfloat16 or float32: x.astype(jnp.bfloat16)."
+        )
+
+
+def as_stored(op: str, x: jax.Array, w: Any, name: str) -> PerChannelArray | None:
+    """A weight whose bytes the kernel for scales a channel reads; None of any other."""
+    direct = per_channel(op, name, w) if isinstance(w, QuantizedWeight) else w
+    *_, k, n = w.shape
+    return direct if x.dtype == jnp.bfloat16 and k % _STEP_K == n % _STEP_N == 0 else None
+
+
+def dequantized(op: str, x: jax.Array, w: QuantizedWeight | PerChannelArray, name: str) -> jax.Array:
+    """A whole weight in the dtype of x, which the log mentions."""
+    kind = w.format if isinstance(w, QuantizedWeight) else np.dtype(w.values.dtype).name
+    note_once(
+        f"{op}: {name}, {kind} {list(w.shape)}, is dequantised to {x.dtype.name} at each call: that saves "
+        "memory, not time. The docstring of linear says which weights are read as they are stored."
+    )
+    return dequantize(w, x.dtype) if isinstance(w, QuantizedWeight) else dequantize_per_channel(w, x.dtype)
 
 
 def norm_linear(
@@ -300,7 +327,7 @@ def mlp(
       x: [.., k] bfloat16, float16 or float32.
       w1: [k, n], any weight of `linear`; [k, 2 n] where it is gated.
       w2: [n, m], any weight of `linear`.
-      b1: [n], or [2 n]; b2: [m]; or None.
+      b1: [n], or [2 n], or None.
       b2: [m], or None.
       act, gated, gate_first: as in `bias_act`.
       norm: None, "layer" or "rms".

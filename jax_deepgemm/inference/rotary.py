@@ -23,11 +23,11 @@ def rotary(
     style: str = "half",
     inv_freq: ArrayLike | None = None,
 ) -> jax.Array:
-    """Rotates pairs of the first `dim` numbers of every head by position * theta^(-2 i / dim), i = 0 .. dim /
-    2 - 1.
+    """Rotates pairs of the first `dim` numbers of every head by angles that grow with its token's position.
 
-        (u, v) -> (u cos - v sin, u sin + v cos)     pair i: "half" (i, i + dim / 2), "interleaved" (2 i, 2 i
-        + 1)
+        pair i = 0 .. dim / 2 - 1     "half": numbers i and i + dim / 2; "interleaved": 2 i and 2 i + 1
+        angle                         position * theta^(-2 i / dim)
+        (u, v) becomes                (u cos - v sin, u sin + v cos)
 
     >>> import jax.numpy as jnp
     >>> x = jnp.array([[[1.0, 0.0, 5.0]]])                               # one token, one head, of 3 numbers

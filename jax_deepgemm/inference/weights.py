@@ -70,10 +70,10 @@ class QuantizedWeight:
 def quantize(w: ArrayLike, format: str = "int8", *, group_size: int | None = None) -> QuantizedWeight:
     """A weight [.., k, n] in int8, int4 or FP6, with a scale for each column, or for group_size rows of each.
 
-        int8, int4    scale = largest magnitude / 2^(bits - 1), value = round(w / scale), at most 2^(bits - 1)
-        - 1 fp6_e3m2      scale = largest magnitude / 28, value = the nearest number with three bits of
-        exponent and two
-                      of mantissa
+        int8, int4    scale = largest magnitude / 2^(bits - 1)
+                      value = round(w / scale), at most 2^(bits - 1) - 1
+        fp6_e3m2      scale = largest magnitude / 28
+                      value = the nearest number with three bits of exponent and two of mantissa
 
     >>> import jax.numpy as jnp
     >>> quantize(jnp.array([[2.0, 0.0], [-1.0, 0.0]])).values.tolist()

@@ -306,6 +306,17 @@ def test_cudnn_takes_neither(dtype: Any, shape: tuple[int, ...], why: str) -> No
     assert jax.eval_shape(inference.attention, q, q, q).shape == shape
 
 
+def test_cudnn_takes_no_window_of_more_queries_than_keys() -> None:
+    """Rows from keys + window - 1 on see nothing: they are zero."""
+    q = drawn(34, 1, 9, 1, 8, dtype=BF16)
+    k = q[:, :4]
+    with pytest.raises(ValueError, match="window is behind the last key"):
+        inference.attention(q, k, k, causal=True, window=3, impl="cudnn")
+    out = np.asarray(inference.attention(q, k, k, causal=True, window=3), np.float32)
+    assert out[0, 5].any()
+    assert not out[0, 6:].any()
+
+
 def test_the_choice_stands_in_the_program() -> None:
     q = jnp.ones((1, 2, 1, 8))
     text = jax.jit(inference.attention).lower(q, q, q).as_text(debug_info=True)
