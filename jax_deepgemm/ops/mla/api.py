@@ -145,7 +145,7 @@ def sparse_mla_attention(
 
     Args:
       q: [t, heads, head_dim] in the cache's dtype.
-      cache: as that of `paged_mla_attention`.
+      cache: as the one of `paged_mla_attention`.
       indices: integers [t, n]: slots, in any order. Those outside of the cache, such as -1, name no key. One
         that is named twice counts twice.
       scale, v_head_dim, return_lse, layer: as those of `paged_mla_attention`.
@@ -188,7 +188,7 @@ def mla_append(
     [[0, 0], [1, 1]]
 
     Args:
-      cache: as that of `paged_mla_attention`. Donate it, and it is updated in place.
+      cache: as the one of `paged_mla_attention`. Donate it, and it is updated in place.
       keys: [t, head_dim] in the cache's dtype: normalized latents, then the rotated part.
       slots: integers [t]. Slots outside of the cache, such as -1, skip their token. Slots are distinct: of
         several tokens with one slot, any may be written.
