@@ -148,7 +148,7 @@ def sparse_mla_attention(
       cache: as the one of `paged_mla_attention`.
       indices: integers [t, n]: slots, in any order. Those outside of the cache, such as -1, name no key. One
         that is named twice counts twice.
-      scale, v_head_dim, return_lse, layer: as those of `paged_mla_attention`.
+      scale, v_head_dim, return_lse, layer: as the ones of `paged_mla_attention`.
 
     Returns:
       [t, heads, v_head_dim] in the dtype of q; with return_lse, (out, lse float32 [t, heads]). Rows that see
