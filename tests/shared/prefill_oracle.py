@@ -40,15 +40,17 @@ def draw(
     p: AttentionProblem, lengths: Sequence[tuple[int, int]], seed: int, missing: float = 0.0
 ) -> dict[str, np.ndarray]:
     """Operands for sequences of so many queries and keys; NaN where nothing may be read, in memory as in
-    tables' unused places. Of the pages that are used, a part is not in the pool."""
+    tables' unused places, and in pages that a window has left. Of the pages that are used, a part is not in
+    the pool."""
     rng, kind = np.random.default_rng(seed), DTYPES[p.kv_dtype]
     k = np.full((p.layers, p.pages, p.kv_heads, p.page, p.depth), np.nan, kind)
     v = np.full((*k.shape[:-1], p.v_depth), np.nan, kind)
     tables = rng.choice([*NO_PAGES, p.pages, *range(p.pages)], (p.seqs, p.table_pages)).astype(np.int32)
     free, layer = list(rng.permutation(p.pages)), p.layers - 1
-    for i, (_, length) in enumerate(lengths):
+    for i, (count, length) in enumerate(lengths):
+        left = length - count - p.window + 1 if p.window else 0
         for at in range(0, min(length, p.table_pages * p.page), p.page):
-            page, used = free.pop(), min(p.page, length - at)
+            page, used = free.pop(), min(p.page, length - at) if at + p.page > left else 0
             k[layer, page, :, :used] = rng.standard_normal((p.kv_heads, used, p.depth))
             v[layer, page, :, :used] = rng.standard_normal((p.kv_heads, used, p.v_depth))
             tables[i, at // p.page] = rng.choice([*NO_PAGES, p.pages]) if rng.random() < missing else page

@@ -97,9 +97,10 @@ def ragged_paged_attention(
     Raises:
       TypeError, ValueError: types, shapes or options outside of the above; the message says what to do.
 
-    Keys that no row of their sequence sees may be anything, NaN too. On a mesh heads are cut over devices.
-    Has no derivative. Sources: pages, "Efficient Memory Management for Large Language Model Serving with
-    PagedAttention", arXiv:2309.06180; slopes, ALiBi, arXiv:2108.12409; sinks as gpt-oss has them.
+    Keys behind a sequence's last, and pages of which none of its rows sees a key, may be anything, NaN too.
+    On a mesh heads are cut over devices. Has no derivative. Sources: pages, "Efficient Memory Management for
+    Large Language Model Serving with PagedAttention", arXiv:2309.06180; slopes, ALiBi, arXiv:2108.12409;
+    sinks as gpt-oss has them.
     """
     cache.check(_NAME)
     query = checks.query(_NAME, q, cache)

@@ -28,7 +28,6 @@ class KVCache:
       paged: the pages.
       capacity: tokens of a sequence, a multiple of the page, static.
 
-    >>> import jax.numpy as jnp
     Raises nothing: functions that take it check it.
 
     >>> cache = KVCache.create(batch=2, capacity=100, kv_heads=4, head_dim=64)

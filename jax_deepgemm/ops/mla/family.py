@@ -10,12 +10,12 @@ from jax_deepgemm.ops.mla.problem import MlaProblem
 
 @dataclass(frozen=True)
 class MlaConfig:
-    """How latent attention runs on a GPU; what `config=` takes.
+    """How latent attention runs on a GPU. The cost model or a tuning file chooses; no call takes one.
 
     >>> print(MlaConfig(held=20, team=2))
     20 steps held, teams of 2
 
-    Raises nothing; a call says which rules a configuration breaks.
+    Raises nothing.
 
     Attributes:
       held: steps of 16 numbers of the queries that are in registers, up to 24. With some, the warpgroup that

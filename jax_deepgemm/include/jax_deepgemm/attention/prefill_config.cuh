@@ -2,7 +2,7 @@
 // ops/attention/sm90/prefill.py writes as `struct Config`, and what follows from it.
 //
 // A sequence's queries are packed: row r of a sequence and kv head is query r / GROUP, head r % GROUP of
-// those that share the kv head. A tile is 128 rows by KEYS keys.
+// those that share the kv head. A tile is 64 rows of each consumer by KEYS keys.
 #pragma once
 
 #include <jax_deepgemm/attention/problem.cuh>

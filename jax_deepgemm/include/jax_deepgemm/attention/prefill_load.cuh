@@ -110,9 +110,12 @@ struct PrefillProducer {
     pages = exists ? p.pages : 0;
   }
 
-  // Whether this lane has a page of a tile.
+  // Whether this lane has a page of a tile. Boxes that a window has left may be in pages given away, with
+  // NaN.
   __device__ __forceinline__ bool has_page(const Item& item, int tile) const {
-    return lane < kBoxes<C> && tile >= item.begin && tile * C::KEYS + lane * kBox < item.keys;
+    const int key = tile * C::KEYS + lane * kBox;
+    const int left = C::WINDOW ? item.position + item.row / C::GROUP - p.window + 1 : 0;
+    return lane < kBoxes<C> && tile >= item.begin && key < item.keys && key + kBox > left;
   }
   // What the table says. Nothing looks at it before the next tile, so that nothing waits for it.
   __device__ __forceinline__ int entry_of(const int* table, const Item& item, int tile) const {
