@@ -23,7 +23,7 @@ __device__ __forceinline__ float weight_of(float before, float now) {
 
 // The natural logarithm of the denominator.
 __device__ __forceinline__ float log_sum(const Running& row) {
-  return row.sum > 0.0f ? (row.largest + __log2f(row.sum)) * kLn2 : kNothing;
+  return row.sum != 0.0f ? (row.largest + __log2f(row.sum)) * kLn2 : kNothing;
 }
 
 // With one more logit, that of a sink, which has no value.
