@@ -25,10 +25,7 @@ _TEXT = """\
 #include <jax_deepgemm/ptx/barrier.cuh>
 #include <jax_deepgemm/mla/merge.cuh>
 #include <jax_deepgemm/mla/mla.cuh>
-#include <fstream>
-#include <iterator>
-#include <string>
-#include <thread>
+#include <launch.h>
 
 namespace scores {{
 struct Mma {{
@@ -95,43 +92,6 @@ namespace adding {{
 {adding}
 }}
 
-struct Numbers {{
-  std::string path;
-  long size;
-  void* all;  // of its size exactly
-  explicit Numbers(const std::string& name, const std::string& folder) : path(folder + "/" + name) {{
-    std::ifstream file(path, std::ios::binary);
-    const std::string bytes{{std::istreambuf_iterator<char>(file), {{}}}};
-    size = bytes.size();
-    if (posix_memalign(&all, 16, size)) std::abort();
-    std::memcpy(all, bytes.data(), size);
-  }}
-  ~Numbers() {{ std::free(all); }}
-  template <class T>
-  operator T*() const {{ return static_cast<T*>(all); }}
-  void write() const {{ std::ofstream(path, std::ios::binary).write(static_cast<char*>(all), size); }}
-}};
-
-template <class Kernel>
-void launch(unsigned blocks, unsigned columns, int count, const Kernel& kernel) {{
-  gridDim.x = blocks;
-  for (unsigned block = 0; block < blocks * columns; ++block) {{
-    blockIdx.x = block % blocks, blockIdx.y = block / blocks;
-    std::memset(jdg::shared, 0xFF, sizeof jdg::shared);
-    std::vector<Warp> all_warps(count / 32);
-    std::barrier<> all_threads(count);
-    warps = &all_warps, threads = &all_threads;
-    std::vector<std::thread> running;
-    for (int i = 0; i < count; ++i)
-      running.emplace_back([&, i] {{
-        threadIdx.x = i;
-        kernel();
-        all_threads.arrive_and_drop();
-      }});
-    for (std::thread& one : running) one.join();
-  }}
-}}
-
 void attend(const std::string& folder) {{
   {buffers}
   launch({blocks}, 1, {threads}, [&] {{ reading::{reading_name}({arguments}); }});
@@ -190,7 +150,13 @@ def run(
     (folder / "mla.cc").write_text(text)
     flags = ["-std=c++20", "-O1", "-pthread", "-Wno-psabi"]
     flags += ["-fsanitize=address", "-fno-sanitize-recover"] if sanitize else []
-    paths = (NATIVE / "decode_block", NATIVE / "attention_block", NATIVE / "tensor_block", DEVICE_CODE)
+    paths = (
+        NATIVE / "decode_block",
+        NATIVE / "attention_block",
+        NATIVE / "tensor_block",
+        NATIVE,
+        DEVICE_CODE,
+    )
     include = [f"-I{path}" for path in paths]
     subprocess.run([compiler, *flags, *include, folder / "mla.cc", "-o", folder / "mla"], check=True)
     rows = (sm90.most_weights(p, c) if p.split else 2 * teams) * ROWS * c.team
