@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 import jax_deepgemm as jdg
 from jax_deepgemm import attention, deep_gemm, hyperconnection, indexer, inference, moe
 from jax_deepgemm.ops import grouped
-from jax_deepgemm.ops import mla as latent
 from jax_deepgemm.ops import quantize as quantization
 from jax_deepgemm.ops import swiglu as activation
+from tests.shared import serving_calls as serving
 from tests.shared.public_operands import BLOCKED, EXPERTS, HIDDEN, TOKENS, TOP_K, WIDTH, mesh_of_two, operands
 
 WINDOWS = "head_weights", "k_start", "k_end"
@@ -105,68 +105,6 @@ def _scored_tokens(q: Any, values: Any, scales: Any, weights: Any, lens: Any, in
     return indexer.paged_mqa_logits(
         q, cache, weights[:, None], lens, tables, indices=indices, max_context_len=9
     )
-
-
-def _attended(x: jax.Array) -> jax.Array:
-    """Appended, turned, and attended to: heads of 32."""
-    q, k = x.reshape(TOKENS, -1, 32), x[:, :64].reshape(TOKENS, 2, 32)
-    at, freq = jnp.arange(TOKENS, dtype=jnp.int32), jnp.ones(16, jnp.float32)
-    cache = attention.PagedKVCache.create(2, 16, 2, 32)
-    cache, q = attention.paged_append(cache, k, k, at + 16, q=q, rotary=(at, freq))
-    lens = jnp.full(1, TOKENS, jnp.int32)
-    tables, starts = jnp.ones((1, 1), jnp.int32), jnp.arange(2, dtype=jnp.int32) * TOKENS
-    slopes = jnp.ones(q.shape[1], jnp.float32)
-    form = {"window": 3, "softcap": 2.0, "alibi_slopes": slopes, "sinks": slopes}
-    return attention.ragged_paged_attention(q, cache, tables, starts, lens, num_seqs=lens[0], **form)
-
-
-def _attended_slots(x: jax.Array) -> jax.Array:
-    q, k = x.reshape(2, TOKENS // 2, -1, 32), x[:, :64].reshape(2, TOKENS // 2, 2, 32)
-    cache = attention.KVCache.create(2, 16, 2, 32, jnp.float8_e4m3fn)
-    lengths, freq = jnp.ones(2, jnp.int32), jnp.ones(16, jnp.float32)
-    out, _ = attention.attend_with_cache(q, cache, lengths, k, k, counts=lengths, rotary=(None, freq))
-    return out
-
-
-def _attended_latents(q: jax.Array, keys: jax.Array) -> Any:
-    at, form = jnp.arange(TOKENS, dtype=jnp.int32), {"scale": 0.1, "v_head_dim": 16}
-    cache = latent.mla_append(jnp.zeros((2, 16, 32), keys.dtype), keys[:TOKENS], at + 16)
-    tables, starts, lens = jnp.ones((1, 1), jnp.int32), jnp.arange(2) * TOKENS, jnp.full(1, TOKENS)
-    dense = latent.paged_mla_attention(q, cache, tables, starts, lens, **form)
-    return dense, latent.sparse_mla_attention(q, cache, at[:, None] + 16, **form)
-
-
-def _elementwise(x: jax.Array, bias: jax.Array) -> Any:
-    turned = inference.rotary(x[:, None], jnp.arange(TOKENS, dtype=jnp.int32), dim=WIDTH)
-    sums = inference.residual_add(x, x, x, bias, mode="parallel", mp_size=2)
-    acted = inference.bias_act(x, bias, "gelu_erf", gated="interleaved")
-    fp8 = inference.norm_fp8(x, bias, kind="rms", bias=bias)
-    return turned, sums, acted, inference.norm(x, bias, bias, residual=x, return_sum=True), fp8
-
-
-def _frozen_layers(x: jax.Array, w: jax.Array) -> Any:
-    """A layer and an MLP with weights in few bits, in the layouts that products take."""
-    half, quarter = inference.quantize(w), inference.quantize(w.T, "int4", group_size=64)
-    y, _ = inference.norm_linear(x, half, kind="rms")
-    z, _ = inference.mlp(x, half, quarter, act="silu")
-    fine = inference.QuantizedWeight(half.values, half.scales, "int8")
-    return y, z, inference.linear(x, inference.dequantize(fine, jnp.bfloat16))
-
-
-def _attended_dense(heads: jax.Array) -> Any:
-    x = heads[None]
-    scores = inference.masked_softmax(x.astype(jnp.float32), causal=True, window=2)
-    return scores, inference.attention(x, x, x, causal=True, q_offset=1, kv_lens=4)
-
-
-def _words(ids: jax.Array, x: jax.Array, ends: jax.Array) -> Any:
-    return inference.embed(ids, x, x, ids, offset=1), inference.last_tokens(x, ends)
-
-
-def _through_experts(x: jax.Array, logits: jax.Array) -> jax.Array:
-    ids, weights = inference.moe_route(logits, TOP_K)
-    rows, plan = inference.moe_dispatch(x, ids, EXPERTS)
-    return inference.moe_combine(rows, plan, weights)
 
 
 def _small_weight(product: Callable[..., Any], block: int = 32) -> Callable[..., Any]:
@@ -492,12 +430,14 @@ FORWARD = (
     ),
     Call("indexer_topk", _chosen, ("queries", "q_keys", *WINDOWS)),
     Call("paged_indexer_topk", _chosen_pages, ("queries", "pages", "page_scales", "head_weights", "k_end")),
-    Call("mla_append, paged_mla_attention, sparse_mla_attention", _attended_latents, ("queries", "keys")),
+    Call(
+        "mla_append, paged_mla_attention, sparse_mla_attention", serving.attended_latents, ("queries", "keys")
+    ),
     Call("indexer_quantize", indexer.indexer_quantize, ("dact",)),
     Call("indexer_quantize into pages", _written, ("dact", "indices")),
     Call("hadamard", indexer.hadamard, ("x_f32",)),
-    Call("PagedKVCache, paged_append, ragged_paged_attention", _attended, ("x",)),
-    Call("KVCache, attend_with_cache", _attended_slots, ("x",)),
+    Call("PagedKVCache, paged_append, ragged_paged_attention", serving.attended, ("x",)),
+    Call("KVCache, attend_with_cache", serving.attended_slots, ("x",)),
     Call("topk", functools.partial(jdg.topk, k=3), ("x",)),
     Call(
         "topk values",
@@ -512,11 +452,13 @@ FORWARD = (
     Call("route", _route(), ("logits",)),
     Call("route sqrt_softplus", _route(score="sqrt_softplus"), ("logits",)),
     Call("route groups", _route(score="sigmoid", num_groups=2, top_groups=1, scale=2.5), ("logits", "bias")),
-    Call("bias_act, residual_add, rotary, norm, norm_fp8", _elementwise, ("x", "hidden_bias")),
-    Call("QuantizedWeight, quantize, dequantize, linear, norm_linear, mlp", _frozen_layers, ("x", "w_t")),
-    Call("masked_softmax, attention", _attended_dense, ("heads",)),
-    Call("embed, last_tokens", _words, ("ids", "x", "ends")),
-    Call("moe_route, moe_dispatch, moe_combine", _through_experts, ("x", "logits")),
+    Call("bias_act, residual_add, rotary, norm, norm_fp8", serving.elementwise, ("x", "hidden_bias")),
+    Call(
+        "QuantizedWeight, quantize, dequantize, linear, norm_linear, mlp", serving.frozen_layers, ("x", "w_t")
+    ),
+    Call("masked_softmax, attention", serving.attended_dense, ("heads",)),
+    Call("embed, last_tokens", serving.words, ("ids", "x", "ends")),
+    Call("moe_route, moe_dispatch, moe_combine", serving.through_experts, ("x", "logits")),
     Call("grouped_linear with a bias", inference.grouped_linear, ("x", "ws_t", "sizes", "group_bias")),
     Call("dispatch, combine", _dispatch_and_combine, ("x", "ids", "weights")),
     Call("plan_dispatch, spread_weights", _row_weights, ("ids", "weights")),
