@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import hypothesis
@@ -30,8 +31,15 @@ LONG = (
 CPU_FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 """LLVM does not optimise: most of the tests' time is XLA compiling programs that run once."""
 
+FEWEST_CASES = 3
+"""What `--few` leaves at least of the cases of a parametrised test."""
+
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--few", action="store_true", help="of each parametrised test a quarter of its cases")
 
 
 def _asks_for_gpu(config: pytest.Config) -> bool:
@@ -69,6 +77,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if GPU_TESTS in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+    if config.option.few:
+        left = few(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in left])
+        items[:] = [item for item in items if item in left]
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
@@ -80,6 +92,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if reason:
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def few(items: Sequence[pytest.Item]) -> set[pytest.Item]:
+    """A quarter of the cases of each parametrised test, three at least, from the first to the last at equal
+    distances; all of tests marked `each_version`, and of those that are skipped somewhere."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left: set[pytest.Item] = set()
+    for cases in tests.values():
+        whole = any(case.get_closest_marker(name) for case in cases for name in ("each_version", "skipif"))
+        count = len(cases) if whole else min(len(cases), max(FEWEST_CASES, -(-len(cases) // 4)))
+        left |= {cases[i * (len(cases) - 1) // max(count - 1, 1)] for i in range(count)}
+    return left
 
 
 def _why_no_gpu() -> str:

@@ -197,6 +197,7 @@ def test_bytes_of_a_step_are_those_of_the_layers_weights() -> None:
     assert math.isclose(many, config.layers * 128 * (expert + scales))
 
 
+@pytest.mark.any_version
 @pytest.mark.slow
 def test_a_tiny_model_is_served_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve.main(["--config", "tiny-deepseek", "--layers", "1", "--requests", "6", "--pages", "8"]) == 0

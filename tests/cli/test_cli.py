@@ -37,6 +37,7 @@ def test_wrong_variables_exit_with_2(
     assert "JAX_DEEPGEMM_COMPILER is 'clang', need one of nvrtc, nvcc" in capsys.readouterr().err
 
 
+@pytest.mark.any_version
 def test_demo_passes_in_a_process_of_its_own() -> None:
     """Optimised, as a user's: its matrices are large, and what is compiled for the other tests is slow."""
     command = [sys.executable, "-m", "jax_deepgemm", "demo", "--tokens", "16", "--seconds", "0.01"]

@@ -289,6 +289,7 @@ def test_other_files_are_refused(content: str, tmp_path: Path, capsys: pytest.Ca
     assert "is not a result file" in capsys.readouterr().err
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize(
     ("arguments", "tables"),
     [

@@ -15,6 +15,8 @@ from tests.public.test_strict_settings import lower, strict, types
 from tests.shared import public_calls
 from tests.shared.public_calls import CALLS, Call
 
+pytestmark = pytest.mark.each_version
+
 each_call = pytest.mark.parametrize("call", CALLS, ids=str)
 
 

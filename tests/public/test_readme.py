@@ -34,6 +34,7 @@ def python_blocks(document: Path) -> Iterator[Any]:
 BLOCKS = [block for document in DOCUMENTS for block in python_blocks(document)]
 
 
+@pytest.mark.any_version
 @pytest.mark.parametrize(("document", "line", "code"), BLOCKS)
 def test_python_block_runs_alone(document: Path, line: int, code: str) -> None:
     for module in OPTIONAL:

@@ -27,6 +27,7 @@ def block(example: Any) -> Any:
     return config, indexer, attention, example.draw_batch(jax.random.key(1), 1, config)[0]
 
 
+@pytest.mark.any_version
 @pytest.mark.slow
 def test_the_indexer_learns(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert example.main(["--tokens", "64", "--top-k", "8", "--warm-up", "20", "--steps", "10"]) == 0
@@ -60,6 +61,7 @@ def test_it_attends_to_nothing_but_what_was_chosen(example: Any, block: Any) -> 
     np.testing.assert_allclose(given, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.any_version
 def test_nothing_is_left_to_learn_where_scores_are_the_attention_s(example: Any, block: Any) -> None:
     """The divergence is zero, and so is its gradient, where every key has the same of both."""
     config, indexer, attention, x = block

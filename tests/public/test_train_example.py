@@ -61,6 +61,7 @@ def test_training_learns_in_both_recipes(trained: Path) -> None:
         assert curve[-1] < 0.9 * curve[0]
 
 
+@pytest.mark.any_version
 @pytest.mark.slow
 def test_two_processes_on_a_mesh_of_data_and_experts_train_the_same(trained: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
@@ -77,6 +78,7 @@ def test_two_processes_on_a_mesh_of_data_and_experts_train_the_same(trained: Pat
     np.testing.assert_allclose(losses(tmp_path, "fp8"), losses(trained, "fp8"), rtol=0.02)
 
 
+@pytest.mark.any_version
 @pytest.mark.slow
 def test_decoding_compiles_once_whatever_the_routing(trained: Path) -> None:
     common = ["--weights", trained / "weights-fp8", "--layers", 1, "--tokens", 12, "--loop"]

@@ -55,8 +55,8 @@ class KVCache:
     ) -> KVCache:
         """A cache of zeros.
 
-        >>> KVCache.create(8, 4096, 8, 128, layers=32).paged.k.shape
-        (32, 256, 8, 128, 128)
+        >>> KVCache.create(2, 64, 8, 128, layers=4).paged.k.shape
+        (4, 2, 8, 64, 128)
 
         Args:
           batch: sequences.

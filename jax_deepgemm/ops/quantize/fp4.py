@@ -8,6 +8,7 @@ NVFP4   one of e4m3 for every 16, and a float32      element = e2m1 * scale * gl
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,7 +144,11 @@ def quantize_fp4(x: ArrayLike) -> Fp4Array:
 
 def encode(where: str, x: Any, min_amax: float = 0.0) -> Fp4Array:
     """`quantize_fp4` of blocks whose amax counts as at least `min_amax`. where: for errors."""
-    blocks = _blocks(where, x, BLOCK, 1)
+    return _encode(_blocks(where, x, BLOCK, 1), min_amax)
+
+
+@functools.partial(jax.jit, static_argnames="min_amax", inline=True)
+def _encode(blocks: jax.Array, min_amax: float) -> Fp4Array:
     amax = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
     scale = ceil_to_ue8m0(jnp.maximum(amax, max(min_amax, _LARGEST * SMALLEST_NORMAL)) / _LARGEST)
     values = _encoded(blocks / scale)
@@ -162,7 +167,11 @@ def encode_nvfp4(where: str, x: Any, min_amax: float = 0.0) -> Fp4Array:
     where: for errors. A matrix of zeros has global scale 1. Infinities and NaN make their block NaN, and do
     not count elsewhere.
     """
-    blocks = _blocks(where, x, NVFP4_BLOCK, 2)
+    return _encode_nvfp4(_blocks(where, x, NVFP4_BLOCK, 2), min_amax)
+
+
+@functools.partial(jax.jit, static_argnames="min_amax", inline=True)
+def _encode_nvfp4(blocks: jax.Array, min_amax: float) -> Fp4Array:
     finite = jnp.isfinite(blocks)
     amax = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-1, where=finite, initial=0), min_amax)
     most = jnp.max(amax, axis=(-1, -2), initial=0)
@@ -233,6 +242,7 @@ def dequantize_fp4(q: Fp4Array | tuple[ArrayLike, ...], dtype: DTypeLike = jnp.f
     return numbers.reshape(*values.shape[:-1], depth).astype(dtype)
 
 
+@functools.partial(jax.jit, inline=True)
 def decoded(values: jax.Array) -> jax.Array:
     """float32 [.., d] of bytes [.., d / 2]."""
     codes = jnp.stack([values & 15, values >> 4], axis=-1).astype(jnp.int32)

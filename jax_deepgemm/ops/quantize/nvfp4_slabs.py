@@ -20,6 +20,8 @@ numbers.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -61,6 +63,7 @@ def fold(values: jax.Array, scales: jax.Array, whole: jax.Array) -> jax.Array:
     return jnp.concatenate([*parts, jnp.zeros((*slabs, BYTES - _WORDS - _SCALES - _WHOLE), jnp.uint8)], -1)
 
 
+@functools.partial(jax.jit, inline=True)
 def unfold(slabs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Values uint8 [.., n, k / 2], scales float8_e4m3fn [.., n, k / 16] and global scales float32 [.., n /
     64, k / 128] of slabs, k a multiple of 128.

@@ -72,6 +72,7 @@ def fold(values: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate([*parts, left], axis=-1), apart
 
 
+@functools.partial(jax.jit, inline=True)
 def unfold(slabs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Values uint8 [.., n, k / 2] and codes uint8 [.., n, k / 32] of slabs, k a multiple of 128.
 
