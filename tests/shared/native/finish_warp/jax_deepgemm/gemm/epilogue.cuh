@@ -5,7 +5,6 @@
 #include <jax_deepgemm/ptx/memory.cuh>
 
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 
 namespace jdg {
