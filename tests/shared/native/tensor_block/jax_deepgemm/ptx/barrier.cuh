@@ -150,11 +150,11 @@ inline bool elect() { return threadIdx.x % 32 == 0; }
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
-inline std::map<int, std::barrier<>> named;
+inline std::map<std::pair<int, int>, std::barrier<>> named;
 inline std::mutex named_mutex;
 inline std::barrier<>& named_at(int id, int threads) {
   const std::lock_guard lock(named_mutex);
-  return named.try_emplace(id, threads).first->second;
+  return named.try_emplace({id, threads}, threads).first->second;
 }
 template <int ID, int THREADS>
 void named_barrier() {
