@@ -83,8 +83,8 @@ def test_parts_have_the_same_bits_in_every_batch(tmp_path: Path) -> None:
 
 def test_starts_that_descend_lead_nowhere_out_of_bounds(tmp_path: Path) -> None:
     """Sequences that share rows have more parts than there are slots: rows are right, or zeros."""
-    p, c = _problem(split=256, tokens=20, seqs=8, pages=20), AttentionConfig(16, 2, 4, 1)
-    operands = prefill_oracle.draw(p, ((20, 300), *[(0, 0)] * 7), 1)
+    p, c = _problem(split=256, tokens=20, seqs=6, pages=20), AttentionConfig(16, 2, 4, 1)
+    operands = prefill_oracle.draw(p, ((20, 300), *[(0, 0)] * 5), 1)
     want, _ = prefill_oracle.attend(p, operands)
     for part, evens, odds in (("cu_q_lens", 0, 20), ("kv_lens", 300, 0)):
         operands[part][::2], operands[part][1::2] = evens, odds
