@@ -25,6 +25,7 @@ _TEXT = """\
 #include <jax_deepgemm/ptx/barrier.cuh>
 #include <jax_deepgemm/attention/merge.cuh>
 #include <launch.h>
+#include <numbers.h>
 
 namespace decoding {{
 {decode}
@@ -83,7 +84,7 @@ def run(
         merge_name=sources["merge"].name,
     )
     (folder / "decode.cc").write_text(text)
-    flags = ["-std=c++20", "-O1", "-pthread", "-Wno-psabi"]
+    flags = ["-std=c++20", "-O1", "-Wno-psabi"]
     flags += ["-fsanitize=address", "-fno-sanitize-recover"] if sanitize else []
     paths = (
         NATIVE / "decode_block",

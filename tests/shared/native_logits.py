@@ -23,12 +23,8 @@ ELEMENT = {"uint8": 1, "bfloat16": 2, "float32": 4, "int32": 4, "tfloat32": 4}
 
 _TEXT = """\
 #include <jax_deepgemm/indexer/logits.cuh>
-#include <cstdio>
-#include <fstream>
-#include <iterator>
-#include <memory>
-#include <string>
-#include <thread>
+#include <launch.h>
+#include <numbers.h>
 
 struct Mma {{
   template <int COUNT>
@@ -38,41 +34,11 @@ struct Mma {{
 }};
 {kernel}
 
-struct Numbers {{
-  std::string path;
-  std::unique_ptr<char[]> all;  // of its size exactly
-  long size;
-  explicit Numbers(const std::string& from) : path(from) {{
-    std::ifstream file(path, std::ios::binary);
-    const std::string bytes{{std::istreambuf_iterator<char>(file), {{}}}};
-    size = bytes.size();
-    all = std::make_unique<char[]>(size);
-    std::memcpy(all.get(), bytes.data(), size);
-  }}
-  template <class T>
-  T* as() const {{ return reinterpret_cast<T*>(all.get()); }}
-  void write() const {{ std::ofstream(path, std::ios::binary).write(all.get(), size); }}
-}};
-
 int main(int, char** at) {{
   const std::string folder = at[1];
-  gridDim.x = {grid};
   {buffers}
-  const Numbers out(folder + "/out");
-  for (unsigned block = 0; block < gridDim.x; ++block) {{
-    blockIdx.x = block;
-    std::memset(jdg::shared, 0xFF, sizeof jdg::shared);
-    std::vector<Warp> all_warps({threads} / 32);
-    std::barrier<> all_threads({threads});
-    warps = &all_warps, threads = &all_threads;
-    std::vector<std::thread> running;
-    for (unsigned i = 0; i < {threads}; ++i)
-      running.emplace_back([=, &out{captured}] {{
-        threadIdx.x = i;
-        {name}({arguments});
-      }});
-    for (std::thread& one : running) one.join();
-  }}
+  const Numbers out("out", folder);
+  launch({grid}, 1, {threads}, [&] {{ {name}({arguments}); }});
   out.write();
 }}
 """
@@ -119,14 +85,13 @@ def run(
         kernel=kernel,
         grid=grid,
         threads=sm90.threads_of(p, c),
-        buffers="\n  ".join(f'const Numbers v{i}(folder + "/{i}");' for i in range(len(operands))),
-        captured="".join(f", &v{i}" for i in range(len(operands))),
+        buffers="\n  ".join(f'const Numbers v{i}("{i}", folder);' for i in range(len(operands))),
         name=source.name,
         arguments=", ".join(arguments),
     )
     (folder / "logits.cc").write_text(text)
-    flags = ["-std=c++20", "-Og", "-pthread", "-fsanitize=address", "-fno-sanitize-recover"]
-    include = [f"-I{NATIVE}", f"-I{DEVICE_CODE}"]
+    flags = ["-std=c++20", "-Og", "-fsanitize=address", "-fno-sanitize-recover"]
+    include = [f"-I{NATIVE}", f"-I{NATIVE.parent}", f"-I{DEVICE_CODE}"]
     subprocess.run([compiler, *flags, *include, folder / "logits.cc", "-o", folder / "logits"], check=True)
     for i, array in enumerate(operands):
         array.tofile(folder / str(i))

@@ -26,6 +26,7 @@ _TEXT = """\
 #include <jax_deepgemm/mla/merge.cuh>
 #include <jax_deepgemm/mla/mla.cuh>
 #include <launch.h>
+#include <numbers.h>
 
 namespace scores {{
 struct Mma {{
@@ -40,7 +41,7 @@ struct Mma {{  // A in registers, B rows of 128 bytes of k
   template <int COUNT>
   static void issue(float (&d)[COUNT], const jdg::u32 (&a)[4], jdg::u64 b, bool accumulate) {{
     using namespace jdg::ptx;
-    issued.push_back([&d, &a, b, accumulate] {{
+    issued->push_back([&d, &a, b, accumulate] {{
       float rows[2][16];
       for (int i = 0; i < 4; ++i)
         exchange(a[i], [&](unsigned lane, jdg::u32 two) {{
@@ -71,7 +72,7 @@ struct Mma {{  // A is rows of 128 bytes of k; B rows of k, 64 columns of a slab
   template <int COUNT>
   static void issue(float (&d)[COUNT], jdg::u64 a, jdg::u64 b, bool accumulate) {{
     using namespace jdg::ptx;
-    issued.push_back([&d, a, b, accumulate] {{
+    issued->push_back([&d, a, b, accumulate] {{
       for (int i = 0; i < COUNT; ++i) {{
         const jdg::u32 row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
         const jdg::u32 col = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
@@ -148,7 +149,7 @@ def run(
         adding_name=sources["adding"].name,
     )
     (folder / "mla.cc").write_text(text)
-    flags = ["-std=c++20", "-O1", "-pthread", "-Wno-psabi"]
+    flags = ["-std=c++20", "-O1", "-Wno-psabi"]
     flags += ["-fsanitize=address", "-fno-sanitize-recover"] if sanitize else []
     paths = (
         NATIVE / "decode_block",

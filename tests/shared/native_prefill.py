@@ -27,11 +27,8 @@ _TEXT = """\
 inline int atomicAdd(int* at, int value) {{ return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }}
 
 #include <jax_deepgemm/attention/prefill.cuh>
-#include <fstream>
-#include <iterator>
-#include <memory>
-#include <string>
-#include <thread>
+#include <launch.h>
+#include <numbers.h>
 
 namespace scores {{
 struct Mma {{
@@ -54,47 +51,15 @@ using values::Mma;
 }}
 {kernel}
 
-struct Numbers {{
-  std::string path;
-  long size;
-  void* all;  // of its size exactly
-  explicit Numbers(const std::string& from) : path(from) {{
-    std::ifstream file(path, std::ios::binary);
-    const std::string bytes{{std::istreambuf_iterator<char>(file), {{}}}};
-    size = bytes.size();
-    if (posix_memalign(&all, 16, size)) std::abort();
-    std::memcpy(all, bytes.data(), size);
-  }}
-  ~Numbers() {{ std::free(all); }}
-  template <class T>
-  T* as() const {{ return static_cast<T*>(all); }}
-  void write() const {{ std::ofstream(path, std::ios::binary).write(as<char>(), size); }}
-}};
-
 void attend(const std::string& folder) {{
   {buffers}
   int tickets = 0;
-  for (unsigned block = 0; block < gridDim.x; ++block) {{
-    blockIdx.x = block;
-    std::memset(jdg::shared, 0xFF, sizeof jdg::shared);
-    jdg::ptx::named.clear();
-    std::vector<Warp> all_warps({threads} / 32);
-    std::barrier<> all_threads({threads});
-    warps = &all_warps, threads = &all_threads;
-    std::vector<std::thread> running;
-    for (unsigned i = 0; i < {threads}; ++i)
-      running.emplace_back([&, i] {{
-        threadIdx.x = i;
-        {name}({arguments});
-      }});
-    for (std::thread& one : running) one.join();
-  }}
+  launch({grid}, 1, {threads}, [&] {{ {name}({arguments}); }});
   out.write();
   lse.write();
 }}
 
 int main(int count, char** at) {{
-  gridDim.x = {grid};
   for (int i = 1; i < count; ++i) attend(at[i]);
 }}
 """
@@ -145,14 +110,16 @@ def run(
         kernel=kernel,
         grid=grid,
         threads=prefill.threads_of(c),
-        buffers="\n  ".join(f'const Numbers {x}(folder + "/{x}");' for x in (*PARTS, "out", "lse")),
+        buffers="\n  ".join(f'const Numbers {x}("{x}", folder);' for x in (*PARTS, "out", "lse")),
         name=source.name,
         arguments=", ".join(arguments),
     )
     (folder / "prefill.cc").write_text(text)
-    flags = ["-std=c++20", "-Og", "-pthread", "-Wno-psabi"]
+    flags = ["-std=c++20", "-Og", "-Wno-psabi"]
     flags += ["-fsanitize=address", "-fno-sanitize-recover"] if sanitize else []
-    include = [f"-I{path}" for path in (NATIVE / "attention_block", NATIVE / "tensor_block", DEVICE_CODE)]
+    include = [
+        f"-I{path}" for path in (NATIVE / "attention_block", NATIVE / "tensor_block", NATIVE, DEVICE_CODE)
+    ]
     subprocess.run([compiler, *flags, *include, folder / "prefill.cc", "-o", folder / "prefill"], check=True)
     kind = calls[0]["q"].dtype
     results = {

@@ -22,9 +22,9 @@ _HEAD = """\
 #include <jax_deepgemm/hc_prenorm/hc_prenorm.cuh>
 #include <jax_deepgemm/hc_prenorm/sum.cuh>
 #include <fstream>
+#include <launch.h>
 #include <memory>
 #include <string>
-#include <thread>
 
 struct Mma {
   template <int COUNT>
@@ -46,23 +46,6 @@ struct Numbers {
   void write() const { std::ofstream(path, std::ios::binary).write(all.get(), size); }
 };
 
-template <class Kernel>
-void launch(unsigned blocks, unsigned count, Kernel kernel) {
-  for (unsigned block = 0; block < blocks; ++block) {
-    blockIdx.x = block;
-    std::memset(jdg::shared, 0xFF, sizeof jdg::shared);
-    std::vector<Warp> all_warps(count / 32);
-    std::barrier<> all_threads(count);
-    warps = &all_warps, threads = &all_threads;
-    std::vector<std::thread> running;
-    for (unsigned i = 0; i < count; ++i)
-      running.emplace_back([=] {
-        threadIdx.x = i;
-        kernel();
-      });
-    for (std::thread& one : running) one.join();
-  }
-}
 """
 
 _CASE = """\
@@ -73,7 +56,7 @@ void run(const std::string& folder) {{
   const Numbers ds(folder + "/none", {ds}), squares(folder + "/none", {squares});
   const Numbers d(folder + "/{i}d", {d}), sum(folder + "/{i}s", {s});
   const jdg::TensorMap map0 = jdg::ptx::make_map({map0}), map1 = jdg::ptx::make_map({map1});
-  launch({grid}, {threads}, [&] {{ {name}(map0, map1, {to}, {sizes}); }});
+  launch({grid}, 1, {threads}, [&] {{ {name}(map0, map1, {to}, {sizes}); }});
   {summed}
   d.write(), sum.write();
 }}
@@ -81,7 +64,7 @@ void run(const std::string& folder) {{
 """
 
 _SUM = """\
-launch({grid}, {threads}, [&] {{
+launch({grid}, 1, {threads}, [&] {{
     {name}(ds.as<float>(), squares.as<float>(), d.as<float>(), sum.as<float>(), {mn}, {m}, {splits});
   }});"""
 
@@ -104,8 +87,8 @@ def run(folder: Path, cases: Sequence[Case]) -> list[tuple[np.ndarray, np.ndarra
     calls = " ".join(f"case{i}::run(at[1]);" for i in names)
     text = "\n".join([_HEAD, *map(_text, names, cases), f"int main(int, char** at) {{ {calls} }}"])
     (folder / "prenorm.cc").write_text(text)
-    flags = ["-std=c++20", "-O1", "-pthread", "-fsanitize=address", "-fno-sanitize-recover"]
-    include = [f"-I{NATIVE}", f"-I{DEVICE_CODE}"]
+    flags = ["-std=c++20", "-O1", "-fsanitize=address", "-fno-sanitize-recover"]
+    include = [f"-I{NATIVE}", f"-I{NATIVE.parent}", f"-I{DEVICE_CODE}"]
     program = folder / "prenorm"
     subprocess.run([compiler, *flags, *include, folder / "prenorm.cc", "-o", program], check=True)
     for i, case in enumerate(cases):

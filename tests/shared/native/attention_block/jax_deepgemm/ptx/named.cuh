@@ -7,7 +7,7 @@ namespace jdg::ptx {
 
 template <int ID, int THREADS>
 void named_barrier_arrive() {
-  (void)named_at(ID, THREADS).arrive();
+  named_at(ID, THREADS).arrive();
 }
 
 }  // namespace jdg::ptx

@@ -15,15 +15,15 @@ struct Operand {
   u32 row(u32 i) const { return at + i / 8 * group + i % 8 * 128; }
 };
 
-inline thread_local std::vector<std::function<void()>> issued;
-inline thread_local std::deque<std::vector<std::function<void()>>> committed;
+inline Each<std::vector<std::function<void()>>> issued;
+inline Each<std::deque<std::vector<std::function<void()>>>> committed;
 
 inline void wgmma_fence() {}
-inline void wgmma_commit() { committed.push_back(std::move(issued)), issued.clear(); }
+inline void wgmma_commit() { committed->push_back(std::move(*issued)), issued->clear(); }
 template <int PENDING>
 void wgmma_wait() {
-  for (; committed.size() > PENDING; committed.pop_front())
-    for (const auto& product : committed.front()) product();
+  for (; committed->size() > PENDING; committed->pop_front())
+    for (const auto& product : committed->front()) product();
   __syncwarp();  // .sync: none of a warp is behind it before all are
 }
 template <int COUNT>
@@ -46,7 +46,7 @@ float element(u32 at) {
 // m64nNk16 of this thread (PTX ISA 9.7.15.5): both operands are rows of 128 bytes of k.
 template <bool HALF, int COUNT>
 void issue_product(float (&d)[COUNT], u64 a, u64 b, bool accumulate) {
-  issued.push_back([&d, a, b, accumulate] {
+  issued->push_back([&d, a, b, accumulate] {
     for (int i = 0; i < COUNT; ++i) {
       const u32 row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
       const u32 col = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
@@ -63,7 +63,7 @@ inline u32 fragments[16][32][4];  // of each lane of each warp
 // A in registers: what these hold when the product is waited for. B: rows of k, 64 columns of a slab each.
 template <bool HALF, int COUNT>
 void issue_from_registers(float (&d)[COUNT], const u32 (&a)[4], u64 b, bool accumulate) {
-  issued.push_back([&d, &a, b, accumulate] {
+  issued->push_back([&d, &a, b, accumulate] {
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     std::memcpy(fragments[warp][lane], a, sizeof a);
     __syncwarp();

@@ -11,18 +11,18 @@ struct Copy {
   const void* from;
   u32 bytes;
 };
-inline thread_local std::vector<Copy> copies;
-inline thread_local std::deque<std::vector<Copy>> copy_groups;
+inline Each<std::vector<Copy>> copies;
+inline Each<std::deque<std::vector<Copy>>> copy_groups;
 
 inline void copy_async(u32 to, const void* from, u32 bytes) {
   if (to % 16 || reinterpret_cast<u64>(from) % 16) std::abort();
-  copies.push_back({to, from, bytes});
+  copies->push_back({to, from, bytes});
 }
-inline void copy_async_commit() { copy_groups.push_back(std::move(copies)), copies.clear(); }
+inline void copy_async_commit() { copy_groups->push_back(std::move(*copies)), copies->clear(); }
 template <int PENDING>
 void copy_async_wait() {
-  for (; copy_groups.size() > PENDING; copy_groups.pop_front())
-    for (const Copy& one : copy_groups.front()) {
+  for (; copy_groups->size() > PENDING; copy_groups->pop_front())
+    for (const Copy& one : copy_groups->front()) {
       std::memset(shared + one.to, 0, 16);
       std::memcpy(shared + one.to, one.from, one.bytes);
     }

@@ -1,15 +1,14 @@
-// CUDA's words, and mbarriers, for one block of threads of a CPU, a thread each: lanes of a warp meet where
-// they exchange something. An mbarrier counts arrivals and bytes, and its phases have a parity, as in PTX ISA
+// CUDA's words, and mbarriers, for one block of threads, a fiber each: lanes of a warp meet where they
+// exchange something. An mbarrier counts arrivals and bytes, and its phases have a parity, as in PTX ISA
 // 9.7.13.15.
 #pragma once
 
-#include <barrier>
+#include <fibers.h>
+
 #include <cmath>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <map>
-#include <mutex>
 #include <vector>
 
 #define __device__
@@ -35,15 +34,15 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 struct Index {
   unsigned x, y;
 };
-inline thread_local Index threadIdx;
+#define threadIdx (Index{fibers.thread(), 0})
 inline Index blockIdx, gridDim, blockDim;
 
 struct Warp {
-  std::barrier<> lanes{32};
+  Barrier lanes{32};
   unsigned long long said[32];
 };
 inline std::vector<Warp>* warps;
-inline std::barrier<>* threads;
+inline Barrier* threads;
 
 inline Warp& this_warp() { return (*warps)[threadIdx.x / 32]; }
 inline void __syncwarp() { this_warp().lanes.arrive_and_wait(); }
@@ -114,16 +113,12 @@ namespace jdg::ptx {
 struct Mbarrier {
   int arrivals = 0, pending = 0, bytes = 0;
   u32 parity = 0;  // of the phase under way
-  std::mutex mutex;
-  std::condition_variable completed;
 
   void count(int arrived, int expected) {
-    const std::lock_guard lock(mutex);
     if (arrived > pending) std::abort();
     pending -= arrived, bytes += expected;
     if (pending > 0 || bytes > 0) return;
     pending = arrivals, parity ^= 1;
-    completed.notify_all();
   }
 };
 inline std::map<u32, Mbarrier> barriers;
@@ -135,25 +130,18 @@ inline void mbarrier_init(u32 bar, int arrivals) {
 inline void mbarrier_arrive(u32 bar) { barriers.at(bar).count(1, 0); }
 inline void mbarrier_expect_bytes(u32 bar, int bytes) { barriers.at(bar).count(1, bytes); }
 inline void mbarrier_wait(u32 bar, u32 parity) {
-  Mbarrier& at = barriers.at(bar);
-  std::unique_lock lock(at.mutex);
-  at.completed.wait(lock, [&] { return at.parity != parity; });
+  const Mbarrier& at = barriers.at(bar);
+  fibers.wait([&] { return at.parity != parity; });
 }
-inline bool mbarrier_test(u32 bar, u32 parity) {
-  Mbarrier& at = barriers.at(bar);
-  const std::lock_guard lock(at.mutex);
-  return at.parity != parity;
-}
+inline bool mbarrier_test(u32 bar, u32 parity) { return barriers.at(bar).parity != parity; }
 inline void fence_mbarrier_init() {}
 inline void fence_proxy_async() {}
 inline bool elect() { return threadIdx.x % 32 == 0; }
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
-inline std::map<std::pair<int, int>, std::barrier<>> named;
-inline std::mutex named_mutex;
-inline std::barrier<>& named_at(int id, int threads) {
-  const std::lock_guard lock(named_mutex);
+inline std::map<std::pair<int, int>, Barrier> named;
+inline Barrier& named_at(int id, int threads) {
   return named.try_emplace({id, threads}, threads).first->second;
 }
 template <int ID, int THREADS>

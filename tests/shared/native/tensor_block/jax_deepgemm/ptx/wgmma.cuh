@@ -17,15 +17,15 @@ inline Descriptor k_major_descriptor(u32 smem) {
   return {smem};
 }
 
-inline thread_local std::vector<std::function<void()>> issued;
-inline thread_local std::deque<std::vector<std::function<void()>>> committed;
+inline Each<std::vector<std::function<void()>>> issued;
+inline Each<std::deque<std::vector<std::function<void()>>>> committed;
 
 inline void wgmma_fence() {}
-inline void wgmma_commit() { committed.push_back(std::move(issued)), issued.clear(); }
+inline void wgmma_commit() { committed->push_back(std::move(*issued)), issued->clear(); }
 template <int PENDING>
 void wgmma_wait() {
-  for (; committed.size() > PENDING; committed.pop_front())
-    for (const auto& product : committed.front()) product();
+  for (; committed->size() > PENDING; committed->pop_front())
+    for (const auto& product : committed->front()) product();
   __syncwarp();  // .sync: none of a warp is behind it before all are
 }
 template <int COUNT>
@@ -50,7 +50,7 @@ float element(u32 row, u32 k) {
 // m64nNk32 or k16 of this thread: PTX ISA 9.7.15.5.
 template <bool FP8, int COUNT>
 void issue_product(float (&d)[COUNT], u64 a, u64 b, bool accumulate) {
-  issued.push_back([&d, a, b, accumulate] {
+  issued->push_back([&d, a, b, accumulate] {
     for (int i = 0; i < COUNT; ++i) {
       const u32 row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
       const u32 col = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
@@ -65,7 +65,7 @@ void issue_product(float (&d)[COUNT], u64 a, u64 b, bool accumulate) {
 // m64nNk8 in TF32, A in registers: what these hold when the product is waited for.
 template <int COUNT>
 void issue_tf32(float (&d)[COUNT], const u32 (&a)[4], u64 b) {
-  issued.push_back([&d, &a, b] {
+  issued->push_back([&d, &a, b] {
     const auto tf32 = [](u32 bits) { return __uint_as_float(bits & 0xFFFFE000u); };
     float rows[2][8];
     for (int i = 0; i < 4; ++i)
