@@ -32,10 +32,8 @@ CPU_FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_max_isa=SSE4_2",
 )
-"""LLVM does not optimise: most of the tests' time is XLA compiling programs that run once. Narrow vectors
-take it less time, and without fused multiply-add no number depends on what XLA puts into one kernel."""
+"""LLVM does not optimise: most of the tests' time is XLA compiling programs that run once."""
 
 FEWEST_CASES = 3
 """What `--few` leaves at least of the cases of a parametrised test."""
