@@ -43,7 +43,9 @@ class Weight:
         return [[name.replace("{}", str(e)) for name in self.names] for e in self.experts]
 
 
-def hugging_face_names(config: Mapping[str, Any], layers: Iterable[int] | None = None) -> Names:
+def hugging_face_names(
+    config: Mapping[str, Any], layers: Iterable[int] | None = None, *, mtp: bool = False
+) -> Names:
     """The tensors of a model of Hugging Face by what they are, for `load_quantized`.
 
     >>> config = dict(model_type="qwen3_moe", num_hidden_layers=1, num_experts=128)
@@ -57,15 +59,20 @@ def hugging_face_names(config: Mapping[str, Any], layers: Iterable[int] | None =
       config: the checkpoint's config.json, as a map. Of model_type "deepseek_v3" (V3, V3.1, R1),
         "deepseek_v32", "qwen3_moe" or "gpt_oss".
       layers: numbers of the layers that are wanted; None for all.
+      mtp: DeepSeek's layers that predict a further token each (multi-token prediction) too, which some
+        quantised checkpoints leave out.
 
     Returns:
       {"embed", "norm", "head" (not where it is tied to embed), "layers": [{"attention": {..}, "mlp": {..},
       "attention_norm", "mlp_norm"}, ..]}. In "mlp": "w13" (gate and up, joined) and "w2"; where they are
       those of experts, stacked in front, and with "router", of DeepSeek also "router_bias" and "shared".
+      With mtp a list "mtp" of such layers, with "embed_norm", "hidden_norm", "project" ([d, 2 d], of the
+      normed embedding and the normed hidden state), "norm", and "embed" and "head", which are copies of the
+      model's.
       gpt-oss has gate and up in alternate rows (activation.GPT_OSS), and biases "b13", "b2".
 
     Raises:
-      ValueError: another model_type; layers that the model has not.
+      ValueError: another model_type; layers that the model has not, mtp of one that has none.
       KeyError: a config without an entry that its model needs.
     """
     kind = config.get("model_type")
@@ -81,7 +88,26 @@ def hugging_face_names(config: Mapping[str, Any], layers: Iterable[int] | None =
     names: Names = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight"}
     if not config.get("tie_word_embeddings", False):
         names["head"] = "lm_head.weight"
-    return names | {"layers": [_layer(config, layer, MODELS[kind]) for layer in wanted]}
+    names["layers"] = [_layer(config, layer, MODELS[kind]) for layer in wanted]
+    if mtp:
+        names["mtp"] = [_mtp(config, count + i, MODELS[kind]) for i in range(_further(config))]
+    return names
+
+
+def _further(config: Mapping[str, Any]) -> int:
+    count = int(config.get("num_nextn_predict_layers") or 0)
+    if not count:
+        raise ValueError(
+            "hugging_face_names: mtp, and the config has no num_nextn_predict_layers: leave mtp out."
+        )
+    return count
+
+
+def _mtp(config: Mapping[str, Any], layer: int, model: Callable[..., tuple[Names, Names]]) -> Names:
+    parts = {"embed_norm": "enorm", "hidden_norm": "hnorm", "project": "eh_proj", "embed": "embed_tokens"}
+    parts |= {"norm": "shared_head.norm", "head": "shared_head.head"}
+    own = {part: f"model.layers.{layer}.{name}.weight" for part, name in parts.items()}
+    return _layer(config, layer, model) | own
 
 
 def _layer(config: Mapping[str, Any], layer: int, model: Callable[..., tuple[Names, Names]]) -> Names:

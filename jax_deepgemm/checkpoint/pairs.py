@@ -6,6 +6,8 @@
 | `x.weight_scale` [n, 1], [1] or [] | a scale a channel or a matrix (compressed-tensors) | PerChannelArray |
 | `x.weight_scale`, blocks of 128x128 | the same library's "block" | QuantizedArray |
 | `x.weight_scale` and `x.weight_scale_2` | NVFP4 (ModelOpt) | Fp4Array |
+| `x.weight_packed` and `x.weight_scale`, no `x.weight` | MXFP4 (compressed-tensors) | Fp4Array |
+| the same, `x.weight_global_scale` | NVFP4 (compressed-tensors) | Fp4Array |
 | `x.scale` | DeepSeek's own names: blocks of 128x128, or MXFP4 | QuantizedArray, Fp4Array |
 | `x_blocks` and `x_scales`, no `x` | MXFP4 (gpt-oss) | Fp4Array |
 """
@@ -51,6 +53,8 @@ def find(tensors: Mapping[str, np.ndarray], name: str, block: tuple[int, int]) -
     """The weight of a name, with its scales."""
     if name not in tensors and f"{name}_blocks" in tensors:
         return _of_blocks(name, tensors[f"{name}_blocks"], tensors[f"{name}_scales"])
+    if name not in tensors and f"{name}_packed" in tensors:
+        return _packed(name, tensors)
     values = tensors[name]
     if values.dtype.itemsize > 1 or values.dtype == np.bool_:
         return Stored("plain", (values,))
@@ -117,14 +121,30 @@ def _mxfp4(name: str, values: np.ndarray, scales: np.ndarray) -> Stored:
     return Stored("fp4", (values.view(_BYTES), scales.view(E8M0)), (1, _MXFP4))
 
 
-def _nvfp4(name: str, values: np.ndarray, scales: np.ndarray, whole: np.ndarray) -> Stored:
+def _nvfp4(
+    name: str, values: np.ndarray, scales: np.ndarray, whole: np.ndarray, end: str = "_scale_2"
+) -> Stored:
     *lead, half = values.shape
     fits = scales.dtype == E4M3 and scales.shape == (*lead, 2 * half // _NVFP4)
     if values.dtype != _BYTES or not fits or values.ndim < 2:
         _refuse(f"{name}_scale", scales, values, f"e4m3 for {_NVFP4} numbers, two numbers in a byte")
     if whole.size != np.prod(lead[:-1], dtype=int):
-        _refuse(f"{name}_scale_2", whole, values, "one number for each matrix")
+        _refuse(f"{name}{end}", whole, values, "one number for each matrix")
     return Stored("fp4", (values, scales, whole.reshape(lead[:-1])), (1, _NVFP4))
+
+
+def _packed(name: str, tensors: Mapping[str, np.ndarray]) -> Stored:
+    """The library's FP4, whose scales were divided by the global scale when they were made."""
+    values, scales = tensors[f"{name}_packed"], tensors[f"{name}_scale"]
+    if values.dtype != _BYTES:
+        raise ValueError(
+            f"load_quantized: {name}_packed is {values.dtype}, need bytes of two FP4 numbers; no product "
+            "here takes integers of four bits."
+        )
+    if f"{name}_global_scale" not in tensors:
+        return _mxfp4(f"{name}_scale", values, scales)
+    whole = np.float32(1) / tensors[f"{name}_global_scale"].astype(np.float32)
+    return _nvfp4(name, values, scales, whole, "_global_scale")
 
 
 def _refuse(name: str, scale: np.ndarray, values: np.ndarray, need: str) -> NoReturn:

@@ -292,6 +292,29 @@ def test_nvfp4_of_modelopt(tmp_path: Path) -> None:
         load_quantized(path, Weight("a.weight", "c.weight"))
 
 
+def test_fp4_of_compressed_tensors(tmp_path: Path) -> None:
+    """Two formats; scales of NVFP4 were divided by its global scale."""
+    random = np.random.default_rng(1)
+    bytes_of = {name: random.integers(0, 256, (64, 32), np.uint8) for name in "ab"}
+    codes, scales = random.integers(100, 140, (64, 2), np.uint8), random.choice(FINITE[1:127], (64, 4))
+    path = by_hand(
+        tmp_path / "x.safetensors",
+        {
+            "a.weight_packed": ("U8", bytes_of["a"]),
+            "a.weight_scale": ("U8", codes),
+            "b.weight_packed": ("U8", bytes_of["b"]),
+            "b.weight_scale": ("F8_E4M3", scales),
+            "b.weight_global_scale": ("F32", np.float32([3.0])),
+        },
+    )
+    want = of_fp4(bytes_of["a"]) * np.repeat(2.0 ** (codes.astype(int) - 127), 32, -1)
+    assert np.array_equal(fp4_numbers(load_quantized(path, "a.weight")), want)
+    got = load_quantized(path, "b.weight")
+    want = of_fp4(bytes_of["b"]) * np.repeat(scales.view(E4M3).astype(float), 16, -1) / 3
+    assert got.global_scale.shape == ()
+    np.testing.assert_allclose(fp4_numbers(got), want, rtol=1e-7)
+
+
 @pytest.mark.parametrize("scale", ["channel", "tensor", "scalar"])
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "I8"])
 def test_compressed_tensors(dtype: str, scale: str, tmp_path: Path) -> None:
@@ -391,6 +414,11 @@ BAD: Stored = {
     "g.weight": ("U8", drawn(4, 16)),
     "g.weight_scale": ("F8_E4M3", drawn(4, 2)),
     "g.weight_scale_2": ("F32", scales_of(2)),
+    "p.weight_packed": ("I32", np.ones((4, 2), np.int32)),
+    "p.weight_scale": ("BF16", np.ones((4, 1), BF16)),
+    "q.weight_packed": ("U8", drawn(4, 16)),
+    "q.weight_scale": ("F8_E4M3", drawn(4, 2)),
+    "q.weight_global_scale": ("F32", scales_of(2)),
     "k_blocks": ("U8", drawn(4, 2, 8)),
     "k_scales": ("U8", drawn(4, 2)),
     "l_blocks": ("U8", drawn(4, 2, 16)),
@@ -416,6 +444,8 @@ BAD: Stored = {
         ("n.weight", r"n.weight_scale is float8_e4m3fn \[4, 1\].*e4m3 for 16 numbers"),
         ("m", r"m_scales is uint8 \[4, 3\].*a byte of UE8M0 for 32"),
         ("g.weight", r"g.weight_scale_2 is float32 \[2\] .*one number for each matrix"),
+        ("p.weight", r"p.weight_packed is int32, need bytes of two FP4 numbers"),
+        ("q.weight", r"q.weight_global_scale is float32 \[2\] .*one number for each matrix"),
         ("k", r"values uint8 \[4, 2, 8\]; need bytes \[.., n, k / 32, 16\] in k_blocks"),
         ("l", "no tensor 'l_scales'"),
         ("wide", r"a tensor is int64 \[2\], which JAX holds with .*x64"),

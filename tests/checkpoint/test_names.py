@@ -69,6 +69,18 @@ def test_deepseek_v3() -> None:
     assert without["layers"][0]["attention"]["q"] == "model.layers.0.self_attn.q_proj.weight"
 
 
+def test_deepseek_v3_s_layer_of_another_token() -> None:
+    config = DEEPSEEK_V3 | {"num_nextn_predict_layers": 1}
+    assert "mtp" not in hugging_face_names(config)
+    (found,) = hugging_face_names(config, layers=[], mtp=True)["mtp"]
+    own = ["enorm", "hnorm", "eh_proj", "embed_tokens", "shared_head.norm", "shared_head.head"]
+    last = hugging_face_names(config | {"num_hidden_layers": 62}, layers=[61])["layers"][0]
+    want = [f"model.layers.61.{name}.weight" for name in own]
+    assert sorted(tensors(found)) == sorted(want + tensors(last))
+    with pytest.raises(ValueError, match="leave mtp out"):
+        hugging_face_names(QWEN3_30B, mtp=True)
+
+
 def test_qwen3_moe() -> None:
     attention = ["q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"]
     want = OUTSIDE | layers(
