@@ -58,8 +58,11 @@ def draw_requests(config: Config, sizes: Sizes, count: int, seed: int) -> list[R
     arrivals = np.cumsum(rng.geometric(min(1.0, 4 / sizes.slots), count)) - 1
 
     def one(arrival: int) -> Request:
-        prompt = rng.integers(1, config.vocabulary, rng.integers(sizes.longest // 32, sizes.longest // 2))
-        return Request(arrival, prompt, int(rng.integers(sizes.longest // 8, sizes.longest // 2)))
+        prompt = rng.integers(1, config.vocabulary, size(sizes.longest // 32))
+        return Request(arrival, prompt, size(sizes.longest // 8))
+
+    def size(least: int) -> int:
+        return int(rng.integers(max(least, 1), max(sizes.longest // 2, 2)))
 
     return [one(int(arrival)) for arrival in arrivals]
 

@@ -131,16 +131,6 @@ def problems_with(p: AttentionProblem, c: PrefillConfig) -> list[str]:
     return [words for kept, words in rules if not kept]
 
 
-def refusal(p: AttentionProblem) -> str:
-    """Why no configuration can run a problem."""
-    if p.q_dtype not in ("bf16", "f16") or p.kv_dtype not in (p.q_dtype, "e4m3"):
-        types = f"{p.q_dtype} and {p.kv_dtype}"
-        return f"the prefill kernel takes a cache of the queries' 16-bit type or e4m3, got {types}"
-    if any(d % 16 or not 16 <= d <= 256 for d in (p.depth, p.v_depth)):
-        return f"the prefill kernel takes depths of 16 to 256 in steps of 16, got {p.depth} and {p.v_depth}"
-    return ""
-
-
 def shared_memory(p: AttentionProblem, c: PrefillConfig) -> int:
     """Bytes of shared memory; mirrors PrefillLayout, which asserts it."""
     slabs, v_slabs = ceil_div(p.depth, _SLAB), ceil_div(p.v_depth, _SLAB)
