@@ -1,4 +1,4 @@
-"""python -m jax_deepgemm {demo, info, explain, compile, bench, tune}."""
+"""python -m jax_deepgemm {demo, info, explain, compile, bench, names, tune}."""
 
 from __future__ import annotations
 

@@ -20,6 +20,10 @@ COMMANDS = {
     "explain": ("jax_deepgemm.cli.explain", "the kernels chosen for a GEMM or a layer of experts, and why"),
     "compile": ("jax_deepgemm.cli.compile", "compile kernels ahead of time into the cache"),
     "bench": ("jax_deepgemm.cli.bench", "measure the kernels on this machine, or report on measurements"),
+    "names": (
+        "jax_deepgemm.inference.listing",
+        "DeepSpeed's names that have a function here, and their arguments",
+    ),
     "tune": ("jax_deepgemm.cli.tune", "measure all configurations of given GEMMs, and keep the best of each"),
 }
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141

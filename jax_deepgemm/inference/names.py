@@ -54,6 +54,7 @@ def adapter(
 
     call.__name__ = call.__qualname__ = name
     call.__doc__ = f"DeepSpeed's {name}({orders[0].replace(' ', ', ')}): see docs/from_deepspeed.md."
+    call.orders = orders  # type: ignore[attr-defined]
     return call
 
 
