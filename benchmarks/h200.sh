@@ -7,6 +7,7 @@
 #   OUT=DIR PYTHON=python3 benchmarks/h200.sh
 #   TEST_ARGS='-k fp8' BENCH_ARGS='--tables fp8 --rows m=128' SANITIZE_TOOLS=memcheck benchmarks/h200.sh test sanitize bench
 #   PROCESSES=8 benchmarks/h200.sh test     run so many at once, on as many parts of the tests
+#   TEST_PART=1/2 benchmarks/h200.sh test   the first half of the tests; those that want the GPU for themselves are in the last part
 #   SANITIZE_ARGS="groups rows" benchmarks/h200.sh sanitize   kernels whose names contain one of them
 #   LIMIT_TEST=300 LIMIT_SANITIZE=300 LIMIT_BENCH=400 ...   seconds each part may take
 #
@@ -46,16 +47,17 @@ run_build() {
     CXX=$compiler make ext PYTHON="$PYTHON" && "$PYTHON" -c 'import jax_deepgemm._ffi as f; print("built:", f.__file__)'
 }
 
-# pytests DIRECTORY COUNT MARKERS: pytest in COUNT processes, each with its part of the tests that the markers choose; logs and results
-# go to the directory. The log of a process in which something fails is shown whole.
+# pytests DIRECTORY COUNT MARKERS [PART/PARTS]: pytest in COUNT processes, each with its share of the tests that the markers choose, or of
+# a part of them; logs and results go to the directory. The log of a process in which something fails is shown whole.
 pytests() {
-    local directory=$1 count=$2 markers=$3 i name show code=0 pids=()
+    local directory=$1 count=$2 markers=$3 part=${4:-1/1} i name show code=0 pids=()
+    local before=$((count * (${part%/*} - 1))) shards=$((count * ${part#*/}))
     export XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_PLATFORMS=cuda,cpu
     trap 'tail -n 3 "$directory"/*.log; exit 124' TERM # over the limit: where each process is
     for ((i = 1; i <= count; i++)); do
         name=$directory/${markers// /_}-$i
         # shellcheck disable=SC2086
-        "$PYTHON" -m pytest tests/gpu -m "$markers" --shard "$i/$count" -q -ra --durations=5 -p no:cacheprovider --junitxml "$name.xml" \
+        "$PYTHON" -m pytest tests/gpu -m "$markers" --shard "$((before + i))/$shards" -q -ra --durations=5 -p no:cacheprovider --junitxml "$name.xml" \
             ${TEST_ARGS:-} >"$name.log" 2>&1 &
         pids+=($!)
     done
@@ -72,11 +74,12 @@ pytests() {
 }
 
 run_test() {
-    local directory code=0
+    local directory part=${TEST_PART:-1/1} code=0
+    [[ $part =~ ^([1-9][0-9]*)/([1-9][0-9]*)$ ]] && ((${part%/*} <= ${part#*/})) || { echo "TEST_PART is $part, need one such as 1/2"; return 1; }
     directory=$(mktemp -d)
     JAX_PLATFORMS=cpu "$PYTHON" -m tests.gpu.kernels || code=1
-    pytests "$directory" "${PROCESSES:-8}" "gpu and not alone" || code=1
-    pytests "$directory" 1 "gpu and alone" || code=1
+    pytests "$directory" "${PROCESSES:-8}" "gpu and not alone" "$part" || code=1
+    [[ ${part%/*} != "${part#*/}" ]] || pytests "$directory" 1 "gpu and alone" || code=1
     "$PYTHON" -m tests.shared.shards "$directory"/*.xml --record "$OUT/seconds.json" || code=1
     return $code
 }
