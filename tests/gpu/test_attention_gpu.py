@@ -39,11 +39,11 @@ class Case:
     q_kind: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def batch(self, seed: int = 0) -> oracle.Batch:
+    def batch(self, seed: int = 0, **changes: Any) -> oracle.Batch:
         heads, kv_heads = self.heads
         sizes = {"heads": heads, "kv_heads": kv_heads, "page": self.page}
         depths = {"head_dim": self.depths[0], "v_head_dim": self.depths[1]}
-        drawn = oracle.draw(seed, *self.lens, **sizes, **depths, dtype=KINDS[self.kind])
+        drawn = oracle.draw(seed, *self.lens, **sizes, **depths, dtype=KINDS[self.kind], **changes)
         return dataclasses.replace(drawn, q=drawn.q.astype(KINDS[self.q_kind])) if self.q_kind else drawn
 
     def problem(self) -> AttentionProblem:
@@ -121,10 +121,12 @@ OPTIONAL = [
 PROMISE = Case(DECODE, options={"max_q_len": 1})
 REPAGED = [Case(PROMPTS, page=page) for page in (16, 256)]
 SPLIT = Case(([1] * 6, [500, 40, 1300, 64, 0, 999]), options={"split": 256, "max_q_len": 1})
+LEFT = [Case(MIXED, options={"window": 40}), Case(DECODE, kind="e4m3", options={"window": 40})]
+DESCENDING = Case(([20, *[0] * 5], [300, *[0] * 5]), options={"split": 256})
 
 
 def kernels() -> Iterator[Any]:
-    for case in (*HEADS, *FP8, *OPTIONAL, PROMISE, *REPAGED, SPLIT, Case()):
+    for case in (*HEADS, *FP8, *OPTIONAL, PROMISE, *REPAGED, SPLIT, *LEFT, DESCENDING, Case()):
         yield case.problem()
 
 
@@ -178,6 +180,29 @@ def test_pages_that_are_missing() -> None:
     tables[0, 3], tables[2, 0], tables[5, 40], tables[5, 7], tables[7, 20] = -1, 2**31 - 1, -(2**31), 4000, -7
     batch = dataclasses.replace(batch, tables=tables)
     check(program()(*batch.call()), batch)
+
+
+@pytest.mark.parametrize("case", LEFT, ids=name)
+def test_pages_that_a_window_has_left_may_hold_nan(case: Case) -> None:
+    """Those that tables still name, and those that were given away."""
+    window = case.options["window"]
+    given_away, named = case.batch(8, window=window), case.batch(8, share=False)
+    batch = dataclasses.replace(given_away, tables=named.tables)
+    first = program(**case.options)(*batch.call())
+    check(first, named, 3e-2, **case.options)
+    same(program(**case.options)(*given_away.call()), first)
+
+
+def test_starts_that_descend_lead_to_no_row_that_is_wrong() -> None:
+    """Sequences that share rows have more parts than there is room for: rows are right, or zeros."""
+    batch = DESCENDING.batch(9)
+    want, _ = oracle.attention(batch)
+    starts, lens, tables = batch.starts.copy(), batch.lens.copy(), batch.tables.copy()
+    starts[::2], starts[1::2], lens[::2], lens[1::2] = 0, 20, 300, 0
+    tables[:] = tables[0]
+    given = dataclasses.replace(batch, starts=starts, lens=lens, tables=tables)
+    found = np.asarray(program(**DESCENDING.options)(*given.call())[0], np.float64)
+    assert np.minimum(np.abs(found - want), np.abs(found)).max() < 0.01 * np.abs(want).max()
 
 
 def test_equal_bits_and_other_sequences() -> None:
