@@ -31,7 +31,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python -m jax_deepgemm demo
 
 test: $(VENV)/.tests
-	@echo "Running the tests in $(WORKERS) processes: about 20 minutes on two cores. A line names what runs whenever 20 s pass in silence."
+	@echo "Running the tests in $(WORKERS) processes: about 50 minutes on two cores. A line names what runs whenever 20 s pass in silence."
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 $(VENV)/bin/python:

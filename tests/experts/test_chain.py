@@ -27,6 +27,8 @@ from jax_deepgemm.ops.grouped.family import FAMILY as GROUPED
 from jax_deepgemm.quantization import QuantizedArray
 from tests.shared.moe_oracle import normal, random_ids
 
+pytestmark = pytest.mark.any_version
+
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 

@@ -13,6 +13,8 @@ from jax_deepgemm.moe import ExpertForm, SharedExperts, moe_mlp
 nnx = pytest.importorskip("flax.nnx")
 from jax_deepgemm.flax import MoE, prepared_weights  # noqa: E402 - where there is Flax
 
+pytestmark = pytest.mark.any_version
+
 X = jax.random.normal(jax.random.key(0), (12, 128), jnp.bfloat16)
 FORMS = {
     "gpt-oss": (ExpertForm(GPT_OSS, "kn"), (4, 128, 256), (4, 128, 128)),

@@ -26,6 +26,8 @@ from jax_deepgemm.flax import (  # noqa: E402
 )
 from tests.shared.arrays import normal  # noqa: E402
 
+pytestmark = pytest.mark.any_version
+
 F32 = jnp.float32
 BATCHES = normal(0, 2, 16, 128)
 
@@ -72,7 +74,6 @@ def test_inside_the_copies_stand_beside_the_weights() -> None:
     assert names(model) == before
 
 
-@pytest.mark.any_version
 def test_same_result_and_quantised_once() -> None:
     model = Model(nnx.Rngs(0))
     x = BATCHES[0]

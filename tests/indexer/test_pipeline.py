@@ -21,6 +21,8 @@ from tests.shared.arrays import normal
 from tests.shared.logits_oracle import exact, windows
 from tests.shared.op_checks import OpCase, Shard
 
+pytestmark = pytest.mark.any_version
+
 S, N, H, D, K = 8, 64, 8, 32, 5
 PAGE, PAGES, WIDTH = 16, 12, 3
 
@@ -41,7 +43,6 @@ def draw(seed: int) -> list[jax.Array]:
     return [q, k, weights, *map(jnp.asarray, windows(seed, S, N))]
 
 
-@pytest.mark.any_version
 def test_against_float64():
     q, k, weights, start, end = draw(0)
     scores = exact(q, k, weights, start, end)

@@ -25,6 +25,8 @@ from tests.shared import op_checks
 from tests.shared.expert_forms import MODELS, arrays, biases, bound, float64
 from tests.shared.moe_oracle import pull, relative, wide
 
+pytestmark = pytest.mark.any_version
+
 F32 = jnp.float32
 ROUTED = 3  # of four experts; the last one is shared
 both = pytest.mark.parametrize("recipe", ["fp8", "bf16"])
@@ -82,7 +84,6 @@ CASES = [
 ]
 
 
-@pytest.mark.any_version
 @pytest.mark.parametrize(("way", "layer", "model", "bias", "recipe"), CASES)
 def test_forward_and_gradients(way, layer, model, bias, recipe):
     args, (ids, dy), want = case(model, bias)
@@ -105,7 +106,6 @@ def qwen2() -> tuple[list[Any], Any, list[np.ndarray]]:
     return [x, w13[0], w2[0], gate], dy, wanted
 
 
-@pytest.mark.any_version
 @both
 def test_a_gate_and_another_inner_size(recipe):
     (x, *shared), dy, want = qwen2()
@@ -118,7 +118,6 @@ def test_a_gate_and_another_inner_size(recipe):
     assert worst(pull(run, x, *shared, by=dy), want) < bound(recipe, ExpertForm())
 
 
-@pytest.mark.any_version
 def test_several_are_summed_and_vmap_is_a_loop():
     x, ids, weights, w13, w2, _ = arrays(ExpertForm())
     ids = jnp.where(ids < 2, ids, -1)

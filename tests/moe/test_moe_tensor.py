@@ -26,6 +26,8 @@ from jax_deepgemm.moe import (
 from tests.shared.expert_forms import MODELS, arrays, biases, bound, float64
 from tests.shared.moe_oracle import pull, relative, wide
 
+pytestmark = pytest.mark.any_version
+
 SIZES = (24, 128, 256, 4, 2)
 AXES = ("data", "expert", "tensor")
 WHOLE, CUT = ("data", "expert"), AXES  # tokens: equal on the devices of the tensor axis, or cut over it
@@ -73,7 +75,6 @@ CASES = [
 ]
 
 
-@pytest.mark.any_version
 @pytest.mark.parametrize(("model", "bias", "sizes", "tokens", "recipe"), CASES)
 def test_forward_and_gradients(model, bias, sizes, tokens, recipe):
     args, dy, want = case(model, bias)
@@ -196,7 +197,6 @@ def shared_experts(form: ExpertForm) -> SharedExperts:
     return SharedExperts(w13, w2, b13, b2, jnp.linspace(-1, 1, 128))
 
 
-@pytest.mark.any_version
 def test_shared_experts_are_cut_too():
     """One sum for both; gradients of all their parts."""
     form = MODELS["gpt-oss"]
@@ -212,7 +212,6 @@ def test_shared_experts_are_cut_too():
     assert worst(got, want) < 0.02
 
 
-@pytest.mark.any_version
 @pytest.mark.parametrize("tokens", [WHOLE, CUT])
 def test_dropped_copies_are_counted_once(tokens):
     (x, weights, w13, w2), _, _ = case("qwen3")
@@ -305,7 +304,6 @@ def test_moe_mlp_of_cut_weights_on_auto_axes_is_right(recipe):
     assert relative(got, layer(X, IDS, WEIGHTS, W13, W2)) < 0.005
 
 
-@pytest.mark.any_version
 def test_advice_for_inner_sizes_that_do_not_fit():
     """Padded by zeros, as the messages say."""
     w13 = jnp.pad(W13.reshape(4, 2, 256, 128), ((0, 0), (0, 0), (0, 256), (0, 0)))

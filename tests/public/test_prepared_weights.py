@@ -19,6 +19,8 @@ from jax_deepgemm import fp8_linear, grouped_linear, prepare_weight
 from jax_deepgemm.moe import expert_mlp, moe_layer, moe_mlp, moe_mlp_decode, prepare_weights, route
 from tests.shared.arrays import normal
 
+pytestmark = pytest.mark.any_version
+
 BF16, F32 = jnp.bfloat16, jnp.float32
 STEPS, M, N, K, G, I = 3, 40, 256, 384, 4, 128
 SIZES = jnp.array([7, 0, 20, 9], jnp.int32)
@@ -130,7 +132,6 @@ def equal(got: Any, want: Any) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.any_version
 @each_layer
 def test_bits_of_masters(name: str) -> None:
     layer, masters = LAYERS[name]
@@ -340,7 +341,6 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str, Callable[[], Any]]] 
 ]
 
 
-@pytest.mark.any_version
 @pytest.mark.parametrize("case", ERRORS, ids=[case[2] for case in ERRORS])
 def test_errors(case: Any) -> None:
     call, error, message, way_out = case
