@@ -135,6 +135,10 @@ def test_rules() -> None:
         FAMILY.choose(_problem(depth=264), Chip())
     with pytest.raises(ValueError, match=r"tables of 4294967296 keys, at most 2147483647"):
         FAMILY.choose(_problem(page=256, table_pages=2**24), Chip())
+    many = _problem(tokens=2**23, seqs=1024, heads=64, kv_heads=8, table_pages=1)
+    with pytest.raises(ValueError, match="rows times sequences are more than a launch counts"):
+        FAMILY.choose(many, Chip())
+    FAMILY.choose(dataclasses.replace(many, tokens=2**22), Chip())
 
 
 def test_both_kernels_are_launched_where_sequences_may_have_many_rows() -> None:

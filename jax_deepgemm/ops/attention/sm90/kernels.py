@@ -57,6 +57,10 @@ def refusal(p: AttentionProblem) -> str:
             decode.most_weights(p, AttentionConfig(16, 1)) <= MOST_WEIGHTS,
             "rows times keys are more than a launch counts: cut the batch",
         ),
+        (
+            not has_many(p) or prefill.most_counted(p) <= MOST_WEIGHTS,
+            "rows times sequences are more than a launch counts: cut the batch",
+        ),
     )
     return "; ".join(words for kept, words in rules if not kept)
 

@@ -239,6 +239,13 @@ def most_items(p: AttentionProblem, c: PrefillConfig) -> int:
     return (p.tokens * p.group // rows_of(c) + min(p.seqs, p.tokens)) * p.kv_heads
 
 
+def most_counted(p: AttentionProblem) -> int:
+    """The same of any starts and configuration: where starts descend, each second sequence may have all
+    rows."""
+    tiles = ceil_div(p.tokens * p.group, 64 * min(REGISTERS))
+    return ceil_div(p.seqs, 2) * tiles * p.kv_heads
+
+
 def prefill_steps(
     p: AttentionProblem, c: PrefillConfig, chip: Chip, given: Operands, tickets: Scratch
 ) -> tuple[Memset, Launch]:
