@@ -86,6 +86,7 @@ _MAIN = """\
 #include <jax_deepgemm/ptx/memory.cuh>
 #include <jax_deepgemm/sinkhorn/sinkhorn.cuh>
 #include <fstream>
+#include <launch.h>
 #include <string>
 {kernels}
 std::vector<float> read(const std::string& from, int count) {{
@@ -97,8 +98,7 @@ template <class Kernel>
 void run(const std::string& to, int floats, int blocks, Kernel kernel) {{
   std::vector<float> result(floats);
   blockDim.x = {threads};
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-    for (threadIdx.x = 0; threadIdx.x < {threads}; ++threadIdx.x) kernel(result.data());
+  launch(blocks, 1, {threads}, [&] {{ kernel(result.data()); }});
   std::ofstream(to, std::ios::binary).write(reinterpret_cast<char*>(result.data()), 4 * floats);
 }}
 int main(int, char** at) {{
@@ -144,6 +144,7 @@ def test_the_kernels_themselves_on_a_cpu(tmp_path: Path) -> None:
         compiler,
         *flags,
         f"-I{NATIVE}",
+        f"-I{NATIVE.parent}",
         f"-I{DEVICE_CODE}",
         tmp_path / "main.cc",
         "-o",
