@@ -100,7 +100,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def few(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     """A quarter of the cases of each parametrised test, three at least, from the first to the last at equal
-    distances; all of tests marked `each_version`, and of those that are skipped somewhere."""
+    distances; all of tests marked `each_version` or `skipif`."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)

@@ -1,4 +1,4 @@
-"""The kernels of attention of few rows on a CPU: their own sources, a thread for each of a block's
+"""The kernels of attention of few rows on a CPU: their own sources, a fiber for each thread of a block
 (native/decode_block)."""
 
 from __future__ import annotations

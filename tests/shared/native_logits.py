@@ -1,4 +1,4 @@
-"""The kernels of logits on a CPU: their own source, a thread for each of a block's (native/tensor_block)."""
+"""The kernels of logits on a CPU: their own source, a fiber for each thread of a block (tensor_block)."""
 
 from __future__ import annotations
 

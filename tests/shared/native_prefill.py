@@ -1,4 +1,4 @@
-"""The prefill kernel of attention on a CPU: its own source, a thread for each of a block's
+"""The prefill kernel of attention on a CPU: its own source, a fiber for each thread of a block
 (native/attention_block)."""
 
 from __future__ import annotations

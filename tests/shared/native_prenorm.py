@@ -1,4 +1,4 @@
-"""The kernels of hc_prenorm_gemm on a CPU: their own source, a thread for each of a block's
+"""The kernels of hc_prenorm_gemm on a CPU: their own source, a fiber for each thread of a block
 (native/tensor_block), one block after the other. What is outside of operands and results ends the program."""
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ struct Numbers {
   T* as() const { return reinterpret_cast<T*>(all.get()); }
   void write() const { std::ofstream(path, std::ios::binary).write(all.get(), size); }
 };
-
 """
 
 _CASE = """\
